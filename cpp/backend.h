@@ -1,0 +1,166 @@
+// What a backend provides: the kernels of a prefill, over plain structs. The loop that calls
+// them is runtime/prefill.cpp. Pointers are to memory of the backend's device; strides are in
+// elements; activations, weights and caches are of one dtype, `rstd`, cos and sin are float32.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cache_address.h"
+#include "core/model_spec.h"
+
+namespace pop {
+
+// Consecutive rows of one sequence: row `first_row + i` sits at position `first_position + i`
+// of `sequence`, counting that sequence's real tokens from its start.
+struct Segment {
+  int64_t sequence;
+  int64_t first_row;
+  int64_t rows;
+  int64_t first_position;
+};
+
+// Where each row of a call comes from and belongs. Rows are ordered context, boundary, wanted
+// (runtime/batch.h), so that every set of rows the loop works on is a range.
+struct Batch {
+  int64_t rows;
+  int64_t sequences;
+  const int64_t* row_sequence;  // [rows]
+  const int64_t* row_position;  // [rows]
+  const int64_t* row_source;    // [rows] index into the packed input
+  const float* cos;             // [rows, rotary_dim / 2]
+  const float* sin;             // [rows, rotary_dim / 2]
+  CacheAddress address;
+};
+
+struct EmbedParams {
+  DType dtype;
+  int64_t rows, width;
+  int64_t vocab_size;
+  const int64_t* ids;         // [packed rows], or null when `table` is the input embeddings themselves
+  const int64_t* row_source;  // [rows]
+  const void* table;          // [vocab_size, width], or [packed rows, width] without ids
+  int64_t table_stride;
+  void* out;                  // [rows, width]
+};
+
+struct RmsNormParams {
+  DType dtype;
+  int64_t rows, width;
+  void* x;                  // [rows, width] residual stream; updated in place when `delta` is given
+  int64_t x_stride;
+  const void* delta;        // [rows, width] or null: x += delta + delta_bias comes first
+  int64_t delta_stride;
+  const void* delta_bias;   // [width] or null
+  const void* weight;       // [width] or null: out = x * rstd
+  float eps;
+  void* out;                // [rows, width] or null
+  int64_t out_stride;
+  float* rstd;              // [rows] or null
+};
+
+// out = a . w^T
+struct GemmParams {
+  DType dtype;
+  int64_t m, n, k;
+  const void* a;            // [m, k]
+  int64_t a_stride;
+  const void* w;            // [n, k]
+  int64_t w_stride;
+  void* out;                // [m, n]
+  int64_t out_stride;
+};
+
+// K and V of one layer. Element [sequence, head, slot, channel]; channels are contiguous.
+struct LayerCache {
+  void* key;
+  void* value;
+  CacheStrides key_strides;
+  CacheStrides value_strides;
+};
+
+// q, k, v += bias; q and k RMS-normalised per head; q and k turned by RoPE; k and v to the cache.
+struct RopeCacheWriteParams {
+  DType dtype;
+  int64_t heads, kv_heads, head_dim, rotary_dim;
+  int64_t first_row, rows;  // rows of the batch; row 0 of q, k, v is `first_row`
+  void* q;                  // [rows, heads * head_dim] in place, or null
+  int64_t q_stride;
+  const void* k;            // [rows, kv_heads * head_dim]
+  const void* v;            // [rows, kv_heads * head_dim]
+  int64_t kv_stride;
+  const void *q_bias, *k_bias, *v_bias;  // [heads or kv_heads * head_dim] or null
+  const void *q_norm, *k_norm;           // [head_dim] or null
+  float norm_eps;
+  const float* row_scale;   // [rows] or null: k and v are multiplied by it before the bias
+  const Batch* batch;
+  LayerCache cache;
+};
+
+// The independent KV projection of a run: for every layer j of the run
+// [k_j | v_j] = rstd(x) * (x . weight_j^T), then bias, k_norm, RoPE and the cache write.
+struct KvProjectParams {
+  DType dtype;
+  int64_t rows, hidden_size;             // rows [0, rows) of the batch
+  int64_t kv_heads, head_dim, rotary_dim;
+  const void* x;                         // [rows, hidden_size]
+  int64_t x_stride;
+  int64_t layers;
+  const void* weight;                    // [layers * 2 * kv_dim, hidden_size], input norm folded in
+  const void* const* k_bias;             // [layers] of [kv_dim] or null
+  const void* const* v_bias;             // [layers] of [kv_dim] or null
+  const void* const* k_norm;             // [layers] of [head_dim] or null
+  float eps;
+  const Batch* batch;
+  const LayerCache* caches;              // [layers]
+  void* workspace;                       // kv_project_workspace(...) bytes
+};
+
+// Causal attention of packed rows over the cache: a row at position p sees positions
+// max(0, p - window + 1) ... p of its sequence (window 0: all up to p).
+struct AttentionParams {
+  DType dtype;
+  int64_t heads, kv_heads, head_dim;
+  float scale;
+  int64_t window;
+  const Segment* segments;  // host memory; rows outside are left alone
+  int64_t num_segments;
+  int64_t first_row;        // row 0 of q and out is this row of the batch
+  const void* q;            // [rows, heads * head_dim]
+  int64_t q_stride;
+  void* out;                // [rows, heads * head_dim]
+  int64_t out_stride;
+  LayerCache cache;
+  CacheAddress address;
+};
+
+// gate = act(gate + gate_bias) * (up + up_bias)
+struct GatedActParams {
+  DType dtype;
+  Activation activation;
+  int64_t rows, width;
+  void* gate;               // [rows, width] in place
+  int64_t gate_stride;
+  const void* up;           // [rows, width]
+  int64_t up_stride;
+  const void *gate_bias, *up_bias;  // [width] or null
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual void embed(const EmbedParams&) = 0;
+  virtual void rms_norm(const RmsNormParams&) = 0;
+  virtual void gemm(const GemmParams&) = 0;
+  virtual void rope_cache_write(const RopeCacheWriteParams&) = 0;
+  virtual void kv_project(const KvProjectParams&) = 0;
+  virtual void attention(const AttentionParams&) = 0;
+  virtual void gated_act(const GatedActParams&) = 0;
+
+  // Bytes of KvProjectParams::workspace for a call of at most `rows` rows.
+  virtual size_t kv_project_workspace(DType dtype, int64_t rows, int64_t hidden_size, int64_t layers,
+                                      int64_t kv_dim) const = 0;
+};
+
+}  // namespace pop

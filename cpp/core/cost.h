@@ -1,0 +1,42 @@
+// FLOPs and bytes of a prefill: what the bench divides by, and the ceiling that it prints.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/model_spec.h"
+#include "core/plan.h"
+
+namespace pop {
+
+// Work of one stage. FLOPs count a multiply-add as two; bytes are weights read once plus
+// activations and K/V read and written once.
+struct Cost {
+  double flops = 0;
+  double bytes = 0;
+};
+
+struct StageCost {
+  std::string stage;  // "qkv", "attention", "o_proj", "mlp", "kv_project", "boundary", "lm_head"
+  Cost cost;
+};
+
+// One sequence of the batch.
+struct SequenceShape {
+  int64_t tokens;          // new rows T
+  int64_t past;            // positions already in the cache P
+  int64_t boundary;        // rows at full depth, 1 <= boundary <= tokens
+  int64_t logits_to_keep;  // rows whose logits are wanted, 1 <= logits_to_keep <= boundary
+};
+
+// Hugging Face's full prefill: every layer for every row, logits for `logits_to_keep` rows.
+std::vector<StageCost> stock_cost(const ModelSpec& spec, const std::vector<SequenceShape>& batch);
+
+// What the native runtime executes for `plan` (omit = {}: native full prefill). "boundary" is
+// the full-depth pass of boundary rows through omitted layers; retained layers' rows are in
+// the other stages.
+std::vector<StageCost> plan_cost(const ModelSpec& spec, const Plan& plan, const std::vector<SequenceShape>& batch);
+
+Cost total(const std::vector<StageCost>& stages);
+
+}  // namespace pop

@@ -1,0 +1,47 @@
+// The CPU kernels: single-threaded functions over a range of rows or one task, compiled once
+// per instruction set (namespace POP_ISA) and chosen at run time. Threads are cpu_backend.cpp's.
+//
+// A file compiled per instruction set includes no torch header and instantiates no standard
+// library template: the linker keeps one copy of an inline function, and it could be the one
+// with AVX-512 in it.
+#pragma once
+
+#include "backend.h"
+
+namespace pop::cpu {
+
+// What one call of `attention` computes: query rows [row, row + rows) of segment `segment`
+// (counted from the segment's first row) for the query heads that share `kv_head`.
+struct AttentionTask {
+  int64_t segment;
+  int64_t kv_head;
+  int64_t row;
+  int64_t rows;
+};
+
+struct Kernels {
+  const char* name;  // "avx512_bf16", "avx2", "baseline"
+
+  // Rows [begin, end) of the params' rows.
+  void (*embed)(const EmbedParams&, int64_t begin, int64_t end);
+  void (*rms_norm)(const RmsNormParams&, int64_t begin, int64_t end);
+  void (*gated_act)(const GatedActParams&, int64_t begin, int64_t end);
+  void (*rope_cache_write)(const RopeCacheWriteParams&, int64_t begin, int64_t end);
+  // out columns [begin, end) of a GEMM with few rows, bound by the bytes of w.
+  void (*skinny_gemm)(const GemmParams&, int64_t begin, int64_t end);
+
+  // Query rows of one attention task, and bytes of scratch that a call may use (64-byte aligned).
+  int64_t (*attention_task_rows)(const AttentionParams&);
+  size_t (*attention_scratch)(const AttentionParams&);
+  void (*attention)(const AttentionParams&, const AttentionTask&, void* scratch);
+};
+
+// One table per instruction set that was compiled in.
+namespace baseline { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512_bf16 { extern const Kernels kernels; }
+
+// The best table this processor can run; POP_CPU_ISA=baseline|avx2|avx512_bf16 asks for a lesser one.
+const Kernels& kernels();
+
+}  // namespace pop::cpu
