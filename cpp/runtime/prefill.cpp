@@ -1,0 +1,303 @@
+#include "runtime/prefill.h"
+
+#include <algorithm>
+
+#include "runtime/workspace.h"
+
+namespace pop {
+
+namespace {
+
+class StageRange {
+ public:
+  StageRange(StageObserver& observer, const char* stage) : observer_(observer) { observer_.begin(stage); }
+  ~StageRange() { observer_.end(); }
+  StageRange(const StageRange&) = delete;
+  StageRange& operator=(const StageRange&) = delete;
+
+ private:
+  StageObserver& observer_;
+};
+
+class Prefill {
+ public:
+  Prefill(const Model& model, const PrefillCall& call, Backend& backend, StageObserver& observer)
+      : model_(model),
+        spec_(model.spec),
+        call_(call),
+        layout_(*call.layout),
+        backend_(backend),
+        observer_(observer),
+        element_(element_size(model.spec.dtype)),
+        work_(model, layout_, backend, call.workspace) {}
+
+  void run();
+
+ private:
+  void embed();
+  void project_run(const RunWeights& run);
+  void full_layer(int64_t layer, int64_t kv_begin, int64_t q_begin);
+  void qkv(const LayerWeights& weights, int64_t kv_begin, int64_t q_begin);
+  void rope_cache_write(int64_t layer, int64_t kv_begin, int64_t q_begin);
+  void attention(int64_t layer, int64_t q_begin);
+  void mlp(const LayerWeights& weights, int64_t q_begin);
+  void final_norm();
+
+  void norm(int64_t begin, int64_t end, const void* weight, void* out, int64_t out_stride);
+  void gemm(int64_t rows, int64_t n, int64_t k, const void* a, int64_t a_stride, const Linear& w, void* out,
+            int64_t out_stride);
+
+  void* at(void* buffer, int64_t row, int64_t stride) const {
+    return static_cast<char*>(buffer) + row * stride * element_;
+  }
+
+  const Model& model_;
+  const ModelSpec& spec_;
+  const PrefillCall& call_;
+  const BatchLayout& layout_;
+  Backend& backend_;
+  StageObserver& observer_;
+  const int64_t element_;
+  Workspace work_;
+  Batch batch_{};
+
+  // Rows from `pending_begin_` on still have to add z + `pending_bias_` to x: the next norm
+  // does it in the same pass.
+  int64_t pending_begin_ = 0;
+  const void* pending_bias_ = nullptr;
+};
+
+void Prefill::run() {
+  embed();
+  auto next_run = model_.runs.begin();
+  for (int64_t layer = 0; layer < spec_.num_layers;) {
+    if (next_run == model_.runs.end() || layer < next_run->layers.begin) {
+      full_layer(layer++, 0, 0);
+      continue;
+    }
+    // Context rows stay as they are from here to the end of the run and only leave their K
+    // and V behind; boundary rows go through its layers, over that K and V.
+    project_run(*next_run);
+    for (; layer < next_run->layers.end; ++layer) {
+      const bool last = layer == spec_.num_layers - 1;
+      full_layer(layer, layout_.context_rows, last ? layout_.wanted_begin : layout_.context_rows);
+    }
+    ++next_run;
+  }
+  final_norm();
+}
+
+void Prefill::embed() {
+  StageRange stage(observer_, "pop::embed");
+  const bool from_ids = call_.ids != nullptr;
+  backend_.embed({.dtype = spec_.dtype,
+                  .rows = layout_.rows,
+                  .width = spec_.hidden_size,
+                  .vocab_size = spec_.vocab_size,
+                  .ids = call_.ids,
+                  .row_source = layout_.row_source.data(),
+                  .table = from_ids ? model_.embed_tokens.data : call_.embeds,
+                  .table_stride = from_ids ? model_.embed_tokens.stride : call_.embeds_stride,
+                  .out = work_.x});
+  for (const auto& [packed, ordered] : {std::pair{call_.cos, work_.cos}, std::pair{call_.sin, work_.sin}}) {
+    backend_.embed({.dtype = DType::f32,
+                    .rows = layout_.rows,
+                    .width = spec_.rotary_dim / 2,
+                    .vocab_size = 0,
+                    .ids = nullptr,
+                    .row_source = layout_.row_source.data(),
+                    .table = packed,
+                    .table_stride = call_.rope_stride,
+                    .out = ordered});
+  }
+  batch_ = {.rows = layout_.rows,
+            .sequences = layout_.sequences,
+            .row_sequence = layout_.row_sequence.data(),
+            .row_position = layout_.row_position.data(),
+            .row_source = layout_.row_source.data(),
+            .cos = work_.cos,
+            .sin = work_.sin,
+            .address = call_.address};
+  pending_begin_ = layout_.rows;
+}
+
+void Prefill::project_run(const RunWeights& run) {
+  if (layout_.context_rows == 0) return;
+  StageRange stage(observer_, "pop::kv_project");
+  if (pending_begin_ < layout_.context_rows) norm(0, layout_.context_rows, nullptr, nullptr, 0);
+  backend_.kv_project({.dtype = spec_.dtype,
+                       .rows = layout_.context_rows,
+                       .hidden_size = spec_.hidden_size,
+                       .kv_heads = spec_.num_kv_heads,
+                       .head_dim = spec_.head_dim,
+                       .rotary_dim = spec_.rotary_dim,
+                       .x = work_.x,
+                       .x_stride = spec_.hidden_size,
+                       .layers = run.layers.size(),
+                       .weight = run.stack,
+                       .k_bias = spec_.qkv_bias ? run.k_bias.data() : nullptr,
+                       .v_bias = spec_.qkv_bias ? run.v_bias.data() : nullptr,
+                       .k_norm = spec_.qk_norm ? run.k_norm.data() : nullptr,
+                       .eps = static_cast<float>(spec_.rms_norm_eps),
+                       .batch = &batch_,
+                       .caches = call_.caches + run.layers.begin,
+                       .workspace = work_.kv_project});
+}
+
+// The whole layer for rows [q_begin, rows); rows [kv_begin, q_begin) only leave their K and V.
+void Prefill::full_layer(int64_t layer, int64_t kv_begin, int64_t q_begin) {
+  if (kv_begin == layout_.rows) return;
+  const LayerWeights& weights = model_.layers[layer];
+  qkv(weights, kv_begin, q_begin);
+  rope_cache_write(layer, kv_begin, q_begin);
+  attention(layer, q_begin);
+  mlp(weights, q_begin);
+}
+
+void Prefill::qkv(const LayerWeights& weights, int64_t kv_begin, int64_t q_begin) {
+  StageRange stage(observer_, "pop::qkv");
+  norm(kv_begin, layout_.rows, weights.input_norm, at(work_.y, kv_begin, work_.wide), work_.wide);
+  const int64_t rows = layout_.rows;
+  const int64_t hidden = spec_.hidden_size, kv_dim = spec_.kv_dim(), wide = work_.wide;
+  const void* kv_input = at(work_.y, kv_begin, wide);
+  gemm(rows - kv_begin, kv_dim, hidden, kv_input, wide, weights.k_proj, at(work_.k, kv_begin, kv_dim), kv_dim);
+  gemm(rows - kv_begin, kv_dim, hidden, kv_input, wide, weights.v_proj, at(work_.v, kv_begin, kv_dim), kv_dim);
+  gemm(rows - q_begin, spec_.q_dim(), hidden, at(work_.y, q_begin, wide), wide, weights.q_proj,
+       at(work_.z, q_begin, wide), wide);
+}
+
+void Prefill::rope_cache_write(int64_t layer, int64_t kv_begin, int64_t q_begin) {
+  StageRange stage(observer_, "pop::rope_cache_write");
+  const LayerWeights& weights = model_.layers[layer];
+  const auto write = [&](int64_t begin, int64_t end, bool with_q) {
+    if (begin == end) return;
+    backend_.rope_cache_write({.dtype = spec_.dtype,
+                               .heads = spec_.num_heads,
+                               .kv_heads = spec_.num_kv_heads,
+                               .head_dim = spec_.head_dim,
+                               .rotary_dim = spec_.rotary_dim,
+                               .first_row = begin,
+                               .rows = end - begin,
+                               .q = with_q ? at(work_.z, begin, work_.wide) : nullptr,
+                               .q_stride = work_.wide,
+                               .k = at(work_.k, begin, spec_.kv_dim()),
+                               .v = at(work_.v, begin, spec_.kv_dim()),
+                               .kv_stride = spec_.kv_dim(),
+                               .q_bias = weights.q_bias,
+                               .k_bias = weights.k_bias,
+                               .v_bias = weights.v_bias,
+                               .q_norm = weights.q_norm,
+                               .k_norm = weights.k_norm,
+                               .norm_eps = static_cast<float>(spec_.rms_norm_eps),
+                               .row_scale = nullptr,
+                               .batch = &batch_,
+                               .cache = call_.caches[layer]});
+  };
+  write(kv_begin, q_begin, false);
+  write(q_begin, layout_.rows, true);
+}
+
+void Prefill::attention(int64_t layer, int64_t q_begin) {
+  const LayerWeights& weights = model_.layers[layer];
+  const int64_t wide = work_.wide;
+  {
+    StageRange stage(observer_, "pop::attention");
+    const std::vector<Segment> segments = layout_.segments_from(q_begin);
+    backend_.attention({.dtype = spec_.dtype,
+                        .heads = spec_.num_heads,
+                        .kv_heads = spec_.num_kv_heads,
+                        .head_dim = spec_.head_dim,
+                        .scale = static_cast<float>(spec_.attention_scale),
+                        .window = spec_.window[layer],
+                        .segments = segments.data(),
+                        .num_segments = static_cast<int64_t>(segments.size()),
+                        .first_row = 0,
+                        .q = work_.z,
+                        .q_stride = wide,
+                        .out = work_.y,
+                        .out_stride = wide,
+                        .cache = call_.caches[layer],
+                        .address = call_.address});
+  }
+  StageRange stage(observer_, "pop::o_proj");
+  gemm(layout_.rows - q_begin, spec_.hidden_size, spec_.q_dim(), at(work_.y, q_begin, wide), wide, weights.o_proj,
+       at(work_.z, q_begin, wide), wide);
+  pending_begin_ = q_begin;
+  pending_bias_ = weights.o_bias;
+}
+
+void Prefill::mlp(const LayerWeights& weights, int64_t q_begin) {
+  StageRange stage(observer_, "pop::mlp");
+  const int64_t hidden = spec_.hidden_size, inner = spec_.intermediate_size, wide = work_.wide;
+  norm(q_begin, layout_.rows, weights.post_norm, at(work_.y, q_begin, wide), wide);
+  for (int64_t begin = q_begin; begin < layout_.rows; begin += kMlpChunkRows) {
+    const int64_t rows = std::min(kMlpChunkRows, layout_.rows - begin);
+    const void* input = at(work_.y, begin, wide);
+    gemm(rows, inner, hidden, input, wide, weights.gate_proj, work_.gate, inner);
+    gemm(rows, inner, hidden, input, wide, weights.up_proj, work_.up, inner);
+    backend_.gated_act({.dtype = spec_.dtype,
+                        .activation = spec_.activation,
+                        .rows = rows,
+                        .width = inner,
+                        .gate = work_.gate,
+                        .gate_stride = inner,
+                        .up = work_.up,
+                        .up_stride = inner,
+                        .gate_bias = weights.gate_bias,
+                        .up_bias = weights.up_bias});
+    gemm(rows, hidden, inner, work_.gate, inner, weights.down_proj, at(work_.z, begin, wide), wide);
+  }
+  pending_begin_ = q_begin;
+  pending_bias_ = weights.down_bias;
+}
+
+void Prefill::final_norm() {
+  StageRange stage(observer_, "pop::final_norm");
+  norm(layout_.wanted_begin, layout_.rows, model_.norm, call_.hidden_states, spec_.hidden_size);
+}
+
+// Rows [begin, end): adds what is pending to x, then out = rms_norm(x) * weight.
+void Prefill::norm(int64_t begin, int64_t end, const void* weight, void* out, int64_t out_stride) {
+  const int64_t split = std::clamp(pending_begin_, begin, end);
+  const auto norm_rows = [&](int64_t first, int64_t last, bool pending) {
+    if (first == last) return;
+    backend_.rms_norm({.dtype = spec_.dtype,
+                       .rows = last - first,
+                       .width = spec_.hidden_size,
+                       .x = at(work_.x, first, spec_.hidden_size),
+                       .x_stride = spec_.hidden_size,
+                       .delta = pending ? at(work_.z, first, work_.wide) : nullptr,
+                       .delta_stride = work_.wide,
+                       .delta_bias = pending ? pending_bias_ : nullptr,
+                       .weight = weight,
+                       .eps = static_cast<float>(spec_.rms_norm_eps),
+                       .out = out == nullptr ? nullptr : at(out, first - begin, out_stride),
+                       .out_stride = out_stride,
+                       .rstd = nullptr});
+  };
+  norm_rows(begin, split, false);
+  norm_rows(split, end, true);
+  pending_begin_ = std::max(pending_begin_, end);
+}
+
+void Prefill::gemm(int64_t rows, int64_t n, int64_t k, const void* a, int64_t a_stride, const Linear& w, void* out,
+                   int64_t out_stride) {
+  backend_.gemm({.dtype = spec_.dtype,
+                 .m = rows,
+                 .n = n,
+                 .k = k,
+                 .a = a,
+                 .a_stride = a_stride,
+                 .w = w.data,
+                 .w_stride = w.stride,
+                 .out = out,
+                 .out_stride = out_stride});
+}
+
+}  // namespace
+
+void prefill(const Model& model, const PrefillCall& call, Backend& backend, StageObserver& observer) {
+  Prefill(model, call, backend, observer).run();
+}
+
+}  // namespace pop

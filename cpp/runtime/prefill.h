@@ -1,0 +1,41 @@
+// Prefill-only pruning, once, for every backend: the layer-skipping loop.
+#pragma once
+
+#include <cstddef>
+
+#include "backend.h"
+#include "runtime/batch.h"
+#include "runtime/model.h"
+
+namespace pop {
+
+// Rows of the MLP's intermediate activations held at a time: with it, extra memory does not
+// grow with intermediate_size * prompt.
+inline constexpr int64_t kMlpChunkRows = 2048;
+
+// Told when a stage begins and ends, so that a profiler can show what ran.
+class StageObserver {
+ public:
+  virtual ~StageObserver() = default;
+  virtual void begin(const char* stage) = 0;
+  virtual void end() = 0;
+};
+
+struct PrefillCall {
+  const BatchLayout* layout;
+  const int64_t* ids;         // [packed rows], or null when `embeds` is given
+  const void* embeds;         // [packed rows, hidden_size] or null
+  int64_t embeds_stride;
+  const float *cos, *sin;     // [packed rows, >= rotary_dim / 2]
+  int64_t rope_stride;
+  CacheAddress address;
+  const LayerCache* caches;   // [num_layers]
+  void* hidden_states;        // [wanted rows, hidden_size]: the result, final norm applied
+  void* workspace;            // workspace_bytes(...) bytes, 64-byte aligned
+};
+
+size_t workspace_bytes(const Model& model, const BatchLayout& layout, const Backend& backend);
+
+void prefill(const Model& model, const PrefillCall& call, Backend& backend, StageObserver& observer);
+
+}  // namespace pop

@@ -1,0 +1,32 @@
+// The memory of one call, cut from a single allocation: made for the call, freed with it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "backend.h"
+#include "runtime/batch.h"
+#include "runtime/model.h"
+
+namespace pop {
+
+// Row r of a buffer belongs to row r of the batch; widths in elements.
+struct Workspace {
+  // With base null only `bytes` is meaningful.
+  Workspace(const Model& model, const BatchLayout& layout, const Backend& backend, void* base);
+
+  int64_t wide;      // max(hidden_size, q_dim)
+  void* x;           // [rows, hidden_size] residual stream
+  void* y;           // [rows, wide] input of the next GEMM: normalised rows or attention output
+  void* z;           // [rows, wide] output of a GEMM: q, or what is to be added to x
+  void* k;           // [rows, kv_dim]
+  void* v;           // [rows, kv_dim]
+  void* gate;        // [min(rows, kMlpChunkRows), intermediate_size]
+  void* up;          // the same
+  void* kv_project;  // KvProjectParams::workspace; shares memory with gate and up
+  float* cos;        // [rows, rotary_dim / 2]
+  float* sin;        // the same
+  size_t bytes;
+};
+
+}  // namespace pop

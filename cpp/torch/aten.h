@@ -1,0 +1,64 @@
+// Every aten operator this library calls, each under the schema it was written against.
+//
+// The dispatcher passes no argument count: an operator that gained an argument in another torch
+// would read past the stack, silently. `kSchemas` is what Python compares with the running torch
+// at import (python/pop_ext/_ops.py).
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+
+#include "backend.h"
+
+namespace pop::aten {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline constexpr const char* kSchemas =
+    "aten::mm.out(Tensor self, Tensor mat2, *, Tensor(a!) out) -> Tensor(a!)\n"
+    "aten::mul.Tensor(Tensor self, Tensor other) -> Tensor\n"
+    "aten::detach(Tensor(a) self) -> Tensor(a)";
+
+template <size_t N>
+inline Tensor call(const char* name, const char* overload, std::array<StableIValue, N> stack) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline void mm_out(const Tensor& self, const Tensor& mat2, const Tensor& out) {
+  using torch::stable::detail::from;
+  call("aten::mm", "out", std::array{from(self), from(mat2), from(out)});
+}
+
+inline Tensor mul(const Tensor& self, const Tensor& other) {
+  using torch::stable::detail::from;
+  return call("aten::mul", "Tensor", std::array{from(self), from(other)});
+}
+
+inline Tensor detach(const Tensor& self) {
+  return call("aten::detach", "", std::array{torch::stable::detail::from(self)});
+}
+
+inline ScalarType scalar_type(DType dtype) {
+  switch (dtype) {
+    case DType::f32: return ScalarType::Float;
+    case DType::bf16: return ScalarType::BFloat16;
+    case DType::f16: return ScalarType::Half;
+  }
+  throw std::invalid_argument("DType: expected f32, bf16 or f16");
+}
+
+// out = a . w^T on `device`, by the library behind aten's matmul.
+inline void matmul_nt(const GemmParams& p, torch::stable::Device device) {
+  const ScalarType dtype = scalar_type(p.dtype);
+  const auto view = [&](const void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
+    return torch::stable::from_blob(const_cast<void*>(data), {rows, cols}, {row_stride, col_stride}, device, dtype);
+  };
+  mm_out(view(p.a, p.m, p.k, p.a_stride, 1), view(p.w, p.k, p.n, 1, p.w_stride), view(p.out, p.m, p.n, p.out_stride, 1));
+}
+
+}  // namespace pop::aten

@@ -1,0 +1,49 @@
+// Checks on what an operator is given. Each throws std::runtime_error (Python: RuntimeError)
+// whose text names the operator, the argument, what was expected and what came.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "backend.h"
+
+namespace pop {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Args>
+std::string join(const Args&... args) {
+  std::ostringstream text;
+  (text << ... << args);
+  return text.str();
+}
+
+template <typename... Args>
+void check(bool ok, const Args&... message) {
+  if (!ok) throw std::runtime_error(join(message...));
+}
+
+std::string shape_of(const Tensor& tensor);  // "[2, 8, 64]"
+std::string device_of(const Tensor& tensor);
+DType dtype_of(const Tensor& tensor, const std::string& name);  // float32, bfloat16 or float16
+
+void check_dtype(const Tensor& tensor, DType dtype, const std::string& name);
+void check_same_device(const Tensor& tensor, const Tensor& like, const std::string& name);
+// -1 accepts any extent.
+void check_shape(const Tensor& tensor, const std::vector<int64_t>& shape, const std::string& name);
+void check_last_dim_contiguous(const Tensor& tensor, const std::string& name);
+
+// Reads an int32 tensor in host memory.
+std::vector<int64_t> read_lengths(const Tensor& tensor, int64_t count, const std::string& name);
+
+// No two of these tensors, and no two elements of one, share memory.
+void check_disjoint(const std::vector<Tensor>& tensors, const std::vector<std::string>& names);
+
+}  // namespace pop

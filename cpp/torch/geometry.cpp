@@ -1,0 +1,109 @@
+#include "torch/geometry.h"
+
+#include <algorithm>
+
+#include "torch/checks.h"
+
+namespace pop {
+
+namespace {
+
+std::vector<SequenceCall> read_sequences(const std::string& op, const Lengths& lengths, int64_t rows,
+                                         const Tensor* boundary, const Tensor* logits_to_keep) {
+  check(lengths.cu_seqlens.dim() == 1 && lengths.cu_seqlens.size(0) >= 2, op,
+        ": cu_seqlens: expected shape [batch + 1] with batch >= 1, got ", shape_of(lengths.cu_seqlens));
+  const int64_t batch = lengths.cu_seqlens.size(0) - 1;
+  const auto cu_seqlens = read_lengths(lengths.cu_seqlens, batch + 1, op + ": cu_seqlens");
+  const auto past = read_lengths(lengths.past_lens, batch, op + ": past_lens");
+  check(cu_seqlens.front() == 0 && cu_seqlens.back() == rows, op, ": cu_seqlens: expected to begin with 0 and end with ",
+        rows, " (the rows of the input), got ", cu_seqlens.front(), " and ", cu_seqlens.back());
+
+  std::vector<SequenceCall> sequences(batch);
+  for (int64_t i = 0; i < batch; ++i) {
+    const int64_t tokens = cu_seqlens[i + 1] - cu_seqlens[i];
+    check(tokens >= 1, op, ": cu_seqlens: expected at least 1 new token for sequence ", i, ", got ", tokens);
+    check(past[i] >= 0, op, ": past_lens: expected >= 0 for sequence ", i, ", got ", past[i]);
+    sequences[i] = {.tokens = tokens, .past = past[i], .boundary = tokens, .logits_to_keep = tokens};
+  }
+  if (boundary == nullptr) return sequences;
+
+  const auto boundaries = read_lengths(*boundary, batch, op + ": boundary");
+  const auto keeps = read_lengths(*logits_to_keep, batch, op + ": logits_to_keep");
+  for (int64_t i = 0; i < batch; ++i) {
+    SequenceCall& sequence = sequences[i];
+    for (const auto& [value, name] : {std::pair{boundaries[i], "boundary"}, std::pair{keeps[i], "logits_to_keep"}}) {
+      check(value >= 1 && value <= sequence.tokens, op, ": ", name, ": expected 1 to ", sequence.tokens,
+            " (the new tokens) for sequence ", i, ", got ", value);
+    }
+    sequence.boundary = std::max(boundaries[i], keeps[i]);
+    sequence.logits_to_keep = keeps[i];
+  }
+  return sequences;
+}
+
+}  // namespace
+
+Geometry::Geometry(const std::string& op, const Lengths& lengths, int64_t rows, const Tensor* boundary,
+                   const Tensor* logits_to_keep)
+    : sequences_(read_sequences(op, lengths, rows, boundary, logits_to_keep)),
+      layout_(sequences_),
+      start_(read_lengths(lengths.cache_start, static_cast<int64_t>(sequences_.size()), op + ": cache_start")) {
+  for (size_t i = 0; i < start_.size(); ++i) {
+    check(start_[i] >= 0, op, ": cache_start: expected >= 0 for sequence ", i, ", got ", start_[i]);
+  }
+  if (!lengths.slot_table.has_value()) return;
+
+  const Tensor& table = *lengths.slot_table;
+  const std::string name = op + ": slot_table";
+  check(table.is_cpu() && table.scalar_type() == ScalarType::Int, name, ": expected an int32 tensor on the CPU");
+  check_shape(table, {layout_.sequences, -1}, name);
+  slot_table_stride_ = table.size(1);
+  slot_table_.resize(table.numel());
+  const int32_t* data = static_cast<const int32_t*>(table.const_data_ptr());
+  for (int64_t i = 0; i < layout_.sequences; ++i) {
+    const SequenceCall& sequence = sequences_[i];
+    check(sequence.past + sequence.tokens <= slot_table_stride_, name, ": expected at least ",
+          sequence.past + sequence.tokens, " columns (past and new tokens of sequence ", i, "), got ",
+          slot_table_stride_);
+    for (int64_t p = 0; p < slot_table_stride_; ++p) {
+      slot_table_[i * slot_table_stride_ + p] = data[i * table.stride(0) + p * table.stride(1)];
+    }
+  }
+}
+
+CacheAddress Geometry::address() const {
+  return {.start = start_.data(),
+          .slot_table = slot_table_.empty() ? nullptr : slot_table_.data(),
+          .slot_table_stride = slot_table_stride_};
+}
+
+void Geometry::check_fits(const std::string& op, int64_t batch, int64_t capacity) const {
+  check(batch == layout_.sequences, op, ": key_cache: expected a batch of ", layout_.sequences,
+        " (cu_seqlens), got ", batch);
+  for (int64_t i = 0; i < layout_.sequences; ++i) {
+    const int64_t length = sequences_[i].past + sequences_[i].tokens;
+    if (slot_table_.empty()) {
+      check(start_[i] + length <= capacity, op, ": key_cache: expected capacity of at least ", start_[i] + length,
+            " (cache_start + past + new tokens of sequence ", i, "), got ", capacity);
+      continue;
+    }
+    for (int64_t p = 0; p < length; ++p) {
+      const int32_t slot = slot_table_[i * slot_table_stride_ + p];
+      check(slot >= 0 && slot < capacity, op, ": slot_table: expected slots from 0 to ", capacity - 1,
+            " for sequence ", i, ", got ", slot, " at position ", p);
+    }
+  }
+}
+
+std::pair<int64_t, int64_t> Geometry::written_slots(int64_t sequence) const {
+  const SequenceCall& call = sequences_[sequence];
+  int64_t begin = INT64_MAX, end = 0;
+  for (int64_t p = call.past; p < call.past + call.tokens; ++p) {
+    const int64_t slot = cache_slot(address(), sequence, p);
+    begin = std::min(begin, slot);
+    end = std::max(end, slot + 1);
+  }
+  return {begin, end};
+}
+
+}  // namespace pop

@@ -1,0 +1,41 @@
+// The operators of namespace `pop`: every schema, once. Implementations per dispatch key are
+// in ops_prefill.cpp and ops_kernels.cpp, fake kernels in python/pop_ext/_ops.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(pop, m) {
+  // A model: weights are shared, not copied; only the K/V weights of omitted layers are folded
+  // into new memory. The handle is freed by `unload`, and never reused.
+  m.def("load(str spec, str plan, Tensor[] weights) -> int");
+  m.def("unload(int model) -> ()");
+  m.def("info(int model) -> str");
+
+  // Prefill of packed sequences by the model's plan; hidden states of the wanted rows, final
+  // norm applied. See docs/ops.md.
+  m.def(
+      "prefill(int model, Tensor input, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens, "
+      "Tensor cache_start, Tensor boundary, Tensor logits_to_keep, Tensor(a!)[] key_cache, Tensor(b!)[] value_cache, "
+      "Tensor? slot_table=None, bool restore_on_error=True) -> Tensor");
+
+  // Building blocks.
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("add_rms_norm(Tensor(a!) x, Tensor delta, Tensor weight, float eps, Tensor? delta_bias=None) -> Tensor");
+  m.def(
+      "gated_act(Tensor gate, Tensor up, str activation=\"silu\", Tensor? gate_bias=None, Tensor? up_bias=None) "
+      "-> Tensor");
+  m.def(
+      "rope_cache_write(Tensor(a!) query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor cu_seqlens, "
+      "Tensor past_lens, Tensor cache_start, Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor? q_norm=None, "
+      "Tensor? k_norm=None, float norm_eps=1e-6, Tensor? slot_table=None) -> ()");
+  m.def(
+      "attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor past_lens, "
+      "Tensor cache_start, float scale, int window=0, Tensor? slot_table=None) -> Tensor");
+  m.def("fold_kv(Tensor[] k_proj, Tensor[] v_proj, Tensor[] input_norm) -> Tensor");
+  m.def(
+      "kv_project(Tensor hidden, Tensor weight, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens, "
+      "Tensor cache_start, float eps, Tensor(a!)[] key_cache, Tensor(b!)[] value_cache, Tensor[] k_bias=[], "
+      "Tensor[] v_bias=[], Tensor[] k_norm=[], Tensor? slot_table=None) -> ()");
+
+  // For the checks of python/pop_ext/_ops.py and `pop-ext info`.
+  m.def("aten_schemas() -> str");
+  m.def("cpu_isa() -> str");
+}

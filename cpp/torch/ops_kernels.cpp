@@ -1,0 +1,318 @@
+// The building blocks as operators: the backend's kernels, one call each.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/cpu_backend.h"
+#include "torch/aten.h"
+#include "torch/checks.h"
+#include "torch/geometry.h"
+#include "torch/registry.h"
+
+namespace pop {
+
+namespace {
+
+Backend& backend_of(const Tensor&) { return cpu::cpu_backend(); }
+
+// Any leading dimensions as rows; a copy only where they cannot be viewed as such.
+Tensor as_rows(const Tensor& tensor) {
+  const int64_t width = tensor.size(tensor.dim() - 1);
+  const Tensor rows = torch::stable::reshape(tensor, {-1, width});
+  return width <= 1 || rows.stride(1) == 1 ? rows : torch::stable::contiguous(rows);
+}
+
+const void* optional_vector(const std::optional<Tensor>& tensor, DType dtype, int64_t width, const std::string& name) {
+  if (!tensor.has_value()) return nullptr;
+  check_dtype(*tensor, dtype, name);
+  check_shape(*tensor, {width}, name);
+  check_last_dim_contiguous(*tensor, name);
+  return tensor->const_data_ptr();
+}
+
+Tensor empty_like_rows(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
+
+Tensor rms_norm(Tensor x, Tensor weight, double eps) {
+  const DType dtype = dtype_of(x, "pop::rms_norm: x");
+  check(x.dim() >= 1, "pop::rms_norm: x: expected at least 1 dimension, got 0");
+  const int64_t width = x.size(x.dim() - 1);
+  const void* gamma = optional_vector(weight, dtype, width, "pop::rms_norm: weight");
+  const Tensor rows = as_rows(x);
+  Tensor out = empty_like_rows(x);
+  backend_of(x).rms_norm({.dtype = dtype,
+                          .rows = rows.size(0),
+                          .width = width,
+                          .x = rows.mutable_data_ptr(),  // read only: there is no delta
+                          .x_stride = rows.stride(0),
+                          .delta = nullptr,
+                          .delta_stride = 0,
+                          .delta_bias = nullptr,
+                          .weight = gamma,
+                          .eps = static_cast<float>(eps),
+                          .out = out.mutable_data_ptr(),
+                          .out_stride = width,
+                          .rstd = nullptr});
+  return out;
+}
+
+Tensor add_rms_norm(Tensor x, Tensor delta, Tensor weight, double eps, std::optional<Tensor> delta_bias) {
+  const DType dtype = dtype_of(x, "pop::add_rms_norm: x");
+  check(x.dim() == 2, "pop::add_rms_norm: x: expected shape [rows, width], got ", shape_of(x));
+  const int64_t width = x.size(1);
+  check_last_dim_contiguous(x, "pop::add_rms_norm: x");
+  check_dtype(delta, dtype, "pop::add_rms_norm: delta");
+  check_shape(delta, {x.size(0), width}, "pop::add_rms_norm: delta");
+  check_last_dim_contiguous(delta, "pop::add_rms_norm: delta");
+  const void* gamma = optional_vector(weight, dtype, width, "pop::add_rms_norm: weight");
+  const void* bias = optional_vector(delta_bias, dtype, width, "pop::add_rms_norm: delta_bias");
+  Tensor out = empty_like_rows(x);
+  backend_of(x).rms_norm({.dtype = dtype,
+                          .rows = x.size(0),
+                          .width = width,
+                          .x = x.mutable_data_ptr(),
+                          .x_stride = x.stride(0),
+                          .delta = delta.const_data_ptr(),
+                          .delta_stride = delta.stride(0),
+                          .delta_bias = bias,
+                          .weight = gamma,
+                          .eps = static_cast<float>(eps),
+                          .out = out.mutable_data_ptr(),
+                          .out_stride = width,
+                          .rstd = nullptr});
+  return out;
+}
+
+Tensor gated_act(Tensor gate, Tensor up, std::string activation, std::optional<Tensor> gate_bias,
+                 std::optional<Tensor> up_bias) {
+  const DType dtype = dtype_of(gate, "pop::gated_act: gate");
+  check(gate.dim() >= 1, "pop::gated_act: gate: expected at least 1 dimension, got 0");
+  check_dtype(up, dtype, "pop::gated_act: up");
+  check_shape(up, std::vector<int64_t>(gate.sizes().begin(), gate.sizes().end()), "pop::gated_act: up");
+  const int64_t width = gate.size(gate.dim() - 1);
+  Tensor out = empty_like_rows(gate);
+  torch::stable::copy_(out, gate);
+  const Tensor up_rows = as_rows(up);
+  backend_of(gate).gated_act(
+      {.dtype = dtype,
+       .activation = parse_activation(activation),
+       .rows = up_rows.size(0),
+       .width = width,
+       .gate = out.mutable_data_ptr(),
+       .gate_stride = width,
+       .up = up_rows.const_data_ptr(),
+       .up_stride = up_rows.stride(0),
+       .gate_bias = optional_vector(gate_bias, dtype, width, "pop::gated_act: gate_bias"),
+       .up_bias = optional_vector(up_bias, dtype, width, "pop::gated_act: up_bias")});
+  return out;
+}
+
+CacheStrides strides_of(const Tensor& cache) {
+  return {.batch = cache.stride(0), .head = cache.stride(1), .slot = cache.stride(2)};
+}
+
+// Checks a pair of caches [batch, kv_heads, capacity, head_dim] of one layer.
+LayerCache check_cache(const std::string& op, const Geometry& geometry, const Tensor& key, const Tensor& value,
+                       DType dtype, int64_t kv_heads, int64_t head_dim) {
+  for (const auto& [cache, name] : {std::pair{&key, "key_cache"}, std::pair{&value, "value_cache"}}) {
+    check_dtype(*cache, dtype, join(op, ": ", name));
+    check_shape(*cache, {-1, kv_heads, -1, head_dim}, join(op, ": ", name));
+    check_last_dim_contiguous(*cache, join(op, ": ", name));
+    geometry.check_fits(op, cache->size(0), cache->size(2));
+  }
+  return {.key = key.mutable_data_ptr(),
+          .value = value.mutable_data_ptr(),
+          .key_strides = strides_of(key),
+          .value_strides = strides_of(value)};
+}
+
+// cos and sin of a building block, as the kernels read them: float32 [rows, rotary_dim / 2].
+struct RopeTables {
+  RopeTables(const std::string& op, const Tensor& cos_rows, const Tensor& sin_rows, int64_t rows, int64_t head_dim) {
+    check_shape(cos_rows, {rows, -1}, op + ": cos");
+    rotary_dim = cos_rows.size(1);
+    check(rotary_dim % 2 == 0 && rotary_dim <= head_dim, op, ": cos: expected shape [", rows,
+          ", rotary_dim] with an even rotary_dim <= ", head_dim, ", got ", shape_of(cos_rows));
+    check_shape(sin_rows, {rows, rotary_dim}, op + ": sin");
+    cos = half_of(cos_rows);
+    sin = half_of(sin_rows);
+  }
+
+  Batch batch(const Geometry& geometry) const {
+    const BatchLayout& layout = geometry.layout();
+    return {.rows = layout.rows,
+            .sequences = layout.sequences,
+            .row_sequence = layout.row_sequence.data(),
+            .row_position = layout.row_position.data(),
+            .row_source = layout.row_source.data(),
+            .cos = static_cast<const float*>(cos.const_data_ptr()),
+            .sin = static_cast<const float*>(sin.const_data_ptr()),
+            .address = geometry.address()};
+  }
+
+  int64_t rotary_dim;
+  Tensor cos;
+  Tensor sin;
+
+ private:
+  Tensor half_of(const Tensor& table) const {
+    Tensor rows = table;
+    return torch::stable::contiguous(
+        torch::stable::to(torch::stable::narrow(rows, 1, 0, rotary_dim / 2), ScalarType::Float));
+  }
+};
+
+void rope_cache_write(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor cu_seqlens,
+                      Tensor past_lens, Tensor cache_start, Tensor key_cache, Tensor value_cache,
+                      std::optional<Tensor> q_norm, std::optional<Tensor> k_norm, double norm_eps,
+                      std::optional<Tensor> slot_table) {
+  const std::string op = "pop::rope_cache_write";
+  const DType dtype = dtype_of(query, op + ": query");
+  check_shape(query, {-1, -1, -1}, op + ": query");
+  const int64_t rows = query.size(0), heads = query.size(1), head_dim = query.size(2);
+  check_shape(key, {rows, -1, head_dim}, op + ": key");
+  const int64_t kv_heads = key.size(1);
+  check_shape(value, {rows, kv_heads, head_dim}, op + ": value");
+  check_dtype(key, dtype, op + ": key");
+  check_dtype(value, dtype, op + ": value");
+  check(query.stride(2) == 1 && query.stride(1) == head_dim, op,
+        ": query: expected contiguous heads and channels, got strides ", query.stride(1), " and ", query.stride(2));
+  const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table}, rows, nullptr, nullptr);
+  const LayerCache cache = check_cache(op, geometry, key_cache, value_cache, dtype, kv_heads, head_dim);
+  const RopeTables rope(op, cos, sin, rows, head_dim);
+  const Batch batch = rope.batch(geometry);
+  const Tensor key_rows = torch::stable::contiguous(key), value_rows = torch::stable::contiguous(value);
+  backend_of(query).rope_cache_write({.dtype = dtype,
+                                      .heads = heads,
+                                      .kv_heads = kv_heads,
+                                      .head_dim = head_dim,
+                                      .rotary_dim = rope.rotary_dim,
+                                      .first_row = 0,
+                                      .rows = rows,
+                                      .q = query.mutable_data_ptr(),
+                                      .q_stride = query.stride(0),
+                                      .k = key_rows.const_data_ptr(),
+                                      .v = value_rows.const_data_ptr(),
+                                      .kv_stride = kv_heads * head_dim,
+                                      .q_bias = nullptr,
+                                      .k_bias = nullptr,
+                                      .v_bias = nullptr,
+                                      .q_norm = optional_vector(q_norm, dtype, head_dim, op + ": q_norm"),
+                                      .k_norm = optional_vector(k_norm, dtype, head_dim, op + ": k_norm"),
+                                      .norm_eps = static_cast<float>(norm_eps),
+                                      .row_scale = nullptr,
+                                      .batch = &batch,
+                                      .cache = cache});
+}
+
+Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor past_lens,
+                 Tensor cache_start, double scale, int64_t window, std::optional<Tensor> slot_table) {
+  const std::string op = "pop::attention";
+  const DType dtype = dtype_of(query, op + ": query");
+  check_shape(query, {-1, -1, -1}, op + ": query");
+  const int64_t rows = query.size(0), heads = query.size(1), head_dim = query.size(2);
+  check(query.stride(2) == 1 && query.stride(1) == head_dim, op,
+        ": query: expected contiguous heads and channels, got strides ", query.stride(1), " and ", query.stride(2));
+  check(window >= 0, op, ": window: expected >= 0 (0: no window), got ", window);
+  check_shape(key_cache, {-1, -1, -1, head_dim}, op + ": key_cache");
+  const int64_t kv_heads = key_cache.size(1);
+  check(kv_heads >= 1 && heads % kv_heads == 0, op, ": query: expected a multiple of ", kv_heads,
+        " heads (those of key_cache), got ", heads);
+  const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table}, rows, nullptr, nullptr);
+  const LayerCache cache = check_cache(op, geometry, key_cache, value_cache, dtype, kv_heads, head_dim);
+  Tensor out = torch::stable::new_empty(query, {rows, heads, head_dim});
+  const std::vector<Segment> segments = geometry.layout().segments_from(0);
+  backend_of(query).attention({.dtype = dtype,
+                               .heads = heads,
+                               .kv_heads = kv_heads,
+                               .head_dim = head_dim,
+                               .scale = static_cast<float>(scale),
+                               .window = window,
+                               .segments = segments.data(),
+                               .num_segments = static_cast<int64_t>(segments.size()),
+                               .first_row = 0,
+                               .q = query.const_data_ptr(),
+                               .q_stride = query.stride(0),
+                               .out = out.mutable_data_ptr(),
+                               .out_stride = heads * head_dim,
+                               .cache = cache,
+                               .address = geometry.address()});
+  return out;
+}
+
+std::vector<const void*> layer_vectors(const std::vector<Tensor>& tensors, size_t layers, DType dtype, int64_t width,
+                                       const std::string& name) {
+  check(tensors.empty() || tensors.size() == layers, name, ": expected none or ", layers, " tensors, got ",
+        tensors.size());
+  std::vector<const void*> data;
+  for (const Tensor& tensor : tensors) data.push_back(optional_vector(tensor, dtype, width, name));
+  return data;
+}
+
+void kv_project(Tensor hidden, Tensor weight, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens,
+                Tensor cache_start, double eps, std::vector<Tensor> key_cache, std::vector<Tensor> value_cache,
+                std::vector<Tensor> k_bias, std::vector<Tensor> v_bias, std::vector<Tensor> k_norm,
+                std::optional<Tensor> slot_table) {
+  const std::string op = "pop::kv_project";
+  const DType dtype = dtype_of(hidden, op + ": hidden");
+  check_shape(hidden, {-1, -1}, op + ": hidden");
+  check_last_dim_contiguous(hidden, op + ": hidden");
+  const int64_t rows = hidden.size(0), hidden_size = hidden.size(1);
+  const size_t layers = key_cache.size();
+  check(layers >= 1 && value_cache.size() == layers, op, ": value_cache: expected ", layers,
+        " tensors like key_cache (at least 1), got ", value_cache.size());
+  check_shape(key_cache.front(), {-1, -1, -1, -1}, op + ": key_cache");
+  const int64_t kv_heads = key_cache.front().size(1), head_dim = key_cache.front().size(3);
+  const int64_t kv_dim = kv_heads * head_dim;
+  check_dtype(weight, dtype, op + ": weight");
+  check_shape(weight, {static_cast<int64_t>(layers) * 2 * kv_dim, hidden_size}, op + ": weight");
+  check(weight.is_contiguous(), op, ": weight: expected a contiguous tensor");
+  const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table}, rows, nullptr, nullptr);
+  std::vector<LayerCache> caches;
+  for (size_t i = 0; i < layers; ++i) {
+    caches.push_back(check_cache(op, geometry, key_cache[i], value_cache[i], dtype, kv_heads, head_dim));
+  }
+  const RopeTables rope(op, cos, sin, rows, head_dim);
+  const Batch batch = rope.batch(geometry);
+  const auto k_biases = layer_vectors(k_bias, layers, dtype, kv_dim, op + ": k_bias");
+  const auto v_biases = layer_vectors(v_bias, layers, dtype, kv_dim, op + ": v_bias");
+  const auto k_norms = layer_vectors(k_norm, layers, dtype, head_dim, op + ": k_norm");
+  Backend& backend = backend_of(hidden);
+  const size_t bytes =
+      backend.kv_project_workspace(dtype, rows, hidden_size, static_cast<int64_t>(layers), kv_dim);
+  const Tensor workspace = torch::stable::new_empty(hidden, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  backend.kv_project({.dtype = dtype,
+                      .rows = rows,
+                      .hidden_size = hidden_size,
+                      .kv_heads = kv_heads,
+                      .head_dim = head_dim,
+                      .rotary_dim = rope.rotary_dim,
+                      .x = hidden.const_data_ptr(),
+                      .x_stride = hidden.stride(0),
+                      .layers = static_cast<int64_t>(layers),
+                      .weight = weight.const_data_ptr(),
+                      .k_bias = k_biases.empty() ? nullptr : k_biases.data(),
+                      .v_bias = v_biases.empty() ? nullptr : v_biases.data(),
+                      .k_norm = k_norms.empty() ? nullptr : k_norms.data(),
+                      .eps = static_cast<float>(eps),
+                      .batch = &batch,
+                      .caches = caches.data(),
+                      .workspace = workspace.mutable_data_ptr()});
+}
+
+Tensor fold_kv_op(std::vector<Tensor> k_proj, std::vector<Tensor> v_proj, std::vector<Tensor> input_norm) {
+  return fold_kv(k_proj, v_proj, input_norm);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pop, CompositeExplicitAutograd, m) { m.impl("fold_kv", TORCH_BOX(&fold_kv_op)); }
+
+STABLE_TORCH_LIBRARY_IMPL(pop, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  m.impl("gated_act", TORCH_BOX(&gated_act));
+  m.impl("rope_cache_write", TORCH_BOX(&rope_cache_write));
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("kv_project", TORCH_BOX(&kv_project));
+}
+
+}  // namespace pop

@@ -1,0 +1,187 @@
+// pop::load, unload, info and prefill.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/cpu_backend.h"
+#include "cpu/kernels.h"
+#include "torch/aten.h"
+#include "torch/checks.h"
+#include "torch/geometry.h"
+#include "torch/profile.h"
+#include "torch/registry.h"
+
+namespace pop {
+
+namespace {
+
+constexpr const char* kOp = "pop::prefill";
+
+int64_t load(std::string spec, std::string plan, std::vector<Tensor> weights) {
+  const ModelSpec parsed = ModelSpec::from_json(spec);
+  return register_model(std::make_shared<LoadedModel>(parsed, Plan::from_json(plan), std::move(weights)));
+}
+
+void unload(int64_t model) { unregister_model(model); }
+
+std::string info(int64_t handle) {
+  const auto loaded = find_model(handle);
+  return join("{\"spec\": ", loaded->model().spec.to_json(), ", \"plan\": ", loaded->model().plan.to_json(),
+              ", \"extra_bytes\": ", loaded->extra_bytes(), "}");
+}
+
+// The caches as the runtime sees them, checked.
+std::vector<LayerCache> layer_caches(const ModelSpec& spec, const Geometry& geometry, const std::vector<Tensor>& keys,
+                                     const std::vector<Tensor>& values, const Tensor& like) {
+  std::vector<Tensor> all;
+  std::vector<std::string> names;
+  for (const auto& [caches, name] : {std::pair{&keys, "key_cache"}, std::pair{&values, "value_cache"}}) {
+    check(static_cast<int64_t>(caches->size()) == spec.num_layers, kOp, ": ", name, ": expected ", spec.num_layers,
+          " tensors (one a layer), got ", caches->size());
+    for (size_t layer = 0; layer < caches->size(); ++layer) {
+      const Tensor& cache = (*caches)[layer];
+      names.push_back(join(kOp, ": ", name, "[", layer, "]"));
+      check_same_device(cache, like, names.back());
+      check_dtype(cache, spec.dtype, names.back());
+      check_shape(cache, {-1, spec.num_kv_heads, -1, spec.head_dim}, names.back());
+      check_last_dim_contiguous(cache, names.back());
+      geometry.check_fits(kOp, cache.size(0), cache.size(2));
+      all.push_back(cache);
+    }
+  }
+  check_disjoint(all, names);
+
+  const auto strides = [](const Tensor& cache) {
+    return CacheStrides{.batch = cache.stride(0), .head = cache.stride(1), .slot = cache.stride(2)};
+  };
+  std::vector<LayerCache> caches;
+  for (int64_t layer = 0; layer < spec.num_layers; ++layer) {
+    caches.push_back({.key = keys[layer].mutable_data_ptr(),
+                      .value = values[layer].mutable_data_ptr(),
+                      .key_strides = strides(keys[layer]),
+                      .value_strides = strides(values[layer])});
+  }
+  return caches;
+}
+
+// Remembers what a call is about to overwrite, and puts it back unless the call is kept.
+class CacheGuard {
+ public:
+  CacheGuard(bool enabled, const Geometry& geometry, const std::vector<Tensor>& keys, const std::vector<Tensor>& values) {
+    if (!enabled) return;
+    for (const auto* caches : {&keys, &values}) {
+      for (const Tensor& cache : *caches) {
+        for (int64_t i = 0; i < geometry.layout().sequences; ++i) {
+          const auto [begin, end] = geometry.written_slots(i);
+          Tensor sequence = torch::stable::select(cache, 0, i);
+          written_.push_back(torch::stable::narrow(sequence, 1, begin, end - begin));
+          saved_.push_back(torch::stable::clone(written_.back()));
+        }
+      }
+    }
+  }
+  CacheGuard(const CacheGuard&) = delete;
+  CacheGuard& operator=(const CacheGuard&) = delete;
+  ~CacheGuard() {
+    for (size_t i = 0; i < saved_.size(); ++i) torch::stable::copy_(written_[i], saved_[i]);
+  }
+
+  void keep() { saved_.clear(); }
+
+ private:
+  std::vector<Tensor> written_;
+  std::vector<Tensor> saved_;
+};
+
+// Packed ids as int64, in range; undefined for embeddings.
+std::optional<Tensor> check_input(const ModelSpec& spec, const Tensor& input, const Tensor& like) {
+  const std::string name = join(kOp, ": input");
+  check_same_device(input, like, name);
+  if (input.dim() == 2) {
+    check_dtype(input, spec.dtype, name + " (embeddings)");
+    check_shape(input, {-1, spec.hidden_size}, name + " (embeddings)");
+    check_last_dim_contiguous(input, name + " (embeddings)");
+    return std::nullopt;
+  }
+  check(input.dim() == 1, name, ": expected ids [rows] or embeddings [rows, ", spec.hidden_size, "], got ",
+        shape_of(input));
+  check(input.scalar_type() == ScalarType::Long || input.scalar_type() == ScalarType::Int, name,
+        ": expected ids of dtype int64 or int32, got another dtype");
+  const Tensor ids = torch::stable::contiguous(torch::stable::to(input, ScalarType::Long));
+  const int64_t* data = static_cast<const int64_t*>(ids.const_data_ptr());
+  for (int64_t row = 0; row < ids.numel(); ++row) {
+    check(data[row] >= 0 && data[row] < spec.vocab_size, name, ": expected ids from 0 to ", spec.vocab_size - 1,
+          ", got ", data[row], " at row ", row);
+  }
+  return ids;
+}
+
+// float32 rows of at least rotary_dim / 2 values: the halves of a row repeat each other.
+Tensor check_rope(const ModelSpec& spec, const Tensor& table, int64_t rows, const Tensor& like, const char* argument) {
+  const std::string name = join(kOp, ": ", argument);
+  check_same_device(table, like, name);
+  dtype_of(table, name);
+  check(table.dim() == 2 && table.size(0) == rows &&
+            (table.size(1) == spec.rotary_dim || table.size(1) == spec.rotary_dim / 2),
+        name, ": expected shape [", rows, ", ", spec.rotary_dim, "] or [", rows, ", ", spec.rotary_dim / 2, "], got ",
+        shape_of(table));
+  return torch::stable::contiguous(torch::stable::to(table, ScalarType::Float));
+}
+
+Tensor prefill(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens,
+               Tensor cache_start, Tensor boundary, Tensor logits_to_keep, std::vector<Tensor> key_cache,
+               std::vector<Tensor> value_cache, std::optional<Tensor> slot_table, bool restore_on_error) {
+  const auto loaded = find_model(handle);
+  const Model& model = loaded->model();
+  const ModelSpec& spec = model.spec;
+  const Tensor& like = loaded->embed_tokens();
+  loaded->check_current();
+  const std::optional<Tensor> ids = check_input(spec, input, like);
+  const int64_t rows = input.size(0);
+  const Tensor cos_rows = check_rope(spec, cos, rows, like, "cos");
+  const Tensor sin_rows = check_rope(spec, sin, rows, like, "sin");
+  check_shape(sin_rows, {rows, cos_rows.size(1)}, join(kOp, ": sin"));
+  const Geometry geometry(kOp, {cu_seqlens, past_lens, cache_start, slot_table}, rows, &boundary, &logits_to_keep);
+  const std::vector<LayerCache> caches = layer_caches(spec, geometry, key_cache, value_cache, like);
+
+  Backend& backend = cpu::cpu_backend();
+  const BatchLayout& layout = geometry.layout();
+  // Everything is allocated before the first cache write: running out of memory changes nothing.
+  const Tensor hidden = torch::stable::new_empty(like, {layout.rows - layout.wanted_begin, spec.hidden_size});
+  const Tensor workspace = torch::stable::new_empty(
+      like, {static_cast<int64_t>(workspace_bytes(model, layout, backend))}, ScalarType::Byte);
+  CacheGuard guard(restore_on_error, geometry, key_cache, value_cache);
+  ProfilerStages stages;
+  pop::prefill(model,
+               {.layout = &layout,
+                .ids = ids.has_value() ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr,
+                .embeds = ids.has_value() ? nullptr : input.const_data_ptr(),
+                .embeds_stride = input.stride(0),
+                .cos = static_cast<const float*>(cos_rows.const_data_ptr()),
+                .sin = static_cast<const float*>(sin_rows.const_data_ptr()),
+                .rope_stride = cos_rows.size(1),
+                .address = geometry.address(),
+                .caches = caches.data(),
+                .hidden_states = hidden.mutable_data_ptr(),
+                .workspace = workspace.mutable_data_ptr()},
+               backend, stages);
+  guard.keep();
+  return hidden;
+}
+
+std::string aten_schemas() { return aten::kSchemas; }
+
+std::string cpu_isa() { return cpu::kernels().name; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pop, CompositeExplicitAutograd, m) {
+  m.impl("load", TORCH_BOX(&load));
+  m.impl("unload", TORCH_BOX(&unload));
+  m.impl("info", TORCH_BOX(&info));
+  m.impl("aten_schemas", TORCH_BOX(&aten_schemas));
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pop, CPU, m) { m.impl("prefill", TORCH_BOX(&prefill)); }
+
+}  // namespace pop

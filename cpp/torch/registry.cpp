@@ -1,0 +1,206 @@
+#include "torch/registry.h"
+
+#include <cstring>
+#include <mutex>
+#include <unordered_map>
+
+#include "torch/aten.h"
+#include "torch/checks.h"
+
+namespace pop {
+
+namespace {
+
+constexpr const char* kRefresh = "call native.refresh() (or load the model again)";
+
+// A hash of up to 64 elements spread over a tensor in host memory: notices a change made
+// through `.data`, which leaves the version counter alone.
+uint64_t sample_of(const Tensor& tensor) {
+  if (!tensor.is_cpu() || tensor.numel() == 0) return 0;
+  constexpr int64_t kSamples = 64;
+  const int64_t element = element_size(dtype_of(tensor, "weight"));
+  const char* data = static_cast<const char*>(tensor.const_data_ptr());
+  const int64_t cols = tensor.size(tensor.dim() - 1);
+  const int64_t row_stride = tensor.dim() > 1 ? tensor.stride(0) : 0;
+  uint64_t hash = 0xcbf29ce484222325ull;  // FNV-1a
+  for (int64_t i = 0; i < kSamples; ++i) {
+    const int64_t index = (tensor.numel() - 1) * i / (kSamples - 1);
+    const char* bytes = data + ((index / cols) * row_stride + index % cols) * element;
+    for (int64_t b = 0; b < element; ++b) hash = (hash ^ static_cast<unsigned char>(bytes[b])) * 0x100000001b3ull;
+  }
+  return hash;
+}
+
+bool is_folded(const std::string& name) {
+  return name.ends_with(".k_proj") || name.ends_with(".v_proj") || name.ends_with(".input_norm");
+}
+
+struct Registry {
+  std::mutex mutex;
+  std::unordered_map<int64_t, std::shared_ptr<const LoadedModel>> models;
+  int64_t next_handle = 1;
+};
+
+Registry& registry() {
+  static Registry instance;
+  return instance;
+}
+
+}  // namespace
+
+Tensor fold_kv(const std::vector<Tensor>& k_proj, const std::vector<Tensor>& v_proj,
+               const std::vector<Tensor>& input_norm) {
+  check(!k_proj.empty() && k_proj.size() == v_proj.size() && k_proj.size() == input_norm.size(),
+        "pop::fold_kv: expected k_proj, v_proj and input_norm of one length > 0, got ", k_proj.size(), ", ",
+        v_proj.size(), " and ", input_norm.size());
+  const Tensor& first = k_proj.front();
+  const DType dtype = dtype_of(first, "pop::fold_kv: k_proj[0]");
+  check_shape(first, {-1, -1}, "pop::fold_kv: k_proj[0]");
+  const int64_t kv_dim = first.size(0), hidden = first.size(1);
+  const int64_t count = static_cast<int64_t>(k_proj.size());
+  Tensor stack = torch::stable::new_empty(first, {count * 2 * kv_dim, hidden});
+  int64_t row = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const std::string at = join("[", i, "]");
+    check_dtype(input_norm[i], dtype, "pop::fold_kv: input_norm" + at);
+    check_shape(input_norm[i], {hidden}, "pop::fold_kv: input_norm" + at);
+    const Tensor gamma = torch::stable::to(aten::detach(input_norm[i]), ScalarType::Float);
+    for (const auto& [weight, name] : {std::pair{&k_proj[i], "k_proj"}, std::pair{&v_proj[i], "v_proj"}}) {
+      check_dtype(*weight, dtype, join("pop::fold_kv: ", name, at));
+      check_shape(*weight, {kv_dim, hidden}, join("pop::fold_kv: ", name, at));
+      // In float32, so that the fold rounds once.
+      const Tensor folded = aten::mul(torch::stable::to(aten::detach(*weight), ScalarType::Float), gamma);
+      Tensor rows = torch::stable::narrow(stack, 0, row, kv_dim);
+      torch::stable::copy_(rows, folded);
+      row += kv_dim;
+    }
+  }
+  return stack;
+}
+
+LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Tensor> weights)
+    : slots_(spec.weight_slots()), weights_(std::move(weights)) {
+  check(plan.num_layers == spec.num_layers, "pop::load: plan: expected num_layers ", spec.num_layers,
+        " like the model, got ", plan.num_layers);
+  check(weights_.size() == slots_.size(), "pop::load: weights: expected ", slots_.size(), " tensors, got ",
+        weights_.size());
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    const std::string name = "pop::load: weight " + slots_[i].name;
+    check_dtype(weights_[i], spec.dtype, name);
+    check_shape(weights_[i], slots_[i].shape, name);
+    check_same_device(weights_[i], weights_.front(), name);
+    check_last_dim_contiguous(weights_[i], name);
+  }
+  model_.spec = spec;
+  model_.plan = plan;
+  model_.embed_tokens = {weight("embed_tokens")->const_data_ptr(), weight("embed_tokens")->stride(0)};
+  model_.norm = weight("norm")->const_data_ptr();
+  model_.layers.resize(spec.num_layers);
+  for (int64_t layer = 0; layer < spec.num_layers; ++layer) set_layer(layer);
+  for (const LayerRange& layers : plan.projected_runs()) fold(layers);
+  stamps_.reserve(slots_.size());
+  for (size_t i = 0; i < slots_.size(); ++i) stamps_.push_back(stamp_of(i));
+}
+
+const Tensor* LoadedModel::weight(const std::string& name) const {
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    if (slots_[i].name == name) return &weights_[i];
+  }
+  return nullptr;
+}
+
+void LoadedModel::set_layer(int64_t layer) {
+  const std::string prefix = join("layers.", layer, ".");
+  const auto vector = [&](const char* name) -> const void* {
+    const Tensor* tensor = weight(prefix + name);
+    return tensor == nullptr ? nullptr : tensor->const_data_ptr();
+  };
+  const auto linear = [&](const char* name) -> Linear {
+    const Tensor* tensor = weight(prefix + name);
+    return {tensor->const_data_ptr(), tensor->stride(0)};
+  };
+  model_.layers[layer] = {.input_norm = vector("input_norm"),
+                          .post_norm = vector("post_norm"),
+                          .q_proj = linear("q_proj"),
+                          .k_proj = linear("k_proj"),
+                          .v_proj = linear("v_proj"),
+                          .o_proj = linear("o_proj"),
+                          .q_bias = vector("q_bias"),
+                          .k_bias = vector("k_bias"),
+                          .v_bias = vector("v_bias"),
+                          .o_bias = vector("o_bias"),
+                          .q_norm = vector("q_norm"),
+                          .k_norm = vector("k_norm"),
+                          .gate_proj = linear("gate_proj"),
+                          .up_proj = linear("up_proj"),
+                          .down_proj = linear("down_proj"),
+                          .gate_bias = vector("gate_bias"),
+                          .up_bias = vector("up_bias"),
+                          .down_bias = vector("down_bias")};
+}
+
+void LoadedModel::fold(LayerRange layers) {
+  std::vector<Tensor> k, v, gamma;
+  RunWeights run{.layers = layers, .stack = nullptr, .k_bias = {}, .v_bias = {}, .k_norm = {}};
+  for (int64_t layer = layers.begin; layer < layers.end; ++layer) {
+    const std::string prefix = join("layers.", layer, ".");
+    k.push_back(*weight(prefix + "k_proj"));
+    v.push_back(*weight(prefix + "v_proj"));
+    gamma.push_back(*weight(prefix + "input_norm"));
+    run.k_bias.push_back(model_.layers[layer].k_bias);
+    run.v_bias.push_back(model_.layers[layer].v_bias);
+    run.k_norm.push_back(model_.layers[layer].k_norm);
+  }
+  const Tensor stack = fold_kv(k, v, gamma);
+  run.stack = stack.const_data_ptr();
+  extra_bytes_ += stack.numel() * element_size(model_.spec.dtype);
+  stacks_.push_back(stack);
+  model_.runs.push_back(std::move(run));
+}
+
+LoadedModel::Stamp LoadedModel::stamp_of(size_t index) const {
+  const Tensor& tensor = weights_[index];
+  bool folded = false;
+  for (const RunWeights& run : model_.runs) {
+    const bool in_run = slots_[index].layer >= run.layers.begin && slots_[index].layer < run.layers.end;
+    folded = folded || (in_run && is_folded(slots_[index].name));
+  }
+  return {.data = tensor.const_data_ptr(),
+          .dtype = static_cast<int32_t>(tensor.scalar_type()),
+          .folded = folded,
+          .sample = folded ? sample_of(tensor) : 0};
+}
+
+void LoadedModel::check_current() const {
+  for (size_t i = 0; i < weights_.size(); ++i) {
+    const Tensor& tensor = weights_[i];
+    const Stamp& stamp = stamps_[i];
+    const bool in_place = tensor.const_data_ptr() == stamp.data &&
+                          static_cast<int32_t>(tensor.scalar_type()) == stamp.dtype;
+    check(in_place, "pop::prefill: weight ", slots_[i].name,
+          ": expected the memory and dtype it was loaded with, got others; ", kRefresh);
+    check(!stamp.folded || sample_of(tensor) == stamp.sample, "pop::prefill: weight ", slots_[i].name,
+          ": expected the values it was loaded with (they are folded into the K/V projection), got others; ", kRefresh);
+  }
+}
+
+int64_t register_model(std::shared_ptr<const LoadedModel> model) {
+  std::lock_guard lock(registry().mutex);
+  const int64_t handle = registry().next_handle++;
+  registry().models.emplace(handle, std::move(model));
+  return handle;
+}
+
+std::shared_ptr<const LoadedModel> find_model(int64_t handle) {
+  std::lock_guard lock(registry().mutex);
+  const auto found = registry().models.find(handle);
+  check(found != registry().models.end(), "pop: model: expected a handle of pop::load that was not freed, got ", handle);
+  return found->second;
+}
+
+void unregister_model(int64_t handle) {
+  std::lock_guard lock(registry().mutex);
+  check(registry().models.erase(handle) == 1, "pop::unload: model: expected a handle that was not freed, got ", handle);
+}
+
+}  // namespace pop

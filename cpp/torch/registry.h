@@ -1,0 +1,60 @@
+// Models behind the integer handles of `pop::load`.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "runtime/model.h"
+
+namespace pop {
+
+using torch::stable::Tensor;
+
+// Keeps the weights alive, shared with whoever passed them, and owns the folded stacks.
+class LoadedModel {
+ public:
+  LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Tensor> weights);
+
+  const Model& model() const { return model_; }
+  const Tensor& embed_tokens() const { return weights_.front(); }
+  int64_t extra_bytes() const { return extra_bytes_; }  // of the folded stacks
+
+  // Throws if a weight's memory, dtype, device or shape is not what it was at load, or if a
+  // sample of what was folded has changed.
+  void check_current() const;
+
+ private:
+  struct Stamp {
+    const void* data;
+    int32_t dtype;
+    bool folded;
+    uint64_t sample;  // of folded weights in host memory
+  };
+
+  Stamp stamp_of(size_t index) const;
+  const Tensor* weight(const std::string& name) const;
+  void set_layer(int64_t layer);
+  void fold(LayerRange layers);
+
+  std::vector<WeightSlot> slots_;
+  std::vector<Tensor> weights_;  // in the order of slots_
+  std::vector<Tensor> stacks_;
+  std::vector<Stamp> stamps_;
+  Model model_;
+  int64_t extra_bytes_ = 0;
+};
+
+// Handles are never reused. A model lives on while a call that uses it runs.
+int64_t register_model(std::shared_ptr<const LoadedModel> model);
+std::shared_ptr<const LoadedModel> find_model(int64_t handle);  // throws on a freed or unknown handle
+void unregister_model(int64_t handle);
+
+// [layers * 2 * kv_dim, hidden_size]: K and V weights of each layer, times its input norm.
+Tensor fold_kv(const std::vector<Tensor>& k_proj, const std::vector<Tensor>& v_proj,
+               const std::vector<Tensor>& input_norm);
+
+}  // namespace pop

@@ -1,0 +1,147 @@
+"""Loads the operator library and gives its operators their fake kernels.
+
+Importing this module registers ``torch.ops.pop.*``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+_LIBRARY = Path(__file__).with_name("_ops.so")
+
+
+def _load_library() -> None:
+    if not _LIBRARY.exists():
+        raise ImportError(
+            f"pop_ext was installed without its operator library: expected {_LIBRARY}. "
+            "Install with `pip install .`, or build in place with `make dev`."
+        )
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        raise ImportError(
+            f"pop_ext's operator library does not load under torch {torch.__version__}: "
+            f"it is built for torch >= 2.11 (libtorch stable ABI). {error}"
+        ) from error
+
+
+def _schema_mismatches() -> dict[str, str]:
+    """aten operators whose schema is not the one that this library calls: name -> what torch has.
+
+    The C++ side passes arguments without a count, so a changed schema must be noticed here.
+    """
+    mismatches = {}
+    for expected in torch.ops.pop.aten_schemas().split("\n"):
+        qualified = expected[: expected.index("(")]
+        name, _, overload = qualified.removeprefix("aten::").partition(".")
+        try:
+            actual = str(getattr(getattr(torch.ops.aten, name), overload or "default")._schema)
+        except AttributeError:
+            actual = "missing"
+        if actual != expected:
+            mismatches[qualified] = actual
+    return mismatches
+
+
+_load_library()
+SCHEMA_MISMATCHES = _schema_mismatches()
+
+
+def require_aten() -> None:
+    """Raises RuntimeError when this torch's aten operators are not those the library was written for."""
+    if SCHEMA_MISMATCHES:
+        listed = "; ".join(f"{name}: found {found}" for name, found in SCHEMA_MISMATCHES.items())
+        raise RuntimeError(
+            f"pop_ext's matrix products are disabled under torch {torch.__version__}, whose operators changed "
+            f'({listed}). backend="reference" works.'
+        )
+
+
+@torch.library.register_fake("pop::prefill")
+def _(
+    model,
+    input,
+    cos,
+    sin,
+    cu_seqlens,
+    past_lens,
+    cache_start,
+    boundary,
+    logits_to_keep,
+    key_cache,
+    value_cache,
+    slot_table=None,
+    restore_on_error=True,
+):
+    hidden_size = json.loads(torch.ops.pop.info(model))["spec"]["hidden_size"]
+    wanted = torch.library.get_ctx().new_dynamic_size(min=1)
+    return key_cache[0].new_empty((wanted, hidden_size))
+
+
+@torch.library.register_fake("pop::rms_norm")
+def _(x, weight, eps):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("pop::add_rms_norm")
+def _(x, delta, weight, eps, delta_bias=None):
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("pop::gated_act")
+def _(gate, up, activation="silu", gate_bias=None, up_bias=None):
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake("pop::rope_cache_write")
+def _(
+    query,
+    key,
+    value,
+    cos,
+    sin,
+    cu_seqlens,
+    past_lens,
+    cache_start,
+    key_cache,
+    value_cache,
+    q_norm=None,
+    k_norm=None,
+    norm_eps=1e-6,
+    slot_table=None,
+):
+    return None
+
+
+@torch.library.register_fake("pop::attention")
+def _(query, key_cache, value_cache, cu_seqlens, past_lens, cache_start, scale, window=0, slot_table=None):
+    return query.new_empty(query.shape)
+
+
+@torch.library.register_fake("pop::fold_kv")
+def _(k_proj, v_proj, input_norm):
+    kv_dim, hidden_size = k_proj[0].shape
+    return k_proj[0].new_empty((2 * len(k_proj) * kv_dim, hidden_size))
+
+
+@torch.library.register_fake("pop::kv_project")
+def _(
+    hidden,
+    weight,
+    cos,
+    sin,
+    cu_seqlens,
+    past_lens,
+    cache_start,
+    eps,
+    key_cache,
+    value_cache,
+    k_bias=(),
+    v_bias=(),
+    k_norm=(),
+    slot_table=None,
+):
+    return None

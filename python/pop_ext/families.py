@@ -1,0 +1,265 @@
+"""Hugging Face architectures: where a family keeps what the native runtime reads.
+
+A family is a map from the runtime's weight names (``ModelSpec.weight_slots``) to module paths;
+shapes come from the modules themselves. To add one, add a ``Family`` to ``FAMILIES``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from pop_ext import _core
+
+# What a family without the module leaves out of its spec.
+_OPTIONAL = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "o_bias", "gate_bias", "up_bias", "down_bias")
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+_LLAMA_LAYER = {
+    "input_norm": "input_layernorm.weight",
+    "q_proj": "self_attn.q_proj.weight",
+    "q_bias": "self_attn.q_proj.bias",
+    "k_proj": "self_attn.k_proj.weight",
+    "k_bias": "self_attn.k_proj.bias",
+    "v_proj": "self_attn.v_proj.weight",
+    "v_bias": "self_attn.v_proj.bias",
+    "o_proj": "self_attn.o_proj.weight",
+    "o_bias": "self_attn.o_proj.bias",
+    "post_norm": "post_attention_layernorm.weight",
+    "gate_proj": "mlp.gate_proj.weight",
+    "gate_bias": "mlp.gate_proj.bias",
+    "up_proj": "mlp.up_proj.weight",
+    "up_bias": "mlp.up_proj.bias",
+    "down_proj": "mlp.down_proj.weight",
+    "down_bias": "mlp.down_proj.bias",
+}
+
+
+def _no_window(config: Any, layer: int) -> int:
+    return 0
+
+
+def _window_everywhere(config: Any, layer: int) -> int:
+    return config.sliding_window or 0
+
+
+def _window_by_layer_type(config: Any, layer: int) -> int:
+    return (config.sliding_window or 0) if config.layer_types[layer] == "sliding_attention" else 0
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    Attributes:
+        model_type: ``config.model_type``.
+        model_class: name of the causal language model class.
+        layer_class, norm_class: names of the decoder layer and norm classes; another class in
+            their place computes something else, so it is refused.
+        layer: runtime weight name -> path inside a decoder layer.
+        window: sliding window of a layer, 0 for none.
+    """
+
+    model_type: str
+    model_class: str
+    layer_class: str
+    norm_class: str
+    layer: dict[str, str] = field(default_factory=lambda: dict(_LLAMA_LAYER))
+    window: Callable[[Any, int], int] = _no_window
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", "LlamaForCausalLM", "LlamaDecoderLayer", "LlamaRMSNorm"),
+        Family(
+            "mistral", "MistralForCausalLM", "MistralDecoderLayer", "MistralRMSNorm", window=_window_everywhere
+        ),
+        Family("qwen2", "Qwen2ForCausalLM", "Qwen2DecoderLayer", "Qwen2RMSNorm", window=_window_by_layer_type),
+    )
+}
+
+
+class UnsupportedModelError(ValueError):
+    """The native backend does not run this model; the text says why and what works."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f'{reason}. backend="reference" works for any decoder with K/V projections.')
+
+
+@dataclass(frozen=True)
+class WeightRef:
+    """A parameter by its place, so that a reassigned one is noticed: ``parameters[name]``."""
+
+    slot: str
+    parameters: dict[str, nn.Parameter | None]
+    name: str
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        tensor = self.parameters[self.name]
+        assert tensor is not None
+        return tensor
+
+
+@dataclass(frozen=True)
+class Description:
+    """What ``describe`` found: the spec and, in its order, where each weight is."""
+
+    spec: _core.ModelSpec
+    weights: list[WeightRef]
+
+
+def describe(model: nn.Module) -> Description:
+    """Maps a Hugging Face causal language model to the runtime's spec and weights.
+
+    Raises:
+        UnsupportedModelError: architecture, module, dtype or placement the native runtime has no form for.
+    """
+    family = _family_of(model)
+    decoder = model.model
+    layers = list(decoder.layers)
+    config = model.config
+    if len(layers) != config.num_hidden_layers:
+        raise UnsupportedModelError(
+            f"model: expected {config.num_hidden_layers} decoder layers (config.num_hidden_layers), got {len(layers)}"
+        )
+    for index, layer in enumerate(layers):
+        _check_class(layer, family.layer_class, f"model.layers.{index}")
+    _check_class(decoder.norm, family.norm_class, "model.norm")
+    refs = {
+        "embed_tokens": _ref("embed_tokens", model, "model.embed_tokens.weight", family),
+        "norm": _ref("norm", model, "model.norm.weight", family),
+    }
+    for index, layer in enumerate(layers):
+        for slot, path in family.layer.items():
+            ref = _ref(f"layers.{index}.{slot}", layer, path, family)
+            if ref is not None:
+                refs[f"layers.{index}.{slot}"] = ref
+    _check_tensors(refs)
+    spec = _spec(family, model, refs)
+    weights = []
+    for name, _layer, shape in spec.weight_slots():
+        ref = refs.pop(name, None)
+        if ref is None:
+            raise UnsupportedModelError(f"model: expected a weight {name} in every layer, got none")
+        if tuple(ref.tensor.shape) != tuple(shape):
+            raise UnsupportedModelError(f"weight {name}: expected shape {list(shape)}, got {list(ref.tensor.shape)}")
+        weights.append(ref)
+    if refs:
+        raise UnsupportedModelError(f"model: expected no further weights, got {', '.join(sorted(refs))}")
+    return Description(spec, weights)
+
+
+def _family_of(model: nn.Module) -> Family:
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise UnsupportedModelError(
+            f"model: expected an architecture of {', '.join(sorted(FAMILIES))}, got {model_type or type(model).__name__}"
+        )
+    _check_class(model, family.model_class, "model")
+    if getattr(config, "quantization_config", None) is not None:
+        method = getattr(config.quantization_config, "quant_method", None) or "unknown method"
+        raise UnsupportedModelError(f"model: expected unquantised weights, got a quantised checkpoint ({method})")
+    return family
+
+
+def _check_class(module: nn.Module, expected: str, place: str) -> None:
+    # Subclasses in user code may compute something else, generated ones (FSDP, PEFT) do.
+    if type(module).__name__ != expected:
+        raise UnsupportedModelError(f"{place}: expected a {expected}, got {type(module).__name__}")
+
+
+def _ref(slot: str, root: nn.Module, path: str, family: Family) -> WeightRef | None:
+    *parents, name = path.split(".")
+    module = root
+    for parent in parents:
+        module = getattr(module, parent)
+    expected = nn.Embedding if slot == "embed_tokens" else None
+    if expected is None:
+        expected = nn.Linear if slot.endswith(("_proj", "_bias")) else None
+    if expected is None:
+        _check_class(module, family.norm_class, path.rpartition(".")[0])
+    elif type(module) is not expected:
+        raise UnsupportedModelError(
+            f"{slot}: expected a plain {expected.__name__}, got {type(module).__name__} "
+            "(merge adapters and load unquantised weights)"
+        )
+    if module._parameters.get(name) is None:
+        if slot.rpartition(".")[2] in _OPTIONAL:
+            return None
+        raise UnsupportedModelError(f"{slot}: expected a parameter {path}, got none (parametrised or fused weights)")
+    return WeightRef(slot, module._parameters, name)
+
+
+def _check_tensors(refs: dict[str, WeightRef]) -> None:
+    first = refs["embed_tokens"].tensor
+    if first.dtype not in _DTYPES:
+        raise UnsupportedModelError(f"model: expected float32, bfloat16 or float16 weights, got {first.dtype}")
+    for name, ref in refs.items():
+        tensor = ref.tensor
+        if type(tensor) not in (nn.Parameter, torch.Tensor):
+            raise UnsupportedModelError(f"weight {name}: expected a plain tensor, got {type(tensor).__name__}")
+        if tensor.device.type == "meta":
+            raise UnsupportedModelError(f"weight {name}: expected loaded weights, got the meta device (offloaded)")
+        if tensor.dtype != first.dtype or tensor.device != first.device:
+            raise UnsupportedModelError(
+                f"weight {name}: expected {first.dtype} on {first.device} like the embeddings, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+
+
+def _spec(family: Family, model: nn.Module, refs: dict[str, WeightRef]) -> _core.ModelSpec:
+    config = model.config
+    attention = model.model.layers[0].self_attn
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    activation = _ACTIVATIONS.get(config.hidden_act)
+    if activation is None:
+        raise UnsupportedModelError(
+            f"config.hidden_act: expected one of {', '.join(sorted(_ACTIVATIONS))}, got {config.hidden_act}"
+        )
+    return _core.ModelSpec(
+        architecture=family.model_type,
+        dtype=_DTYPES[refs["embed_tokens"].tensor.dtype],
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
+        head_dim=head_dim,
+        rotary_dim=2 * model.model.rotary_emb.inv_freq.numel(),
+        intermediate_size=config.intermediate_size,
+        vocab_size=refs["embed_tokens"].tensor.shape[0],
+        rms_norm_eps=config.rms_norm_eps,
+        attention_scale=getattr(attention, "scaling", None) or 1.0 / math.sqrt(head_dim),
+        activation=activation,
+        qkv_bias="layers.0.q_bias" in refs,
+        o_bias="layers.0.o_bias" in refs,
+        mlp_bias="layers.0.gate_bias" in refs,
+        qk_norm="layers.0.q_norm" in refs,
+        window=[family.window(config, layer) for layer in range(config.num_hidden_layers)],
+    )
+
+
+def inner_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules whose forward the native loop replaces; hooks on them would not fire.
+
+    ``lm_head`` and the rotary module are called as modules, so theirs do.
+    """
+    for name, module in model.model.named_modules(prefix="model"):
+        if name != "model.rotary_emb":
+            yield name, module

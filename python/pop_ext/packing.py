@@ -1,0 +1,131 @@
+"""From a padded batch to packed rows: padding is never computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+PerSequence = int | Sequence[int] | torch.Tensor
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """The real new tokens of a batch, one after the other, and where the cache has their slots.
+
+    Attributes:
+        batch, columns: shape of the padded new tokens ``[batch, columns]``.
+        past_slots: cache slots before the new tokens, padding included.
+        row_index: ``[rows]`` int64, index of each row in the flattened ``[batch * columns]`` tokens,
+            or None when every token is real.
+        tokens, past: per sequence, real new tokens and real cached positions.
+        cache_start: slot of each sequence's first position, where ``slot_table`` is None.
+        slot_table: ``[batch, max(past + tokens)]`` int32 slot of each position, when some sequence's
+            real slots are not consecutive (a turn that was padded on the right, say).
+    """
+
+    batch: int
+    columns: int
+    past_slots: int
+    row_index: torch.Tensor | None
+    tokens: list[int]
+    past: list[int]
+    cache_start: list[int]
+    slot_table: torch.Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return sum(self.tokens)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some slot of the new columns stays empty."""
+        return self.row_index is not None
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """``[batch, columns, ...]`` -> ``[rows, ...]``, the real tokens by sequence."""
+        flat = padded.reshape(self.batch * self.columns, *padded.shape[2:])
+        return flat if self.row_index is None else flat[self.row_index.to(flat.device)]
+
+    def positions(self) -> torch.Tensor:
+        """``[rows]`` int64: position of each row, counting its sequence's real tokens."""
+        return torch.cat([torch.arange(p, p + t) for p, t in zip(self.past, self.tokens, strict=True)])
+
+    def cu_seqlens(self) -> torch.Tensor:
+        """``[batch + 1]`` int32."""
+        return torch.tensor([0, *self.tokens]).cumsum(0).to(torch.int32)
+
+
+def pack_batch(batch: int, columns: int, past_slots: int, attention_mask: torch.Tensor | None) -> PackedBatch:
+    """Reads a mask ``[batch, past_slots + columns]`` (1: real token), or all ones for None.
+
+    Raises:
+        ValueError: a mask of another shape, holes in the new tokens, or a sequence without a new token.
+    """
+    if columns == 0 or batch == 0:
+        raise ValueError(f"input_ids: expected at least one new token per sequence, got shape [{batch}, {columns}]")
+    if attention_mask is not None:
+        mask = _check_mask(attention_mask, batch, past_slots + columns)
+        if not bool(mask.all()):
+            return _pack_masked(mask, columns, past_slots)
+    return PackedBatch(batch, columns, past_slots, None, [columns] * batch, [past_slots] * batch, [0] * batch, None)
+
+
+def _check_mask(attention_mask: torch.Tensor, batch: int, slots: int) -> torch.Tensor:
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        found = list(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
+        raise ValueError(f"attention_mask: expected a 2-D tensor [batch, past + new tokens], got {found}")
+    if tuple(attention_mask.shape) != (batch, slots):
+        raise ValueError(
+            f"attention_mask: expected shape [{batch}, {slots}] (past and new tokens), got {list(attention_mask.shape)}"
+        )
+    if attention_mask.dtype != torch.bool and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        raise ValueError("attention_mask: expected zeros and ones, got other values")
+    return attention_mask.bool().cpu()
+
+
+def _pack_masked(mask: torch.Tensor, columns: int, past_slots: int) -> PackedBatch:
+    row_index, tokens, past, slots = [], [], [], []
+    for i, row in enumerate(mask):
+        new = row[past_slots:].nonzero().flatten()
+        if len(new) == 0:
+            raise ValueError(f"attention_mask: expected at least one new token for sequence {i}, got none")
+        if int(new[-1] - new[0]) + 1 != len(new):
+            raise ValueError(
+                f"attention_mask: expected the new tokens of sequence {i} to be consecutive, got holes among them"
+            )
+        row_index.append(new + i * columns)
+        tokens.append(len(new))
+        past.append(int(row[:past_slots].sum()))
+        slots.append(row.nonzero().flatten())
+    consecutive = all(int(s[-1] - s[0]) + 1 == len(s) for s in slots)
+    slot_table = None
+    if not consecutive:
+        slot_table = torch.nn.utils.rnn.pad_sequence(slots, batch_first=True).to(torch.int32)
+    index = None if all(t == columns for t in tokens) else torch.cat(row_index)
+    return PackedBatch(
+        len(mask), columns, past_slots, index, tokens, past, [int(s[0]) for s in slots], slot_table
+    )
+
+
+def per_sequence(value: PerSequence, batch: int, name: str) -> list[int]:
+    """An int for all sequences, or one for each.
+
+    Raises:
+        TypeError: not an int, a sequence of ints or an integer tensor.
+        ValueError: a length other than ``batch``, or a value below 1.
+    """
+    values = value.tolist() if isinstance(value, torch.Tensor) else value
+    if isinstance(values, int) and not isinstance(values, bool):
+        values = [values] * batch
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise TypeError(f"{name}: expected an int or one int per sequence, got {type(value).__name__}")
+    for i, item in enumerate(values):
+        if not isinstance(item, int) or isinstance(item, bool):
+            raise TypeError(f"{name}: expected ints, got {type(item).__name__} for sequence {i}")
+        if item < 1:
+            raise ValueError(f"{name}: expected at least 1, got {item} for sequence {i}")
+    if len(values) != batch:
+        raise ValueError(f"{name}: expected {batch} values (one per sequence), got {len(values)}")
+    return list(values)
