@@ -1,0 +1,176 @@
+#include "core/model_spec.h"
+
+#include <cmath>
+#include <stdexcept>
+#include <type_traits>
+#include <utility>
+
+#include "core/json.h"
+
+namespace pop {
+
+namespace {
+
+constexpr const char* kDTypeNames[] = {"float32", "bfloat16", "float16"};  // in the order of DType
+constexpr const char* kActivationNames[] = {"silu", "gelu_tanh", "gelu"};  // in the order of Activation
+
+[[noreturn]] void fail(const std::string& field, const std::string& expected, const std::string& got) {
+  throw std::invalid_argument(field + ": expected " + expected + ", got " + got);
+}
+
+template <class Enum, size_t n>
+Enum parse_enum(const char* field, const char* const (&names)[n], const std::string& name) {
+  std::string expected;
+  for (size_t i = 0; i < n; ++i) {
+    if (name == names[i]) return static_cast<Enum>(i);
+    expected += (i == 0 ? "" : ", ") + std::string(names[i]);
+  }
+  fail(field, "one of " + expected, name);
+}
+
+void positive(const char* field, int64_t value) {
+  if (value < 1) fail(field, "an integer >= 1", std::to_string(value));
+}
+
+void positive(const char* field, double value) {
+  if (!(value > 0) || !std::isfinite(value)) fail(field, "a finite number > 0", std::to_string(value));
+}
+
+// The JSON form: every field is required and no other is known, since a field that is passed
+// over would change what is computed.
+template <class Spec, class Visitor>
+void visit_fields(Spec& spec, Visitor& visit) {
+  visit("architecture", spec.architecture);
+  visit("dtype", spec.dtype);
+  visit("num_layers", spec.num_layers);
+  visit("hidden_size", spec.hidden_size);
+  visit("num_heads", spec.num_heads);
+  visit("num_kv_heads", spec.num_kv_heads);
+  visit("head_dim", spec.head_dim);
+  visit("rotary_dim", spec.rotary_dim);
+  visit("intermediate_size", spec.intermediate_size);
+  visit("vocab_size", spec.vocab_size);
+  visit("rms_norm_eps", spec.rms_norm_eps);
+  visit("attention_scale", spec.attention_scale);
+  visit("activation", spec.activation);
+  visit("qkv_bias", spec.qkv_bias);
+  visit("o_bias", spec.o_bias);
+  visit("mlp_bias", spec.mlp_bias);
+  visit("qk_norm", spec.qk_norm);
+  visit("window", spec.window);
+}
+
+struct FieldWriter {
+  json::Object fields;
+
+  template <class T>
+  void operator()(const char* name, const T& value) {
+    if constexpr (std::is_enum_v<T>) {
+      fields.emplace_back(name, to_string(value));
+    } else {
+      fields.emplace_back(name, value);
+    }
+  }
+};
+
+struct FieldReader {
+  const json::Members& members;
+  std::vector<std::string> names;
+
+  template <class T>
+  void operator()(const char* name, T& value) {
+    names.push_back(name);
+    read(name, value);
+  }
+
+  void read(const char* name, std::string& value) { value = members.string(name); }
+  void read(const char* name, DType& value) { value = parse_dtype(members.string(name)); }
+  void read(const char* name, Activation& value) { value = parse_activation(members.string(name)); }
+  void read(const char* name, int64_t& value) { value = members.integer(name); }
+  void read(const char* name, double& value) { value = members.number(name); }
+  void read(const char* name, bool& value) { value = members.boolean(name); }
+  void read(const char* name, std::vector<int64_t>& value) { value = members.integers(name); }
+};
+
+}  // namespace
+
+int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+const char* to_string(DType dtype) { return kDTypeNames[static_cast<int>(dtype)]; }
+
+DType parse_dtype(const std::string& name) { return parse_enum<DType>("dtype", kDTypeNames, name); }
+
+const char* to_string(Activation activation) { return kActivationNames[static_cast<int>(activation)]; }
+
+Activation parse_activation(const std::string& name) {
+  return parse_enum<Activation>("activation", kActivationNames, name);
+}
+
+std::vector<WeightSlot> ModelSpec::weight_slots() const {
+  std::vector<WeightSlot> slots{{"embed_tokens", -1, {vocab_size, hidden_size}}, {"norm", -1, {hidden_size}}};
+  for (int64_t layer = 0; layer < num_layers; ++layer) {
+    const std::string prefix = "layers." + std::to_string(layer) + ".";
+    const auto add = [&](const char* name, std::vector<int64_t> shape) {
+      slots.push_back({prefix + name, layer, std::move(shape)});
+    };
+    const auto add_linear = [&](const std::string& name, int64_t out, int64_t in, bool bias) {
+      slots.push_back({prefix + name + "_proj", layer, {out, in}});
+      if (bias) slots.push_back({prefix + name + "_bias", layer, {out}});
+    };
+    add("input_norm", {hidden_size});
+    add_linear("q", q_dim(), hidden_size, qkv_bias);
+    add_linear("k", kv_dim(), hidden_size, qkv_bias);
+    add_linear("v", kv_dim(), hidden_size, qkv_bias);
+    if (qk_norm) add("q_norm", {head_dim});
+    if (qk_norm) add("k_norm", {head_dim});
+    add_linear("o", hidden_size, q_dim(), o_bias);
+    add("post_norm", {hidden_size});
+    add_linear("gate", intermediate_size, hidden_size, mlp_bias);
+    add_linear("up", intermediate_size, hidden_size, mlp_bias);
+    add_linear("down", hidden_size, intermediate_size, mlp_bias);
+  }
+  return slots;
+}
+
+void ModelSpec::validate() const {
+  positive("num_layers", num_layers);
+  positive("hidden_size", hidden_size);
+  positive("num_heads", num_heads);
+  positive("num_kv_heads", num_kv_heads);
+  positive("head_dim", head_dim);
+  positive("rotary_dim", rotary_dim);
+  positive("intermediate_size", intermediate_size);
+  positive("vocab_size", vocab_size);
+  positive("rms_norm_eps", rms_norm_eps);
+  positive("attention_scale", attention_scale);
+  if (num_heads % num_kv_heads != 0) {
+    fail("num_kv_heads", "a divisor of num_heads (" + std::to_string(num_heads) + ")", std::to_string(num_kv_heads));
+  }
+  if (rotary_dim % 2 != 0 || rotary_dim > head_dim) {
+    fail("rotary_dim", "an even number <= head_dim (" + std::to_string(head_dim) + ")", std::to_string(rotary_dim));
+  }
+  if (static_cast<int64_t>(window.size()) != num_layers) {
+    fail("window", "an entry for each of " + std::to_string(num_layers) + " layers", std::to_string(window.size()));
+  }
+  for (const int64_t size : window) {
+    if (size < 0) fail("window", "sizes >= 0 (0: no window)", std::to_string(size));
+  }
+}
+
+std::string ModelSpec::to_json() const {
+  FieldWriter writer;
+  visit_fields(*this, writer);
+  return json::Value(writer.fields).dump();
+}
+
+ModelSpec ModelSpec::from_json(const std::string& text) {
+  const json::Members members(json::parse(text, "model spec"), "model spec");
+  ModelSpec spec;
+  FieldReader reader{members, {}};
+  visit_fields(spec, reader);
+  members.only(reader.names);
+  spec.validate();
+  return spec;
+}
+
+}  // namespace pop
