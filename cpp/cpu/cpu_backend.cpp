@@ -1,0 +1,218 @@
+// The backend over the kernel table: cuts a call into pieces for torch's threads. No result depends
+// on the number of threads, since every row, column or task is computed by one of them alone.
+#include "cpu/cpu_backend.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "torch/aten.h"
+
+namespace pop {
+namespace {
+
+using torch::stable::parallel_for;
+
+// Below this many elements a second thread costs more than it saves.
+constexpr int64_t kGrainElements = 1 << 14;
+
+// Up to so many rows the GEMM streams w through skinny_gemm.
+constexpr int64_t kSkinnyRows = 16;
+
+// Rows of a run's KV projection that are in flight at once; they bound its workspace.
+constexpr int64_t kKvProjectRows = 1024;
+
+// Bytes that float16 GEMMs hold in float32 at once, per operand.
+constexpr int64_t kWidenedBytes = 16 << 20;
+
+constexpr size_t kAlignment = 64;
+
+constexpr size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+struct AlignedDelete {
+  void operator()(char* memory) const { ::operator delete(memory, std::align_val_t(kAlignment)); }
+};
+using Scratch = std::unique_ptr<char, AlignedDelete>;
+
+Scratch allocate(size_t bytes) {
+  return Scratch(static_cast<char*>(::operator new(std::max<size_t>(bytes, 1), std::align_val_t(kAlignment))));
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Runs kernel(params, begin, end) over `rows` rows of `width` elements each.
+template <class Params>
+void over_rows(void (*kernel)(const Params&, int64_t, int64_t), const Params& params, int64_t rows, int64_t width) {
+  if (rows == 0) return;
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, width));
+  parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+}
+
+void library_gemm(const GemmParams& p) {
+  aten::matmul_nt(p, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+class CpuBackend final : public Backend {
+ public:
+  void embed(const EmbedParams& p) override { over_rows(table_.embed, p, p.rows, p.width); }
+
+  void rms_norm(const RmsNormParams& p) override { over_rows(table_.rms_norm, p, p.rows, p.width); }
+
+  void gated_act(const GatedActParams& p) override { over_rows(table_.gated_act, p, p.rows, p.width); }
+
+  void rope_cache_write(const RopeCacheWriteParams& p) override {
+    const int64_t heads = (p.q == nullptr ? 0 : p.heads) + 2 * p.kv_heads;
+    over_rows(table_.rope_cache_write, p, p.rows, heads * p.head_dim);
+  }
+
+  void gemm(const GemmParams& p) override {
+    if (p.m == 0 || p.n == 0) return;
+    if (p.m <= kSkinnyRows) {
+      const int64_t grain = std::max<int64_t>(4, kGrainElements / std::max<int64_t>(1, p.k));
+      parallel_for(0, p.n, grain, [&](int64_t begin, int64_t end) { table_.skinny_gemm(p, begin, end); });
+    } else {
+      library_gemm(p);
+    }
+  }
+
+  void attention(const AttentionParams& p) override {
+    const std::vector<cpu::AttentionTask> tasks = attention_tasks(p);
+    if (tasks.empty()) return;
+    const size_t scratch_bytes = aligned(table_.attention_scratch(p));
+    const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), tasks.size());
+    const Scratch scratch = allocate(workers * scratch_bytes);
+    // Tasks differ in cost, so that threads take them one by one.
+    std::atomic<size_t> next{0};
+    parallel_for(0, workers, 1, [&](int64_t begin, int64_t) {
+      for (size_t i = next++; i < tasks.size(); i = next++) {
+        table_.attention(p, tasks[i], scratch.get() + begin * scratch_bytes);
+      }
+    });
+  }
+
+  void kv_project(const KvProjectParams& p) override {
+    for (int64_t first = 0; first < p.rows; first += kKvProjectRows) {
+      kv_project_chunk(p, first, std::min(kKvProjectRows, p.rows - first));
+    }
+  }
+
+  size_t kv_project_workspace(DType dtype, int64_t rows, int64_t hidden_size, int64_t layers,
+                              int64_t kv_dim) const override {
+    return KvProjectLayout(dtype, std::min(rows, kKvProjectRows), hidden_size, layers, kv_dim).bytes;
+  }
+
+ private:
+  // Where the parts of kv_project's workspace begin, in bytes.
+  struct KvProjectLayout {
+    size_t rstd, normalised, kv, bytes;
+
+    KvProjectLayout(DType dtype, int64_t rows, int64_t hidden_size, int64_t layers, int64_t kv_dim) {
+      const bool normalise = dtype == DType::f16;
+      rstd = 0;
+      normalised = rstd + aligned(normalise ? 0 : rows * sizeof(float));
+      kv = normalised + aligned(normalise ? rows * hidden_size * element_size(dtype) : 0);
+      bytes = kv + aligned(rows * layers * 2 * kv_dim * element_size(dtype));
+    }
+  };
+
+  // Rows [first, first + rows) of the batch. The scale rstd commutes with the GEMM, which therefore
+  // takes the rows as they are; in float16, where such products can overflow, they are scaled first.
+  void kv_project_chunk(const KvProjectParams& p, int64_t first, int64_t rows) {
+    const int64_t kv_dim = p.kv_heads * p.head_dim;
+    const int64_t columns = p.layers * 2 * kv_dim;
+    const int64_t element = element_size(p.dtype);
+    const KvProjectLayout layout(p.dtype, rows, p.hidden_size, p.layers, kv_dim);
+    char* workspace = static_cast<char*>(p.workspace);
+    float* rstd = reinterpret_cast<float*>(workspace + layout.rstd);
+    char* kv = workspace + layout.kv;
+    const bool normalise = p.dtype == DType::f16;
+    const char* x = static_cast<const char*>(p.x) + first * p.x_stride * element;
+
+    rms_norm({.dtype = p.dtype,
+              .rows = rows,
+              .width = p.hidden_size,
+              .x = const_cast<char*>(x),  // only read: there is no delta
+              .x_stride = p.x_stride,
+              .delta = nullptr,
+              .delta_stride = 0,
+              .delta_bias = nullptr,
+              .weight = nullptr,
+              .eps = p.eps,
+              .out = normalise ? workspace + layout.normalised : nullptr,
+              .out_stride = p.hidden_size,
+              .rstd = normalise ? nullptr : rstd});
+    gemm({.dtype = p.dtype,
+          .m = rows,
+          .n = columns,
+          .k = p.hidden_size,
+          .a = normalise ? workspace + layout.normalised : x,
+          .a_stride = normalise ? p.hidden_size : p.x_stride,
+          .w = p.weight,
+          .w_stride = p.hidden_size,
+          .out = kv,
+          .out_stride = columns});
+    for (int64_t layer = 0; layer < p.layers; ++layer) {
+      const char* k = kv + layer * 2 * kv_dim * element;
+      rope_cache_write({.dtype = p.dtype,
+                        .heads = 0,
+                        .kv_heads = p.kv_heads,
+                        .head_dim = p.head_dim,
+                        .rotary_dim = p.rotary_dim,
+                        .first_row = first,
+                        .rows = rows,
+                        .q = nullptr,
+                        .q_stride = 0,
+                        .k = k,
+                        .v = k + kv_dim * element,
+                        .kv_stride = columns,
+                        .q_bias = nullptr,
+                        .k_bias = p.k_bias == nullptr ? nullptr : p.k_bias[layer],
+                        .v_bias = p.v_bias == nullptr ? nullptr : p.v_bias[layer],
+                        .q_norm = nullptr,
+                        .k_norm = p.k_norm == nullptr ? nullptr : p.k_norm[layer],
+                        .norm_eps = p.eps,
+                        .row_scale = normalise ? nullptr : rstd,
+                        .batch = p.batch,
+                        .cache = p.caches[layer]});
+    }
+  }
+
+  // The longest tasks first, so that threads finish together; the kv heads of a range of rows in a
+  // row, since they share its lines of q.
+  std::vector<cpu::AttentionTask> attention_tasks(const AttentionParams& p) const {
+    const int64_t task_rows = table_.attention_task_rows(p);
+    std::vector<cpu::AttentionTask> tasks;
+    for (int64_t s = 0; s < p.num_segments; ++s) {
+      for (int64_t range = ceil_div(p.segments[s].rows, task_rows) - 1; range >= 0; --range) {
+        const int64_t row = range * task_rows;
+        const int64_t rows = std::min(task_rows, p.segments[s].rows - row);
+        for (int64_t head = 0; head < p.kv_heads; ++head) {
+          tasks.push_back({.segment = s, .kv_head = head, .row = row, .rows = rows});
+        }
+      }
+    }
+    const auto cost = [&](const cpu::AttentionTask& task) {
+      const int64_t positions = p.segments[task.segment].first_position + task.row + task.rows;
+      return task.rows * (p.window == 0 ? positions : std::min(positions, p.window + task.rows));
+    };
+    std::stable_sort(tasks.begin(), tasks.end(), [&](const auto& a, const auto& b) { return cost(a) > cost(b); });
+    return tasks;
+  }
+
+  const cpu::Kernels& table_ = cpu::kernels();
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cpu_backend() { return std::make_unique<CpuBackend>(); }
+
+Backend& cpu_backend() {
+  static CpuBackend backend;
+  return backend;
+}
+
+}  // namespace pop

@@ -1,0 +1,23 @@
+// The kernels of one instruction set as a table.
+#include "cpu/attention.h"
+#include "cpu/kernels.h"
+#include "cpu/row_kernels.h"
+
+#define POP_STRINGIFY_(text) #text
+#define POP_STRINGIFY(text) POP_STRINGIFY_(text)
+
+namespace pop::cpu::POP_ISA {
+
+extern const Kernels kernels = {
+    .name = POP_STRINGIFY(POP_ISA),
+    .embed = embed,
+    .rms_norm = rms_norm,
+    .gated_act = gated_act,
+    .rope_cache_write = rope_cache_write,
+    .skinny_gemm = skinny_gemm,
+    .attention_task_rows = attention_task_rows,
+    .attention_scratch = attention_scratch,
+    .attention = attention,
+};
+
+}  // namespace pop::cpu::POP_ISA

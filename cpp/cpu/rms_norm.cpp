@@ -1,0 +1,89 @@
+// Residual add and RMSNorm in one pass over a row:
+//   x += delta + delta_bias;  rstd = 1 / sqrt(mean(x^2) + eps);  out = x * rstd * weight
+// The sum is rounded to the dtype and stored before its norm is taken, as the stock model does.
+#include "cpu/row_kernels.h"
+#include "cpu/vec.h"
+
+namespace pop::cpu::POP_ISA {
+namespace {
+
+constexpr int kAccumulators = 4;
+
+// Adds delta and bias to `count` elements of x (a full group of lanes, or fewer at the end of
+// a row) and returns what x now holds.
+template <class T>
+POP_INLINE Vec update(T* x, const T* delta, const T* bias, int64_t count) {
+  Vec value = load_upto(x, count);
+  if (delta == nullptr) return value;
+  Vec addend = load_upto(delta, count);
+  if (bias != nullptr) addend += load_upto(bias, count);
+  value = round_to<T>(value + addend);
+  store_upto(x, value, count);
+  return value;
+}
+
+// Adds delta and bias and returns the sum of squares. Pointers that are null stay null: the
+// compiler makes a loop of its own for each case.
+template <class T>
+POP_INLINE float sum_of_squares(T* x, const T* delta, const T* bias, int64_t width) {
+  const auto at = [](const T* base, int64_t i) { return base == nullptr ? base : base + i; };
+  Vec sums[kAccumulators] = {};
+  constexpr int64_t kStep = kAccumulators * kLanes;
+  int64_t i = 0;
+  for (; i + kStep <= width; i += kStep) {
+    for (int j = 0; j < kAccumulators; ++j) {
+      const int64_t from = i + j * kLanes;
+      const Vec value = update(x + from, at(delta, from), at(bias, from), kLanes);
+      sums[j] += value * value;
+    }
+  }
+  for (; i < width; i += kLanes) {
+    const Vec value = update(x + i, at(delta, i), at(bias, i), width - i);
+    sums[0] += value * value;
+  }
+  return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+template <class T>
+POP_INLINE void scale_row(const T* x, float rstd, const T* weight, T* out, int64_t width) {
+  const Vec scale = splat(rstd);
+  for (int64_t i = 0; i < width; i += kLanes) {
+    Vec value = load_upto(x + i, width - i) * scale;
+    if (weight != nullptr) value *= load_upto(weight + i, width - i);
+    store_upto(out + i, value, width - i);
+  }
+}
+
+template <class T>
+void rms_norm_rows(const RmsNormParams& p, int64_t begin, int64_t end) {
+  const T* bias = static_cast<const T*>(p.delta_bias);
+  const T* weight = static_cast<const T*>(p.weight);
+  for (int64_t row = begin; row < end; ++row) {
+    T* x = static_cast<T*>(p.x) + row * p.x_stride;
+    float sum;
+    if (p.delta == nullptr) {
+      sum = sum_of_squares<T>(x, nullptr, nullptr, p.width);
+    } else {
+      const T* delta = static_cast<const T*>(p.delta) + row * p.delta_stride;
+      sum =
+          bias == nullptr ? sum_of_squares<T>(x, delta, nullptr, p.width) : sum_of_squares<T>(x, delta, bias, p.width);
+    }
+    const float rstd = rms_scale(sum, p.width, p.eps);
+    if (p.rstd != nullptr) p.rstd[row] = rstd;
+    if (p.out == nullptr) continue;
+    T* out = static_cast<T*>(p.out) + row * p.out_stride;
+    if (weight == nullptr) {
+      scale_row<T>(x, rstd, nullptr, out, p.width);
+    } else {
+      scale_row<T>(x, rstd, weight, out, p.width);
+    }
+  }
+}
+
+}  // namespace
+
+void rms_norm(const RmsNormParams& p, int64_t begin, int64_t end) {
+  with_element(p.dtype, [&](auto element) { rms_norm_rows<decltype(element)>(p, begin, end); });
+}
+
+}  // namespace pop::cpu::POP_ISA

@@ -1,0 +1,14 @@
+// The kernels that work on one row after another, in the namespace of one instruction set.
+#pragma once
+
+#include "backend.h"
+
+namespace pop::cpu::POP_ISA {
+
+void embed(const EmbedParams&, int64_t begin, int64_t end);
+void rms_norm(const RmsNormParams&, int64_t begin, int64_t end);
+void gated_act(const GatedActParams&, int64_t begin, int64_t end);
+void rope_cache_write(const RopeCacheWriteParams&, int64_t begin, int64_t end);
+void skinny_gemm(const GemmParams&, int64_t begin, int64_t end);
+
+}  // namespace pop::cpu::POP_ISA

@@ -1,0 +1,102 @@
+// out = a . w^T for the few rows of a boundary step: bound by the bytes of w, so w is read once, in
+// tiles of kTileColumns of its rows against as many rows of a as registers hold, and no operand is
+// packed. An element's sum has one accumulator of lanes that walks along k, whatever the tile: a
+// row's result does not depend on how many rows come with it.
+#include "cpu/row_kernels.h"
+#include "cpu/vec.h"
+
+namespace pop::cpu::POP_ISA {
+namespace {
+
+constexpr int kTileColumns = 4;
+#if defined(__AVX512F__)
+constexpr int kTileRows = 6;  // 24 accumulators, 4 operands of w and 1 of a in 32 registers
+#else
+constexpr int kTileRows = 2;  // 8, 4 and 1 in 16
+#endif
+
+// How kStep elements along k are loaded and multiplied.
+template <class T>
+struct Dot {
+  using Operand = Vec;
+  static constexpr int kStep = kLanes;
+  static POP_INLINE Operand load_step(const T* from) { return load(from); }
+  static POP_INLINE Operand load_rest(const T* from, int64_t count) { return load_tail(from, count); }
+  static POP_INLINE void multiply_add(Vec& sum, Operand a, Operand w) { sum += a * w; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Dot<BFloat16> {
+  using Operand = __m512bh;
+  static constexpr int kStep = 2 * kLanes;
+  static POP_INLINE Operand load_step(const BFloat16* from) { return lane_cast<Operand>(_mm512_loadu_si512(from)); }
+  static POP_INLINE Operand load_rest(const BFloat16* from, int64_t count) {
+    BFloat16 elements[kStep] = {};
+    for (int64_t i = 0; i < count; ++i) elements[i] = from[i];
+    return load_step(elements);
+  }
+  static POP_INLINE void multiply_add(Vec& sum, Operand a, Operand w) { sum = _mm512_dpbf16_ps(sum, a, w); }
+};
+#endif
+
+// Rows [row, row + Rows) and columns [column, column + Columns) of out.
+template <class T, int Rows, int Columns>
+void tile(const GemmParams& p, int64_t row, int64_t column) {
+  using D = Dot<T>;
+  const T* a = static_cast<const T*>(p.a) + row * p.a_stride;
+  const T* w = static_cast<const T*>(p.w) + column * p.w_stride;
+  Vec sums[Rows][Columns] = {};
+  const auto step = [&](const auto& load_operand) __attribute__((always_inline)) {
+    typename D::Operand w_operands[Columns];
+    for (int c = 0; c < Columns; ++c) w_operands[c] = load_operand(w + c * p.w_stride);
+    for (int r = 0; r < Rows; ++r) {
+      const auto a_operand = load_operand(a + r * p.a_stride);
+      for (int c = 0; c < Columns; ++c) D::multiply_add(sums[r][c], a_operand, w_operands[c]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + D::kStep <= p.k; k += D::kStep) {
+    step([&](const T* from) __attribute__((always_inline)) { return D::load_step(from + k); });
+  }
+  if (k < p.k) {
+    step([&](const T* from) __attribute__((always_inline)) { return D::load_rest(from + k, p.k - k); });
+  }
+  T* out = static_cast<T*>(p.out) + row * p.out_stride + column;
+  for (int r = 0; r < Rows; ++r) {
+    for (int c = 0; c < Columns; ++c) store_one(out + r * p.out_stride + c, sum_lanes(sums[r][c]));
+  }
+}
+
+template <class T, int Columns, int Rows = kTileRows>
+POP_INLINE void tile_of(const GemmParams& p, int64_t rows, int64_t row, int64_t column) {
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return tile_of<T, Columns, Rows - 1>(p, rows, row, column);
+  }
+  tile<T, Rows, Columns>(p, row, column);
+}
+
+// All rows of out, in tiles of nearly equal height.
+template <class T, int Columns>
+POP_INLINE void column_tile(const GemmParams& p, int64_t column) {
+  const int64_t tiles = (p.m + kTileRows - 1) / kTileRows;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t row = p.m * t / tiles;
+    tile_of<T, Columns>(p, p.m * (t + 1) / tiles - row, row, column);
+  }
+}
+
+template <class T>
+void columns(const GemmParams& p, int64_t begin, int64_t end) {
+  int64_t column = begin;
+  for (; column + kTileColumns <= end; column += kTileColumns) column_tile<T, kTileColumns>(p, column);
+  for (; column < end; ++column) column_tile<T, 1>(p, column);
+}
+
+}  // namespace
+
+void skinny_gemm(const GemmParams& p, int64_t begin, int64_t end) {
+  with_element(p.dtype, [&](auto element) { columns<decltype(element)>(p, begin, end); });
+}
+
+}  // namespace pop::cpu::POP_ISA

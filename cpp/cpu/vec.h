@@ -1,0 +1,174 @@
+// Groups of fp32 lanes, as wide as a register of the instruction set this file is compiled for,
+// and their loads and stores from float32, bfloat16 and float16. Only for files of POP_ISA.
+#pragma once
+
+#include <cstdint>
+
+#include "row_math.h"
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define POP_INLINE inline __attribute__((always_inline))
+
+namespace pop::cpu::POP_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr __mmask16 kAll = 0xffff;  // the forms without a mask make g++ 12 warn of an undefined register
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+using Vec = float __attribute__((vector_size(4 * kLanes)));
+using VecI32 = int32_t __attribute__((vector_size(4 * kLanes)));
+using VecU32 = uint32_t __attribute__((vector_size(4 * kLanes)));
+using VecU16 = uint16_t __attribute__((vector_size(2 * kLanes)));
+
+}  // namespace
+}  // namespace pop::cpu::POP_ISA
+
+template <>
+struct pop::LaneInts<pop::cpu::POP_ISA::Vec> {
+  using i32 = pop::cpu::POP_ISA::VecI32;
+  using u32 = pop::cpu::POP_ISA::VecU32;
+};
+
+namespace pop::cpu::POP_ISA {
+namespace {
+
+// The element types: float, and these two, which a load or store converts.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+POP_INLINE Vec splat(float value) { return value - Vec{}; }
+
+POP_INLINE Vec load(const float* from) {
+  Vec value;
+  __builtin_memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+POP_INLINE VecU32 load_u16(const void* from) {
+  VecU16 bits;
+  __builtin_memcpy(&bits, from, sizeof(bits));
+  return __builtin_convertvector(bits, VecU32);
+}
+
+POP_INLINE Vec load(const BFloat16* from) { return bf16_value<Vec>(load_u16(from)); }
+
+POP_INLINE Vec load(const Float16* from) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  return f16_value<Vec>(load_u16(from));
+#endif
+}
+
+POP_INLINE void store(float* to, Vec value) { __builtin_memcpy(to, &value, sizeof(value)); }
+
+POP_INLINE void store_u16(void* to, VecU32 value) {
+  const VecU16 bits = __builtin_convertvector(value, VecU16);
+  __builtin_memcpy(to, &bits, sizeof(bits));
+}
+
+POP_INLINE void store(BFloat16* to, Vec value) { store_u16(to, bf16_bits(value)); }
+
+POP_INLINE void store(Float16* to, Vec value) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtps_ph(kAll, value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+#else
+  store_u16(to, f16_bits(value));
+#endif
+}
+
+// The first `count` < kLanes elements; the other lanes are zero.
+template <class T>
+POP_INLINE Vec load_tail(const T* from, int64_t count) {
+  T lanes[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
+  return load(lanes);
+}
+
+template <class T>
+POP_INLINE void store_tail(T* to, Vec value, int64_t count) {
+  T lanes[kLanes];
+  store(lanes, value);
+  for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+}
+
+// `count` may be anything from 1 up; a full group is loaded where there is one.
+template <class T>
+POP_INLINE Vec load_upto(const T* from, int64_t count) {
+  return count >= kLanes ? load(from) : load_tail(from, count);
+}
+
+template <class T>
+POP_INLINE void store_upto(T* to, Vec value, int64_t count) {
+  if (count >= kLanes) {
+    store(to, value);
+  } else {
+    store_tail(to, value, count);
+  }
+}
+
+// What `value` becomes when stored as a T.
+template <class T>
+POP_INLINE Vec round_to(Vec value);
+template <>
+POP_INLINE Vec round_to<float>(Vec value) {
+  return value;
+}
+template <>
+POP_INLINE Vec round_to<BFloat16>(Vec value) {
+  return bf16_value<Vec>(bf16_bits(value));
+}
+template <>
+POP_INLINE Vec round_to<Float16>(Vec value) {
+  Float16 lanes[kLanes];
+  store(lanes, value);
+  return load(lanes);
+}
+
+// Sum of the lanes, always in the same order: the upper half is added to the lower until one is left.
+POP_INLINE float sum_lanes(Vec value) {
+  using Quad = float __attribute__((vector_size(16)));
+  Quad quads[kLanes / 4];
+  __builtin_memcpy(quads, &value, sizeof(value));
+  for (int width = kLanes / 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) quads[i] += quads[i + width];
+  }
+  return (quads[0][0] + quads[0][2]) + (quads[0][1] + quads[0][3]);
+}
+
+POP_INLINE void store_one(float* to, float value) { *to = value; }
+POP_INLINE void store_one(BFloat16* to, float value) { to->bits = static_cast<uint16_t>(bf16_bits(value)); }
+POP_INLINE void store_one(Float16* to, float value) { to->bits = static_cast<uint16_t>(f16_bits(value)); }
+
+// Runs `call(T{})` with the element type of `dtype`.
+template <class Call>
+POP_INLINE void with_element(DType dtype, const Call& call) {
+  switch (dtype) {
+    case DType::f32:
+      return call(float{});
+    case DType::bf16:
+      return call(BFloat16{});
+    case DType::f16:
+      return call(Float16{});
+  }
+}
+
+}  // namespace
+}  // namespace pop::cpu::POP_ISA
