@@ -2,7 +2,7 @@
 //
 // The dispatcher passes no argument count: an operator that gained an argument in another torch
 // would read past the stack, silently. `kSchemas` is what Python compares with the running torch
-// at import (python/pop_ext/_ops.py).
+// at import (python/pop_ext/operators.py).
 #pragma once
 
 #include <torch/csrc/stable/library.h>

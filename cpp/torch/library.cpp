@@ -1,5 +1,5 @@
 // The operators of namespace `pop`: every schema, once. Implementations per dispatch key are
-// in ops_prefill.cpp and ops_kernels.cpp, fake kernels in python/pop_ext/_ops.py.
+// in ops_prefill.cpp and ops_kernels.cpp, fake kernels in python/pop_ext/operators.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pop, m) {
@@ -8,6 +8,8 @@ STABLE_TORCH_LIBRARY(pop, m) {
   m.def("load(str spec, str plan, Tensor[] weights) -> int");
   m.def("unload(int model) -> ()");
   m.def("info(int model) -> str");
+  // Name of a weight whose memory, dtype or (where it was folded) values changed since `load`; "" for none.
+  m.def("stale_weight(int model) -> str");
 
   // Prefill of packed sequences by the model's plan; hidden states of the wanted rows, final
   // norm applied. See docs/ops.md.
@@ -32,10 +34,10 @@ STABLE_TORCH_LIBRARY(pop, m) {
   m.def("fold_kv(Tensor[] k_proj, Tensor[] v_proj, Tensor[] input_norm) -> Tensor");
   m.def(
       "kv_project(Tensor hidden, Tensor weight, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens, "
-      "Tensor cache_start, float eps, Tensor(a!)[] key_cache, Tensor(b!)[] value_cache, Tensor[] k_bias=[], "
-      "Tensor[] v_bias=[], Tensor[] k_norm=[], Tensor? slot_table=None) -> ()");
+      "Tensor cache_start, float eps, Tensor(a!)[] key_cache, Tensor(b!)[] value_cache, "
+      "Tensor[]? k_bias=None, Tensor[]? v_bias=None, Tensor[]? k_norm=None, Tensor? slot_table=None) -> ()");
 
-  // For the checks of python/pop_ext/_ops.py and `pop-ext info`.
+  // For the checks of python/pop_ext/operators.py and `pop-ext info`.
   m.def("aten_schemas() -> str");
   m.def("cpu_isa() -> str");
 }

@@ -12,7 +12,7 @@ namespace pop {
 
 namespace {
 
-Backend& backend_of(const Tensor&) { return cpu::cpu_backend(); }
+Backend& backend_of(const Tensor&) { return cpu_backend(); }
 
 // Any leading dimensions as rows; a copy only where they cannot be viewed as such.
 Tensor as_rows(const Tensor& tensor) {
@@ -238,19 +238,21 @@ Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_s
   return out;
 }
 
-std::vector<const void*> layer_vectors(const std::vector<Tensor>& tensors, size_t layers, DType dtype, int64_t width,
+using TensorList = std::optional<std::vector<Tensor>>;
+
+// One vector a layer; empty where there are none.
+std::vector<const void*> layer_vectors(const TensorList& tensors, size_t layers, DType dtype, int64_t width,
                                        const std::string& name) {
-  check(tensors.empty() || tensors.size() == layers, name, ": expected none or ", layers, " tensors, got ",
-        tensors.size());
   std::vector<const void*> data;
-  for (const Tensor& tensor : tensors) data.push_back(optional_vector(tensor, dtype, width, name));
+  if (!tensors.has_value()) return data;
+  check(tensors->size() == layers, name, ": expected ", layers, " tensors (one a layer), got ", tensors->size());
+  for (const Tensor& tensor : *tensors) data.push_back(optional_vector(tensor, dtype, width, name));
   return data;
 }
 
 void kv_project(Tensor hidden, Tensor weight, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens,
                 Tensor cache_start, double eps, std::vector<Tensor> key_cache, std::vector<Tensor> value_cache,
-                std::vector<Tensor> k_bias, std::vector<Tensor> v_bias, std::vector<Tensor> k_norm,
-                std::optional<Tensor> slot_table) {
+                TensorList k_bias, TensorList v_bias, TensorList k_norm, std::optional<Tensor> slot_table) {
   const std::string op = "pop::kv_project";
   const DType dtype = dtype_of(hidden, op + ": hidden");
   check_shape(hidden, {-1, -1}, op + ": hidden");

@@ -29,6 +29,8 @@ std::string info(int64_t handle) {
               ", \"extra_bytes\": ", loaded->extra_bytes(), "}");
 }
 
+std::string stale_weight(int64_t handle) { return find_model(handle)->stale_weight(); }
+
 // The caches as the runtime sees them, checked.
 std::vector<LayerCache> layer_caches(const ModelSpec& spec, const Geometry& geometry, const std::vector<Tensor>& keys,
                                      const std::vector<Tensor>& values, const Tensor& like) {
@@ -127,14 +129,16 @@ Tensor check_rope(const ModelSpec& spec, const Tensor& table, int64_t rows, cons
   return torch::stable::contiguous(torch::stable::to(table, ScalarType::Float));
 }
 
-Tensor prefill(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens,
+Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens,
                Tensor cache_start, Tensor boundary, Tensor logits_to_keep, std::vector<Tensor> key_cache,
                std::vector<Tensor> value_cache, std::optional<Tensor> slot_table, bool restore_on_error) {
   const auto loaded = find_model(handle);
   const Model& model = loaded->model();
   const ModelSpec& spec = model.spec;
   const Tensor& like = loaded->embed_tokens();
-  loaded->check_current();
+  const std::string stale = loaded->stale_weight();
+  check(stale.empty(), kOp, ": weight ", stale, ": expected the memory, dtype and values it was loaded with, got others; ",
+        "call native.refresh() (or load the model again)");
   const std::optional<Tensor> ids = check_input(spec, input, like);
   const int64_t rows = input.size(0);
   const Tensor cos_rows = check_rope(spec, cos, rows, like, "cos");
@@ -143,7 +147,7 @@ Tensor prefill(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor cu_s
   const Geometry geometry(kOp, {cu_seqlens, past_lens, cache_start, slot_table}, rows, &boundary, &logits_to_keep);
   const std::vector<LayerCache> caches = layer_caches(spec, geometry, key_cache, value_cache, like);
 
-  Backend& backend = cpu::cpu_backend();
+  Backend& backend = cpu_backend();
   const BatchLayout& layout = geometry.layout();
   // Everything is allocated before the first cache write: running out of memory changes nothing.
   const Tensor hidden = torch::stable::new_empty(like, {layout.rows - layout.wanted_begin, spec.hidden_size});
@@ -151,7 +155,7 @@ Tensor prefill(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor cu_s
       like, {static_cast<int64_t>(workspace_bytes(model, layout, backend))}, ScalarType::Byte);
   CacheGuard guard(restore_on_error, geometry, key_cache, value_cache);
   ProfilerStages stages;
-  pop::prefill(model,
+  prefill(model,
                {.layout = &layout,
                 .ids = ids.has_value() ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr,
                 .embeds = ids.has_value() ? nullptr : input.const_data_ptr(),
@@ -178,10 +182,11 @@ STABLE_TORCH_LIBRARY_IMPL(pop, CompositeExplicitAutograd, m) {
   m.impl("load", TORCH_BOX(&load));
   m.impl("unload", TORCH_BOX(&unload));
   m.impl("info", TORCH_BOX(&info));
+  m.impl("stale_weight", TORCH_BOX(&stale_weight));
   m.impl("aten_schemas", TORCH_BOX(&aten_schemas));
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pop, CPU, m) { m.impl("prefill", TORCH_BOX(&prefill)); }
+STABLE_TORCH_LIBRARY_IMPL(pop, CPU, m) { m.impl("prefill", TORCH_BOX(&prefill_op)); }
 
 }  // namespace pop

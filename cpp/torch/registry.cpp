@@ -1,6 +1,5 @@
 #include "torch/registry.h"
 
-#include <cstring>
 #include <mutex>
 #include <unordered_map>
 
@@ -10,8 +9,6 @@
 namespace pop {
 
 namespace {
-
-constexpr const char* kRefresh = "call native.refresh() (or load the model again)";
 
 // A hash of up to 64 elements spread over a tensor in host memory: notices a change made
 // through `.data`, which leaves the version counter alone.
@@ -85,6 +82,7 @@ LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Te
   check(weights_.size() == slots_.size(), "pop::load: weights: expected ", slots_.size(), " tensors, got ",
         weights_.size());
   for (size_t i = 0; i < slots_.size(); ++i) {
+    index_[slots_[i].name] = i;
     const std::string name = "pop::load: weight " + slots_[i].name;
     check_dtype(weights_[i], spec.dtype, name);
     check_shape(weights_[i], slots_[i].shape, name);
@@ -103,10 +101,8 @@ LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Te
 }
 
 const Tensor* LoadedModel::weight(const std::string& name) const {
-  for (size_t i = 0; i < slots_.size(); ++i) {
-    if (slots_[i].name == name) return &weights_[i];
-  }
-  return nullptr;
+  const auto found = index_.find(name);
+  return found == index_.end() ? nullptr : &weights_[found->second];
 }
 
 void LoadedModel::set_layer(int64_t layer) {
@@ -171,17 +167,16 @@ LoadedModel::Stamp LoadedModel::stamp_of(size_t index) const {
           .sample = folded ? sample_of(tensor) : 0};
 }
 
-void LoadedModel::check_current() const {
+std::string LoadedModel::stale_weight() const {
   for (size_t i = 0; i < weights_.size(); ++i) {
     const Tensor& tensor = weights_[i];
     const Stamp& stamp = stamps_[i];
-    const bool in_place = tensor.const_data_ptr() == stamp.data &&
-                          static_cast<int32_t>(tensor.scalar_type()) == stamp.dtype;
-    check(in_place, "pop::prefill: weight ", slots_[i].name,
-          ": expected the memory and dtype it was loaded with, got others; ", kRefresh);
-    check(!stamp.folded || sample_of(tensor) == stamp.sample, "pop::prefill: weight ", slots_[i].name,
-          ": expected the values it was loaded with (they are folded into the K/V projection), got others; ", kRefresh);
+    const bool current = tensor.const_data_ptr() == stamp.data &&
+                         static_cast<int32_t>(tensor.scalar_type()) == stamp.dtype &&
+                         (!stamp.folded || sample_of(tensor) == stamp.sample);
+    if (!current) return slots_[i].name;
   }
+  return "";
 }
 
 int64_t register_model(std::shared_ptr<const LoadedModel> model) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "runtime/model.h"
@@ -23,9 +24,9 @@ class LoadedModel {
   const Tensor& embed_tokens() const { return weights_.front(); }
   int64_t extra_bytes() const { return extra_bytes_; }  // of the folded stacks
 
-  // Throws if a weight's memory, dtype, device or shape is not what it was at load, or if a
-  // sample of what was folded has changed.
-  void check_current() const;
+  // Name of a weight whose memory or dtype is not what it was at load, or of a folded one with
+  // a sample of its values changed; "" if there is none.
+  std::string stale_weight() const;
 
  private:
   struct Stamp {
@@ -41,6 +42,7 @@ class LoadedModel {
   void fold(LayerRange layers);
 
   std::vector<WeightSlot> slots_;
+  std::unordered_map<std::string, size_t> index_;  // of a slot's name
   std::vector<Tensor> weights_;  // in the order of slots_
   std::vector<Tensor> stacks_;
   std::vector<Stamp> stamps_;

@@ -38,10 +38,13 @@ class PackedBatch:
     def rows(self) -> int:
         return sum(self.tokens)
 
-    @property
-    def is_padded(self) -> bool:
-        """Whether some slot of the new columns stays empty."""
-        return self.row_index is not None
+    def padding(self) -> torch.Tensor | None:
+        """``[batch, columns]`` bool, True where a new column holds no token; None: nowhere."""
+        if self.row_index is None:
+            return None
+        padding = torch.ones(self.batch * self.columns, dtype=torch.bool)
+        padding[self.row_index] = False
+        return padding.view(self.batch, self.columns)
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
         """``[batch, columns, ...]`` -> ``[rows, ...]``, the real tokens by sequence."""

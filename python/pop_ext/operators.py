@@ -139,9 +139,9 @@ def _(
     eps,
     key_cache,
     value_cache,
-    k_bias=(),
-    v_bias=(),
-    k_norm=(),
+    k_bias=None,
+    v_bias=None,
+    k_norm=None,
     slot_table=None,
 ):
     return None

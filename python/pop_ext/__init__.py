@@ -1,0 +1,70 @@
+"""Prefill-Only Pruning (POP, arXiv 2602.03295) for Hugging Face language models.
+
+``pop_ext.enable(model)``, then ``model.generate(...)`` as before: long prompts get their first token
+sooner, decode stays the full model. ``torch.ops.pop.prefill`` is the same for an engine of one's own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch  # noqa: F401  (its libraries must be in the process before ours load)
+
+from pop_ext import operators as _operators  # registers torch.ops.pop
+from pop_ext._core import __version__
+from pop_ext.plan import Plan
+
+if TYPE_CHECKING:
+    from pop_ext.decision import Decision
+    from pop_ext.forward import PrefillDeclined, disable, enable, enabled, explain, last_call
+    from pop_ext.evaluate import score
+    from pop_ext.families import UnsupportedModelError
+    from pop_ext.native import NativeModel, PrefillOutput, load
+
+__all__ = [
+    "Decision",
+    "NativeModel",
+    "Plan",
+    "PrefillDeclined",
+    "PrefillOutput",
+    "UnsupportedModelError",
+    "__version__",
+    "disable",
+    "enable",
+    "enabled",
+    "explain",
+    "last_call",
+    "load",
+    "reference",
+    "score",
+]
+
+# What needs transformers is imported at first use: the operators work without it.
+_LAZY = {
+    "Decision": "pop_ext.decision",
+    "NativeModel": "pop_ext.native",
+    "PrefillDeclined": "pop_ext.forward",
+    "PrefillOutput": "pop_ext.native",
+    "UnsupportedModelError": "pop_ext.families",
+    "disable": "pop_ext.forward",
+    "enable": "pop_ext.forward",
+    "enabled": "pop_ext.forward",
+    "explain": "pop_ext.forward",
+    "last_call": "pop_ext.forward",
+    "load": "pop_ext.native",
+    "score": "pop_ext.evaluate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name == "reference":
+        return import_module("pop_ext.reference")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'pop_ext' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,101 @@
+"""How well a pruned model does: log-likelihood of given continuations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from pop_ext import reference
+from pop_ext.forward import require_enabled
+
+Ids = Sequence[int] | torch.Tensor
+
+
+class Score(NamedTuple):
+    """Of one continuation.
+
+    Attributes:
+        log_likelihood: sum of its tokens' log-probabilities, in nats.
+        is_greedy: whether each of its tokens is the most probable one at its place.
+    """
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+def score(
+    model: nn.Module, context_ids: Sequence[Ids], continuation_ids: Sequence[Ids], batch_size: int = 8
+) -> list[Score]:
+    """Log-likelihood of continuations after their contexts, under the model's enabled plan.
+
+    The prompt is pruned as a prefill of it would be: the plan's boundary before the continuation
+    counts, the continuation itself runs at full depth, like the decode it stands for. The plan is
+    executed as given, whatever its ``min_tokens``.
+
+    Args:
+        context_ids, continuation_ids: one sequence of ids (a list or a 1-D tensor) per pair, none empty.
+        batch_size: pairs per forward; it changes memory, not results.
+
+    Raises:
+        ValueError, TypeError: a model that is not enabled, an empty sequence, lists of different length.
+    """
+    forward = require_enabled(model)
+    pairs = _pairs(context_ids, continuation_ids)
+    scores: list[Score] = []
+    for begin in range(0, len(pairs), batch_size):
+        batch = pairs[begin : begin + batch_size]
+        # The last token of a continuation predicts nothing that is asked for.
+        inputs = [torch.cat([context, continuation[:-1]]) for context, continuation in batch]
+        keeps = [len(continuation) for _, continuation in batch]
+        boundary = [
+            min(forward.plan.boundary - 1 + keep, len(ids)) for keep, ids in zip(keeps, inputs, strict=True)
+        ]
+        device = forward.model.get_input_embeddings().weight.device
+        ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)
+        lengths = torch.tensor([len(row) for row in inputs])
+        mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long().to(device)
+        if forward.backend == "reference":
+            with forward.stock_inside():
+                logits, _ = reference.prefill(
+                    forward.model, ids, forward.plan, keeps, attention_mask=mask, boundary=boundary
+                )
+        else:
+            forward.bind_native()
+            assert forward.native is not None
+            logits = forward.native.prefill(
+                ids, attention_mask=mask, boundary=boundary, logits_to_keep=keeps
+            ).logits
+        rows = logits.float().log_softmax(-1).split(keeps)
+        for row, (_, continuation) in zip(rows, batch, strict=True):
+            target = continuation.to(row.device)
+            scores.append(
+                Score(
+                    float(row.gather(1, target[:, None]).sum()),
+                    bool((row.argmax(-1) == target).all()),
+                )
+            )
+    return scores
+
+
+def _pairs(
+    context_ids: Sequence[Ids], continuation_ids: Sequence[Ids]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    if len(context_ids) != len(continuation_ids):
+        raise ValueError(
+            f"continuation_ids: expected {len(context_ids)} sequences like context_ids, got {len(continuation_ids)}"
+        )
+    contexts = [_as_ids("context_ids", i, ids) for i, ids in enumerate(context_ids)]
+    continuations = [_as_ids("continuation_ids", i, ids) for i, ids in enumerate(continuation_ids)]
+    return list(zip(contexts, continuations, strict=True))
+
+
+def _as_ids(name: str, index: int, ids: Ids) -> torch.Tensor:
+    if not isinstance(ids, (Sequence, torch.Tensor)) or isinstance(ids, (str, bytes)):
+        raise TypeError(f"{name}: expected one sequence of ids per pair, got {type(ids).__name__} for pair {index}")
+    tensor = torch.as_tensor(ids).cpu()
+    if tensor.ndim != 1 or len(tensor) == 0:
+        raise ValueError(f"{name}: expected at least one id for pair {index}, got shape {list(tensor.shape)}")
+    return tensor.to(torch.int64)

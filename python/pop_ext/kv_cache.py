@@ -1,0 +1,258 @@
+"""Hugging Face caches as the operator's tensors, all or nothing.
+
+A ``CacheTransaction`` gives ``pop::prefill`` one key and one value tensor per layer,
+``[batch, kv_heads, slots, head_dim]``, and makes the cache hold the new tokens only in ``commit``:
+a call that fails leaves the cache as it was.
+
+| layer class                 | written                                | commit                |
+|-----------------------------|----------------------------------------|-----------------------|
+| ``DynamicLayer``            | new tensors of past + new slots        | becomes the layer's   |
+| ``StaticLayer``             | in place (the operator restores it)    | length advances       |
+| sliding-window layers       | new tensors of past + new slots        | ``layer.update``      |
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+
+class UnsupportedCacheError(ValueError):
+    """The native prefill does not know this kind of cache."""
+
+
+class _LayerTransaction(Protocol):
+    key: torch.Tensor
+    value: torch.Tensor
+    in_place: bool
+
+    def commit(self) -> None: ...
+    def abort(self) -> None: ...
+
+
+def _new_buffer(like: torch.Tensor, batch: int, slots: int, zero: bool) -> torch.Tensor:
+    """``[batch, kv_heads, slots, head_dim]`` with dtype, device and heads of ``like [*, kv_heads, *, head_dim]``."""
+    shape = (batch, like.shape[1], slots, like.shape[3])
+    return like.new_zeros(shape) if zero else like.new_empty(shape)
+
+
+class _Dynamic:
+    """Grows as ``torch.cat`` would, with one copy of the past and none of the new tokens."""
+
+    in_place = False
+
+    def __init__(self, layer: DynamicLayer, like: torch.Tensor, batch: int, past: int, new: int, padded: bool) -> None:
+        self._layer = layer
+        self.key = _new_buffer(like, batch, past + new, zero=padded)
+        self.value = _new_buffer(like, batch, past + new, zero=padded)
+        if past > 0:
+            self.key[:, :, :past] = layer.keys
+            self.value[:, :, :past] = layer.values
+
+    def commit(self) -> None:
+        if not self._layer.is_initialized:
+            self._layer.lazy_initialization(self.key, self.value)
+        self._layer.keys = self.key
+        self._layer.values = self.value
+
+    def abort(self) -> None:
+        pass
+
+
+class _Static:
+    """Writes where the layer's tensors are: their addresses must stay (CUDA graphs, compile)."""
+
+    in_place = True
+
+    def __init__(self, layer: StaticLayer, like: torch.Tensor, batch: int, past: int, new: int, padded: bool) -> None:
+        if past + new > layer.max_cache_len:
+            raise ValueError(
+                f"past_key_values: expected room for {past + new} positions (past and new tokens), "
+                f"got a static cache of {layer.max_cache_len}"
+            )
+        self._layer = layer
+        self._new = new
+        self._columns = slice(past, past + new)
+        self._clear = padded
+        self._before = dict(layer.__dict__)
+        if not layer.is_initialized:
+            empty = _new_buffer(like, batch, 0, zero=False)
+            layer.lazy_initialization(empty, empty)
+        self.key = layer.keys
+        self.value = layer.values
+
+    def clear_padding(self, padding: torch.Tensor) -> None:
+        """Zeroes new slots ``[batch, new]`` that hold no token: they may hold those of an earlier use."""
+        for cache in (self.key, self.value):
+            cache[:, :, self._columns].masked_fill_(padding[:, None, :, None].to(cache.device), 0)
+
+    def commit(self) -> None:
+        self._layer.cumulative_length.add_(self._new)
+
+    def abort(self) -> None:
+        self._layer.__dict__.clear()
+        self._layer.__dict__.update(self._before)
+
+
+class _Sliding:
+    """Attention needs past and new tokens side by side; the layer then keeps what its window needs.
+
+    Slots that the layer has dropped are zero: no query of this call reaches them.
+    """
+
+    in_place = False
+
+    def __init__(self, layer: Any, like: torch.Tensor, batch: int, past: int, new: int, padded: bool) -> None:
+        self._layer = layer
+        self._past = past
+        stored = 0
+        if layer.is_initialized and past > 0:
+            stored = min(past, layer.keys.shape[-2])
+        self.key = _new_buffer(like, batch, past + new, zero=padded or stored < past)
+        self.value = _new_buffer(like, batch, past + new, zero=padded or stored < past)
+        if stored > 0:
+            # A static layer that is not full yet has its tokens in front, a full one is all tokens.
+            kept = slice(0, stored) if isinstance(layer, StaticLayer) else slice(layer.keys.shape[-2] - stored, None)
+            self.key[:, :, past - stored : past] = layer.keys[:, :, kept]
+            self.value[:, :, past - stored : past] = layer.values[:, :, kept]
+
+    def commit(self) -> None:
+        self._layer.update(self.key[:, :, self._past :], self.value[:, :, self._past :])
+
+    def abort(self) -> None:
+        pass
+
+
+_HANDLERS: dict[type, type] = {
+    DynamicLayer: _Dynamic,
+    StaticLayer: _Static,
+    DynamicSlidingWindowLayer: _Sliding,
+    StaticSlidingWindowLayer: _Sliding,
+}
+
+
+def new_cache(config: Any) -> DynamicCache:
+    """The cache that the stock forward would make."""
+    return DynamicCache(config=config)
+
+
+def past_slots(cache: Cache | None) -> int:
+    """Slots that the cache already holds, padding included."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def check_cache(cache: Any, num_layers: int) -> None:
+    """Raises ``UnsupportedCacheError`` (TypeError for something that is no cache) if it cannot be filled natively."""
+    if not isinstance(cache, Cache):
+        raise TypeError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}")
+    if getattr(cache, "offloading", False):
+        raise UnsupportedCacheError("past_key_values: expected a cache on the model's device, got an offloaded one")
+    for layer in cache.layers:
+        if type(layer) not in _HANDLERS:
+            known = ", ".join(sorted(kind.__name__ for kind in _HANDLERS))
+            raise UnsupportedCacheError(f"past_key_values: expected layers of {known}, got {type(layer).__name__}")
+    if len(cache.layers) > num_layers:
+        raise ValueError(f"past_key_values: expected {num_layers} layers like the model, got {len(cache.layers)}")
+    if len(cache.layers) < num_layers and cache.layer_class_to_replicate not in _HANDLERS:
+        raise UnsupportedCacheError(f"past_key_values: expected {num_layers} layers, got {len(cache.layers)}")
+
+
+def has_window(cache: Cache) -> bool:
+    """Whether some layer keeps only a window of its positions."""
+    return any(isinstance(layer, (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)) for layer in cache.layers)
+
+
+class CacheTransaction:
+    """The caches of one prefill call.
+
+    Args:
+        cache: a checked cache (``check_cache``).
+        like: ``[*, kv_heads, *, head_dim]`` tensor with the cache's dtype and device.
+        num_layers, batch, past, new: layers, sequences, slots before the call, columns it adds.
+        padding: ``[batch, new]`` bool, True where a new slot holds no token; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        like: torch.Tensor,
+        num_layers: int,
+        batch: int,
+        past: int,
+        new: int,
+        padding: torch.Tensor | None,
+    ) -> None:
+        self._cache = cache
+        self._layers: list[Any] = list(cache.layers)
+        while len(self._layers) < num_layers:
+            self._layers.append(cache.layer_class_to_replicate())
+        self._padding = padding
+        self._open: list[Any] = []
+        try:
+            for index, layer in enumerate(self._layers):
+                _check_layer(layer, index, like, batch, past)
+                handler = _HANDLERS[type(layer)]
+                self._open.append(handler(layer, like, batch, past, new, padding is not None))
+        except BaseException:
+            self.abort()
+            raise
+
+    @property
+    def key_cache(self) -> list[torch.Tensor]:
+        return [layer.key for layer in self._open]
+
+    @property
+    def value_cache(self) -> list[torch.Tensor]:
+        return [layer.value for layer in self._open]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the call writes to memory that the cache already owns."""
+        return any(layer.in_place for layer in self._open)
+
+    def commit(self) -> None:
+        for layer in self._open:
+            if self._padding is not None and isinstance(layer, _Static):
+                layer.clear_padding(self._padding)
+            layer.commit()
+        self._cache.layers[:] = self._layers
+
+    def abort(self) -> None:
+        for layer in self._open:
+            layer.abort()
+
+
+def _check_layer(layer: Any, index: int, like: torch.Tensor, batch: int, past: int) -> None:
+    if not layer.is_initialized:
+        if past > 0:
+            raise ValueError(f"past_key_values: expected {past} positions in layer {index}, got none")
+        return
+    name = f"past_key_values: layer {index}"
+    length = int(layer.get_seq_length())
+    if length != past:
+        raise ValueError(f"{name}: expected {past} positions like layer 0, got {length}")
+    # An initialised but empty dynamic layer has keys of shape [0].
+    for kind, tensor in (("keys", layer.keys), ("values", layer.values)):
+        if tensor.numel() == 0:
+            continue
+        if tensor.dtype != like.dtype or tensor.device != like.device:
+            raise ValueError(
+                f"{name}: expected {kind} of {like.dtype} on {like.device} like the model, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+        expected = (batch, like.shape[1], like.shape[3])
+        found = (tensor.shape[0], tensor.shape[1], tensor.shape[3])
+        if found != expected:
+            raise ValueError(
+                f"{name}: expected {kind} of [{expected[0]}, {expected[1]}, *, {expected[2]}] "
+                f"(batch, KV heads, slots, head_dim), got {list(tensor.shape)}"
+            )

@@ -1,0 +1,297 @@
+"""``NativeModel``: a Hugging Face model's weights, prefilled by the native runtime."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from pop_ext import operators
+from pop_ext.families import Description, describe
+from pop_ext.kv_cache import CacheTransaction, check_cache, has_window, new_cache, past_slots
+from pop_ext.packing import PackedBatch, PerSequence, pack_batch, per_sequence
+from pop_ext.plan import Plan
+from pop_ext.presets import default_plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
+
+
+@dataclass
+class PrefillOutput:
+    """What ``NativeModel.prefill`` returns.
+
+    Attributes:
+        logits: ``[batch, keep, vocab]``; with one ``logits_to_keep`` per sequence, packed ``[sum(keep), vocab]``.
+        hidden_states: the same rows after the final norm, ``[..., hidden_size]``.
+        past_key_values: the cache, holding every position in every layer, ready for decode.
+        cu_rows: ``[batch + 1]`` int32, where each sequence's rows begin in the packed form; None otherwise.
+    """
+
+    logits: torch.Tensor
+    hidden_states: torch.Tensor
+    past_key_values: Cache
+    cu_rows: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Stamp:
+    """What a parameter was when its model was loaded."""
+
+    tensor: torch.Tensor
+    data_ptr: int
+    version: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Stamp:
+        return cls(tensor, tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
+
+    def matches(self, tensor: torch.Tensor | None) -> bool:
+        return tensor is self.tensor and _Stamp.of(tensor) == self
+
+
+def check_plan(plan: Plan, num_layers: int) -> Plan:
+    """Raises TypeError or ValueError unless ``plan`` is a plan for that depth."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a pop_ext.Plan, got {type(plan).__name__}")
+    if plan.num_layers != num_layers:
+        raise ValueError(f"plan: expected num_layers={num_layers} like the model, got {plan.num_layers}")
+    return plan
+
+
+class NativeModel:
+    """A causal language model whose prefill runs natively, by reference to its weights.
+
+    Only the folded K/V weights of omitted layers (and of the last layer) are new memory:
+    ``extra_bytes``. Made by ``pop_ext.load``.
+    """
+
+    def __init__(self, model: PreTrainedModel, plan: Plan | None = None) -> None:
+        operators.require_aten()
+        description = describe(model)
+        self.model = model
+        self.plan = check_plan(default_plan(model.config) if plan is None else plan, description.spec.num_layers)
+        self._finalizer: weakref.finalize | None = None
+        self._bind(description)
+
+    def __repr__(self) -> str:
+        return f"NativeModel({type(self.model).__name__}, {self.plan!r}, extra_bytes={self.extra_bytes})"
+
+    @property
+    def handle(self) -> int:
+        """The ``model`` argument of ``torch.ops.pop.prefill``; valid until ``refresh`` or the end of this object."""
+        return self._handle
+
+    @property
+    def extra_bytes(self) -> int:
+        """Memory of the folded K/V weights, in bytes."""
+        return self._extra_bytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._like.device
+
+    def refresh(self) -> None:
+        """Takes the model's weights as they are now; needed after they were changed, moved or reassigned.
+
+        Raises:
+            UnsupportedModelError: the model has become one that cannot run natively; what was loaded stays.
+        """
+        self._bind(describe(self.model))
+
+    def stale_weight(self) -> str | None:
+        """The name of a weight that was changed, moved or reassigned since it was loaded; None if none was.
+
+        A change through ``.data`` shows in no version counter: of what was folded, values are sampled.
+        """
+        for ref, stamp in zip(self.description.weights, self._stamps, strict=True):
+            if not stamp.matches(ref.parameters.get(ref.name)):
+                return ref.slot
+        return torch.ops.pop.stale_weight(self._handle) or None
+
+    def prefill(
+        self,
+        input_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        boundary: PerSequence | None = None,
+        logits_to_keep: PerSequence = 1,
+    ) -> PrefillOutput:
+        """Prefills a batch by the plan, as given.
+
+        Args:
+            input_ids: ``[batch, tokens]`` integer ids, or
+            inputs_embeds: ``[batch, tokens, hidden_size]`` in the model's dtype.
+            attention_mask: ``[batch, past + tokens]``, 1 for a real token. New tokens may be padded on
+                either side; past slots may be masked anywhere. None: all real.
+            position_ids: ``[batch, tokens]`` or ``[1, tokens]``. None: counted from the mask after the past.
+            past_key_values: a cache whose positions are kept as they are. None: a new DynamicCache.
+            boundary: last rows of each sequence that run at full depth, one int or one per sequence.
+                None: the plan's, at most the sequence's tokens.
+            logits_to_keep: last rows of each sequence that get logits, one int or one per sequence.
+
+        Raises:
+            ValueError, TypeError: a bad argument, named with what was expected and what came.
+            RuntimeError: weights changed since they were loaded (``refresh``), or the operator failed.
+                In every case the cache is as it was before the call.
+
+        Source: POP (arXiv 2602.03295), section 3; rules in docs/semantics.md.
+        """
+        stale = self.stale_weight()
+        if stale is not None:
+            raise RuntimeError(
+                f"weight {stale}: expected the tensor that was loaded, unchanged; it was changed, moved or "
+                "reassigned. Call native.refresh()."
+            )
+        tokens = self._check_input(input_ids, inputs_embeds)
+        batch, columns = tokens.shape[:2]
+        past = past_slots(past_key_values)
+        if past_key_values is not None:
+            check_cache(past_key_values, self.spec.num_layers)
+        packed = pack_batch(batch, columns, past, attention_mask)
+        keeps = per_sequence(logits_to_keep, batch, "logits_to_keep")
+        _check_at_most(keeps, packed.tokens, "logits_to_keep")
+        boundaries = self._boundaries(boundary, packed)
+        cache = new_cache(self.model.config) if past_key_values is None else past_key_values
+        if packed.slot_table is not None and has_window(cache):
+            raise ValueError(
+                "attention_mask: expected consecutive real tokens in every sequence with a sliding-window cache "
+                "(it keeps the last slots, masked or not), got holes"
+            )
+        with torch.no_grad():
+            hidden, cache = self._run(tokens, packed, self._positions(position_ids, packed), cache, boundaries, keeps)
+            if isinstance(logits_to_keep, int):
+                hidden = hidden.view(batch, logits_to_keep, -1)
+                return PrefillOutput(self.model.lm_head(hidden), hidden, cache)
+            cu_rows = torch.tensor([0, *keeps]).cumsum(0).to(torch.int32)
+            return PrefillOutput(self.model.lm_head(hidden), hidden, cache, cu_rows)
+
+    def _bind(self, description: Description) -> None:
+        weights = [ref.tensor for ref in description.weights]
+        with torch.no_grad():
+            handle = torch.ops.pop.load(description.spec.to_json(), self.plan.to_json(), weights)
+        if self._finalizer is not None:
+            self._finalizer()
+        self._finalizer = weakref.finalize(self, torch.ops.pop.unload, handle)
+        self._handle = handle
+        self.description = description
+        self._stamps = [_Stamp.of(tensor) for tensor in weights]
+        self._like = weights[0].detach()
+        self.spec = description.spec
+        self._extra_bytes = json.loads(torch.ops.pop.info(handle))["extra_bytes"]
+
+    def _check_input(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds, got both or none")
+        name, tokens = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+        if not isinstance(tokens, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tokens).__name__}")
+        if tokens.device != self.device:
+            raise ValueError(f"{name}: expected device {self.device} like the model, got {tokens.device}")
+        if input_ids is None:
+            if tokens.ndim != 3 or tokens.shape[-1] != self.spec.hidden_size:
+                raise ValueError(
+                    f"{name}: expected shape [batch, tokens, {self.spec.hidden_size}], got {list(tokens.shape)}"
+                )
+            if tokens.dtype != self.dtype:
+                raise ValueError(f"{name}: expected dtype {self.dtype} like the model, got {tokens.dtype}")
+            return tokens
+        if tokens.ndim != 2:
+            raise ValueError(f"{name}: expected shape [batch, tokens], got {list(tokens.shape)}")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name}: expected int64 or int32 ids, got {tokens.dtype}")
+        if tokens.numel() > 0 and tokens.device.type == "cpu":
+            low, high = (int(bound) for bound in tokens.aminmax())
+            if low < 0 or high >= self.spec.vocab_size:
+                raise ValueError(
+                    f"{name}: expected ids from 0 to {self.spec.vocab_size - 1}, got {low if low < 0 else high}"
+                )
+        return tokens
+
+    def _boundaries(self, boundary: PerSequence | None, packed: PackedBatch) -> list[int]:
+        if boundary is None:
+            return [min(self.plan.boundary, tokens) for tokens in packed.tokens]
+        boundaries = per_sequence(boundary, packed.batch, "boundary")
+        _check_at_most(boundaries, packed.tokens, "boundary")
+        return boundaries
+
+    def _positions(self, position_ids: torch.Tensor | None, packed: PackedBatch) -> torch.Tensor:
+        if position_ids is None:
+            return packed.positions().to(self.device)
+        if not isinstance(position_ids, torch.Tensor):
+            raise TypeError(f"position_ids: expected a tensor, got {type(position_ids).__name__}")
+        shape = tuple(position_ids.shape)
+        if shape not in ((packed.batch, packed.columns), (1, packed.columns)):
+            raise ValueError(
+                f"position_ids: expected shape [{packed.batch}, {packed.columns}] or [1, {packed.columns}], "
+                f"got {list(shape)}"
+            )
+        return packed.pack(position_ids.expand(packed.batch, packed.columns)).to(self.device)
+
+    def _run(
+        self,
+        tokens: torch.Tensor,
+        packed: PackedBatch,
+        positions: torch.Tensor,
+        cache: Cache,
+        boundaries: list[int],
+        keeps: list[int],
+    ) -> tuple[torch.Tensor, Cache]:
+        # In float32 whatever the model's dtype: the module looks only at dtype and device of its first argument.
+        like_rope = torch.empty(0, dtype=torch.float32, device=self.device)
+        cos, sin = self.model.model.rotary_emb(like_rope, positions[None])
+        like = self._like.new_empty((0, self.spec.num_kv_heads, 0, self.spec.head_dim))
+        transaction = CacheTransaction(
+            cache, like, self.spec.num_layers, packed.batch, packed.past_slots, packed.columns, packed.padding()
+        )
+        try:
+            hidden = torch.ops.pop.prefill(
+                self._handle,
+                packed.pack(tokens),
+                cos[0],
+                sin[0],
+                packed.cu_seqlens(),
+                torch.tensor(packed.past, dtype=torch.int32),
+                torch.tensor(packed.cache_start, dtype=torch.int32),
+                torch.tensor(boundaries, dtype=torch.int32),
+                torch.tensor(keeps, dtype=torch.int32),
+                transaction.key_cache,
+                transaction.value_cache,
+                packed.slot_table,
+                transaction.in_place,
+            )
+        except BaseException:
+            transaction.abort()
+            raise
+        transaction.commit()
+        return hidden, cache
+
+
+def _check_at_most(values: list[int], tokens: list[int], name: str) -> None:
+    for i, (value, limit) in enumerate(zip(values, tokens, strict=True)):
+        if value > limit:
+            raise ValueError(f"{name}: expected at most {limit} (the new tokens) for sequence {i}, got {value}")
+
+
+def load(model: PreTrainedModel, plan: Plan | None = None) -> NativeModel:
+    """Makes a model's prefill run natively, without touching the model.
+
+    Args:
+        model: a Hugging Face causal language model of a supported family, on one device.
+        plan: what to omit. None: the preset whose config matches, else the deepest third, boundary 1.
+
+    Raises:
+        UnsupportedModelError (a ValueError): architecture or weights without a native form.
+        ValueError, TypeError: a plan for another depth, or no plan.
+    """
+    return NativeModel(model, plan)

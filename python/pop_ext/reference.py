@@ -1,0 +1,511 @@
+"""The oracle: Prefill-Only Pruning in plain PyTorch on the Hugging Face modules (POP, arXiv 2602.03295).
+
+Written to be read, not to be fast. Every sequence is computed alone, at batch 1 and without padding, in two phases:
+
+1. the *context rows* run through the stock decoder, in which the omitted layers are replaced by the independent KV
+   projection (`project_kv`);
+2. the *boundary rows* run through the stock model, every layer of it, over the cache that phase 1 filled.
+
+Nothing of the native path is imported here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+
+__all__ = ["prefill"]
+
+Module = Any
+"""A Hugging Face module: an nn.Module whose submodules and attributes no type checker can know."""
+
+
+class PlanLike(Protocol):
+    """What the oracle reads of a plan."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def omit(self) -> Sequence[int]: ...
+    @property
+    def boundary(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of a decoder-only model that the oracle touches."""
+
+    decoder: Module
+    layers: Sequence[Module]
+    rotary: Module
+
+
+@dataclass(frozen=True)
+class PastLayer:
+    """One layer of the caller's cache: keys, values [batch, kv_heads, stored, head_dim], columns `first` onwards."""
+
+    keys: Tensor
+    values: Tensor
+    first: int
+
+
+@dataclass(frozen=True)
+class OneSequence:
+    """One sequence of a call, freed of its padding."""
+
+    past_columns: Tensor  # [n] cache columns of its real past positions
+    new_columns: Tensor  # [T_i] columns of its real new tokens, counted from the first new column
+    positions: Tensor  # [1, T_i] int64, for RoPE
+    boundary: int  # effective: rows at full depth
+    keep: int  # rows whose logits are wanted
+
+
+@torch.no_grad()
+def prefill(
+    model: nn.Module,
+    input_ids: Tensor | None = None,
+    plan: PlanLike | None = None,
+    logits_to_keep: int | Sequence[int] | Tensor = 1,
+    *,
+    inputs_embeds: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    boundary: int | Sequence[int] | Tensor | None = None,
+) -> tuple[Tensor, DynamicCache]:
+    """Prefill `T` new tokens a sequence, after the `P` columns that the cache holds, under `plan`.
+
+    The plan is executed as given, always: `plan.min_tokens` is not looked at. Sequence i has `T_i` real new tokens; its
+    last `min(T_i, max(boundary_i, logits_to_keep_i))` rows run at full depth, the context rows before them skip the
+    omitted layers, which only project their K/V (paper: independent KV projection and boundary handling).
+
+    Args:
+        model: Hugging Face causal language model; every decoder layer has `input_layernorm`, `self_attn.k_proj`,
+            `self_attn.v_proj` and, where the family has it, `self_attn.k_norm` over head_dim. A family that projects
+            K/V in another way is refused (checked on one row of every omitted layer).
+        input_ids: int [batch, T]. Exactly one of it and `inputs_embeds`.
+        plan: anything with `.num_layers`, `.omit`, `.boundary`; None takes the default plan of the model's config.
+        logits_to_keep: how many last rows get logits, an int or one per sequence (1-D); 1..T_i.
+        inputs_embeds: [batch, T, hidden], the model's dtype.
+        attention_mask: bool or 0/1, [batch, P + T], real positions 1. Padding left or right of the new tokens and holes
+            in the past are legal, holes in the new tokens are not. None: everything is real.
+        position_ids: int [batch, T] or [1, T]; None: real positions counted from the mask, past included.
+        past_key_values: DynamicCache or StaticCache, read and never modified.
+        boundary: overrides `plan.boundary`, an int or one per sequence (1-D); 1..T_i.
+
+    Returns:
+        logits: [batch, logits_to_keep, vocab], or packed [sum(logits_to_keep), vocab] for per-sequence values.
+        cache: always a new `DynamicCache` of plain layers with `P + T` columns in all layers, in the mask's columns;
+            masked columns hold zeros, and so do columns which a sliding layer of the given cache had already dropped.
+            Sliding layers are kept at full length: the stock model masks them by itself when it decodes.
+
+    Raises:
+        ValueError: an argument does not fit; the text names it, what was expected and what came.
+        TypeError: an argument is of the wrong kind.
+
+    RoPE frequencies that depend on the length ("dynamic", "longrope") follow the largest position of the whole call, as
+    in one stock call over the batch. The sliding window counts real positions of the sequence, not columns.
+    """
+    stock: Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    parts = find_parts(stock)
+    if plan is None:
+        from pop_ext.presets import default_plan
+
+        plan = default_plan(stock.config)
+    check_plan(plan, len(parts.layers))
+    inputs = check_inputs(stock, input_ids, inputs_embeds)
+    batch, new = inputs.shape[:2]
+    past = read_past(past_key_values, len(parts.layers), batch)
+    past_length = past_key_values_length(past_key_values)
+
+    mask = check_mask(attention_mask, batch, past_length, new, inputs.device)
+    check_ids(stock, input_ids, mask[:, past_length:])
+    positions = check_positions(position_ids, mask, past_length)
+    lengths = mask[:, past_length:].sum(1).tolist()
+    keeps = per_sequence("logits_to_keep", logits_to_keep, lengths)
+    if boundary is None:
+        boundaries = [min(plan.boundary, length) for length in lengths]
+    else:
+        boundaries = per_sequence("boundary", boundary, lengths)
+
+    sequences = []
+    for i in range(batch):
+        new_columns = mask[i, past_length:].nonzero().flatten()
+        sequences.append(
+            OneSequence(
+                past_columns=mask[i, :past_length].nonzero().flatten(),
+                new_columns=new_columns,
+                positions=positions[i, new_columns][None],
+                boundary=min(lengths[i], max(boundaries[i], keeps[i])),
+                keep=keeps[i],
+            )
+        )
+    window = getattr(stock.config.get_text_config(), "sliding_window", None)
+    caches = [past_of_sequence(past, sequence, i, window) for i, sequence in enumerate(sequences)]
+
+    name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+    largest = torch.cat([sequence.positions for sequence in sequences], dim=1).max()
+    logits = []
+    with rope_of_whole_call(parts.rotary, largest):
+        for i, (sequence, cache) in enumerate(zip(sequences, caches, strict=True)):
+            rows = inputs[i : i + 1, sequence.new_columns]
+            logits.append(prefill_sequence(stock, parts, plan, name, rows, sequence, cache))
+    packed = torch.cat(logits)
+    if isinstance(logits_to_keep, int):
+        packed = packed.view(batch, logits_to_keep, packed.shape[-1])
+    return packed, assemble(caches, sequences, past_length, new)
+
+
+# The two phases
+
+
+def prefill_sequence(
+    model: Module, parts: Parts, plan: PlanLike, name: str, rows: Tensor, sequence: OneSequence, cache: DynamicCache
+) -> Tensor:
+    """Both phases for one sequence: `rows` [1, T_i(, hidden)] of argument `name` in, logits [keep, vocab] out."""
+    context = rows.shape[1] - sequence.boundary
+
+    def call(start: int, stop: int) -> dict[str, Any]:
+        seen = len(sequence.past_columns) + stop
+        return {
+            name: rows[:, start:stop],
+            "attention_mask": torch.ones(1, seen, dtype=torch.long, device=rows.device),
+            "position_ids": sequence.positions[:, start:stop],
+            "past_key_values": cache,
+            "use_cache": True,
+            "return_dict": True,
+        }
+
+    if context > 0:
+        with omitted_layers(parts.layers, plan.omit):
+            parts.decoder(**call(0, context))
+    # The class's forward: the stock one, also where the instance carries a replaced `forward`.
+    stock_forward = type(model).forward
+    return stock_forward(model, **call(context, rows.shape[1]), logits_to_keep=sequence.keep).logits[0]
+
+
+def project_kv(layer: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The independent KV projection: K = rope(k_norm?(Wk . norm(h))), V = Wv . norm(h).
+
+    hidden_states [1, rows, hidden]; cos, sin as the model's rotary module returns them. Returns K, V [1, kv_heads,
+    rows, head_dim].
+    """
+    attention = layer.self_attn
+    normed = layer.input_layernorm(hidden_states)
+    heads = (*normed.shape[:-1], -1, attention.head_dim)
+    keys = attention.k_proj(normed).view(heads)
+    values = attention.v_proj(normed).view(heads).transpose(1, 2)
+    if getattr(attention, "k_norm", None) is not None:
+        keys = attention.k_norm(keys)
+    keys = keys.transpose(1, 2)
+    if getattr(attention, "use_rope", True):
+        apply_rotary_pos_emb = family_function(attention, "apply_rotary_pos_emb")
+        _, keys = apply_rotary_pos_emb(keys, keys, cos, sin)
+    return keys, values
+
+
+def check_projection(layer: Module, row: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raise unless `project_kv` gives for one row [1, 1, hidden] what the layer's own attention writes into a cache.
+
+    Families differ in small things (norms after RoPE, layers without RoPE, clipped projections); none may pass unseen.
+    """
+    attention, cache = layer.self_attn, DynamicCache()
+    attention(
+        hidden_states=layer.input_layernorm(row),
+        position_embeddings=(cos, sin),
+        attention_mask=None,
+        past_key_values=cache,
+    )
+    written: Any = cache.layers[attention.layer_idx]
+    try:
+        projected = project_kv(layer, row, cos, sin)
+        equal = all(
+            torch.allclose(ours, theirs, rtol=1e-2, atol=1e-5, equal_nan=True)
+            for ours, theirs in zip(projected, (written.keys, written.values), strict=True)
+        )
+    except RuntimeError:  # shapes that do not meet
+        equal = False
+    if not equal:
+        raise ValueError(
+            "model: expected K = rope(k_norm?(k_proj(normed input))) and V = v_proj(normed input), but "
+            f"{type(attention).__name__} of layer {attention.layer_idx} computes something else"
+        )
+
+
+@contextmanager
+def omitted_layers(layers: Sequence[Module], omit: Sequence[int]) -> Iterator[None]:
+    """Inside: a layer of `omit` writes its projected K/V into the cache and passes its input by unchanged."""
+
+    def omitted_forward(layer: Module) -> Callable[..., Tensor]:
+        def forward(hidden_states: Tensor, *_: Any, **kwargs: Any) -> Tensor:
+            cos, sin = kwargs["position_embeddings"]
+            check_projection(layer, hidden_states[:, -1:], cos[..., -1:, :], sin[..., -1:, :])
+            keys, values = project_kv(layer, hidden_states, cos, sin)
+            kwargs["past_key_values"].update(keys, values, layer.self_attn.layer_idx)
+            return hidden_states
+
+        return forward
+
+    with ExitStack() as stack:
+        for index in omit:
+            stack.enter_context(replaced_forward(layers[index], omitted_forward(layers[index])))
+        yield
+
+
+@contextmanager
+def rope_of_whole_call(rotary: Module, largest: Tensor) -> Iterator[None]:
+    """Inside: each call of `rotary` also sees the position `largest`, so that frequencies which depend on the length
+    ("dynamic", "longrope") are those that one stock call over the whole batch would use."""
+    original = rotary.forward
+
+    def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        extended = torch.cat([position_ids, largest.expand(*position_ids.shape[:-1], 1)], dim=-1)
+        cos, sin = original(x, extended, *args, **kwargs)
+        return cos[..., :-1, :], sin[..., :-1, :]
+
+    with replaced_forward(rotary, forward):
+        yield
+
+
+@contextmanager
+def replaced_forward(module: Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace the `forward` of this one instance, and put back what was there."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before
+
+
+# Caches
+
+
+def past_key_values_length(cache: Cache | None) -> int:
+    """Columns that the cache holds."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def read_past(cache: Cache | None, num_layers: int, batch: int) -> list[PastLayer]:
+    """The filled columns of each layer of `cache`; an empty list for an empty cache."""
+    if cache is None:
+        return []
+    known = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+    for layer in getattr(cache, "layers", [None]):
+        if type(layer) not in known:
+            raise TypeError(
+                "past_key_values: expected a DynamicCache or StaticCache of full or sliding-window attention layers, "
+                f"got {type(cache).__name__} with {type(layer).__name__}"
+            )
+    length = past_key_values_length(cache)
+    if length == 0:
+        return []
+    if len(cache.layers) != num_layers:
+        raise ValueError(f"past_key_values: expected {num_layers} layers, got {len(cache.layers)}")
+    past = []
+    layers: list[Any] = list(cache.layers)
+    for index, layer in enumerate(layers):
+        filled = int(layer.get_seq_length())
+        if filled != length:
+            raise ValueError(f"past_key_values: layer {index} has {filled} positions, layer 0 has {length}")
+        if layer.keys.shape[0] != batch:
+            raise ValueError(f"past_key_values: expected batch {batch}, got {layer.keys.shape[0]} in layer {index}")
+        stored = min(length, layer.keys.shape[2])  # a static layer has room behind, a sliding one dropped the front
+        past.append(PastLayer(layer.keys[:, :, :stored], layer.values[:, :, :stored], length - stored))
+    return past
+
+
+def past_of_sequence(past: list[PastLayer], sequence: OneSequence, index: int, window: int | None) -> DynamicCache:
+    """The real past positions of one sequence, side by side, in a cache of its own (copies)."""
+    cache = DynamicCache()
+    real = len(sequence.past_columns)
+    if real == 0:
+        return cache
+    for number, layer in enumerate(past):
+        columns = sequence.past_columns[sequence.past_columns >= layer.first]
+        dropped = real - len(columns)
+        needed = real if window is None else min(real, window - 1)
+        if dropped > 0 and len(columns) < needed:
+            raise ValueError(
+                f"past_key_values: expected the last {needed} of the {real} past "
+                f"positions of sequence {index} (sliding window {window}), but layer {number} has dropped the first "
+                f"{dropped} of them"
+            )
+        stored = columns - layer.first
+        shape = (1, layer.keys.shape[1], dropped)
+        cache.update(
+            torch.cat([layer.keys.new_zeros(*shape, layer.keys.shape[3]), layer.keys[index, None, :, stored]], dim=2),
+            torch.cat([layer.values.new_zeros(*shape, layer.values.shape[3]), layer.values[index, None, :, stored]], 2),
+            number,
+        )
+    return cache
+
+
+def assemble(caches: list[DynamicCache], sequences: list[OneSequence], past_length: int, new: int) -> DynamicCache:
+    """One batch cache with `past_length + new` columns: each position in its mask column, zeros elsewhere."""
+    result = DynamicCache()
+    for number in range(len(caches[0].layers)):
+        first: Any = caches[0].layers[number]
+        heads = first.keys.shape[1]
+        keys = first.keys.new_zeros(len(caches), heads, past_length + new, first.keys.shape[3])
+        values = first.values.new_zeros(len(caches), heads, past_length + new, first.values.shape[3])
+        for i, (cache, sequence) in enumerate(zip(caches, sequences, strict=True)):
+            columns = torch.cat([sequence.past_columns, past_length + sequence.new_columns])
+            layer: Any = cache.layers[number]
+            keys[i, :, columns] = layer.keys[0]
+            values[i, :, columns] = layer.values[0]
+        result.update(keys, values, number)
+    return result
+
+
+# Finding the modules and checking the arguments
+
+
+def find_parts(model: Module) -> Parts:
+    """Decoder, its layers and its rotary module; a ValueError names what the model lacks."""
+    name = type(model).__name__
+
+    def require(owner: Any, attribute: str, where: str) -> Any:
+        value = getattr(owner, attribute, None)
+        if value is None:
+            raise ValueError(f"model: expected {where}{attribute} in a decoder-only model, {name} has none")
+        return value
+
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if not hasattr(decoder, "layers"):
+        decoder = require(model, "model", "")
+    layers = require(decoder, "layers", "decoder.")
+    rotary = require(decoder, "rotary_emb", "decoder.")
+    require(decoder, "norm", "decoder.")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"model: expected a language-model head, {name} has none")
+    for index, layer in enumerate(layers):
+        require(layer, "input_layernorm", f"layers.{index}.")
+        attention = require(layer, "self_attn", f"layers.{index}.")
+        for attribute in ("k_proj", "v_proj", "head_dim", "layer_idx"):
+            require(attention, attribute, f"layers.{index}.self_attn.")
+        family_function(attention, "apply_rotary_pos_emb")
+    return Parts(decoder, layers, rotary)
+
+
+def family_function(attention: Module, name: str) -> Callable[..., Any]:
+    """A function of the module that defines the family's attention."""
+    home = type(attention).__module__
+    function = getattr(sys.modules[home], name, None)
+    if function is None:
+        raise ValueError(f"model: expected {name} in {home}, the home of {type(attention).__name__}")
+    return function
+
+
+def check_plan(plan: PlanLike, num_layers: int) -> None:
+    if plan.num_layers != num_layers:
+        raise ValueError(f"plan: expected num_layers {num_layers}, the model's, got {plan.num_layers}")
+    if any(not 0 <= layer < num_layers for layer in plan.omit):
+        raise ValueError(f"plan: expected omit within 0..{num_layers - 1}, got {tuple(plan.omit)}")
+    if plan.boundary < 1:
+        raise ValueError(f"plan: expected boundary >= 1, got {plan.boundary}")
+
+
+def check_inputs(model: Module, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    """Whichever of the two was given."""
+    if (input_ids is None) == (inputs_embeds is None):
+        given = "neither" if input_ids is None else "both"
+        raise ValueError(f"input_ids, inputs_embeds: expected exactly one of them, got {given}")
+    if inputs_embeds is None:
+        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"input_ids: expected an int64 or int32 tensor, got {describe(input_ids)}")
+        if input_ids.dim() != 2 or 0 in input_ids.shape:
+            raise ValueError(f"input_ids: expected [batch, T] with at least one token, got {list(input_ids.shape)}")
+        return input_ids
+    weight = model.get_input_embeddings().weight
+    if not isinstance(inputs_embeds, Tensor) or inputs_embeds.dtype != weight.dtype:
+        raise TypeError(f"inputs_embeds: expected a {weight.dtype} tensor, got {describe(inputs_embeds)}")
+    hidden = weight.shape[1]
+    if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != hidden or 0 in inputs_embeds.shape:
+        raise ValueError(
+            f"inputs_embeds: expected [batch, T, {hidden}] with at least one token, got {list(inputs_embeds.shape)}"
+        )
+    return inputs_embeds
+
+
+def check_mask(mask: Tensor | None, batch: int, past_length: int, new: int, device: torch.device) -> Tensor:
+    """The mask as bool [batch, P + T]."""
+    columns = past_length + new
+    if mask is None:
+        return torch.ones(batch, columns, dtype=torch.bool, device=device)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask: expected a tensor, got {describe(mask)}")
+    if mask.shape != (batch, columns):
+        raise ValueError(
+            f"attention_mask: expected [batch, past + new] = [{batch}, {columns}] ({past_length} in the cache and "
+            f"{new} new), got {list(mask.shape)}"
+        )
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("attention_mask: expected only 0 and 1, got other values")
+    mask = mask.to(device, torch.bool)
+    for i, row in enumerate(mask[:, past_length:]):
+        real = row.nonzero().flatten()
+        if len(real) == 0:
+            raise ValueError(f"attention_mask: expected at least one new token a sequence, got none in sequence {i}")
+        if real[-1] - real[0] + 1 != len(real):
+            raise ValueError(
+                f"attention_mask: expected no holes in the new tokens, got {len(real)} tokens between new columns "
+                f"{int(real[0])} and {int(real[-1])} in sequence {i}"
+            )
+    return mask
+
+
+def check_ids(model: Module, input_ids: Tensor | None, mask: Tensor) -> None:
+    """Ids of real tokens are in the vocabulary; what stands in a padded column does not matter."""
+    if input_ids is None:
+        return
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    outside = input_ids[mask & ((input_ids < 0) | (input_ids >= vocabulary))]
+    if len(outside):
+        raise ValueError(f"input_ids: expected 0..{vocabulary - 1}, got {int(outside[0])}")
+
+
+def check_positions(position_ids: Tensor | None, mask: Tensor, past_length: int) -> Tensor:
+    """Positions of the new columns, int64 [batch, T]."""
+    if position_ids is None:
+        return (mask.long().cumsum(1) - 1)[:, past_length:]
+    batch, new = mask.shape[0], mask.shape[1] - past_length
+    if not isinstance(position_ids, Tensor) or position_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"position_ids: expected an int64 or int32 tensor, got {describe(position_ids)}")
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != new:
+        raise ValueError(f"position_ids: expected [{batch}, {new}] or [1, {new}], got {list(position_ids.shape)}")
+    return position_ids.long().to(mask.device).expand(batch, new)
+
+
+def per_sequence(name: str, value: int | Sequence[int] | Tensor, lengths: Sequence[int]) -> list[int]:
+    """An int or one value a sequence as a list, each within 1..T_i."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        values: list[Any] = [value] * len(lengths)
+    elif isinstance(value, Tensor) and value.dim() == 1 and not value.is_floating_point():
+        values = value.tolist()
+    elif isinstance(value, Sequence) and all(isinstance(v, int) for v in value):
+        values = list(value)
+    else:
+        raise TypeError(f"{name}: expected an int or one int a sequence, got {describe(value)}")
+    if len(values) != len(lengths):
+        raise ValueError(f"{name}: expected one value for each of {len(lengths)} sequences, got {len(values)}")
+    for i, (v, length) in enumerate(zip(values, lengths, strict=True)):
+        if not 1 <= v <= length:
+            raise ValueError(f"{name}: expected 1..{length}, the new tokens of sequence {i}, got {v}")
+    return values
+
+
+def describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)}"
+    return f"{type(value).__name__} {value!r}"

@@ -1,0 +1,171 @@
+"""Tiny random Hugging Face models in which every part matters.
+
+Projections are scaled so that attention is peaked, each layer adds about as much as the residual stream holds and the
+logits have a scale of about 1; norm weights and biases are random. Zeroing any one layer moves the logits by more than
+10 % (asserted in test_reference.py), so that a wrong RoPE or a forgotten gamma cannot hide in a tolerance.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+"""Every RoPE scaling that transformers knows."""
+
+ROPE_LENGTH = 32
+"""Original context length of the scaled variants: longer prompts take the scaled branch of "dynamic" and "longrope"."""
+
+WINDOW = 16
+"""Default sliding window, smaller than the prompts of the tests."""
+
+
+def llama(**over: Any) -> LlamaForCausalLM:
+    """A Llama; options as in `build`, plus every LlamaConfig field (attention_bias, mlp_bias, ...)."""
+    return build(LlamaForCausalLM, LlamaConfig, over)
+
+
+def mistral(**over: Any) -> MistralForCausalLM:
+    """A Mistral, all layers with sliding_window = WINDOW; options as in `build`."""
+    return build(MistralForCausalLM, MistralConfig, {"sliding_window": WINDOW, **over})
+
+
+def qwen2(**over: Any) -> Qwen2ForCausalLM:
+    """A Qwen2 with q, k, v biases; `use_sliding_window=True` gives every second layer the window WINDOW."""
+    if over.get("use_sliding_window"):
+        kinds = ("full_attention", "sliding_attention")
+        layer_types = [kinds[i % 2] for i in range(over.get("layers", 6))]
+        over = {"sliding_window": WINDOW, "layer_types": layer_types, **over}
+    return build(Qwen2ForCausalLM, Qwen2Config, over)
+
+
+def qwen3(**over: Any) -> Qwen3ForCausalLM:
+    """A Qwen3, with q_norm and k_norm; options as in `build`."""
+    return build(Qwen3ForCausalLM, Qwen3Config, over)
+
+
+def gemma3(**over: Any) -> Gemma3ForCausalLM:
+    """A Gemma 3: four norms a layer, q and k norms, window WINDOW in all but every third layer, two RoPE bases."""
+    layers = over.get("layers", 6)
+    layer_types = ["full_attention" if i % 3 == 2 else "sliding_attention" for i in range(layers)]
+    full = rope_parameters(over.pop("rope", "default"), over.get("head_dim", 64))
+    rope = {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0}}
+    defaults = {"sliding_window": WINDOW, "layer_types": layer_types, "rope_parameters": rope, "tied": True}
+    return build(Gemma3ForCausalLM, Gemma3TextConfig, {**defaults, "query_pre_attn_scalar": 64, **over})
+
+
+FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "gemma3": gemma3}
+
+
+def build(model_class: type, config_class: type, over: dict[str, Any]) -> Any:
+    """A model in eval mode with deterministic random weights.
+
+    Options: hidden, heads, kv_heads, head_dim, layers, vocab, intermediate, dtype, rope (a kind of ROPE_KINDS),
+    tied (embeddings), attn_implementation, seed; anything else goes to the config.
+    """
+    over = dict(over)
+    heads, head_dim = over.pop("heads", 4), over.pop("head_dim", 64)
+    dtype, seed = over.pop("dtype", torch.float32), over.pop("seed", 0)
+    attn_implementation = over.pop("attn_implementation", "sdpa")
+    rope = over.pop("rope", "default")
+    config = config_class(
+        **{
+            "hidden_size": over.pop("hidden", 96),
+            "intermediate_size": over.pop("intermediate", 160),
+            "num_hidden_layers": over.pop("layers", 6),
+            "num_attention_heads": heads,
+            "num_key_value_heads": over.pop("kv_heads", 2),
+            "head_dim": head_dim,
+            "vocab_size": over.pop("vocab", 263),
+            "tie_word_embeddings": over.pop("tied", False),
+            "max_position_embeddings": ROPE_LENGTH if rope == "dynamic" else 4 * ROPE_LENGTH,
+            "rope_parameters": rope_parameters(rope, head_dim),
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+            **over,
+        }
+    )
+    with torch.random.fork_rng(devices=[]):  # the library's own initialisation draws from the global generator
+        model = model_class._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    draw_weights(model, seed)
+    return model.eval()
+
+
+def rope_parameters(kind: str, head_dim: int) -> dict[str, Any]:
+    """Parameters of a RoPE variant that all differ visibly from the default one within a few dozen tokens."""
+    scaled = {"original_max_position_embeddings": ROPE_LENGTH}
+    half = head_dim // 2
+    extra: dict[str, Any] = {
+        "default": {},
+        "linear": {"factor": 2.5},
+        "dynamic": {"factor": 2.0},
+        "yarn": {"factor": 4.0, "beta_fast": 8.0, **scaled},
+        "longrope": {
+            "factor": 4.0,
+            "short_factor": [1.0 + 0.5 * i / half for i in range(half)],
+            "long_factor": [1.5 + 3.0 * i / half for i in range(half)],
+            **scaled,
+        },
+        "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **scaled},
+        "proportional": {"partial_rotary_factor": 0.25},
+    }[kind]
+    return {"rope_type": kind, "rope_theta": 10000.0, **extra}
+
+
+def draw_weights(model: nn.Module, seed: int) -> None:
+    """Draw each parameter from its own generator, so that a weight depends only on seed, order and shape."""
+    tied = model.config.tie_word_embeddings
+    norm_base = 0.0 if model.config.model_type.startswith("gemma") else 1.0  # Gemma's norms multiply by 1 + weight
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        generator = torch.Generator().manual_seed(1000 * seed + number)
+        values = torch.randn(parameter.shape, generator=generator)
+        fan_in = parameter.shape[-1]
+        if name.endswith("norm.weight"):
+            values = norm_base + 0.3 * values
+        elif name.endswith(".bias"):
+            values = 0.3 * values
+        elif "embed_tokens" in name:
+            values = values * (fan_in**-0.5 if tied else 1.0)
+        else:
+            gain = {"q_proj": 1.4, "k_proj": 1.4, "o_proj": 1.5, "down_proj": 1.5}.get(name.split(".")[-2], 1.0)
+            values = values * gain * fan_in**-0.5
+        parameter.data.copy_(values)
+
+
+def float32_twin(model: nn.Module) -> nn.Module:
+    """The same (already rounded) weights in float32: what `assert_low_precision` takes as the truth."""
+    return copy.deepcopy(model).float()
+
+
+def tokens(model: nn.Module, *shape: int, seed: int = 0) -> Tensor:
+    """Random token ids, int64 of `shape`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, model.config.vocab_size, shape, generator=generator)
+
+
+def pad(sequences: list[Tensor], side: str, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Ids [T_i] of several sequences as (ids [batch, T], mask [batch, T]), padded on the `side` "left" or "right"."""
+    width = max(len(ids) for ids in sequences)
+    padded = torch.full((len(sequences), width), fill)
+    mask = torch.zeros(len(sequences), width, dtype=torch.long)
+    for i, ids in enumerate(sequences):
+        columns = slice(width - len(ids), None) if side == "left" else slice(len(ids))
+        padded[i, columns], mask[i, columns] = ids, 1
+    return padded, mask
