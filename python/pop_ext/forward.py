@@ -170,6 +170,12 @@ def _inner(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def _text_config(model: nn.Module) -> Any:
+    """The config of the language model; a multimodal one keeps it inside its own."""
+    config = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
 def _forward_of(model: nn.Module) -> PrefillForward | None:
     forward = _inner(model).__dict__.get("forward")
     return forward if isinstance(forward, PrefillForward) else None
@@ -196,7 +202,7 @@ def enable(model: Model, plan: Plan | None = None, strict: bool = False, backend
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
     inner = _inner(model)
-    config = getattr(inner, "config", None)
+    config = _text_config(inner)
     if config is None:
         raise TypeError(f"model: expected a Hugging Face model with a config, got {type(inner).__name__}")
     if plan is None:
@@ -211,7 +217,7 @@ def enable(model: Model, plan: Plan | None = None, strict: bool = False, backend
         if backend == "native":
             forward.bind_native()
         else:
-            check_plan(plan, reference.num_layers(inner))
+            check_plan(plan, config.num_hidden_layers)
     except BaseException:
         if previous is not None:
             inner.forward = previous
