@@ -271,8 +271,8 @@ std::string Value::dump() const {
 
 Value parse(const std::string& text, const std::string& what) { return Parser(text, what).document(); }
 
-Members::Members(const Value& value, std::string what) : object_(value.object()), what_(std::move(what)) {
-  if (object_ == nullptr) throw std::invalid_argument(what_ + ": expected a JSON object, got " + value.dump());
+Members::Members(Value value, std::string what) : value_(std::move(value)), what_(std::move(what)) {
+  if (value_.object() == nullptr) throw std::invalid_argument(what_ + ": expected a JSON object, got " + value_.dump());
 }
 
 bool Members::boolean(const std::string& name) const {
@@ -313,13 +313,13 @@ std::vector<int64_t> Members::integers(const std::string& name) const {
 }
 
 void Members::only(const std::vector<std::string>& names) const {
-  for (const auto& [name, value] : *object_) {
+  for (const auto& [name, value] : *value_.object()) {
     if (std::find(names.begin(), names.end(), name) == names.end()) fail(name, "no such member", value.dump());
   }
 }
 
 const Value* Members::find(const std::string& name) const {
-  for (const auto& member : *object_) {
+  for (const auto& member : *value_.object()) {
     if (member.first == name) return &member.second;
   }
   return nullptr;

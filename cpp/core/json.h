@@ -46,7 +46,7 @@ Value parse(const std::string& text, const std::string& what);
 // member, what was expected and what came.
 class Members {
  public:
-  Members(const Value& value, std::string what);
+  Members(Value value, std::string what);
 
   bool has(const std::string& name) const { return find(name) != nullptr; }
   bool boolean(const std::string& name) const;
@@ -63,7 +63,7 @@ class Members {
   const Value& get(const std::string& name) const;
   [[noreturn]] void fail(const std::string& name, const std::string& expected, const std::string& got) const;
 
-  const Object* object_;
+  Value value_;  // an object
   std::string what_;
 };
 

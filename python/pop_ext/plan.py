@@ -1,0 +1,162 @@
+"""Which layers prefill omits, and for how many last rows of a prompt it does not."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+from pop_ext import _core
+
+
+class Plan(_core.Plan):
+    """Which layers prefill omits; immutable, hashable, equal by value.
+
+    Args:
+        num_layers: depth ``L`` of the model.
+        omit: layers in ``0...L-1`` that context rows skip; at least one layer must be left.
+            Any iterable of integers.
+        boundary: how many last rows of each prompt run at full depth; a prompt that brings fewer
+            runs as a whole at full depth.
+        min_tokens: prompts of fewer new tokens run at full depth. Only ``pop_ext.enable`` reads it.
+
+    Attributes:
+        omit: sorted tuple.
+        runs: tuple of ``range``, the consecutive layers of ``omit``; a run shares one hidden state.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        num_layers: SupportsIndex,
+        omit: Iterable[SupportsIndex],
+        boundary: SupportsIndex = 1,
+        min_tokens: SupportsIndex = 0,
+    ) -> None:
+        if isinstance(omit, (str, bytes)) or not isinstance(omit, Iterable):
+            raise TypeError(f"omit: expected an iterable of integers, got {omit!r}")
+        super().__init__(
+            _integer("num_layers", num_layers),
+            [_integer("omit", layer) for layer in omit],
+            _integer("boundary", boundary),
+            _integer("min_tokens", min_tokens),
+        )
+
+    @classmethod
+    def last(
+        cls,
+        num_layers: SupportsIndex,
+        count: SupportsIndex | None = None,
+        fraction: float | None = None,
+        *,
+        boundary: SupportsIndex = 1,
+        min_tokens: SupportsIndex = 0,
+    ) -> Plan:
+        """Omits the deepest layers: ``count`` of them, or ``floor(fraction * num_layers)``; by default a third.
+
+        Raises:
+            ValueError: both count and fraction, a count outside ``0...num_layers-1``, a fraction outside [0, 1).
+        """
+        depth = _integer("num_layers", num_layers)
+        if count is not None and fraction is not None:
+            raise ValueError(f"count, fraction: expected one of them, got count={count!r} and fraction={fraction!r}")
+        if fraction is not None:
+            omitted = math.floor(_fraction(fraction) * depth + 1e-9)  # 0.7 * 10 is 6.999...
+        else:
+            omitted = depth // 3 if count is None else _integer("count", count)
+        if depth >= 1 and not 0 <= omitted < depth:
+            raise ValueError(f"count: expected an integer in 0...{depth - 1}, got {omitted}")
+        return cls(depth, range(depth - omitted, depth), boundary, min_tokens)
+
+    @classmethod
+    def preset(cls, name: str) -> Plan:
+        """The plan of a published model, by its Hugging Face name; ``pop_ext.presets.PRESETS`` lists them.
+
+        Raises:
+            ValueError: a name that is not there, with the nearest ones that are.
+        """
+        from pop_ext.presets import preset
+
+        return preset(name).plan
+
+    def replace(self, **changes: Any) -> Plan:
+        """The same plan with some arguments changed: ``plan.replace(boundary=32)``."""
+        return type(self)(**{**self._arguments(), **changes})
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that ``to_json`` wrote. Members that it does not know are ignored.
+
+        Raises:
+            ValueError: not JSON, a missing member or one of another type, or values that make no plan.
+        """
+        plan = _core.Plan.from_json(text)
+        return cls(plan.num_layers, plan.omit, plan.boundary, plan.min_tokens)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the plan to a file as JSON."""
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Plan:
+        """Reads what ``save`` wrote.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: as in ``from_json``; the text starts with the path.
+        """
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            return cls.from_json(text)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "num_layers": self.num_layers,
+            "omit": self.omit,
+            "boundary": self.boundary,
+            "min_tokens": self.min_tokens,
+        }
+
+    def __eq__(self, other: object) -> bool:
+        return self._arguments() == other._arguments() if isinstance(other, Plan) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._arguments().values()))
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self._arguments().items())
+        return f"{type(self).__name__}({arguments})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(self._arguments().values())
+
+
+def _integer(name: str, value: Any) -> int:
+    """``value`` as an int of 64 bits; anything with ``__index__`` but a bool."""
+    # torch's bool tensors have an __index__, too.
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
+    if not -(2**63) <= integer < 2**63:
+        raise ValueError(f"{name}: expected an integer of 64 bits, got {integer}")
+    return integer
+
+
+def _fraction(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"fraction: expected a number, got {value!r}")
+    if not 0 <= value < 1:
+        raise ValueError(f"fraction: expected a number in [0, 1), got {value!r}")
+    return float(value)

@@ -1,0 +1,115 @@
+"""Plans of published models, and the plan of a model that names none."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pop_ext.plan import Plan
+
+_PAPER = "POP, arXiv 2602.03295"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A plan and the models that it is for.
+
+    Attributes:
+        names: Hugging Face names.
+        config: what the model's (text) config says; models of one shape share a preset.
+        plan: the plan.
+        published: whether the number of omitted layers is published for this model.
+        source: where it is from.
+    """
+
+    names: tuple[str, ...]
+    config: Mapping[str, Any]
+    plan: Plan
+    published: bool
+    source: str
+
+    def matches(self, config: Any) -> bool:
+        """Whether a (text) config says what this preset's does."""
+        return all(getattr(config, name, None) == value for name, value in self.config.items())
+
+
+def _preset(
+    names: tuple[str, ...],
+    model_type: str,
+    layers: int,
+    hidden: int,
+    intermediate: int,
+    heads: tuple[int, int],
+    vocab: int,
+    published: int | None = None,
+) -> Preset:
+    config = {
+        "model_type": model_type,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "vocab_size": vocab,
+    }
+    source = "pop_ext's default, the deepest third" if published is None else _PAPER
+    return Preset(names, config, Plan.last(layers, count=published), published is not None, source)
+
+
+def _and_instruct(*names: str) -> tuple[str, ...]:
+    return tuple(name + suffix for name in names for suffix in ("", "-Instruct"))
+
+
+def _mistral(version: str) -> tuple[str, ...]:
+    return f"mistralai/Mistral-7B-{version}", f"mistralai/Mistral-7B-Instruct-{version}"
+
+
+_PRESETS = (
+    _preset(_and_instruct("meta-llama/Llama-3.1-8B"), "llama", 32, 4096, 14336, (32, 8), 128256, published=10),
+    _preset(
+        (*_and_instruct("meta-llama/Llama-3.1-70B"), "meta-llama/Llama-3.3-70B-Instruct"),
+        *("llama", 80, 8192, 28672, (64, 8), 128256),
+    ),
+    _preset(_and_instruct("meta-llama/Llama-3.2-1B"), "llama", 16, 2048, 8192, (32, 8), 128256),
+    _preset(_and_instruct("meta-llama/Llama-3.2-3B"), "llama", 28, 3072, 8192, (24, 8), 128256),
+    _preset((*_mistral("v0.1"), "mistralai/Mistral-7B-Instruct-v0.2"), "mistral", 32, 4096, 14336, (32, 8), 32000),
+    _preset(_mistral("v0.3"), "mistral", 32, 4096, 14336, (32, 8), 32768),
+    _preset(_and_instruct("Qwen/Qwen2-0.5B", "Qwen/Qwen2.5-0.5B"), "qwen2", 24, 896, 4864, (14, 2), 151936),
+    _preset(_and_instruct("Qwen/Qwen2-1.5B", "Qwen/Qwen2.5-1.5B"), "qwen2", 28, 1536, 8960, (12, 2), 151936),
+    _preset(_and_instruct("Qwen/Qwen2.5-3B"), "qwen2", 36, 2048, 11008, (16, 2), 151936),
+    _preset(_and_instruct("Qwen/Qwen2-7B", "Qwen/Qwen2.5-7B"), "qwen2", 28, 3584, 18944, (28, 4), 152064),
+    _preset(_and_instruct("Qwen/Qwen2.5-14B"), "qwen2", 48, 5120, 13824, (40, 8), 152064),
+    _preset(_and_instruct("Qwen/Qwen2.5-32B"), "qwen2", 64, 5120, 27648, (40, 8), 152064),
+    _preset(_and_instruct("Qwen/Qwen2-72B", "Qwen/Qwen2.5-72B"), "qwen2", 80, 8192, 29568, (64, 8), 152064),
+)
+
+PRESETS: Mapping[str, Preset] = {name: preset for preset in _PRESETS for name in preset.names}
+"""Hugging Face name -> preset."""
+
+
+def preset(name: str) -> Preset:
+    """The preset of a Hugging Face name.
+
+    Raises:
+        ValueError: a name that is not in ``PRESETS``, with the nearest ones that are.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    near = difflib.get_close_matches(str(name), PRESETS, n=3, cutoff=0.5) or sorted(PRESETS)
+    raise ValueError(f"preset: expected a name like {', '.join(near)}, got {name!r}")
+
+
+def default_plan(config: Any) -> Plan:
+    """The plan of a model that names none: the preset whose config matches, else the deepest third.
+
+    Args:
+        config: a Hugging Face config; of a model with several parts, its text config is taken.
+    """
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    for candidate in _PRESETS:
+        if candidate.matches(config):
+            return candidate.plan
+    return Plan.last(config.num_hidden_layers)
