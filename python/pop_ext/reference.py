@@ -11,41 +11,31 @@ Nothing of the native path is imported here.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
+from pop_ext.reference_checks import (
+    Module,
+    Parts,
+    PlanLike,
+    check_ids,
+    check_inputs,
+    check_mask,
+    check_plan,
+    check_positions,
+    family_function,
+    find_parts,
+    per_sequence,
+)
+
 __all__ = ["prefill"]
-
-Module = Any
-"""A Hugging Face module: an nn.Module whose submodules and attributes no type checker can know."""
-
-
-class PlanLike(Protocol):
-    """What the oracle reads of a plan."""
-
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def omit(self) -> Sequence[int]: ...
-    @property
-    def boundary(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The modules of a decoder-only model that the oracle touches."""
-
-    decoder: Module
-    layers: Sequence[Module]
-    rotary: Module
 
 
 @dataclass(frozen=True)
@@ -366,146 +356,3 @@ def assemble(caches: list[DynamicCache], sequences: list[OneSequence], past_leng
             values[i, :, columns] = layer.values[0]
         result.update(keys, values, number)
     return result
-
-
-# Finding the modules and checking the arguments
-
-
-def find_parts(model: Module) -> Parts:
-    """Decoder, its layers and its rotary module; a ValueError names what the model lacks."""
-    name = type(model).__name__
-
-    def require(owner: Any, attribute: str, where: str) -> Any:
-        value = getattr(owner, attribute, None)
-        if value is None:
-            raise ValueError(f"model: expected {where}{attribute} in a decoder-only model, {name} has none")
-        return value
-
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if not hasattr(decoder, "layers"):
-        decoder = require(model, "model", "")
-    layers = require(decoder, "layers", "decoder.")
-    rotary = require(decoder, "rotary_emb", "decoder.")
-    require(decoder, "norm", "decoder.")
-    if model.get_output_embeddings() is None:
-        raise ValueError(f"model: expected a language-model head, {name} has none")
-    for index, layer in enumerate(layers):
-        require(layer, "input_layernorm", f"layers.{index}.")
-        attention = require(layer, "self_attn", f"layers.{index}.")
-        for attribute in ("k_proj", "v_proj", "head_dim", "layer_idx"):
-            require(attention, attribute, f"layers.{index}.self_attn.")
-        family_function(attention, "apply_rotary_pos_emb")
-    return Parts(decoder, layers, rotary)
-
-
-def family_function(attention: Module, name: str) -> Callable[..., Any]:
-    """A function of the module that defines the family's attention."""
-    home = type(attention).__module__
-    function = getattr(sys.modules[home], name, None)
-    if function is None:
-        raise ValueError(f"model: expected {name} in {home}, the home of {type(attention).__name__}")
-    return function
-
-
-def check_plan(plan: PlanLike, num_layers: int) -> None:
-    if plan.num_layers != num_layers:
-        raise ValueError(f"plan: expected num_layers {num_layers}, the model's, got {plan.num_layers}")
-    if any(not 0 <= layer < num_layers for layer in plan.omit):
-        raise ValueError(f"plan: expected omit within 0..{num_layers - 1}, got {tuple(plan.omit)}")
-    if plan.boundary < 1:
-        raise ValueError(f"plan: expected boundary >= 1, got {plan.boundary}")
-
-
-def check_inputs(model: Module, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """Whichever of the two was given."""
-    if (input_ids is None) == (inputs_embeds is None):
-        given = "neither" if input_ids is None else "both"
-        raise ValueError(f"input_ids, inputs_embeds: expected exactly one of them, got {given}")
-    if inputs_embeds is None:
-        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"input_ids: expected an int64 or int32 tensor, got {describe(input_ids)}")
-        if input_ids.dim() != 2 or 0 in input_ids.shape:
-            raise ValueError(f"input_ids: expected [batch, T] with at least one token, got {list(input_ids.shape)}")
-        return input_ids
-    weight = model.get_input_embeddings().weight
-    if not isinstance(inputs_embeds, Tensor) or inputs_embeds.dtype != weight.dtype:
-        raise TypeError(f"inputs_embeds: expected a {weight.dtype} tensor, got {describe(inputs_embeds)}")
-    hidden = weight.shape[1]
-    if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != hidden or 0 in inputs_embeds.shape:
-        raise ValueError(
-            f"inputs_embeds: expected [batch, T, {hidden}] with at least one token, got {list(inputs_embeds.shape)}"
-        )
-    return inputs_embeds
-
-
-def check_mask(mask: Tensor | None, batch: int, past_length: int, new: int, device: torch.device) -> Tensor:
-    """The mask as bool [batch, P + T]."""
-    columns = past_length + new
-    if mask is None:
-        return torch.ones(batch, columns, dtype=torch.bool, device=device)
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"attention_mask: expected a tensor, got {describe(mask)}")
-    if mask.shape != (batch, columns):
-        raise ValueError(
-            f"attention_mask: expected [batch, past + new] = [{batch}, {columns}] ({past_length} in the cache and "
-            f"{new} new), got {list(mask.shape)}"
-        )
-    if not ((mask == 0) | (mask == 1)).all():
-        raise ValueError("attention_mask: expected only 0 and 1, got other values")
-    mask = mask.to(device, torch.bool)
-    for i, row in enumerate(mask[:, past_length:]):
-        real = row.nonzero().flatten()
-        if len(real) == 0:
-            raise ValueError(f"attention_mask: expected at least one new token a sequence, got none in sequence {i}")
-        if real[-1] - real[0] + 1 != len(real):
-            raise ValueError(
-                f"attention_mask: expected no holes in the new tokens, got {len(real)} tokens between new columns "
-                f"{int(real[0])} and {int(real[-1])} in sequence {i}"
-            )
-    return mask
-
-
-def check_ids(model: Module, input_ids: Tensor | None, mask: Tensor) -> None:
-    """Ids of real tokens are in the vocabulary; what stands in a padded column does not matter."""
-    if input_ids is None:
-        return
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    outside = input_ids[mask & ((input_ids < 0) | (input_ids >= vocabulary))]
-    if len(outside):
-        raise ValueError(f"input_ids: expected 0..{vocabulary - 1}, got {int(outside[0])}")
-
-
-def check_positions(position_ids: Tensor | None, mask: Tensor, past_length: int) -> Tensor:
-    """Positions of the new columns, int64 [batch, T]."""
-    if position_ids is None:
-        return (mask.long().cumsum(1) - 1)[:, past_length:]
-    batch, new = mask.shape[0], mask.shape[1] - past_length
-    if not isinstance(position_ids, Tensor) or position_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"position_ids: expected an int64 or int32 tensor, got {describe(position_ids)}")
-    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != new:
-        raise ValueError(f"position_ids: expected [{batch}, {new}] or [1, {new}], got {list(position_ids.shape)}")
-    return position_ids.long().to(mask.device).expand(batch, new)
-
-
-def per_sequence(name: str, value: int | Sequence[int] | Tensor, lengths: Sequence[int]) -> list[int]:
-    """An int or one value a sequence as a list, each within 1..T_i."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        values: list[Any] = [value] * len(lengths)
-    elif isinstance(value, Tensor) and value.dim() == 1 and not value.is_floating_point():
-        values = value.tolist()
-    elif isinstance(value, Sequence) and all(isinstance(v, int) for v in value):
-        values = list(value)
-    else:
-        raise TypeError(f"{name}: expected an int or one int a sequence, got {describe(value)}")
-    if len(values) != len(lengths):
-        raise ValueError(f"{name}: expected one value for each of {len(lengths)} sequences, got {len(values)}")
-    for i, (v, length) in enumerate(zip(values, lengths, strict=True)):
-        if not 1 <= v <= length:
-            raise ValueError(f"{name}: expected 1..{length}, the new tokens of sequence {i}, got {v}")
-    return values
-
-
-def describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {list(value.shape)}"
-    return f"{type(value).__name__} {value!r}"
