@@ -48,21 +48,38 @@ POP_INLINE Vec exp2(Vec x) {
   return p * (Vec)((VecU32)shifted << 23);
 }
 
+// Rows become columns.
+POP_INLINE void transpose(Vec (&rows)[kLanes]) {
+  VecI32 lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int step = 1; step < kLanes; step *= 2) {
+    // Rows `step` apart swap: the lanes with that bit of the upper row, those without of the lower.
+    const VecI32 upper = (lane & step) == 0 ? lane : lane + (kLanes - step);
+    const VecI32 lower = (lane & step) == 0 ? lane + step : lane + kLanes;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if ((i & step) != 0) continue;
+      const Vec a = rows[i], b = rows[i + step];
+      rows[i] = __builtin_shuffle(a, b, upper);
+      rows[i + step] = __builtin_shuffle(a, b, lower);
+    }
+  }
+}
+
 // The tile path multiplies in units of 32 bits: a unit of one operand is broadcast, the other operand
 // holds a unit of kLanes query rows in a vector.
 struct FloatUnits {
   static constexpr int kDepth = 1;  // elements of the summed dimension in a unit
   static constexpr int kExpDegree = 5;
 
-  static POP_INLINE Vec broadcast(const uint32_t* unit) {
-    float value;
-    __builtin_memcpy(&value, unit, 4);
-    return splat(value);
+  static POP_INLINE Vec broadcast(const float* unit) {
+    return splat(*unit);
   }
   static POP_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) { return a * b + sum; }
 
   // One row of probabilities from kDepth keys.
-  static POP_INLINE void store_units(uint32_t* to, const Vec* keys) { __builtin_memcpy(to, keys, sizeof(Vec)); }
+  static POP_INLINE void store_units(float* to, const Vec* keys) { store(to, *keys); }
 };
 
 #if defined(__AVX512BF16__)
@@ -71,14 +88,14 @@ struct PairUnits {
   static constexpr int kDepth = 2;
   static constexpr int kExpDegree = 3;
 
-  static POP_INLINE Vec broadcast(const uint32_t* unit) {
-    return (Vec)_mm512_set1_epi32(static_cast<int32_t>(*unit));
+  static POP_INLINE Vec broadcast(const float* unit) {
+    return splat(*unit);
   }
   static POP_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
   }
 
-  static POP_INLINE void store_units(uint32_t* to, const Vec* keys) {
+  static POP_INLINE void store_units(float* to, const Vec* keys) {
     // Lane i of the two keys become the neighbours 2i and 2i + 1.
     const __m512i interleave =
         (__m512i)(VecU32){0x00100000, 0x00110001, 0x00120002, 0x00130003, 0x00140004, 0x00150005,

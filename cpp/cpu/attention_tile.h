@@ -25,7 +25,7 @@ struct TileConfig {
   static constexpr int kKeys = 64;
   // Lanes of a task, a multiple of all kWidths: packing K and V once a task costs little from four
   // blocks on, and a task's Q and O (72 KiB with head_dim 64) leave the L2 cache room.
-  static constexpr int kTaskLanes = 192;
+  static constexpr int kTaskLanes = 384;
   // Scores grow by up to 2^kSlack beyond the maximum that probabilities refer to before the sums
   // so far are rescaled. Far below what a float32 holds.
   static constexpr float kSlack = 8.0f;
@@ -36,22 +36,23 @@ constexpr int64_t kMaxHeadDim = 256;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Where a task keeps its operands. A unit is PairUnits' or FloatUnits' 32 bits; D units are head_dim / kDepth.
+// Where a task keeps its operands. A unit is PairUnits' or FloatUnits' 32 bits,
+// whatever they hold; D units are head_dim / kDepth.
 struct TileScratch {
-  uint32_t* q;       // [blocks, D units, kWidth]
+  float* q;          // [blocks, D units, kWidth]
   float* o;          // [blocks, head_dim, kWidth] unnormalised output
   float* max;        // [blocks, kWidth] what probabilities refer to, in powers of two
   float* sum;        // [blocks, kWidth] of probabilities
   int32_t* position; // [blocks, kWidth]
-  uint32_t* k;       // [kKeys, D units]
-  uint32_t* v;       // [kKeys / kDepth, head_dim]
+  float* k;          // [kKeys, D units]
+  float* v;          // [kKeys / kDepth, head_dim]
   float* scores;     // [kKeys, kWidth], overwritten by units of probabilities [kKeys / kDepth, kWidth]
   size_t bytes;
 
   TileScratch(void* base, int64_t lanes, int64_t head_dim, int depth) {
     using C = TileConfig;
     const int64_t width = round_up(lanes, C::kWidth);
-    auto* at = static_cast<uint32_t*>(base);
+    auto* at = static_cast<float*>(base);
     int64_t used = 0;
     const auto take = [&](int64_t count) {
       const int64_t offset = used;
@@ -59,14 +60,14 @@ struct TileScratch {
       return base == nullptr ? nullptr : at + offset;
     };
     q = take(width * head_dim / depth);
-    o = reinterpret_cast<float*>(take(width * head_dim));
-    max = reinterpret_cast<float*>(take(width));
-    sum = reinterpret_cast<float*>(take(width));
+    o = take(width * head_dim);
+    max = take(width);
+    sum = take(width);
     position = reinterpret_cast<int32_t*>(take(width));
     k = take(C::kKeys * head_dim / depth);
     v = take(C::kKeys / depth * head_dim);
-    scores = reinterpret_cast<float*>(take(C::kKeys * C::kWidth));
-    bytes = static_cast<size_t>(used) * sizeof(uint32_t);
+    scores = take(C::kKeys * C::kWidth);
+    bytes = static_cast<size_t>(used) * sizeof(float);
   }
 };
 
@@ -75,7 +76,7 @@ struct TileScratch {
 // c[r, lane] (+)= sum over u of a(r, u) * b[u, lane] for kRows rows. Units of `a` lie along its
 // rows (K: a_stride from row to row) or across them (V: a_stride from unit to unit).
 template <class Units, int kVecs, bool kAlongRows, bool kAdd>
-POP_INLINE void multiply_rows(int64_t units, const uint32_t* a, int64_t a_stride, const float* b, float* c) {
+POP_INLINE void multiply_rows(int64_t units, const float* a, int64_t a_stride, const float* b, float* c) {
   using C = TileConfig;
   Vec sums[C::kRows][kVecs];
 #pragma GCC unroll 8
@@ -154,7 +155,7 @@ POP_INLINE bool softmax(const TileView& tile, float log2_scale, const int32_t* p
   }
   for (int i = 0; i < kVecs * kLanes; ++i) moved |= factor[i] != 1.0f;
 
-  auto* to = reinterpret_cast<uint32_t*>(scores) + tile.begin / Units::kDepth * C::kWidth;
+  float* to = scores + tile.begin / Units::kDepth * C::kWidth;
   for (int k = tile.begin; k < tile.end; k += Units::kDepth) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
@@ -179,7 +180,7 @@ template <class Units, int kVecs>
 void attend(const TileView& tile, float log2_scale, int64_t head_dim, const TileScratch& s, int64_t block) {
   using C = TileConfig;
   const int64_t units = head_dim / Units::kDepth;
-  const auto* q = reinterpret_cast<const float*>(s.q) + block * units * C::kWidth;
+  const float* q = s.q + block * units * C::kWidth;
   float* o = s.o + block * head_dim * C::kWidth;
   for (int k = tile.begin; k < tile.end; k += C::kRows) {
     multiply_rows<Units, kVecs, true, false>(units, s.k + k * units, units, q, s.scores + k * C::kWidth);
@@ -214,6 +215,7 @@ class TileTask {
         task_(task),
         group_(params.heads / params.kv_heads),
         lanes_(task.rows * group_),
+        width_(round_up(lanes_, C::kWidth)),
         units_(params.head_dim / Units::kDepth),
         first_position_(segment_.first_position + task.row),
         s_(scratch, lanes_, params.head_dim, Units::kDepth) {}
@@ -226,7 +228,12 @@ class TileTask {
     const int64_t lowest = first_visible(first_position_);
     for (int64_t key = lowest / C::kKeys * C::kKeys; key < keys; key += C::kKeys) {
       load_keys(key, key > lowest ? key : lowest, key + C::kKeys < keys ? key + C::kKeys : keys);
-      for (int64_t lane = 0; lane < lanes_; lane += C::kWidth) attend_block(key, lane);
+      for (int64_t lane = 0; lane < lanes_; lane += C::kWidth) {
+        // The next tile comes to the L2 cache a part at a time, while the products keep busy.
+        const int64_t next = key + C::kKeys;
+        prefetch_keys(next + lane * C::kKeys / width_, next + (lane + C::kWidth) * C::kKeys / width_, keys);
+        attend_block(key, lane);
+      }
     }
     store_output();
   }
@@ -246,67 +253,85 @@ class TileTask {
   }
 
   void load_queries() {
-    // A negative scale moves into Q's signs, so that the largest score has the largest product.
-    const uint32_t flip = p_.scale < 0 ? (Units::kDepth == 1 ? 0x80000000u : 0x80008000u) : 0;
-    const int64_t width = round_up(lanes_, C::kWidth);
-    __builtin_memset(s_.o, 0, static_cast<size_t>(width * p_.head_dim) * sizeof(float));
-    uint32_t row[kMaxHeadDim];
-    for (int64_t lane = 0; lane < width; ++lane) {
-      const int64_t source = lane < lanes_ ? lane : lanes_ - 1;
-      load_row(row, static_cast<const T*>(p_.q) + row_offset(source, p_.q_stride));
-      uint32_t* to = s_.q + lane / C::kWidth * units_ * C::kWidth + lane % C::kWidth;
-      for (int64_t u = 0; u < units_; ++u) to[u * C::kWidth] = row[u] ^ flip;
+    __builtin_memset(s_.o, 0, static_cast<size_t>(width_ * p_.head_dim) * sizeof(float));
+    for (int64_t lane = 0; lane < width_; ++lane) {
       s_.max[lane] = kLowest;
       s_.sum[lane] = 0;
-      s_.position[lane] = static_cast<int32_t>(position(source));
+      s_.position[lane] = static_cast<int32_t>(position(real_lane(lane)));
+    }
+    // A negative scale moves into Q's signs, so that the largest score has the largest product.
+    const VecU32 flip = VecU32{} + (p_.scale < 0 ? (Units::kDepth == 1 ? 0x80000000u : 0x80008000u) : 0u);
+    for (int64_t lane = 0; lane < width_; lane += kLanes) {
+      const T* from[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        from[i] = static_cast<const T*>(p_.q) + row_offset(real_lane(lane + i), p_.q_stride);
+      }
+      float* to = s_.q + lane / C::kWidth * units_ * C::kWidth + lane % C::kWidth;
+      for (int64_t u = 0; u < units_; u += kLanes) {
+        Vec tile[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) tile[i] = (Vec)((VecU32)load_units(from[i], u) ^ flip);
+        transpose(tile);
+        for (int i = 0; i < kLanes && u + i < units_; ++i) store(to + (u + i) * C::kWidth, tile[i]);
+      }
+    }
+  }
+
+  // Lanes beyond the last one compute the last one again; nobody reads them.
+  int64_t real_lane(int64_t lane) const { return lane < lanes_ ? lane : lanes_ - 1; }
+
+  // Units [unit, unit + kLanes) of a row, as far as it goes.
+  Vec load_units(const T* row, int64_t unit) const {
+    if constexpr (Units::kDepth == 1) {
+      return load_upto(row + unit, units_ - unit);
+    } else {
+      return load_upto(reinterpret_cast<const float*>(row) + unit, units_ - unit);
     }
   }
 
   // head_dim elements as units along the row.
-  void load_row(uint32_t* to, const T* from) const {
-    if constexpr (Units::kDepth == 2) {
-      __builtin_memcpy(to, from, static_cast<size_t>(units_) * sizeof(uint32_t));
-    } else {
-      auto* floats = reinterpret_cast<float*>(to);
-      for (int64_t d = 0; d < p_.head_dim; d += kLanes) {
-        store_upto(floats + d, load_upto(from + d, p_.head_dim - d), p_.head_dim - d);
-      }
-    }
+  void load_row(float* to, const T* row) const {
+    for (int64_t u = 0; u < units_; u += kLanes) store_upto(to + u, load_units(row, u), units_ - u);
+  }
+
+  const T* cache_row(const void* cache, const CacheStrides& strides, int64_t key) const {
+    return static_cast<const T*>(cache) + cache_offset(strides, p_.address, segment_.sequence, task_.kv_head, key);
   }
 
   // K and V of keys [begin, end), which lie in the tile that starts at position `tile`; zeros for
   // the rest of the tile, which is never read from the cache.
   void load_keys(int64_t tile, int64_t begin, int64_t end) {
-    const T* const none = nullptr;
-    const auto at = [&](const void* cache, const CacheStrides& strides, int64_t key) {
-      return key < begin || key >= end ? none
-                                       : static_cast<const T*>(cache) + cache_offset(strides, p_.address, segment_.sequence,
-                                                                                     task_.kv_head, key);
+    static const T zeros[kMaxHeadDim] = {};
+    const auto row = [&](const void* cache, const CacheStrides& strides, int64_t key) {
+      return key < begin || key >= end ? zeros : cache_row(cache, strides, key);
     };
     for (int64_t i = 0; i < C::kKeys; ++i) {
-      const T* from = at(p_.cache.key, p_.cache.key_strides, tile + i);
-      if (from != nullptr) {
-        load_row(s_.k + i * units_, from);
-      } else {
-        __builtin_memset(s_.k + i * units_, 0, static_cast<size_t>(units_) * sizeof(uint32_t));
-      }
+      load_row(s_.k + i * units_, row(p_.cache.key, p_.cache.key_strides, tile + i));
     }
     for (int64_t i = 0; i < C::kKeys; i += Units::kDepth) {
-      uint32_t* to = s_.v + i / Units::kDepth * p_.head_dim;
-      const T* first = at(p_.cache.value, p_.cache.value_strides, tile + i);
+      float* to = s_.v + i / Units::kDepth * p_.head_dim;
+      const T* first = row(p_.cache.value, p_.cache.value_strides, tile + i);
       if constexpr (Units::kDepth == 1) {
-        if (first != nullptr) {
-          load_row(to, first);
-        } else {
-          __builtin_memset(to, 0, static_cast<size_t>(p_.head_dim) * sizeof(uint32_t));
-        }
+        load_row(to, first);
       } else {
-        const T* second = at(p_.cache.value, p_.cache.value_strides, tile + i + 1);
-        for (int64_t d = 0; d < p_.head_dim; ++d) {
-          const uint32_t low = first != nullptr ? first[d].bits : 0;
-          const uint32_t high = second != nullptr ? second[d].bits : 0;
-          to[d] = low | high << 16;
+        const T* second = row(p_.cache.value, p_.cache.value_strides, tile + i + 1);
+        for (int64_t d = 0; d < p_.head_dim; d += kLanes) {
+          const int64_t left = p_.head_dim - d;
+          const VecU32 low = (VecU32)load_upto(first + d, left) >> 16;
+          store_upto(to + d, (Vec)(low | (VecU32)load_upto(second + d, left)), left);
         }
+      }
+    }
+  }
+
+  // Inlined by force: g++ takes a function of prefetches for one without effect and drops its calls.
+  POP_INLINE void prefetch_keys(int64_t begin, int64_t end, int64_t keys) const {
+    for (int64_t key = begin; key < end && key < keys; ++key) {
+      const T* k = cache_row(p_.cache.key, p_.cache.key_strides, key);
+      const T* v = cache_row(p_.cache.value, p_.cache.value_strides, key);
+      for (int64_t d = 0; d < p_.head_dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
+        __builtin_prefetch(k + d, 0, 2);
+        __builtin_prefetch(v + d, 0, 2);
       }
     }
   }
@@ -340,14 +365,18 @@ class TileTask {
   }
 
   void store_output() {
-    float row[kMaxHeadDim];
-    for (int64_t lane = 0; lane < lanes_; ++lane) {
+    for (int64_t lane = 0; lane < lanes_; lane += kLanes) {
       const float* from = s_.o + lane / C::kWidth * p_.head_dim * C::kWidth + lane % C::kWidth;
-      const float inverse = 1.0f / s_.sum[lane];
-      for (int64_t d = 0; d < p_.head_dim; ++d) row[d] = from[d * C::kWidth] * inverse;
-      T* to = static_cast<T*>(p_.out) + row_offset(lane, p_.out_stride);
+      const Vec inverse = splat(1.0f) / load(s_.sum + lane);
       for (int64_t d = 0; d < p_.head_dim; d += kLanes) {
-        store_upto(to + d, load_upto(row + d, p_.head_dim - d), p_.head_dim - d);
+        const int64_t left = p_.head_dim - d;
+        Vec tile[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) tile[i] = load(from + (i < left ? d + i : d) * C::kWidth) * inverse;
+        transpose(tile);
+        for (int i = 0; i < kLanes && lane + i < lanes_; ++i) {
+          store_upto(static_cast<T*>(p_.out) + row_offset(lane + i, p_.out_stride) + d, tile[i], left);
+        }
       }
     }
   }
@@ -355,7 +384,7 @@ class TileTask {
   const AttentionParams& p_;
   const Segment& segment_;
   const AttentionTask& task_;
-  const int64_t group_, lanes_, units_, first_position_;
+  const int64_t group_, lanes_, width_, units_, first_position_;
   TileScratch s_;
 };
 
