@@ -102,15 +102,25 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(frozen=True)
 class WeightRef:
-    """A parameter by its place, so that a reassigned one is noticed: ``parameters[name]``."""
+    """A parameter by its place in the model, so that a reassigned one, or one of a replaced module, is noticed."""
 
     slot: str
-    parameters: dict[str, nn.Parameter | None]
-    name: str
+    model: nn.Module
+    path: tuple[str, ...]
+
+    def find(self) -> torch.Tensor | None:
+        """The parameter that is there now; None if there is none any more."""
+        *parents, name = self.path
+        module: nn.Module | None = self.model
+        for parent in parents:
+            module = module._modules.get(parent)
+            if module is None:
+                return None
+        return module._parameters.get(name)
 
     @property
     def tensor(self) -> torch.Tensor:
-        tensor = self.parameters[self.name]
+        tensor = self.find()
         assert tensor is not None
         return tensor
 
@@ -144,9 +154,9 @@ def describe(model: nn.Module) -> Description:
         "embed_tokens": _ref("embed_tokens", model, "model.embed_tokens.weight", family),
         "norm": _ref("norm", model, "model.norm.weight", family),
     }
-    for index, layer in enumerate(layers):
+    for index in range(len(layers)):
         for slot, path in family.layer.items():
-            ref = _ref(f"layers.{index}.{slot}", layer, path, family)
+            ref = _ref(f"layers.{index}.{slot}", model, f"model.layers.{index}.{path}", family)
             if ref is not None:
                 refs[f"layers.{index}.{slot}"] = ref
     _check_tensors(refs)
@@ -185,9 +195,9 @@ def _check_class(module: nn.Module, expected: str, place: str) -> None:
         raise UnsupportedModelError(f"{place}: expected a {expected}, got {type(module).__name__}")
 
 
-def _ref(slot: str, root: nn.Module, path: str, family: Family) -> WeightRef | None:
+def _ref(slot: str, model: nn.Module, path: str, family: Family) -> WeightRef | None:
     *parents, name = path.split(".")
-    module = root
+    module = model
     for parent in parents:
         module = getattr(module, parent)
     expected = nn.Embedding if slot == "embed_tokens" else None
@@ -204,7 +214,7 @@ def _ref(slot: str, root: nn.Module, path: str, family: Family) -> WeightRef | N
         if slot.rpartition(".")[2] in _OPTIONAL:
             return None
         raise UnsupportedModelError(f"{slot}: expected a parameter {path}, got none (parametrised or fused weights)")
-    return WeightRef(slot, module._parameters, name)
+    return WeightRef(slot, model, (*parents, name))
 
 
 def _check_tensors(refs: dict[str, WeightRef]) -> None:

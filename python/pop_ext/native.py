@@ -113,7 +113,7 @@ class NativeModel:
         A change through ``.data`` shows in no version counter: of what was folded, values are sampled.
         """
         for ref, stamp in zip(self.description.weights, self._stamps, strict=True):
-            if not stamp.matches(ref.parameters.get(ref.name)):
+            if not stamp.matches(ref.find()):
                 return ref.slot
         return torch.ops.pop.stale_weight(self._handle) or None
 
@@ -159,6 +159,8 @@ class NativeModel:
         if past_key_values is not None:
             check_cache(past_key_values, self.spec.num_layers)
         packed = pack_batch(batch, columns, past, attention_mask)
+        rows = packed.pack(tokens)
+        self._check_ids(rows)
         keeps = per_sequence(logits_to_keep, batch, "logits_to_keep")
         _check_at_most(keeps, packed.tokens, "logits_to_keep")
         boundaries = self._boundaries(boundary, packed)
@@ -169,7 +171,7 @@ class NativeModel:
                 "(it keeps the last slots, masked or not), got holes"
             )
         with torch.no_grad():
-            hidden, cache = self._run(tokens, packed, self._positions(position_ids, packed), cache, boundaries, keeps)
+            hidden, cache = self._run(rows, packed, self._positions(position_ids, packed), cache, boundaries, keeps)
             if isinstance(logits_to_keep, int):
                 hidden = hidden.view(batch, logits_to_keep, -1)
                 return PrefillOutput(self.model.lm_head(hidden), hidden, cache)
@@ -210,13 +212,17 @@ class NativeModel:
             raise ValueError(f"{name}: expected shape [batch, tokens], got {list(tokens.shape)}")
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name}: expected int64 or int32 ids, got {tokens.dtype}")
-        if tokens.numel() > 0 and tokens.device.type == "cpu":
-            low, high = (int(bound) for bound in tokens.aminmax())
-            if low < 0 or high >= self.spec.vocab_size:
-                raise ValueError(
-                    f"{name}: expected ids from 0 to {self.spec.vocab_size - 1}, got {low if low < 0 else high}"
-                )
         return tokens
+
+    def _check_ids(self, rows: torch.Tensor) -> None:
+        """Packed rows: padding may hold any id."""
+        if rows.is_floating_point() or rows.device.type != "cpu":
+            return
+        low, high = (int(bound) for bound in rows.aminmax())
+        if low < 0 or high >= self.spec.vocab_size:
+            raise ValueError(
+                f"input_ids: expected ids from 0 to {self.spec.vocab_size - 1}, got {low if low < 0 else high}"
+            )
 
     def _boundaries(self, boundary: PerSequence | None, packed: PackedBatch) -> list[int]:
         if boundary is None:
@@ -240,7 +246,7 @@ class NativeModel:
 
     def _run(
         self,
-        tokens: torch.Tensor,
+        rows: torch.Tensor,
         packed: PackedBatch,
         positions: torch.Tensor,
         cache: Cache,
@@ -257,7 +263,7 @@ class NativeModel:
         try:
             hidden = torch.ops.pop.prefill(
                 self._handle,
-                packed.pack(tokens),
+                rows,
                 cos[0],
                 sin[0],
                 packed.cu_seqlens(),
