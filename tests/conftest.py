@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Closes with a line per reason, `skips: <count> x <reason>`, or `skips: none`; .ci/run compares them with a list."""
+    """Closes with `skips: none`, or a line `skips: <count> x <reason>` each, for .ci/run to compare with its list."""
     reasons = Counter(skip_reason(report) for report in terminalreporter.stats.get("skipped", []))
     terminalreporter.section("skips")
     for reason, count in sorted(reasons.items()):

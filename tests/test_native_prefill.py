@@ -9,7 +9,7 @@ import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, LAST, OMITS, assert_equals_oracle, plan_of, run_native, run_oracle, run_stock
-from models import FAMILIES, ROPE_KINDS, ROPE_LENGTH, WINDOW, llama, mistral, pad, qwen2, tokens
+from models import FAMILIES, ROPE_KINDS, ROPE_LENGTH, WINDOW, llama, mistral, pad, tokens
 from pop_ext import Plan
 from tolerance import assert_close_fp32, compare_caches, rms
 from transformers import DynamicCache
