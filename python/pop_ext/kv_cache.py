@@ -13,6 +13,7 @@ a call that fails leaves the cache as it was.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -154,6 +155,8 @@ def check_cache(cache: Any, num_layers: int) -> None:
     """Raises ``UnsupportedCacheError`` (TypeError for something that is no cache) if it cannot be filled natively."""
     if not isinstance(cache, Cache):
         raise TypeError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}")
+    if not hasattr(cache, "layers"):
+        raise UnsupportedCacheError(f"past_key_values: expected a cache of layers, got {type(cache).__name__}")
     if getattr(cache, "offloading", False):
         raise UnsupportedCacheError("past_key_values: expected a cache on the model's device, got an offloaded one")
     for layer in cache.layers:
@@ -164,6 +167,30 @@ def check_cache(cache: Any, num_layers: int) -> None:
         raise ValueError(f"past_key_values: expected {num_layers} layers like the model, got {len(cache.layers)}")
     if len(cache.layers) < num_layers and cache.layer_class_to_replicate not in _HANDLERS:
         raise UnsupportedCacheError(f"past_key_values: expected {num_layers} layers, got {len(cache.layers)}")
+
+
+def check_windows(cache: Cache, windows: Sequence[int], positions: int) -> None:
+    """Raises ValueError if a layer would drop one of ``positions`` that a later query still reaches.
+
+    Args:
+        windows: sliding window of each layer of the model, 0 for none.
+    """
+    for index, (layer, window) in enumerate(zip(cache.layers, windows, strict=False)):
+        name = f"past_key_values: layer {index}"
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            length, kept = layer.sliding_window, layer.sliding_window - 1  # the next token is the last of its window
+        elif isinstance(layer, StaticSlidingWindowLayer):
+            length = kept = layer.max_cache_len
+        else:
+            continue
+        if positions <= kept or length >= window > 0:
+            continue
+        if window == 0:
+            raise ValueError(f"{name}: expected all positions (full attention), got a window of {length}")
+        raise ValueError(
+            f"{name}: expected room for {positions} positions or a window of at least {window} like the model, "
+            f"got a window of {length}"
+        )
 
 
 def has_window(cache: Cache) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from pop_ext import operators
 from pop_ext.families import Description, describe
-from pop_ext.kv_cache import CacheTransaction, check_cache, has_window, new_cache, past_slots
+from pop_ext.kv_cache import CacheTransaction, check_cache, check_windows, has_window, new_cache, past_slots
 from pop_ext.packing import PackedBatch, PerSequence, pack_batch, per_sequence
 from pop_ext.plan import Plan
 from pop_ext.presets import default_plan
@@ -155,9 +155,9 @@ class NativeModel:
             )
         tokens = self._check_input(input_ids, inputs_embeds)
         batch, columns = tokens.shape[:2]
-        past = past_slots(past_key_values)
         if past_key_values is not None:
             check_cache(past_key_values, self.spec.num_layers)
+        past = past_slots(past_key_values)
         packed = pack_batch(batch, columns, past, attention_mask)
         rows = packed.pack(tokens)
         self._check_ids(rows)
@@ -165,6 +165,7 @@ class NativeModel:
         _check_at_most(keeps, packed.tokens, "logits_to_keep")
         boundaries = self._boundaries(boundary, packed)
         cache = new_cache(self.model.config) if past_key_values is None else past_key_values
+        check_windows(cache, self.spec.window, past + columns)
         if packed.slot_table is not None and has_window(cache):
             raise ValueError(
                 "attention_mask: expected consecutive real tokens in every sequence with a sliding-window cache "
