@@ -48,21 +48,25 @@ POP_INLINE Vec exp2(Vec x) {
   return p * (Vec)((VecU32)shifted << 23);
 }
 
+// Swaps the lanes of `a` whose number has the bit `step` with the lanes of `b` whose number has not.
+POP_INLINE void exchange(Vec& a, Vec& b, int step) {
+  VecI32 lane;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const VecI32 lower = (lane & step) == 0 ? lane : lane + (kLanes - step);
+  const VecI32 upper = (lane & step) == 0 ? lane + step : lane + kLanes;
+  const Vec before = a;
+  a = __builtin_shuffle(before, b, lower);
+  b = __builtin_shuffle(before, b, upper);
+}
+
 // Rows become columns.
 POP_INLINE void transpose(Vec (&rows)[kLanes]) {
-  VecI32 lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
 #pragma GCC unroll 4
   for (int step = 1; step < kLanes; step *= 2) {
-    // Rows `step` apart swap: the lanes with that bit of the upper row, those without of the lower.
-    const VecI32 upper = (lane & step) == 0 ? lane : lane + (kLanes - step);
-    const VecI32 lower = (lane & step) == 0 ? lane + step : lane + kLanes;
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
-      if ((i & step) != 0) continue;
-      const Vec a = rows[i], b = rows[i + step];
-      rows[i] = __builtin_shuffle(a, b, upper);
-      rows[i + step] = __builtin_shuffle(a, b, lower);
+      if ((i & step) == 0) exchange(rows[i], rows[i + step], step);
     }
   }
 }
@@ -96,13 +100,23 @@ struct PairUnits {
   }
 
   static POP_INLINE void store_units(float* to, const Vec* keys) {
-    // Lane i of the two keys become the neighbours 2i and 2i + 1.
-    const __m512i interleave =
-        (__m512i)(VecU32){0x00100000, 0x00110001, 0x00120002, 0x00130003, 0x00140004, 0x00150005,
-                          0x00160006, 0x00170007, 0x00180008, 0x00190009, 0x001a000a, 0x001b000b,
-                          0x001c000c, 0x001d000d, 0x001e000e, 0x001f000f};
-    const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(keys[1], keys[0]);
-    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(interleave, halves));
+    const Vec halves = (Vec)_mm512_cvtne2ps_pbh(keys[1], keys[0]);
+    store(to, (Vec)_mm512_permutexvar_epi16(indices(0, 16), (__m512i)halves));
+  }
+
+  // Pairs of the first and of the last 16 elements of two rows.
+  static POP_INLINE Vec interleave_low(Vec a, Vec b) {
+    return (Vec)_mm512_permutex2var_epi16((__m512i)a, indices(0, 32), (__m512i)b);
+  }
+  static POP_INLINE Vec interleave_high(Vec a, Vec b) {
+    return (Vec)_mm512_permutex2var_epi16((__m512i)a, indices(16, 48), (__m512i)b);
+  }
+
+ private:
+  // first, second, first + 1, second + 1, ...
+  static POP_INLINE __m512i indices(uint32_t first, uint32_t second) {
+    const VecU32 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return (__m512i)((lane + first) | (lane + second) << 16);
   }
 };
 #endif

@@ -1,0 +1,190 @@
+// What the paths of attention.cpp share: the blocking, a task's rows and keys, the softmax of a tile.
+#pragma once
+
+#include "attention_math.h"
+#include "backend.h"
+#include "kernels.h"
+
+namespace pop::cpu::POP_ISA {
+namespace {
+
+struct TileConfig {
+  // Products keep kRows x kVecs sums in registers, beside kVecs loaded vectors and a broadcast one:
+  // 24 + 3 + 1 of 32 registers (AVX-512), 12 + 3 + 1 of 16 (AVX2), 8 + 2 + 1 (SSE). kRows divides
+  // head_dim, a multiple of 8.
+#if defined(__AVX512F__)
+  static constexpr int kRows = 8, kVecs = 3;
+#elif defined(__AVX__)
+  static constexpr int kRows = 4, kVecs = 3;
+#else
+  static constexpr int kRows = 4, kVecs = 2;
+#endif
+  // A block is kWidth (query row, head) pairs, one a lane.
+  static constexpr int kWidth = kVecs * kLanes;
+  // Keys of a tile: its scores (12 KiB) stay in the L1 cache from product to softmax to product.
+  static constexpr int kKeys = 64;
+  // Lanes of a task, a multiple of all kWidths. Packing K and V once a task then costs about 5 %, and
+  // a task's Q and O, 144 KiB with head_dim 64 and 576 KiB with 256, fit the L2 cache.
+  static constexpr int kTaskLanes = 384;
+  // Scores grow by up to 2^kSlack beyond the maximum that probabilities refer to before the sums
+  // so far are rescaled. Far below what a float32 holds.
+  static constexpr float kSlack = 8.0f;
+};
+
+constexpr float kLowest = -3.0e38f;
+constexpr int64_t kMaxHeadDim = 256;
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// What a tile is to a block of lanes.
+struct TileView {
+  int64_t first_key;   // position of the tile's key 0
+  int begin, end;      // keys that any lane sees, rounded to multiples of 8
+  bool edge;           // some of them are hidden from some lane
+  int64_t window;
+};
+
+// Where the rows of a task lie in q, out and the cache. Its lanes are (query row, head) pairs, the
+// heads of a row next to each other, so that neighbouring lanes see nearly the same keys.
+template <class T>
+class TaskGeometry {
+ public:
+  TaskGeometry(const AttentionParams& params, const AttentionTask& task)
+      : p_(params),
+        segment_(params.segments[task.segment]),
+        kv_head_(task.kv_head),
+        row_(task.row),
+        group_(params.heads / params.kv_heads),
+        lanes_(task.rows * group_),
+        keys_(segment_.first_position + task.row + task.rows),
+        lowest_key_(first_visible(segment_.first_position + task.row)) {}
+
+  int64_t lanes() const { return lanes_; }
+
+  // Keys [lowest_key(), keys()) are visible to some lane; no other is read.
+  int64_t lowest_key() const { return lowest_key_; }
+  int64_t keys() const { return keys_; }
+
+  int64_t position(int64_t lane) const { return segment_.first_position + row_ + lane / group_; }
+
+  const T* q(int64_t lane) const { return static_cast<const T*>(p_.q) + row_offset(lane, p_.q_stride); }
+  T* out(int64_t lane) const { return static_cast<T*>(p_.out) + row_offset(lane, p_.out_stride); }
+
+  // head_dim elements; zeros for a key that nobody sees.
+  const T* key_row(int64_t key) const { return cache_row(p_.cache.key, p_.cache.key_strides, key); }
+  const T* value_row(int64_t key) const { return cache_row(p_.cache.value, p_.cache.value_strides, key); }
+
+  // Inlined by force: g++ takes a function of prefetches for one without effect and drops its calls.
+  POP_INLINE void prefetch(int64_t key) const {
+    const T* k = key_row(key);
+    const T* v = value_row(key);
+    for (int64_t d = 0; d < p_.head_dim; d += 64 / static_cast<int64_t>(sizeof(T))) {
+      __builtin_prefetch(k + d, 0, 2);
+      __builtin_prefetch(v + d, 0, 2);
+    }
+  }
+
+  // The tile that starts at position `first_key`, to lanes [first, last].
+  TileView view(int64_t first_key, int64_t first, int64_t last) const {
+    const int64_t low = first_visible(position(first)) - first_key;
+    const int64_t high = position(last) + 1 - first_key;
+    TileView tile;
+    tile.first_key = first_key;
+    tile.begin = static_cast<int>(low < 0 ? 0 : low < TileConfig::kKeys ? low / 8 * 8 : TileConfig::kKeys);
+    tile.end = static_cast<int>(high < TileConfig::kKeys ? round_up(high, 8) : TileConfig::kKeys);
+    tile.edge = first_key + tile.end - 1 > position(first) || first_key + tile.begin < first_visible(position(last));
+    tile.window = p_.window;
+    return tile;
+  }
+
+  // Takes scores to powers of two. Not zero, which a hidden score of minus infinity could not be
+  // multiplied by. A negative scale is left to Q's signs: the largest score is the largest product.
+  float log2_scale() const {
+    const float scale = __builtin_fabsf(p_.scale) * 1.44269504f;
+    return scale < 1e-37f ? 1e-37f : scale;
+  }
+
+ private:
+  int64_t first_visible(int64_t position) const {
+    return p_.window > 0 && position >= p_.window ? position - p_.window + 1 : 0;
+  }
+
+  int64_t row_offset(int64_t lane, int64_t stride) const {
+    const int64_t row = segment_.first_row - p_.first_row + row_ + lane / group_;
+    return row * stride + (kv_head_ * group_ + lane % group_) * p_.head_dim;
+  }
+
+  const T* cache_row(const void* cache, const CacheStrides& strides, int64_t key) const {
+    static const T zeros[kMaxHeadDim] = {};
+    if (key < lowest_key_ || key >= keys_) return zeros;
+    return static_cast<const T*>(cache) + cache_offset(strides, p_.address, segment_.sequence, kv_head_, key);
+  }
+
+  const AttentionParams& p_;
+  const Segment& segment_;
+  const int64_t kv_head_, row_, group_, lanes_, keys_, lowest_key_;
+};
+
+// Turns scores into units of probabilities, and keeps maxima and sums. Returns whether any maximum
+// moved; o must then be multiplied by `factor`.
+template <class Units, int kVecs>
+POP_INLINE bool softmax(const TileView& tile, float log2_scale, const int32_t* position, float* scores, float* max_so_far,
+                        float* sum_so_far, float* factor) {
+  using C = TileConfig;
+  Vec top[kVecs];
+  for (int v = 0; v < kVecs; ++v) top[v] = splat(-__builtin_inff());
+  if (tile.edge) {
+    for (int v = 0; v < kVecs; ++v) {
+      VecI32 last;
+      __builtin_memcpy(&last, position + v * kLanes, sizeof(last));
+      const VecI32 first = tile.window > 0 ? last - static_cast<int32_t>(tile.window) : last - last - 1;
+      for (int k = tile.begin; k < tile.end; ++k) {
+        float* at = scores + k * C::kWidth + v * kLanes;
+        const int32_t key = static_cast<int32_t>(tile.first_key + k);
+        const VecI32 hidden = (last < key) | (first >= key);
+        store(at, hidden ? splat(-__builtin_inff()) : load(at));
+      }
+    }
+  }
+  for (int k = tile.begin; k < tile.end; ++k) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) top[v] = max(load(scores + k * C::kWidth + v * kLanes), top[v]);
+  }
+
+  bool moved = false;
+  Vec reference[kVecs], sum[kVecs];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVecs; ++v) {
+    const Vec before = load(max_so_far + v * kLanes);
+    const Vec now = top[v] * log2_scale;
+    const auto rises = now > before + C::kSlack;
+    reference[v] = rises ? now : before;
+    const Vec scale = rises ? exp2<5>(before - now) : splat(1.0f);
+    sum[v] = load(sum_so_far + v * kLanes) * scale;
+    store(max_so_far + v * kLanes, reference[v]);
+    store(factor + v * kLanes, scale);
+  }
+  for (int i = 0; i < kVecs * kLanes; ++i) moved |= factor[i] != 1.0f;
+
+  float* to = scores + tile.begin / Units::kDepth * C::kWidth;
+  for (int k = tile.begin; k < tile.end; k += Units::kDepth) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      Vec keys[Units::kDepth];
+#pragma GCC unroll 2
+      for (int i = 0; i < Units::kDepth; ++i) {
+        const Vec score = load(scores + (k + i) * C::kWidth + v * kLanes);
+        keys[i] = exp2<Units::kExpDegree>(score * log2_scale - reference[v]);
+        sum[v] += keys[i];
+      }
+      Units::store_units(to + v * kLanes, keys);
+    }
+    to += C::kWidth;
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVecs; ++v) store(sum_so_far + v * kLanes, sum[v]);
+  return moved;
+}
+
+}  // namespace
+}  // namespace pop::cpu::POP_ISA
