@@ -3,6 +3,10 @@ set(POP_CUDA_SOURCES)
 set(POP_WITH_CUDA OFF)
 set(POP_CUDA_VERSION "")
 
+if(NOT POP_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "POP_CUDA: expected AUTO, ON or OFF, got ${POP_CUDA}")
+endif()
+
 if(POP_CUDA STREQUAL "OFF")
   message(STATUS "CUDA kernels: not built (POP_CUDA=OFF)")
 elseif(NOT POP_CUDA_SOURCES AND NOT POP_CUDA STREQUAL "ON")

@@ -41,7 +41,7 @@ ModelSpec make_spec(std::string architecture, const std::string& dtype, int64_t 
   spec.vocab_size = vocab_size;
   spec.rotary_dim = rotary_dim.value_or(head_dim);
   spec.rms_norm_eps = rms_norm_eps;
-  spec.attention_scale = attention_scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
+  spec.attention_scale = attention_scale.value_or(std::pow(static_cast<double>(head_dim), -0.5));
   spec.activation = parse_activation(activation);
   spec.qkv_bias = qkv_bias;
   spec.o_bias = o_bias;

@@ -1,6 +1,7 @@
 #include "core/model_spec.h"
 
 #include <cmath>
+#include <sstream>
 #include <stdexcept>
 #include <type_traits>
 #include <utility>
@@ -33,7 +34,10 @@ void positive(const char* field, int64_t value) {
 }
 
 void positive(const char* field, double value) {
-  if (!(value > 0) || !std::isfinite(value)) fail(field, "a finite number > 0", std::to_string(value));
+  if (value > 0 && std::isfinite(value)) return;
+  std::ostringstream got;
+  got << value;
+  fail(field, "a finite number > 0", got.str());
 }
 
 // The JSON form: every field is required and no other is known, since a field that is passed

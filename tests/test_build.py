@@ -1,0 +1,194 @@
+"""What the build promises: one library for every torch >= 2.11, torch-free parts, a torch that is used, not fetched."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pop_ext
+import pytest
+from pop_ext import _core
+
+ROOT = Path(__file__).parents[1]
+CPP = ROOT / "cpp"
+OPS = Path(pop_ext.__file__).with_name("_ops.so")
+CORE = Path(_core.__file__)
+
+needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+
+
+def nm(path: Path, *options: str) -> list[str]:
+    run = subprocess.run(["nm", "-C", *options, str(path)], capture_output=True, text=True, check=True)
+    return run.stdout.splitlines()
+
+
+def sources(*folders: str) -> list[Path]:
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".cpp", ".h", ".cu")]
+    assert found
+    return found
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*([<"][^>"]+)', path.read_text(), re.MULTILINE)
+
+
+def reachable(path: Path, seen: set[Path] | None = None) -> set[Path]:
+    """The file and every file of ours that it includes."""
+    seen = set() if seen is None else seen
+    if path not in seen:
+        seen.add(path)
+        for include in includes(path):
+            beside, from_root = path.parent / include[1:], CPP / include[1:]
+            if include.startswith('"'):
+                reachable(beside if beside.exists() else from_root, seen)
+    return seen
+
+
+def listed_in_cmake(variable: str) -> list[str]:
+    """The sources between `variable` and the closing parenthesis."""
+    body = re.search(rf"\({variable}\b([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
+    assert body is not None, variable
+    return re.findall(r"cpp/\S+\.cpp", body.group(1))
+
+
+# The stable ABI
+
+
+@needs_nm
+@pytest.mark.parametrize("library", [OPS, CORE], ids=["_ops", "_core"])
+def test_no_symbol_of_the_unstable_abi_is_needed(library):
+    undefined = nm(library, "-D", "--undefined-only")
+    assert undefined
+    assert [line for line in undefined if re.search(r"\b(at|c10|torch|caffe2)::", line)] == []
+
+
+@needs_nm
+def test_the_core_needs_no_torch_at_all():
+    assert [line for line in nm(CORE, "-D", "--undefined-only") if "torch" in line] == []
+
+
+@needs_nm
+@pytest.mark.parametrize("library", [OPS, CORE], ids=["_ops", "_core"])
+def test_no_symbol_of_ours_is_exported(library):
+    exported = nm(library, "-D", "--defined-only")
+    assert [line for line in exported if re.search(r"\bpop::", line)] == []
+
+
+def test_only_stable_torch_headers_are_included():
+    stable = re.compile(r"<torch/(csrc/stable|headeronly|csrc/inductor/aoti_torch/c)/")
+    unstable = [
+        f"{path.relative_to(ROOT)}: {include}"
+        for path in sources("cpp", "cuda")
+        for include in includes(path)
+        if re.match(r'[<"](ATen|c10|caffe2|torch/extension\.h|torch/torch\.h|pybind11)', include)
+        or (include.startswith("<torch/") and not stable.match(include))
+        if path.name != "bindings.cpp"
+    ]
+    assert unstable == []
+
+
+def test_torch_free_parts_include_no_torch_header():
+    isa_sources = [ROOT / source for source in listed_in_cmake("POP_ISA_SOURCES")]
+    kernels = [*isa_sources, *(ROOT / "cuda").rglob("*.cu")]
+    parts = [*sources("cpp/core", "cpp/runtime"), *kernels, *CPP.glob("*.h")]
+    torch_includes = [
+        f"{path.relative_to(ROOT)} by {part.relative_to(ROOT)}: {include}"
+        for part in parts
+        for path in reachable(part)
+        for include in includes(path)
+        if re.match(r'[<"]torch/', include)
+    ]
+    assert torch_includes == []
+
+
+@needs_nm
+def test_files_compiled_per_instruction_set_leave_no_inline_function_to_the_linker():
+    """It keeps one copy of a weak symbol, and that could be the one with AVX-512 in it."""
+    objects = list((ROOT / "build").glob("**/pop_cpu_*.dir/**/*.o"))
+    if not objects:
+        pytest.skip("needs a build tree")
+    weak = [f"{path.name}: {line}" for path in objects for line in nm(path) if re.search(r" [VWu] ", line)]
+    assert weak == []
+
+
+def test_every_source_is_listed():
+    text = (ROOT / "CMakeLists.txt").read_text() + "".join(path.read_text() for path in (ROOT / "cmake").iterdir())
+    unlisted = [path for path in sources("cpp", "cuda") if path.suffix != ".h"]
+    unlisted = [name for name in (path.relative_to(ROOT).as_posix() for path in unlisted) if name not in text]
+    assert unlisted == []
+
+
+# Which torch, which version
+
+
+def test_the_version_of_the_library_is_that_of_pyproject():
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version is not None
+    assert pop_ext.__version__ == _core.__version__ == _core.build_info()["version"] == version.group(1)
+
+
+def find_torch(*options: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(path or "")}
+    command = [sys.executable, *options, str(ROOT / "build_backend" / "find_torch.py")]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def fake_torch(folder: Path, version: str) -> Path:
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch" / "__init__.py").write_text("raise ImportError('must not be imported')")
+    (folder / f"torch-{version}.dist-info").mkdir()
+    (folder / f"torch-{version}.dist-info" / "METADATA").write_text(f"Name: torch\nVersion: {version}\n")
+    return folder
+
+
+def test_the_torch_of_the_environment_is_found_and_not_one_of_pythonpath(tmp_path):
+    import torch
+
+    found = find_torch("-I", path=fake_torch(tmp_path, "2.99.0"))
+    assert found.stdout.strip() == f"{torch.__version__};{Path(torch.__file__).parent}"
+
+
+def test_without_isolation_the_torch_that_was_fetched_for_the_build_is_found(tmp_path):
+    assert find_torch(path=fake_torch(tmp_path, "2.11.0+cpu")).stdout.strip() == f"2.11.0+cpu;{tmp_path / 'torch'}"
+
+
+def test_a_torch_that_is_too_old_is_refused(tmp_path):
+    found = find_torch(path=fake_torch(tmp_path, "2.9.1"))
+    assert found.returncode != 0
+    assert "torch 2.9.1 is older than 2.11" in found.stderr
+
+
+def test_torch_is_required_for_the_build_only_where_there_is_none(monkeypatch, tmp_path):
+    pytest.importorskip("scikit_build_core")
+    spec = importlib.util.spec_from_file_location("pop_build", ROOT / "build_backend" / "pop_build.py")
+    backend = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(backend)
+    monkeypatch.chdir(ROOT)
+    hooks = (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable)
+    for hook in hooks:
+        assert [name for name in hook() if name.startswith("torch")] == []
+    missing = tmp_path / "none.py"
+    missing.write_text("raise SystemExit('torch is not installed')")
+    monkeypatch.setattr(backend, "_FIND_TORCH", missing)
+    for hook in hooks:
+        assert [name for name in hook() if name.startswith("torch")] == ["torch>=2.11"]
+    assert not [name for name in backend.get_requires_for_build_sdist() if name.startswith("torch")]
+
+
+@needs_cmake
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("ON", "POP_CUDA=ON, and no nvcc was found"), ("maybe", "POP_CUDA: expected AUTO, ON or OFF, got maybe")],
+)
+def test_cuda_that_cannot_be_built_as_asked_stops_the_configuration(tmp_path, option, message):
+    options = [f"-DPOP_CUDA={option}", "-DCMAKE_CUDA_COMPILER=NOTFOUND", f"-DPython_EXECUTABLE={sys.executable}"]
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), *options]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert message in " ".join(run.stderr.split())

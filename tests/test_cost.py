@@ -1,0 +1,213 @@
+"""The cost model: against a count by the method's rules, row by row, and the ceilings that the project quotes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from pop_ext import Plan
+from pop_ext._core import ModelSpec, SequenceShape, plan_cost, stock_cost
+
+STAGES = ("qkv", "attention", "o_proj", "mlp", "kv_project", "boundary", "lm_head")
+
+
+def spec(
+    layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, inner: int, vocab: int, **more
+) -> ModelSpec:
+    return ModelSpec(
+        architecture="any",
+        dtype="bfloat16",
+        num_layers=layers,
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=inner,
+        vocab_size=vocab,
+        **more,
+    )
+
+
+SMALL = spec(6, 24, 6, 2, 8, 40, 100, window=[0, 5, 1, 0, 5, 3])
+LLAMA_8B = spec(32, 4096, 32, 8, 128, 14336, 128256)
+LLAMA_1B = spec(16, 2048, 32, 8, 64, 8192, 128256)
+QWEN3_VL_8B = spec(36, 4096, 32, 8, 128, 12288, 151936, qk_norm=True)
+# Gemma's four norms a layer are no FLOPs here, so the spec can express its shape.
+GEMMA_12B = spec(
+    48, 3840, 16, 8, 256, 15360, 262208, qk_norm=True, window=[0 if i % 6 == 5 else 1024 for i in range(48)]
+)
+
+
+def flops(cost: dict) -> dict[str, float]:
+    return {name: stage["flops"] for name, stage in cost["stages"].items() if stage["flops"]}
+
+
+def count(model: ModelSpec, plan: Plan | None, batch: list[SequenceShape]) -> dict[str, float]:
+    """FLOPs by stage, one row and one layer at a time; without a plan, the stock model's."""
+    by_stage = dict.fromkeys(STAGES, 0)
+    kv = 2 * model.hidden_size * 2 * model.kv_dim
+    for sequence, layer in itertools.product(batch, range(model.num_layers)):
+        for row in range(sequence.tokens):
+            position = sequence.past + row
+            seen = min(position + 1, model.window[layer] or position + 1)
+            parts = {
+                "qkv": kv + 2 * model.hidden_size * model.q_dim,
+                "attention": 4 * model.q_dim * seen,
+                "o_proj": 2 * model.hidden_size * model.q_dim,
+                "mlp": 3 * 2 * model.hidden_size * model.intermediate_size,
+            }
+            from_end = sequence.tokens - row
+            if plan is None:
+                role = "full"
+            elif from_end > sequence.boundary:  # a context row
+                role = "kv" if layer in plan.omit or layer == model.num_layers - 1 else "full"
+            elif layer == model.num_layers - 1 and from_end > sequence.logits_to_keep:
+                role = "boundary kv"
+            else:
+                role = "full"
+            boundary = plan is not None and layer in plan.omit
+            if role == "full":
+                for stage, work in parts.items():
+                    by_stage["boundary" if boundary else stage] += work
+            elif role == "boundary kv":
+                by_stage["boundary" if boundary else "qkv"] += kv
+            else:
+                by_stage["kv_project"] += kv
+    for sequence in batch:
+        by_stage["lm_head"] += 2 * sequence.logits_to_keep * model.hidden_size * model.vocab_size
+    return {stage: work for stage, work in by_stage.items() if work}
+
+
+BATCHES = {
+    "one row": [SequenceShape(1)],
+    "shorter than every window": [SequenceShape(2)],
+    "one sequence": [SequenceShape(19)],
+    "boundary": [SequenceShape(19, boundary=7, logits_to_keep=3)],
+    "boundary of all": [SequenceShape(19, boundary=19, logits_to_keep=19)],
+    "past shorter than a window": [SequenceShape(11, past=2, boundary=2)],
+    "past": [SequenceShape(11, past=40, boundary=2)],
+    "several": [
+        SequenceShape(1),
+        SequenceShape(8, past=3, boundary=8),
+        SequenceShape(13, boundary=5, logits_to_keep=2),
+    ],
+}
+OMITTED = [(), (5,), (0,), (1, 2), (4, 5), (0, 2, 4), (1, 3, 4, 5), (0, 1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("omit", OMITTED, ids=str)
+def test_flops_of_a_plan_are_those_of_the_rows_that_run(batch, omit):
+    plan = Plan(6, omit)
+    cost = plan_cost(SMALL, plan, batch)
+    assert flops(cost) == count(SMALL, plan, batch)
+    assert cost["flops"] == sum(flops(cost).values())
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
+def test_flops_of_the_stock_model_are_those_of_every_row_in_every_layer(batch):
+    assert flops(stock_cost(SMALL, batch)) == count(SMALL, None, batch)
+
+
+def test_stages_are_the_documented_ones():
+    assert set(plan_cost(SMALL, Plan(6, [2, 3]), [SequenceShape(9)])["stages"]) == set(STAGES)
+    assert set(stock_cost(SMALL, [SequenceShape(9)])["stages"]) == set(STAGES) - {"kv_project", "boundary"}
+
+
+def test_omitting_only_the_last_layer_costs_as_much_as_omitting_none():
+    batch = [SequenceShape(19, boundary=3)]
+    assert plan_cost(SMALL, Plan(6, [5]), batch)["flops"] == plan_cost(SMALL, Plan(6, []), batch)["flops"]
+
+
+def test_all_rows_wanted_cost_what_the_stock_model_costs():
+    batch = [SequenceShape(19, past=3, boundary=19, logits_to_keep=19)]
+    for omit in OMITTED:
+        assert plan_cost(SMALL, Plan(6, omit), batch)["flops"] == stock_cost(SMALL, batch)["flops"]
+
+
+def ceilings(model: ModelSpec, plan: Plan, tokens: int = 2048) -> tuple[float, float]:
+    """Of the plan against the stock model, and against native full prefill."""
+    batch = [SequenceShape(tokens)]
+    native = plan_cost(model, plan.replace(omit=()), batch)["flops"]
+    work = plan_cost(model, plan, batch)["flops"]
+    return stock_cost(model, batch)["flops"] / work, native / work
+
+
+@pytest.mark.parametrize(
+    ("model", "omitted", "against_stock", "against_native"),
+    [
+        (LLAMA_8B, 10, 1.430, 1.39),
+        (LLAMA_1B, 5, 1.43, 1.35),
+        (QWEN3_VL_8B, 12, 1.469, None),
+        (GEMMA_12B, 16, 1.451, None),
+    ],
+    ids=["Llama-3.1-8B", "Llama-3.2-1B", "Qwen3-VL-8B text", "Gemma-3-12B"],
+)
+def test_ceilings_at_2048_tokens_are_the_quoted_ones(model, omitted, against_stock, against_native):
+    stock, native = ceilings(model, Plan.last(model.num_layers, omitted))
+    assert stock == pytest.approx(against_stock, abs=0.005 if against_stock == 1.43 else 0.001)
+    if against_native is not None:
+        assert native == pytest.approx(against_native, abs=0.005)
+
+
+def test_the_kv_projection_is_the_published_share_of_the_layers_it_stands_for():
+    cost = plan_cost(LLAMA_8B, Plan.last(32), [SequenceShape(2048)])
+    per_layer = (stock_cost(LLAMA_8B, [SequenceShape(2048)])["flops"] - flops(cost)["lm_head"]) / 32
+    share = flops(cost)["kv_project"] / (10 * per_layer)
+    assert share == pytest.approx(0.0385, rel=0.05)  # of the weights; attention scores make it a little less
+
+
+def test_the_boundary_step_of_llama_8b_streams_4_36_gb():
+    stage = plan_cost(LLAMA_8B, Plan.last(32), [SequenceShape(512)])["stages"]["boundary"]
+    assert stage["bytes"] == pytest.approx(4.36e9, rel=0.01)
+
+
+def test_bytes_count_weights_once_however_many_sequences_there_are():
+    one = stock_cost(LLAMA_8B, [SequenceShape(1)])
+    eight = stock_cost(LLAMA_8B, [SequenceShape(1)] * 8)
+    weights = 2 * (32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336) + 128256 * 4096)
+    assert weights < one["bytes"] < eight["bytes"] < 1.01 * weights
+    assert eight["flops"] == 8 * one["flops"]
+
+
+def test_bytes_of_a_run_read_its_hidden_states_once():
+    rows, kv = 99, 2 * SMALL.kv_dim
+    for layers in (1, 3):
+        stages = plan_cost(SMALL, Plan(6, range(1, 1 + layers)), [SequenceShape(rows + 1)])["stages"]
+        run = 2 * (rows * 24 + layers * kv * 24 + rows * layers * kv)
+        last = 2 * (rows * 24 + kv * 24 + rows * kv)
+        assert stages["kv_project"]["bytes"] == run + last
+
+
+def test_attention_bytes_read_the_keys_and_values_that_some_row_sees():
+    model = spec(1, 24, 6, 2, 8, 40, 100, window=[5])
+    batch = [SequenceShape(3, past=10, boundary=3, logits_to_keep=3)]
+    # Rows at 10, 11, 12 see positions 6 ... 12.
+    assert stock_cost(model, batch)["stages"]["attention"]["bytes"] == 2 * (2 * 3 * 48 + 2 * 7 * 16)
+
+
+def test_float32_moves_twice_the_bytes_of_bfloat16():
+    batch = [SequenceShape(19, boundary=3)]
+    wide = ModelSpec.from_json(SMALL.to_json().replace("bfloat16", "float32"))
+    assert plan_cost(wide, Plan(6, [3, 4]), batch)["bytes"] == 2 * plan_cost(SMALL, Plan(6, [3, 4]), batch)["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("sequence", "text"),
+    [
+        (SequenceShape(0), "tokens: expected an integer >= 1, got 0"),
+        (SequenceShape(4, past=-1), "past: expected an integer >= 0, got -1"),
+        (SequenceShape(4, logits_to_keep=0), "logits_to_keep: expected an integer >= 1, got 0"),
+        (SequenceShape(4, boundary=1, logits_to_keep=2), "boundary: expected an integer >= 2, got 1"),
+        (SequenceShape(4, boundary=5), "tokens: expected an integer >= 5, got 4"),
+    ],
+)
+def test_a_sequence_that_cannot_be_is_refused(sequence, text):
+    with pytest.raises(ValueError, match="expected") as error:
+        stock_cost(SMALL, [sequence])
+    assert str(error.value) == text
+
+
+def test_a_plan_for_another_depth_is_refused():
+    with pytest.raises(ValueError, match="^plan: expected num_layers=6 like the model, got 7$"):
+        plan_cost(SMALL, Plan(7, []), [SequenceShape(4)])

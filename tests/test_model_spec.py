@@ -1,0 +1,186 @@
+"""ModelSpec: the tensors that pop::load takes, what is refused, and the JSON form."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+from pop_ext._core import ModelSpec
+
+SIZES = dict(
+    architecture="llama",
+    dtype="bfloat16",
+    num_layers=2,
+    hidden_size=96,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=32,
+    intermediate_size=200,
+    vocab_size=1000,
+)
+
+
+def spec(**changes) -> ModelSpec:
+    return ModelSpec(**{**SIZES, **changes})
+
+
+def test_what_is_left_out_takes_the_usual_value():
+    plain = spec()
+    assert plain.rotary_dim == 32
+    assert plain.attention_scale == 32**-0.5
+    assert plain.window == (0, 0)
+    assert plain.activation == "silu"
+    assert (plain.qkv_bias, plain.o_bias, plain.mlp_bias, plain.qk_norm) == (False,) * 4
+    assert (plain.q_dim, plain.kv_dim) == (192, 64)
+
+
+def test_fields_read_back_as_given():
+    given = dict(
+        dtype="float16",
+        rotary_dim=16,
+        rms_norm_eps=1e-5,
+        attention_scale=0.25,
+        activation="gelu_tanh",
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        qk_norm=True,
+        window=(0, 16),
+    )
+    made = spec(**given)
+    assert {name: getattr(made, name) for name in given} == given
+    assert {name: getattr(made, name) for name in SIZES} == {**SIZES, "dtype": "float16"}
+
+
+def test_weight_slots_of_a_plain_layer_come_in_the_order_of_load():
+    assert spec(num_layers=1).weight_slots() == [
+        ("embed_tokens", -1, (1000, 96)),
+        ("norm", -1, (96,)),
+        ("layers.0.input_norm", 0, (96,)),
+        ("layers.0.q_proj", 0, (192, 96)),
+        ("layers.0.k_proj", 0, (64, 96)),
+        ("layers.0.v_proj", 0, (64, 96)),
+        ("layers.0.o_proj", 0, (96, 192)),
+        ("layers.0.post_norm", 0, (96,)),
+        ("layers.0.gate_proj", 0, (200, 96)),
+        ("layers.0.up_proj", 0, (200, 96)),
+        ("layers.0.down_proj", 0, (96, 200)),
+    ]
+
+
+def test_weight_slots_with_everything_have_the_optional_ones_in_place():
+    slots = spec(num_layers=1, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True).weight_slots()
+    assert [(name.removeprefix("layers.0."), shape) for name, layer, shape in slots if layer == 0] == [
+        ("input_norm", (96,)),
+        ("q_proj", (192, 96)),
+        ("q_bias", (192,)),
+        ("k_proj", (64, 96)),
+        ("k_bias", (64,)),
+        ("v_proj", (64, 96)),
+        ("v_bias", (64,)),
+        ("q_norm", (32,)),
+        ("k_norm", (32,)),
+        ("o_proj", (96, 192)),
+        ("o_bias", (96,)),
+        ("post_norm", (96,)),
+        ("gate_proj", (200, 96)),
+        ("gate_bias", (200,)),
+        ("up_proj", (200, 96)),
+        ("up_bias", (200,)),
+        ("down_proj", (96, 200)),
+        ("down_bias", (96,)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flag", "names"),
+    [
+        ("qkv_bias", {"q_bias", "k_bias", "v_bias"}),
+        ("o_bias", {"o_bias"}),
+        ("mlp_bias", {"gate_bias", "up_bias", "down_bias"}),
+        ("qk_norm", {"q_norm", "k_norm"}),
+    ],
+)
+def test_a_flag_adds_its_own_slots_to_every_layer_and_no_others(flag, names):
+    added = [slot for slot in spec(**{flag: True}).weight_slots() if slot not in spec().weight_slots()]
+    assert {name for name, _, _ in added} == {f"layers.{layer}.{name}" for layer in (0, 1) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        *[
+            ({name: 0}, f"{name}: expected an integer >= 1, got 0")
+            for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "rotary_dim")
+        ],
+        (dict(intermediate_size=-3), "intermediate_size: expected an integer >= 1, got -3"),
+        (dict(vocab_size=0), "vocab_size: expected an integer >= 1, got 0"),
+        (dict(rms_norm_eps=0.0), "rms_norm_eps: expected a finite number > 0, got 0"),
+        (dict(attention_scale=float("nan")), "attention_scale: expected a finite number > 0, got nan"),
+        (dict(num_kv_heads=4), "num_kv_heads: expected a divisor of num_heads (6), got 4"),
+        (dict(rotary_dim=15), "rotary_dim: expected an even number <= head_dim (32), got 15"),
+        (dict(rotary_dim=34), "rotary_dim: expected an even number <= head_dim (32), got 34"),
+        (dict(window=[0]), "window: expected an entry for each of 2 layers, got 1"),
+        (dict(window=[0, -1]), "window: expected sizes >= 0 (0: no window), got -1"),
+        (dict(dtype="int8"), "dtype: expected one of float32, bfloat16, float16, got int8"),
+        (dict(activation="relu"), "activation: expected one of silu, gelu_tanh, gelu, got relu"),
+    ],
+)
+def test_a_bad_field_is_a_value_error_that_names_it(changes, text):
+    with pytest.raises(ValueError, match="expected") as error:
+        spec(**changes)
+    assert str(error.value) == text
+
+
+def test_json_comes_back_equal_to_the_last_bit():
+    made = spec(rms_norm_eps=1.0000001e-5, attention_scale=1 / 3, window=[0, 4096], qk_norm=True)
+    again = ModelSpec.from_json(made.to_json())
+    assert again == made
+    assert again.attention_scale == 1 / 3
+    assert json.loads(made.to_json())["rms_norm_eps"] == 1.0000001e-5
+
+
+def test_an_architecture_name_may_hold_any_character():
+    for name in ('a "quoted" \\ name', "tab\there\x01", "é ü 中 😀"):
+        assert json.loads(spec(architecture=name).to_json())["architecture"] == name
+        assert ModelSpec.from_json(json.dumps(json.loads(spec(architecture=name).to_json()))).architecture == name
+
+
+def test_json_with_a_missing_or_an_unknown_field_is_refused():
+    fields = json.loads(spec().to_json())
+    for name in fields:
+        rest = {key: value for key, value in fields.items() if key != name}
+        with pytest.raises(ValueError, match=f"^model spec: {name}: expected a value, got none$"):
+            ModelSpec.from_json(json.dumps(rest))
+    with pytest.raises(ValueError, match="^model spec: logit_softcap: expected no such member, got 30.0$"):
+        ModelSpec.from_json(json.dumps({**fields, "logit_softcap": 30.0}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (dict(num_layers="2"), 'model spec: num_layers: expected an integer, got "2"'),
+        (dict(qk_norm=1), "model spec: qk_norm: expected true or false, got 1"),
+        (dict(rms_norm_eps=None), "model spec: rms_norm_eps: expected a number, got null"),
+        (dict(architecture=3), "model spec: architecture: expected a string, got 3"),
+        (dict(window=0), "model spec: window: expected a list of integers, got 0"),
+        (dict(num_kv_heads=4), "num_kv_heads: expected a divisor of num_heads (6), got 4"),
+    ],
+)
+def test_json_with_a_field_of_another_type_is_refused(changes, text):
+    with pytest.raises(ValueError, match="expected") as error:
+        ModelSpec.from_json(json.dumps({**json.loads(spec().to_json()), **changes}))
+    assert str(error.value) == text
+
+
+def test_specs_are_values():
+    made = spec(window=[0, 16])
+    assert made == spec(window=[0, 16])
+    assert hash(made) == hash(spec(window=[0, 16]))
+    assert made != spec()
+    assert made != "spec"
+    assert copy.deepcopy(made) == made == pickle.loads(pickle.dumps(made))
+    with pytest.raises(AttributeError):
+        made.num_layers = 3
