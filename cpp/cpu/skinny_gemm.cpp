@@ -15,6 +15,8 @@ constexpr int kTileRows = 6;  // 24 accumulators, 4 operands of w and 1 of a in 
 constexpr int kTileRows = 2;  // 8, 4 and 1 in 16
 #endif
 
+constexpr int kIntoL2 = 2;  // locality of __builtin_prefetch; a tile of w and the next may be more than L1 holds
+
 // How kStep elements along k are loaded and multiplied.
 template <class T>
 struct Dot {
@@ -40,7 +42,8 @@ struct Dot<BFloat16> {
 };
 #endif
 
-// Rows [row, row + Rows) and columns [column, column + Columns) of out.
+// Rows [row, row + Rows) and columns [column, column + Columns) of out. A row of w is a page or more,
+// where hardware prefetchers stop, so the first tile of a column fetches the columns that come next.
 template <class T, int Rows, int Columns>
 void tile(const GemmParams& p, int64_t row, int64_t column) {
   using D = Dot<T>;
@@ -57,6 +60,9 @@ void tile(const GemmParams& p, int64_t row, int64_t column) {
   };
   int64_t k = 0;
   for (; k + D::kStep <= p.k; k += D::kStep) {
+    if (row == 0) {
+      for (int c = 0; c < Columns; ++c) __builtin_prefetch(w + (c + Columns) * p.w_stride + k, 0, kIntoL2);
+    }
     step([&](const T* from) __attribute__((always_inline)) { return D::load_step(from + k); });
   }
   if (k < p.k) {
@@ -64,7 +70,12 @@ void tile(const GemmParams& p, int64_t row, int64_t column) {
   }
   T* out = static_cast<T*>(p.out) + row * p.out_stride + column;
   for (int r = 0; r < Rows; ++r) {
-    for (int c = 0; c < Columns; ++c) store_one(out + r * p.out_stride + c, sum_lanes(sums[r][c]));
+    if constexpr (Columns == 4) {
+      const Quad totals = sum_lanes(sums[r]);
+      for (int c = 0; c < Columns; ++c) store_one(out + r * p.out_stride + c, totals[c]);
+    } else {
+      for (int c = 0; c < Columns; ++c) store_one(out + r * p.out_stride + c, sum_lanes(sums[r][c]));
+    }
   }
 }
 

@@ -27,6 +27,8 @@ constexpr int kLanes = 4;
 using Vec = float __attribute__((vector_size(4 * kLanes)));
 using VecI32 = int32_t __attribute__((vector_size(4 * kLanes)));
 using VecU32 = uint32_t __attribute__((vector_size(4 * kLanes)));
+using Quad = float __attribute__((vector_size(16)));
+using QuadI32 = int32_t __attribute__((vector_size(16)));
 using VecU16 = uint16_t __attribute__((vector_size(2 * kLanes)));
 
 }  // namespace
@@ -142,15 +144,31 @@ POP_INLINE Vec round_to<Float16>(Vec value) {
   return load(lanes);
 }
 
-// Sum of the lanes, always in the same order: the upper half is added to the lower until one is left.
-POP_INLINE float sum_lanes(Vec value) {
-  using Quad = float __attribute__((vector_size(16)));
+// The upper half of the lanes is added to the lower one until four are left.
+POP_INLINE Quad fold_to_quad(Vec value) {
   Quad quads[kLanes / 4];
   __builtin_memcpy(quads, &value, sizeof(value));
   for (int width = kLanes / 8; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) quads[i] += quads[i + width];
   }
-  return (quads[0][0] + quads[0][2]) + (quads[0][1] + quads[0][3]);
+  return quads[0];
+}
+
+// Sum of the lanes, always in the same order.
+POP_INLINE float sum_lanes(Vec value) {
+  const Quad quad = fold_to_quad(value);
+  return (quad[0] + quad[2]) + (quad[1] + quad[3]);
+}
+
+// The same sums of four groups at once.
+POP_INLINE Quad sum_lanes(const Vec (&values)[4]) {
+  Quad pairs[2];
+  for (int i = 0; i < 2; ++i) {
+    const Quad a = fold_to_quad(values[2 * i]), b = fold_to_quad(values[2 * i + 1]);
+    pairs[i] = __builtin_shuffle(a, b, QuadI32{0, 4, 1, 5}) + __builtin_shuffle(a, b, QuadI32{2, 6, 3, 7});
+  }
+  return __builtin_shuffle(pairs[0], pairs[1], QuadI32{0, 1, 4, 5}) +
+         __builtin_shuffle(pairs[0], pairs[1], QuadI32{2, 3, 6, 7});
 }
 
 POP_INLINE void store_one(float* to, float value) { *to = value; }
