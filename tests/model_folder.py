@@ -1,0 +1,21 @@
+"""A tiny model with a tokenizer, saved as a Hugging Face folder: what the command line and the README load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import models
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
+
+
+def save_tiny_llama(path: Path) -> Path:
+    """A Llama of 6 layers, and one token a character: the id of "A" is its code minus 32, a line break is 95."""
+    models.llama().save_pretrained(path)
+    vocabulary = {chr(32 + i): i for i in range(95)} | {"\n": 95, "<unk>": 96}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
+    return path
