@@ -1,10 +1,65 @@
-# Shortcuts for work on pop_ext. PYTHON is an interpreter with torch, pybind11 and pytest.
-PYTHON ?= python
+# make demo | test | lint | format | dev
+#
+# On a plain machine (python3 >= 3.10, a C++20 compiler, network for pip) demo, test, lint and format make .venv and
+# install into it; they use the torch of python3, if it has one. With PYTHON=... that interpreter is used as it is,
+# on libraries built in place.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
 BUILD ?= build/dev
 
-.PHONY: dev core test lint format clean
+ifdef PYTHON
+RUN := PYTHONPATH=$(CURDIR)/python $(PYTHON)
+CLANG_FORMAT ?= clang-format
+FOR_DEMO := dev
+FOR_TEST := dev
+FOR_LINT :=
+else
+PYTHON := $(CURDIR)/$(VENV)/bin/python
+RUN := $(PYTHON)
+CLANG_FORMAT ?= $(VENV)/bin/clang-format
+FOR_DEMO := $(VENV)/installed-hf,cli
+FOR_TEST := $(VENV)/installed-dev
+FOR_LINT := $(FOR_TEST)
+endif
 
-# Build the native libraries into python/pop_ext; then run with PYTHONPATH=python.
+.PHONY: demo test lint format dev core clean
+
+# One prompt three ways: the stock model, native at full depth, pruned. More options: make demo DEMO='--count 6'
+demo: $(FOR_DEMO)
+	$(RUN) -m pop_ext generate --model examples/demo_model/model \
+	  --prompt-file examples/demo_model/heldout/pprint.py.txt --prompt-tokens 768 $(DEMO)
+
+test: $(FOR_TEST)
+	$(RUN) -m pytest $(TESTS)
+
+CPP_FILES = git ls-files 'cpp/*.h' 'cpp/*.cpp' 'cuda/*.h' 'cuda/*.cuh' 'cuda/*.cu'
+
+lint: $(FOR_LINT)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(CPP_FILES) | xargs $(CLANG_FORMAT) --dry-run --Werror
+
+format: $(FOR_LINT)
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	$(CPP_FILES) | xargs $(CLANG_FORMAT) -i
+
+# The package in .venv, with the extras of the target's name.
+SOURCES := $(shell find CMakeLists.txt pyproject.toml build_backend cmake cpp cuda python -type f \
+  -not -name '*.so' -not -path '*/__pycache__/*')
+
+$(VENV)/installed-%: $(SOURCES) | $(VENV)/ready
+	$(PYTHON) -m pip install '.[$*]'
+	touch '$@'
+
+$(VENV)/ready:
+	python3 -m venv $$(python3 -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
+	$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install $(TORCH)
+	touch $@
+
+# In place, for development: the libraries go into python/pop_ext, to run with PYTHONPATH=python. Needs cmake, ninja
+# and, in PYTHON, torch and pybind11.
 dev: $(BUILD)/build.ninja
 	cmake --build $(BUILD)
 
@@ -13,19 +68,6 @@ core: $(BUILD)/build.ninja
 
 $(BUILD)/build.ninja: CMakeLists.txt
 	cmake -G Ninja -S . -B $(BUILD) -DPOP_INPLACE=ON -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
-
-test: dev
-	PYTHONPATH=python $(PYTHON) -m pytest
-
-lint:
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m mypy
-	git ls-files 'cpp/*.h' 'cpp/*.cpp' | xargs clang-format --dry-run --Werror
-
-format:
-	$(PYTHON) -m ruff format .
-	git ls-files 'cpp/*.h' 'cpp/*.cpp' | xargs clang-format -i
 
 clean:
 	rm -rf build python/pop_ext/*.so
