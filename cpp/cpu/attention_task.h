@@ -128,8 +128,8 @@ class TaskGeometry {
 // Turns scores into units of probabilities, and keeps maxima and sums. Returns whether any maximum
 // moved; o must then be multiplied by `factor`.
 template <class Units, int kVecs>
-POP_INLINE bool softmax(const TileView& tile, float log2_scale, const int32_t* position, float* scores, float* max_so_far,
-                        float* sum_so_far, float* factor) {
+POP_INLINE bool softmax(const TileView& tile, float log2_scale, const int32_t* position, float* scores,
+                        float* max_so_far, float* sum_so_far, float* factor) {
   using C = TileConfig;
   Vec top[kVecs];
   for (int v = 0; v < kVecs; ++v) top[v] = splat(-__builtin_inff());
