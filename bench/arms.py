@@ -1,0 +1,167 @@
+"""The arms of a comparison: the same call on the same weights, run by Hugging Face or by pop_ext."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pop_ext
+import torch
+from pop_ext import _core
+from pop_ext.plan import Plan
+
+from bench.measure import Timed
+from bench.memory import MemoryUse
+
+VIA = ("enable", "prefill")
+HF_EAGER, HF_COMPILE, NATIVE_FULL = "hf-eager", "hf-compile", "native-full"
+
+
+@dataclass(kw_only=True)
+class Arm(Timed):
+    """One way to prefill.
+
+    Attributes:
+        what: how it is called, in words.
+        flops: of one call, by the cost model.
+        make: builds ``call``; what it raises is the arm's result.
+        plan: of a native arm; None for Hugging Face.
+        folded_bytes: folded K/V weights, memory that the plan adds to the checkpoint's.
+        warmup: seconds of the calls before the timed ones; the first may compile.
+        memory: of one call.
+        error: RMS difference of its logits to hf-eager's, relative to theirs.
+    """
+
+    what: str
+    flops: float
+    make: Callable[[Arm], Callable[[], Any]]
+    plan: Plan | None = None
+    folded_bytes: int | None = None
+    warmup: tuple[float, ...] = ()
+    memory: MemoryUse | None = None
+    error: float | None = None
+
+    @property
+    def full_depth(self) -> bool:
+        """Whether it computes what the stock model computes."""
+        return self.plan is None or set(self.plan.omit) <= {self.plan.num_layers - 1}
+
+    def prepare(self) -> None:
+        """Makes ``call``, or sets ``failed``."""
+        self.call = self.attempt(lambda: self.make(self))
+
+
+def sequence_shapes(batch: int, tokens: int, plan: Plan | None = None) -> list[_core.SequenceShape]:
+    """The batch as the cost model wants it: no past, one row of logits a sequence."""
+    boundary = 1 if plan is None else min(plan.boundary, tokens)
+    return [_core.SequenceShape(tokens, boundary=boundary, logits_to_keep=1)] * batch
+
+
+def stock_flops(spec: _core.ModelSpec, batch: int, tokens: int) -> float:
+    """FLOPs of Hugging Face's full prefill."""
+    return float(_core.stock_cost(spec, sequence_shapes(batch, tokens))["flops"])
+
+
+def plan_flops(spec: _core.ModelSpec, plan: Plan, batch: int, tokens: int) -> float:
+    """FLOPs of the native prefill under a plan."""
+    return float(_core.plan_cost(spec, plan, sequence_shapes(batch, tokens, plan))["flops"])
+
+
+def make_arms(
+    model: Any,
+    spec: _core.ModelSpec,
+    input_ids: torch.Tensor,
+    plans: Iterable[Plan],
+    compile_mode: str | None = None,
+    via: str = "enable",
+) -> list[Arm]:
+    """All arms of a case; none is prepared yet.
+
+    Args:
+        model: a stock Hugging Face model; it stays one.
+        spec: its shape.
+        input_ids: ``[batch, tokens]``, the prompt of every arm.
+        plans: each makes an arm; native-full is there anyway.
+        compile_mode: mode of ``torch.compile`` for hf-compile. None: no such arm.
+        via: "enable": the enabled model is called like the stock one; "prefill": ``native.prefill``.
+    """
+    batch, tokens = input_ids.shape
+    flops = stock_flops(spec, batch, tokens)
+    stock = "model(input_ids, use_cache=True, logits_to_keep=1), sdpa, no_grad"
+    arms = [Arm(name=HF_EAGER, what=stock, flops=flops, make=lambda _: _forward(model, input_ids))]
+    if compile_mode is not None:
+        arms.append(
+            Arm(
+                name=HF_COMPILE,
+                what=f'torch.compile(model, mode="{compile_mode}", dynamic=False), else as {HF_EAGER}',
+                flops=flops,
+                make=lambda _: _compiled(model, input_ids, compile_mode),
+            )
+        )
+    full = Plan(spec.num_layers, ())
+    names = [NATIVE_FULL]
+    for plan in (full, *plans):
+        name = NATIVE_FULL if plan is full else _unused(plan_name(plan), names)
+        what = {
+            "enable": f"pop_ext.enable(model, plan, strict=True), else as {HF_EAGER}",
+            "prefill": "pop_ext.load(model, plan).prefill(input_ids)",
+        }[via]
+        flops = plan_flops(spec, plan, batch, tokens)
+        make = _enabled_maker(model, input_ids) if via == "enable" else _loaded_maker(model, input_ids)
+        arms.append(Arm(name=name, what=what, flops=flops, make=make, plan=plan))
+    return arms
+
+
+def plan_name(plan: Plan) -> str:
+    """ "pop 5/16": omitted of all layers, with the boundary where it is not 1."""
+    boundary = f" b{plan.boundary}" if plan.boundary > 1 else ""
+    return f"pop {len(plan.omit)}/{plan.num_layers}{boundary}"
+
+
+def _unused(name: str, names: list[str]) -> str:
+    same = sum(known == name or known.startswith(f"{name} #") for known in names)
+    names.append(name if same == 0 else f"{name} #{same + 1}")
+    return names[-1]
+
+
+def _forward(model: Any, input_ids: torch.Tensor) -> Callable[[], Any]:
+    def call() -> Any:
+        with torch.no_grad():
+            return model(input_ids=input_ids, use_cache=True, logits_to_keep=1)
+
+    return call
+
+
+def _compiled(model: Any, input_ids: torch.Tensor, mode: str) -> Callable[[], Any]:
+    torch.compiler.reset()  # of the shape before this one, too
+    return _forward(torch.compile(model, mode=mode, dynamic=False), input_ids)
+
+
+def _enabled_maker(model: Any, input_ids: torch.Tensor) -> Callable[[Arm], Callable[[], Any]]:
+    def make(arm: Arm) -> Callable[[], Any]:
+        view = copy.copy(model)  # shares every module and weight; only its `forward` is its own
+        pop_ext.enable(view, arm.plan, strict=True)
+        arm.folded_bytes = view.forward.native.extra_bytes
+        with torch.no_grad():
+            decision = pop_ext.explain(view, input_ids=input_ids, use_cache=True, logits_to_keep=1)
+        if decision.backend != "native":
+            raise RuntimeError(f"expected a native prefill, got {decision}")
+        return _forward(view, input_ids)
+
+    return make
+
+
+def _loaded_maker(model: Any, input_ids: torch.Tensor) -> Callable[[Arm], Callable[[], Any]]:
+    def make(arm: Arm) -> Callable[[], Any]:
+        native = pop_ext.load(model, arm.plan)
+        arm.folded_bytes = native.extra_bytes
+        return lambda: native.prefill(input_ids)
+
+    return make
+
+
+def find(arms: Sequence[Arm], name: str) -> Arm | None:
+    """The arm of that name, unless it failed."""
+    return next((arm for arm in arms if arm.name == name and arm.failed is None), None)

@@ -1,0 +1,304 @@
+"""The command line of the bench."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from pop_ext.families import describe
+from pop_ext.native import load
+from pop_ext.plan import Plan
+from pop_ext.presets import default_plan
+
+from bench import report
+from bench.arms import VIA, make_arms, plan_flops, stock_flops
+from bench.cases import Case, Settings, failed_model, run_case
+from bench.environment import environment
+from bench.kernel_table import measure_kernels
+from bench.measure import MIN_REPEATS
+from bench.memory import release_memory
+from bench.rates import make_gemm
+from bench.shapes import SHAPES, BenchModel, load_model
+
+RESULTS = Path(__file__).resolve().parent / "results"
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_AUTO_BUDGET = 165.0  # seconds of a run without arguments, start of the interpreter not counted
+_AUTO_LENGTHS = (512, 256, 128)
+_SLOW = 20.0  # seconds of the demo model at 512 tokens, past which a run without arguments does less
+_OVERHEAD = 1.4  # of a real prefill over its FLOPs at the rate of a bare product, to plan with
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every option, with its default."""
+    p = argparse.ArgumentParser(
+        prog="bench/run.py",
+        description="Times prefill by Hugging Face and by pop_ext, interleaved in one run.",
+        epilog="Without --model: the demo model, and llama-3.2-1b with kernels, within three minutes on two cores.",
+    )
+    names = ", ".join(["demo", *SHAPES])
+    p.add_argument("--model", nargs="+", help=f"shapes ({names}), directories or Hugging Face names")
+    p.add_argument("--random-weights", action="store_true", help="read only the configs of --model")
+    p.add_argument("--lengths", nargs="+", type=int, default=[512, 2048], help="tokens per sequence")
+    p.add_argument("--batch", nargs="+", type=int, default=[1], help="sequences")
+    p.add_argument("--dtype", default="bfloat16", choices=[*_DTYPES, *_SHORT], help="of the weights")
+    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    p.add_argument("--threads", type=int, help="of torch and of the kernels (default: torch's)")
+    p.add_argument("--plan", nargs="+", action="extend", type=Path, default=[], help="plan files (Plan.save)")
+    p.add_argument(
+        "--omit",
+        nargs="+",
+        action="extend",
+        default=[],
+        help='omitted layers, such as "11-15" or "8,9,12-15"; each a plan',
+    )
+    p.add_argument(
+        "--count", nargs="+", action="extend", type=int, default=[], help="how many of the deepest layers; each a plan"
+    )
+    p.add_argument("--boundary", nargs="+", type=int, help="rows at full depth; each makes its own arms")
+    p.add_argument("--via", choices=VIA, default="enable", help="how native arms are called (default: enable)")
+    p.add_argument("--repeats", type=int, default=11, help="rounds (default: 11)")
+    p.add_argument("--warmup", type=int, default=2, help="calls of each arm before them (default: 2)")
+    p.add_argument("--budget", type=float, help="seconds for the whole run; fewer rounds rather than more time")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="the hf-compile arm")
+    p.add_argument("--compile-mode", default="default", help="mode of torch.compile (default: default)")
+    p.add_argument("--kernels", action=argparse.BooleanOptionalAction, default=None, help="the kernel table")
+    p.add_argument("--cases", action=argparse.BooleanOptionalAction, default=True, help="the comparisons")
+    p.add_argument("--json", type=Path, help="where to save (default: bench/results/local-<time>.json)")
+    p.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the bench. Returns 0, 1 when an arm, a kernel or a model failed, 2 for bad arguments."""
+    argv = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser().parse_args(argv)
+    problem = _problem(options)
+    if problem:
+        print(f"bench/run.py: error: {problem}", file=sys.stderr)
+        return 2
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    run = Run(options, argv)
+    run.auto() if options.model is None else run.asked()
+    return run.finish()
+
+
+def _problem(options: argparse.Namespace) -> str | None:
+    for name, least in (("lengths", 2), ("batch", 1), ("boundary", 1)):
+        if any(value < least for value in getattr(options, name) or []):
+            return f"--{name}: expected integers from {least}, got {getattr(options, name)}"
+    for name, least in (("repeats", 1), ("warmup", 1), ("threads", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            return f"--{name}: expected at least {least}, got {value}"
+    if options.device.partition(":")[0] not in ("cpu", "cuda"):
+        return f"--device: expected cpu or cuda, got {options.device}"
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        return "--device: this torch finds no CUDA device"
+    return None
+
+
+class Run:
+    """One run: its options, its clock and its results."""
+
+    def __init__(self, options: argparse.Namespace, argv: list[str]) -> None:
+        self.started = time.monotonic()
+        self.options = options
+        self.device = torch.device(options.device)
+        self.dtype = _DTYPES[_SHORT.get(options.dtype, options.dtype)]
+        self.failed = False
+        facts = environment(self.device)
+        print(report.environment_text(facts))
+        self.report: dict[str, Any] = {
+            "schema": report.SCHEMA,
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "arguments": argv,
+            "environment": facts,
+            "cases": [],
+            "kernels": [],
+            "failed_models": [],
+        }
+
+    def left(self, budget: float | None, share: float = 1.0) -> float | None:
+        """Seconds that may still be spent; None: any."""
+        return None if budget is None else max(0.0, share * (budget - (time.monotonic() - self.started)))
+
+    def asked(self) -> None:
+        """What the arguments name."""
+        options = self.options
+        compiled = options.compile_mode if options.compile else None
+        if options.cases and not compiled:
+            print("hf-compile is left out; --compile includes it (minutes of compiling for each length)")
+        cases = [(batch, tokens) for batch in options.batch for tokens in options.lengths] if options.cases else []
+        each = len(cases) + bool(options.kernels)
+        for index, name in enumerate(options.model):
+            model = self.load(name)
+            if model is None:
+                continue
+            to_do = each * (len(options.model) - index)  # each gets an equal part of what is left
+            if options.kernels:
+                self.kernels(model, options.lengths, self.left(options.budget, 1 / to_do))
+                to_do -= 1
+            for batch, tokens in cases:
+                self.case(model, batch, tokens, compiled, self.left(options.budget, 1 / to_do))
+                to_do -= 1
+            self.release(model)
+
+    def auto(self) -> None:
+        """Something useful within three minutes on two cores: what is quick first, then what fits."""
+        options = self.options
+        budget = options.budget or _AUTO_BUDGET
+        print(f"no --model: the demo model, then llama-3.2-1b, within about {budget:.0f} s")
+        compiled = options.compile_mode if options.compile else None
+        if not compiled:
+            print("hf-compile is left out, its compile time does not fit; --compile includes it")
+        slow = False
+        demo = self.load("demo")
+        if demo is not None:
+            before = time.monotonic()
+            self.case(demo, 1, 512, compiled, self.left(budget, 0.07))
+            slow = time.monotonic() - before > _SLOW
+            if not slow:
+                self.case(demo, 1, 1024, compiled, self.left(budget, 0.1))
+            self.release(demo)
+        if slow:
+            print("this machine is slow or busy: demo at 1024 tokens and kernels at 2048 are left out")
+        large = self.load("llama-3.2-1b")
+        if large is None:
+            return
+        if options.kernels is not False:
+            self.kernels(large, [512] if slow else [512, 2048], self.left(budget, 0.2))
+        tokens = self.fitting_length(large, self.left(budget) or 0.0)
+        if tokens < _AUTO_LENGTHS[0]:
+            print(f"{_AUTO_LENGTHS[0]} tokens would take too long here: {tokens}")
+        self.case(large, 1, tokens, compiled, self.left(budget))
+        self.release(large)
+
+    def load(self, name: str) -> BenchModel | None:
+        """The model, or None with the reason printed."""
+        try:
+            model = load_model(name, self.dtype, self.device, self.options.random_weights)
+            describe(model.model)
+            return model
+        except (ValueError, OSError, RuntimeError) as error:
+            failure = failed_model(name, error)
+            print(f"\n{name} failed: {failure['failed']}")
+            self.report["failed_models"].append(failure)
+            self.failed = True
+            return None
+
+    def release(self, model: BenchModel) -> None:
+        """Frees the weights before the next model comes."""
+        model.model = None
+        torch.compiler.reset()
+        gc.collect()
+        release_memory(self.device)
+
+    def plans(self, model: BenchModel) -> list[Plan]:
+        """The plans that the arguments name, else the model's default.
+
+        Raises:
+            ValueError: a plan that is none, or one for another depth.
+        """
+        options, config = self.options, model.model.config
+        depth = config.num_hidden_layers
+        plans = [Plan.load(path) for path in options.plan]
+        plans += [Plan(depth, parse_layers(text)) for text in options.omit]
+        plans += [Plan.last(depth, count=count) for count in options.count]
+        plans = plans or [default_plan(config)]
+        if options.boundary:
+            plans = [plan.replace(boundary=boundary) for plan in plans for boundary in options.boundary]
+        return [plan.replace(min_tokens=0) for plan in plans]  # a bench times the plan at every length
+
+    def case(self, model: BenchModel, batch: int, tokens: int, compiled: str | None, budget: float | None) -> None:
+        """Runs one case, prints it and keeps its figures."""
+        options = self.options
+        settings = Settings(options.repeats, options.warmup, compiled, options.via, options.quiet)
+        try:
+            spec, plans = describe(model.model).spec, self.plans(model)
+            case = run_case(model, spec, batch, tokens, plans, settings, budget, make_arms)
+        except (ValueError, OSError, RuntimeError) as error:
+            self.fail(model, f"{tokens} tokens, batch {batch}", error)
+            return
+        print("\n" + report.case_text(case), flush=True)
+        self.report["cases"].append(report.case_json(case))
+        self.failed |= _has_failure(case)
+
+    def kernels(self, model: BenchModel, lengths: list[int], budget: float | None) -> None:
+        """Runs the kernel table, prints it and keeps its figures."""
+        options = self.options
+        try:
+            native = load(model.model, self.plans(model)[0])
+            found = measure_kernels(model.name, native, lengths, options.repeats, budget, options.quiet)
+        except (ValueError, OSError, RuntimeError) as error:
+            self.fail(model, "kernels", error)
+            return
+        print("\n" + report.kernel_text(found), flush=True)
+        self.report["kernels"].append(report.kernel_json(found))
+        self.failed |= any(row.failed is not None for row in found.rows)
+
+    def fail(self, model: BenchModel, what: str, error: Exception) -> None:
+        """Prints and keeps what could not be run."""
+        failure = failed_model(f"{model.name}, {what}", error)
+        print(f"\n{failure['model']} failed: {failure['failed']}")
+        self.report["failed_models"].append(failure)
+        self.failed = True
+
+    def fitting_length(self, model: BenchModel, seconds: float) -> int:
+        """The longest of a few lengths whose rounds fit, judged by a matrix product."""
+        spec, plans = describe(model.model).spec, self.plans(model)
+        probe = make_gemm("probe", 512, spec.intermediate_size, spec.hidden_size, self.dtype, self.device)
+        if probe.call is None:
+            return _AUTO_LENGTHS[-1]
+        probe.call()
+        start = time.perf_counter()
+        probe.call()
+        rate = probe.flops / (time.perf_counter() - start)
+        rounds = self.options.warmup + MIN_REPEATS
+        for tokens in _AUTO_LENGTHS:
+            flops = stock_flops(spec, 1, tokens) + sum(
+                plan_flops(spec, plan, 1, tokens) for plan in (Plan(spec.num_layers, ()), *plans)
+            )
+            if rounds * _OVERHEAD * flops / rate <= seconds:
+                return tokens
+        return _AUTO_LENGTHS[-1]
+
+    def finish(self) -> int:
+        """Saves the report."""
+        self.report["seconds"] = round(time.monotonic() - self.started, 1)
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        path = self.options.json or RESULTS / f"local-{stamp}.json"
+        report.write_json(path, self.report)
+        print(f"\n{self.report['seconds']:.0f} s; every sample is in {path}")
+        return 1 if self.failed else 0
+
+
+def _has_failure(case: Case) -> bool:
+    return any(arm.failed is not None for arm in case.arms)
+
+
+def parse_layers(text: str) -> list[int]:
+    """``"8,9,12-15"`` -> ``[8, 9, 12, 13, 14, 15]``.
+
+    Raises:
+        ValueError: anything else.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f'--omit: expected layers such as "11-15" or "8,9,12-15", got {text!r}')
+        layers += range(int(first), int(last or first) + 1)
+    return layers

@@ -1,0 +1,69 @@
+"""What a figure depends on besides the code: processor, threads, versions, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.shapes import ROOT
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Facts about this process and machine, as plain data."""
+    import pop_ext
+    import transformers
+    from pop_ext import _core
+
+    facts: dict[str, Any] = {
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "pop_ext": pop_ext.__version__,
+        "pop_ext_path": str(Path(pop_ext.__file__).parent),
+        "pop_ext_build": _core.build_info(),
+        "isa": str(torch.ops.pop.cpu_isa()),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "device": "cpu",
+        **_commit(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "device": properties.name,
+            "device_memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda": torch.version.cuda,
+        }
+    return facts
+
+
+def processor() -> str:
+    """Name of the processor."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> dict[str, Any]:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return {"git_commit": git("rev-parse", "--short=12", "HEAD"), "git_modified": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return {"git_commit": None, "git_modified": None}

@@ -1,0 +1,230 @@
+"""The kernel table: each building block alone, on cold caches, beside what it could reach."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pop_ext import _core
+from pop_ext.native import NativeModel
+
+from bench.arms import sequence_shapes
+from bench.measure import KernelClock, Summary, Timed, interleave
+from bench.operands import BoundaryStep, Operands, with_layers
+from bench.progress import Progress
+from bench.rates import Gemm, layer_gemms, make_gemm, measure_bandwidth, reference_gemms
+
+Maker = Callable[[Operands], tuple[Callable[[], Any], int]]
+
+
+@dataclass(kw_only=True)
+class Row(Timed):
+    """A line of the table.
+
+    Attributes:
+        tokens: rows of the prompt.
+        flops: of one call, by the cost model; None for a row that only moves memory.
+        bytes: read and written, each once; None where FLOPs are what counts.
+        beside: a row whose time this one's is held against.
+    """
+
+    tokens: int
+    flops: float | None = None
+    bytes: float | None = None
+    beside: str | None = None
+
+    @property
+    def rate(self) -> float | None:
+        """FLOP/s, or bytes per second for a row that only moves memory."""
+        work = self.bytes if self.flops is None else self.flops
+        return work / Summary.of(self.samples).median if self.samples and work else None
+
+
+@dataclass
+class KernelTable:
+    """What was measured.
+
+    Attributes:
+        bandwidth: bytes per second of a big "copy" and "read".
+        peak: FLOP/s of the best matrix product among the rows.
+    """
+
+    model: str
+    dtype: str
+    rows: list[Row]
+    bandwidth: dict[str, float]
+    peak: float | None
+    repeats: int
+    warnings: list[str] = field(default_factory=list)
+
+    def share(self, row: Row) -> float | None:
+        """Of the peak that bounds the row: matrix products, or memory."""
+        peak = max(self.bandwidth.values(), default=None) if row.flops is None else self.peak
+        return row.rate / peak if row.rate is not None and peak else None
+
+    def relative(self, row: Row) -> float | None:
+        """How many times as fast as the row beside it."""
+        other = next((r for r in self.rows if r.name == row.beside and r.tokens == row.tokens), None)
+        if other is None or not other.samples or not row.samples:
+            return None
+        return Summary.of(other.samples).median / Summary.of(row.samples).median
+
+
+def measure_kernels(
+    name: str,
+    native: NativeModel,
+    lengths: list[int],
+    repeats: int = 11,
+    budget: float | None = None,
+    quiet: bool = False,
+) -> KernelTable:
+    """Times every row at every length.
+
+    Args:
+        name: of the model.
+        native: the model; its plan's longest run is what kv_project and the boundary step are measured with.
+        lengths: tokens of the prompt, at least 2.
+        repeats: rounds.
+        budget: seconds; past its share of them a length starts no further round. None: all rounds.
+        quiet: no progress bar.
+    """
+    started = time.monotonic()
+    clock = KernelClock(native.device)
+    table = KernelTable(name, str(native.dtype).removeprefix("torch."), [], measure_bandwidth(native.device), None, 0)
+    rounds = []
+    with Progress(f"kernels, {name}", 15 * repeats * len(lengths), quiet) as bar:
+        for index, tokens in enumerate(lengths):
+            operands = Operands(native.spec, tokens, native.dtype, native.device)
+            rows = kernel_rows(native, operands)
+            square = reference_gemms(native.spec, tokens, *operands.kind)[-1]
+            products = [*layer_gemms(native.spec, tokens, *operands.kind), square]
+            for item in (*rows, *products):
+                item.warm_up()
+            deadline = None if budget is None else started + budget * (index + 1) / len(lengths)
+            timed = [*rows, *products]
+            rounds.append(interleave(timed, clock, repeats, deadline, step=lambda item: bar.step(item.name)))
+            table.rows += [*rows, *(_gemm_row(gemm, tokens) for gemm in products)]
+            for item in (*rows, *products):
+                item.call = None
+    table.repeats = min(rounds, default=0)
+    table.peak = max((row.rate for row in table.rows if "gemm" in row.name and row.rate), default=None)
+    if table.repeats < repeats:
+        table.warnings.append(f"{table.repeats} of {repeats} repeats: the time budget was spent")
+    return table
+
+
+def kernel_rows(native: NativeModel, operands: Operands) -> list[Row]:
+    """The building blocks of ``torch.ops.pop``, the boundary step, and torch's attention beside ours."""
+    spec, tokens = operands.spec, operands.tokens
+    attention = stock_stage(spec, tokens, "attention")["flops"]
+    rows = [
+        _row("rms_norm", operands, _rms_norm),
+        _row("add_rms_norm", operands, _add_rms_norm),
+        _row("gated_act", operands, _gated_act),
+        _row("rope_cache_write", operands, _rope_cache_write),
+        _row("attention", operands, _attention, attention, beside="torch sdpa"),
+        _row("torch sdpa", operands, _sdpa, attention),
+    ]
+    run = max(native.plan.runs, key=len, default=None)
+    if run is None:
+        return rows
+    layers = "1 layer" if len(run) == 1 else f"{len(run)} layers"
+    bare = make_gemm("its bare gemm", tokens, len(run) * 2 * spec.kv_dim, spec.hidden_size, *operands.kind)
+    projected = run_stage(spec, run, tokens + 1, "kv_project")["flops"]  # of `tokens` context rows
+    rows += [
+        _row(f"kv_project, {layers}", operands, _kv_project(len(run)), projected, beside=bare.name),
+        Row(name=bare.name, tokens=tokens, call=bare.call, failed=bare.failed, flops=bare.flops),
+    ]
+    boundary = Row(name=f"boundary step, {layers}", tokens=tokens)
+    boundary.bytes = run_stage(spec, run, tokens, "boundary")["bytes"]
+    boundary.call = boundary.attempt(lambda: BoundaryStep(native, run, tokens))
+    return [*rows, boundary]
+
+
+def stock_stage(spec: _core.ModelSpec, tokens: int, stage: str) -> dict[str, float]:
+    """FLOPs and bytes of a stage of one layer, by the cost model."""
+    return _core.stock_cost(with_layers(spec, [0]), sequence_shapes(1, tokens))["stages"][stage]
+
+
+def run_stage(spec: _core.ModelSpec, run: range, tokens: int, stage: str) -> dict[str, float]:
+    """FLOPs and bytes of a stage of a run of omitted layers, by the cost model: the run behind one retained layer."""
+    retained = 0 if run.start > 0 else run.stop
+    cut = with_layers(spec, [retained, *run])
+    plan = _core.Plan(len(run) + 1, list(range(1, len(run) + 1)))
+    return _core.plan_cost(cut, plan, sequence_shapes(1, tokens))["stages"][stage]
+
+
+def _row(name: str, operands: Operands, make: Maker, flops: float | None = None, beside: str | None = None) -> Row:
+    row = Row(name=name, tokens=operands.tokens, flops=flops, beside=beside)
+    made = row.attempt(lambda: make(operands))
+    if made is not None:
+        row.call, moved = made
+        row.bytes = float(moved) if flops is None else None
+    return row
+
+
+def _gemm_row(gemm: Gemm, tokens: int) -> Row:
+    name = gemm.name if gemm.name.startswith("gemm") else f"gemm {gemm.name}"
+    return Row(name=name, tokens=tokens, samples=gemm.samples, failed=gemm.failed, flops=gemm.flops)
+
+
+# Each maker returns the call and the bytes that it reads and writes, every operand and result once.
+
+
+def _rms_norm(operands: Operands) -> tuple[Callable[[], Any], int]:
+    x, gamma = operands.rows(), operands.rand(operands.spec.hidden_size)
+    eps = operands.spec.rms_norm_eps
+    return lambda: torch.ops.pop.rms_norm(x, gamma, eps), 2 * x.nbytes
+
+
+def _add_rms_norm(operands: Operands) -> tuple[Callable[[], Any], int]:
+    x, delta, gamma = operands.rows(), operands.rows(), operands.rand(operands.spec.hidden_size)
+    delta.zero_()  # the sum stays where it is however often it is formed
+    eps = operands.spec.rms_norm_eps
+    return lambda: torch.ops.pop.add_rms_norm(x, delta, gamma, eps), 4 * x.nbytes
+
+
+def _gated_act(operands: Operands) -> tuple[Callable[[], Any], int]:
+    gate, up = (operands.rand(operands.tokens, operands.spec.intermediate_size) for _ in range(2))
+    activation = operands.spec.activation
+    return lambda: torch.ops.pop.gated_act(gate, up, activation), 3 * gate.nbytes
+
+
+def _rope_cache_write(operands: Operands) -> tuple[Callable[[], Any], int]:
+    query, key, value = operands.queries(), operands.keys(), operands.keys()
+    caches = operands.cache(), operands.cache()
+    tables = operands.cos, operands.sin
+    moved = 2 * (query.nbytes + key.nbytes + value.nbytes) + sum(table.nbytes for table in tables)
+    return lambda: torch.ops.pop.rope_cache_write(query, key, value, *tables, *operands.lengths, *caches), moved
+
+
+def _attention(operands: Operands) -> tuple[Callable[[], Any], int]:
+    query, key, value = operands.queries(), operands.cache(), operands.cache()
+    scale = operands.spec.attention_scale
+    return lambda: torch.ops.pop.attention(query, key, value, *operands.lengths, scale), 0
+
+
+def _sdpa(operands: Operands) -> tuple[Callable[[], Any], int]:
+    query = operands.queries().transpose(0, 1)[None]
+    key, value = operands.cache(), operands.cache()
+    scale = operands.spec.attention_scale
+    return (
+        lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True),
+        0,
+    )
+
+
+def _kv_project(layers: int) -> Maker:
+    def make(operands: Operands) -> tuple[Callable[[], Any], int]:
+        spec = operands.spec
+        hidden, weight = operands.rows(), operands.rand(layers * 2 * spec.kv_dim, spec.hidden_size)
+        keys, values = ([operands.cache() for _ in range(layers)] for _ in range(2))
+        norms = [operands.rand(spec.head_dim) for _ in range(layers)] if spec.qk_norm else None
+        arguments = (operands.cos, operands.sin, *operands.lengths, spec.rms_norm_eps, keys, values)
+        return lambda: torch.ops.pop.kv_project(hidden, weight, *arguments, k_norm=norms), 0
+
+    return make

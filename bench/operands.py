@@ -1,0 +1,118 @@
+"""Tensors for single kernels of one shape: a prompt of ``tokens`` rows, no past."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pop_ext import _core
+from pop_ext.native import NativeModel
+
+_LAYER = "layers."
+
+
+@dataclass
+class Operands:
+    """Random operands of the building blocks.
+
+    Attributes:
+        spec, tokens, dtype, device: what they are for.
+        cos, sin: ``[tokens, rotary_dim]`` float32.
+        lengths: ``cu_seqlens, past_lens, cache_start`` of one sequence.
+    """
+
+    spec: _core.ModelSpec
+    tokens: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        angle = torch.rand(self.tokens, self.spec.rotary_dim, device=self.device)
+        self.cos, self.sin = angle.cos(), angle.sin()
+        self.lengths = (torch.tensor([0, self.tokens], dtype=torch.int32), *_zeros(2))
+
+    @property
+    def kind(self) -> tuple[torch.dtype, torch.device]:
+        """dtype and device."""
+        return self.dtype, self.device
+
+    def rand(self, *shape: int) -> torch.Tensor:
+        """Normal numbers in the model's dtype."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_()
+
+    def rows(self) -> torch.Tensor:
+        """``[tokens, hidden_size]``."""
+        return self.rand(self.tokens, self.spec.hidden_size)
+
+    def cache(self) -> torch.Tensor:
+        """``[1, kv_heads, tokens, head_dim]``."""
+        return self.rand(1, self.spec.num_kv_heads, self.tokens, self.spec.head_dim)
+
+    def queries(self) -> torch.Tensor:
+        """``[tokens, heads, head_dim]``."""
+        return self.rand(self.tokens, self.spec.num_heads, self.spec.head_dim)
+
+    def keys(self) -> torch.Tensor:
+        """``[tokens, kv_heads, head_dim]``."""
+        return self.rand(self.tokens, self.spec.num_kv_heads, self.spec.head_dim)
+
+
+def _zeros(count: int) -> list[torch.Tensor]:
+    return [torch.zeros(1, dtype=torch.int32) for _ in range(count)]
+
+
+def with_layers(spec: _core.ModelSpec, layers: Sequence[int]) -> _core.ModelSpec:
+    """The spec of a model that has only these layers, in this order."""
+    facts = json.loads(spec.to_json())
+    facts["num_layers"] = len(layers)
+    facts["window"] = [facts["window"][layer] for layer in layers]
+    return _core.ModelSpec.from_json(json.dumps(facts))
+
+
+class BoundaryStep:
+    """One boundary row of a prompt through a run of omitted layers, over a cache of the tokens before it.
+
+    Done by ``pop::prefill`` on a model of only those layers (and the embedding and final norm, which hardly count),
+    with ``tokens - 1`` positions in the cache: its time is that of streaming the weights.
+    """
+
+    def __init__(self, native: NativeModel, run: range, tokens: int) -> None:
+        spec = with_layers(native.spec, run)
+        weights = {ref.slot: ref.tensor for ref in native.description.weights}
+        plan = _core.Plan(len(run), [])
+        slots = [_slot_in(name, run) for name, _layer, _shape in spec.weight_slots()]
+        with torch.no_grad():
+            self._handle = torch.ops.pop.load(spec.to_json(), plan.to_json(), [weights[slot] for slot in slots])
+        operands = Operands(spec, tokens, native.dtype, native.device)
+        one = torch.ones(1, dtype=torch.int32)
+        self._arguments: tuple[Any, ...] = (
+            torch.zeros(1, dtype=torch.int64, device=native.device),
+            *(table[-1:].contiguous() for table in (operands.cos, operands.sin)),
+            torch.tensor([0, 1], dtype=torch.int32),
+            torch.tensor([tokens - 1], dtype=torch.int32),
+            torch.zeros(1, dtype=torch.int32),
+            *(one, one),
+            *([operands.cache() for _ in run] for _ in range(2)),
+            None,
+            False,
+        )
+
+    def __call__(self) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.ops.pop.prefill(self._handle, *self._arguments)
+
+    def __del__(self) -> None:
+        handle = getattr(self, "_handle", None)
+        if handle is not None:
+            torch.ops.pop.unload(handle)
+
+
+def _slot_in(name: str, run: range) -> str:
+    """ "layers.0.q_proj" of the cut-out model is "layers.11.q_proj" of the whole one."""
+    if not name.startswith(_LAYER):
+        return name
+    index, _, rest = name.removeprefix(_LAYER).partition(".")
+    return f"{_LAYER}{run[int(index)]}.{rest}"

@@ -1,0 +1,90 @@
+"""What this machine reaches in this run: matrix products and memory bandwidth. Shares are shares of these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from pop_ext import _core
+
+from bench.measure import KernelClock, Summary, Timed, interleave
+
+_SQUARE = {"cpu": 2048, "cuda": 8192}
+
+
+@dataclass(kw_only=True)
+class Gemm(Timed):
+    """``[m, k] x [n, k]^T`` in a model's dtype: ``2 m n k`` FLOPs."""
+
+    m: int
+    n: int
+    k: int
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.m * self.n * self.k
+
+    @property
+    def rate(self) -> float | None:
+        """FLOP/s by the median sample."""
+        return self.flops / Summary.of(self.samples).median if self.samples else None
+
+
+def make_gemm(name: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Gemm:
+    """A product on random operands; a failed allocation is its result."""
+    gemm = Gemm(name=name, m=m, n=n, k=k)
+
+    def make() -> object:
+        x = torch.empty(m, k, dtype=dtype, device=device).normal_()
+        w = torch.empty(n, k, dtype=dtype, device=device).normal_()
+        return lambda: F.linear(x, w)
+
+    gemm.call = gemm.attempt(make)
+    return gemm
+
+
+def layer_gemms(spec: _core.ModelSpec, tokens: int, dtype: torch.dtype, device: torch.device) -> list[Gemm]:
+    """A layer's products for ``tokens`` rows; those of equal shape once."""
+    sizes = {
+        "q_proj": (spec.q_dim, spec.hidden_size),
+        "k_proj, v_proj": (spec.kv_dim, spec.hidden_size),
+        "o_proj": (spec.hidden_size, spec.q_dim),
+        "gate_proj, up_proj": (spec.intermediate_size, spec.hidden_size),
+        "down_proj": (spec.hidden_size, spec.intermediate_size),
+    }
+    names: dict[tuple[int, int], str] = {}
+    for name, size in sizes.items():
+        names[size] = f"{names[size]}, {name}" if size in names else name
+    return [make_gemm(f"gemm {name}", tokens, n, k, dtype, device) for (n, k), name in names.items()]
+
+
+def reference_gemms(spec: _core.ModelSpec, rows: int, dtype: torch.dtype, device: torch.device) -> list[Gemm]:
+    """What a prefill of ``rows`` rows is held against: its MLP's product, and a square one."""
+    side = _SQUARE.get(device.type, _SQUARE["cpu"])
+    inner, hidden = spec.intermediate_size, spec.hidden_size
+    return [
+        make_gemm(f"[{rows}, {hidden}] x [{hidden}, {inner}]", rows, inner, hidden, dtype, device),
+        make_gemm(f"[{side}, {side}] x [{side}, {side}]", side, side, side, dtype, device),
+    ]
+
+
+def peak_rate(gemms: list[Gemm]) -> float | None:
+    """The best median FLOP/s of these products."""
+    return max((gemm.rate for gemm in gemms if gemm.rate is not None), default=None)
+
+
+def measure_bandwidth(device: torch.device, repeats: int = 7) -> dict[str, float]:
+    """Bytes per second of a big copy (bytes read plus written) and of a big read."""
+    elements = 2**28 if device.type == "cuda" else 2**25  # float32: 1 GiB, 128 MiB
+    source = torch.ones(elements, device=device)
+    target = torch.empty_like(source)
+    copy = Timed("copy", lambda: target.copy_(source))
+    read = Timed("read", lambda: source.sum())
+    clock = KernelClock(device)
+    for item in (copy, read):
+        item.warm_up()  # and first touch of the pages
+    interleave([copy, read], clock, repeats)
+    size = source.nbytes
+    moved = {"copy": 2 * size, "read": size}
+    return {item.name: moved[item.name] / Summary.of(item.samples).median for item in (copy, read) if item.samples}
