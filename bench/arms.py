@@ -110,7 +110,7 @@ def make_arms(
         }[via]
         flops = plan_flops(spec, plan, batch, tokens)
         make = _enabled_maker(model, input_ids) if via == "enable" else _loaded_maker(model, input_ids)
-        arms.append(Arm(name=name, what=what, flops=flops, make=make, plan=plan))
+        arms.append(Arm(name=name, what=f"{what}; omits {layers_text(plan)}", flops=flops, make=make, plan=plan))
     return arms
 
 
@@ -118,6 +118,12 @@ def plan_name(plan: Plan) -> str:
     """ "pop 5/16": omitted of all layers, with the boundary where it is not 1."""
     boundary = f" b{plan.boundary}" if plan.boundary > 1 else ""
     return f"pop {len(plan.omit)}/{plan.num_layers}{boundary}"
+
+
+def layers_text(plan: Plan) -> str:
+    """ "layers 3, 11-15"."""
+    runs = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in plan.runs]
+    return f"layers {', '.join(runs)}" if runs else "nothing"
 
 
 def _unused(name: str, names: list[str]) -> str:

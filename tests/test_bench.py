@@ -18,7 +18,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from bench import cli, report, run  # noqa: E402
-from bench.arms import make_arms, plan_flops, plan_name, stock_flops  # noqa: E402
+from bench.arms import layers_text, make_arms, plan_flops, plan_name, stock_flops  # noqa: E402
 from bench.cases import Case, Settings, run_case  # noqa: E402
 from bench.kernel_table import measure_kernels  # noqa: E402
 from bench.measure import Summary, Timed, interleave, paired_ratio  # noqa: E402
@@ -290,6 +290,8 @@ def test_layers_are_read_as_lists_and_ranges():
 
 
 def test_plans_are_named_by_what_they_omit():
+    assert layers_text(Plan(16, (3, *range(11, 16)))) == "layers 3, 11-15"
+    assert layers_text(Plan(16, ())) == "nothing"
     assert plan_name(Plan(16, range(11, 16))) == "pop 5/16"
     assert plan_name(Plan(16, range(11, 16), boundary=32)) == "pop 5/16 b32"
 
