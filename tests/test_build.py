@@ -16,8 +16,8 @@ from pop_ext import _core
 
 ROOT = Path(__file__).parents[1]
 CPP = ROOT / "cpp"
-OPS = Path(pop_ext.__file__).with_name("_ops.so")
 CORE = Path(_core.__file__)
+OPS = CORE.with_name("_ops.so")
 
 needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
 needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
