@@ -11,6 +11,10 @@
 
 namespace pop {
 
+// What attention serves: head_dim is a multiple of kHeadDimStep up to kMaxHeadDim.
+inline constexpr int64_t kHeadDimStep = 8;
+inline constexpr int64_t kMaxHeadDim = 256;
+
 // Consecutive rows of one sequence: row `first_row + i` sits at position `first_position + i`
 // of `sequence`, counting that sequence's real tokens from its start.
 struct Segment {

@@ -62,10 +62,14 @@ std::string device_of(const Tensor& tensor) {
 
 DType dtype_of(const Tensor& tensor, const std::string& name) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: throw std::runtime_error(join(name, ": expected float32, bfloat16 or float16, got another dtype"));
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      throw std::runtime_error(join(name, ": expected float32, bfloat16 or float16, got another dtype"));
   }
 }
 
@@ -93,6 +97,11 @@ void check_shape(const Tensor& tensor, const std::vector<int64_t>& shape, const 
     }
   }
   throw std::runtime_error(join(name, ": expected shape [", expected.str(), "], got ", shape_of(tensor)));
+}
+
+void check_head_dim(int64_t head_dim, const std::string& name) {
+  check(head_dim >= kHeadDimStep && head_dim <= kMaxHeadDim && head_dim % kHeadDimStep == 0, name,
+        ": expected a head_dim that is a multiple of ", kHeadDimStep, " up to ", kMaxHeadDim, ", got ", head_dim);
 }
 
 void check_last_dim_contiguous(const Tensor& tensor, const std::string& name) {
@@ -135,8 +144,7 @@ void check_disjoint(const std::vector<Tensor>& tensors, const std::vector<std::s
     for (size_t j = i + 1; j < extents.size() && extents[j].begin < extents[i].end; ++j) {
       const size_t a = extents[i].index, b = extents[j].index;
       // Views of one buffer may interleave without sharing an element.
-      const bool shared =
-          !same_strides(dims[a], dims[b]) || reachable(dims[a], 0, extents[j].begin - extents[i].begin);
+      const bool shared = !same_strides(dims[a], dims[b]) || reachable(dims[a], 0, extents[j].begin - extents[i].begin);
       check(!shared, names[std::max(a, b)], ": expected memory of its own, got memory shared with ",
             names[std::min(a, b)]);
     }

@@ -38,6 +38,7 @@ void check_dtype(const Tensor& tensor, DType dtype, const std::string& name);
 void check_same_device(const Tensor& tensor, const Tensor& like, const std::string& name);
 // -1 accepts any extent.
 void check_shape(const Tensor& tensor, const std::vector<int64_t>& shape, const std::string& name);
+void check_head_dim(int64_t head_dim, const std::string& name);  // one that attention serves
 void check_last_dim_contiguous(const Tensor& tensor, const std::string& name);
 
 // Reads an int32 tensor in host memory.

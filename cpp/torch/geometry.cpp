@@ -15,8 +15,9 @@ std::vector<SequenceCall> read_sequences(const std::string& op, const Lengths& l
   const int64_t batch = lengths.cu_seqlens.size(0) - 1;
   const auto cu_seqlens = read_lengths(lengths.cu_seqlens, batch + 1, op + ": cu_seqlens");
   const auto past = read_lengths(lengths.past_lens, batch, op + ": past_lens");
-  check(cu_seqlens.front() == 0 && cu_seqlens.back() == rows, op, ": cu_seqlens: expected to begin with 0 and end with ",
-        rows, " (the rows of the input), got ", cu_seqlens.front(), " and ", cu_seqlens.back());
+  check(cu_seqlens.front() == 0 && cu_seqlens.back() == rows, op,
+        ": cu_seqlens: expected to begin with 0 and end with ", rows, " (the rows of the input), got ",
+        cu_seqlens.front(), " and ", cu_seqlens.back());
 
   std::vector<SequenceCall> sequences(batch);
   for (int64_t i = 0; i < batch; ++i) {
@@ -68,6 +69,12 @@ Geometry::Geometry(const std::string& op, const Lengths& lengths, int64_t rows, 
     for (int64_t p = 0; p < slot_table_stride_; ++p) {
       slot_table_[i * slot_table_stride_ + p] = data[i * table.stride(0) + p * table.stride(1)];
     }
+    const auto begin = slot_table_.begin() + i * slot_table_stride_;
+    std::vector<int32_t> slots(begin, begin + sequence.past + sequence.tokens);
+    std::sort(slots.begin(), slots.end());
+    const auto twice = std::adjacent_find(slots.begin(), slots.end());
+    check(twice == slots.end(), name, ": expected every position of sequence ", i, " in a slot of its own, got slot ",
+          twice == slots.end() ? 0 : *twice, " twice");
   }
 }
 
@@ -78,8 +85,8 @@ CacheAddress Geometry::address() const {
 }
 
 void Geometry::check_fits(const std::string& op, int64_t batch, int64_t capacity) const {
-  check(batch == layout_.sequences, op, ": key_cache: expected a batch of ", layout_.sequences,
-        " (cu_seqlens), got ", batch);
+  check(batch == layout_.sequences, op, ": key_cache: expected a batch of ", layout_.sequences, " (cu_seqlens), got ",
+        batch);
   for (int64_t i = 0; i < layout_.sequences; ++i) {
     const int64_t length = sequences_[i].past + sequences_[i].tokens;
     if (slot_table_.empty()) {
@@ -89,8 +96,8 @@ void Geometry::check_fits(const std::string& op, int64_t batch, int64_t capacity
     }
     for (int64_t p = 0; p < length; ++p) {
       const int32_t slot = slot_table_[i * slot_table_stride_ + p];
-      check(slot >= 0 && slot < capacity, op, ": slot_table: expected slots from 0 to ", capacity - 1,
-            " for sequence ", i, ", got ", slot, " at position ", p);
+      check(slot >= 0 && slot < capacity, op, ": slot_table: expected slots from 0 to ", capacity - 1, " for sequence ",
+            i, ", got ", slot, " at position ", p);
     }
   }
 }

@@ -91,17 +91,16 @@ Tensor gated_act(Tensor gate, Tensor up, std::string activation, std::optional<T
   Tensor out = empty_like_rows(gate);
   torch::stable::copy_(out, gate);
   const Tensor up_rows = as_rows(up);
-  backend_of(gate).gated_act(
-      {.dtype = dtype,
-       .activation = parse_activation(activation),
-       .rows = up_rows.size(0),
-       .width = width,
-       .gate = out.mutable_data_ptr(),
-       .gate_stride = width,
-       .up = up_rows.const_data_ptr(),
-       .up_stride = up_rows.stride(0),
-       .gate_bias = optional_vector(gate_bias, dtype, width, "pop::gated_act: gate_bias"),
-       .up_bias = optional_vector(up_bias, dtype, width, "pop::gated_act: up_bias")});
+  backend_of(gate).gated_act({.dtype = dtype,
+                              .activation = parse_activation(activation),
+                              .rows = up_rows.size(0),
+                              .width = width,
+                              .gate = out.mutable_data_ptr(),
+                              .gate_stride = width,
+                              .up = up_rows.const_data_ptr(),
+                              .up_stride = up_rows.stride(0),
+                              .gate_bias = optional_vector(gate_bias, dtype, width, "pop::gated_act: gate_bias"),
+                              .up_bias = optional_vector(up_bias, dtype, width, "pop::gated_act: up_bias")});
   return out;
 }
 
@@ -177,6 +176,7 @@ void rope_cache_write(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor
         ": query: expected contiguous heads and channels, got strides ", query.stride(1), " and ", query.stride(2));
   const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table}, rows, nullptr, nullptr);
   const LayerCache cache = check_cache(op, geometry, key_cache, value_cache, dtype, kv_heads, head_dim);
+  check_disjoint({key_cache, value_cache}, {op + ": key_cache", op + ": value_cache"});
   const RopeTables rope(op, cos, sin, rows, head_dim);
   const Batch batch = rope.batch(geometry);
   const Tensor key_rows = torch::stable::contiguous(key), value_rows = torch::stable::contiguous(value);
@@ -212,6 +212,7 @@ Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_s
   check(query.stride(2) == 1 && query.stride(1) == head_dim, op,
         ": query: expected contiguous heads and channels, got strides ", query.stride(1), " and ", query.stride(2));
   check(window >= 0, op, ": window: expected >= 0 (0: no window), got ", window);
+  check_head_dim(head_dim, op + ": query");
   check_shape(key_cache, {-1, -1, -1, head_dim}, op + ": key_cache");
   const int64_t kv_heads = key_cache.size(1);
   check(kv_heads >= 1 && heads % kv_heads == 0, op, ": query: expected a multiple of ", kv_heads,
@@ -269,17 +270,24 @@ void kv_project(Tensor hidden, Tensor weight, Tensor cos, Tensor sin, Tensor cu_
   check(weight.is_contiguous(), op, ": weight: expected a contiguous tensor");
   const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table}, rows, nullptr, nullptr);
   std::vector<LayerCache> caches;
+  std::vector<Tensor> written;
+  std::vector<std::string> names;
   for (size_t i = 0; i < layers; ++i) {
     caches.push_back(check_cache(op, geometry, key_cache[i], value_cache[i], dtype, kv_heads, head_dim));
+    for (const auto& [cache, name] :
+         {std::pair{&key_cache[i], "key_cache"}, std::pair{&value_cache[i], "value_cache"}}) {
+      written.push_back(*cache);
+      names.push_back(join(op, ": ", name, "[", i, "]"));
+    }
   }
+  check_disjoint(written, names);
   const RopeTables rope(op, cos, sin, rows, head_dim);
   const Batch batch = rope.batch(geometry);
   const auto k_biases = layer_vectors(k_bias, layers, dtype, kv_dim, op + ": k_bias");
   const auto v_biases = layer_vectors(v_bias, layers, dtype, kv_dim, op + ": v_bias");
   const auto k_norms = layer_vectors(k_norm, layers, dtype, head_dim, op + ": k_norm");
   Backend& backend = backend_of(hidden);
-  const size_t bytes =
-      backend.kv_project_workspace(dtype, rows, hidden_size, static_cast<int64_t>(layers), kv_dim);
+  const size_t bytes = backend.kv_project_workspace(dtype, rows, hidden_size, static_cast<int64_t>(layers), kv_dim);
   const Tensor workspace = torch::stable::new_empty(hidden, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
   backend.kv_project({.dtype = dtype,
                       .rows = rows,

@@ -79,6 +79,7 @@ LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Te
     : slots_(spec.weight_slots()), weights_(std::move(weights)) {
   check(plan.num_layers == spec.num_layers, "pop::load: plan: expected num_layers ", spec.num_layers,
         " like the model, got ", plan.num_layers);
+  check_head_dim(spec.head_dim, "pop::load: spec");
   check(weights_.size() == slots_.size(), "pop::load: weights: expected ", slots_.size(), " tensors, got ",
         weights_.size());
   for (size_t i = 0; i < slots_.size(); ++i) {
@@ -88,6 +89,8 @@ LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Te
     check_shape(weights_[i], slots_[i].shape, name);
     check_same_device(weights_[i], weights_.front(), name);
     check_last_dim_contiguous(weights_[i], name);
+    check(weights_[i].is_cpu() || weights_[i].is_cuda(), name,
+          ": expected memory on a CPU or a CUDA device, got another device, or a meta or fake tensor");
   }
   model_.spec = spec;
   model_.plan = plan;
@@ -189,7 +192,8 @@ int64_t register_model(std::shared_ptr<const LoadedModel> model) {
 std::shared_ptr<const LoadedModel> find_model(int64_t handle) {
   std::lock_guard lock(registry().mutex);
   const auto found = registry().models.find(handle);
-  check(found != registry().models.end(), "pop: model: expected a handle of pop::load that was not freed, got ", handle);
+  check(found != registry().models.end(), "pop: model: expected a handle of pop::load that was not freed, got ",
+        handle);
   return found->second;
 }
 

@@ -7,7 +7,8 @@ shapes come from the modules themselves. To add one, add a ``Family`` to ``FAMIL
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,10 +86,13 @@ FAMILIES = {
     family.model_type: family
     for family in (
         Family("llama", "LlamaForCausalLM", "LlamaDecoderLayer", "LlamaRMSNorm"),
-        Family(
-            "mistral", "MistralForCausalLM", "MistralDecoderLayer", "MistralRMSNorm", window=_window_everywhere
-        ),
+        Family("mistral", "MistralForCausalLM", "MistralDecoderLayer", "MistralRMSNorm", window=_window_everywhere),
         Family("qwen2", "Qwen2ForCausalLM", "Qwen2DecoderLayer", "Qwen2RMSNorm", window=_window_by_layer_type),
+        Family(
+            *("qwen3", "Qwen3ForCausalLM", "Qwen3DecoderLayer", "Qwen3RMSNorm"),
+            layer={**_LLAMA_LAYER, "q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight"},
+            window=_window_by_layer_type,
+        ),
     )
 }
 
@@ -105,18 +109,16 @@ class WeightRef:
     """A parameter by its place in the model, so that a reassigned one, or one of a replaced module, is noticed."""
 
     slot: str
-    model: nn.Module
+    model: weakref.ref[nn.Module]  # an enabled model owns its description: a strong reference would be a cycle
     path: tuple[str, ...]
 
     def find(self) -> torch.Tensor | None:
         """The parameter that is there now; None if there is none any more."""
         *parents, name = self.path
-        module: nn.Module | None = self.model
+        module = self.model()
         for parent in parents:
-            module = module._modules.get(parent)
-            if module is None:
-                return None
-        return module._parameters.get(name)
+            module = None if module is None else module._modules.get(parent)
+        return None if module is None else module._parameters.get(name)
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -133,12 +135,19 @@ class Description:
     weights: list[WeightRef]
 
 
-def describe(model: nn.Module) -> Description:
+def describe(model: Any) -> Description:
     """Maps a Hugging Face causal language model to the runtime's spec and weights.
 
     Raises:
         UnsupportedModelError: architecture, module, dtype or placement the native runtime has no form for.
     """
+    description = map_weights(model)
+    _check_placement(description.weights)
+    return description
+
+
+def map_weights(model: Any) -> Description:
+    """``describe`` without a look at where the weights are: they may be on the meta device."""
     family = _family_of(model)
     decoder = model.model
     layers = list(decoder.layers)
@@ -150,16 +159,11 @@ def describe(model: nn.Module) -> Description:
     for index, layer in enumerate(layers):
         _check_class(layer, family.layer_class, f"model.layers.{index}")
     _check_class(decoder.norm, family.norm_class, "model.norm")
-    refs = {
-        "embed_tokens": _ref("embed_tokens", model, "model.embed_tokens.weight", family),
-        "norm": _ref("norm", model, "model.norm.weight", family),
-    }
+    places = {"embed_tokens": "model.embed_tokens.weight", "norm": "model.norm.weight"}
     for index in range(len(layers)):
         for slot, path in family.layer.items():
-            ref = _ref(f"layers.{index}.{slot}", model, f"model.layers.{index}.{path}", family)
-            if ref is not None:
-                refs[f"layers.{index}.{slot}"] = ref
-    _check_tensors(refs)
+            places[f"layers.{index}.{slot}"] = f"model.layers.{index}.{path}"
+    refs = {slot: ref for slot, path in places.items() if (ref := _ref(slot, model, path, family)) is not None}
     spec = _spec(family, model, refs)
     weights = []
     for name, _layer, shape in spec.weight_slots():
@@ -174,14 +178,13 @@ def describe(model: nn.Module) -> Description:
     return Description(spec, weights)
 
 
-def _family_of(model: nn.Module) -> Family:
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
+def _family_of(model: Any) -> Family:
+    config: Any = getattr(model, "config", None)
+    model_type: Any = getattr(config, "model_type", None)
     family = FAMILIES.get(model_type)
     if family is None:
-        raise UnsupportedModelError(
-            f"model: expected an architecture of {', '.join(sorted(FAMILIES))}, got {model_type or type(model).__name__}"
-        )
+        found = model_type or type(model).__name__
+        raise UnsupportedModelError(f"model: expected an architecture of {', '.join(sorted(FAMILIES))}, got {found}")
     _check_class(model, family.model_class, "model")
     if getattr(config, "quantization_config", None) is not None:
         method = getattr(config.quantization_config, "quant_method", None) or "unknown method"
@@ -200,9 +203,9 @@ def _ref(slot: str, model: nn.Module, path: str, family: Family) -> WeightRef | 
     module = model
     for parent in parents:
         module = getattr(module, parent)
-    expected = nn.Embedding if slot == "embed_tokens" else None
-    if expected is None:
-        expected = nn.Linear if slot.endswith(("_proj", "_bias")) else None
+    expected: type[nn.Module] | None = nn.Linear if slot.endswith(("_proj", "_bias")) else None
+    if slot == "embed_tokens":
+        expected = nn.Embedding
     if expected is None:
         _check_class(module, family.norm_class, path.rpartition(".")[0])
     elif type(module) is not expected:
@@ -214,38 +217,41 @@ def _ref(slot: str, model: nn.Module, path: str, family: Family) -> WeightRef | 
         if slot.rpartition(".")[2] in _OPTIONAL:
             return None
         raise UnsupportedModelError(f"{slot}: expected a parameter {path}, got none (parametrised or fused weights)")
-    return WeightRef(slot, model, (*parents, name))
+    return WeightRef(slot, weakref.ref(model), (*parents, name))
 
 
-def _check_tensors(refs: dict[str, WeightRef]) -> None:
-    first = refs["embed_tokens"].tensor
-    if first.dtype not in _DTYPES:
-        raise UnsupportedModelError(f"model: expected float32, bfloat16 or float16 weights, got {first.dtype}")
-    for name, ref in refs.items():
+def _check_placement(weights: list[WeightRef]) -> None:
+    first = weights[0].tensor
+    for ref in weights:
         tensor = ref.tensor
         if type(tensor) not in (nn.Parameter, torch.Tensor):
-            raise UnsupportedModelError(f"weight {name}: expected a plain tensor, got {type(tensor).__name__}")
+            raise UnsupportedModelError(f"weight {ref.slot}: expected a plain tensor, got {type(tensor).__name__}")
         if tensor.device.type == "meta":
-            raise UnsupportedModelError(f"weight {name}: expected loaded weights, got the meta device (offloaded)")
+            raise UnsupportedModelError(f"weight {ref.slot}: expected loaded weights, got the meta device (offloaded)")
         if tensor.dtype != first.dtype or tensor.device != first.device:
             raise UnsupportedModelError(
-                f"weight {name}: expected {first.dtype} on {first.device} like the embeddings, "
+                f"weight {ref.slot}: expected {first.dtype} on {first.device} like {weights[0].slot}, "
                 f"got {tensor.dtype} on {tensor.device}"
             )
 
 
-def _spec(family: Family, model: nn.Module, refs: dict[str, WeightRef]) -> _core.ModelSpec:
+def _spec(family: Family, model: Any, refs: dict[str, WeightRef]) -> _core.ModelSpec:
     config = model.config
     attention = model.model.layers[0].self_attn
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_dim % 8 != 0 or not 8 <= head_dim <= 256:
+        raise UnsupportedModelError(f"config.head_dim: expected a multiple of 8 up to 256, got {head_dim}")
     activation = _ACTIVATIONS.get(config.hidden_act)
     if activation is None:
         raise UnsupportedModelError(
             f"config.hidden_act: expected one of {', '.join(sorted(_ACTIVATIONS))}, got {config.hidden_act}"
         )
+    dtype = refs["embed_tokens"].tensor.dtype
+    if dtype not in _DTYPES:
+        raise UnsupportedModelError(f"model: expected float32, bfloat16 or float16 weights, got {dtype}")
     return _core.ModelSpec(
         architecture=family.model_type,
-        dtype=_DTYPES[refs["embed_tokens"].tensor.dtype],
+        dtype=_DTYPES[dtype],
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         num_heads=config.num_attention_heads,
@@ -263,13 +269,3 @@ def _spec(family: Family, model: nn.Module, refs: dict[str, WeightRef]) -> _core
         qk_norm="layers.0.q_norm" in refs,
         window=[family.window(config, layer) for layer in range(config.num_hidden_layers)],
     )
-
-
-def inner_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules whose forward the native loop replaces; hooks on them would not fire.
-
-    ``lm_head`` and the rotary module are called as modules, so theirs do.
-    """
-    for name, module in model.model.named_modules(prefix="model"):
-        if name != "model.rotary_emb":
-            yield name, module
