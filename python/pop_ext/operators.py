@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 
-_LIBRARY = Path(__file__).with_name("_ops.so")
+from pop_ext import _core
+
+# Beside the other compiled module: in an editable install that is not where this file is.
+_LIBRARY = Path(_core.__file__).with_name("_ops.so")
 
 
 def _load_library() -> None:
