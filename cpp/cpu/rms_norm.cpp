@@ -17,9 +17,7 @@ POP_INLINE Vec update(T* x, const T* delta, const T* bias, int64_t count) {
   if (delta == nullptr) return value;
   Vec addend = load_upto(delta, count);
   if (bias != nullptr) addend += load_upto(bias, count);
-  value = round_to<T>(value + addend);
-  store_upto(x, value, count);
-  return value;
+  return store_rounded(x, value + addend, count);
 }
 
 // Adds delta and bias and returns the sum of squares. Pointers that are null stay null: the

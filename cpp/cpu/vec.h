@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "core/model_spec.h"
 #include "row_math.h"
 
 #if defined(__F16C__) || defined(__AVX512F__)
@@ -59,10 +60,17 @@ POP_INLINE Vec load(const float* from) {
   return value;
 }
 
+// g++ makes several instructions of __builtin_convertvector between 16 and 32 bits, hence these.
 POP_INLINE VecU32 load_u16(const void* from) {
+#if defined(__AVX512F__)
+  return lane_cast<VecU32>(_mm512_maskz_cvtepu16_epi32(kAll, _mm256_loadu_si256(static_cast<const __m256i*>(from))));
+#elif defined(__AVX2__)
+  return lane_cast<VecU32>(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from))));
+#else
   VecU16 bits;
   __builtin_memcpy(&bits, from, sizeof(bits));
   return __builtin_convertvector(bits, VecU32);
+#endif
 }
 
 POP_INLINE Vec load(const BFloat16* from) { return bf16_value<Vec>(load_u16(from)); }
@@ -79,9 +87,18 @@ POP_INLINE Vec load(const Float16* from) {
 
 POP_INLINE void store(float* to, Vec value) { __builtin_memcpy(to, &value, sizeof(value)); }
 
+// Lanes below 2^16.
 POP_INLINE void store_u16(void* to, VecU32 value) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_maskz_cvtepi32_epi16(kAll, lane_cast<__m512i>(value)));
+#elif defined(__AVX2__)
+  const __m256i lanes = lane_cast<__m256i>(value);
+  _mm_storeu_si128(static_cast<__m128i*>(to),
+                   _mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1)));
+#else
   const VecU16 bits = __builtin_convertvector(value, VecU16);
   __builtin_memcpy(to, &bits, sizeof(bits));
+#endif
 }
 
 POP_INLINE void store(BFloat16* to, Vec value) { store_u16(to, bf16_bits(value)); }
@@ -126,22 +143,25 @@ POP_INLINE void store_upto(T* to, Vec value, int64_t count) {
   }
 }
 
-// What `value` becomes when stored as a T.
-template <class T>
-POP_INLINE Vec round_to(Vec value);
-template <>
-POP_INLINE Vec round_to<float>(Vec value) {
+// Stores like store_upto and returns what was stored, rounded as it is.
+POP_INLINE Vec store_rounded(float* to, Vec value, int64_t count) {
+  store_upto(to, value, count);
   return value;
 }
-template <>
-POP_INLINE Vec round_to<BFloat16>(Vec value) {
-  return bf16_value<Vec>(bf16_bits(value));
+
+POP_INLINE Vec store_rounded(BFloat16* to, Vec value, int64_t count) {
+  const VecU32 bits = bf16_bits(value);
+  if (count >= kLanes) {
+    store_u16(to, bits);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i].bits = static_cast<uint16_t>(bits[i]);
+  }
+  return bf16_value<Vec>(bits);
 }
-template <>
-POP_INLINE Vec round_to<Float16>(Vec value) {
-  Float16 lanes[kLanes];
-  store(lanes, value);
-  return load(lanes);
+
+POP_INLINE Vec store_rounded(Float16* to, Vec value, int64_t count) {
+  store_upto(to, value, count);
+  return load_upto(to, count);
 }
 
 // The upper half of the lanes is added to the lower one until four are left.
