@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  (its libraries must be in the process before ours load)
 
-from pop_ext import operators as _operators  # registers torch.ops.pop
+from pop_ext import operators as _operators  # noqa: F401  (registers torch.ops.pop)
 from pop_ext._core import __version__
 from pop_ext.plan import Plan
 
 if TYPE_CHECKING:
     from pop_ext.decision import Decision
-    from pop_ext.forward import PrefillDeclined, disable, enable, enabled, explain, last_call
     from pop_ext.evaluate import score
     from pop_ext.families import UnsupportedModelError
+    from pop_ext.forward import PrefillDeclined, disable, enable, enabled, explain, last_call
     from pop_ext.native import NativeModel, PrefillOutput, load
 
 __all__ = [

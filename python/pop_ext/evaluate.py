@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -43,6 +43,7 @@ def score(
         ValueError, TypeError: a model that is not enabled, an empty sequence, lists of different length.
     """
     forward = require_enabled(model)
+    inner: Any = forward.model
     pairs = _pairs(context_ids, continuation_ids)
     scores: list[Score] = []
     for begin in range(0, len(pairs), batch_size):
@@ -50,10 +51,8 @@ def score(
         # The last token of a continuation predicts nothing that is asked for.
         inputs = [torch.cat([context, continuation[:-1]]) for context, continuation in batch]
         keeps = [len(continuation) for _, continuation in batch]
-        boundary = [
-            min(forward.plan.boundary - 1 + keep, len(ids)) for keep, ids in zip(keeps, inputs, strict=True)
-        ]
-        device = forward.model.get_input_embeddings().weight.device
+        boundary = [min(forward.plan.boundary - 1 + keep, len(ids)) for keep, ids in zip(keeps, inputs, strict=True)]
+        device = inner.get_input_embeddings().weight.device
         ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)
         lengths = torch.tensor([len(row) for row in inputs])
         mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long().to(device)
@@ -65,9 +64,7 @@ def score(
         else:
             forward.bind_native()
             assert forward.native is not None
-            logits = forward.native.prefill(
-                ids, attention_mask=mask, boundary=boundary, logits_to_keep=keeps
-            ).logits
+            logits = forward.native.prefill(ids, attention_mask=mask, boundary=boundary, logits_to_keep=keeps).logits
         rows = logits.float().log_softmax(-1).split(keeps)
         for row, (_, continuation) in zip(rows, batch, strict=True):
             target = continuation.to(row.device)
@@ -81,21 +78,27 @@ def score(
 
 
 def _pairs(
-    context_ids: Sequence[Ids], continuation_ids: Sequence[Ids]
+    context_ids: Sequence[Ids], continuation_ids: Sequence[Ids], vocab_size: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     if len(context_ids) != len(continuation_ids):
         raise ValueError(
             f"continuation_ids: expected {len(context_ids)} sequences like context_ids, got {len(continuation_ids)}"
         )
-    contexts = [_as_ids("context_ids", i, ids) for i, ids in enumerate(context_ids)]
-    continuations = [_as_ids("continuation_ids", i, ids) for i, ids in enumerate(continuation_ids)]
+    contexts = [_as_ids("context_ids", i, ids, vocab_size) for i, ids in enumerate(context_ids)]
+    continuations = [_as_ids("continuation_ids", i, ids, vocab_size) for i, ids in enumerate(continuation_ids)]
     return list(zip(contexts, continuations, strict=True))
 
 
-def _as_ids(name: str, index: int, ids: Ids) -> torch.Tensor:
+def _as_ids(name: str, index: int, ids: Ids, vocab_size: int) -> torch.Tensor:
     if not isinstance(ids, (Sequence, torch.Tensor)) or isinstance(ids, (str, bytes)):
         raise TypeError(f"{name}: expected one sequence of ids per pair, got {type(ids).__name__} for pair {index}")
     tensor = torch.as_tensor(ids).cpu()
     if tensor.ndim != 1 or len(tensor) == 0:
         raise ValueError(f"{name}: expected at least one id for pair {index}, got shape {list(tensor.shape)}")
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integer ids, got {tensor.dtype} for pair {index}")
+    low, high = (int(bound) for bound in tensor.aminmax())
+    if low < 0 or high >= vocab_size:
+        found = low if low < 0 else high
+        raise ValueError(f"{name}: expected ids from 0 to {vocab_size - 1}, got {found} for pair {index}")
     return tensor.to(torch.int64)

@@ -75,7 +75,7 @@ class NativeModel:
         description = describe(model)
         self.model = model
         self.plan = check_plan(default_plan(model.config) if plan is None else plan, description.spec.num_layers)
-        self._finalizer: weakref.finalize | None = None
+        self._finalizer: weakref.finalize[[int], NativeModel] | None = None
         self._bind(description)
 
     def __repr__(self) -> str:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from pop_ext import _core
 
@@ -65,86 +67,56 @@ def require_aten() -> None:
 
 @torch.library.register_fake("pop::prefill")
 def _(
-    model,
-    input,
-    cos,
-    sin,
-    cu_seqlens,
-    past_lens,
-    cache_start,
-    boundary,
-    logits_to_keep,
-    key_cache,
-    value_cache,
-    slot_table=None,
-    restore_on_error=True,
-):
+    model: int,
+    input: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor,
+    past_lens: Tensor,
+    cache_start: Tensor,
+    boundary: Tensor,
+    logits_to_keep: Tensor,
+    key_cache: list[Tensor],
+    value_cache: list[Tensor],
+    slot_table: Tensor | None = None,
+    restore_on_error: bool = True,
+) -> Tensor:
     hidden_size = json.loads(torch.ops.pop.info(model))["spec"]["hidden_size"]
     wanted = torch.library.get_ctx().new_dynamic_size(min=1)
     return key_cache[0].new_empty((wanted, hidden_size))
 
 
 @torch.library.register_fake("pop::rms_norm")
-def _(x, weight, eps):
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("pop::add_rms_norm")
-def _(x, delta, weight, eps, delta_bias=None):
+def _(x: Tensor, delta: Tensor, weight: Tensor, eps: float, delta_bias: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("pop::gated_act")
-def _(gate, up, activation="silu", gate_bias=None, up_bias=None):
+def _(gate: Tensor, up: Tensor, *rest: Any, **options: Any) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@torch.library.register_fake("pop::rope_cache_write")
-def _(
-    query,
-    key,
-    value,
-    cos,
-    sin,
-    cu_seqlens,
-    past_lens,
-    cache_start,
-    key_cache,
-    value_cache,
-    q_norm=None,
-    k_norm=None,
-    norm_eps=1e-6,
-    slot_table=None,
-):
-    return None
-
-
 @torch.library.register_fake("pop::attention")
-def _(query, key_cache, value_cache, cu_seqlens, past_lens, cache_start, scale, window=0, slot_table=None):
+def _(query: Tensor, *rest: Any, **options: Any) -> Tensor:
     return query.new_empty(query.shape)
 
 
 @torch.library.register_fake("pop::fold_kv")
-def _(k_proj, v_proj, input_norm):
+def _(k_proj: list[Tensor], v_proj: list[Tensor], input_norm: list[Tensor]) -> Tensor:
     kv_dim, hidden_size = k_proj[0].shape
     return k_proj[0].new_empty((2 * len(k_proj) * kv_dim, hidden_size))
 
 
+@torch.library.register_fake("pop::rope_cache_write")
+def _(*arguments: Any, **options: Any) -> None:
+    return None
+
+
 @torch.library.register_fake("pop::kv_project")
-def _(
-    hidden,
-    weight,
-    cos,
-    sin,
-    cu_seqlens,
-    past_lens,
-    cache_start,
-    eps,
-    key_cache,
-    value_cache,
-    k_bias=None,
-    v_bias=None,
-    k_norm=None,
-    slot_table=None,
-):
+def _(*arguments: Any, **options: Any) -> None:
     return None

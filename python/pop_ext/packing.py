@@ -77,7 +77,8 @@ def pack_batch(batch: int, columns: int, past_slots: int, attention_mask: torch.
 
 def _check_mask(attention_mask: torch.Tensor, batch: int, slots: int) -> torch.Tensor:
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-        found = list(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
+        is_tensor = isinstance(attention_mask, torch.Tensor)
+        found = list(attention_mask.shape) if is_tensor else type(attention_mask).__name__
         raise ValueError(f"attention_mask: expected a 2-D tensor [batch, past + new tokens], got {found}")
     if tuple(attention_mask.shape) != (batch, slots):
         raise ValueError(
@@ -107,9 +108,7 @@ def _pack_masked(mask: torch.Tensor, columns: int, past_slots: int) -> PackedBat
     if not consecutive:
         slot_table = torch.nn.utils.rnn.pad_sequence(slots, batch_first=True).to(torch.int32)
     index = None if all(t == columns for t in tokens) else torch.cat(row_index)
-    return PackedBatch(
-        len(mask), columns, past_slots, index, tokens, past, [int(s[0]) for s in slots], slot_table
-    )
+    return PackedBatch(len(mask), columns, past_slots, index, tokens, past, [int(s[0]) for s in slots], slot_table)
 
 
 def per_sequence(value: PerSequence, batch: int, name: str) -> list[int]:
