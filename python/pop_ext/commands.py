@@ -287,13 +287,13 @@ def _table(*headings: str) -> Table:
 
 
 def _print_arms(console: Console, report: dict[str, Any]) -> None:
-    times = _table("first token", "median ms", "range", "log p a token", "greedy as stock")
+    times = _table("first token", "median ms", "range", "log p/token", "as stock")
     for arm in report["arms"]:
         ttft, likelihood = arm["ttft_ms"], arm["log_likelihood_per_token"]
         times.add_row(
             arm["name"],
-            f"{ttft['median']:.1f}",
-            f"{ttft['min']:.1f}-{ttft['max']:.1f}",
+            _milliseconds(ttft["median"]),
+            f"{_milliseconds(ttft['min'])}-{_milliseconds(ttft['max'])}",
             "-" if likelihood is None else f"{likelihood:.4f}",
             f"{arm['agreement']} of {len(arm['continuation_ids'])}",
         )
@@ -304,10 +304,15 @@ def _print_arms(console: Console, report: dict[str, Any]) -> None:
     console.print(ratios)
     repeats = len(report["arms"][0]["ttft_ms"]["all"])
     for note in (
-        f"Time to first token: medians of {repeats} interleaved runs. log p: nats, of the true continuation.",
-        "Ceiling: ratio of FLOPs, what omitting work alone can gain; more than that is owed to the kernels.",
+        f"Time to first token: medians of {repeats} interleaved runs. log p: nats, of the true",
+        "continuation. As stock: leading tokens of the greedy continuation. Ceiling: ratio",
+        "of FLOPs, what omitting work alone can gain; more than that is owed to the kernels.",
     ):
         console.print(Text(note, style="dim"))
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def _print_info(report: dict[str, Any]) -> None:
