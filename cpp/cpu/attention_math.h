@@ -77,9 +77,7 @@ struct FloatUnits {
   static constexpr int kDepth = 1;  // elements of the summed dimension in a unit
   static constexpr int kExpDegree = 5;
 
-  static POP_INLINE Vec broadcast(const float* unit) {
-    return splat(*unit);
-  }
+  static POP_INLINE Vec broadcast(const float* unit) { return splat(*unit); }
   static POP_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) { return a * b + sum; }
 
   // One row of probabilities from kDepth keys.
@@ -92,12 +90,8 @@ struct PairUnits {
   static constexpr int kDepth = 2;
   static constexpr int kExpDegree = 3;
 
-  static POP_INLINE Vec broadcast(const float* unit) {
-    return splat(*unit);
-  }
-  static POP_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-  }
+  static POP_INLINE Vec broadcast(const float* unit) { return splat(*unit); }
+  static POP_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
   static POP_INLINE void store_units(float* to, const Vec* keys) {
     const Vec halves = (Vec)_mm512_cvtne2ps_pbh(keys[1], keys[0]);

@@ -38,9 +38,9 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + mu
 
 // What a tile is to a block of lanes.
 struct TileView {
-  int64_t first_key;   // position of the tile's key 0
-  int begin, end;      // keys that any lane sees, rounded to multiples of 8
-  bool edge;           // some of them are hidden from some lane
+  int64_t first_key;  // position of the tile's key 0
+  int begin, end;     // keys that any lane sees, rounded to multiples of 8
+  bool edge;          // some of them are hidden from some lane
   int64_t window;
 };
 
@@ -128,8 +128,8 @@ class TaskGeometry {
 // Turns scores into units of probabilities, and keeps maxima and sums. Returns whether any maximum
 // moved; o must then be multiplied by `factor`.
 template <class Units, int kVecs>
-POP_INLINE bool softmax(const TileView& tile, float log2_scale, const int32_t* position, float* scores,
-                        float* max_so_far, float* sum_so_far, float* factor) {
+__attribute__((noinline)) bool softmax(const TileView& tile, float log2_scale, const int32_t* position, float* scores,
+                                       float* max_so_far, float* sum_so_far, float* factor) {
   using C = TileConfig;
   Vec top[kVecs];
   for (int v = 0; v < kVecs; ++v) top[v] = splat(-__builtin_inff());

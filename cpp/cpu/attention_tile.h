@@ -9,14 +9,14 @@ namespace {
 // Where a task keeps its operands. A unit is the 32 bits of PairUnits or FloatUnits, typed float
 // whatever they hold; D units are head_dim / kDepth.
 struct TileScratch {
-  float* q;          // [blocks, D units, kWidth]
-  float* o;          // [blocks, head_dim, kWidth] unnormalised output
-  float* max;        // [blocks, kWidth] what probabilities refer to, in powers of two
-  float* sum;        // [blocks, kWidth] of probabilities
-  int32_t* position; // [blocks, kWidth]
-  float* k;          // [kKeys, D units]
-  float* v;          // [kKeys / kDepth, head_dim]
-  float* scores;     // [kKeys, kWidth], overwritten by units of probabilities [kKeys / kDepth, kWidth]
+  float* q;           // [blocks, D units, kWidth]
+  float* o;           // [blocks, head_dim, kWidth] unnormalised output
+  float* max;         // [blocks, kWidth] what probabilities refer to, in powers of two
+  float* sum;         // [blocks, kWidth] of probabilities
+  int32_t* position;  // [blocks, kWidth]
+  float* k;           // [kKeys, D units]
+  float* v;           // [kKeys / kDepth, head_dim]
+  float* scores;      // [kKeys, kWidth], overwritten by units of probabilities [kKeys / kDepth, kWidth]
   size_t bytes;
 
   TileScratch(void* base, int64_t lanes, int64_t head_dim, int depth) {
@@ -43,10 +43,12 @@ struct TileScratch {
 
 // ---- Products ------------------------------------------------------------------------------
 
-// c[r, lane] (+)= sum over u of a(r, u) * b[u, lane] for kRows rows. Units of `a` lie along its
-// rows (K: a_stride from row to row) or across them (V: a_stride from unit to unit).
+// c[r, lane] (+)= sum over u of a(r, u) * b[u, lane] for kRows rows and at least one unit. Units of
+// `a` lie along its rows (K: a_stride from row to row) or across them (V: a_stride from unit to unit).
+// A function of its own: inlined into a large one, g++ 12 keeps some of the sums in memory.
 template <class Units, int kVecs, bool kAlongRows, bool kAdd>
-POP_INLINE void multiply_rows(int64_t units, const float* a, int64_t a_stride, const float* b, float* c) {
+__attribute__((noinline)) void multiply_rows(int64_t units, const float* a, int64_t a_stride, const float* b,
+                                             float* c) {
   using C = TileConfig;
   Vec sums[C::kRows][kVecs];
 #pragma GCC unroll 8
@@ -54,7 +56,7 @@ POP_INLINE void multiply_rows(int64_t units, const float* a, int64_t a_stride, c
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) sums[r][v] = kAdd ? load(c + r * C::kWidth + v * kLanes) : Vec{};
   }
-  for (int64_t u = 0; u < units; ++u) {
+  do {
     Vec lanes[kVecs];
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) lanes[v] = load(b + v * kLanes);
@@ -66,7 +68,7 @@ POP_INLINE void multiply_rows(int64_t units, const float* a, int64_t a_stride, c
     }
     a += kAlongRows ? 1 : a_stride;
     b += C::kWidth;
-  }
+  } while (--units > 0);
 #pragma GCC unroll 8
   for (int r = 0; r < C::kRows; ++r) {
 #pragma GCC unroll 4
@@ -98,8 +100,8 @@ void attend(const TileView& tile, float log2_scale, int64_t head_dim, const Tile
   const int64_t first = tile.begin / Units::kDepth;
   const int64_t count = (tile.end - tile.begin) / Units::kDepth;
   for (int64_t d = 0; d < head_dim; d += C::kRows) {
-    multiply_rows<Units, kVecs, false, true>(count, s.v + first * head_dim + d, head_dim,
-                                             s.scores + first * C::kWidth, o + d * C::kWidth);
+    multiply_rows<Units, kVecs, false, true>(count, s.v + first * head_dim + d, head_dim, s.scores + first * C::kWidth,
+                                             o + d * C::kWidth);
   }
 }
 
