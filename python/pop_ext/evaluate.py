@@ -40,11 +40,14 @@ def score(
         batch_size: pairs per forward; it changes memory, not results.
 
     Raises:
-        ValueError, TypeError: a model that is not enabled, an empty sequence, lists of different length.
+        ValueError, TypeError: a model that is not enabled, an empty sequence, lists of different length,
+            ids that are no integers or outside the vocabulary.
     """
     forward = require_enabled(model)
     inner: Any = forward.model
-    pairs = _pairs(context_ids, continuation_ids)
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    pairs = _pairs(context_ids, continuation_ids, inner.get_input_embeddings().weight.shape[0])
     scores: list[Score] = []
     for begin in range(0, len(pairs), batch_size):
         batch = pairs[begin : begin + batch_size]
