@@ -1,6 +1,6 @@
 // What a backend provides: the kernels of a prefill, over plain structs. The loop that calls
-// them is runtime/prefill.cpp. Pointers are to memory of the backend's device; strides are in
-// elements; activations, weights and caches are of one dtype, `rstd`, cos and sin are float32.
+// them is runtime/prefill.cpp. Pointers are to memory of the backend's device, but for those marked
+// host; strides are in elements; activations, weights and caches are of one dtype, `rstd`, cos and sin are float32.
 #pragma once
 
 #include <cstddef>
@@ -45,33 +45,33 @@ struct EmbedParams {
   const int64_t* row_source;  // [rows]
   const void* table;          // [vocab_size, width], or [packed rows, width] without ids
   int64_t table_stride;
-  void* out;                  // [rows, width]
+  void* out;  // [rows, width]
 };
 
 struct RmsNormParams {
   DType dtype;
   int64_t rows, width;
-  void* x;                  // [rows, width] residual stream; updated in place when `delta` is given
+  void* x;  // [rows, width] residual stream; updated in place when `delta` is given
   int64_t x_stride;
-  const void* delta;        // [rows, width] or null: x += delta + delta_bias comes first
+  const void* delta;  // [rows, width] or null: x += delta + delta_bias comes first
   int64_t delta_stride;
-  const void* delta_bias;   // [width] or null
-  const void* weight;       // [width] or null: out = x * rstd
+  const void* delta_bias;  // [width] or null
+  const void* weight;      // [width] or null: out = x * rstd
   float eps;
-  void* out;                // [rows, width] or null
+  void* out;  // [rows, width] or null
   int64_t out_stride;
-  float* rstd;              // [rows] or null
+  float* rstd;  // [rows] or null
 };
 
 // out = a . w^T
 struct GemmParams {
   DType dtype;
   int64_t m, n, k;
-  const void* a;            // [m, k]
+  const void* a;  // [m, k]
   int64_t a_stride;
-  const void* w;            // [n, k]
+  const void* w;  // [n, k]
   int64_t w_stride;
-  void* out;                // [m, n]
+  void* out;  // [m, n]
   int64_t out_stride;
 };
 
@@ -90,13 +90,13 @@ struct RopeCacheWriteParams {
   int64_t first_row, rows;  // rows of the batch; row 0 of q, k, v is `first_row`
   void* q;                  // [rows, heads * head_dim] in place, or null
   int64_t q_stride;
-  const void* k;            // [rows, kv_heads * head_dim]
-  const void* v;            // [rows, kv_heads * head_dim]
+  const void* k;  // [rows, kv_heads * head_dim]
+  const void* v;  // [rows, kv_heads * head_dim]
   int64_t kv_stride;
   const void *q_bias, *k_bias, *v_bias;  // [heads or kv_heads * head_dim] or null
   const void *q_norm, *k_norm;           // [head_dim] or null
   float norm_eps;
-  const float* row_scale;   // [rows] or null: k and v are multiplied by it before the bias
+  const float* row_scale;  // [rows] or null: k and v are multiplied by it before the bias
   const Batch* batch;
   LayerCache cache;
 };
@@ -105,19 +105,19 @@ struct RopeCacheWriteParams {
 // [k_j | v_j] = rstd(x) * (x . weight_j^T), then bias, k_norm, RoPE and the cache write.
 struct KvProjectParams {
   DType dtype;
-  int64_t rows, hidden_size;             // rows [0, rows) of the batch
+  int64_t rows, hidden_size;  // rows [0, rows) of the batch
   int64_t kv_heads, head_dim, rotary_dim;
-  const void* x;                         // [rows, hidden_size]
+  const void* x;  // [rows, hidden_size]
   int64_t x_stride;
   int64_t layers;
-  const void* weight;                    // [layers * 2 * kv_dim, hidden_size], input norm folded in
-  const void* const* k_bias;             // [layers] of [kv_dim] or null
-  const void* const* v_bias;             // [layers] of [kv_dim] or null
-  const void* const* k_norm;             // [layers] of [head_dim] or null
+  const void* weight;         // [layers * 2 * kv_dim, hidden_size], input norm folded in
+  const void* const* k_bias;  // [layers] of [kv_dim] or null
+  const void* const* v_bias;  // [layers] of [kv_dim] or null
+  const void* const* k_norm;  // [layers] of [head_dim] or null
   float eps;
   const Batch* batch;
-  const LayerCache* caches;              // [layers]
-  void* workspace;                       // kv_project_workspace(...) bytes
+  const LayerCache* caches;  // [layers]
+  void* workspace;           // kv_project_workspace(...) bytes
 };
 
 // Causal attention of packed rows over the cache: a row at position p sees positions
@@ -129,10 +129,10 @@ struct AttentionParams {
   int64_t window;
   const Segment* segments;  // host memory; rows outside are left alone
   int64_t num_segments;
-  int64_t first_row;        // row 0 of q and out is this row of the batch
-  const void* q;            // [rows, heads * head_dim]
+  int64_t first_row;  // row 0 of q and out is this row of the batch
+  const void* q;      // [rows, heads * head_dim]
   int64_t q_stride;
-  void* out;                // [rows, heads * head_dim]
+  void* out;  // [rows, heads * head_dim]
   int64_t out_stride;
   LayerCache cache;
   CacheAddress address;
@@ -143,9 +143,9 @@ struct GatedActParams {
   DType dtype;
   Activation activation;
   int64_t rows, width;
-  void* gate;               // [rows, width] in place
+  void* gate;  // [rows, width] in place
   int64_t gate_stride;
-  const void* up;           // [rows, width]
+  const void* up;  // [rows, width]
   int64_t up_stride;
   const void *gate_bias, *up_bias;  // [width] or null
 };

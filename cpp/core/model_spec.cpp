@@ -158,6 +158,8 @@ void ModelSpec::validate() const {
   }
   for (const int64_t size : window) {
     if (size < 0) fail("window", "sizes >= 0 (0: no window)", std::to_string(size));
+    // The kernels compare positions as 32-bit integers.
+    if (size > INT32_MAX) fail("window", "sizes <= 2147483647", std::to_string(size));
   }
 }
 

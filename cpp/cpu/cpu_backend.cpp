@@ -58,7 +58,7 @@ void over_rows(void (*kernel)(const Params&, int64_t, int64_t), const Params& pa
 const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
 
 // Does the library's GEMM of this dtype fall back to a plain loop on this processor?
-bool library_is_slow(DType dtype) {
+bool widen_first(DType dtype) {
 #if defined(__x86_64__)
   static const bool avx512 =
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -73,7 +73,8 @@ bool library_is_slow(DType dtype) {
 void widened_gemm(const GemmParams& p) {
   using torch::stable::Tensor;
   const int64_t element = element_size(p.dtype);
-  const int64_t block = std::max<int64_t>(1, kWidenedBytes / (p.k * static_cast<int64_t>(sizeof(float))));
+  // The product of two blocks is kept within the same bytes: 2048 * 2048 of them.
+  const int64_t block = std::clamp<int64_t>(kWidenedBytes / (p.k * static_cast<int64_t>(sizeof(float))), 1, 2048);
   const auto narrow = [&](const void* base, int64_t row, int64_t column, int64_t rows, int64_t columns,
                           int64_t stride) {
     char* data = static_cast<char*>(const_cast<void*>(base)) + (row * stride + column) * element;
@@ -116,7 +117,7 @@ class CpuBackend final : public Backend {
     if (p.m <= (p.dtype == DType::f32 ? kSkinnyRowsFloat32 : kSkinnyRows)) {
       const int64_t grain = std::max<int64_t>(4, kGrainElements / std::max<int64_t>(1, p.k));
       parallel_for(0, p.n, grain, [&](int64_t begin, int64_t end) { table_.skinny_gemm(p, begin, end); });
-    } else if (library_is_slow(p.dtype)) {
+    } else if (widen_first(p.dtype)) {
       widened_gemm(p);
     } else {
       aten::matmul_nt(p, kCpu);
@@ -251,8 +252,6 @@ class CpuBackend final : public Backend {
 };
 
 }  // namespace
-
-std::unique_ptr<Backend> make_cpu_backend() { return std::make_unique<CpuBackend>(); }
 
 Backend& cpu_backend() {
   static CpuBackend backend;

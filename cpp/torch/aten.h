@@ -1,15 +1,20 @@
-// Every aten operator this library calls, each under the schema it was written against.
+// The aten operators that this library calls itself, each under the schema it was written against.
+// (Those behind torch/csrc/stable/ops.h are torch's own to keep: the wrappers pass the version they
+// were built with, and torch adapts the call.)
 //
 // The dispatcher passes no argument count: an operator that gained an argument in another torch
 // would read past the stack, silently. `kSchemas` is what Python compares with the running torch
 // at import (python/pop_ext/operators.py).
 #pragma once
 
+#include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
+#include <stdexcept>
+#include <string>
 
 #include "backend.h"
 
@@ -23,9 +28,18 @@ inline constexpr const char* kSchemas =
     "aten::mul.Tensor(Tensor self, Tensor other) -> Tensor\n"
     "aten::detach(Tensor(a) self) -> Tensor(a)";
 
+// Why the latest call of this thread failed. Part of torch's C shim from 2.13 on: looked up, not linked.
+inline const char* last_error() {
+  using What = const char* (*)();
+  static const auto what = reinterpret_cast<What>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  return what == nullptr ? "failed; torch wrote the reason to stderr" : what();
+}
+
 template <size_t N>
 inline Tensor call(const char* name, const char* overload, std::array<StableIValue, N> stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  if (torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION) != 0) {
+    throw std::runtime_error(std::string(name) + "." + overload + ": " + last_error());
+  }
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -45,9 +59,12 @@ inline Tensor detach(const Tensor& self) {
 
 inline ScalarType scalar_type(DType dtype) {
   switch (dtype) {
-    case DType::f32: return ScalarType::Float;
-    case DType::bf16: return ScalarType::BFloat16;
-    case DType::f16: return ScalarType::Half;
+    case DType::f32:
+      return ScalarType::Float;
+    case DType::bf16:
+      return ScalarType::BFloat16;
+    case DType::f16:
+      return ScalarType::Half;
   }
   throw std::invalid_argument("DType: expected f32, bf16 or f16");
 }
@@ -58,7 +75,8 @@ inline void matmul_nt(const GemmParams& p, torch::stable::Device device) {
   const auto view = [&](const void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
     return torch::stable::from_blob(const_cast<void*>(data), {rows, cols}, {row_stride, col_stride}, device, dtype);
   };
-  mm_out(view(p.a, p.m, p.k, p.a_stride, 1), view(p.w, p.k, p.n, 1, p.w_stride), view(p.out, p.m, p.n, p.out_stride, 1));
+  mm_out(view(p.a, p.m, p.k, p.a_stride, 1), view(p.w, p.k, p.n, 1, p.w_stride),
+         view(p.out, p.m, p.n, p.out_stride, 1));
 }
 
 }  // namespace pop::aten

@@ -60,6 +60,27 @@ std::string device_of(const Tensor& tensor) {
   return tensor.is_cpu() ? "cpu" : join(tensor.is_cuda() ? "cuda:" : "device ", tensor.get_device_index());
 }
 
+std::string dtype_name(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
+  }
+}
+
 DType dtype_of(const Tensor& tensor, const std::string& name) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
@@ -69,7 +90,7 @@ DType dtype_of(const Tensor& tensor, const std::string& name) {
     case ScalarType::Half:
       return DType::f16;
     default:
-      throw std::runtime_error(join(name, ": expected float32, bfloat16 or float16, got another dtype"));
+      throw std::runtime_error(join(name, ": expected float32, bfloat16 or float16, got ", dtype_name(tensor)));
   }
 }
 
@@ -113,7 +134,7 @@ void check_last_dim_contiguous(const Tensor& tensor, const std::string& name) {
 std::vector<int64_t> read_lengths(const Tensor& tensor, int64_t count, const std::string& name) {
   check(tensor.is_cpu(), name, ": expected a tensor on the CPU (the operator never synchronises), got ",
         device_of(tensor));
-  check(tensor.scalar_type() == ScalarType::Int, name, ": expected dtype int32, got another dtype");
+  check(tensor.scalar_type() == ScalarType::Int, name, ": expected dtype int32, got ", dtype_name(tensor));
   check_shape(tensor, {count}, name);
   const int32_t* data = static_cast<const int32_t*>(tensor.const_data_ptr());
   const int64_t stride = count > 1 ? tensor.stride(0) : 1;
@@ -145,8 +166,9 @@ void check_disjoint(const std::vector<Tensor>& tensors, const std::vector<std::s
       const size_t a = extents[i].index, b = extents[j].index;
       // Views of one buffer may interleave without sharing an element.
       const bool shared = !same_strides(dims[a], dims[b]) || reachable(dims[a], 0, extents[j].begin - extents[i].begin);
+      const std::string& other = names[std::min(a, b)];
       check(!shared, names[std::max(a, b)], ": expected memory of its own, got memory shared with ",
-            names[std::min(a, b)]);
+            other.substr(other.rfind(' ') + 1));
     }
   }
 }

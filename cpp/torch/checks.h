@@ -32,6 +32,7 @@ void check(bool ok, const Args&... message) {
 
 std::string shape_of(const Tensor& tensor);  // "[2, 8, 64]"
 std::string device_of(const Tensor& tensor);
+std::string dtype_name(const Tensor& tensor);                   // "int64"
 DType dtype_of(const Tensor& tensor, const std::string& name);  // float32, bfloat16 or float16
 
 void check_dtype(const Tensor& tensor, DType dtype, const std::string& name);

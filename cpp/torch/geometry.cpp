@@ -56,7 +56,8 @@ Geometry::Geometry(const std::string& op, const Lengths& lengths, int64_t rows, 
 
   const Tensor& table = *lengths.slot_table;
   const std::string name = op + ": slot_table";
-  check(table.is_cpu() && table.scalar_type() == ScalarType::Int, name, ": expected an int32 tensor on the CPU");
+  check(table.is_cpu() && table.scalar_type() == ScalarType::Int, name, ": expected int32 on cpu, got ",
+        dtype_name(table), " on ", device_of(table));
   check_shape(table, {layout_.sequences, -1}, name);
   slot_table_stride_ = table.size(1);
   slot_table_.resize(table.numel());
@@ -84,13 +85,12 @@ CacheAddress Geometry::address() const {
           .slot_table_stride = slot_table_stride_};
 }
 
-void Geometry::check_fits(const std::string& op, int64_t batch, int64_t capacity) const {
-  check(batch == layout_.sequences, op, ": key_cache: expected a batch of ", layout_.sequences, " (cu_seqlens), got ",
-        batch);
+void Geometry::check_fits(const std::string& op, const std::string& cache, int64_t batch, int64_t capacity) const {
+  check(batch == layout_.sequences, cache, ": expected a batch of ", layout_.sequences, " (cu_seqlens), got ", batch);
   for (int64_t i = 0; i < layout_.sequences; ++i) {
     const int64_t length = sequences_[i].past + sequences_[i].tokens;
     if (slot_table_.empty()) {
-      check(start_[i] + length <= capacity, op, ": key_cache: expected capacity of at least ", start_[i] + length,
+      check(start_[i] + length <= capacity, cache, ": expected capacity of at least ", start_[i] + length,
             " (cache_start + past + new tokens of sequence ", i, "), got ", capacity);
       continue;
     }

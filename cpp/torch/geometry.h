@@ -14,10 +14,10 @@ namespace pop {
 using torch::stable::Tensor;
 
 struct Lengths {
-  const Tensor& cu_seqlens;                  // [batch + 1] int32, host
-  const Tensor& past_lens;                   // [batch] int32, host
-  const Tensor& cache_start;                 // [batch] int32, host
-  const std::optional<Tensor>& slot_table;   // [batch, >= past + tokens] int32, host, or none
+  const Tensor& cu_seqlens;                 // [batch + 1] int32, host
+  const Tensor& past_lens;                  // [batch] int32, host
+  const Tensor& cache_start;                // [batch] int32, host
+  const std::optional<Tensor>& slot_table;  // [batch, >= past + tokens] int32, host, or none
 };
 
 // Owns the arrays that `address` points into.
@@ -34,8 +34,8 @@ class Geometry {
   const std::vector<SequenceCall>& sequences() const { return sequences_; }
   CacheAddress address() const;
 
-  // Every position of the call has a slot inside caches [batch, kv_heads, capacity, head_dim].
-  void check_fits(const std::string& op, int64_t batch, int64_t capacity) const;
+  // Every position of the call has a slot inside `cache` [batch, kv_heads, capacity, head_dim].
+  void check_fits(const std::string& op, const std::string& cache, int64_t batch, int64_t capacity) const;
 
   // The smallest range of slots that the new rows of a sequence are written to.
   std::pair<int64_t, int64_t> written_slots(int64_t sequence) const;

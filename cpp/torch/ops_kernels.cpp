@@ -29,11 +29,19 @@ const void* optional_vector(const std::optional<Tensor>& tensor, DType dtype, in
   return tensor->const_data_ptr();
 }
 
+// [rows, heads, head_dim] whose rows lie anywhere.
+void check_heads_contiguous(const Tensor& query, const std::string& name) {
+  check_last_dim_contiguous(query, name);
+  check(query.size(1) <= 1 || query.stride(1) == query.size(2), name,
+        ": expected heads that follow one another (stride ", query.size(2), "), got stride ", query.stride(1));
+}
+
 Tensor empty_like_rows(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
 
 Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   const DType dtype = dtype_of(x, "pop::rms_norm: x");
-  check(x.dim() >= 1, "pop::rms_norm: x: expected at least 1 dimension, got 0");
+  check(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "pop::rms_norm: x: expected a last dimension of at least 1, got ",
+        shape_of(x));
   const int64_t width = x.size(x.dim() - 1);
   const void* gamma = optional_vector(weight, dtype, width, "pop::rms_norm: weight");
   const Tensor rows = as_rows(x);
@@ -56,7 +64,8 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
 
 Tensor add_rms_norm(Tensor x, Tensor delta, Tensor weight, double eps, std::optional<Tensor> delta_bias) {
   const DType dtype = dtype_of(x, "pop::add_rms_norm: x");
-  check(x.dim() == 2, "pop::add_rms_norm: x: expected shape [rows, width], got ", shape_of(x));
+  check(x.dim() == 2 && x.size(1) >= 1, "pop::add_rms_norm: x: expected shape [rows, width], got ", shape_of(x));
+  check_disjoint({x}, {"pop::add_rms_norm: x"});
   const int64_t width = x.size(1);
   check_last_dim_contiguous(x, "pop::add_rms_norm: x");
   check_dtype(delta, dtype, "pop::add_rms_norm: delta");
@@ -82,9 +91,10 @@ Tensor add_rms_norm(Tensor x, Tensor delta, Tensor weight, double eps, std::opti
 }
 
 Tensor gated_act(Tensor gate, Tensor up, std::string activation, std::optional<Tensor> gate_bias,
-                 std::optional<Tensor> up_bias) {
+                 std::optional<Tensor> up_bias) try {
   const DType dtype = dtype_of(gate, "pop::gated_act: gate");
-  check(gate.dim() >= 1, "pop::gated_act: gate: expected at least 1 dimension, got 0");
+  check(gate.dim() >= 1 && gate.size(gate.dim() - 1) >= 1,
+        "pop::gated_act: gate: expected a last dimension of at least 1, got ", shape_of(gate));
   check_dtype(up, dtype, "pop::gated_act: up");
   check_shape(up, std::vector<int64_t>(gate.sizes().begin(), gate.sizes().end()), "pop::gated_act: up");
   const int64_t width = gate.size(gate.dim() - 1);
@@ -102,6 +112,8 @@ Tensor gated_act(Tensor gate, Tensor up, std::string activation, std::optional<T
                               .gate_bias = optional_vector(gate_bias, dtype, width, "pop::gated_act: gate_bias"),
                               .up_bias = optional_vector(up_bias, dtype, width, "pop::gated_act: up_bias")});
   return out;
+} catch (const std::invalid_argument& error) {
+  throw std::runtime_error(join("pop::gated_act: ", error.what()));
 }
 
 CacheStrides strides_of(const Tensor& cache) {
@@ -115,7 +127,7 @@ LayerCache check_cache(const std::string& op, const Geometry& geometry, const Te
     check_dtype(*cache, dtype, join(op, ": ", name));
     check_shape(*cache, {-1, kv_heads, -1, head_dim}, join(op, ": ", name));
     check_last_dim_contiguous(*cache, join(op, ": ", name));
-    geometry.check_fits(op, cache->size(0), cache->size(2));
+    geometry.check_fits(op, join(op, ": ", name), cache->size(0), cache->size(2));
   }
   return {.key = key.mutable_data_ptr(),
           .value = value.mutable_data_ptr(),
@@ -172,11 +184,10 @@ void rope_cache_write(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor
   check_shape(value, {rows, kv_heads, head_dim}, op + ": value");
   check_dtype(key, dtype, op + ": key");
   check_dtype(value, dtype, op + ": value");
-  check(query.stride(2) == 1 && query.stride(1) == head_dim, op,
-        ": query: expected contiguous heads and channels, got strides ", query.stride(1), " and ", query.stride(2));
+  check_heads_contiguous(query, op + ": query");
   const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table}, rows, nullptr, nullptr);
   const LayerCache cache = check_cache(op, geometry, key_cache, value_cache, dtype, kv_heads, head_dim);
-  check_disjoint({key_cache, value_cache}, {op + ": key_cache", op + ": value_cache"});
+  check_disjoint({key_cache, value_cache, query}, {op + ": key_cache", op + ": value_cache", op + ": query"});
   const RopeTables rope(op, cos, sin, rows, head_dim);
   const Batch batch = rope.batch(geometry);
   const Tensor key_rows = torch::stable::contiguous(key), value_rows = torch::stable::contiguous(value);
@@ -209,13 +220,13 @@ Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_s
   const DType dtype = dtype_of(query, op + ": query");
   check_shape(query, {-1, -1, -1}, op + ": query");
   const int64_t rows = query.size(0), heads = query.size(1), head_dim = query.size(2);
-  check(query.stride(2) == 1 && query.stride(1) == head_dim, op,
-        ": query: expected contiguous heads and channels, got strides ", query.stride(1), " and ", query.stride(2));
+  check_heads_contiguous(query, op + ": query");
   check(window >= 0, op, ": window: expected >= 0 (0: no window), got ", window);
+  check(window <= INT32_MAX, op, ": window: expected <= 2147483647, got ", window);
   check_head_dim(head_dim, op + ": query");
   check_shape(key_cache, {-1, -1, -1, head_dim}, op + ": key_cache");
   const int64_t kv_heads = key_cache.size(1);
-  check(kv_heads >= 1 && heads % kv_heads == 0, op, ": query: expected a multiple of ", kv_heads,
+  check(kv_heads >= 1 && heads >= kv_heads && heads % kv_heads == 0, op, ": query: expected a multiple of ", kv_heads,
         " heads (those of key_cache), got ", heads);
   const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table}, rows, nullptr, nullptr);
   const LayerCache cache = check_cache(op, geometry, key_cache, value_cache, dtype, kv_heads, head_dim);
@@ -265,6 +276,8 @@ void kv_project(Tensor hidden, Tensor weight, Tensor cos, Tensor sin, Tensor cu_
   check_shape(key_cache.front(), {-1, -1, -1, -1}, op + ": key_cache");
   const int64_t kv_heads = key_cache.front().size(1), head_dim = key_cache.front().size(3);
   const int64_t kv_dim = kv_heads * head_dim;
+  check(hidden_size >= 1 && kv_dim >= 1, op, ": hidden, key_cache: expected at least 1 channel, got shapes ",
+        shape_of(hidden), " and ", shape_of(key_cache.front()));
   check_dtype(weight, dtype, op + ": weight");
   check_shape(weight, {static_cast<int64_t>(layers) * 2 * kv_dim, hidden_size}, op + ": weight");
   check(weight.is_contiguous(), op, ": weight: expected a contiguous tensor");

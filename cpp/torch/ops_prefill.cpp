@@ -2,6 +2,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cstring>
+
 #include "cpu/cpu_backend.h"
 #include "cpu/kernels.h"
 #include "torch/aten.h"
@@ -16,9 +18,11 @@ namespace {
 
 constexpr const char* kOp = "pop::prefill";
 
-int64_t load(std::string spec, std::string plan, std::vector<Tensor> weights) {
+int64_t load(std::string spec, std::string plan, std::vector<Tensor> weights) try {
   const ModelSpec parsed = ModelSpec::from_json(spec);
   return register_model(std::make_shared<LoadedModel>(parsed, Plan::from_json(plan), std::move(weights)));
+} catch (const std::invalid_argument& error) {
+  throw std::runtime_error(join("pop::load: ", error.what()));
 }
 
 void unload(int64_t model) { unregister_model(model); }
@@ -46,7 +50,7 @@ std::vector<LayerCache> layer_caches(const ModelSpec& spec, const Geometry& geom
       check_dtype(cache, spec.dtype, names.back());
       check_shape(cache, {-1, spec.num_kv_heads, -1, spec.head_dim}, names.back());
       check_last_dim_contiguous(cache, names.back());
-      geometry.check_fits(kOp, cache.size(0), cache.size(2));
+      geometry.check_fits(kOp, names.back(), cache.size(0), cache.size(2));
       all.push_back(cache);
     }
   }
@@ -65,18 +69,20 @@ std::vector<LayerCache> layer_caches(const ModelSpec& spec, const Geometry& geom
   return caches;
 }
 
-// Remembers what a call is about to overwrite, and puts it back unless the call is kept.
+// Remembers what a call is about to overwrite, and puts it back unless the call is kept. It holds
+// a copy of the new slots of every layer, so that putting back allocates nothing and cannot fail.
 class CacheGuard {
  public:
-  CacheGuard(bool enabled, const Geometry& geometry, const std::vector<Tensor>& keys, const std::vector<Tensor>& values) {
+  CacheGuard(bool enabled, const Geometry& geometry, const std::vector<Tensor>& keys,
+             const std::vector<Tensor>& values) {
     if (!enabled) return;
-    for (const auto* caches : {&keys, &values}) {
-      for (const Tensor& cache : *caches) {
-        for (int64_t i = 0; i < geometry.layout().sequences; ++i) {
-          const auto [begin, end] = geometry.written_slots(i);
+    for (int64_t i = 0; i < geometry.layout().sequences; ++i) {
+      const auto [begin, end] = geometry.written_slots(i);
+      for (const auto* caches : {&keys, &values}) {
+        for (const Tensor& cache : *caches) {
           Tensor sequence = torch::stable::select(cache, 0, i);
           written_.push_back(torch::stable::narrow(sequence, 1, begin, end - begin));
-          saved_.push_back(torch::stable::clone(written_.back()));
+          saved_.push_back(torch::stable::clone(torch::stable::contiguous(written_.back())));
         }
       }
     }
@@ -84,14 +90,29 @@ class CacheGuard {
   CacheGuard(const CacheGuard&) = delete;
   CacheGuard& operator=(const CacheGuard&) = delete;
   ~CacheGuard() {
-    for (size_t i = 0; i < saved_.size(); ++i) torch::stable::copy_(written_[i], saved_[i]);
+    for (size_t i = 0; i < saved_.size(); ++i) put_back(written_[i], saved_[i]);
   }
 
   void keep() { saved_.clear(); }
 
  private:
-  std::vector<Tensor> written_;
-  std::vector<Tensor> saved_;
+  // Row by row, without torch: the caller's exception is under way, and a cache made in inference
+  // mode takes no copy_ outside it.
+  static void put_back(const Tensor& written, const Tensor& saved) {
+    const int64_t heads = written.size(0), slots = written.size(1);
+    const int64_t row_bytes = written.size(2) * element_size(dtype_of(saved, "cache"));
+    const int64_t element = row_bytes / written.size(2);
+    char* to = static_cast<char*>(written.mutable_data_ptr());
+    const char* from = static_cast<const char*>(saved.const_data_ptr());
+    for (int64_t head = 0; head < heads; ++head) {
+      for (int64_t slot = 0; slot < slots; ++slot, from += row_bytes) {
+        std::memcpy(to + (head * written.stride(0) + slot * written.stride(1)) * element, from, row_bytes);
+      }
+    }
+  }
+
+  std::vector<Tensor> written_;  // [kv_heads, new slots, head_dim] views of the caches
+  std::vector<Tensor> saved_;    // contiguous copies of them
 };
 
 // Packed ids as int64, in range; undefined for embeddings.
@@ -107,7 +128,7 @@ std::optional<Tensor> check_input(const ModelSpec& spec, const Tensor& input, co
   check(input.dim() == 1, name, ": expected ids [rows] or embeddings [rows, ", spec.hidden_size, "], got ",
         shape_of(input));
   check(input.scalar_type() == ScalarType::Long || input.scalar_type() == ScalarType::Int, name,
-        ": expected ids of dtype int64 or int32, got another dtype");
+        ": expected ids of dtype int64 or int32, got ", dtype_name(input));
   const Tensor ids = torch::stable::contiguous(torch::stable::to(input, ScalarType::Long));
   const int64_t* data = static_cast<const int64_t*>(ids.const_data_ptr());
   for (int64_t row = 0; row < ids.numel(); ++row) {
@@ -130,14 +151,15 @@ Tensor check_rope(const ModelSpec& spec, const Tensor& table, int64_t rows, cons
 }
 
 Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens,
-               Tensor cache_start, Tensor boundary, Tensor logits_to_keep, std::vector<Tensor> key_cache,
-               std::vector<Tensor> value_cache, std::optional<Tensor> slot_table, bool restore_on_error) {
+                  Tensor cache_start, Tensor boundary, Tensor logits_to_keep, std::vector<Tensor> key_cache,
+                  std::vector<Tensor> value_cache, std::optional<Tensor> slot_table, bool restore_on_error) {
   const auto loaded = find_model(handle);
   const Model& model = loaded->model();
   const ModelSpec& spec = model.spec;
   const Tensor& like = loaded->embed_tokens();
   const std::string stale = loaded->stale_weight();
-  check(stale.empty(), kOp, ": weight ", stale, ": expected the memory, dtype and values it was loaded with, got others; ",
+  check(stale.empty(), kOp, ": weight ", stale,
+        ": expected the memory, dtype and values it was loaded with, got others; ",
         "call native.refresh() (or load the model again)");
   const std::optional<Tensor> ids = check_input(spec, input, like);
   const int64_t rows = input.size(0);
@@ -149,25 +171,25 @@ Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor c
 
   Backend& backend = cpu_backend();
   const BatchLayout& layout = geometry.layout();
-  // Everything is allocated before the first cache write: running out of memory changes nothing.
+  // The large pieces are allocated before the first cache write; what fails later is put back by the guard.
   const Tensor hidden = torch::stable::new_empty(like, {layout.rows - layout.wanted_begin, spec.hidden_size});
-  const Tensor workspace = torch::stable::new_empty(
-      like, {static_cast<int64_t>(workspace_bytes(model, layout, backend))}, ScalarType::Byte);
+  const Tensor workspace =
+      torch::stable::new_empty(like, {static_cast<int64_t>(workspace_bytes(model, layout, backend))}, ScalarType::Byte);
   CacheGuard guard(restore_on_error, geometry, key_cache, value_cache);
   ProfilerStages stages;
   prefill(model,
-               {.layout = &layout,
-                .ids = ids.has_value() ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr,
-                .embeds = ids.has_value() ? nullptr : input.const_data_ptr(),
-                .embeds_stride = input.stride(0),
-                .cos = static_cast<const float*>(cos_rows.const_data_ptr()),
-                .sin = static_cast<const float*>(sin_rows.const_data_ptr()),
-                .rope_stride = cos_rows.size(1),
-                .address = geometry.address(),
-                .caches = caches.data(),
-                .hidden_states = hidden.mutable_data_ptr(),
-                .workspace = workspace.mutable_data_ptr()},
-               backend, stages);
+          {.layout = &layout,
+           .ids = ids.has_value() ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr,
+           .embeds = ids.has_value() ? nullptr : input.const_data_ptr(),
+           .embeds_stride = input.stride(0),
+           .cos = static_cast<const float*>(cos_rows.const_data_ptr()),
+           .sin = static_cast<const float*>(sin_rows.const_data_ptr()),
+           .rope_stride = cos_rows.size(1),
+           .address = geometry.address(),
+           .caches = caches.data(),
+           .hidden_states = hidden.mutable_data_ptr(),
+           .workspace = workspace.mutable_data_ptr()},
+          backend, stages);
   guard.keep();
   return hidden;
 }

@@ -1,5 +1,6 @@
 #include "torch/registry.h"
 
+#include <algorithm>
 #include <mutex>
 #include <unordered_map>
 
@@ -166,6 +167,8 @@ LoadedModel::Stamp LoadedModel::stamp_of(size_t index) const {
   }
   return {.data = tensor.const_data_ptr(),
           .dtype = static_cast<int32_t>(tensor.scalar_type()),
+          .sizes = {tensor.sizes().begin(), tensor.sizes().end()},
+          .strides = {tensor.strides().begin(), tensor.strides().end()},
           .folded = folded,
           .sample = folded ? sample_of(tensor) : 0};
 }
@@ -174,9 +177,10 @@ std::string LoadedModel::stale_weight() const {
   for (size_t i = 0; i < weights_.size(); ++i) {
     const Tensor& tensor = weights_[i];
     const Stamp& stamp = stamps_[i];
-    const bool current = tensor.const_data_ptr() == stamp.data &&
-                         static_cast<int32_t>(tensor.scalar_type()) == stamp.dtype &&
-                         (!stamp.folded || sample_of(tensor) == stamp.sample);
+    const bool current =
+        tensor.const_data_ptr() == stamp.data && static_cast<int32_t>(tensor.scalar_type()) == stamp.dtype &&
+        std::ranges::equal(tensor.sizes(), stamp.sizes) && std::ranges::equal(tensor.strides(), stamp.strides) &&
+        (!stamp.folded || sample_of(tensor) == stamp.sample);
     if (!current) return slots_[i].name;
   }
   return "";
@@ -198,8 +202,13 @@ std::shared_ptr<const LoadedModel> find_model(int64_t handle) {
 }
 
 void unregister_model(int64_t handle) {
-  std::lock_guard lock(registry().mutex);
-  check(registry().models.erase(handle) == 1, "pop::unload: model: expected a handle that was not freed, got ", handle);
+  // Freed outside the lock: the last reference to a weight may run Python code that comes back here.
+  decltype(Registry::models)::node_type freed;
+  {
+    std::lock_guard lock(registry().mutex);
+    freed = registry().models.extract(handle);
+  }
+  check(!freed.empty(), "pop::unload: model: expected a handle that was not freed, got ", handle);
 }
 
 }  // namespace pop

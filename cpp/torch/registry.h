@@ -24,7 +24,7 @@ class LoadedModel {
   const Tensor& embed_tokens() const { return weights_.front(); }
   int64_t extra_bytes() const { return extra_bytes_; }  // of the folded stacks
 
-  // Name of a weight whose memory or dtype is not what it was at load, or of a folded one with
+  // Name of a weight whose memory, dtype or layout is not what it was at load, or of a folded one with
   // a sample of its values changed; "" if there is none.
   std::string stale_weight() const;
 
@@ -32,6 +32,8 @@ class LoadedModel {
   struct Stamp {
     const void* data;
     int32_t dtype;
+    std::vector<int64_t> sizes;
+    std::vector<int64_t> strides;
     bool folded;
     uint64_t sample;  // of folded weights in host memory
   };
@@ -43,7 +45,7 @@ class LoadedModel {
 
   std::vector<WeightSlot> slots_;
   std::unordered_map<std::string, size_t> index_;  // of a slot's name
-  std::vector<Tensor> weights_;  // in the order of slots_
+  std::vector<Tensor> weights_;                    // in the order of slots_
   std::vector<Tensor> stacks_;
   std::vector<Stamp> stamps_;
   Model model_;
