@@ -72,6 +72,13 @@ def test_every_op_has_its_schema_in_the_reference():
     assert [schema for schema in schemas if " ".join(schema.split()) not in page] == []
 
 
+def test_every_rule_of_enable_is_in_the_semantics():
+    sources = "".join((ROOT / "python" / "pop_ext" / name).read_text() for name in ("decision.py", "forward.py"))
+    rules = set(re.findall(r'(?:_Stock\(|Decision\("stock",)\s*"(\w+)"', sources))
+    page = (ROOT / "docs" / "semantics.md").read_text()
+    assert sorted(rule for rule in rules if f"`{rule}`" not in page) == []
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 def test_every_example_runs(example, place):
     command = [sys.executable, str(example), "--model", str(place / "model"), "--prompt-file", "prompt.txt"]
