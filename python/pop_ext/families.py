@@ -10,6 +10,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -186,8 +187,12 @@ def _family_of(model: Any) -> Family:
         found = model_type or type(model).__name__
         raise UnsupportedModelError(f"model: expected an architecture of {', '.join(sorted(FAMILIES))}, got {found}")
     _check_class(model, family.model_class, "model")
-    if getattr(config, "quantization_config", None) is not None:
-        method = getattr(config.quantization_config, "quant_method", None) or "unknown method"
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        # A dict as the checkpoint has it, or an object once transformers has read it.
+        read = quantization.get if isinstance(quantization, dict) else partial(getattr, quantization)
+        method = read("quant_method", None) or "unknown method"
+        method = getattr(method, "value", method)  # an enum in configs that transformers has read
         raise UnsupportedModelError(f"model: expected unquantised weights, got a quantised checkpoint ({method})")
     return family
 

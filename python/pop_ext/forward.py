@@ -7,28 +7,33 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pop_ext import reference
-from pop_ext.decision import Call, Decision, bind, decide, has_sliding_window
+from pop_ext.decision import Call, Decision, bind, decide, is_decode, text_config
 from pop_ext.families import UnsupportedModelError
-from pop_ext.kv_cache import past_slots
+from pop_ext.kv_cache import new_cache
 from pop_ext.native import NativeModel, check_plan
 from pop_ext.plan import Plan
 from pop_ext.presets import default_plan
-
-if TYPE_CHECKING:
-    from transformers.modeling_outputs import CausalLMOutputWithPast
+from pop_ext.reference_checks import find_parts
+from pop_ext.replaced import inner_modules, is_own_forward, is_patched
 
 Model = TypeVar("Model", bound=nn.Module)
 _BACKENDS = ("native", "reference")
+# Frames that a warning about a call is not about.
+_NOT_THE_CALLER = ("pop_ext", "torch", "transformers", "contextlib")
 
 
 class PrefillDeclined(RuntimeError):
@@ -38,147 +43,189 @@ class PrefillDeclined(RuntimeError):
 class PrefillForward:
     """The ``forward`` of an enabled model. Travels with the model through deepcopy and pickle."""
 
-    def __init__(self, model: nn.Module, plan: Plan, strict: bool, backend: str) -> None:
-        self.model = model
-        self.plan = plan
-        self.strict = strict
-        self.backend = backend
-        self.replaced = model.__dict__.get("forward")
-        self._reset()
+    def __init__(self, model: nn.Module, plan: Plan, strict: bool, backend: str, replaced: Any) -> None:
+        self.__setstate__({"model": model, "plan": plan, "strict": strict, "backend": backend, "replaced": replaced})
 
-    def _reset(self) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("model", "plan", "strict", "backend", "replaced")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The model owns this object: a reference back would keep a deleted model's memory until the collector runs.
+        self._model = weakref.ref(state["model"])
+        self.plan: Plan = state["plan"]
+        self.strict: bool = state["strict"]
+        self.backend: str = state["backend"]
+        self.replaced: Any = state["replaced"]  # what stood in forward's place before
         self.native: NativeModel | None = None
         self.last_call: Decision | None = None
+        self._modules: list[nn.Module] = []  # that ``native`` stands for
         self._warned: set[str] = set()
         self._inside = threading.local()
+        self._lock = threading.Lock()
+
+    @property
+    def model(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            raise ReferenceError("pop_ext: the model of this forward is gone; keep the model, not its forward")
+        return model
 
     @property
     def __signature__(self) -> inspect.Signature:
         # Generation reads it to know which arguments the model takes.
-        return inspect.signature(self.stock)
+        return inspect.signature(self.replaced if self.replaced is not None else type(self.model).forward.__get__(self))
 
-    @property
-    def stock(self) -> Any:
-        """The forward that ``enable`` found."""
-        return self.replaced if self.replaced is not None else type(self.model).forward.__get__(self.model)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("model", "plan", "strict", "backend", "replaced")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._reset()
-
-    def bind_native(self) -> None:
-        """Loads the model natively, or refolds what has changed since.
-
-        Raises:
-            UnsupportedModelError: the model has no native form (any more).
-        """
-        if self.native is None:
-            self.native = NativeModel(self.model, self.plan)
-        elif self.native.stale_weight() is not None:
-            self.native.refresh()
-
-    def classify(self, *args: Any, **kwargs: Any) -> Call:
-        """What would run for a call, without running it."""
-        arguments = bind(self.__signature__, args, kwargs)
-        description = self.native.description if self.native is not None else None
-        window = has_sliding_window(description, self.model.config)
-        call = decide(self.model, self.plan, self.backend, arguments, window)
-        if call.decision.backend == "native":
-            if self.replaced is not None:
-                call.decision = Decision("stock", "forward was replaced before enable", True, self.plan)
-                return call
-            try:
-                self.bind_native()
-            except UnsupportedModelError as error:
-                call.decision = Decision("stock", str(error), True, self.plan)
-        return call
-
-    # Compilers run this frame as it is, and compile the stock forward below it.
-    @torch.compiler.disable(recursive=False)
+    # Compilers trace a decode step, run the rest of this frame as it is, and compile the stock forward below it.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_decode(args, kwargs):
+            return self.stock(*args, **kwargs)
+        return self._dispatch(*args, **kwargs)
+
+    def stock(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that ``enable`` found."""
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        model = self.model
+        return type(model).forward(model, *args, **kwargs)
+
+    @torch.compiler.disable(recursive=False)
+    def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
         if getattr(self._inside, "active", False):
             return self.stock(*args, **kwargs)
         call = self.classify(*args, **kwargs)
         decision = call.decision
-        if decision.backend != "stock" or decision.declined:
-            self.last_call = decision
         if decision.backend == "stock":
             if decision.declined:
-                self._decline(decision.reason)
+                self._decline(decision)
             return self.stock(*args, **kwargs)
-        output = self._prefill(call)
-        return output if self._returns_dict(call) else output.to_tuple()
+        return self._prefill(call)
+
+    @torch.compiler.disable
+    def classify(self, *args: Any, **kwargs: Any) -> Call:
+        """What would run for a call, without running it."""
+        model = self.model
+        call = decide(model, self.plan, self.backend, bind(self.__signature__, args, kwargs))
+        if call.decision.backend == "stock":
+            return call
+        reason = None
+        if is_patched(type(model)) or not (self.replaced is None or is_own_forward(model, self.replaced)):
+            reason = "a replaced forward: it was there before enable, and may do more than transformers' own"
+        elif self.backend == "native":
+            try:
+                call.native = self.bind_native()
+            except UnsupportedModelError as error:
+                reason = str(error)
+        if reason is not None:
+            call.decision = Decision("stock", "model", reason, True, self.plan)
+        return call
+
+    def bind_native(self) -> NativeModel:
+        """Loads the model natively, or again when modules or weights have changed since.
+
+        Raises:
+            UnsupportedModelError: the model has no native form (any more).
+        """
+        with self._lock:
+            if self.native is None or self._has_changed():
+                self.native = None  # frees what was folded before as much is folded again
+                native = NativeModel(self.model, self.plan)  # type: ignore[arg-type]
+                native.model = weakref.proxy(self.model)  # type: ignore[assignment]
+                self.native = native
+                self._modules = [module for _, module in inner_modules(self.model)]
+            return self.native
+
+    def _has_changed(self) -> bool:
+        modules = [module for _, module in inner_modules(self.model)]
+        if len(modules) != len(self._modules) or not all(map(operator.is_, modules, self._modules)):
+            return True
+        return self.native is not None and self.native.stale_weight() is not None
 
     @contextmanager
     def stock_inside(self) -> Iterator[None]:
         """Within it this thread's calls of the model run the stock forward: the oracle calls the model."""
+        before = getattr(self._inside, "active", False)
         self._inside.active = True
         try:
             yield
         finally:
-            self._inside.active = False
+            self._inside.active = before
 
-    def _decline(self, reason: str) -> None:
+    def _decline(self, decision: Decision) -> None:
+        self.last_call = decision
         if self.strict:
-            raise PrefillDeclined(f"pop_ext: the stock forward would run: {reason} (strict=True)")
-        if reason not in self._warned:
-            self._warned.add(reason)
-            warnings.warn(f"pop_ext: the stock forward runs: {reason}", stacklevel=4)
+            raise PrefillDeclined(f"pop_ext: the stock forward would run: {decision.reason} (strict=True)")
+        if decision.rule not in self._warned:
+            self._warned.add(decision.rule)
+            warnings.warn(f"pop_ext: the stock forward runs: {decision.reason}", stacklevel=_caller_level())
 
-    def _returns_dict(self, call: Call) -> bool:
-        wanted = call.arguments.get("return_dict")
-        return bool(wanted if wanted is not None else getattr(self.model.config, "return_dict", True))
-
-    def _prefill(self, call: Call) -> CausalLMOutputWithPast:
-        from transformers.modeling_outputs import CausalLMOutputWithPast
-
+    @torch.compiler.disable
+    def _prefill(self, call: Call) -> Any:
         arguments, decision = call.arguments, call.decision
-        inputs = {
-            name: arguments.get(name)
-            for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values")
-        }
+        inputs: dict[str, Any] = {name: arguments.get(name) for name in ("input_ids", "inputs_embeds", "position_ids")}
         if inputs["position_ids"] is None:
-            inputs["position_ids"] = self._stock_positions(call)
-        if decision.backend == "reference":
-            with self.stock_inside():
-                logits, cache = reference.prefill(
-                    self.model,
-                    plan=self.plan,
-                    logits_to_keep=decision.logits_to_keep,
-                    boundary=list(decision.boundary),
-                    **inputs,
-                )
-            return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
-        assert self.native is not None
-        output = self.native.prefill(
-            **inputs, boundary=list(decision.boundary), logits_to_keep=decision.logits_to_keep
-        )
-        return CausalLMOutputWithPast(logits=output.logits, past_key_values=output.past_key_values)
+            # As the stock forward counts them: by column, masked or not.
+            tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
+            inputs["position_ids"] = torch.arange(call.past, call.past + tokens.shape[1], device=tokens.device)[None]
+        inputs["attention_mask"] = call.mask
+        inputs["past_key_values"] = arguments.get("past_key_values")
+        rows: dict[str, Any] = {"boundary": list(decision.boundary), "logits_to_keep": decision.logits_to_keep}
+        logits: Any
+        cache: Cache
+        if call.native is not None:
+            prefilled = call.native.prefill(**inputs, **rows)
+            logits, cache = prefilled.logits, prefilled.past_key_values
+        else:
+            logits, cache = self._run_oracle(inputs, rows)
+        self.last_call = decision
+        output = CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return_dict = arguments.get("return_dict")
+        if return_dict is None:
+            return_dict = getattr(self.model.config, "return_dict", True)
+        return output if return_dict else output.to_tuple()
 
-    def _stock_positions(self, call: Call) -> torch.Tensor:
-        """Positions as the stock forward counts them without ``position_ids``: by column, masked or not."""
-        assert call.packed is not None
-        past = past_slots(call.arguments.get("past_key_values"))
-        return torch.arange(past, past + call.packed.columns)[None]
+    def _run_oracle(self, inputs: dict[str, Any], rows: dict[str, Any]) -> tuple[torch.Tensor, Cache]:
+        model = self.model
+        with self.stock_inside():
+            logits, filled = reference.prefill(model, plan=self.plan, **inputs, **rows)
+        # The oracle reads the caller's cache and returns another: the new columns go where the call said.
+        given = inputs["past_key_values"]
+        cache = new_cache(model.config) if given is None else given
+        columns = inputs["position_ids"].shape[1]
+        layers: list[Any] = filled.layers
+        for index, layer in enumerate(layers):
+            cache.update(layer.keys[:, :, -columns:], layer.values[:, :, -columns:], index)
+        return logits, cache
+
+
+def _caller_level() -> int:
+    """``stacklevel`` that puts a warning of the calling function on the line that called the model."""
+    frame = inspect.currentframe()
+    level = 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
+        frame = frame.f_back
+        level += 1
+    return level
 
 
 def _inner(model: nn.Module) -> nn.Module:
     """The model inside ``torch.compile``'s wrapper."""
-    return getattr(model, "_orig_mod", model)
-
-
-def _text_config(model: nn.Module) -> Any:
-    """The config of the language model; a multimodal one keeps it inside its own."""
-    config = getattr(model, "config", None)
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    inner: Any = getattr(model, "_orig_mod", model)
+    return inner
 
 
 def _forward_of(model: nn.Module) -> PrefillForward | None:
     forward = _inner(model).__dict__.get("forward")
-    return forward if isinstance(forward, PrefillForward) else None
+    if isinstance(forward, PrefillForward):
+        return forward
+    below = forward
+    for _ in range(16):
+        below = getattr(below, "_torchdynamo_orig_callable", getattr(below, "__wrapped__", None))
+        if isinstance(below, PrefillForward):
+            raise RuntimeError(
+                "model.forward was replaced after pop_ext.enable, by something that calls what enable put there "
+                f"({type(forward).__name__}): put back what was there first, and enable last"
+            )
+    return None
 
 
 def enable(model: Model, plan: Plan | None = None, strict: bool = False, backend: str = "native") -> Model:
@@ -195,33 +242,25 @@ def enable(model: Model, plan: Plan | None = None, strict: bool = False, backend
 
     Raises:
         UnsupportedModelError (a ValueError): no native form; ``backend="reference"`` works.
-        ValueError, TypeError: a bad plan or backend. The model is as before.
+        ValueError, TypeError: a bad plan, backend or model. The model is as before.
+        RuntimeError: an enabled model whose forward something else has wrapped since.
     """
     if backend not in _BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(_BACKENDS)}, got {backend!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
     inner = _inner(model)
-    config = _text_config(inner)
+    config = text_config(inner)
     if config is None:
         raise TypeError(f"model: expected a Hugging Face model with a config, got {type(inner).__name__}")
-    if plan is None:
-        plan = default_plan(config)
     previous = _forward_of(model)
-    if previous is not None:
-        del inner.forward
-    try:
-        forward = PrefillForward(inner, plan, strict, backend)
-        if previous is not None:
-            forward.replaced = previous.replaced
-        if backend == "native":
-            forward.bind_native()
-        else:
-            check_plan(plan, config.num_hidden_layers)
-    except BaseException:
-        if previous is not None:
-            inner.forward = previous
-        raise
+    replaced = previous.replaced if previous is not None else inner.__dict__.get("forward")
+    forward = PrefillForward(inner, default_plan(config) if plan is None else plan, strict, backend, replaced)
+    if backend == "native":
+        forward.bind_native()
+    else:
+        find_parts(inner)
+        check_plan(forward.plan, config.num_hidden_layers)
     inner.forward = forward
     return model
 
@@ -230,26 +269,26 @@ def disable(model: Model) -> Model:
     """Gives ``model`` its own forward back. A model that is not enabled stays as it is."""
     forward = _forward_of(model)
     if forward is not None:
-        inner = _inner(model)
-        del inner.forward
-        if forward.replaced is not None:
-            inner.forward = forward.replaced
+        _restore(_inner(model), forward.replaced)
     return model
 
 
 @contextmanager
-def enabled(
-    model: Model, plan: Plan | None = None, strict: bool = False, backend: str = "native"
-) -> Iterator[Model]:
+def enabled(model: Model, plan: Plan | None = None, strict: bool = False, backend: str = "native") -> Iterator[Model]:
     """``enable`` for the length of a ``with`` block; afterwards the model is as it was before, enabled or not."""
-    before = _forward_of(model)
+    inner = _inner(model)
+    before = inner.__dict__.get("forward")
     enable(model, plan, strict, backend)
     try:
         yield model
     finally:
-        disable(model)
-        if before is not None:
-            _inner(model).forward = before
+        _restore(inner, before)
+
+
+def _restore(model: nn.Module, forward: Any) -> None:
+    model.__dict__.pop("forward", None)
+    if forward is not None:
+        model.forward = forward
 
 
 def explain(model: nn.Module, *args: Any, **call: Any) -> Decision:
@@ -260,6 +299,7 @@ def explain(model: nn.Module, *args: Any, **call: Any) -> Decision:
 
     Raises:
         ValueError: the model is not enabled.
+        TypeError: arguments that ``forward`` does not take.
     """
     return require_enabled(model).classify(*args, **call).decision
 

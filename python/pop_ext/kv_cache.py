@@ -51,7 +51,7 @@ class _Dynamic:
 
     in_place = False
 
-    def __init__(self, layer: DynamicLayer, like: torch.Tensor, batch: int, past: int, new: int, padded: bool) -> None:
+    def __init__(self, layer: Any, like: torch.Tensor, batch: int, past: int, new: int, padded: bool) -> None:
         self._layer = layer
         self.key = _new_buffer(like, batch, past + new, zero=padded)
         self.value = _new_buffer(like, batch, past + new, zero=padded)
@@ -74,7 +74,7 @@ class _Static:
 
     in_place = True
 
-    def __init__(self, layer: StaticLayer, like: torch.Tensor, batch: int, past: int, new: int, padded: bool) -> None:
+    def __init__(self, layer: Any, like: torch.Tensor, batch: int, past: int, new: int, padded: bool) -> None:
         if past + new > layer.max_cache_len:
             raise ValueError(
                 f"past_key_values: expected room for {past + new} positions (past and new tokens), "
@@ -140,6 +140,9 @@ _HANDLERS: dict[type, type] = {
     StaticSlidingWindowLayer: _Sliding,
 }
 
+# What a cache must not do in another way than its layers do.
+_CACHE_METHODS = ("update", "get_seq_length", "get_mask_sizes", "get_query_offset")
+
 
 def new_cache(config: Any) -> DynamicCache:
     """The cache that the stock forward would make."""
@@ -157,6 +160,11 @@ def check_cache(cache: Any, num_layers: int) -> None:
         raise TypeError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}")
     if not hasattr(cache, "layers"):
         raise UnsupportedCacheError(f"past_key_values: expected a cache of layers, got {type(cache).__name__}")
+    for method in _CACHE_METHODS:
+        if getattr(type(cache), method, None) is not getattr(Cache, method, None):
+            raise UnsupportedCacheError(
+                f"past_key_values: expected a cache with transformers' own {method}, got {type(cache).__name__}"
+            )
     if getattr(cache, "offloading", False):
         raise UnsupportedCacheError("past_key_values: expected a cache on the model's device, got an offloaded one")
     for layer in cache.layers:
@@ -220,8 +228,9 @@ class CacheTransaction:
     ) -> None:
         self._cache = cache
         self._layers: list[Any] = list(cache.layers)
+        make_layer: Any = cache.layer_class_to_replicate
         while len(self._layers) < num_layers:
-            self._layers.append(cache.layer_class_to_replicate())
+            self._layers.append(make_layer())
         self._padding = padding
         self._open: list[Any] = []
         try:
