@@ -94,7 +94,7 @@ def test_a_plan_whose_boundary_exceeds_the_prompt_runs_it_at_full_depth():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_head_shape_equals_the_oracle(dtype, head_dim, heads, kv_heads):
     model = llama(head_dim=head_dim, heads=heads, kv_heads=kv_heads, layers=4, dtype=dtype)
-    assert_equals_oracle(model, plan_of(model, (1, 3), 3), tokens(model, 2, 35))
+    assert_equals_oracle(model, plan_of(model, (1, 3), 3), tokens(model, 2, 45))
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,8 @@ def test_weights_that_are_views_of_a_wider_matrix_equal_the_oracle():
                 wide[:, :columns] = linear.weight
                 linear.weight = torch.nn.Parameter(wide[:, :columns])
                 assert not linear.weight.is_contiguous()
-    assert_equals_oracle(model, plan_of(model, GAPS, 2), tokens(model, 1, T))
-    assert_equals_oracle(model, plan_of(model, GAPS, 2), tokens(model, 1, 3))
+    for length in (3, 111):  # few rows and many go through different matrix products
+        assert_equals_oracle(model, plan_of(model, GAPS, 2), tokens(model, 1, length))
 
 
 def test_a_massive_activation_does_not_overflow_the_projection_in_float16():

@@ -195,7 +195,8 @@ class NativeModel:
 
     def _check_input(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds, got both or none")
+            found = "none" if input_ids is None else "both"
+            raise ValueError(f"input_ids: expected exactly one of input_ids and inputs_embeds, got {found}")
         name, tokens = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
         if not isinstance(tokens, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tokens).__name__}")

@@ -64,6 +64,7 @@ def pack_batch(batch: int, columns: int, past_slots: int, attention_mask: torch.
     """Reads a mask ``[batch, past_slots + columns]`` (1: real token), or all ones for None.
 
     Raises:
+        TypeError: a mask that is no tensor.
         ValueError: a mask of another shape, holes in the new tokens, or a sequence without a new token.
     """
     if columns == 0 or batch == 0:
@@ -76,16 +77,16 @@ def pack_batch(batch: int, columns: int, past_slots: int, attention_mask: torch.
 
 
 def _check_mask(attention_mask: torch.Tensor, batch: int, slots: int) -> torch.Tensor:
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-        is_tensor = isinstance(attention_mask, torch.Tensor)
-        found = list(attention_mask.shape) if is_tensor else type(attention_mask).__name__
-        raise ValueError(f"attention_mask: expected a 2-D tensor [batch, past + new tokens], got {found}")
+    if not isinstance(attention_mask, torch.Tensor):
+        raise TypeError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}")
     if tuple(attention_mask.shape) != (batch, slots):
         raise ValueError(
             f"attention_mask: expected shape [{batch}, {slots}] (past and new tokens), got {list(attention_mask.shape)}"
         )
-    if attention_mask.dtype != torch.bool and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
-        raise ValueError("attention_mask: expected zeros and ones, got other values")
+    if attention_mask.dtype != torch.bool:
+        other = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
+        if len(other) > 0:
+            raise ValueError(f"attention_mask: expected zeros and ones, got {other[0].item()}")
     return attention_mask.bool().cpu()
 
 

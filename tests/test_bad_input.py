@@ -1,0 +1,302 @@
+"""Bad input gets an error that names the argument, what was expected and what came; nothing changes, byte for byte.
+
+`python tests/test_bad_input.py` writes docs/bad-input.md from the messages that the cases get.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pop_ext
+import pytest
+import torch
+from bad_input_cases import SECTIONS, Case, World
+from torch import nn
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "bad-input.md"
+CASES = [
+    pytest.param(case, id=f"{section.replace('`', '')}: {case.given.replace('`', '')}")
+    for section, cases in SECTIONS.items()
+    for case in cases
+]
+
+
+@functools.cache
+def error_of(case: Case) -> Exception:
+    """What a case raises, after checking that it left the world as it was and that the world still works."""
+    world = World()
+    if case.prepare is not None:
+        case.prepare(world)
+    before = world.snapshot()
+    with pytest.raises(case.error) as caught:
+        case.call(world)
+    assert world.snapshot() == before, "the failed call changed a weight or a cache"
+    if case.prepare is None:
+        world.prefill()
+        world.prefill(past_key_values=world.static)
+        world.run_op()
+    return caught.value
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_argument_is_named_and_changes_nothing(case):
+    error = error_of(case)
+    assert re.search(case.text, str(error), re.DOTALL), f"{type(error).__name__}: {error}"
+
+
+# The document
+
+
+def generate() -> str:
+    """docs/bad-input.md, from the errors themselves."""
+    lines = [
+        "# What bad input gets",
+        "",
+        "Every error names the argument, what was expected and what came. The cache and the model are byte for byte",
+        "as they were before the call. The tests run these cases, compare the bytes, and compare this table with what",
+        "comes (`python tests/test_bad_input.py` writes it anew).",
+        "",
+    ]
+    for section, cases in SECTIONS.items():
+        lines += [f"## {section}", "", "| what you pass | what you get |", "|---|---|"]
+        lines += [f"| {case.given} | {shown(error_of(case))} |" for case in cases]
+        lines.append("")
+    lines += [
+        "## Weights that change after `load`",
+        "",
+        "| what you do | what you get |",
+        "|---|---|",
+        *(f"| {given} | {shown(stale_error(change)[1])} |" for given, change in CHANGES.items()),
+        "",
+        "`native.refresh()` takes the weights as they are then; an enabled model does so by itself. A change through",
+        "`.data` moves no version counter: of the weights that were folded, 64 values are compared, so that a change",
+        "may pass unseen that leaves those alone. Other weights are read where they are, and `.data` changes to them",
+        "just apply.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def shown(error: Exception) -> str:
+    """Type and first line of a message, as a table cell; handles are numbers that depend on what ran before."""
+    text = re.sub(r"(not freed, got) \d+", r"\1 *n*", str(error).splitlines()[0])
+    return f"`{type(error).__name__}`: {text}".replace("|", "\\|")
+
+
+def test_the_document_shows_the_messages_as_they_are():
+    assert DOCUMENT.read_text(encoding="utf-8") == generate(), "run `python tests/test_bad_input.py`"
+
+
+# Weights changed, moved or re-assigned after load
+
+
+@torch.no_grad()
+def add_in_place(world):
+    world.model.model.layers[0].mlp.up_proj.weight.add_(1.0)
+
+
+@torch.no_grad()
+def add_in_place_to_a_folded_weight(world):
+    world.model.model.layers[1].self_attn.v_proj.weight.add_(1.0)
+
+
+def add_through_data(world):
+    world.model.model.layers[2].input_layernorm.weight.data.add_(1.0)
+
+
+def reassign(world):
+    linear = world.model.model.layers[0].self_attn.o_proj
+    linear.weight = nn.Parameter(linear.weight.detach() * 2)
+
+
+def replace_module(world):
+    attention = world.model.model.layers[0].self_attn
+    attention.o_proj = nn.Linear(*attention.o_proj.weight.shape[::-1], bias=False)
+
+
+def move_data(world):
+    norm = world.model.model.norm
+    norm.weight.data = norm.weight.data.clone()
+
+
+def to_another_dtype(world):
+    world.model.to(torch.bfloat16)
+
+
+def load_a_state_dict(world):
+    world.model.load_state_dict({name: 2 * value for name, value in world.model.state_dict().items()})
+
+
+CHANGES = {
+    "`weight.add_(1)`": add_in_place,
+    "`weight.add_(1)`, of an omitted layer's projection": add_in_place_to_a_folded_weight,
+    "`weight.data.add_(1)`, of an omitted layer's norm": add_through_data,
+    "`linear.weight = nn.Parameter(...)`": reassign,
+    "another module in a module's place": replace_module,
+    "`weight.data = ...`": move_data,
+    "`model.to(torch.bfloat16)`": to_another_dtype,
+    "`model.load_state_dict(...)`": load_a_state_dict,
+}
+SEEN_BY_THE_OPERATOR = (
+    add_in_place_to_a_folded_weight,
+    add_through_data,
+    move_data,
+    to_another_dtype,
+    load_a_state_dict,
+)
+
+
+def stale_error(change) -> tuple[World, Exception]:
+    """What prefill raises after the change, having left the caches alone."""
+    world = World()
+    change(world)
+    before = world.snapshot()
+    with pytest.raises(RuntimeError) as caught:
+        world.prefill()
+    assert world.snapshot() == before
+    return world, caught.value
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=[change.__name__ for change in CHANGES.values()])
+def test_changed_weights_are_noticed_and_refresh_takes_them(change):
+    world, error = stale_error(change)
+    assert re.search(r"weight \S+: expected .*native\.refresh\(\)", str(error))
+    world.native.refresh()
+    fresh = pop_ext.load(world.model, world.plan)
+    refreshed = world.native.prefill(world.ids)
+    assert torch.equal(refreshed.logits, fresh.prefill(world.ids).logits)
+    assert refreshed.logits.dtype == world.model.dtype
+
+
+@pytest.mark.parametrize("change", SEEN_BY_THE_OPERATOR, ids=[change.__name__ for change in SEEN_BY_THE_OPERATOR])
+def test_the_operator_notices_what_it_can_see(change):
+    world = World()
+    change(world)
+    before = world.snapshot()
+    with pytest.raises(RuntimeError, match=r"pop::prefill: weight \S+: expected .*native\.refresh\(\)"):
+        world.run_op()
+    assert world.snapshot() == before
+
+
+def test_the_operator_keeps_to_the_weights_it_holds():
+    for change in (reassign, replace_module):
+        world, untouched = World(), World()
+        change(world)
+        assert torch.equal(
+            torch.ops.pop.prefill(**{**world.op, **fresh_caches(world)}),
+            torch.ops.pop.prefill(**{**untouched.op, **fresh_caches(untouched)}),
+        )
+
+
+def fresh_caches(world):
+    return {name: [torch.ones_like(cache) for cache in world.op[name]] for name in ("key_cache", "value_cache")}
+
+
+def test_a_refresh_to_something_that_cannot_run_keeps_what_was_loaded():
+    world = World()
+    before, handle = world.prefill(past_key_values=None).logits, world.native.handle
+    world.model.double()
+    with pytest.raises(pop_ext.UnsupportedModelError, match="got torch.float64"):
+        world.native.refresh()
+    world.model.float()
+    assert world.native.handle == handle
+    with pytest.raises(RuntimeError, match=r"native\.refresh"):
+        world.prefill()
+    world.native.refresh()
+    assert torch.equal(world.prefill(past_key_values=None).logits, before)
+
+
+# A failure in the middle of the layer loop
+
+
+FAILING_GEMM = """
+import torch
+from bad_input_cases import World
+from transformers import DynamicCache, StaticCache
+
+calls, fail_at = 0, None
+
+def mm_out(a, b, *, out):
+    global calls
+    calls += 1
+    if calls == fail_at:
+        raise RuntimeError("planted failure")
+    return out.copy_(torch.mm(a, b))
+
+library = torch.library.Library("aten", "IMPL")
+library.impl("mm.out", mm_out, "CPU")
+
+SIZE = {"new": 150, "capacity": 160}  # enough rows for torch's matrix product
+world = World(**SIZE)
+EMPTY = StaticCache(config=world.model.config, max_cache_len=160)
+DYNAMIC = DynamicCache()
+RUNS = {
+    "dynamic": lambda: world.prefill(),
+    "static": lambda: world.prefill(past_key_values=world.static),
+    "empty static": lambda: world.prefill(past_key_values=EMPTY),
+    "empty dynamic": lambda: world.prefill(past_key_values=DYNAMIC),
+    "operator": lambda: world.run_op(),
+}
+
+calls = 0
+world.native.prefill(world.ids)
+total = calls
+assert total >= 8, total
+for name, run in RUNS.items():
+    for fail_at in (1, 2, total // 2, total - 1, total):
+        calls, before = 0, world.snapshot()
+        try:
+            run()
+        except RuntimeError as error:
+            assert "planted failure" in str(error), error
+        else:
+            raise AssertionError(f"{name}: call {fail_at} did not fail")
+        assert calls == fail_at, (name, calls)
+        assert world.snapshot() == before, f"{name}: the failure at product {fail_at} changed a cache"
+    assert not any(layer.is_initialized for layer in EMPTY.layers)
+    assert len(DYNAMIC.layers) == 0
+
+fail_at = None
+expected = World(**SIZE)
+a, b = world.prefill(past_key_values=world.static), expected.prefill(past_key_values=expected.static)
+assert torch.equal(a.logits, b.logits)
+for ours, theirs in zip(world.static.layers, expected.static.layers, strict=True):
+    assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+world.run_op()
+world.prefill()
+
+# Without the guard the operator says so and does not promise it.
+for cache in world.op["key_cache"]:
+    cache.normal_()
+calls, fail_at, before = 0, total, world.snapshot()
+try:
+    world.run_op(restore_on_error=False)
+except RuntimeError:
+    pass
+assert world.snapshot() != before
+print("restored", total)
+"""
+
+
+def test_a_failure_in_the_middle_of_the_layer_loop_restores_every_cache():
+    # In a process of its own: it replaces torch's matrix product.
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "import torch; torch.set_num_threads(1)\n" + FAILING_GEMM],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.startswith("restored")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    DOCUMENT.parent.mkdir(exist_ok=True)
+    DOCUMENT.write_text(generate(), encoding="utf-8")
