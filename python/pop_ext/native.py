@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pop_ext import operators
+from pop_ext import _core, operators
 from pop_ext.families import Description, describe
 from pop_ext.kv_cache import CacheTransaction, check_cache, check_windows, has_window, new_cache, past_slots
 from pop_ext.packing import PackedBatch, PerSequence, pack_batch, per_sequence
@@ -54,6 +54,26 @@ class _Stamp:
         return tensor is self.tensor and _Stamp.of(tensor) == self
 
 
+class _Loaded:
+    """What one ``pop::load`` made, freed when nobody refers to it any more: a running call does."""
+
+    def __init__(self, description: Description, plan: Plan) -> None:
+        weights = [ref.tensor for ref in description.weights]
+        with torch.no_grad():
+            self.handle = torch.ops.pop.load(description.spec.to_json(), plan.to_json(), weights)
+        weakref.finalize(self, torch.ops.pop.unload, self.handle)
+        self.description = description
+        self.like = weights[0].detach()
+        self.extra_bytes: int = json.loads(torch.ops.pop.info(self.handle))["extra_bytes"]
+        self._stamps = [_Stamp.of(tensor) for tensor in weights]
+
+    def stale_weight(self) -> str | None:
+        for ref, stamp in zip(self.description.weights, self._stamps, strict=True):
+            if not stamp.matches(ref.find()):
+                return ref.slot
+        return torch.ops.pop.stale_weight(self.handle) or None
+
+
 def check_plan(plan: Plan, num_layers: int) -> Plan:
     """Raises TypeError or ValueError unless ``plan`` is a plan for that depth."""
     if not isinstance(plan, Plan):
@@ -75,8 +95,7 @@ class NativeModel:
         description = describe(model)
         self.model = model
         self.plan = check_plan(default_plan(model.config) if plan is None else plan, description.spec.num_layers)
-        self._finalizer: weakref.finalize[[int], NativeModel] | None = None
-        self._bind(description)
+        self._loaded = _Loaded(description, self.plan)
 
     def __repr__(self) -> str:
         return f"NativeModel({type(self.model).__name__}, {self.plan!r}, extra_bytes={self.extra_bytes})"
@@ -84,20 +103,29 @@ class NativeModel:
     @property
     def handle(self) -> int:
         """The ``model`` argument of ``torch.ops.pop.prefill``; valid until ``refresh`` or the end of this object."""
-        return self._handle
+        return self._loaded.handle
+
+    @property
+    def description(self) -> Description:
+        """The model's spec and where its weights are, as they were loaded."""
+        return self._loaded.description
+
+    @property
+    def spec(self) -> _core.ModelSpec:
+        return self._loaded.description.spec
 
     @property
     def extra_bytes(self) -> int:
         """Memory of the folded K/V weights, in bytes."""
-        return self._extra_bytes
+        return self._loaded.extra_bytes
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._like.dtype
+        return self._loaded.like.dtype
 
     @property
     def device(self) -> torch.device:
-        return self._like.device
+        return self._loaded.like.device
 
     def refresh(self) -> None:
         """Takes the model's weights as they are now; needed after they were changed, moved or reassigned.
@@ -105,17 +133,14 @@ class NativeModel:
         Raises:
             UnsupportedModelError: the model has become one that cannot run natively; what was loaded stays.
         """
-        self._bind(describe(self.model))
+        self._loaded = _Loaded(describe(self.model), self.plan)
 
     def stale_weight(self) -> str | None:
         """The name of a weight that was changed, moved or reassigned since it was loaded; None if none was.
 
         A change through ``.data`` shows in no version counter: of what was folded, values are sampled.
         """
-        for ref, stamp in zip(self.description.weights, self._stamps, strict=True):
-            if not stamp.matches(ref.find()):
-                return ref.slot
-        return torch.ops.pop.stale_weight(self._handle) or None
+        return self._loaded.stale_weight()
 
     def prefill(
         self,
@@ -147,7 +172,8 @@ class NativeModel:
 
         Source: POP (arXiv 2602.03295), section 3; rules in docs/semantics.md.
         """
-        stale = self.stale_weight()
+        loaded = self._loaded
+        stale = loaded.stale_weight()
         if stale is not None:
             raise RuntimeError(
                 f"weight {stale}: expected the tensor that was loaded, unchanged; it was changed, moved or "
@@ -172,26 +198,13 @@ class NativeModel:
                 "(it keeps the last slots, masked or not), got holes"
             )
         with torch.no_grad():
-            hidden, cache = self._run(rows, packed, self._positions(position_ids, packed), cache, boundaries, keeps)
+            positions = self._positions(position_ids, packed)
+            hidden, cache = self._run(loaded, rows, packed, positions, cache, boundaries, keeps)
             if isinstance(logits_to_keep, int):
                 hidden = hidden.view(batch, logits_to_keep, -1)
                 return PrefillOutput(self.model.lm_head(hidden), hidden, cache)
             cu_rows = torch.tensor([0, *keeps]).cumsum(0).to(torch.int32)
             return PrefillOutput(self.model.lm_head(hidden), hidden, cache, cu_rows)
-
-    def _bind(self, description: Description) -> None:
-        weights = [ref.tensor for ref in description.weights]
-        with torch.no_grad():
-            handle = torch.ops.pop.load(description.spec.to_json(), self.plan.to_json(), weights)
-        if self._finalizer is not None:
-            self._finalizer()
-        self._finalizer = weakref.finalize(self, torch.ops.pop.unload, handle)
-        self._handle = handle
-        self.description = description
-        self._stamps = [_Stamp.of(tensor) for tensor in weights]
-        self._like = weights[0].detach()
-        self.spec = description.spec
-        self._extra_bytes = json.loads(torch.ops.pop.info(handle))["extra_bytes"]
 
     def _check_input(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -248,6 +261,7 @@ class NativeModel:
 
     def _run(
         self,
+        loaded: _Loaded,
         rows: torch.Tensor,
         packed: PackedBatch,
         positions: torch.Tensor,
@@ -258,13 +272,13 @@ class NativeModel:
         # In float32 whatever the model's dtype: the module looks only at dtype and device of its first argument.
         like_rope = torch.empty(0, dtype=torch.float32, device=self.device)
         cos, sin = self.model.model.rotary_emb(like_rope, positions[None])
-        like = self._like.new_empty((0, self.spec.num_kv_heads, 0, self.spec.head_dim))
+        like = loaded.like.new_empty((0, self.spec.num_kv_heads, 0, self.spec.head_dim))
         transaction = CacheTransaction(
             cache, like, self.spec.num_layers, packed.batch, packed.past_slots, packed.columns, packed.padding()
         )
         try:
             hidden = torch.ops.pop.prefill(
-                self._handle,
+                loaded.handle,
                 rows,
                 cos[0],
                 sin[0],
