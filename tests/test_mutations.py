@@ -1,0 +1,304 @@
+"""Planted mistakes: each must make the comparison with the oracle fail, in float32 and by the rule for bfloat16.
+
+A mistake is planted in what the operator is given (weights, spec, tables, lengths) or in what it leaves behind.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pop_ext
+import pytest
+import torch
+from against_oracle import Result, plan_of, run_oracle
+from models import FAMILIES, WINDOW, float32_twin, tokens
+from op_calls import op_call, rope_of, run_op
+from pop_ext import NativeModel, Plan
+from tolerance import assert_close_fp32, assert_low_precision
+from torch import Tensor
+
+pop = torch.ops.pop
+OMIT = (2, 4, 5)
+BOUNDARY = 3
+T = 40
+
+
+@functools.cache
+def loaded(family: str, dtype: torch.dtype) -> NativeModel:
+    model = FAMILIES[family](dtype=dtype)
+    return pop_ext.load(model, plan_of(model, OMIT, BOUNDARY))
+
+
+@functools.cache
+def oracle(family: str, dtype: torch.dtype, truth: bool) -> Result:
+    native = loaded(family, dtype)
+    model = float32_twin(native.model) if truth else native.model
+    return run_oracle(model, native.plan, tokens(native.model, 1, T), logits_to_keep=2)
+
+
+@dataclass
+class Run:
+    """One call of the operator, before and after it ran; a mutation changes it at either point."""
+
+    native: NativeModel
+    spec: dict[str, Any]
+    plan: Plan
+    weights: dict[str, Tensor]
+    call: dict[str, Any]
+    hidden: Tensor | None = None
+
+    @classmethod
+    def of(cls, native: NativeModel) -> Run:
+        names = [name for name, _layer, _shape in native.spec.weight_slots()]
+        weights = dict(zip(names, [ref.tensor.detach() for ref in native.description.weights], strict=True))
+        prompt = tokens(native.model, 1, T)[0]
+        call = op_call(native, [prompt], boundary=[BOUNDARY], logits_to_keep=[2])
+        return cls(native, json.loads(native.spec.to_json()), native.plan, weights, call)
+
+    def execute(self) -> None:
+        handle = pop.load(json.dumps(self.spec), self.plan.to_json(), list(self.weights.values()))
+        try:
+            self.hidden = run_op({**self.call, "model": handle})
+        finally:
+            pop.unload(handle)
+
+    def change_caches(self, layer: int, change: Callable[[Tensor], Any]) -> None:
+        for name in ("key_cache", "value_cache"):
+            change(self.call[name][layer])
+
+
+def compare(run: Run, family: str, dtype: torch.dtype) -> None:
+    """Hidden states and K/V of every layer and position, with the oracle."""
+    same, truth = oracle(family, dtype, False), oracle(family, dtype, True)
+
+    def assert_equal(actual: Tensor, theirs: Tensor, exact: Tensor, name: str) -> None:
+        if dtype == torch.float32:
+            assert_close_fp32(actual, theirs, name)
+        else:
+            assert_low_precision(actual, theirs, exact, name)
+
+    assert_equal(run.hidden, same.hidden_states[0], truth.hidden_states[0], "hidden states")
+    for index, (layer, exact) in enumerate(zip(same.cache.layers, truth.cache.layers, strict=True)):
+        for name, kind in (("key_cache", "keys"), ("value_cache", "values")):
+            ours = run.call[name][index][:, :, :T]
+            assert_equal(ours, getattr(layer, kind), getattr(exact, kind), f"{kind} of layer {index}")
+
+
+# Mutations of what goes in
+
+
+def swap(run: Run, one: str, other: str) -> None:
+    run.weights[one], run.weights[other] = run.weights[other], run.weights[one]
+
+
+def rope(run: Run, positions: Tensor) -> None:
+    run.call["cos"], run.call["sin"] = rope_of(run.native, positions)
+
+
+def swap_gamma_of_two_omitted_layers(run):
+    swap(run, "layers.4.input_norm", "layers.5.input_norm")
+
+
+def forget_gamma_in_the_fold(run):
+    run.weights["layers.4.input_norm"] = torch.ones_like(run.weights["layers.4.input_norm"])
+
+
+def use_the_post_attention_gamma(run):
+    swap(run, "layers.2.input_norm", "layers.2.post_norm")
+
+
+def swap_k_and_v_of_an_omitted_layer(run):
+    swap(run, "layers.4.k_proj", "layers.4.v_proj")
+
+
+def swap_k_and_v_of_a_retained_layer(run):
+    swap(run, "layers.1.k_proj", "layers.1.v_proj")
+
+
+def swap_k_of_two_layers_of_a_run(run):
+    swap(run, "layers.4.k_proj", "layers.5.k_proj")
+
+
+def swap_the_kv_heads(run):
+    name = "layers.5.v_proj"
+    run.weights[name] = run.weights[name].roll(run.native.spec.head_dim, 0)
+
+
+def forget_a_bias(run):
+    run.weights["layers.4.k_bias"] = torch.zeros_like(run.weights["layers.4.k_bias"])
+
+
+def swap_gate_and_up(run):
+    swap(run, "layers.0.gate_proj", "layers.0.up_proj")
+
+
+def forget_the_final_gamma(run):
+    run.weights["norm"] = torch.ones_like(run.weights["norm"])
+
+
+def shift_rope_by_one(run):
+    rope(run, torch.arange(1, T + 1))
+
+
+def start_rope_over_at_the_boundary(run):
+    rope(run, torch.cat([torch.arange(T - BOUNDARY), torch.arange(BOUNDARY)]))
+
+
+def turn_rope_the_other_way(run):
+    run.call["sin"] = -run.call["sin"]
+
+
+def change_the_rope_of_the_last_row_only(run):
+    positions = torch.arange(T)
+    positions[-1] -= 1
+    rope(run, positions)
+
+
+def move_the_boundary_by_one(run):
+    run.call["boundary"] = run.call["boundary"] + 1
+
+
+def run_everything_at_full_depth(run):
+    run.plan = run.plan.replace(omit=())
+
+
+def omit_a_layer_more(run):
+    run.plan = run.plan.replace(omit=(*OMIT, 3))
+
+
+def omit_a_layer_less(run):
+    run.plan = run.plan.replace(omit=(2, 5))
+
+
+def change_the_attention_scale(run):
+    run.spec["attention_scale"] *= 1.1
+
+
+def change_the_epsilon(run):
+    run.spec["rms_norm_eps"] *= 5000
+
+
+def widen_the_window(run):
+    assert run.spec["window"] == [WINDOW] * 6
+    run.spec["window"] = [WINDOW + 1] * 6
+
+
+def narrow_the_window(run):
+    run.spec["window"] = [WINDOW - 1] * 6
+
+
+# Mutations of what comes out
+
+
+def forget_the_boundary_kv(run):
+    run.change_caches(4, lambda cache: cache[:, :, T - BOUNDARY : T].zero_())
+
+
+def leave_the_last_position_unwritten(run):
+    run.change_caches(5, lambda cache: cache[:, :, T - 1].zero_())
+
+
+def write_the_boundary_kv_one_slot_early(run):
+    run.change_caches(
+        2, lambda cache: cache[:, :, T - BOUNDARY - 1 : T - 1].copy_(cache[:, :, T - BOUNDARY : T].clone())
+    )
+
+
+def project_the_boundary_rows_as_context(run):
+    """K/V of the boundary rows from their state before the run, as if they were context."""
+    other = Run.of(run.native)
+    other.call["boundary"], other.call["logits_to_keep"] = torch.ones(2, 1, dtype=torch.int32)
+    other.execute()
+    for name in ("key_cache", "value_cache"):
+        rows = slice(T - BOUNDARY, T - 1)
+        run.call[name][4][:, :, rows] = other.call[name][4][:, :, rows]
+
+
+def swap_the_caches_of_two_layers(run):
+    keys = run.call["key_cache"]
+    keys[4], keys[5] = keys[5], keys[4]
+
+
+def return_the_rows_in_another_order(run):
+    run.hidden = run.hidden.flip(0)
+
+
+IN = {
+    "llama": [
+        swap_gamma_of_two_omitted_layers,
+        forget_gamma_in_the_fold,
+        use_the_post_attention_gamma,
+        swap_k_and_v_of_an_omitted_layer,
+        swap_k_and_v_of_a_retained_layer,
+        swap_k_of_two_layers_of_a_run,
+        swap_the_kv_heads,
+        swap_gate_and_up,
+        forget_the_final_gamma,
+        shift_rope_by_one,
+        start_rope_over_at_the_boundary,
+        turn_rope_the_other_way,
+        change_the_rope_of_the_last_row_only,
+        move_the_boundary_by_one,
+        run_everything_at_full_depth,
+        omit_a_layer_more,
+        omit_a_layer_less,
+        change_the_attention_scale,
+        change_the_epsilon,
+    ],
+    "qwen2": [forget_a_bias],
+    "mistral": [widen_the_window, narrow_the_window],
+}
+OUT = [
+    forget_the_boundary_kv,
+    leave_the_last_position_unwritten,
+    write_the_boundary_kv_one_slot_early,
+    project_the_boundary_rows_as_context,
+    swap_the_caches_of_two_layers,
+    return_the_rows_in_another_order,
+]
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", IN)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_a_mistake_the_comparison_passes(dtype, family):
+    run = Run.of(loaded(family, dtype))
+    run.execute()
+    compare(run, family, dtype)
+
+
+@pytest.mark.parametrize(
+    ("family", "mutate"),
+    [pytest.param(family, mutate, id=mutate.__name__) for family, mutations in IN.items() for mutate in mutations],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_mistake_in_what_goes_in_is_caught(dtype, family, mutate):
+    run = Run.of(loaded(family, dtype))
+    mutate(run)
+    run.execute()
+    with pytest.raises(AssertionError, match="worst at"):
+        compare(run, family, dtype)
+
+
+@pytest.mark.parametrize("mutate", OUT, ids=[mutate.__name__ for mutate in OUT])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_mistake_in_what_comes_out_is_caught(dtype, mutate):
+    run = Run.of(loaded("llama", dtype))
+    run.execute()
+    mutate(run)
+    with pytest.raises(AssertionError, match="worst at"):
+        compare(run, "llama", dtype)
+
+
+def test_only_the_cache_shows_a_rope_that_is_off_by_one_everywhere():
+    # Attention sees differences of positions alone: a comparison of logits would pass.
+    run = Run.of(loaded("llama", torch.float32))
+    shift_rope_by_one(run)
+    run.execute()
+    assert_close_fp32(run.hidden, oracle("llama", torch.float32, False).hidden_states[0], "hidden states")
+    with pytest.raises(AssertionError, match="keys of layer 0"):
+        compare(run, "llama", torch.float32)
