@@ -17,8 +17,8 @@ struct CacheStrides {
 // Maps (sequence, position) to a slot. Without a table the positions of sequence i fill
 // consecutive slots from start[i]; with one, position p lies at slot_table[i, p].
 struct CacheAddress {
-  const int64_t* start;        // [batch]
-  const int32_t* slot_table;   // [batch, slot_table_stride] or null
+  const int64_t* start;       // [batch]
+  const int32_t* slot_table;  // [batch, slot_table_stride] or null
   int64_t slot_table_stride;
 };
 

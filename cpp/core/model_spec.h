@@ -44,8 +44,8 @@ struct ModelSpec {
   bool qkv_bias = false;
   bool o_bias = false;
   bool mlp_bias = false;
-  bool qk_norm = false;               // RMSNorm over head_dim on q and k before RoPE (Qwen3)
-  std::vector<int64_t> window;        // [num_layers]; a query sees itself and window - 1 positions before it; 0: all
+  bool qk_norm = false;         // RMSNorm over head_dim on q and k before RoPE (Qwen3)
+  std::vector<int64_t> window;  // [num_layers]; a query sees itself and window - 1 positions before it; 0: all
 
   int64_t q_dim() const { return num_heads * head_dim; }
   int64_t kv_dim() const { return num_kv_heads * head_dim; }

@@ -37,9 +37,15 @@ struct Kernels {
 };
 
 // One table per instruction set that was compiled in.
-namespace baseline { extern const Kernels kernels; }
-namespace avx2 { extern const Kernels kernels; }
-namespace avx512_bf16 { extern const Kernels kernels; }
+namespace baseline {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
 
 // The best table this processor can run; POP_CPU_ISA=baseline|avx2|avx512_bf16 asks for a lesser one.
 const Kernels& kernels();

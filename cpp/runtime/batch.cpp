@@ -12,7 +12,8 @@ BatchLayout::BatchLayout(const std::vector<SequenceCall>& calls) : sequences(sta
   // Appends tokens [begin, end) of a sequence whose first token is row `source` of the input.
   const auto append = [this](int64_t sequence, const SequenceCall& call, int64_t source, int64_t begin, int64_t end) {
     if (begin == end) return;
-    segments_.push_back({.sequence = sequence, .first_row = rows, .rows = end - begin, .first_position = call.past + begin});
+    segments_.push_back(
+        {.sequence = sequence, .first_row = rows, .rows = end - begin, .first_position = call.past + begin});
     for (int64_t token = begin; token < end; ++token) {
       row_sequence.push_back(sequence);
       row_position.push_back(call.past + token);

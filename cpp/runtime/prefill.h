@@ -23,15 +23,15 @@ class StageObserver {
 
 struct PrefillCall {
   const BatchLayout* layout;
-  const int64_t* ids;         // [packed rows], or null when `embeds` is given
-  const void* embeds;         // [packed rows, hidden_size] or null
+  const int64_t* ids;  // [packed rows], or null when `embeds` is given
+  const void* embeds;  // [packed rows, hidden_size] or null
   int64_t embeds_stride;
-  const float *cos, *sin;     // [packed rows, >= rotary_dim / 2]
+  const float *cos, *sin;  // [packed rows, >= rotary_dim / 2]
   int64_t rope_stride;
   CacheAddress address;
-  const LayerCache* caches;   // [num_layers]
-  void* hidden_states;        // [wanted rows, hidden_size]: the result, final norm applied
-  void* workspace;            // workspace_bytes(...) bytes, 64-byte aligned
+  const LayerCache* caches;  // [num_layers]
+  void* hidden_states;       // [wanted rows, hidden_size]: the result, final norm applied
+  void* workspace;           // workspace_bytes(...) bytes, 64-byte aligned
 };
 
 size_t workspace_bytes(const Model& model, const BatchLayout& layout, const Backend& backend);
