@@ -23,7 +23,7 @@ from pop_ext import Plan, UnsupportedModelError, reference
 from pop_ext.forward import PrefillForward
 from tolerance import assert_close_fp32, compare_caches
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 T = 19
 LAYERS = 6
@@ -360,6 +360,39 @@ def test_generate_of_a_compiled_model_prefills_natively():
     assert torch.equal(generate(torch.compile(model, backend="eager"), ids, 4), expected)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+def test_generate_that_compiles_decode_for_a_static_cache_prefills_natively():
+    model = pop_ext.enable(tiny(), TINY_PLAN, strict=True)
+    ids = tokens(model, 1, T)
+    expected = generate(model, ids, 4)
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True  # else only on accelerators
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=4,
+        do_sample=False,
+        pad_token_id=0,
+        cache_implementation="static",
+        compile_config=config,
+    )
+    assert torch.equal(output, expected)
+    assert pop_ext.last_call(model).tokens == (T,)
+    assert hasattr(model, "_compiled_call")
+
+
+def test_inference_mode_gives_the_same_bits():
+    model = pop_ext.enable(llama(), PLAN, strict=True)
+    ids = tokens(model, 2, T)
+    expected = prefill(model, ids).logits
+    with torch.inference_mode():
+        output = model(ids, logits_to_keep=1)
+        assert torch.equal(output.logits, expected)
+        more = model(ids, past_key_values=output.past_key_values, logits_to_keep=1)
+    assert pop_ext.last_call(model).native
+    assert more.past_key_values.get_seq_length() == 2 * T
+
+
 # Weights that change
 
 
@@ -509,6 +542,12 @@ def one_layer_on_meta() -> nn.Module:
     return model
 
 
+def offloaded_by_accelerate() -> nn.Module:
+    from accelerate import cpu_offload
+
+    return cpu_offload(llama(), execution_device="cpu")
+
+
 def of_mixed_dtype() -> nn.Module:
     model = llama()
     model.model.layers[3].mlp.to(torch.bfloat16)
@@ -551,6 +590,7 @@ UNSUPPORTED = {
     quantised: "unquantised weights.*gptq",
     on_meta: "meta device",
     one_layer_on_meta: "layers.3.gate_proj.*meta device",
+    offloaded_by_accelerate: "meta device",
     of_mixed_dtype: "layers.3.gate_proj.*torch.bfloat16",
     in_float64: "float32, bfloat16 or float16.*float64",
     with_an_adapter: "plain Linear, got LowRank",
