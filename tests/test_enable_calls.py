@@ -270,6 +270,10 @@ DECLINED = {
     "gradient checkpointing in training": Case("training", edit=train_with_checkpointing),
     "an unknown argument": Case("arguments", keep_one(my_flag=True)),
     "packed sequences": Case("position_ids", keep_one(position_ids=PACKED)),
+    "a window cache for full attention": Case(
+        "cache",
+        lambda model: {"past_key_values": DynamicCache(config=mistral().config), "logits_to_keep": 1},
+    ),
     "a cache of another kind": Case("cache", lambda model: {"past_key_values": OtherCache(), "logits_to_keep": 1}),
 }
 

@@ -84,7 +84,7 @@ class Call:
 
     Attributes:
         mask: 2-D mask of padding, whatever form it came in. None: no padding.
-        past: cache slots before the call.
+        past, slots: cache slots before the call, and after it.
         native: what runs it, for the "native" backend.
     """
 
@@ -92,6 +92,7 @@ class Call:
     decision: Decision
     mask: torch.Tensor | None = None
     past: int = 0
+    slots: int = 0
     native: NativeModel | None = None
 
 
@@ -134,7 +135,7 @@ def decide(model: nn.Module, plan: Plan, backend: str, arguments: dict[str, Any]
     full = all(t == b for t, b in zip(packed.tokens, boundary, strict=True))
     reason = "every row runs at full depth" if full or not plan.omit else "a prefill"
     decision = Decision(backend, "prefill", reason, False, plan, tuple(packed.tokens), boundary, keep)
-    return Call(arguments, decision, mask, packed.past_slots)
+    return Call(arguments, decision, mask, packed.past_slots, packed.past_slots + packed.columns)
 
 
 def text_config(model: nn.Module) -> Any:

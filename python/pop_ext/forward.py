@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from pop_ext import reference
 from pop_ext.decision import Call, Decision, bind, decide, is_decode, text_config
 from pop_ext.families import UnsupportedModelError
-from pop_ext.kv_cache import new_cache
+from pop_ext.kv_cache import check_windows, new_cache
 from pop_ext.native import NativeModel, check_plan
 from pop_ext.plan import Plan
 from pop_ext.presets import default_plan
@@ -107,16 +107,21 @@ class PrefillForward:
         call = decide(model, self.plan, self.backend, bind(self.__signature__, args, kwargs))
         if call.decision.backend == "stock":
             return call
-        reason = None
+        rule, reason = "model", None
         if is_patched(type(model)) or not (self.replaced is None or is_own_forward(model, self.replaced)):
             reason = "a replaced forward: it was there before enable, and may do more than transformers' own"
         elif self.backend == "native":
             try:
                 call.native = self.bind_native()
+                cache = call.arguments.get("past_key_values")
+                if cache is not None:
+                    check_windows(cache, call.native.spec.window, call.slots)
             except UnsupportedModelError as error:
                 reason = str(error)
+            except ValueError as error:
+                rule, reason = "cache", str(error)
         if reason is not None:
-            call.decision = Decision("stock", "model", reason, True, self.plan)
+            call.decision = Decision("stock", rule, reason, True, self.plan)
         return call
 
     def bind_native(self) -> NativeModel:
@@ -165,7 +170,7 @@ class PrefillForward:
         if inputs["position_ids"] is None:
             # As the stock forward counts them: by column, masked or not.
             tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
-            inputs["position_ids"] = torch.arange(call.past, call.past + tokens.shape[1], device=tokens.device)[None]
+            inputs["position_ids"] = torch.arange(call.past, call.slots, device=tokens.device)[None]
         inputs["attention_mask"] = call.mask
         inputs["past_key_values"] = arguments.get("past_key_values")
         rows: dict[str, Any] = {"boundary": list(decision.boundary), "logits_to_keep": decision.logits_to_keep}
