@@ -44,29 +44,29 @@ class Optimiser:
         self.count = 0
 
     @torch.no_grad()
-    def step(self, matrix_lr: float, other_lr: float) -> None:
-        """One update from the parameters' gradients, which it clears."""
+    def step(self, grads: list[Tensor], matrix_lr: float, other_lr: float) -> None:
+        """One update from fp32 gradients in the order of `params`; overwrites them."""
         self.count += 1
         split = len(self.matrices)
-        for (param, rows), master, momentum in zip(self.matrices.items(), self.masters, self.first):
-            self._muon(param, rows, master, momentum, matrix_lr)
-        for param, master, first, second in zip(self.others, self.masters[split:], self.first[split:], self.second):
-            self._adam(param, master, first, second, other_lr)
-        for param, master in zip(self.params, self.masters):
+        matrices = (grads[:split], self.matrices.values(), self.masters[:split], self.first[:split])
+        for grad, rows, master, momentum in zip(*matrices, strict=True):
+            self._muon(grad, rows, master, momentum, matrix_lr)
+        rest = (grads[split:], self.masters[split:], self.first[split:], self.second)
+        for grad, master, first, second in zip(*rest, strict=True):
+            self._adam(grad, master, first, second, other_lr)
+        for param, master in zip(self.params, self.masters, strict=True):
             param.copy_(master)
-            param.grad = None
 
-    def _muon(self, param: nn.Parameter, rows: list[int], master: Tensor, momentum: Tensor, lr: float) -> None:
-        grad = param.grad.float()
+    def _muon(self, grad: Tensor, rows: list[int], master: Tensor, momentum: Tensor, lr: float) -> None:
         momentum.lerp_(grad, 1 - MOMENTUM)
         nesterov = grad.lerp_(momentum, MOMENTUM)
         master.mul_(1 - lr * MATRIX_DECAY)
-        for part, update in zip(master.split(rows, dim=1), nesterov.split(rows, dim=1)):
+        for part, update in zip(master.split(rows, dim=1), nesterov.split(rows, dim=1), strict=True):
             gain = max(1.0, part.shape[1] / part.shape[2]) ** 0.5
             part.add_(orthogonalise(update).float(), alpha=-lr * gain)
 
-    def _adam(self, param: nn.Parameter, master: Tensor, first: Tensor, second: Tensor, lr: float) -> None:
-        grad, (beta1, beta2) = param.grad.float(), ADAM_BETAS
+    def _adam(self, grad: Tensor, master: Tensor, first: Tensor, second: Tensor, lr: float) -> None:
+        beta1, beta2 = ADAM_BETAS
         first.lerp_(grad, 1 - beta1)
         second.lerp_(grad.square(), 1 - beta2)
         root = (second / (1 - beta2**self.count)).sqrt_().add_(ADAM_EPS)
@@ -81,5 +81,5 @@ class Optimiser:
         """Take up `state_dict`'s result, and refresh the parameters from the masters."""
         self.masters, self.first, self.second = state["masters"], state["first"], state["second"]
         self.count = state["count"]
-        for param, master in zip(self.params, self.masters):
+        for param, master in zip(self.params, self.masters, strict=True):
             param.copy_(master)
