@@ -360,3 +360,35 @@ def test_an_aborted_transaction_leaves_the_cache_as_it_was(kind, past):
         assert all(layer.__dict__[name] is value for name, value in state.items() if isinstance(value, torch.Tensor))
     if past:
         compare_caches(given, copies, atol=0.0)
+
+
+# A failure behind the operator
+
+
+@pytest.mark.parametrize("filled", [0, 12, 40])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_head_that_raises_leaves_the_cache_as_it_was(name, kind, filled):
+    model = copy.deepcopy(shared(name))
+    native, cache = pop_ext.load(model), new_cache(kind, model)
+    if filled:
+        native.prefill(tokens(model, 1, filled), past_key_values=cache)
+    before = copy.deepcopy(cache)
+
+    def refuse(*_):
+        raise RuntimeError("planted")
+
+    hook = model.lm_head.register_forward_hook(refuse)
+    with pytest.raises(RuntimeError, match="planted"):
+        native.prefill(tokens(model, 1, 20, seed=3), past_key_values=cache)
+    hook.remove()
+    assert int(cache.get_seq_length()) == filled
+    assert len(cache.layers) == len(before.layers)
+    for layer, kept in zip(cache.layers, before.layers, strict=True):
+        assert layer.is_initialized == kept.is_initialized
+        if filled:
+            assert torch.equal(layer.keys, kept.keys)
+            assert torch.equal(layer.values, kept.values)
+    ours = native.prefill(tokens(model, 1, 20, seed=3), past_key_values=cache)
+    again = native.prefill(tokens(model, 1, 20, seed=3), past_key_values=before)
+    assert torch.equal(ours.logits, again.logits)

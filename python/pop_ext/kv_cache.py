@@ -7,7 +7,7 @@ a call that fails leaves the cache as it was.
 | layer class                 | written                                | commit                |
 |-----------------------------|----------------------------------------|-----------------------|
 | ``DynamicLayer``            | new tensors of past + new slots        | becomes the layer's   |
-| ``StaticLayer``             | in place (the operator restores it)    | length advances       |
+| ``StaticLayer``             | in place, after a copy of those slots  | length advances       |
 | sliding-window layers       | new tensors of past + new slots        | ``layer.update``      |
 """
 
@@ -34,7 +34,6 @@ class UnsupportedCacheError(ValueError):
 class _LayerTransaction(Protocol):
     key: torch.Tensor
     value: torch.Tensor
-    in_place: bool
 
     def commit(self) -> None: ...
     def abort(self) -> None: ...
@@ -46,10 +45,25 @@ def _new_buffer(like: torch.Tensor, batch: int, slots: int, zero: bool) -> torch
     return like.new_zeros(shape) if zero else like.new_empty(shape)
 
 
+Saved = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _save(tensors: list[torch.Tensor]) -> Saved:
+    """Tensors that a call may overwrite, with copies of what they hold. Expanded ones the operator refuses."""
+    return [(tensor, tensor.clone()) for tensor in tensors if 0 not in tensor.stride()]
+
+
+def _restore(layer: Any, before: dict[str, Any], saved: Saved) -> None:
+    """Gives a layer the attributes and the values that it had."""
+    layer.__dict__.clear()
+    layer.__dict__.update(before)
+    with torch.inference_mode():  # where a cache was made in it, nothing else may write to it
+        for tensor, copy in saved:
+            tensor.copy_(copy)
+
+
 class _Dynamic:
     """Grows as ``torch.cat`` would, with one copy of the past and none of the new tokens."""
-
-    in_place = False
 
     def __init__(self, layer: Any, like: torch.Tensor, batch: int, past: int, new: int, padded: bool) -> None:
         self._layer = layer
@@ -58,6 +72,7 @@ class _Dynamic:
         if past > 0:
             self.key[:, :, :past] = layer.keys
             self.value[:, :, :past] = layer.values
+        self._before = dict(layer.__dict__)
 
     def commit(self) -> None:
         if not self._layer.is_initialized:
@@ -66,13 +81,11 @@ class _Dynamic:
         self._layer.values = self.value
 
     def abort(self) -> None:
-        pass
+        _restore(self._layer, self._before, [])
 
 
 class _Static:
     """Writes where the layer's tensors are: their addresses must stay (CUDA graphs, compile)."""
-
-    in_place = True
 
     def __init__(self, layer: Any, like: torch.Tensor, batch: int, past: int, new: int, padded: bool) -> None:
         if past + new > layer.max_cache_len:
@@ -85,7 +98,10 @@ class _Static:
         self._columns = slice(past, past + new)
         self._clear = padded
         self._before = dict(layer.__dict__)
-        if not layer.is_initialized:
+        self._saved = _save([layer.cumulative_length])
+        if layer.is_initialized:
+            self._saved += _save([cache[:, :, self._columns] for cache in (layer.keys, layer.values)])
+        else:
             empty = _new_buffer(like, batch, 0, zero=False)
             layer.lazy_initialization(empty, empty)
         self.key = layer.keys
@@ -100,8 +116,7 @@ class _Static:
         self._layer.cumulative_length.add_(self._new)
 
     def abort(self) -> None:
-        self._layer.__dict__.clear()
-        self._layer.__dict__.update(self._before)
+        _restore(self._layer, self._before, self._saved)
 
 
 class _Sliding:
@@ -109,8 +124,6 @@ class _Sliding:
 
     Slots that the layer has dropped are zero: no query of this call reaches them.
     """
-
-    in_place = False
 
     def __init__(self, layer: Any, like: torch.Tensor, batch: int, past: int, new: int, padded: bool) -> None:
         self._layer = layer
@@ -125,12 +138,18 @@ class _Sliding:
             kept = slice(0, stored) if isinstance(layer, StaticLayer) else slice(layer.keys.shape[-2] - stored, None)
             self.key[:, :, past - stored : past] = layer.keys[:, :, kept]
             self.value[:, :, past - stored : past] = layer.values[:, :, kept]
+        self._before = dict(layer.__dict__)
+        # A dynamic layer's update makes new tensors, a static one's writes into those that it has.
+        in_place: list[Any] = []
+        if isinstance(layer, StaticLayer):
+            in_place = [layer.keys, layer.values, layer.cumulative_length]
+        self._saved = _save([tensor for tensor in in_place if tensor is not None])
 
     def commit(self) -> None:
         self._layer.update(self.key[:, :, self._past :], self.value[:, :, self._past :])
 
     def abort(self) -> None:
-        pass
+        _restore(self._layer, self._before, self._saved)
 
 
 _HANDLERS: dict[type, type] = {
@@ -249,11 +268,6 @@ class CacheTransaction:
     @property
     def value_cache(self) -> list[torch.Tensor]:
         return [layer.value for layer in self._open]
-
-    @property
-    def in_place(self) -> bool:
-        """Whether the call writes to memory that the cache already owns."""
-        return any(layer.in_place for layer in self._open)
 
     def commit(self) -> None:
         for layer in self._open:

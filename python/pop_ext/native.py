@@ -199,12 +199,12 @@ class NativeModel:
             )
         with torch.no_grad():
             positions = self._positions(position_ids, packed)
-            hidden, cache = self._run(loaded, rows, packed, positions, cache, boundaries, keeps)
-            if isinstance(logits_to_keep, int):
-                hidden = hidden.view(batch, logits_to_keep, -1)
-                return PrefillOutput(self.model.lm_head(hidden), hidden, cache)
-            cu_rows = torch.tensor([0, *keeps]).cumsum(0).to(torch.int32)
-            return PrefillOutput(self.model.lm_head(hidden), hidden, cache, cu_rows)
+            hidden, logits = self._run(loaded, rows, packed, positions, cache, boundaries, keeps)
+        if isinstance(logits_to_keep, int):
+            shape = (batch, logits_to_keep, -1)
+            return PrefillOutput(logits.view(shape), hidden.view(shape), cache)
+        cu_rows = torch.tensor([0, *keeps]).cumsum(0).to(torch.int32)
+        return PrefillOutput(logits, hidden, cache, cu_rows)
 
     def _check_input(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -268,7 +268,8 @@ class NativeModel:
         cache: Cache,
         boundaries: list[int],
         keeps: list[int],
-    ) -> tuple[torch.Tensor, Cache]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and logits of the wanted rows, packed; the cache holds the new tokens only if all went well."""
         # In float32 whatever the model's dtype: the module looks only at dtype and device of its first argument.
         like_rope = torch.empty(0, dtype=torch.float32, device=self.device)
         cos, sin = self.model.model.rotary_emb(like_rope, positions[None])
@@ -290,13 +291,14 @@ class NativeModel:
                 transaction.key_cache,
                 transaction.value_cache,
                 packed.slot_table,
-                transaction.in_place,
+                False,  # restore_on_error: the transaction does, for what comes after the operator, too
             )
+            logits = self.model.lm_head(hidden)
+            transaction.commit()
         except BaseException:
             transaction.abort()
             raise
-        transaction.commit()
-        return hidden, cache
+        return hidden, logits
 
 
 def _check_at_most(values: list[int], tokens: list[int], name: str) -> None:
