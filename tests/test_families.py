@@ -305,3 +305,12 @@ def test_a_weight_of_another_shape_is_refused():
     model.model.layers[3].mlp.up_proj = nn.Linear(96, 161, bias=False)
     with pytest.raises(UnsupportedModelError, match=r"layers.3.up_proj: expected shape \[160, 96\], got \[161, 96\]"):
         describe(model)
+
+
+@pytest.mark.parametrize("place", ["layers.1.self_attn", "layers.1.mlp", "rotary_emb"])
+def test_another_class_inside_the_model_is_refused_by_name(place):
+    model = llama()
+    module = model.model.get_submodule(place)
+    module.__class__ = type("Custom", (type(module),), {"forward": type(module).forward})
+    with pytest.raises(UnsupportedModelError, match=f"model.{place}: expected a Llama.*, got Custom"):
+        pop_ext.load(model)

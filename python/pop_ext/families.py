@@ -68,17 +68,14 @@ class Family:
 
     Attributes:
         model_type: ``config.model_type``.
-        model_class: name of the causal language model class.
-        layer_class, norm_class: names of the decoder layer and norm classes; another class in
-            their place computes something else, so it is refused.
+        prefix: what the names of its classes begin with ("Llama" of LlamaForCausalLM, LlamaAttention, ...);
+            another class in the place of one of them computes something else, so it is refused.
         layer: runtime weight name -> path inside a decoder layer.
         window: sliding window of a layer, 0 for none.
     """
 
     model_type: str
-    model_class: str
-    layer_class: str
-    norm_class: str
+    prefix: str
     layer: dict[str, str] = field(default_factory=lambda: dict(_LLAMA_LAYER))
     window: Callable[[Any, int], int] = _no_window
 
@@ -86,11 +83,12 @@ class Family:
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "LlamaForCausalLM", "LlamaDecoderLayer", "LlamaRMSNorm"),
-        Family("mistral", "MistralForCausalLM", "MistralDecoderLayer", "MistralRMSNorm", window=_window_everywhere),
-        Family("qwen2", "Qwen2ForCausalLM", "Qwen2DecoderLayer", "Qwen2RMSNorm", window=_window_by_layer_type),
+        Family("llama", "Llama"),
+        Family("mistral", "Mistral", window=_window_everywhere),
+        Family("qwen2", "Qwen2", window=_window_by_layer_type),
         Family(
-            *("qwen3", "Qwen3ForCausalLM", "Qwen3DecoderLayer", "Qwen3RMSNorm"),
+            "qwen3",
+            "Qwen3",
             layer={**_LLAMA_LAYER, "q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight"},
             window=_window_by_layer_type,
         ),
@@ -158,8 +156,11 @@ def map_weights(model: Any) -> Description:
             f"model: expected {config.num_hidden_layers} decoder layers (config.num_hidden_layers), got {len(layers)}"
         )
     for index, layer in enumerate(layers):
-        _check_class(layer, family.layer_class, f"model.layers.{index}")
-    _check_class(decoder.norm, family.norm_class, "model.norm")
+        _check_class(layer, f"{family.prefix}DecoderLayer", f"model.layers.{index}")
+        _check_class(layer.self_attn, f"{family.prefix}Attention", f"model.layers.{index}.self_attn")
+        _check_class(layer.mlp, f"{family.prefix}MLP", f"model.layers.{index}.mlp")
+    _check_class(decoder.norm, f"{family.prefix}RMSNorm", "model.norm")
+    _check_class(decoder.rotary_emb, f"{family.prefix}RotaryEmbedding", "model.rotary_emb")
     places = {"embed_tokens": "model.embed_tokens.weight", "norm": "model.norm.weight"}
     for index in range(len(layers)):
         for slot, path in family.layer.items():
@@ -186,7 +187,7 @@ def _family_of(model: Any) -> Family:
     if family is None:
         found = model_type or type(model).__name__
         raise UnsupportedModelError(f"model: expected an architecture of {', '.join(sorted(FAMILIES))}, got {found}")
-    _check_class(model, family.model_class, "model")
+    _check_class(model, f"{family.prefix}ForCausalLM", "model")
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         # A dict as the checkpoint has it, or an object once transformers has read it.
@@ -212,7 +213,7 @@ def _ref(slot: str, model: nn.Module, path: str, family: Family) -> WeightRef | 
     if slot == "embed_tokens":
         expected = nn.Embedding
     if expected is None:
-        _check_class(module, family.norm_class, path.rpartition(".")[0])
+        _check_class(module, f"{family.prefix}RMSNorm", path.rpartition(".")[0])
     elif type(module) is not expected:
         raise UnsupportedModelError(
             f"{slot}: expected a plain {expected.__name__}, got {type(module).__name__} "

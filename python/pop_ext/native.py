@@ -199,10 +199,10 @@ class NativeModel:
             )
         with torch.no_grad():
             positions = self._positions(position_ids, packed)
-            hidden, logits = self._run(loaded, rows, packed, positions, cache, boundaries, keeps)
+            shape = (batch, logits_to_keep, -1) if isinstance(logits_to_keep, int) else (sum(keeps), -1)
+            hidden, logits = self._run(loaded, rows, packed, positions, cache, boundaries, keeps, shape)
         if isinstance(logits_to_keep, int):
-            shape = (batch, logits_to_keep, -1)
-            return PrefillOutput(logits.view(shape), hidden.view(shape), cache)
+            return PrefillOutput(logits, hidden, cache)
         cu_rows = torch.tensor([0, *keeps]).cumsum(0).to(torch.int32)
         return PrefillOutput(logits, hidden, cache, cu_rows)
 
@@ -268,8 +268,9 @@ class NativeModel:
         cache: Cache,
         boundaries: list[int],
         keeps: list[int],
+        shape: tuple[int, ...],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states and logits of the wanted rows, packed; the cache holds the new tokens only if all went well."""
+        """Hidden states and logits of the wanted rows, in ``shape``. The cache changes only if all went well."""
         # In float32 whatever the model's dtype: the module looks only at dtype and device of its first argument.
         like_rope = torch.empty(0, dtype=torch.float32, device=self.device)
         cos, sin = self.model.model.rotary_emb(like_rope, positions[None])
@@ -293,6 +294,7 @@ class NativeModel:
                 packed.slot_table,
                 False,  # restore_on_error: the transaction does, for what comes after the operator, too
             )
+            hidden = hidden.view(shape)
             logits = self.model.lm_head(hidden)
             transaction.commit()
         except BaseException:
