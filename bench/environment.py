@@ -29,7 +29,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "pop_ext": pop_ext.__version__,
-        "pop_ext_path": str(Path(pop_ext.__file__).parent),
+        "pop_ext_from": "source tree" if Path(pop_ext.__file__).is_relative_to(ROOT / "python") else "installed",
         "pop_ext_build": _core.build_info(),
         "isa": str(torch.ops.pop.cpu_isa()),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
