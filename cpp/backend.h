@@ -1,6 +1,7 @@
 // What a backend provides: the kernels of a prefill, over plain structs. The loop that calls
 // them is runtime/prefill.cpp. Pointers are to memory of the backend's device, but for those marked
-// host; strides are in elements; activations, weights and caches are of one dtype, `rstd`, cos and sin are float32.
+// host; the structs themselves and arrays of them lie in host memory and may go when the call returns.
+// Strides are in elements; activations, weights and caches are of one dtype, rstd, cos and sin are float32.
 #pragma once
 
 #include <cstddef>
@@ -22,6 +23,8 @@ struct Segment {
   int64_t first_row;
   int64_t rows;
   int64_t first_position;
+  int64_t first_source;  // row of the packed input that row `first_row` comes from
+  int64_t cache_start;   // CacheAddress::start of the sequence
 };
 
 // Where each row of a call comes from and belongs. Rows are ordered context, boundary, wanted
@@ -35,6 +38,19 @@ struct Batch {
   const float* cos;             // [rows, rotary_dim / 2]
   const float* sin;             // [rows, rotary_dim / 2]
   CacheAddress address;
+};
+
+// Fills the tables of a Batch.
+struct PlaceRowsParams {
+  const Segment* segments;  // host; they cover every row once
+  int64_t num_segments;
+  int64_t sequences;
+  CacheAddress address;   // host
+  int64_t* row_sequence;  // [rows]
+  int64_t* row_position;  // [rows]
+  int64_t* row_source;    // [rows]
+  int64_t* start;         // [sequences]
+  int32_t* slot_table;    // [sequences, address.slot_table_stride], or null without one
 };
 
 struct EmbedParams {
@@ -105,18 +121,20 @@ struct RopeCacheWriteParams {
 // [k_j | v_j] = rstd(x) * (x . weight_j^T), then bias, k_norm, RoPE and the cache write.
 struct KvProjectParams {
   DType dtype;
-  int64_t rows, hidden_size;  // rows [0, rows) of the batch
+  int64_t first_row, rows;  // rows of the batch; row 0 of x and rstd is `first_row`
+  int64_t hidden_size;
   int64_t kv_heads, head_dim, rotary_dim;
   const void* x;  // [rows, hidden_size]
   int64_t x_stride;
+  const float* rstd;  // [rows], or null: taken from x
   int64_t layers;
   const void* weight;         // [layers * 2 * kv_dim, hidden_size], input norm folded in
-  const void* const* k_bias;  // [layers] of [kv_dim] or null
-  const void* const* v_bias;  // [layers] of [kv_dim] or null
-  const void* const* k_norm;  // [layers] of [head_dim] or null
+  const void* const* k_bias;  // host [layers] of [kv_dim] or null
+  const void* const* v_bias;  // host [layers] of [kv_dim] or null
+  const void* const* k_norm;  // host [layers] of [head_dim] or null
   float eps;
   const Batch* batch;
-  const LayerCache* caches;  // [layers]
+  const LayerCache* caches;  // host [layers]
   void* workspace;           // kv_project_workspace(...) bytes
 };
 
@@ -127,7 +145,7 @@ struct AttentionParams {
   int64_t heads, kv_heads, head_dim;
   float scale;
   int64_t window;
-  const Segment* segments;  // host memory; rows outside are left alone
+  const Segment* segments;  // host; rows outside are left alone
   int64_t num_segments;
   int64_t first_row;  // row 0 of q and out is this row of the batch
   const void* q;      // [rows, heads * head_dim]
@@ -150,10 +168,17 @@ struct GatedActParams {
   const void *gate_bias, *up_bias;  // [width] or null
 };
 
+// Memory that the caller hands out begins at, and is cut in, multiples of this: a cache line, and
+// what the widest access wants.
+inline constexpr size_t kAlignment = 64;
+
+constexpr size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
 class Backend {
  public:
   virtual ~Backend() = default;
 
+  virtual void place_rows(const PlaceRowsParams&) = 0;
   virtual void embed(const EmbedParams&) = 0;
   virtual void rms_norm(const RmsNormParams&) = 0;
   virtual void gemm(const GemmParams&) = 0;

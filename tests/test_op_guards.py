@@ -159,3 +159,32 @@ def test_a_weight_whose_layout_changed_in_place_is_stale():
     projection = native.model.model.layers[0].self_attn.q_proj.weight
     projection.data = projection.data.t()
     assert torch.ops.pop.stale_weight(native.handle) == "layers.0.q_proj"
+
+
+def test_a_disabled_aten_operator_is_not_called_by_any_way_in():
+    output = run(
+        """
+        import sys
+        sys.path.insert(0, "tests")
+        import torch, pop_ext
+        from models import llama, tokens
+        native = pop_ext.load(llama())
+        torch.ops.pop.disable_aten("aten::mm.out", "changed")
+        hidden = torch.randn(200, 8)  # more rows than the kernel for few of them takes
+        rows = lambda *values: torch.tensor(values, dtype=torch.int32)
+        cache = lambda: [torch.zeros(1, 1, 200, 8)]
+        for call in (
+            lambda: torch.ops.pop.kv_project(
+                hidden, torch.randn(16, 8), torch.ones(200, 8), torch.zeros(200, 8),
+                rows(0, 200), rows(0), rows(0), 1e-6, cache(), cache(),
+            ),
+            lambda: native.prefill(tokens(native.model, 1, 200)),
+        ):
+            try:
+                call()
+                print("ran")
+            except RuntimeError as error:
+                print(error)
+        """
+    )
+    assert output.splitlines() == ["aten::mm.out: disabled: changed"] * 2

@@ -6,7 +6,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <new>
+#include <span>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -31,10 +33,6 @@ constexpr int64_t kKvProjectRows = 1024;
 
 // Bytes of float32 that widened_gemm holds at once of each operand.
 constexpr int64_t kWidenedBytes = 16 << 20;
-
-constexpr size_t kAlignment = 64;
-
-constexpr size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 struct AlignedDelete {
   void operator()(char* memory) const { ::operator delete(memory, std::align_val_t(kAlignment)); }
@@ -101,6 +99,20 @@ void widened_gemm(const GemmParams& p) {
 
 class CpuBackend final : public Backend {
  public:
+  void place_rows(const PlaceRowsParams& p) override {
+    for (const Segment& segment : std::span(p.segments, p.num_segments)) {
+      for (int64_t i = 0; i < segment.rows; ++i) {
+        p.row_sequence[segment.first_row + i] = segment.sequence;
+        p.row_position[segment.first_row + i] = segment.first_position + i;
+        p.row_source[segment.first_row + i] = segment.first_source + i;
+      }
+    }
+    std::copy_n(p.address.start, p.sequences, p.start);
+    if (p.slot_table != nullptr) {
+      std::copy_n(p.address.slot_table, p.sequences * p.address.slot_table_stride, p.slot_table);
+    }
+  }
+
   void embed(const EmbedParams& p) override { over_rows(table_.embed, p, p.rows, p.width); }
 
   void rms_norm(const RmsNormParams& p) override { over_rows(table_.rms_norm, p, p.rows, p.width); }
@@ -140,8 +152,8 @@ class CpuBackend final : public Backend {
   }
 
   void kv_project(const KvProjectParams& p) override {
-    for (int64_t first = 0; first < p.rows; first += kKvProjectRows) {
-      kv_project_chunk(p, first, std::min(kKvProjectRows, p.rows - first));
+    for (int64_t begin = 0; begin < p.rows; begin += kKvProjectRows) {
+      kv_project_chunk(p, begin, std::min(kKvProjectRows, p.rows - begin));
     }
   }
 
@@ -164,32 +176,35 @@ class CpuBackend final : public Backend {
     }
   };
 
-  // Rows [first, first + rows) of the batch. The scale rstd commutes with the GEMM, which therefore
+  // Rows [begin, begin + rows) of the call. The scale rstd commutes with the GEMM, which therefore
   // takes the rows as they are; in float16, where such products can overflow, they are scaled first.
-  void kv_project_chunk(const KvProjectParams& p, int64_t first, int64_t rows) {
+  void kv_project_chunk(const KvProjectParams& p, int64_t begin, int64_t rows) {
     const int64_t kv_dim = p.kv_heads * p.head_dim;
     const int64_t columns = p.layers * 2 * kv_dim;
     const int64_t element = element_size(p.dtype);
     const KvProjectLayout layout(p.dtype, rows, p.hidden_size, p.layers, kv_dim);
     char* workspace = static_cast<char*>(p.workspace);
-    float* rstd = reinterpret_cast<float*>(workspace + layout.rstd);
+    float* own_rstd = reinterpret_cast<float*>(workspace + layout.rstd);
+    const float* rstd = p.rstd == nullptr ? own_rstd : p.rstd + begin;
     char* kv = workspace + layout.kv;
     const bool normalise = p.dtype == DType::f16;
-    const char* x = static_cast<const char*>(p.x) + first * p.x_stride * element;
+    const char* x = static_cast<const char*>(p.x) + begin * p.x_stride * element;
 
-    rms_norm({.dtype = p.dtype,
-              .rows = rows,
-              .width = p.hidden_size,
-              .x = const_cast<char*>(x),  // only read: there is no delta
-              .x_stride = p.x_stride,
-              .delta = nullptr,
-              .delta_stride = 0,
-              .delta_bias = nullptr,
-              .weight = nullptr,
-              .eps = p.eps,
-              .out = normalise ? workspace + layout.normalised : nullptr,
-              .out_stride = p.hidden_size,
-              .rstd = normalise ? nullptr : rstd});
+    if (normalise || p.rstd == nullptr) {
+      rms_norm({.dtype = p.dtype,
+                .rows = rows,
+                .width = p.hidden_size,
+                .x = const_cast<char*>(x),  // only read: there is no delta
+                .x_stride = p.x_stride,
+                .delta = nullptr,
+                .delta_stride = 0,
+                .delta_bias = nullptr,
+                .weight = nullptr,
+                .eps = p.eps,
+                .out = normalise ? workspace + layout.normalised : nullptr,
+                .out_stride = p.hidden_size,
+                .rstd = normalise ? nullptr : own_rstd});
+    }
     gemm({.dtype = p.dtype,
           .m = rows,
           .n = columns,
@@ -207,7 +222,7 @@ class CpuBackend final : public Backend {
                         .kv_heads = p.kv_heads,
                         .head_dim = p.head_dim,
                         .rotary_dim = p.rotary_dim,
-                        .first_row = first,
+                        .first_row = p.first_row + begin,
                         .rows = rows,
                         .q = nullptr,
                         .q_stride = 0,

@@ -3,22 +3,15 @@
 namespace pop {
 
 BatchLayout::BatchLayout(const std::vector<SequenceCall>& calls) : sequences(static_cast<int64_t>(calls.size())) {
-  int64_t total = 0;
-  for (const SequenceCall& call : calls) total += call.tokens;
-  row_sequence.reserve(total);
-  row_position.reserve(total);
-  row_source.reserve(total);
-
   // Appends tokens [begin, end) of a sequence whose first token is row `source` of the input.
   const auto append = [this](int64_t sequence, const SequenceCall& call, int64_t source, int64_t begin, int64_t end) {
     if (begin == end) return;
-    segments_.push_back(
-        {.sequence = sequence, .first_row = rows, .rows = end - begin, .first_position = call.past + begin});
-    for (int64_t token = begin; token < end; ++token) {
-      row_sequence.push_back(sequence);
-      row_position.push_back(call.past + token);
-      row_source.push_back(source + token);
-    }
+    segments_.push_back({.sequence = sequence,
+                         .first_row = rows,
+                         .rows = end - begin,
+                         .first_position = call.past + begin,
+                         .first_source = source + begin,
+                         .cache_start = call.cache_start});
     rows += end - begin;
   };
   const auto append_group = [&](auto begin_of, auto end_of) {
@@ -38,14 +31,13 @@ BatchLayout::BatchLayout(const std::vector<SequenceCall>& calls) : sequences(sta
   append_group(wanted_begin_of, [](const SequenceCall& call) { return call.tokens; });
 }
 
-std::vector<Segment> BatchLayout::segments_from(int64_t first_row) const {
+std::vector<Segment> BatchLayout::segments(int64_t begin, int64_t end) const {
   std::vector<Segment> merged;
   for (const Segment& segment : segments_) {
-    if (segment.first_row < first_row) continue;
+    if (segment.first_row < begin || segment.first_row >= end) continue;
     if (!merged.empty()) {
       Segment& last = merged.back();
-      const bool adjacent = last.sequence == segment.sequence && last.first_row + last.rows == segment.first_row &&
-                            last.first_position + last.rows == segment.first_position;
+      const bool adjacent = last.sequence == segment.sequence && last.first_row + last.rows == segment.first_row;
       if (adjacent) {
         last.rows += segment.rows;
         continue;

@@ -19,22 +19,20 @@ struct SequenceCall {
   int64_t past;            // P: positions already in the cache
   int64_t boundary;        // rows at full depth, wanted rows included; wanted <= boundary <= tokens
   int64_t logits_to_keep;  // wanted rows
+  int64_t cache_start;     // CacheAddress::start
 };
 
 struct BatchLayout {
   explicit BatchLayout(const std::vector<SequenceCall>& sequences);
 
-  // Segments of the rows from `first_row` on, which is 0, context_rows or wanted_begin.
-  // Neighbours of one sequence are merged: a single sequence is one segment.
-  std::vector<Segment> segments_from(int64_t first_row) const;
+  // Segments of rows [begin, end), each 0, context_rows, wanted_begin or rows. Neighbours of one
+  // sequence are merged: a single sequence is one segment.
+  std::vector<Segment> segments(int64_t begin, int64_t end) const;
 
   int64_t rows = 0;
   int64_t sequences = 0;
   int64_t context_rows = 0;  // context rows are [0, context_rows)
   int64_t wanted_begin = 0;  // wanted rows are [wanted_begin, rows), by sequence
-  std::vector<int64_t> row_sequence;
-  std::vector<int64_t> row_position;
-  std::vector<int64_t> row_source;  // row of the packed input
 
  private:
   std::vector<Segment> segments_;

@@ -29,13 +29,15 @@ class Prefill {
         backend_(backend),
         observer_(observer),
         element_(element_size(model.spec.dtype)),
-        work_(model, layout_, backend, call.workspace) {}
+        work_(model, call, backend) {}
 
   void run();
 
  private:
+  void place_rows();
   void embed();
   void project_run(const RunWeights& run);
+  void project_layers(const RunWeights& run, LayerRange layers, int64_t first_row, int64_t rows, const float* rstd);
   void full_layer(int64_t layer, int64_t kv_begin, int64_t q_begin);
   void qkv(const LayerWeights& weights, int64_t kv_begin, int64_t q_begin);
   void rope_cache_write(int64_t layer, int64_t kv_begin, int64_t q_begin);
@@ -43,12 +45,15 @@ class Prefill {
   void mlp(const LayerWeights& weights, int64_t q_begin);
   void final_norm();
 
-  void norm(int64_t begin, int64_t end, const void* weight, void* out, int64_t out_stride);
+  void norm(int64_t begin, int64_t end, const void* weight, void* out, int64_t out_stride, float* rstd = nullptr);
   void gemm(int64_t rows, int64_t n, int64_t k, const void* a, int64_t a_stride, const Linear& w, void* out,
             int64_t out_stride);
 
   void* at(void* buffer, int64_t row, int64_t stride) const {
     return static_cast<char*>(buffer) + row * stride * element_;
+  }
+  const void* at(const void* buffer, int64_t row, int64_t stride) const {
+    return static_cast<const char*>(buffer) + row * stride * element_;
   }
 
   const Model& model_;
@@ -68,6 +73,7 @@ class Prefill {
 };
 
 void Prefill::run() {
+  place_rows();
   embed();
   auto next_run = model_.runs.begin();
   for (int64_t layer = 0; layer < spec_.num_layers;) {
@@ -87,6 +93,25 @@ void Prefill::run() {
   final_norm();
 }
 
+void Prefill::place_rows() {
+  StageRange stage(observer_, "pop::place_rows");
+  const std::vector<Segment> segments = layout_.segments(0, layout_.rows);
+  PlaceRowsParams& tables = work_.place_rows;
+  tables.segments = segments.data();
+  tables.num_segments = static_cast<int64_t>(segments.size());
+  backend_.place_rows(tables);
+  batch_ = {.rows = layout_.rows,
+            .sequences = layout_.sequences,
+            .row_sequence = tables.row_sequence,
+            .row_position = tables.row_position,
+            .row_source = tables.row_source,
+            .cos = work_.cos,
+            .sin = work_.sin,
+            .address = {.start = tables.start,
+                        .slot_table = tables.slot_table,
+                        .slot_table_stride = call_.address.slot_table_stride}};
+}
+
 void Prefill::embed() {
   StageRange stage(observer_, "pop::embed");
   const bool from_ids = call_.ids != nullptr;
@@ -95,7 +120,7 @@ void Prefill::embed() {
                   .width = spec_.hidden_size,
                   .vocab_size = spec_.vocab_size,
                   .ids = call_.ids,
-                  .row_source = layout_.row_source.data(),
+                  .row_source = batch_.row_source,
                   .table = from_ids ? model_.embed_tokens.data : call_.embeds,
                   .table_stride = from_ids ? model_.embed_tokens.stride : call_.embeds_stride,
                   .out = work_.x});
@@ -105,42 +130,61 @@ void Prefill::embed() {
                     .width = spec_.rotary_dim / 2,
                     .vocab_size = 0,
                     .ids = nullptr,
-                    .row_source = layout_.row_source.data(),
+                    .row_source = batch_.row_source,
                     .table = packed,
                     .table_stride = call_.rope_stride,
                     .out = ordered});
   }
-  batch_ = {.rows = layout_.rows,
-            .sequences = layout_.sequences,
-            .row_sequence = layout_.row_sequence.data(),
-            .row_position = layout_.row_position.data(),
-            .row_source = layout_.row_source.data(),
-            .cos = work_.cos,
-            .sin = work_.sin,
-            .address = call_.address};
   pending_begin_ = layout_.rows;
 }
 
 void Prefill::project_run(const RunWeights& run) {
   if (layout_.context_rows == 0) return;
   StageRange stage(observer_, "pop::kv_project");
-  if (pending_begin_ < layout_.context_rows) norm(0, layout_.context_rows, nullptr, nullptr, 0);
+  // The pass that brings x up to date hands its row scales over.
+  const bool pending = pending_begin_ < layout_.context_rows;
+  if (pending) norm(0, layout_.context_rows, nullptr, nullptr, 0, work_.rstd);
+  const float* rstd = pending ? work_.rstd : nullptr;
+
+  const auto window_of = [this](int64_t layer) { return call_.window_only ? spec_.window[layer] : 0; };
+  LayerRange layers{run.layers.begin, run.layers.begin};
+  for (; layers.begin < run.layers.end; layers.begin = layers.end) {
+    const int64_t window = window_of(layers.begin);
+    while (layers.end < run.layers.end && window_of(layers.end) == window) ++layers.end;
+    if (window == 0) {
+      project_layers(run, layers, 0, layout_.context_rows, rstd);
+      continue;
+    }
+    // The first boundary row is the next reader: it sees the window - 1 positions before it.
+    for (const Segment& segment : layout_.segments(0, layout_.context_rows)) {
+      const int64_t rows = std::min(segment.rows, window - 1);
+      if (rows > 0) project_layers(run, layers, segment.first_row + segment.rows - rows, rows, rstd);
+    }
+  }
+}
+
+void Prefill::project_layers(const RunWeights& run, LayerRange layers, int64_t first_row, int64_t rows,
+                             const float* rstd) {
+  const int64_t skip = layers.begin - run.layers.begin;
+  const auto from = [skip](const std::vector<const void*>& vectors) { return vectors.data() + skip; };
   backend_.kv_project({.dtype = spec_.dtype,
-                       .rows = layout_.context_rows,
+                       .first_row = first_row,
+                       .rows = rows,
                        .hidden_size = spec_.hidden_size,
                        .kv_heads = spec_.num_kv_heads,
                        .head_dim = spec_.head_dim,
                        .rotary_dim = spec_.rotary_dim,
-                       .x = work_.x,
+                       .x = at(work_.x, first_row, spec_.hidden_size),
                        .x_stride = spec_.hidden_size,
-                       .layers = run.layers.size(),
-                       .weight = run.stack,
-                       .k_bias = spec_.qkv_bias ? run.k_bias.data() : nullptr,
-                       .v_bias = spec_.qkv_bias ? run.v_bias.data() : nullptr,
-                       .k_norm = spec_.qk_norm ? run.k_norm.data() : nullptr,
+                       .rstd = rstd == nullptr ? nullptr : rstd + first_row,
+                       .layers = layers.size(),
+                       .weight = at(run.stack, skip * 2 * spec_.kv_dim(), spec_.hidden_size),
+                       .k_bias = spec_.qkv_bias ? from(run.k_bias) : nullptr,
+                       .v_bias = spec_.qkv_bias ? from(run.v_bias) : nullptr,
+                       .k_norm = spec_.qk_norm ? from(run.k_norm) : nullptr,
                        .eps = static_cast<float>(spec_.rms_norm_eps),
                        .batch = &batch_,
-                       .caches = call_.caches + run.layers.begin,
+                       .caches = call_.caches + layers.begin,
                        .workspace = work_.kv_project});
 }
 
@@ -202,7 +246,7 @@ void Prefill::attention(int64_t layer, int64_t q_begin) {
   const int64_t wide = work_.wide;
   {
     StageRange stage(observer_, "pop::attention");
-    const std::vector<Segment> segments = layout_.segments_from(q_begin);
+    const std::vector<Segment> segments = layout_.segments(q_begin, layout_.rows);
     backend_.attention({.dtype = spec_.dtype,
                         .heads = spec_.num_heads,
                         .kv_heads = spec_.num_kv_heads,
@@ -217,7 +261,7 @@ void Prefill::attention(int64_t layer, int64_t q_begin) {
                         .out = work_.y,
                         .out_stride = wide,
                         .cache = call_.caches[layer],
-                        .address = call_.address});
+                        .address = batch_.address});
   }
   StageRange stage(observer_, "pop::o_proj");
   gemm(layout_.rows - q_begin, spec_.hidden_size, spec_.q_dim(), at(work_.y, q_begin, wide), wide, weights.o_proj,
@@ -256,8 +300,8 @@ void Prefill::final_norm() {
   norm(layout_.wanted_begin, layout_.rows, model_.norm, call_.hidden_states, spec_.hidden_size);
 }
 
-// Rows [begin, end): adds what is pending to x, then out = rms_norm(x) * weight.
-void Prefill::norm(int64_t begin, int64_t end, const void* weight, void* out, int64_t out_stride) {
+// Rows [begin, end): adds what is pending to x, then out = rms_norm(x) * weight; rstd [end - begin] on request.
+void Prefill::norm(int64_t begin, int64_t end, const void* weight, void* out, int64_t out_stride, float* rstd) {
   const int64_t split = std::clamp(pending_begin_, begin, end);
   const auto norm_rows = [&](int64_t first, int64_t last, bool pending) {
     if (first == last) return;
@@ -273,7 +317,7 @@ void Prefill::norm(int64_t begin, int64_t end, const void* weight, void* out, in
                        .eps = static_cast<float>(spec_.rms_norm_eps),
                        .out = out == nullptr ? nullptr : at(out, first - begin, out_stride),
                        .out_stride = out_stride,
-                       .rstd = nullptr});
+                       .rstd = rstd == nullptr ? nullptr : rstd + (first - begin)});
   };
   norm_rows(begin, split, false);
   norm_rows(split, end, true);

@@ -28,13 +28,15 @@ struct PrefillCall {
   int64_t embeds_stride;
   const float *cos, *sin;  // [packed rows, >= rotary_dim / 2]
   int64_t rope_stride;
-  CacheAddress address;
-  const LayerCache* caches;  // [num_layers]
+  CacheAddress address;      // host
+  const LayerCache* caches;  // host [num_layers]
+  bool window_only;          // omitted layers with a window: project what it lets later rows see, no more
   void* hidden_states;       // [wanted rows, hidden_size]: the result, final norm applied
-  void* workspace;           // workspace_bytes(...) bytes, 64-byte aligned
+  void* workspace;           // workspace_bytes(...) bytes, aligned to kAlignment
 };
 
-size_t workspace_bytes(const Model& model, const BatchLayout& layout, const Backend& backend);
+// With what `call` says of its rows; its pointers to memory of the device are not looked at.
+size_t workspace_bytes(const Model& model, const PrefillCall& call, const Backend& backend);
 
 void prefill(const Model& model, const PrefillCall& call, Backend& backend, StageObserver& observer);
 

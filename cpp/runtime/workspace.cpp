@@ -2,14 +2,9 @@
 
 #include <algorithm>
 
-#include "runtime/prefill.h"
-
 namespace pop {
 
 namespace {
-
-// A cache line, and what the widest vector load wants.
-constexpr size_t kAlignment = 64;
 
 class Cutter {
  public:
@@ -17,8 +12,13 @@ class Cutter {
 
   void* take(size_t bytes) {
     void* piece = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    used_ += aligned(bytes);
     return piece;
+  }
+
+  template <class T>
+  T* take_array(int64_t count) {
+    return static_cast<T*>(take(count * sizeof(T)));
   }
 
   size_t used() const { return used_; }
@@ -30,20 +30,33 @@ class Cutter {
 
 }  // namespace
 
-Workspace::Workspace(const Model& model, const BatchLayout& layout, const Backend& backend, void* base) {
+Workspace::Workspace(const Model& model, const PrefillCall& call, const Backend& backend) {
   const ModelSpec& spec = model.spec;
+  const BatchLayout& layout = *call.layout;
   const int64_t element = element_size(spec.dtype);
   const int64_t rows = layout.rows;
   wide = std::max(spec.hidden_size, spec.q_dim());
 
-  Cutter cutter(base);
+  Cutter cutter(call.workspace);
   x = cutter.take(rows * spec.hidden_size * element);
   y = cutter.take(rows * wide * element);
   z = cutter.take(rows * wide * element);
   k = cutter.take(rows * spec.kv_dim() * element);
   v = cutter.take(rows * spec.kv_dim() * element);
-  cos = static_cast<float*>(cutter.take(rows * (spec.rotary_dim / 2) * sizeof(float)));
-  sin = static_cast<float*>(cutter.take(rows * (spec.rotary_dim / 2) * sizeof(float)));
+  rstd = cutter.take_array<float>(rows);
+  cos = cutter.take_array<float>(rows * (spec.rotary_dim / 2));
+  sin = cutter.take_array<float>(rows * (spec.rotary_dim / 2));
+  place_rows = {.segments = nullptr,
+                .num_segments = 0,
+                .sequences = layout.sequences,
+                .address = call.address,
+                .row_sequence = cutter.take_array<int64_t>(rows),
+                .row_position = cutter.take_array<int64_t>(rows),
+                .row_source = cutter.take_array<int64_t>(rows),
+                .start = cutter.take_array<int64_t>(layout.sequences),
+                .slot_table = call.address.slot_table == nullptr
+                                  ? nullptr
+                                  : cutter.take_array<int32_t>(layout.sequences * call.address.slot_table_stride)};
 
   // The projection of a run and the MLP of a layer never run at once.
   size_t projection = 0;
@@ -60,8 +73,8 @@ Workspace::Workspace(const Model& model, const BatchLayout& layout, const Backen
   bytes = cutter.used();
 }
 
-size_t workspace_bytes(const Model& model, const BatchLayout& layout, const Backend& backend) {
-  return Workspace(model, layout, backend, nullptr).bytes;
+size_t workspace_bytes(const Model& model, const PrefillCall& call, const Backend& backend) {
+  return Workspace(model, call, backend).bytes;
 }
 
 }  // namespace pop

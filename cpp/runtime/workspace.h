@@ -7,13 +7,14 @@
 #include "backend.h"
 #include "runtime/batch.h"
 #include "runtime/model.h"
+#include "runtime/prefill.h"
 
 namespace pop {
 
 // Row r of a buffer belongs to row r of the batch; widths in elements.
 struct Workspace {
-  // With base null only `bytes` is meaningful.
-  Workspace(const Model& model, const BatchLayout& layout, const Backend& backend, void* base);
+  // Cut from call.workspace; without that only `bytes` is meaningful.
+  Workspace(const Model& model, const PrefillCall& call, const Backend& backend);
 
   int64_t wide;      // max(hidden_size, q_dim)
   void* x;           // [rows, hidden_size] residual stream
@@ -24,8 +25,10 @@ struct Workspace {
   void* gate;        // [min(rows, kMlpChunkRows), intermediate_size]
   void* up;          // the same
   void* kv_project;  // KvProjectParams::workspace; shares memory with gate and up
+  float* rstd;       // [rows]
   float* cos;        // [rows, rotary_dim / 2]
   float* sin;        // the same
+  PlaceRowsParams place_rows;
   size_t bytes;
 };
 

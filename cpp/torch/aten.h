@@ -13,6 +13,9 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
+#include <atomic>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -35,10 +38,44 @@ inline const char* last_error() {
   return what == nullptr ? "failed; torch wrote the reason to stderr" : what();
 }
 
+// Operators whose schema in the running torch is another: name and overload -> why they are not called.
+class Disabled {
+ public:
+  void add(const std::string& name, const std::string& reason) {
+    std::lock_guard lock(mutex_);
+    reasons_[name] = reason;
+    any_ = true;
+  }
+
+  // Empty where `name` may be called.
+  std::string reason(const std::string& name) const {
+    if (!any_) return "";
+    std::lock_guard lock(mutex_);
+    const auto found = reasons_.find(name);
+    return found == reasons_.end() ? "" : found->second;
+  }
+
+ private:
+  std::atomic<bool> any_ = false;
+  mutable std::mutex mutex_;
+  std::map<std::string, std::string> reasons_;
+};
+
+inline Disabled& disabled() {
+  static Disabled instance;
+  return instance;
+}
+
+inline void disable(const std::string& name, const std::string& reason) { disabled().add(name, reason); }
+
 template <size_t N>
 inline Tensor call(const char* name, const char* overload, std::array<StableIValue, N> stack) {
+  const std::string qualified = *overload == 0 ? std::string(name) : std::string(name) + "." + overload;
+  if (const std::string reason = disabled().reason(qualified); !reason.empty()) {
+    throw std::runtime_error(qualified + ": disabled: " + reason);
+  }
   if (torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION) != 0) {
-    throw std::runtime_error(std::string(name) + "." + overload + ": " + last_error());
+    throw std::runtime_error(qualified + ": " + last_error());
   }
   return torch::stable::detail::to<Tensor>(stack[0]);
 }

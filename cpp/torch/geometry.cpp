@@ -15,6 +15,7 @@ std::vector<SequenceCall> read_sequences(const std::string& op, const Lengths& l
   const int64_t batch = lengths.cu_seqlens.size(0) - 1;
   const auto cu_seqlens = read_lengths(lengths.cu_seqlens, batch + 1, op + ": cu_seqlens");
   const auto past = read_lengths(lengths.past_lens, batch, op + ": past_lens");
+  const auto start = read_lengths(lengths.cache_start, batch, op + ": cache_start");
   check(cu_seqlens.front() == 0 && cu_seqlens.back() == rows, op,
         ": cu_seqlens: expected to begin with 0 and end with ", rows, " (the rows of the input), got ",
         cu_seqlens.front(), " and ", cu_seqlens.back());
@@ -24,7 +25,9 @@ std::vector<SequenceCall> read_sequences(const std::string& op, const Lengths& l
     const int64_t tokens = cu_seqlens[i + 1] - cu_seqlens[i];
     check(tokens >= 1, op, ": cu_seqlens: expected at least 1 new token for sequence ", i, ", got ", tokens);
     check(past[i] >= 0, op, ": past_lens: expected >= 0 for sequence ", i, ", got ", past[i]);
-    sequences[i] = {.tokens = tokens, .past = past[i], .boundary = tokens, .logits_to_keep = tokens};
+    check(start[i] >= 0, op, ": cache_start: expected >= 0 for sequence ", i, ", got ", start[i]);
+    sequences[i] = {
+        .tokens = tokens, .past = past[i], .boundary = tokens, .logits_to_keep = tokens, .cache_start = start[i]};
   }
   if (boundary == nullptr) return sequences;
 
@@ -46,12 +49,8 @@ std::vector<SequenceCall> read_sequences(const std::string& op, const Lengths& l
 
 Geometry::Geometry(const std::string& op, const Lengths& lengths, int64_t rows, const Tensor* boundary,
                    const Tensor* logits_to_keep)
-    : sequences_(read_sequences(op, lengths, rows, boundary, logits_to_keep)),
-      layout_(sequences_),
-      start_(read_lengths(lengths.cache_start, static_cast<int64_t>(sequences_.size()), op + ": cache_start")) {
-  for (size_t i = 0; i < start_.size(); ++i) {
-    check(start_[i] >= 0, op, ": cache_start: expected >= 0 for sequence ", i, ", got ", start_[i]);
-  }
+    : sequences_(read_sequences(op, lengths, rows, boundary, logits_to_keep)), layout_(sequences_) {
+  for (const SequenceCall& sequence : sequences_) start_.push_back(sequence.cache_start);
   if (!lengths.slot_table.has_value()) return;
 
   const Tensor& table = *lengths.slot_table;

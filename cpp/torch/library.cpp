@@ -16,7 +16,7 @@ STABLE_TORCH_LIBRARY(pop, m) {
   m.def(
       "prefill(int model, Tensor input, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens, "
       "Tensor cache_start, Tensor boundary, Tensor logits_to_keep, Tensor(a!)[] key_cache, Tensor(b!)[] value_cache, "
-      "Tensor? slot_table=None, bool restore_on_error=True) -> Tensor");
+      "Tensor? slot_table=None, bool restore_on_error=True, bool window_only=False) -> Tensor");
 
   // Building blocks.
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
@@ -39,5 +39,7 @@ STABLE_TORCH_LIBRARY(pop, m) {
 
   // For the checks of python/pop_ext/operators.py and `pop-ext info`.
   m.def("aten_schemas() -> str");
+  // Calls of the aten operator `name` fail from now on, saying `reason`.
+  m.def("disable_aten(str name, str reason) -> ()");
   m.def("cpu_isa() -> str");
 }

@@ -4,6 +4,7 @@
 
 #include "cpu/cpu_backend.h"
 #include "torch/aten.h"
+#include "torch/caches.h"
 #include "torch/checks.h"
 #include "torch/geometry.h"
 #include "torch/registry.h"
@@ -116,52 +117,58 @@ Tensor gated_act(Tensor gate, Tensor up, std::string activation, std::optional<T
   throw std::runtime_error(join("pop::gated_act: ", error.what()));
 }
 
-CacheStrides strides_of(const Tensor& cache) {
-  return {.batch = cache.stride(0), .head = cache.stride(1), .slot = cache.stride(2)};
-}
-
-// Checks a pair of caches [batch, kv_heads, capacity, head_dim] of one layer.
-LayerCache check_cache(const std::string& op, const Geometry& geometry, const Tensor& key, const Tensor& value,
-                       DType dtype, int64_t kv_heads, int64_t head_dim) {
-  for (const auto& [cache, name] : {std::pair{&key, "key_cache"}, std::pair{&value, "value_cache"}}) {
-    check_dtype(*cache, dtype, join(op, ": ", name));
-    check_shape(*cache, {-1, kv_heads, -1, head_dim}, join(op, ": ", name));
-    check_last_dim_contiguous(*cache, join(op, ": ", name));
-    geometry.check_fits(op, join(op, ": ", name), cache->size(0), cache->size(2));
-  }
-  return {.key = key.mutable_data_ptr(),
-          .value = value.mutable_data_ptr(),
-          .key_strides = strides_of(key),
-          .value_strides = strides_of(value)};
-}
-
-// cos and sin of a building block, as the kernels read them: float32 [rows, rotary_dim / 2].
-struct RopeTables {
-  RopeTables(const std::string& op, const Tensor& cos_rows, const Tensor& sin_rows, int64_t rows, int64_t head_dim) {
+// What the kernels of a building block read beside its tensors: where rows belong, and cos and sin
+// as float32 [rows, rotary_dim / 2].
+class PlacedRows {
+ public:
+  PlacedRows(const std::string& op, const Tensor& cos_rows, const Tensor& sin_rows, const Geometry& geometry,
+             int64_t head_dim, const Tensor& like)
+      : layout_(geometry.layout()), address_(geometry.address()) {
+    const int64_t rows = layout_.rows;
+    for (const auto& [table, name] : {std::pair{&cos_rows, ": cos"}, std::pair{&sin_rows, ": sin"}}) {
+      check_same_device(*table, like, op + name);
+    }
     check_shape(cos_rows, {rows, -1}, op + ": cos");
     rotary_dim = cos_rows.size(1);
     check(rotary_dim % 2 == 0 && rotary_dim <= head_dim, op, ": cos: expected shape [", rows,
           ", rotary_dim] with an even rotary_dim <= ", head_dim, ", got ", shape_of(cos_rows));
     check_shape(sin_rows, {rows, rotary_dim}, op + ": sin");
-    cos = half_of(cos_rows);
-    sin = half_of(sin_rows);
+    cos_ = half_of(cos_rows);
+    sin_ = half_of(sin_rows);
+    const int64_t slots = address_.slot_table == nullptr ? 0 : layout_.sequences * address_.slot_table_stride;
+    tables_ = torch::stable::new_empty(like, {3 * rows + layout_.sequences + (slots + 1) / 2}, ScalarType::Long);
   }
 
-  Batch batch(const Geometry& geometry) const {
-    const BatchLayout& layout = geometry.layout();
-    return {.rows = layout.rows,
-            .sequences = layout.sequences,
-            .row_sequence = layout.row_sequence.data(),
-            .row_position = layout.row_position.data(),
-            .row_source = layout.row_source.data(),
-            .cos = static_cast<const float*>(cos.const_data_ptr()),
-            .sin = static_cast<const float*>(sin.const_data_ptr()),
-            .address = geometry.address()};
+  // Valid as long as this object is.
+  Batch batch(Backend& backend) const {
+    const std::vector<Segment> segments = layout_.segments(0, layout_.rows);
+    int64_t* table = static_cast<int64_t*>(tables_.mutable_data_ptr());
+    const PlaceRowsParams params{
+        .segments = segments.data(),
+        .num_segments = static_cast<int64_t>(segments.size()),
+        .sequences = layout_.sequences,
+        .address = address_,
+        .row_sequence = table,
+        .row_position = table + layout_.rows,
+        .row_source = table + 2 * layout_.rows,
+        .start = table + 3 * layout_.rows,
+        .slot_table = address_.slot_table == nullptr
+                          ? nullptr
+                          : reinterpret_cast<int32_t*>(table + 3 * layout_.rows + layout_.sequences)};
+    backend.place_rows(params);
+    return {
+        .rows = layout_.rows,
+        .sequences = layout_.sequences,
+        .row_sequence = params.row_sequence,
+        .row_position = params.row_position,
+        .row_source = params.row_source,
+        .cos = static_cast<const float*>(cos_.const_data_ptr()),
+        .sin = static_cast<const float*>(sin_.const_data_ptr()),
+        .address = {
+            .start = params.start, .slot_table = params.slot_table, .slot_table_stride = address_.slot_table_stride}};
   }
 
-  int64_t rotary_dim;
-  Tensor cos;
-  Tensor sin;
+  int64_t rotary_dim = 0;
 
  private:
   Tensor half_of(const Tensor& table) const {
@@ -169,6 +176,10 @@ struct RopeTables {
     return torch::stable::contiguous(
         torch::stable::to(torch::stable::narrow(rows, 1, 0, rotary_dim / 2), ScalarType::Float));
   }
+
+  const BatchLayout& layout_;
+  CacheAddress address_;
+  Tensor cos_, sin_, tables_;
 };
 
 void rope_cache_write(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor cu_seqlens,
@@ -186,32 +197,34 @@ void rope_cache_write(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor
   check_dtype(value, dtype, op + ": value");
   check_heads_contiguous(query, op + ": query");
   const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table}, rows, nullptr, nullptr);
-  const LayerCache cache = check_cache(op, geometry, key_cache, value_cache, dtype, kv_heads, head_dim);
-  check_disjoint({key_cache, value_cache, query}, {op + ": key_cache", op + ": value_cache", op + ": query"});
-  const RopeTables rope(op, cos, sin, rows, head_dim);
-  const Batch batch = rope.batch(geometry);
+  const CacheForm form{.dtype = dtype, .kv_heads = kv_heads, .head_dim = head_dim};
+  const LayerCache cache =
+      check_caches(op, geometry, form, {key_cache}, {value_cache}, query, {{query, "query"}}).front();
+  const PlacedRows placed(op, cos, sin, geometry, head_dim, query);
+  Backend& backend = backend_of(query);
+  const Batch batch = placed.batch(backend);
   const Tensor key_rows = torch::stable::contiguous(key), value_rows = torch::stable::contiguous(value);
-  backend_of(query).rope_cache_write({.dtype = dtype,
-                                      .heads = heads,
-                                      .kv_heads = kv_heads,
-                                      .head_dim = head_dim,
-                                      .rotary_dim = rope.rotary_dim,
-                                      .first_row = 0,
-                                      .rows = rows,
-                                      .q = query.mutable_data_ptr(),
-                                      .q_stride = query.stride(0),
-                                      .k = key_rows.const_data_ptr(),
-                                      .v = value_rows.const_data_ptr(),
-                                      .kv_stride = kv_heads * head_dim,
-                                      .q_bias = nullptr,
-                                      .k_bias = nullptr,
-                                      .v_bias = nullptr,
-                                      .q_norm = optional_vector(q_norm, dtype, head_dim, op + ": q_norm"),
-                                      .k_norm = optional_vector(k_norm, dtype, head_dim, op + ": k_norm"),
-                                      .norm_eps = static_cast<float>(norm_eps),
-                                      .row_scale = nullptr,
-                                      .batch = &batch,
-                                      .cache = cache});
+  backend.rope_cache_write({.dtype = dtype,
+                            .heads = heads,
+                            .kv_heads = kv_heads,
+                            .head_dim = head_dim,
+                            .rotary_dim = placed.rotary_dim,
+                            .first_row = 0,
+                            .rows = rows,
+                            .q = query.mutable_data_ptr(),
+                            .q_stride = query.stride(0),
+                            .k = key_rows.const_data_ptr(),
+                            .v = value_rows.const_data_ptr(),
+                            .kv_stride = kv_heads * head_dim,
+                            .q_bias = nullptr,
+                            .k_bias = nullptr,
+                            .v_bias = nullptr,
+                            .q_norm = optional_vector(q_norm, dtype, head_dim, op + ": q_norm"),
+                            .k_norm = optional_vector(k_norm, dtype, head_dim, op + ": k_norm"),
+                            .norm_eps = static_cast<float>(norm_eps),
+                            .row_scale = nullptr,
+                            .batch = &batch,
+                            .cache = cache});
 }
 
 Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor past_lens,
@@ -229,9 +242,10 @@ Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_s
   check(kv_heads >= 1 && heads >= kv_heads && heads % kv_heads == 0, op, ": query: expected a multiple of ", kv_heads,
         " heads (those of key_cache), got ", heads);
   const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table}, rows, nullptr, nullptr);
-  const LayerCache cache = check_cache(op, geometry, key_cache, value_cache, dtype, kv_heads, head_dim);
+  const CacheForm form{.dtype = dtype, .kv_heads = kv_heads, .head_dim = head_dim};
+  const LayerCache cache = check_cache(op, geometry, form, key_cache, value_cache, query);
   Tensor out = torch::stable::new_empty(query, {rows, heads, head_dim});
-  const std::vector<Segment> segments = geometry.layout().segments_from(0);
+  const std::vector<Segment> segments = geometry.layout().segments(0, rows);
   backend_of(query).attention({.dtype = dtype,
                                .heads = heads,
                                .kv_heads = kv_heads,
@@ -282,34 +296,26 @@ void kv_project(Tensor hidden, Tensor weight, Tensor cos, Tensor sin, Tensor cu_
   check_shape(weight, {static_cast<int64_t>(layers) * 2 * kv_dim, hidden_size}, op + ": weight");
   check(weight.is_contiguous(), op, ": weight: expected a contiguous tensor");
   const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table}, rows, nullptr, nullptr);
-  std::vector<LayerCache> caches;
-  std::vector<Tensor> written;
-  std::vector<std::string> names;
-  for (size_t i = 0; i < layers; ++i) {
-    caches.push_back(check_cache(op, geometry, key_cache[i], value_cache[i], dtype, kv_heads, head_dim));
-    for (const auto& [cache, name] :
-         {std::pair{&key_cache[i], "key_cache"}, std::pair{&value_cache[i], "value_cache"}}) {
-      written.push_back(*cache);
-      names.push_back(join(op, ": ", name, "[", i, "]"));
-    }
-  }
-  check_disjoint(written, names);
-  const RopeTables rope(op, cos, sin, rows, head_dim);
-  const Batch batch = rope.batch(geometry);
+  const CacheForm form{.dtype = dtype, .kv_heads = kv_heads, .head_dim = head_dim};
+  const std::vector<LayerCache> caches = check_caches(op, geometry, form, key_cache, value_cache, hidden, {});
+  const PlacedRows placed(op, cos, sin, geometry, head_dim, hidden);
   const auto k_biases = layer_vectors(k_bias, layers, dtype, kv_dim, op + ": k_bias");
   const auto v_biases = layer_vectors(v_bias, layers, dtype, kv_dim, op + ": v_bias");
   const auto k_norms = layer_vectors(k_norm, layers, dtype, head_dim, op + ": k_norm");
   Backend& backend = backend_of(hidden);
+  const Batch batch = placed.batch(backend);
   const size_t bytes = backend.kv_project_workspace(dtype, rows, hidden_size, static_cast<int64_t>(layers), kv_dim);
   const Tensor workspace = torch::stable::new_empty(hidden, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
   backend.kv_project({.dtype = dtype,
+                      .first_row = 0,
                       .rows = rows,
                       .hidden_size = hidden_size,
                       .kv_heads = kv_heads,
                       .head_dim = head_dim,
-                      .rotary_dim = rope.rotary_dim,
+                      .rotary_dim = placed.rotary_dim,
                       .x = hidden.const_data_ptr(),
                       .x_stride = hidden.stride(0),
+                      .rstd = nullptr,
                       .layers = static_cast<int64_t>(layers),
                       .weight = weight.const_data_ptr(),
                       .k_bias = k_biases.empty() ? nullptr : k_biases.data(),

@@ -2,11 +2,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cstring>
-
 #include "cpu/cpu_backend.h"
 #include "cpu/kernels.h"
 #include "torch/aten.h"
+#include "torch/caches.h"
 #include "torch/checks.h"
 #include "torch/geometry.h"
 #include "torch/profile.h"
@@ -34,86 +33,6 @@ std::string info(int64_t handle) {
 }
 
 std::string stale_weight(int64_t handle) { return find_model(handle)->stale_weight(); }
-
-// The caches as the runtime sees them, checked.
-std::vector<LayerCache> layer_caches(const ModelSpec& spec, const Geometry& geometry, const std::vector<Tensor>& keys,
-                                     const std::vector<Tensor>& values, const Tensor& like) {
-  std::vector<Tensor> all;
-  std::vector<std::string> names;
-  for (const auto& [caches, name] : {std::pair{&keys, "key_cache"}, std::pair{&values, "value_cache"}}) {
-    check(static_cast<int64_t>(caches->size()) == spec.num_layers, kOp, ": ", name, ": expected ", spec.num_layers,
-          " tensors (one a layer), got ", caches->size());
-    for (size_t layer = 0; layer < caches->size(); ++layer) {
-      const Tensor& cache = (*caches)[layer];
-      names.push_back(join(kOp, ": ", name, "[", layer, "]"));
-      check_same_device(cache, like, names.back());
-      check_dtype(cache, spec.dtype, names.back());
-      check_shape(cache, {-1, spec.num_kv_heads, -1, spec.head_dim}, names.back());
-      check_last_dim_contiguous(cache, names.back());
-      geometry.check_fits(kOp, names.back(), cache.size(0), cache.size(2));
-      all.push_back(cache);
-    }
-  }
-  check_disjoint(all, names);
-
-  const auto strides = [](const Tensor& cache) {
-    return CacheStrides{.batch = cache.stride(0), .head = cache.stride(1), .slot = cache.stride(2)};
-  };
-  std::vector<LayerCache> caches;
-  for (int64_t layer = 0; layer < spec.num_layers; ++layer) {
-    caches.push_back({.key = keys[layer].mutable_data_ptr(),
-                      .value = values[layer].mutable_data_ptr(),
-                      .key_strides = strides(keys[layer]),
-                      .value_strides = strides(values[layer])});
-  }
-  return caches;
-}
-
-// Remembers what a call is about to overwrite, and puts it back unless the call is kept. It holds
-// a copy of the new slots of every layer, so that putting back allocates nothing and cannot fail.
-class CacheGuard {
- public:
-  CacheGuard(bool enabled, const Geometry& geometry, const std::vector<Tensor>& keys,
-             const std::vector<Tensor>& values) {
-    if (!enabled) return;
-    for (int64_t i = 0; i < geometry.layout().sequences; ++i) {
-      const auto [begin, end] = geometry.written_slots(i);
-      for (const auto* caches : {&keys, &values}) {
-        for (const Tensor& cache : *caches) {
-          Tensor sequence = torch::stable::select(cache, 0, i);
-          written_.push_back(torch::stable::narrow(sequence, 1, begin, end - begin));
-          saved_.push_back(torch::stable::clone(torch::stable::contiguous(written_.back())));
-        }
-      }
-    }
-  }
-  CacheGuard(const CacheGuard&) = delete;
-  CacheGuard& operator=(const CacheGuard&) = delete;
-  ~CacheGuard() {
-    for (size_t i = 0; i < saved_.size(); ++i) put_back(written_[i], saved_[i]);
-  }
-
-  void keep() { saved_.clear(); }
-
- private:
-  // Row by row, without torch: the caller's exception is under way, and a cache made in inference
-  // mode takes no copy_ outside it.
-  static void put_back(const Tensor& written, const Tensor& saved) {
-    const int64_t heads = written.size(0), slots = written.size(1);
-    const int64_t row_bytes = written.size(2) * element_size(dtype_of(saved, "cache"));
-    const int64_t element = row_bytes / written.size(2);
-    char* to = static_cast<char*>(written.mutable_data_ptr());
-    const char* from = static_cast<const char*>(saved.const_data_ptr());
-    for (int64_t head = 0; head < heads; ++head) {
-      for (int64_t slot = 0; slot < slots; ++slot, from += row_bytes) {
-        std::memcpy(to + (head * written.stride(0) + slot * written.stride(1)) * element, from, row_bytes);
-      }
-    }
-  }
-
-  std::vector<Tensor> written_;  // [kv_heads, new slots, head_dim] views of the caches
-  std::vector<Tensor> saved_;    // contiguous copies of them
-};
 
 // Packed ids as int64, in range; undefined for embeddings.
 std::optional<Tensor> check_input(const ModelSpec& spec, const Tensor& input, const Tensor& like) {
@@ -152,7 +71,8 @@ Tensor check_rope(const ModelSpec& spec, const Tensor& table, int64_t rows, cons
 
 Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens,
                   Tensor cache_start, Tensor boundary, Tensor logits_to_keep, std::vector<Tensor> key_cache,
-                  std::vector<Tensor> value_cache, std::optional<Tensor> slot_table, bool restore_on_error) {
+                  std::vector<Tensor> value_cache, std::optional<Tensor> slot_table, bool restore_on_error,
+                  bool window_only) {
   const auto loaded = find_model(handle);
   const Model& model = loaded->model();
   const ModelSpec& spec = model.spec;
@@ -167,34 +87,43 @@ Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor c
   const Tensor sin_rows = check_rope(spec, sin, rows, like, "sin");
   check_shape(sin_rows, {rows, cos_rows.size(1)}, join(kOp, ": sin"));
   const Geometry geometry(kOp, {cu_seqlens, past_lens, cache_start, slot_table}, rows, &boundary, &logits_to_keep);
-  const std::vector<LayerCache> caches = layer_caches(spec, geometry, key_cache, value_cache, like);
+  for (const auto& [given, name] : {std::pair{&key_cache, "key_cache"}, std::pair{&value_cache, "value_cache"}}) {
+    check(static_cast<int64_t>(given->size()) == spec.num_layers, kOp, ": ", name, ": expected ", spec.num_layers,
+          " tensors (one a layer), got ", given->size());
+  }
+  const CacheForm form{.dtype = spec.dtype, .kv_heads = spec.num_kv_heads, .head_dim = spec.head_dim};
+  const std::vector<LayerCache> caches = check_caches(kOp, geometry, form, key_cache, value_cache, like, {});
 
   Backend& backend = cpu_backend();
   const BatchLayout& layout = geometry.layout();
   // The large pieces are allocated before the first cache write; what fails later is put back by the guard.
+  PrefillCall call{.layout = &layout,
+                   .ids = ids.has_value() ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr,
+                   .embeds = ids.has_value() ? nullptr : input.const_data_ptr(),
+                   .embeds_stride = input.stride(0),
+                   .cos = static_cast<const float*>(cos_rows.const_data_ptr()),
+                   .sin = static_cast<const float*>(sin_rows.const_data_ptr()),
+                   .rope_stride = cos_rows.size(1),
+                   .address = geometry.address(),
+                   .caches = caches.data(),
+                   .window_only = window_only,
+                   .hidden_states = nullptr,
+                   .workspace = nullptr};
   const Tensor hidden = torch::stable::new_empty(like, {layout.rows - layout.wanted_begin, spec.hidden_size});
   const Tensor workspace =
-      torch::stable::new_empty(like, {static_cast<int64_t>(workspace_bytes(model, layout, backend))}, ScalarType::Byte);
+      torch::stable::new_empty(like, {static_cast<int64_t>(workspace_bytes(model, call, backend))}, ScalarType::Byte);
   CacheGuard guard(restore_on_error, geometry, key_cache, value_cache);
   ProfilerStages stages;
-  prefill(model,
-          {.layout = &layout,
-           .ids = ids.has_value() ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr,
-           .embeds = ids.has_value() ? nullptr : input.const_data_ptr(),
-           .embeds_stride = input.stride(0),
-           .cos = static_cast<const float*>(cos_rows.const_data_ptr()),
-           .sin = static_cast<const float*>(sin_rows.const_data_ptr()),
-           .rope_stride = cos_rows.size(1),
-           .address = geometry.address(),
-           .caches = caches.data(),
-           .hidden_states = hidden.mutable_data_ptr(),
-           .workspace = workspace.mutable_data_ptr()},
-          backend, stages);
+  call.hidden_states = hidden.mutable_data_ptr();
+  call.workspace = workspace.mutable_data_ptr();
+  prefill(model, call, backend, stages);
   guard.keep();
   return hidden;
 }
 
 std::string aten_schemas() { return aten::kSchemas; }
+
+void disable_aten(std::string name, std::string reason) { aten::disable(name, reason); }
 
 std::string cpu_isa() { return cpu::kernels().name; }
 
@@ -206,6 +135,7 @@ STABLE_TORCH_LIBRARY_IMPL(pop, CompositeExplicitAutograd, m) {
   m.impl("info", TORCH_BOX(&info));
   m.impl("stale_weight", TORCH_BOX(&stale_weight));
   m.impl("aten_schemas", TORCH_BOX(&aten_schemas));
+  m.impl("disable_aten", TORCH_BOX(&disable_aten));
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
 }
 

@@ -53,6 +53,9 @@ def _schema_mismatches() -> dict[str, str]:
 
 _load_library()
 SCHEMA_MISMATCHES = _schema_mismatches()
+# The library refuses these calls itself too, however they are reached: torch.ops.pop needs no Python of ours.
+for _name, _found in SCHEMA_MISMATCHES.items():
+    torch.ops.pop.disable_aten(_name, f"torch {torch.__version__} has another operator of that name: {_found}")
 
 
 def require_aten() -> None:
@@ -80,6 +83,7 @@ def _(
     value_cache: list[Tensor],
     slot_table: Tensor | None = None,
     restore_on_error: bool = True,
+    window_only: bool = False,
 ) -> Tensor:
     hidden_size = json.loads(torch.ops.pop.info(model))["spec"]["hidden_size"]
     wanted = torch.library.get_ctx().new_dynamic_size(min=1)

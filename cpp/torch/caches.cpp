@@ -1,0 +1,98 @@
+#include "torch/caches.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstring>
+
+#include "torch/checks.h"
+
+namespace pop {
+
+namespace {
+
+void check_one(const std::string& op, const Geometry& geometry, const CacheForm& form, const Tensor& cache,
+               const std::string& name, const Tensor& like) {
+  check_same_device(cache, like, name);
+  check_dtype(cache, form.dtype, name);
+  check_shape(cache, {-1, form.kv_heads, -1, form.head_dim}, name);
+  check_last_dim_contiguous(cache, name);
+  geometry.check_fits(op, name, cache.size(0), cache.size(2));
+}
+
+LayerCache layer_cache(const Tensor& key, const Tensor& value) {
+  const auto strides = [](const Tensor& cache) {
+    return CacheStrides{.batch = cache.stride(0), .head = cache.stride(1), .slot = cache.stride(2)};
+  };
+  return {.key = key.mutable_data_ptr(),
+          .value = value.mutable_data_ptr(),
+          .key_strides = strides(key),
+          .value_strides = strides(value)};
+}
+
+// Row by row, without torch: the caller's exception is under way, and a cache made in inference
+// mode takes no copy_ outside it.
+void put_back(const Tensor& written, const Tensor& saved) {
+  const int64_t heads = written.size(0), slots = written.size(1);
+  const int64_t row_bytes = written.size(2) * element_size(dtype_of(saved, "cache"));
+  const int64_t element = row_bytes / written.size(2);
+  char* to = static_cast<char*>(written.mutable_data_ptr());
+  const char* from = static_cast<const char*>(saved.const_data_ptr());
+  for (int64_t head = 0; head < heads; ++head) {
+    for (int64_t slot = 0; slot < slots; ++slot, from += row_bytes) {
+      std::memcpy(to + (head * written.stride(0) + slot * written.stride(1)) * element, from, row_bytes);
+    }
+  }
+}
+
+}  // namespace
+
+std::vector<LayerCache> check_caches(const std::string& op, const Geometry& geometry, const CacheForm& form,
+                                     const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
+                                     const Tensor& like, const std::vector<std::pair<Tensor, std::string>>& others) {
+  std::vector<Tensor> written;
+  std::vector<std::string> names;
+  for (const auto& [caches, name] : {std::pair{&keys, "key_cache"}, std::pair{&values, "value_cache"}}) {
+    for (size_t layer = 0; layer < caches->size(); ++layer) {
+      names.push_back(join(op, ": ", name, caches->size() == 1 ? "" : join("[", layer, "]")));
+      check_one(op, geometry, form, (*caches)[layer], names.back(), like);
+      written.push_back((*caches)[layer]);
+    }
+  }
+  for (const auto& [tensor, name] : others) {
+    written.push_back(tensor);
+    names.push_back(join(op, ": ", name));
+  }
+  check_disjoint(written, names);
+
+  std::vector<LayerCache> layers;
+  for (size_t layer = 0; layer < keys.size(); ++layer) layers.push_back(layer_cache(keys[layer], values[layer]));
+  return layers;
+}
+
+LayerCache check_cache(const std::string& op, const Geometry& geometry, const CacheForm& form, const Tensor& key,
+                       const Tensor& value, const Tensor& like) {
+  check_one(op, geometry, form, key, join(op, ": key_cache"), like);
+  check_one(op, geometry, form, value, join(op, ": value_cache"), like);
+  return layer_cache(key, value);
+}
+
+CacheGuard::CacheGuard(bool enabled, const Geometry& geometry, const std::vector<Tensor>& keys,
+                       const std::vector<Tensor>& values) {
+  if (!enabled) return;
+  for (int64_t i = 0; i < geometry.layout().sequences; ++i) {
+    const auto [begin, end] = geometry.written_slots(i);
+    for (const auto* caches : {&keys, &values}) {
+      for (const Tensor& cache : *caches) {
+        Tensor sequence = torch::stable::select(cache, 0, i);
+        written_.push_back(torch::stable::narrow(sequence, 1, begin, end - begin));
+        saved_.push_back(torch::stable::clone(torch::stable::contiguous(written_.back())));
+      }
+    }
+  }
+}
+
+CacheGuard::~CacheGuard() {
+  for (size_t i = 0; i < saved_.size(); ++i) put_back(written_[i], saved_[i]);
+}
+
+}  // namespace pop

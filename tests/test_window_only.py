@@ -1,0 +1,69 @@
+"""`window_only`: an omitted layer with a sliding window is projected as far back as a later row can see, no further."""
+
+from __future__ import annotations
+
+import pop_ext
+import pytest
+import torch
+from models import WINDOW, mistral, qwen2, tokens
+from op_calls import SENTINEL, op_call, run_op
+
+LAYERS = 6
+OMIT = (1, 3, 4)  # with layer 5, whose context rows leave K and V alone as well, projected
+LENGTHS = (WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW)
+
+
+def build(family: str):
+    model = mistral() if family == "mistral" else qwen2(use_sliding_window=True)
+    return pop_ext.load(model, pop_ext.Plan(LAYERS, OMIT, boundary=2))
+
+
+def both(native, prompts, **options):
+    """The same call with every position projected, and with window_only."""
+    whole, windowed = (op_call(native, prompts, **options) for _ in range(2))
+    return run_op(whole), run_op({**windowed, "window_only": True}), whole, windowed
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("boundary", [1, 3])
+def test_the_result_is_the_same_and_only_positions_out_of_sight_are_left_out(family, length, boundary):
+    native = build(family)
+    prompts = [tokens(native.model, n, seed=n) for n in (length, 5, length + 2)]
+    expected, actual, whole, windowed = both(native, prompts, boundary=[boundary] * 3, start=[0, 2, 1])
+    torch.testing.assert_close(actual, expected)
+    for layer in range(LAYERS):
+        projected = layer in (*OMIT, LAYERS - 1)
+        window = native.spec.window[layer] if projected else 0
+        for name in ("key_cache", "value_cache"):
+            ours, theirs = windowed[name][layer], whole[name][layer]
+            for i, (start, prompt) in enumerate(zip([0, 2, 1], prompts, strict=True)):
+                seen = max(0, len(prompt) - boundary - (window - 1)) if window else 0
+                end = start + len(prompt)
+                torch.testing.assert_close(ours[i, :, start + seen : end], theirs[i, :, start + seen : end])
+                assert (ours[i, :, start : start + seen] == SENTINEL).all(), (name, layer, i)
+
+
+def test_some_position_is_left_out_at_all():
+    native = build("mistral")
+    windowed = op_call(native, [tokens(native.model, 3 * WINDOW)])
+    run_op({**windowed, "window_only": True})
+    assert (windowed["key_cache"][OMIT[0]][0, :, 0] == SENTINEL).all()
+    assert not (windowed["key_cache"][0][0, :, 0] == SENTINEL).any()
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_later_turns_never_see_what_was_left_out(family):
+    native = build(family)
+    prompts = [tokens(native.model, n, seed=n) for n in (WINDOW + 9, WINDOW + 1)]
+    _, _, whole, windowed = both(native, prompts, capacity=80)
+    past = [len(prompt) for prompt in prompts]
+    for turn in (1, WINDOW):
+        more = [tokens(native.model, turn, seed=turn + i) for i in range(2)]
+        results = []
+        for filled, options in ((whole, {}), (windowed, {"window_only": True})):
+            again = op_call(native, more, past=past, capacity=80)
+            again.update(key_cache=filled["key_cache"], value_cache=filled["value_cache"], **options)
+            results.append(run_op(again))
+        torch.testing.assert_close(results[1], results[0])
+        past = [p + turn for p in past]
