@@ -1,0 +1,59 @@
+// The CUDA kernels, a file each: launchers over the structs of backend.h. Every pointer that
+// backend.h does not mark as host is device memory; a launcher returns when its kernels are in the
+// stream, throws std::runtime_error if they could not be put there, never synchronises and reads
+// no host memory later. Empty calls launch nothing.
+#pragma once
+
+#include "backend.h"
+
+struct CUstream_st;
+
+namespace pop::cuda {
+
+using Stream = CUstream_st*;  // cudaStream_t, without the toolkit's headers
+
+// place_rows.cu
+void launch_place_rows(const PlaceRowsParams&, Stream);
+
+// embed.cu. Ids outside the vocabulary are clamped, and `bad_id` (device or mapped host memory,
+// or null) is set to 1.
+void launch_embed(const EmbedParams&, int32_t* bad_id, Stream);
+
+// rms_norm.cu
+void launch_rms_norm(const RmsNormParams&, Stream);
+
+// gated_act.cu
+void launch_gated_act(const GatedActParams&, Stream);
+
+// rope_cache_write.cu
+void launch_rope_cache_write(const RopeCacheWriteParams&, Stream);
+
+// What follows the stacked GEMM of a run, for every layer in one launch.
+struct KvEpilogueParams {
+  DType dtype;
+  int64_t first_row, rows;  // rows of the batch; row 0 of kv and rstd is `first_row`
+  int64_t kv_heads, head_dim, rotary_dim;
+  int64_t layers;
+  const void* kv;  // [rows, layers * 2 * kv_heads * head_dim]: K of the first layer, its V, K of the second, ...
+  int64_t kv_stride;
+  const float* rstd;          // [rows], or null: the rows were normalised before the GEMM
+  const void* const* k_bias;  // host [layers] of [kv_dim], or null
+  const void* const* v_bias;  // host [layers] of [kv_dim], or null
+  const void* const* k_norm;  // host [layers] of [head_dim], or null
+  float eps;
+  const Batch* batch;        // host struct of device pointers
+  const LayerCache* caches;  // host [layers]
+};
+void launch_kv_epilogue(const KvEpilogueParams&, Stream);  // rope_cache_write.cu
+
+// skinny_gemm.cu: out = a . w^T for few rows, bound by the bytes of w. Columns of one to three
+// matrices that share `a` in one launch.
+inline constexpr int64_t kSkinnyRows = 64;
+void launch_skinny_gemm(const GemmParams* products, int64_t count, Stream);
+
+// attention.cu: attention over the cache, any dtype, cut along the keys so that few rows fill the
+// machine as well. `workspace` is attention_workspace(...) bytes.
+size_t attention_workspace(const AttentionParams&);
+void launch_attention(const AttentionParams&, void* workspace, Stream);
+
+}  // namespace pop::cuda

@@ -1,0 +1,101 @@
+// Putting a kernel into a stream. Under the CPU shim (tests/cuda_shim) a launch runs on the host.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/kernels.h"
+
+namespace pop::cuda {
+
+inline constexpr int kWarp = 32;
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Are a base and every row after it aligned for accesses of `bytes`? `stride` in elements.
+inline bool is_aligned(const void* base, int64_t stride, int64_t element_bytes, int64_t bytes = 16) {
+  return reinterpret_cast<uintptr_t>(base) % bytes == 0 && stride * element_bytes % bytes == 0;
+}
+
+#if defined(POP_CUDA_SHIM)
+
+template <class... P, class... A>
+void launch(const char*, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream, A... args) {
+  cuda_shim::run(grid, block, shared_bytes, [&] { kernel(args...); });
+}
+
+template <class T>
+T* dynamic_shared() {
+  return static_cast<T*>(cuda_shim::dynamic_shared());
+}
+
+#else
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("pop: CUDA: ") + what + ": " + cudaGetErrorString(error));
+  }
+}
+
+inline constexpr size_t kSharedWithoutAsking = 48 << 10;
+
+// `name` is for the error text.
+template <class... P, class... A>
+void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
+            A... args) {
+  if (shared_bytes > kSharedWithoutAsking) {
+    const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), limit, static_cast<int>(shared_bytes)), name);
+  }
+  kernel<<<grid, block, shared_bytes, stream>>>(args...);
+  check(cudaGetLastError(), name);
+}
+
+template <class T>
+__device__ __forceinline__ T* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char pop_dynamic_shared[];
+  return reinterpret_cast<T*>(pop_dynamic_shared);
+}
+
+#endif
+
+// ---- Sums over threads ---------------------------------------------------------------------
+
+// Sum over `width` neighbouring lanes (a power of two up to 32), in every one of them.
+template <int width = kWarp>
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int offset = width / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
+  return value;
+}
+
+template <int width = kWarp>
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+  for (int offset = width / 2; offset > 0; offset /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, offset));
+  }
+  return value;
+}
+
+// Sum over a block of `threads` (a multiple of 32), in every thread, always in the same order.
+// `partial` is shared memory of threads / 32 floats that no one reads or writes beside.
+template <int threads>
+__device__ __forceinline__ float block_sum(float value, float* partial) {
+  value = warp_sum(value);
+  if constexpr (threads == kWarp) return value;
+  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  float sum = 0.0f;
+#pragma unroll
+  for (int warp = 0; warp < threads / kWarp; ++warp) sum += partial[warp];
+  __syncthreads();  // `partial` may be used again
+  return sum;
+}
+
+}  // namespace pop::cuda

@@ -1,0 +1,115 @@
+// Checks of the CUDA kernels on the shim: each compares a launch with the same arithmetic done serially.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "core/model_spec.h"
+#include "row_math.h"
+
+namespace checks {
+
+// Registers a check, which throws where it fails: `static const Check check("name", run);`
+struct Check {
+  Check(const char* name, void (*run)());
+};
+
+inline float round_to(pop::DType dtype, float value) {
+  switch (dtype) {
+    case pop::DType::f32:
+      return value;
+    case pop::DType::bf16:
+      return pop::bf16_value<float>(pop::bf16_bits(value));
+    case pop::DType::f16:
+      return pop::f16_value<float>(pop::f16_bits(value));
+  }
+  return value;
+}
+
+// An array of elements of one dtype, with sentinels before, after, and wherever nothing was written.
+class Buffer {
+ public:
+  static constexpr float kSentinel = 7776.0f;  // exact in every dtype
+  static constexpr int64_t kGuard = 64;        // elements on either side
+
+  // `offset` elements more before the first one, to test alignment.
+  Buffer(pop::DType dtype, int64_t count, int64_t offset = 0)
+      : dtype_(dtype), count_(count), first_(kGuard + offset), bytes_((count + offset + 2 * kGuard) * element() + 64) {
+    for (int64_t i = -first_; i < count_ + kGuard; ++i) set(i, kSentinel);
+  }
+
+  void* data() { return base() + first_ * element(); }
+  const void* data() const { return const_cast<Buffer*>(this)->data(); }
+  int64_t count() const { return count_; }
+  pop::DType dtype() const { return dtype_; }
+
+  float get(int64_t i) const {
+    const char* from = static_cast<const char*>(data()) + i * element();
+    if (dtype_ == pop::DType::f32) {
+      float value;
+      std::memcpy(&value, from, 4);
+      return value;
+    }
+    uint16_t bits;
+    std::memcpy(&bits, from, 2);
+    return dtype_ == pop::DType::bf16 ? pop::bf16_value<float>(bits) : pop::f16_value<float>(bits);
+  }
+
+  void set(int64_t i, float value) {
+    char* to = static_cast<char*>(data()) + i * element();
+    if (dtype_ == pop::DType::f32) {
+      std::memcpy(to, &value, 4);
+      return;
+    }
+    const uint16_t bits =
+        static_cast<uint16_t>(dtype_ == pop::DType::bf16 ? pop::bf16_bits(value) : pop::f16_bits(value));
+    std::memcpy(to, &bits, 2);
+  }
+
+  void fill_random(std::mt19937& random, float scale = 1.0f) {
+    std::normal_distribution<float> normal(0.0f, scale);
+    for (int64_t i = 0; i < count_; ++i) set(i, normal(random));
+  }
+
+  bool guards_intact() const {
+    for (int64_t i = 0; i < kGuard; ++i) {
+      if (get(-1 - i) != kSentinel || get(count_ + i) != kSentinel) return false;
+    }
+    return true;
+  }
+
+ private:
+  int64_t element() const { return dtype_ == pop::DType::f32 ? 4 : 2; }
+  char* base() {
+    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(bytes_.data()) + 63) / 64 * 64);
+  }
+
+  pop::DType dtype_;
+  int64_t count_, first_;
+  std::vector<char> bytes_;
+};
+
+// `buffer` holds `expected` within |error| <= absolute + relative * |expected|, and its guards are intact.
+inline void expect_close(const std::string& what, const Buffer& buffer, const std::vector<float>& expected,
+                         float absolute, float relative) {
+  if (!buffer.guards_intact()) throw std::runtime_error(what + ": wrote outside its output");
+  for (int64_t i = 0; i < buffer.count(); ++i) {
+    const float got = buffer.get(i), want = expected[i];
+    if (std::abs(got - want) <= absolute + relative * std::abs(want)) continue;
+    std::ostringstream text;
+    text << what << ": element " << i << ": expected " << want << ", got " << got;
+    throw std::runtime_error(text.str());
+  }
+}
+
+// Relative error that one rounding to `dtype` may add.
+inline float rounding(pop::DType dtype) {
+  return dtype == pop::DType::f32 ? 1e-5f : dtype == pop::DType::bf16 ? 1.0f / 128 : 1.0f / 1024;
+}
+
+}  // namespace checks

@@ -1,0 +1,99 @@
+// Stands in for the toolkit's header when a kernel of cuda/ is compiled as C++ and run on a CPU: test-only.
+//
+// The threads of a block are fibers of one host thread, or (POP_CUDA_SHIM_THREADS) host threads, for
+// ThreadSanitizer to watch; blocks run one after another. Shared memory is `static`, so that launches
+// take turns. Anything a kernel uses that is not here does not compile.
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#if !defined(POP_CUDA_SHIM)
+#error "compile with -DPOP_CUDA_SHIM"
+#endif
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+#define __align__(n) alignas(n)
+#define __grid_constant__
+
+namespace cuda_shim {
+
+constexpr unsigned kWarpSize = 32;
+
+// One CUDA thread.
+struct Lane {
+  dim3 thread, block;
+  unsigned index;  // within the block
+};
+
+extern thread_local Lane* lane;
+extern dim3 grid_dim, block_dim;
+
+// Runs `body` as every thread of every block. Throws std::runtime_error if threads wait for each other forever.
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+
+void* dynamic_shared();  // filled with NaN before each block
+void block_barrier();
+void warp_barrier();
+void* warp_slot(unsigned warp_lane);  // 16 bytes a lane, to hand a value over
+
+template <class T>
+T shuffle(T value, unsigned from) {
+  static_assert(sizeof(T) <= 16);
+  std::memcpy(warp_slot(lane->index % kWarpSize), &value, sizeof(T));
+  warp_barrier();
+  T result;
+  std::memcpy(&result, warp_slot(from % kWarpSize), sizeof(T));
+  warp_barrier();
+  return result;
+}
+
+}  // namespace cuda_shim
+
+#define threadIdx (::cuda_shim::lane->thread)
+#define blockIdx (::cuda_shim::lane->block)
+#define blockDim (::cuda_shim::block_dim)
+#define gridDim (::cuda_shim::grid_dim)
+
+inline void __syncthreads() { cuda_shim::block_barrier(); }
+inline void __syncwarp(unsigned = 0xffffffffu) { cuda_shim::warp_barrier(); }
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return cuda_shim::shuffle(value, cuda_shim::lane->index ^ static_cast<unsigned>(mask));
+}
+template <class T>
+T __shfl_sync(unsigned, T value, int from, int width = 32) {
+  const unsigned first = cuda_shim::lane->index & ~static_cast<unsigned>(width - 1);
+  return cuda_shim::shuffle(value, first + static_cast<unsigned>(from) % static_cast<unsigned>(width));
+}
+
+template <class T>
+T __ldg(const T* from) {
+  return *from;
+}
+template <class T>
+T __ldcs(const T* from) {
+  return *from;
+}
+
+inline int atomicExch(int* to, int value) { return std::atomic_ref<int>(*to).exchange(value); }
+inline int atomicAdd(int* to, int value) { return std::atomic_ref<int>(*to).fetch_add(value); }
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+
+inline float __expf(float x) { return std::exp(x); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }

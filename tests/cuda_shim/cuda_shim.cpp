@@ -1,0 +1,191 @@
+#include <cuda_runtime.h>
+#include <ucontext.h>
+
+#include <barrier>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+namespace cuda_shim {
+
+thread_local Lane* lane = nullptr;
+dim3 grid_dim, block_dim;
+
+namespace {
+
+std::mutex one_launch_at_a_time;
+std::vector<unsigned char> shared;
+std::vector<std::array<unsigned char, 16>> slots;  // one a thread of the block
+
+std::vector<Lane> lanes_of(dim3 block_index, dim3 block) {
+  std::vector<Lane> lanes;
+  for (unsigned z = 0; z < block.z; ++z) {
+    for (unsigned y = 0; y < block.y; ++y) {
+      for (unsigned x = 0; x < block.x; ++x) {
+        lanes.push_back({dim3(x, y, z), block_index, static_cast<unsigned>(lanes.size())});
+      }
+    }
+  }
+  return lanes;
+}
+
+template <class Run>
+void over_blocks(dim3 grid, dim3 block, size_t shared_bytes, const Run& run_block) {
+  std::lock_guard lock(one_launch_at_a_time);
+  grid_dim = grid;
+  block_dim = block;
+  shared.resize(shared_bytes + 128);
+  slots.resize(block.x * block.y * block.z + kWarpSize);
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        std::memset(shared.data(), 0xff, shared.size());
+        run_block(lanes_of(dim3(x, y, z), block));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void* dynamic_shared() {
+  const uintptr_t base = reinterpret_cast<uintptr_t>(shared.data());
+  return reinterpret_cast<void*>((base + 127) / 128 * 128);
+}
+
+void* warp_slot(unsigned warp_lane) { return slots[lane->index / kWarpSize * kWarpSize + warp_lane].data(); }
+
+#if defined(POP_CUDA_SHIM_THREADS)
+
+namespace {
+
+std::unique_ptr<std::barrier<>> block_meeting;
+std::vector<std::unique_ptr<std::barrier<>>> warp_meetings;
+
+}  // namespace
+
+void block_barrier() { block_meeting->arrive_and_wait(); }
+void warp_barrier() { warp_meetings[lane->index / kWarpSize]->arrive_and_wait(); }
+
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+  over_blocks(grid, block, shared_bytes, [&](std::vector<Lane> lanes) {
+    const size_t count = lanes.size();
+    block_meeting = std::make_unique<std::barrier<>>(count);
+    warp_meetings.clear();
+    for (size_t first = 0; first < count; first += kWarpSize) {
+      warp_meetings.push_back(std::make_unique<std::barrier<>>(std::min<size_t>(kWarpSize, count - first)));
+    }
+    std::vector<std::thread> threads;
+    for (Lane& own : lanes) {
+      threads.emplace_back([&body, &own] {
+        lane = &own;
+        body();
+        // A thread that has returned is waited for no longer.
+        warp_meetings[own.index / kWarpSize]->arrive_and_drop();
+        block_meeting->arrive_and_drop();
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+  });
+}
+
+#else
+
+namespace {
+
+enum class State { ready, at_block_barrier, at_warp_barrier, done };
+
+constexpr size_t kStackBytes = 128 << 10;
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  Lane lane;
+  State state = State::ready;
+};
+
+std::vector<Fiber> fibers;
+ucontext_t scheduler;
+Fiber* running = nullptr;
+const std::function<void()>* current_body = nullptr;
+unsigned first_to_run = 0;  // changes from block to block: an order that a kernel must not depend on
+
+void enter() {
+  (*current_body)();
+  running->state = State::done;
+  swapcontext(&running->context, &scheduler);
+}
+
+void wait(State state) {
+  Fiber* self = running;
+  self->state = state;
+  swapcontext(&self->context, &scheduler);
+}
+
+// Lets threads that all wait at one barrier go on; false if there are none.
+bool release(size_t begin, size_t end, State barrier) {
+  bool any = false;
+  for (size_t i = begin; i < end; ++i) {
+    if (fibers[i].state == State::done) continue;
+    if (fibers[i].state != barrier) return false;
+    any = true;
+  }
+  for (size_t i = begin; i < end; ++i) {
+    if (fibers[i].state == barrier) fibers[i].state = State::ready;
+  }
+  return any;
+}
+
+void run_block(const std::vector<Lane>& lanes) {
+  const size_t count = lanes.size();
+  if (fibers.size() < count) fibers.resize(count);
+  for (size_t i = 0; i < count; ++i) {
+    Fiber& fiber = fibers[i];
+    if (!fiber.stack) fiber.stack = std::make_unique<char[]>(kStackBytes);
+    fiber.lane = lanes[i];
+    fiber.state = State::ready;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+  }
+  first_to_run = (first_to_run * 5 + 3) % 1021;
+  for (;;) {
+    bool progress = false, alive = false;
+    for (size_t i = 0; i < count; ++i) {
+      Fiber& fiber = fibers[(i + first_to_run) % count];
+      if (fiber.state != State::ready) continue;
+      running = &fiber;
+      lane = &fiber.lane;
+      swapcontext(&scheduler, &fiber.context);
+      progress = true;
+    }
+    for (size_t first = 0; first < count; first += kWarpSize) {
+      progress |= release(first, std::min<size_t>(first + kWarpSize, count), State::at_warp_barrier);
+    }
+    progress |= release(0, count, State::at_block_barrier);
+    for (size_t i = 0; i < count; ++i) alive |= fibers[i].state != State::done;
+    if (!alive) return;
+    if (!progress) throw std::runtime_error("cuda_shim: threads of a block wait at different barriers");
+  }
+}
+
+}  // namespace
+
+void block_barrier() { wait(State::at_block_barrier); }
+void warp_barrier() { wait(State::at_warp_barrier); }
+
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+  over_blocks(grid, block, shared_bytes, [&](const std::vector<Lane>& lanes) {
+    current_body = &body;
+    run_block(lanes);
+  });
+  lane = nullptr;
+}
+
+#endif
+
+}  // namespace cuda_shim
