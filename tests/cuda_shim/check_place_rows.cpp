@@ -11,7 +11,7 @@ void run() {
   std::vector<Segment> segments;
   int64_t rows = 0;
   for (int64_t s = 0; s < kSequences; ++s) {
-    const int64_t length = s == 3 ? 700 : 1 + s % 5;
+    const int64_t length = s == 3 ? 300 : 1 + s % 5;
     segments.push_back({.sequence = (s * 3) % kSequences,
                         .first_row = rows,
                         .rows = length,

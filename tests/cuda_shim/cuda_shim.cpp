@@ -1,6 +1,8 @@
 #include <cuda_runtime.h>
 #include <ucontext.h>
 
+#include <algorithm>
+#include <array>
 #include <barrier>
 #include <memory>
 #include <mutex>
@@ -31,22 +33,24 @@ std::vector<Lane> lanes_of(dim3 block_index, dim3 block) {
   return lanes;
 }
 
-template <class Run>
-void over_blocks(dim3 grid, dim3 block, size_t shared_bytes, const Run& run_block) {
-  std::lock_guard lock(one_launch_at_a_time);
+std::vector<dim3> blocks_of(dim3 grid) {
+  std::vector<dim3> blocks;
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) blocks.push_back(dim3(x, y, z));
+    }
+  }
+  return blocks;
+}
+
+void begin_launch(dim3 grid, dim3 block, size_t shared_bytes) {
   grid_dim = grid;
   block_dim = block;
   shared.resize(shared_bytes + 128);
   slots.resize(block.x * block.y * block.z + kWarpSize);
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        std::memset(shared.data(), 0xff, shared.size());
-        run_block(lanes_of(dim3(x, y, z), block));
-      }
-    }
-  }
 }
+
+void begin_block() { std::memset(shared.data(), 0xff, shared.size()); }
 
 }  // namespace
 
@@ -69,26 +73,38 @@ std::vector<std::unique_ptr<std::barrier<>>> warp_meetings;
 void block_barrier() { block_meeting->arrive_and_wait(); }
 void warp_barrier() { warp_meetings[lane->index / kWarpSize]->arrive_and_wait(); }
 
+// The threads live as long as the launch; each block has barriers of its own, since a thread that has
+// returned is waited for no longer.
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
-  over_blocks(grid, block, shared_bytes, [&](std::vector<Lane> lanes) {
-    const size_t count = lanes.size();
+  std::lock_guard lock(one_launch_at_a_time);
+  begin_launch(grid, block, shared_bytes);
+  const std::vector<dim3> blocks = blocks_of(grid);
+  std::vector<Lane> lanes = lanes_of(dim3(), block);
+  const size_t count = lanes.size();
+  const auto next_block = [count]() noexcept {
+    begin_block();
     block_meeting = std::make_unique<std::barrier<>>(count);
     warp_meetings.clear();
     for (size_t first = 0; first < count; first += kWarpSize) {
       warp_meetings.push_back(std::make_unique<std::barrier<>>(std::min<size_t>(kWarpSize, count - first)));
     }
-    std::vector<std::thread> threads;
-    for (Lane& own : lanes) {
-      threads.emplace_back([&body, &own] {
-        lane = &own;
+  };
+  next_block();
+  std::barrier between(static_cast<std::ptrdiff_t>(count), next_block);
+  std::vector<std::thread> threads;
+  for (Lane& own : lanes) {
+    threads.emplace_back([&] {
+      lane = &own;
+      for (const dim3& index : blocks) {
+        own.block = index;
         body();
-        // A thread that has returned is waited for no longer.
         warp_meetings[own.index / kWarpSize]->arrive_and_drop();
         block_meeting->arrive_and_drop();
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
-  });
+        between.arrive_and_wait();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
 }
 
 #else
@@ -179,10 +195,13 @@ void block_barrier() { wait(State::at_block_barrier); }
 void warp_barrier() { wait(State::at_warp_barrier); }
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
-  over_blocks(grid, block, shared_bytes, [&](const std::vector<Lane>& lanes) {
-    current_body = &body;
-    run_block(lanes);
-  });
+  std::lock_guard lock(one_launch_at_a_time);
+  begin_launch(grid, block, shared_bytes);
+  current_body = &body;
+  for (const dim3& index : blocks_of(grid)) {
+    begin_block();
+    run_block(lanes_of(index, block));
+  }
   lane = nullptr;
 }
 
