@@ -52,7 +52,7 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
     const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), limit, static_cast<int>(shared_bytes)), name);
   }
-  kernel<<<grid, block, shared_bytes, stream>>>(args...);
+  kernel<<<grid, block, shared_bytes, stream> > >(args...);
   check(cudaGetLastError(), name);
 }
 

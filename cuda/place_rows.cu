@@ -19,9 +19,9 @@ struct SegmentList {
 };
 
 // A block column a segment.
-__global__ void __launch_bounds__(kThreads) place_segments_kernel(const SegmentList list, int64_t* row_sequence,
-                                                                  int64_t* row_position, int64_t* row_source,
-                                                                  int64_t* start) {
+__global__ void __launch_bounds__(kThreads)
+    place_segments_kernel(const SegmentList list, int64_t* row_sequence, int64_t* row_position, int64_t* row_source,
+                          int64_t* start) {
   const Segment& segment = list.segments[blockIdx.y];
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < segment.rows; i += stride) {

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <span>
@@ -124,15 +125,15 @@ class CpuBackend final : public Backend {
     over_rows(table_.rope_cache_write, p, p.rows, heads * p.head_dim);
   }
 
-  void gemm(const GemmParams& p) override {
-    if (p.m == 0 || p.n == 0) return;
-    if (p.m <= (p.dtype == DType::f32 ? kSkinnyRowsFloat32 : kSkinnyRows)) {
-      const int64_t grain = std::max<int64_t>(4, kGrainElements / std::max<int64_t>(1, p.k));
-      parallel_for(0, p.n, grain, [&](int64_t begin, int64_t end) { table_.skinny_gemm(p, begin, end); });
-    } else if (widen_first(p.dtype)) {
-      widened_gemm(p);
-    } else {
-      aten::matmul_nt(p, kCpu);
+  void gemm(const GemmParams* products, int64_t count) override {
+    for (int64_t i = 0; i < count; ++i) product(products[i]);
+  }
+
+  void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t row_bytes,
+                 int64_t rows) noexcept override {
+    for (int64_t row = 0; row < rows; ++row) {
+      std::memcpy(static_cast<char*>(to) + row * to_stride, static_cast<const char*>(from) + row * from_stride,
+                  row_bytes);
     }
   }
 
@@ -163,6 +164,18 @@ class CpuBackend final : public Backend {
   }
 
  private:
+  void product(const GemmParams& p) {
+    if (p.m == 0 || p.n == 0) return;
+    if (p.m <= (p.dtype == DType::f32 ? kSkinnyRowsFloat32 : kSkinnyRows)) {
+      const int64_t grain = std::max<int64_t>(4, kGrainElements / std::max<int64_t>(1, p.k));
+      parallel_for(0, p.n, grain, [&](int64_t begin, int64_t end) { table_.skinny_gemm(p, begin, end); });
+    } else if (widen_first(p.dtype)) {
+      widened_gemm(p);
+    } else {
+      aten::matmul_nt(p, kCpu);
+    }
+  }
+
   // Where the parts of kv_project's workspace begin, in bytes.
   struct KvProjectLayout {
     size_t rstd, normalised, kv, bytes;
@@ -205,16 +218,16 @@ class CpuBackend final : public Backend {
                 .out_stride = p.hidden_size,
                 .rstd = normalise ? nullptr : own_rstd});
     }
-    gemm({.dtype = p.dtype,
-          .m = rows,
-          .n = columns,
-          .k = p.hidden_size,
-          .a = normalise ? workspace + layout.normalised : x,
-          .a_stride = normalise ? p.hidden_size : p.x_stride,
-          .w = p.weight,
-          .w_stride = p.hidden_size,
-          .out = kv,
-          .out_stride = columns});
+    product({.dtype = p.dtype,
+             .m = rows,
+             .n = columns,
+             .k = p.hidden_size,
+             .a = normalise ? workspace + layout.normalised : x,
+             .a_stride = normalise ? p.hidden_size : p.x_stride,
+             .w = p.weight,
+             .w_stride = p.hidden_size,
+             .out = kv,
+             .out_stride = columns});
     for (int64_t layer = 0; layer < p.layers; ++layer) {
       const char* k = kv + layer * 2 * kv_dim * element;
       rope_cache_write({.dtype = p.dtype,

@@ -1,6 +1,8 @@
 #include "runtime/prefill.h"
 
 #include <algorithm>
+#include <initializer_list>
+#include <vector>
 
 #include "runtime/workspace.h"
 
@@ -36,7 +38,8 @@ class Prefill {
  private:
   void place_rows();
   void embed();
-  void project_run(const RunWeights& run);
+  void run_of_projected(const RunWeights& run);
+  std::vector<int64_t> project_run(const RunWeights& run);
   void project_layers(const RunWeights& run, LayerRange layers, int64_t first_row, int64_t rows, const float* rstd);
   void full_layer(int64_t layer, int64_t kv_begin, int64_t q_begin);
   void qkv(const LayerWeights& weights, int64_t kv_begin, int64_t q_begin);
@@ -46,8 +49,11 @@ class Prefill {
   void final_norm();
 
   void norm(int64_t begin, int64_t end, const void* weight, void* out, int64_t out_stride, float* rstd = nullptr);
-  void gemm(int64_t rows, int64_t n, int64_t k, const void* a, int64_t a_stride, const Linear& w, void* out,
-            int64_t out_stride);
+  void gemm(std::initializer_list<GemmParams> products) {
+    backend_.gemm(products.begin(), static_cast<int64_t>(products.size()));
+  }
+  GemmParams product(int64_t rows, int64_t n, int64_t k, const void* a, int64_t a_stride, const Linear& w, void* out,
+                     int64_t out_stride) const;
 
   void* at(void* buffer, int64_t row, int64_t stride) const {
     return static_cast<char*>(buffer) + row * stride * element_;
@@ -81,16 +87,27 @@ void Prefill::run() {
       full_layer(layer++, 0, 0);
       continue;
     }
-    // Context rows stay as they are from here to the end of the run and only leave their K
-    // and V behind; boundary rows go through its layers, over that K and V.
-    project_run(*next_run);
-    for (; layer < next_run->layers.end; ++layer) {
-      const bool last = layer == spec_.num_layers - 1;
-      full_layer(layer, layout_.context_rows, last ? layout_.wanted_begin : layout_.context_rows);
-    }
+    run_of_projected(*next_run);
+    layer = next_run->layers.end;
     ++next_run;
   }
   final_norm();
+}
+
+// Context rows stay as they are through the layers of a run and only leave their K and V behind;
+// boundary rows go through its layers, over that K and V, and where the backend has a side line
+// they set out while later layers are still being projected.
+void Prefill::run_of_projected(const RunWeights& run) {
+  const int64_t before = backend_.mark();
+  const std::vector<int64_t> projected = project_run(run);
+  const bool beside = !projected.empty();
+  if (beside) backend_.begin_side(before);
+  for (int64_t layer = run.layers.begin; layer < run.layers.end; ++layer) {
+    if (beside) backend_.wait(projected[layer - run.layers.begin]);
+    const bool last = layer == spec_.num_layers - 1;
+    full_layer(layer, layout_.context_rows, last ? layout_.wanted_begin : layout_.context_rows);
+  }
+  if (beside) backend_.end_side();
 }
 
 void Prefill::place_rows() {
@@ -138,8 +155,9 @@ void Prefill::embed() {
   pending_begin_ = layout_.rows;
 }
 
-void Prefill::project_run(const RunWeights& run) {
-  if (layout_.context_rows == 0) return;
+// Returns, for each layer of the run, the mark after which its K and V are there; empty without context rows.
+std::vector<int64_t> Prefill::project_run(const RunWeights& run) {
+  if (layout_.context_rows == 0) return {};
   StageRange stage(observer_, "pop::kv_project");
   // The pass that brings x up to date hands its row scales over.
   const bool pending = pending_begin_ < layout_.context_rows;
@@ -147,20 +165,21 @@ void Prefill::project_run(const RunWeights& run) {
   const float* rstd = pending ? work_.rstd : nullptr;
 
   const auto window_of = [this](int64_t layer) { return call_.window_only ? spec_.window[layer] : 0; };
+  const int64_t at_once = backend_.kv_project_layers(layout_.context_rows, run.layers.size(), spec_.kv_dim());
+  std::vector<int64_t> marks;
   LayerRange layers{run.layers.begin, run.layers.begin};
   for (; layers.begin < run.layers.end; layers.begin = layers.end) {
-    const int64_t window = window_of(layers.begin);
-    while (layers.end < run.layers.end && window_of(layers.end) == window) ++layers.end;
-    if (window == 0) {
-      project_layers(run, layers, 0, layout_.context_rows, rstd);
-      continue;
-    }
-    // The first boundary row is the next reader: it sees the window - 1 positions before it.
-    for (const Segment& segment : layout_.segments(0, layout_.context_rows)) {
+    const int64_t window = window_of(layers.begin), limit = std::min(layers.begin + at_once, run.layers.end);
+    while (layers.end < limit && window_of(layers.end) == window) ++layers.end;
+    if (window == 0) project_layers(run, layers, 0, layout_.context_rows, rstd);
+    for (const Segment& segment : layout_.segments(0, window == 0 ? 0 : layout_.context_rows)) {
+      // The first boundary row is the next reader: it sees the window - 1 positions before it.
       const int64_t rows = std::min(segment.rows, window - 1);
       if (rows > 0) project_layers(run, layers, segment.first_row + segment.rows - rows, rows, rstd);
     }
+    marks.resize(layers.end - run.layers.begin, backend_.mark());
   }
+  return marks;
 }
 
 void Prefill::project_layers(const RunWeights& run, LayerRange layers, int64_t first_row, int64_t rows,
@@ -204,10 +223,10 @@ void Prefill::qkv(const LayerWeights& weights, int64_t kv_begin, int64_t q_begin
   const int64_t rows = layout_.rows;
   const int64_t hidden = spec_.hidden_size, kv_dim = spec_.kv_dim(), wide = work_.wide;
   const void* kv_input = at(work_.y, kv_begin, wide);
-  gemm(rows - kv_begin, kv_dim, hidden, kv_input, wide, weights.k_proj, at(work_.k, kv_begin, kv_dim), kv_dim);
-  gemm(rows - kv_begin, kv_dim, hidden, kv_input, wide, weights.v_proj, at(work_.v, kv_begin, kv_dim), kv_dim);
-  gemm(rows - q_begin, spec_.q_dim(), hidden, at(work_.y, q_begin, wide), wide, weights.q_proj,
-       at(work_.z, q_begin, wide), wide);
+  gemm({product(rows - kv_begin, kv_dim, hidden, kv_input, wide, weights.k_proj, at(work_.k, kv_begin, kv_dim), kv_dim),
+        product(rows - kv_begin, kv_dim, hidden, kv_input, wide, weights.v_proj, at(work_.v, kv_begin, kv_dim), kv_dim),
+        product(rows - q_begin, spec_.q_dim(), hidden, at(work_.y, q_begin, wide), wide, weights.q_proj,
+                at(work_.z, q_begin, wide), wide)});
 }
 
 void Prefill::rope_cache_write(int64_t layer, int64_t kv_begin, int64_t q_begin) {
@@ -264,8 +283,8 @@ void Prefill::attention(int64_t layer, int64_t q_begin) {
                         .address = batch_.address});
   }
   StageRange stage(observer_, "pop::o_proj");
-  gemm(layout_.rows - q_begin, spec_.hidden_size, spec_.q_dim(), at(work_.y, q_begin, wide), wide, weights.o_proj,
-       at(work_.z, q_begin, wide), wide);
+  gemm({product(layout_.rows - q_begin, spec_.hidden_size, spec_.q_dim(), at(work_.y, q_begin, wide), wide,
+                weights.o_proj, at(work_.z, q_begin, wide), wide)});
   pending_begin_ = q_begin;
   pending_bias_ = weights.o_bias;
 }
@@ -277,19 +296,20 @@ void Prefill::mlp(const LayerWeights& weights, int64_t q_begin) {
   for (int64_t begin = q_begin; begin < layout_.rows; begin += kMlpChunkRows) {
     const int64_t rows = std::min(kMlpChunkRows, layout_.rows - begin);
     const void* input = at(work_.y, begin, wide);
-    gemm(rows, inner, hidden, input, wide, weights.gate_proj, work_.gate, inner);
-    gemm(rows, inner, hidden, input, wide, weights.up_proj, work_.up, inner);
+    void* up = work_.up(rows);
+    gemm({product(rows, inner, hidden, input, wide, weights.gate_proj, work_.gate, inner),
+          product(rows, inner, hidden, input, wide, weights.up_proj, up, inner)});
     backend_.gated_act({.dtype = spec_.dtype,
                         .activation = spec_.activation,
                         .rows = rows,
                         .width = inner,
                         .gate = work_.gate,
                         .gate_stride = inner,
-                        .up = work_.up,
+                        .up = up,
                         .up_stride = inner,
                         .gate_bias = weights.gate_bias,
                         .up_bias = weights.up_bias});
-    gemm(rows, hidden, inner, work_.gate, inner, weights.down_proj, at(work_.z, begin, wide), wide);
+    gemm({product(rows, hidden, inner, work_.gate, inner, weights.down_proj, at(work_.z, begin, wide), wide)});
   }
   pending_begin_ = q_begin;
   pending_bias_ = weights.down_bias;
@@ -324,18 +344,18 @@ void Prefill::norm(int64_t begin, int64_t end, const void* weight, void* out, in
   pending_begin_ = std::max(pending_begin_, end);
 }
 
-void Prefill::gemm(int64_t rows, int64_t n, int64_t k, const void* a, int64_t a_stride, const Linear& w, void* out,
-                   int64_t out_stride) {
-  backend_.gemm({.dtype = spec_.dtype,
-                 .m = rows,
-                 .n = n,
-                 .k = k,
-                 .a = a,
-                 .a_stride = a_stride,
-                 .w = w.data,
-                 .w_stride = w.stride,
-                 .out = out,
-                 .out_stride = out_stride});
+GemmParams Prefill::product(int64_t rows, int64_t n, int64_t k, const void* a, int64_t a_stride, const Linear& w,
+                            void* out, int64_t out_stride) const {
+  return {.dtype = spec_.dtype,
+          .m = rows,
+          .n = n,
+          .k = k,
+          .a = a,
+          .a_stride = a_stride,
+          .w = w.data,
+          .w_stride = w.stride,
+          .out = out,
+          .out_stride = out_stride};
 }
 
 }  // namespace

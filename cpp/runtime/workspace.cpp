@@ -58,18 +58,19 @@ Workspace::Workspace(const Model& model, const PrefillCall& call, const Backend&
                                   ? nullptr
                                   : cutter.take_array<int32_t>(layout.sequences * call.address.slot_table_stride)};
 
-  // The projection of a run and the MLP of a layer never run at once.
+  // The projection of a run and the MLP of a layer never run at once, but for the MLP of boundary rows
+  // on a side line.
+  mlp_row_bytes_ = spec.intermediate_size * element;
+  const int64_t beside = backend.has_side() ? std::min(rows - layout.context_rows, kMlpChunkRows) : 0;
+  const size_t before = 2 * aligned(beside * mlp_row_bytes_);
   size_t projection = 0;
   for (const RunWeights& run : model.runs) {
     projection = std::max(projection, backend.kv_project_workspace(spec.dtype, layout.context_rows, spec.hidden_size,
                                                                    run.layers.size(), spec.kv_dim()));
   }
-  const size_t chunk = std::min(rows, kMlpChunkRows) * spec.intermediate_size * element;
-  Cutter shared(cutter.take(0));
-  gate = shared.take(chunk);
-  up = shared.take(chunk);
-  kv_project = gate;
-  cutter.take(std::max(shared.used(), projection));
+  const size_t chunk = 2 * aligned(std::min(rows, kMlpChunkRows) * mlp_row_bytes_);
+  gate = cutter.take(std::max(chunk, before + projection));
+  kv_project = gate == nullptr ? nullptr : static_cast<char*>(gate) + before;
   bytes = cutter.used();
 }
 

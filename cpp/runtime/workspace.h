@@ -16,20 +16,27 @@ struct Workspace {
   // Cut from call.workspace; without that only `bytes` is meaningful.
   Workspace(const Model& model, const PrefillCall& call, const Backend& backend);
 
-  int64_t wide;      // max(hidden_size, q_dim)
-  void* x;           // [rows, hidden_size] residual stream
-  void* y;           // [rows, wide] input of the next GEMM: normalised rows or attention output
-  void* z;           // [rows, wide] output of a GEMM: q, or what is to be added to x
-  void* k;           // [rows, kv_dim]
-  void* v;           // [rows, kv_dim]
-  void* gate;        // [min(rows, kMlpChunkRows), intermediate_size]
-  void* up;          // the same
-  void* kv_project;  // KvProjectParams::workspace; shares memory with gate and up
-  float* rstd;       // [rows]
-  float* cos;        // [rows, rotary_dim / 2]
-  float* sin;        // the same
+  int64_t wide;  // max(hidden_size, q_dim)
+  void* x;       // [rows, hidden_size] residual stream
+  void* y;       // [rows, wide] input of the next GEMM: normalised rows or attention output
+  void* z;       // [rows, wide] output of a GEMM: q, or what is to be added to x
+  void* k;       // [rows, kv_dim]
+  void* v;       // [rows, kv_dim]
+  // gate and up of a chunk of the MLP; with a side line, KvProjectParams::workspace lies behind those of
+  // the rows at full depth, which run beside it.
+  void* gate;  // [min(rows, kMlpChunkRows), intermediate_size]
+  void* kv_project;
+  float* rstd;  // [rows]
+  float* cos;   // [rows, rotary_dim / 2]
+  float* sin;   // the same
   PlaceRowsParams place_rows;
   size_t bytes;
+
+  // Where `up` of a chunk of so many rows begins: behind its `gate`.
+  void* up(int64_t rows) const { return static_cast<char*>(gate) + aligned(rows * mlp_row_bytes_); }
+
+ private:
+  size_t mlp_row_bytes_;
 };
 
 }  // namespace pop

@@ -2,8 +2,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <cstring>
-
 #include "torch/checks.h"
 
 namespace pop {
@@ -27,21 +25,6 @@ LayerCache layer_cache(const Tensor& key, const Tensor& value) {
           .value = value.mutable_data_ptr(),
           .key_strides = strides(key),
           .value_strides = strides(value)};
-}
-
-// Row by row, without torch: the caller's exception is under way, and a cache made in inference
-// mode takes no copy_ outside it.
-void put_back(const Tensor& written, const Tensor& saved) {
-  const int64_t heads = written.size(0), slots = written.size(1);
-  const int64_t row_bytes = written.size(2) * element_size(dtype_of(saved, "cache"));
-  const int64_t element = row_bytes / written.size(2);
-  char* to = static_cast<char*>(written.mutable_data_ptr());
-  const char* from = static_cast<const char*>(saved.const_data_ptr());
-  for (int64_t head = 0; head < heads; ++head) {
-    for (int64_t slot = 0; slot < slots; ++slot, from += row_bytes) {
-      std::memcpy(to + (head * written.stride(0) + slot * written.stride(1)) * element, from, row_bytes);
-    }
-  }
 }
 
 }  // namespace
@@ -76,8 +59,9 @@ LayerCache check_cache(const std::string& op, const Geometry& geometry, const Ca
   return layer_cache(key, value);
 }
 
-CacheGuard::CacheGuard(bool enabled, const Geometry& geometry, const std::vector<Tensor>& keys,
-                       const std::vector<Tensor>& values) {
+CacheGuard::CacheGuard(bool enabled, Backend& backend, const Geometry& geometry, const std::vector<Tensor>& keys,
+                       const std::vector<Tensor>& values)
+    : backend_(backend) {
   if (!enabled) return;
   for (int64_t i = 0; i < geometry.layout().sequences; ++i) {
     const auto [begin, end] = geometry.written_slots(i);
@@ -93,6 +77,20 @@ CacheGuard::CacheGuard(bool enabled, const Geometry& geometry, const std::vector
 
 CacheGuard::~CacheGuard() {
   for (size_t i = 0; i < saved_.size(); ++i) put_back(written_[i], saved_[i]);
+}
+
+// Not by torch: the caller's exception is under way, and a cache made in inference mode takes no
+// copy_ outside it.
+void CacheGuard::put_back(const Tensor& written, const Tensor& saved) noexcept {
+  const int64_t heads = written.size(0), slots = written.size(1);
+  const int64_t element = written.element_size();
+  const int64_t row_bytes = written.size(2) * element;
+  char* to = static_cast<char*>(written.mutable_data_ptr());
+  const char* from = static_cast<const char*>(saved.const_data_ptr());
+  for (int64_t head = 0; head < heads; ++head) {
+    backend_.copy_rows(to + head * written.stride(0) * element, written.stride(1) * element,
+                       from + head * slots * row_bytes, row_bytes, row_bytes, slots);
+  }
 }
 
 }  // namespace pop

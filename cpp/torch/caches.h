@@ -29,7 +29,7 @@ LayerCache check_cache(const std::string& op, const Geometry& geometry, const Ca
 // a copy of the new slots of every layer, so that putting back allocates nothing and cannot fail.
 class CacheGuard {
  public:
-  CacheGuard(bool enabled, const Geometry& geometry, const std::vector<Tensor>& keys,
+  CacheGuard(bool enabled, Backend& backend, const Geometry& geometry, const std::vector<Tensor>& keys,
              const std::vector<Tensor>& values);
   CacheGuard(const CacheGuard&) = delete;
   CacheGuard& operator=(const CacheGuard&) = delete;
@@ -38,6 +38,9 @@ class CacheGuard {
   void keep() { saved_.clear(); }
 
  private:
+  void put_back(const Tensor& written, const Tensor& saved) noexcept;
+
+  Backend& backend_;
   std::vector<Tensor> written_;  // [kv_heads, new slots, head_dim] views of the caches
   std::vector<Tensor> saved_;    // contiguous copies of them
 };

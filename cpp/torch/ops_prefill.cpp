@@ -112,7 +112,7 @@ Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor c
   const Tensor hidden = torch::stable::new_empty(like, {layout.rows - layout.wanted_begin, spec.hidden_size});
   const Tensor workspace =
       torch::stable::new_empty(like, {static_cast<int64_t>(workspace_bytes(model, call, backend))}, ScalarType::Byte);
-  CacheGuard guard(restore_on_error, geometry, key_cache, value_cache);
+  CacheGuard guard(restore_on_error, backend, geometry, key_cache, value_cache);
   ProfilerStages stages;
   call.hidden_states = hidden.mutable_data_ptr();
   call.workspace = workspace.mutable_data_ptr();

@@ -85,9 +85,7 @@ class Buffer {
 
  private:
   int64_t element() const { return dtype_ == pop::DType::f32 ? 4 : 2; }
-  char* base() {
-    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(bytes_.data()) + 63) / 64 * 64);
-  }
+  char* base() { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(bytes_.data()) + 63) / 64 * 64); }
 
   pop::DType dtype_;
   int64_t count_, first_;
