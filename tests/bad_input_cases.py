@@ -9,7 +9,7 @@ from typing import Any
 
 import pop_ext
 import torch
-from models import llama, tokens
+from models import llama, offloaded_cache, tokens
 from op_calls import int32, op_call, run_op
 from pop_ext import Plan, UnsupportedModelError
 from torch import Tensor, nn
@@ -435,7 +435,7 @@ PREFILL = [
     ),
     Case(
         "an offloaded cache",
-        lambda w: w.prefill(past_key_values=DynamicCache(config=w.model.config, offloading=True)),
+        lambda w: w.prefill(past_key_values=offloaded_cache(w.model)),
         ValueError,
         "past_key_values: expected a cache on the model's device, got an offloaded one",
     ),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    DynamicCache,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -158,6 +159,14 @@ def tokens(model: nn.Module, *shape: int, seed: int = 0) -> Tensor:
     """Random token ids, int64 of `shape`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, model.config.vocab_size, shape, generator=generator)
+
+
+def offloaded_cache(model: nn.Module) -> DynamicCache:
+    """A cache that keeps its layers elsewhere. Making one opens a stream, which a CUDA torch refuses without a GPU."""
+    can_open_a_stream = torch.cuda.is_available() or torch.version.cuda is None
+    cache = DynamicCache(config=model.config, offloading=can_open_a_stream)
+    cache.offloading = True
+    return cache
 
 
 def pad(sequences: list[Tensor], side: str, fill: int = 0) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, assert_equals_oracle, plan_of, run_native, run_oracle, run_stock
-from models import FAMILIES, WINDOW, pad, tokens
+from models import FAMILIES, WINDOW, offloaded_cache, pad, tokens
 from pop_ext.kv_cache import CacheTransaction
 from tolerance import assert_close_fp32, compare_caches
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
@@ -328,7 +328,7 @@ def test_a_call_without_grad_mode_off_leaves_no_graph_in_the_cache():
     ("make", "message"),
     [
         (lambda model: EncoderDecoderCache(DynamicCache(), DynamicCache()), "past_key_values: expected"),
-        (lambda model: DynamicCache(config=model.config, offloading=True), "past_key_values: .* offloaded"),
+        (offloaded_cache, "past_key_values: .* offloaded"),
         (lambda model: [(torch.zeros(1, 2, 3, 64),) * 2], "past_key_values: expected a transformers Cache, got list"),
     ],
     ids=["encoder-decoder", "offloaded", "a list of tensors"],
