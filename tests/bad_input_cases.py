@@ -117,6 +117,10 @@ def subclass_weight(w: World) -> None:
     linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Subclass), requires_grad=False)
 
 
+class Headless(nn.Module):
+    """No Hugging Face model: it has no config."""
+
+
 LOAD = [
     Case(
         "an unknown architecture",
@@ -223,6 +227,127 @@ LOAD = [
         ValueError,
         "plan: expected num_layers=3 like the model, got 4",
     ),
+    Case(
+        "`enable(model, backend='x')`",
+        lambda w: pop_ext.enable(w.model, backend="x"),
+        ValueError,
+        "backend: expected one of native, reference, got 'x'",
+    ),
+    Case(
+        "no Hugging Face model, to `enable`",
+        lambda w: pop_ext.enable(Headless()),
+        TypeError,
+        "model: expected a Hugging Face model with a config, got Headless",
+    ),
+    Case(
+        "no module at all, to `enable`",
+        lambda w: pop_ext.enable("meta-llama/Llama-3.1-8B"),
+        TypeError,
+        "model: expected a Hugging Face model, got str",
+    ),
+]
+
+
+@torch.no_grad()
+def forward(w: World, **call: Any) -> Any:
+    return w.model(**{"input_ids": w.ids, "logits_to_keep": 1, **call})
+
+
+def enabled(w: World, **how: Any) -> None:
+    pop_ext.enable(w.model, w.plan, **how)
+
+
+def strictly(w: World) -> None:
+    enabled(w, strict=True)
+
+
+def with_the_oracle(w: World) -> None:
+    enabled(w, backend="reference")
+
+
+ENABLED = [
+    Case(
+        "a model that is not enabled, to `explain`",
+        lambda w: pop_ext.explain(w.model, w.ids),
+        ValueError,
+        "model: expected an enabled model",
+    ),
+    Case(
+        "a model that is not enabled, to `last_call`",
+        lambda w: pop_ext.last_call(w.model),
+        ValueError,
+        "model: expected an enabled model",
+    ),
+    Case(
+        "arguments that `forward` does not take, to `explain`",
+        lambda w: pop_ext.explain(w.model, w.ids, input_ids=w.ids),
+        TypeError,
+        "multiple values for argument 'input_ids'",
+        enabled,
+    ),
+    Case(
+        "`logits_to_keep=0` (all rows) under `strict=True`",
+        lambda w: forward(w, logits_to_keep=0),
+        pop_ext.PrefillDeclined,
+        "logits_to_keep=0: logits of all rows are wanted",
+        strictly,
+    ),
+    Case(
+        "a tensor of indices as `logits_to_keep` under `strict=True`",
+        lambda w: forward(w, logits_to_keep=torch.tensor(1)),
+        pop_ext.PrefillDeclined,
+        "logits_to_keep is a tensor of indices: expected a number of last rows, an int",
+        strictly,
+    ),
+    Case(
+        "a right-padded batch under `strict=True`",
+        lambda w: forward(w, attention_mask=ones(r0c12=0)[:, PAST:]),
+        pop_ext.PrefillDeclined,
+        "the last column is masked",
+        strictly,
+    ),
+    Case(
+        "position ids in float32 under `strict=True`",
+        lambda w: forward(w, position_ids=torch.arange(float(NEW))[None]),
+        pop_ext.PrefillDeclined,
+        "position_ids: expected int64 or int32, got torch.float32",
+        strictly,
+    ),
+    Case(
+        "a mask on another device under `strict=True`",
+        lambda w: forward(w, attention_mask=torch.ones(2, NEW, device="meta")),
+        pop_ext.PrefillDeclined,
+        "attention_mask: expected device cpu like the model, got meta",
+        strictly,
+    ),
+    Case(
+        "ids on the meta device under `strict=True`",
+        lambda w: forward(w, input_ids=w.ids.to("meta")),
+        pop_ext.PrefillDeclined,
+        "input_ids or inputs_embeds: expected a tensor with data, got one on the meta device",
+        strictly,
+    ),
+    Case(
+        "a gradient to come, under `strict=True`",
+        lambda w: w.model(w.ids, logits_to_keep=1),
+        pop_ext.PrefillDeclined,
+        "grad mode: the native prefill has no backward",
+        strictly,
+    ),
+    Case(
+        "ids outside the vocabulary, to an enabled model",
+        lambda w: forward(w, input_ids=w.ids.clone().fill_(50)),
+        ValueError,
+        "input_ids: expected ids from 0 to 49, got 50",
+        enabled,
+    ),
+    Case(
+        "ids outside the vocabulary, to the reference backend",
+        lambda w: forward(w, input_ids=w.ids.clone().fill_(50)),
+        ValueError,
+        r"input_ids: expected 0\.\.49, got 50",
+        with_the_oracle,
+    ),
 ]
 
 
@@ -264,6 +389,11 @@ def expand_batch(layers: Any) -> None:
 def to_bfloat16(layers: Any) -> None:
     for layer in layers:
         layer.keys, layer.values = layer.keys.bfloat16(), layer.values.bfloat16()
+
+
+def to_meta(layers: Any) -> None:
+    for layer in layers:
+        layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")
 
 
 def one_sequence(layers: Any) -> None:
@@ -394,6 +524,66 @@ PREFILL = [
         lambda w: w.prefill(position_ids=[list(range(NEW))]),
         TypeError,
         "position_ids: expected a tensor, got list",
+    ),
+    Case(
+        "position ids in float32",
+        lambda w: w.prefill(position_ids=torch.arange(float(NEW))[None]),
+        TypeError,
+        "position_ids: expected int64 or int32, got torch.float32",
+    ),
+    Case(
+        "position ids on another device",
+        lambda w: w.prefill(position_ids=torch.arange(NEW, device="meta")[None]),
+        ValueError,
+        "position_ids: expected device cpu like the model, got meta",
+    ),
+    Case(
+        "embeddings on another device",
+        lambda w: w.prefill(input_ids=None, inputs_embeds=torch.zeros(2, NEW, 32, device="meta")),
+        ValueError,
+        "inputs_embeds: expected device cpu like the model, got meta",
+    ),
+    Case(
+        "a mask on another device",
+        lambda w: w.prefill(attention_mask=ones().to("meta")),
+        ValueError,
+        "attention_mask: expected device cpu like the model, got meta",
+    ),
+    Case(
+        "a cache on another device",
+        lambda w: w.prefill(past_key_values=changed_cache(w, to_meta)),
+        ValueError,
+        "past_key_values: layer 0: expected keys of torch.float32 on cpu like the model, got torch.float32 on meta",
+    ),
+    Case(
+        "a boundary on the meta device",
+        lambda w: w.prefill(boundary=torch.ones(2, dtype=torch.int64, device="meta")),
+        ValueError,
+        "boundary: expected a tensor with data, got one on the meta device",
+    ),
+    Case(
+        "a boundary in a 0-d tensor",
+        lambda w: w.prefill(boundary=torch.tensor(1)),
+        TypeError,
+        r"boundary: expected an int or one int per sequence .*got a torch.int64 tensor of shape \[\]",
+    ),
+    Case(
+        "boundaries in float32",
+        lambda w: w.prefill(boundary=torch.ones(2)),
+        TypeError,
+        r"boundary: expected an int or one int per sequence .*got a torch.float32 tensor of shape \[2\]",
+    ),
+    Case(
+        "wanted logits in a 0-d tensor",
+        lambda w: w.prefill(logits_to_keep=torch.tensor(1)),
+        TypeError,
+        r"logits_to_keep: expected an int or one int per sequence .*got a torch.int64 tensor of shape \[\]",
+    ),
+    Case(
+        "a mask of bools as wanted logits",
+        lambda w: w.prefill(logits_to_keep=torch.ones(2, dtype=torch.bool)),
+        TypeError,
+        r"logits_to_keep: expected an int or one int per sequence .*got a torch.bool tensor of shape \[2\]",
     ),
     Case("`boundary=0`", lambda w: w.prefill(boundary=0), ValueError, "boundary: expected at least 1, got 0"),
     Case(
@@ -575,6 +765,18 @@ OP = [
         lambda w: w.run_op(sin=w.op["sin"][:, :32]),
         RuntimeError,
         r"sin: expected shape \[16, 64\], got \[16, 32\]",
+    ),
+    Case(
+        "cos on another device",
+        lambda w: w.run_op(cos=w.op["cos"].to("meta")),
+        RuntimeError,
+        "pop::prefill: cos: expected device cpu like input, got meta",
+    ),
+    Case(
+        "a cache on another device",
+        lambda w: w.run_op(**first_cache(w, lambda cache: cache.to("meta"))),
+        RuntimeError,
+        r"pop::prefill: key_cache\[0\]: expected device cpu like input, got meta",
     ),
     Case(
         "integer cos",
@@ -921,10 +1123,6 @@ BLOCKS = [
 ]
 
 
-def enabled(w: World) -> None:
-    pop_ext.enable(w.model, w.plan)
-
-
 SCORE = [
     Case(
         "a model that is not enabled",
@@ -989,6 +1187,48 @@ SCORE = [
         enabled,
     ),
     Case(
+        "a number in place of the contexts",
+        lambda w: pop_ext.score(w.model, 5, [[2]]),
+        TypeError,
+        "context_ids: expected a list with one sequence of ids per pair, got int",
+        enabled,
+    ),
+    Case(
+        "text in place of the continuations",
+        lambda w: pop_ext.score(w.model, [[1]], "b"),
+        TypeError,
+        "continuation_ids: expected a list with one sequence of ids per pair, got str",
+        enabled,
+    ),
+    Case(
+        "lists of different length as one context",
+        lambda w: pop_ext.score(w.model, [[[1], [2, 3]]], [[2]]),
+        TypeError,
+        "context_ids: expected one sequence of integer ids per pair, for pair 0",
+        enabled,
+    ),
+    Case(
+        "ids on the meta device",
+        lambda w: pop_ext.score(w.model, [torch.ones(3, dtype=torch.int64, device="meta")], [[2]]),
+        TypeError,
+        "context_ids: expected one sequence of integer ids per pair, for pair 0",
+        enabled,
+    ),
+    Case(
+        "`batch_size=2.0`",
+        lambda w: pop_ext.score(w.model, [[1]], [[2]], batch_size=2.0),
+        TypeError,
+        "batch_size: expected an int, got float 2.0",
+        enabled,
+    ),
+    Case(
+        "`batch_size=True`",
+        lambda w: pop_ext.score(w.model, [[1]], [[2]], batch_size=True),
+        TypeError,
+        "batch_size: expected an int, got bool True",
+        enabled,
+    ),
+    Case(
         "`batch_size=0`",
         lambda w: pop_ext.score(w.model, [[1]], [[2]], batch_size=0),
         ValueError,
@@ -1000,6 +1240,7 @@ SCORE = [
 SECTIONS = {
     "`pop_ext.Plan`": PLAN,
     "`pop_ext.load` and `pop_ext.enable`": LOAD,
+    "An enabled model": ENABLED,
     "`native.prefill`": PREFILL,
     "`torch.ops.pop.prefill`, `load` and `unload`": OP,
     "The building blocks of `torch.ops.pop`": BLOCKS,

@@ -97,7 +97,9 @@ def test_a_batch_without_tokens_is_refused():
             pack_batch(batch, columns, 0, None)
 
 
-@pytest.mark.parametrize("value", [3, [3, 3], (3, 3), torch.tensor([3, 3]), torch.tensor(3)], ids=str)
+@pytest.mark.parametrize(
+    "value", [3, [3, 3], (3, 3), torch.tensor([3, 3]), torch.tensor([3, 3], dtype=torch.uint8)], ids=str
+)
 def test_one_value_or_one_per_sequence_is_read(value):
     assert per_sequence(value, 2, "boundary") == [3, 3]
 
@@ -115,7 +117,15 @@ def test_one_value_or_one_per_sequence_is_read(value):
         (None, TypeError, "boundary: expected an int or one int per sequence, got NoneType"),
         ([1, 2.0], TypeError, "boundary: expected ints, got float for sequence 1"),
         ([1, True], TypeError, "boundary: expected ints, got bool for sequence 1"),
-        (torch.tensor([[1, 2]]), TypeError, "boundary: expected ints, got list for sequence 0"),
+        (torch.tensor([[1, 2]]), TypeError, r"boundary: .*1-D integer tensor.*torch.int64 tensor of shape \[1, 2\]"),
+        (torch.tensor(3), TypeError, r"boundary: .*1-D integer tensor.*torch.int64 tensor of shape \[\]"),
+        (torch.tensor([1.0, 2.0]), TypeError, r"boundary: .*1-D integer tensor.*torch.float32 tensor of shape \[2\]"),
+        (torch.tensor([True, True]), TypeError, r"boundary: .*1-D integer tensor.*torch.bool tensor of shape \[2\]"),
+        (
+            torch.ones(2, dtype=int, device="meta"),
+            ValueError,
+            "boundary: expected a tensor with data, got .* meta device",
+        ),
     ],
     ids=str,
 )

@@ -533,6 +533,13 @@ BAD_CALLS = {
     "one boundary beyond its sequence": ({"boundary": [8, 9]}, "boundary: .*sequence 1, got 9"),
     "boundary for another batch": ({"boundary": [1, 1, 1]}, "boundary: expected one value for each of 2.*got 3"),
     "boundary of a float": ({"boundary": 1.5}, "boundary: expected an int.*float 1.5"),
+    "boundary of a 0-d tensor": ({"boundary": torch.tensor(1)}, "boundary: expected an int.*int64 tensor of shape"),
+    "boundary of bools": ({"boundary": [True, True]}, "boundary: expected an int.*True"),
+    "boundary without data": ({"boundary": torch.ones(2, dtype=int, device="meta")}, "boundary: .*with data, .*meta"),
+    "logits of a bool tensor": (
+        {"logits_to_keep": torch.tensor([True, True])},
+        "logits_to_keep: expected an int.*torch.bool tensor",
+    ),
     "no logits": ({"logits_to_keep": 0}, r"logits_to_keep: expected 1\.\.8.*got 0"),
     "too many logits": ({"logits_to_keep": 9}, r"logits_to_keep: expected 1\.\.8.*got 9"),
     "empty prompt": ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, r"input_ids: .*got \[2, 0\]"),
@@ -554,12 +561,22 @@ BAD_CALLS = {
         {"attention_mask": torch.ones(2, 9)},
         r"attention_mask: expected .*\[2, 8\].*got \[2, 9\]",
     ),
+    "mask without data": ({"attention_mask": torch.ones(2, 8, device="meta")}, "attention_mask: .*with data, .*meta"),
     "mask with holes": ({"attention_mask": holes()}, "attention_mask: expected no holes.*sequence 1"),
     "mask without a token": ({"attention_mask": torch.zeros(2, 8)}, "attention_mask: .*got none in sequence 0"),
     "additive mask": ({"attention_mask": torch.full((2, 8), -1e9)}, "attention_mask: expected only 0 and 1"),
     "positions of another width": (
         {"position_ids": torch.arange(9)[None]},
         r"position_ids: expected \[2, 8\] or \[1, 8\], got \[1, 9\]",
+    ),
+    "positions of floats": ({"position_ids": torch.arange(8.0)[None]}, "position_ids: expected an int64.*float32"),
+    "positions without data": (
+        {"position_ids": torch.arange(8, device="meta")[None]},
+        "position_ids: expected a tensor with data, got one on the meta device",
+    ),
+    "ids without data": (
+        {"input_ids": torch.zeros(2, 8, dtype=torch.long, device="meta")},
+        "input_ids: expected a tensor with data, got one on the meta device",
     ),
     "not a cache": ({"past_key_values": ()}, "past_key_values: expected a DynamicCache or StaticCache.*tuple"),
 }

@@ -149,7 +149,7 @@ def _check_prefill(
 ) -> tuple[torch.Tensor | None, PackedBatch]:
     config = text_config(model)
     tokens = _new_tokens(arguments)
-    batch, columns = tokens.shape[:2]
+    columns = tokens.shape[1]
     if columns == 1:
         raise _Stock("decode", "one new token: a decode step, or a prompt of one token", declined=False)
     if arguments.get("labels") is not None:
@@ -162,7 +162,7 @@ def _check_prefill(
         foreign = foreign_code(inner_modules(model))
         if foreign is not None:
             raise _Stock("hooks", f"{foreign}: the native loop would not run them")
-    mask, packed = _check_mask_and_cache(config, batch, columns, arguments)
+    mask, packed = _check_mask_and_cache(config, tokens, arguments)
     keep, short = arguments["logits_to_keep"], min(packed.tokens)
     if keep > short:
         raise _Stock(
@@ -179,13 +179,16 @@ def _new_tokens(arguments: dict[str, Any]) -> torch.Tensor:
     tokens = embeds if ids is None else ids
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != (3 if ids is None else 2):
         raise _Stock("inputs", "input_ids or inputs_embeds is not a padded batch")
+    if tokens.device.type == "meta":
+        raise _Stock("inputs", "input_ids or inputs_embeds: expected a tensor with data, got one on the meta device")
     return tokens
 
 
 def _check_rows(keep: Any, columns: int, cache: Any) -> None:
     """Whether more rows come than logits are wanted."""
     if isinstance(keep, bool) or not isinstance(keep, int):
-        raise _Stock("logits_to_keep", "logits_to_keep is a tensor of indices: expected a number of last rows")
+        found = "a tensor of indices" if isinstance(keep, torch.Tensor) else f"a {type(keep).__name__}"
+        raise _Stock("logits_to_keep", f"logits_to_keep is {found}: expected a number of last rows, an int")
     if 0 < keep < columns:
         return
     wanted = "all" if keep == 0 or keep >= columns else "other than the last"
@@ -241,8 +244,9 @@ def _check_attention(config: Any) -> None:
 
 
 def _check_mask_and_cache(
-    config: Any, batch: int, columns: int, arguments: dict[str, Any]
+    config: Any, tokens: torch.Tensor, arguments: dict[str, Any]
 ) -> tuple[torch.Tensor | None, PackedBatch]:
+    batch, columns = tokens.shape[:2]
     cache = arguments.get("past_key_values")
     if cache is not None:
         try:
@@ -258,7 +262,7 @@ def _check_mask_and_cache(
         if isinstance(mask, torch.Tensor) and mask.ndim == 4 and window:
             raise ValueError("attention_mask: expected a 2-D mask of padding for a sliding window, got a 4-D one")
         mask = padding_mask(mask, batch, columns, past, layer_types)
-        packed = pack_batch(batch, columns, past, mask)
+        packed = pack_batch(batch, columns, past, mask, tokens.device)
     except (ValueError, TypeError) as error:
         raise _Stock("mask", str(error)) from error
     if mask is not None and not bool(mask[:, -1].all()):
@@ -268,15 +272,20 @@ def _check_mask_and_cache(
         )
     if packed.slot_table is not None and window:
         raise _Stock("mask", "holes in the mask of a sliding-window model: the stock window counts masked slots")
-    _check_positions(arguments.get("position_ids"), batch, columns, arguments.get("attention_mask") is None)
+    _check_positions(arguments.get("position_ids"), tokens, arguments.get("attention_mask") is None)
     return mask, packed
 
 
-def _check_positions(positions: Any, batch: int, columns: int, without_mask: bool) -> None:
+def _check_positions(positions: Any, tokens: torch.Tensor, without_mask: bool) -> None:
     if positions is None:
         return
+    batch, columns = tokens.shape[:2]
     if not isinstance(positions, torch.Tensor) or tuple(positions.shape) not in ((batch, columns), (1, columns)):
         raise _Stock("position_ids", f"position_ids: expected a tensor of [{batch} or 1, {columns}]")
+    if positions.dtype not in (torch.int64, torch.int32):
+        raise _Stock("position_ids", f"position_ids: expected int64 or int32, got {positions.dtype}")
+    if positions.device != tokens.device:
+        raise _Stock("position_ids", f"position_ids: expected device {tokens.device}, got {positions.device}")
     if without_mask and bool((positions.diff(dim=-1) != 1).any()):
         raise _Stock(
             "position_ids",

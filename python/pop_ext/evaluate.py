@@ -10,6 +10,7 @@ from torch import nn
 
 from pop_ext import reference
 from pop_ext.forward import require_enabled
+from pop_ext.packing import lengths
 
 Ids = Sequence[int] | torch.Tensor
 
@@ -45,6 +46,8 @@ def score(
     """
     forward = require_enabled(model)
     inner: Any = forward.model
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise TypeError(f"batch_size: expected an int, got {type(batch_size).__name__} {batch_size!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     pairs = _pairs(context_ids, continuation_ids, inner.get_input_embeddings().weight.shape[0])
@@ -57,8 +60,8 @@ def score(
         boundary = [min(forward.plan.boundary - 1 + keep, len(ids)) for keep, ids in zip(keeps, inputs, strict=True)]
         device = inner.get_input_embeddings().weight.device
         ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)
-        lengths = torch.tensor([len(row) for row in inputs])
-        mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long().to(device)
+        columns = torch.arange(ids.shape[1], device="cpu")
+        mask = (columns[None] < lengths([len(row) for row in inputs])[:, None]).long().to(device)
         if forward.backend == "reference":
             with forward.stock_inside():
                 logits, _ = reference.prefill(
@@ -83,6 +86,12 @@ def score(
 def _pairs(
     context_ids: Sequence[Ids], continuation_ids: Sequence[Ids], vocab_size: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    lists: dict[str, Any] = {"context_ids": context_ids, "continuation_ids": continuation_ids}
+    for name, given in lists.items():
+        is_list = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
+        if not is_list and not (isinstance(given, torch.Tensor) and given.ndim > 0):
+            found = "a tensor of shape []" if isinstance(given, torch.Tensor) else type(given).__name__
+            raise TypeError(f"{name}: expected a list with one sequence of ids per pair, got {found}")
     if len(context_ids) != len(continuation_ids):
         raise ValueError(
             f"continuation_ids: expected {len(context_ids)} sequences like context_ids, got {len(continuation_ids)}"
@@ -95,7 +104,10 @@ def _pairs(
 def _as_ids(name: str, index: int, ids: Ids, vocab_size: int) -> torch.Tensor:
     if not isinstance(ids, (Sequence, torch.Tensor)) or isinstance(ids, (str, bytes)):
         raise TypeError(f"{name}: expected one sequence of ids per pair, got {type(ids).__name__} for pair {index}")
-    tensor = torch.as_tensor(ids).cpu()
+    try:
+        tensor = torch.as_tensor(ids, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:  # not numbers, lists of different length, no data
+        raise TypeError(f"{name}: expected one sequence of integer ids per pair, for pair {index}: {error}") from error
     if tensor.ndim != 1 or len(tensor) == 0:
         raise ValueError(f"{name}: expected at least one id for pair {index}, got shape {list(tensor.shape)}")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:

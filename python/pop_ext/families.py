@@ -100,7 +100,10 @@ class UnsupportedModelError(ValueError):
     """The native backend does not run this model; the text says why and what works."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(f'{reason}. backend="reference" works for any decoder with K/V projections.')
+        # The command line shows it, too, and has no such option: name the function.
+        super().__init__(
+            f'{reason}. pop_ext.enable with backend="reference" works for any decoder with K/V projections.'
+        )
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,8 @@ _CACHE_METHODS = ("update", "get_seq_length", "get_mask_sizes", "get_query_offse
 
 def new_cache(config: Any) -> DynamicCache:
     """The cache that the stock forward would make."""
-    return DynamicCache(config=config)
+    with torch.device("cpu"):  # a layer with a window makes a tensor at once, and takes it to its device later
+        return DynamicCache(config=config)
 
 
 def past_slots(cache: Cache | None) -> int:

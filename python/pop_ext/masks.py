@@ -43,6 +43,8 @@ def padding_mask(
         return mask
     if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
         raise CustomMaskError(f"attention_mask: expected a 2-D mask of padding, got {_form(mask)}")
+    if mask.device.type == "meta":
+        raise CustomMaskError("attention_mask: expected a mask with data, got one on the meta device")
     slots = mask.shape[3]
     if mask.shape[0] not in (1, batch) or mask.shape[1:3] != (1, columns) or slots < past + columns:
         raise CustomMaskError(

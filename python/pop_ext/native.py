@@ -12,7 +12,7 @@ import torch
 from pop_ext import _core, operators
 from pop_ext.families import Description, describe
 from pop_ext.kv_cache import CacheTransaction, check_cache, check_windows, has_window, new_cache, past_slots
-from pop_ext.packing import PackedBatch, PerSequence, pack_batch, per_sequence
+from pop_ext.packing import PackedBatch, PerSequence, check_device, lengths, offsets, pack_batch, per_sequence
 from pop_ext.plan import Plan
 from pop_ext.presets import default_plan
 
@@ -184,7 +184,7 @@ class NativeModel:
         if past_key_values is not None:
             check_cache(past_key_values, self.spec.num_layers)
         past = past_slots(past_key_values)
-        packed = pack_batch(batch, columns, past, attention_mask)
+        packed = pack_batch(batch, columns, past, attention_mask, self.device)
         rows = packed.pack(tokens)
         self._check_ids(rows)
         keeps = per_sequence(logits_to_keep, batch, "logits_to_keep")
@@ -203,8 +203,7 @@ class NativeModel:
             hidden, logits = self._run(loaded, rows, packed, positions, cache, boundaries, keeps, shape)
         if isinstance(logits_to_keep, int):
             return PrefillOutput(logits, hidden, cache)
-        cu_rows = torch.tensor([0, *keeps]).cumsum(0).to(torch.int32)
-        return PrefillOutput(logits, hidden, cache, cu_rows)
+        return PrefillOutput(logits, hidden, cache, offsets(keeps))
 
     def _check_input(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -251,6 +250,9 @@ class NativeModel:
             return packed.positions().to(self.device)
         if not isinstance(position_ids, torch.Tensor):
             raise TypeError(f"position_ids: expected a tensor, got {type(position_ids).__name__}")
+        if position_ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"position_ids: expected int64 or int32, got {position_ids.dtype}")
+        check_device(position_ids, self.device, "position_ids")
         shape = tuple(position_ids.shape)
         if shape not in ((packed.batch, packed.columns), (1, packed.columns)):
             raise ValueError(
@@ -285,10 +287,10 @@ class NativeModel:
                 cos[0],
                 sin[0],
                 packed.cu_seqlens(),
-                torch.tensor(packed.past, dtype=torch.int32),
-                torch.tensor(packed.cache_start, dtype=torch.int32),
-                torch.tensor(boundaries, dtype=torch.int32),
-                torch.tensor(keeps, dtype=torch.int32),
+                lengths(packed.past),
+                lengths(packed.cache_start),
+                lengths(boundaries),
+                lengths(keeps),
                 transaction.key_cache,
                 transaction.value_cache,
                 packed.slot_table,

@@ -64,8 +64,18 @@ def require_aten() -> None:
         listed = "; ".join(f"{name}: found {found}" for name, found in SCHEMA_MISMATCHES.items())
         raise RuntimeError(
             f"pop_ext's matrix products are disabled under torch {torch.__version__}, whose operators changed "
-            f'({listed}). backend="reference" works.'
+            f'({listed}). pop_ext.enable with backend="reference" works.'
         )
+
+
+def _named(name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
+    return {f"{name}[{index}]": tensor for index, tensor in enumerate(tensors)}
+
+
+def _check_devices(tensors: dict[str, Tensor], input: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.device != input.device:
+            raise RuntimeError(f"pop::prefill: {name}: expected device {input.device} like input, got {tensor.device}")
 
 
 @torch.library.register_fake("pop::prefill")
@@ -85,6 +95,9 @@ def _(
     restore_on_error: bool = True,
     window_only: bool = False,
 ) -> Tensor:
+    # Where one of several tensors is on the meta device this is called for all: the kernels' checks see none of them.
+    caches = {**_named("key_cache", key_cache), **_named("value_cache", value_cache)}
+    _check_devices({"cos": cos, "sin": sin, **caches}, input)
     hidden_size = json.loads(torch.ops.pop.info(model))["spec"]["hidden_size"]
     wanted = torch.library.get_ctx().new_dynamic_size(min=1)
     return key_cache[0].new_empty((wanted, hidden_size))

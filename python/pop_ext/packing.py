@@ -9,6 +9,9 @@ import torch
 
 PerSequence = int | Sequence[int] | torch.Tensor
 
+CPU = torch.device("cpu")
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -42,7 +45,7 @@ class PackedBatch:
         """``[batch, columns]`` bool, True where a new column holds no token; None: nowhere."""
         if self.row_index is None:
             return None
-        padding = torch.ones(self.batch * self.columns, dtype=torch.bool)
+        padding = torch.ones(self.batch * self.columns, dtype=torch.bool, device="cpu")
         padding[self.row_index] = False
         return padding.view(self.batch, self.columns)
 
@@ -53,36 +56,59 @@ class PackedBatch:
 
     def positions(self) -> torch.Tensor:
         """``[rows]`` int64: position of each row, counting its sequence's real tokens."""
-        return torch.cat([torch.arange(p, p + t) for p, t in zip(self.past, self.tokens, strict=True)])
+        spans = zip(self.past, self.tokens, strict=True)
+        return torch.cat([torch.arange(past, past + tokens, device="cpu") for past, tokens in spans])
 
     def cu_seqlens(self) -> torch.Tensor:
         """``[batch + 1]`` int32."""
-        return torch.tensor([0, *self.tokens]).cumsum(0).to(torch.int32)
+        return offsets(self.tokens)
 
 
-def pack_batch(batch: int, columns: int, past_slots: int, attention_mask: torch.Tensor | None) -> PackedBatch:
+def lengths(values: list[int]) -> torch.Tensor:
+    """``[len(values)]`` int32 on the CPU, where the operator reads lengths, whatever torch's default device is."""
+    return torch.tensor(values, dtype=torch.int32, device="cpu")
+
+
+def offsets(values: list[int]) -> torch.Tensor:
+    """``[len(values) + 1]`` int32 on the CPU: where each of several packed pieces begins, and where all end."""
+    return lengths([0, *values]).cumsum(0, dtype=torch.int32)
+
+
+def check_device(tensor: torch.Tensor, device: torch.device, name: str) -> None:
+    """Raises ValueError unless a tensor that is read on the CPU is there, or on the model's device."""
+    if tensor.device.type != "cpu" and tensor.device != device:
+        raise ValueError(f"{name}: expected device {device} like the model, got {tensor.device}")
+
+
+def pack_batch(
+    batch: int, columns: int, past_slots: int, attention_mask: torch.Tensor | None, device: torch.device = CPU
+) -> PackedBatch:
     """Reads a mask ``[batch, past_slots + columns]`` (1: real token), or all ones for None.
+
+    Args:
+        device: the model's, where the mask may be, too.
 
     Raises:
         TypeError: a mask that is no tensor.
-        ValueError: a mask of another shape, holes in the new tokens, or a sequence without a new token.
+        ValueError: a mask of another shape or device, holes in the new tokens, or a sequence without a new token.
     """
     if columns == 0 or batch == 0:
         raise ValueError(f"input_ids: expected at least one new token per sequence, got shape [{batch}, {columns}]")
     if attention_mask is not None:
-        mask = _check_mask(attention_mask, batch, past_slots + columns)
+        mask = _check_mask(attention_mask, batch, past_slots + columns, device)
         if not bool(mask.all()):
             return _pack_masked(mask, columns, past_slots)
     return PackedBatch(batch, columns, past_slots, None, [columns] * batch, [past_slots] * batch, [0] * batch, None)
 
 
-def _check_mask(attention_mask: torch.Tensor, batch: int, slots: int) -> torch.Tensor:
+def _check_mask(attention_mask: torch.Tensor, batch: int, slots: int, device: torch.device) -> torch.Tensor:
     if not isinstance(attention_mask, torch.Tensor):
         raise TypeError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}")
     if tuple(attention_mask.shape) != (batch, slots):
         raise ValueError(
             f"attention_mask: expected shape [{batch}, {slots}] (past and new tokens), got {list(attention_mask.shape)}"
         )
+    check_device(attention_mask, device, "attention_mask")
     if attention_mask.dtype != torch.bool:
         other = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
         if len(other) > 0:
@@ -116,10 +142,10 @@ def per_sequence(value: PerSequence, batch: int, name: str) -> list[int]:
     """An int for all sequences, or one for each.
 
     Raises:
-        TypeError: not an int, a sequence of ints or an integer tensor.
-        ValueError: a length other than ``batch``, or a value below 1.
+        TypeError: not an int, a sequence of ints or a 1-D integer tensor.
+        ValueError: a length other than ``batch``, a value below 1, or a tensor without data.
     """
-    values = value.tolist() if isinstance(value, torch.Tensor) else value
+    values = _tensor_values(value, name) if isinstance(value, torch.Tensor) else value
     if isinstance(values, int) and not isinstance(values, bool):
         values = [values] * batch
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
@@ -132,3 +158,15 @@ def per_sequence(value: PerSequence, batch: int, name: str) -> list[int]:
     if len(values) != batch:
         raise ValueError(f"{name}: expected {batch} values (one per sequence), got {len(values)}")
     return list(values)
+
+
+def _tensor_values(tensor: torch.Tensor, name: str) -> list[int]:
+    # A 0-d tensor may mean one number or an index: neither is guessed.
+    if tensor.ndim != 1 or tensor.dtype not in INTEGERS:
+        raise TypeError(
+            f"{name}: expected an int or one int per sequence (a 1-D integer tensor), "
+            f"got a {tensor.dtype} tensor of shape {list(tensor.shape)}"
+        )
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name}: expected a tensor with data, got one on the meta device")
+    return tensor.tolist()

@@ -14,6 +14,9 @@ Module = Any
 """A Hugging Face module: an nn.Module whose submodules and attributes no type checker can know."""
 
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
 class PlanLike(Protocol):
     """What the oracle reads of a plan."""
 
@@ -89,6 +92,7 @@ def check_inputs(model: Module, input_ids: Tensor | None, inputs_embeds: Tensor 
             raise TypeError(f"input_ids: expected an int64 or int32 tensor, got {describe(input_ids)}")
         if input_ids.dim() != 2 or 0 in input_ids.shape:
             raise ValueError(f"input_ids: expected [batch, T] with at least one token, got {list(input_ids.shape)}")
+        check_data("input_ids", input_ids)
         return input_ids
     weight = model.get_input_embeddings().weight
     if not isinstance(inputs_embeds, Tensor) or inputs_embeds.dtype != weight.dtype:
@@ -98,6 +102,7 @@ def check_inputs(model: Module, input_ids: Tensor | None, inputs_embeds: Tensor 
         raise ValueError(
             f"inputs_embeds: expected [batch, T, {hidden}] with at least one token, got {list(inputs_embeds.shape)}"
         )
+    check_data("inputs_embeds", inputs_embeds)
     return inputs_embeds
 
 
@@ -113,6 +118,7 @@ def check_mask(mask: Tensor | None, batch: int, past_length: int, new: int, devi
             f"attention_mask: expected [batch, past + new] = [{batch}, {columns}] ({past_length} in the cache and "
             f"{new} new), got {list(mask.shape)}"
         )
+    check_data("attention_mask", mask)
     if not ((mask == 0) | (mask == 1)).all():
         raise ValueError("attention_mask: expected only 0 and 1, got other values")
     mask = mask.to(device, torch.bool)
@@ -147,6 +153,7 @@ def check_positions(position_ids: Tensor | None, mask: Tensor, past_length: int)
         raise TypeError(f"position_ids: expected an int64 or int32 tensor, got {describe(position_ids)}")
     if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != new:
         raise ValueError(f"position_ids: expected [{batch}, {new}] or [1, {new}], got {list(position_ids.shape)}")
+    check_data("position_ids", position_ids)
     return position_ids.long().to(mask.device).expand(batch, new)
 
 
@@ -154,9 +161,10 @@ def per_sequence(name: str, value: int | Sequence[int] | Tensor, lengths: Sequen
     """An int or one value a sequence as a list, each within 1..T_i."""
     if isinstance(value, int) and not isinstance(value, bool):
         values: list[Any] = [value] * len(lengths)
-    elif isinstance(value, Tensor) and value.dim() == 1 and not value.is_floating_point():
+    elif isinstance(value, Tensor) and value.dim() == 1 and value.dtype in INTEGERS:
+        check_data(name, value)
         values = value.tolist()
-    elif isinstance(value, Sequence) and all(isinstance(v, int) for v in value):
+    elif isinstance(value, Sequence) and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
         values = list(value)
     else:
         raise TypeError(f"{name}: expected an int or one int a sequence, got {describe(value)}")
@@ -166,6 +174,11 @@ def per_sequence(name: str, value: int | Sequence[int] | Tensor, lengths: Sequen
         if not 1 <= v <= length:
             raise ValueError(f"{name}: expected 1..{length}, the new tokens of sequence {i}, got {v}")
     return values
+
+
+def check_data(name: str, tensor: Tensor) -> None:
+    if tensor.device.type == "meta":
+        raise ValueError(f"{name}: expected a tensor with data, got one on the meta device")
 
 
 def describe(value: Any) -> str:
