@@ -11,6 +11,7 @@ import pytest
 import torch
 from against_oracle import GAPS, LAST, plan_of, run_oracle
 from models import FAMILIES, float32_twin, llama, pad, tokens
+from pop_ext import reference
 from tolerance import assert_close_fp32, assert_low_precision
 from transformers import DynamicCache, StaticCache
 
@@ -200,6 +201,19 @@ def test_two_threads_prefilling_two_models_give_the_serial_results():
     for results, expected in zip(run_at_once(*jobs), serial, strict=True):
         for result in results:
             assert_same_bits(result, expected)
+
+
+def test_two_threads_may_ask_the_oracle_of_one_model_at_once():
+    model = shared()
+    prompts = [tokens(model, 1, 30, seed=seed) for seed in (1, 2)]
+
+    def ask(ids):
+        return [reference.prefill(model, ids, plan_of(model, GAPS, 2))[0] for _ in range(4)]
+
+    serial = [ask(ids)[0] for ids in prompts]
+    for results, expected in zip(run_at_once(*(functools.partial(ask, ids) for ids in prompts)), serial, strict=True):
+        assert all(torch.equal(result, expected) for result in results)
+    assert not any("forward" in module.__dict__ for module in model.modules())
 
 
 def test_models_come_and_go_while_another_thread_prefills():

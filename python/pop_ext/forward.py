@@ -29,6 +29,7 @@ from pop_ext.plan import Plan
 from pop_ext.presets import default_plan
 from pop_ext.reference_checks import find_parts
 from pop_ext.replaced import inner_modules, is_own_forward, is_patched
+from pop_ext.restore import cache_restored_on_error
 
 Model = TypeVar("Model", bound=nn.Module)
 _BACKENDS = ("native", "reference")
@@ -197,8 +198,9 @@ class PrefillForward:
         cache = new_cache(model.config) if given is None else given
         columns = inputs["position_ids"].shape[1]
         layers: list[Any] = filled.layers
-        for index, layer in enumerate(layers):
-            cache.update(layer.keys[:, :, -columns:], layer.values[:, :, -columns:], index)
+        with cache_restored_on_error(cache):
+            for index, layer in enumerate(layers):
+                cache.update(layer.keys[:, :, -columns:], layer.values[:, :, -columns:], index)
         return logits, cache
 
 

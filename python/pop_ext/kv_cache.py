@@ -26,6 +26,8 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from pop_ext.restore import restore, save
+
 
 class UnsupportedCacheError(ValueError):
     """The native prefill does not know this kind of cache."""
@@ -43,23 +45,6 @@ def _new_buffer(like: torch.Tensor, batch: int, slots: int, zero: bool) -> torch
     """``[batch, kv_heads, slots, head_dim]`` with dtype, device and heads of ``like [*, kv_heads, *, head_dim]``."""
     shape = (batch, like.shape[1], slots, like.shape[3])
     return like.new_zeros(shape) if zero else like.new_empty(shape)
-
-
-Saved = list[tuple[torch.Tensor, torch.Tensor]]
-
-
-def _save(tensors: list[torch.Tensor]) -> Saved:
-    """Tensors that a call may overwrite, with copies of what they hold. Expanded ones the operator refuses."""
-    return [(tensor, tensor.clone()) for tensor in tensors if 0 not in tensor.stride()]
-
-
-def _restore(layer: Any, before: dict[str, Any], saved: Saved) -> None:
-    """Gives a layer the attributes and the values that it had."""
-    layer.__dict__.clear()
-    layer.__dict__.update(before)
-    with torch.inference_mode():  # where a cache was made in it, nothing else may write to it
-        for tensor, copy in saved:
-            tensor.copy_(copy)
 
 
 class _Dynamic:
@@ -81,7 +66,7 @@ class _Dynamic:
         self._layer.values = self.value
 
     def abort(self) -> None:
-        _restore(self._layer, self._before, [])
+        restore(self._layer.__dict__, self._before, [])
 
 
 class _Static:
@@ -98,9 +83,9 @@ class _Static:
         self._columns = slice(past, past + new)
         self._clear = padded
         self._before = dict(layer.__dict__)
-        self._saved = _save([layer.cumulative_length])
+        self._saved = save([layer.cumulative_length])
         if layer.is_initialized:
-            self._saved += _save([cache[:, :, self._columns] for cache in (layer.keys, layer.values)])
+            self._saved += save([cache[:, :, self._columns] for cache in (layer.keys, layer.values)])
         else:
             empty = _new_buffer(like, batch, 0, zero=False)
             layer.lazy_initialization(empty, empty)
@@ -116,7 +101,7 @@ class _Static:
         self._layer.cumulative_length.add_(self._new)
 
     def abort(self) -> None:
-        _restore(self._layer, self._before, self._saved)
+        restore(self._layer.__dict__, self._before, self._saved)
 
 
 class _Sliding:
@@ -143,13 +128,13 @@ class _Sliding:
         in_place: list[Any] = []
         if isinstance(layer, StaticLayer):
             in_place = [layer.keys, layer.values, layer.cumulative_length]
-        self._saved = _save([tensor for tensor in in_place if tensor is not None])
+        self._saved = save([tensor for tensor in in_place if tensor is not None])
 
     def commit(self) -> None:
         self._layer.update(self.key[:, :, self._past :], self.value[:, :, self._past :])
 
     def abort(self) -> None:
-        _restore(self._layer, self._before, self._saved)
+        restore(self._layer.__dict__, self._before, self._saved)
 
 
 _HANDLERS: dict[type, type] = {

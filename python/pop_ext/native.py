@@ -15,6 +15,7 @@ from pop_ext.kv_cache import CacheTransaction, check_cache, check_windows, has_w
 from pop_ext.packing import PackedBatch, PerSequence, check_device, lengths, offsets, pack_batch, per_sequence
 from pop_ext.plan import Plan
 from pop_ext.presets import default_plan
+from pop_ext.restore import module_restored_on_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -273,32 +274,34 @@ class NativeModel:
         shape: tuple[int, ...],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states and logits of the wanted rows, in ``shape``. The cache changes only if all went well."""
-        # In float32 whatever the model's dtype: the module looks only at dtype and device of its first argument.
-        like_rope = torch.empty(0, dtype=torch.float32, device=self.device)
-        cos, sin = self.model.model.rotary_emb(like_rope, positions[None])
         like = loaded.like.new_empty((0, self.spec.num_kv_heads, 0, self.spec.head_dim))
         transaction = CacheTransaction(
             cache, like, self.spec.num_layers, packed.batch, packed.past_slots, packed.columns, packed.padding()
         )
+        rotary = self.model.model.rotary_emb
         try:
-            hidden = torch.ops.pop.prefill(
-                loaded.handle,
-                rows,
-                cos[0],
-                sin[0],
-                packed.cu_seqlens(),
-                lengths(packed.past),
-                lengths(packed.cache_start),
-                lengths(boundaries),
-                lengths(keeps),
-                transaction.key_cache,
-                transaction.value_cache,
-                packed.slot_table,
-                False,  # restore_on_error: the transaction does, for what comes after the operator, too
-            )
-            hidden = hidden.view(shape)
-            logits = self.model.lm_head(hidden)
-            transaction.commit()
+            with module_restored_on_error(rotary):
+                # Float32 whatever the model's dtype: the module only asks its first argument for dtype and device.
+                like_rope = torch.empty(0, dtype=torch.float32, device=self.device)
+                cos, sin = rotary(like_rope, positions[None])
+                hidden = torch.ops.pop.prefill(
+                    loaded.handle,
+                    rows,
+                    cos[0],
+                    sin[0],
+                    packed.cu_seqlens(),
+                    lengths(packed.past),
+                    lengths(packed.cache_start),
+                    lengths(boundaries),
+                    lengths(keeps),
+                    transaction.key_cache,
+                    transaction.value_cache,
+                    packed.slot_table,
+                    False,  # restore_on_error: the transaction does, for what comes after the operator, too
+                )
+                hidden = hidden.view(shape)
+                logits = self.model.lm_head(hidden)
+                transaction.commit()
         except BaseException:
             transaction.abort()
             raise

@@ -11,6 +11,7 @@ Nothing of the native path is imported here.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -34,8 +35,12 @@ from pop_ext.reference_checks import (
     find_parts,
     per_sequence,
 )
+from pop_ext.restore import module_restored_on_error
 
 __all__ = ["prefill"]
+
+# A call replaces forwards of the model's modules while it runs: two at once would put back each other's.
+_ONE_CALL_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ def prefill(
     name = "input_ids" if inputs_embeds is None else "inputs_embeds"
     largest = torch.cat([sequence.positions for sequence in sequences], dim=1).max()
     logits = []
-    with rope_of_whole_call(parts.rotary, largest):
+    with _ONE_CALL_AT_A_TIME, module_restored_on_error(parts.rotary), rope_of_whole_call(parts.rotary, largest):
         for i, (sequence, cache) in enumerate(zip(sequences, caches, strict=True)):
             rows = inputs[i : i + 1, sequence.new_columns]
             logits.append(prefill_sequence(stock, parts, plan, name, rows, sequence, cache))

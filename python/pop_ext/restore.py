@@ -1,0 +1,65 @@
+"""What a failed call puts back: attributes of modules and cache layers, and tensors that it wrote to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+Saved = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def save(tensors: list[torch.Tensor]) -> Saved:
+    """Tensors that a call may overwrite, with copies of what they hold. Expanded ones the operator refuses."""
+    return [(tensor, tensor.clone()) for tensor in tensors if 0 not in tensor.stride()]
+
+
+def restore(attributes: dict[str, Any], before: dict[str, Any], saved: Saved) -> None:
+    """Gives an object's ``__dict__`` the entries that it had, and tensors their values."""
+    # Never empty in between: another thread may be reading.
+    for name in attributes.keys() - before.keys():
+        del attributes[name]
+    attributes.update(before)
+    with torch.inference_mode():  # where a cache was made in it, nothing else may write to it
+        for tensor, copy in saved:
+            tensor.copy_(copy)
+
+
+@contextmanager
+def module_restored_on_error(module: nn.Module) -> Iterator[None]:
+    """Undoes what a failing block assigned to a module: rotary modules keep frequencies for the length they saw last.
+
+    Buffers are given back as the tensors that they were, not their values.
+    """
+    before, buffers = dict(module.__dict__), dict(module._buffers)
+    try:
+        yield
+    except BaseException:
+        restore(module.__dict__, before, [])
+        restore(module._buffers, buffers, [])
+        raise
+
+
+@contextmanager
+def cache_restored_on_error(cache: Any) -> Iterator[None]:
+    """Undoes what a failing block did to a cache of layers, one ``update`` at a time, say.
+
+    Dynamic layers get back the tensors that they had; static ones, which are written in place, are copied first.
+    """
+    layers = list(cache.layers)
+    states = []
+    for layer in layers:
+        in_place = [getattr(layer, name, None) for name in ("keys", "values", "cumulative_length")]
+        static = hasattr(layer, "max_cache_len")
+        saved = save([x for x in in_place if isinstance(x, torch.Tensor)]) if static else []
+        states.append((layer, dict(layer.__dict__), saved))
+    try:
+        yield
+    except BaseException:
+        cache.layers[:] = layers
+        for layer, before, saved in states:
+            restore(layer.__dict__, before, saved)
+        raise

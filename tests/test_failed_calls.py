@@ -1,0 +1,101 @@
+"""What a call that fails halfway puts back: the oracle's cache, and what a rotary module keeps of a call."""
+
+from __future__ import annotations
+
+import copy
+
+import pop_ext
+import pytest
+import torch
+from against_oracle import GAPS, plan_of, run_stock
+from models import llama, qwen2, tokens
+from pop_ext import reference
+from transformers import DynamicCache, StaticCache
+
+KINDS = ("DynamicCache()", "DynamicCache(config)", "StaticCache")
+
+
+def new_cache(kind: str, model):
+    if kind == "StaticCache":
+        return StaticCache(config=model.config, max_cache_len=48)
+    return DynamicCache(config=model.config) if "config" in kind else DynamicCache()
+
+
+def state_of(thing) -> dict:
+    """Attributes of a module or a cache layer, copied."""
+    return {name: copy.deepcopy(value) for name, value in thing.__dict__.items() if name != "_modules"}
+
+
+def assert_same_state(actual: dict, expected: dict) -> None:
+    assert set(actual) == set(expected)
+    for name, value in expected.items():
+        found = actual[name]
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(found, value), name
+        elif name == "_buffers":
+            assert_same_state(found, value)
+        else:
+            assert found == value, name
+
+
+@pytest.mark.parametrize("filled", [0, 12, 30])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_cache_that_fails_in_the_middle_is_as_before_under_the_reference_backend(kind, filled):
+    model = qwen2(use_sliding_window=True)
+    cache = new_cache(kind, model)
+    if filled:
+        run_stock(model, tokens(model, 1, filled), past_key_values=cache)
+    layers, before = list(cache.layers), [state_of(layer) for layer in cache.layers]
+    pop_ext.enable(model, plan_of(model, GAPS), backend="reference")
+    update = cache.update
+
+    def fail_at_layer_3(keys, values, index, *rest):
+        if index == 3:
+            raise MemoryError("planted")
+        return update(keys, values, index, *rest)
+
+    cache.update = fail_at_layer_3
+    with pytest.raises(MemoryError, match="planted"):
+        model(tokens(model, 1, 9, seed=1), past_key_values=cache, logits_to_keep=1)
+    assert len(cache.layers) == len(layers)
+    assert all(layer is kept for layer, kept in zip(cache.layers, layers, strict=True))
+    for layer, kept in zip(layers, before, strict=True):
+        assert_same_state(layer.__dict__, kept)
+
+
+# Rotary modules keep frequencies for the length that they saw last.
+
+
+def too_small(model):
+    return StaticCache(config=model.config, max_cache_len=40)
+
+
+def two_layers_in_one_memory(model):
+    cache = StaticCache(config=model.config, max_cache_len=200)
+    pop_ext.load(model).prefill(tokens(model, 1, 9), past_key_values=cache)
+    cache.layers[2].keys = cache.layers[1].keys
+    return cache
+
+
+@pytest.mark.parametrize("make", [too_small, two_layers_in_one_memory])
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_a_refused_cache_leaves_the_frequencies_of_a_scaled_rope_as_they_were(rope, make):
+    model = llama(rope=rope)
+    native, cache = pop_ext.load(model), make(model)
+    before = state_of(model.model.rotary_emb)
+    with pytest.raises((ValueError, RuntimeError), match=r"past_key_values|key_cache"):
+        native.prefill(tokens(model, 1, 150), past_key_values=cache)
+    assert_same_state(state_of(model.model.rotary_emb), before)
+    native.prefill(tokens(model, 1, 150))
+    assert not torch.equal(model.model.rotary_emb.inv_freq, before["_buffers"]["inv_freq"])
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_a_failing_oracle_leaves_the_frequencies_of_a_scaled_rope_as_they_were(rope, monkeypatch):
+    model = llama(rope=rope)
+    before = state_of(model.model.rotary_emb)
+    monkeypatch.setattr(reference, "project_kv", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reference.prefill(model, tokens(model, 1, 150), plan_of(model, GAPS))
+    assert_same_state(state_of(model.model.rotary_emb), before)
