@@ -16,6 +16,7 @@ import pop_ext
 import pytest
 import torch
 from bad_input_cases import SECTIONS, Case, World
+from models import llama, tokens
 from torch import nn
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "bad-input.md"
@@ -171,6 +172,23 @@ def test_changed_weights_are_noticed_and_refresh_takes_them(change):
     refreshed = world.native.prefill(world.ids)
     assert torch.equal(refreshed.logits, fresh.prefill(world.ids).logits)
     assert refreshed.logits.dtype == world.model.dtype
+
+
+def test_a_square_matrix_that_was_transposed_in_place_is_noticed():
+    model = llama(layers=2, hidden=128, heads=2)
+    native, ids = pop_ext.load(model), tokens(model, 1, 9)
+    expected = native.prefill(ids).logits
+    weight = model.model.layers[0].self_attn.o_proj.weight
+    facts = (weight.data_ptr(), weight._version, weight.shape)
+    weight.data = weight.data.t()
+    assert (weight.data_ptr(), weight._version, weight.shape) == facts
+    assert native.stale_weight() == "layers.0.o_proj"
+    with pytest.raises(RuntimeError, match=r"weight layers.0.o_proj: expected .*native\.refresh\(\)"):
+        native.prefill(ids)
+    with pytest.raises(pop_ext.UnsupportedModelError, match="weight layers.0.o_proj: expected a contiguous last dim"):
+        native.refresh()
+    weight.data = weight.data.t()
+    assert torch.equal(native.prefill(ids).logits, expected)
 
 
 @pytest.mark.parametrize("change", SEEN_BY_THE_OPERATOR, ids=[change.__name__ for change in SEEN_BY_THE_OPERATOR])

@@ -21,6 +21,7 @@ import torch
 from models import gemma3, llama, mistral, qwen2, qwen3, tokens
 from pop_ext import Plan, UnsupportedModelError, reference
 from pop_ext.forward import PrefillForward
+from pop_ext.native import _Loaded
 from tolerance import assert_close_fp32, compare_caches
 from torch import Tensor, nn
 from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel
@@ -516,6 +517,17 @@ def test_adapters_put_on_after_enable_leave_the_prefill_to_the_stock_model(adapt
     with pytest.warns(match=f"expected a plain Linear, got {adapter.__name__}"):
         actual = model(ids, logits_to_keep=1).logits
     assert pop_ext.last_call(model).rule == "model"
+def test_the_weights_are_looked_at_once_a_call(monkeypatch):
+    model = pop_ext.enable(llama(), PLAN, strict=True)
+    ids, looks = tokens(model, 1, T), []
+    look = _Loaded.stale_weight
+    monkeypatch.setattr(_Loaded, "stale_weight", lambda loaded: looks.append(1) or look(loaded))
+    prefill(model, ids)
+    assert len(looks) == 1
+    pop_ext.score(model, ids, [[1]])
+    assert len(looks) == 2
+
+
     attention.q_proj = base
     assert_equals_oracle(model, ids)
     attention.q_proj = adapted

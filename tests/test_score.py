@@ -155,6 +155,21 @@ def test_a_score_executes_the_plan_whatever_its_min_tokens():
     assert scores[0] == scores[1]
 
 
+def test_a_score_runs_on_what_it_bound_whatever_another_thread_binds_meanwhile():
+    with pop_ext.enabled(shared(), plan_of(shared())) as model:
+        contexts, continuations = pairs(model)
+        expected = pop_ext.score(model, contexts, continuations)
+        bind = model.forward.bind_native
+
+        def bind_and_lose():
+            native = bind()
+            model.forward.native = None  # as while another thread binds anew
+            return native
+
+        model.forward.bind_native = bind_and_lose
+        assert pop_ext.score(model, contexts, continuations) == expected
+
+
 def test_no_pairs_have_no_scores():
     with pop_ext.enabled(shared(), plan_of(shared())) as model:
         assert pop_ext.score(model, [], []) == []

@@ -68,9 +68,9 @@ def score(
                     forward.model, ids, forward.plan, keeps, attention_mask=mask, boundary=boundary
                 )
         else:
-            forward.bind_native()
-            assert forward.native is not None
-            logits = forward.native.prefill(ids, attention_mask=mask, boundary=boundary, logits_to_keep=keeps).logits
+            # What was bound, not ``forward.native``: another thread may bind anew, or a disable free it.
+            native = forward.bind_native()
+            logits = native.prefill_fresh(ids, attention_mask=mask, boundary=boundary, logits_to_keep=keeps).logits
         rows = logits.float().log_softmax(-1).split(keeps)
         for row, (_, continuation) in zip(rows, batch, strict=True):
             target = continuation.to(row.device)

@@ -237,6 +237,10 @@ def _check_placement(weights: list[WeightRef]) -> None:
             raise UnsupportedModelError(f"weight {ref.slot}: expected a plain tensor, got {type(tensor).__name__}")
         if tensor.device.type == "meta":
             raise UnsupportedModelError(f"weight {ref.slot}: expected loaded weights, got the meta device (offloaded)")
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise UnsupportedModelError(
+                f"weight {ref.slot}: expected a contiguous last dimension, got strides {list(tensor.stride())}"
+            )
         if tensor.dtype != first.dtype or tensor.device != first.device:
             raise UnsupportedModelError(
                 f"weight {ref.slot}: expected {first.dtype} on {first.device} like {weights[0].slot}, "

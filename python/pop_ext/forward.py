@@ -178,7 +178,7 @@ class PrefillForward:
         logits: Any
         cache: Cache
         if call.native is not None:
-            prefilled = call.native.prefill(**inputs, **rows)
+            prefilled = call.native.prefill_fresh(**inputs, **rows)  # classify has just bound it
             logits, cache = prefilled.logits, prefilled.past_key_values
         else:
             logits, cache = self._run_oracle(inputs, rows)

@@ -39,20 +39,21 @@ class PrefillOutput:
     cu_rows: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
 class _Stamp:
     """What a parameter was when its model was loaded."""
 
-    tensor: torch.Tensor
-    data_ptr: int
-    version: int
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self._facts = self._facts_of(tensor)
 
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Stamp:
-        return cls(tensor, tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
+    @staticmethod
+    def _facts_of(tensor: torch.Tensor) -> tuple[object, ...]:
+        version = -1 if tensor.is_inference() else tensor._version
+        # Through .data all of them can change under one version: a transposed square matrix keeps even its address.
+        return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype
 
     def matches(self, tensor: torch.Tensor | None) -> bool:
-        return tensor is self.tensor and _Stamp.of(tensor) == self
+        return tensor is self._tensor and self._facts_of(tensor) == self._facts
 
 
 class _Loaded:
@@ -66,7 +67,7 @@ class _Loaded:
         self.description = description
         self.like = weights[0].detach()
         self.extra_bytes: int = json.loads(torch.ops.pop.info(self.handle))["extra_bytes"]
-        self._stamps = [_Stamp.of(tensor) for tensor in weights]
+        self._stamps = [_Stamp(tensor) for tensor in weights]
 
     def stale_weight(self) -> str | None:
         for ref, stamp in zip(self.description.weights, self._stamps, strict=True):
@@ -173,13 +174,34 @@ class NativeModel:
 
         Source: POP (arXiv 2602.03295), section 3; rules in docs/semantics.md.
         """
-        loaded = self._loaded
-        stale = loaded.stale_weight()
+        stale = self.stale_weight()
         if stale is not None:
             raise RuntimeError(
                 f"weight {stale}: expected the tensor that was loaded, unchanged; it was changed, moved or "
                 "reassigned. Call native.refresh()."
             )
+        return self.prefill_fresh(
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            boundary,
+            logits_to_keep,
+        )
+
+    def prefill_fresh(
+        self,
+        input_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        boundary: PerSequence | None = None,
+        logits_to_keep: PerSequence = 1,
+    ) -> PrefillOutput:
+        """``prefill`` for who has just asked ``stale_weight``: of hundreds of weights that takes a millisecond."""
+        loaded = self._loaded
         tokens = self._check_input(input_ids, inputs_embeds)
         batch, columns = tokens.shape[:2]
         if past_key_values is not None:
