@@ -207,6 +207,55 @@ def test_a_deepcopy_outlives_the_original():
     assert_equals_oracle(twin, tokens(twin, 1, T))
 
 
+def test_a_shallow_copy_prefills_as_the_original_with_whose_weights_it_shares():
+    model = pop_ext.enable(llama(), PLAN, strict=True)
+    ids = tokens(model, 1, T)
+    twin = copy.copy(model)
+    multiply_in_place(model)
+    assert_equals_oracle(twin, ids)
+    assert_equals_oracle(model, ids)
+
+
+def test_disabling_or_enabling_a_shallow_copy_leaves_the_original_alone():
+    model = pop_ext.enable(llama(), PLAN, strict=True)
+    ids, before = tokens(model, 1, T), model.forward
+    twin = copy.copy(model)
+    pop_ext.enable(twin, OTHER)
+    assert_equals_oracle(twin, ids, OTHER)
+    assert_equals_oracle(model, ids, PLAN)
+    pop_ext.disable(twin)
+    with pytest.raises(ValueError, match="expected an enabled model"):
+        pop_ext.last_call(twin)
+    assert model.forward is before
+    assert_equals_oracle(model, ids, PLAN)
+
+
+def test_disabling_the_original_leaves_a_shallow_copy_enabled():
+    model = pop_ext.enable(llama(), PLAN, strict=True)
+    twin = copy.copy(model)
+    pop_ext.disable(model)
+    assert_equals_oracle(twin, tokens(model, 1, T))
+
+
+THROUGH = [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+
+
+@pytest.mark.parametrize("through", THROUGH, ids=["itself", "deepcopy", "pickle"])
+def test_a_shallow_copy_outlives_the_original(through):
+    model = through(pop_ext.enable(llama(), PLAN, strict=True))
+    gone = weakref.ref(model)
+    twin = copy.copy(model)
+    del model
+    assert gone() is None
+    ids = tokens(twin, 1, T)
+    assert_equals_oracle(twin, ids)
+    assert generate(twin, ids).shape == (1, T + 12)
+    again = through(twin)
+    del twin
+    multiply_in_place(again)
+    assert_equals_oracle(again, ids)
+
+
 @pytest.mark.parametrize("how", ["pickle", "torch"])
 def test_a_pickled_model_comes_back_enabled(how):
     model = pop_ext.enable(llama(), PLAN, strict=True)
@@ -468,6 +517,17 @@ def test_changed_weights_are_taken_up(change):
     assert after.shape != before.shape or not torch.allclose(after, before, atol=1e-3)
 
 
+def test_the_weights_are_looked_at_once_a_call(monkeypatch):
+    model = pop_ext.enable(llama(), PLAN, strict=True)
+    ids, looks = tokens(model, 1, T), []
+    look = _Loaded.stale_weight
+    monkeypatch.setattr(_Loaded, "stale_weight", lambda loaded: looks.append(1) or look(loaded))
+    prefill(model, ids)
+    assert len(looks) == 1
+    pop_ext.score(model, ids, [[1]])
+    assert len(looks) == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_moved_to_another_dtype_runs_in_it(dtype):
     model = pop_ext.enable(llama(), PLAN, strict=True)
@@ -517,17 +577,6 @@ def test_adapters_put_on_after_enable_leave_the_prefill_to_the_stock_model(adapt
     with pytest.warns(match=f"expected a plain Linear, got {adapter.__name__}"):
         actual = model(ids, logits_to_keep=1).logits
     assert pop_ext.last_call(model).rule == "model"
-def test_the_weights_are_looked_at_once_a_call(monkeypatch):
-    model = pop_ext.enable(llama(), PLAN, strict=True)
-    ids, looks = tokens(model, 1, T), []
-    look = _Loaded.stale_weight
-    monkeypatch.setattr(_Loaded, "stale_weight", lambda loaded: looks.append(1) or look(loaded))
-    prefill(model, ids)
-    assert len(looks) == 1
-    pop_ext.score(model, ids, [[1]])
-    assert len(looks) == 2
-
-
     attention.q_proj = base
     assert_equals_oracle(model, ids)
     attention.q_proj = adapted
@@ -727,12 +776,14 @@ def test_a_deleted_model_is_freed_at_once():
         gc.enable()
 
 
-def test_the_forward_of_a_deleted_model_says_so():
+def test_a_forward_outlives_its_model_as_a_bound_method_does():
     model = pop_ext.enable(llama(), PLAN)
+    ids = tokens(model, 1, T)
+    expected = prefill(model, ids).logits
     forward = model.forward
     del model
-    with pytest.raises(ReferenceError, match="the model of this forward is gone"):
-        forward(torch.zeros(1, 1, dtype=torch.long))
+    with torch.no_grad():
+        assert torch.equal(forward(ids, logits_to_keep=1).logits, expected)
 
 
 # Several at once

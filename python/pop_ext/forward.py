@@ -42,17 +42,24 @@ class PrefillDeclined(RuntimeError):
 
 
 class PrefillForward:
-    """The ``forward`` of an enabled model. Travels with the model through deepcopy and pickle."""
+    """The ``forward`` of an enabled model.
+
+    It travels with the model through deepcopy and pickle. A shallow copy (``copy.copy``) shares it with the original,
+    as it shares all modules, until one of the two is enabled or disabled by itself.
+    """
 
     def __init__(self, model: nn.Module, plan: Plan, strict: bool, backend: str, replaced: Any) -> None:
-        self.__setstate__({"model": model, "plan": plan, "strict": strict, "backend": backend, "replaced": replaced})
+        state = {"model": model, "plan": plan, "strict": strict, "backend": backend, "replaced": replaced}
+        self.__setstate__({**state, "shell": _shell_of(model)})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("model", "plan", "strict", "backend", "replaced")}
+        state = {name: getattr(self, name) for name in ("model", "plan", "strict", "backend", "replaced")}
+        return {**state, "shell": _shell_of(self.model)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The model owns this object: a reference back would keep a deleted model's memory until the collector runs.
         self._model = weakref.ref(state["model"])
+        self._shell: nn.Module = state["shell"]  # stands for the model when only a shallow copy of it is left
         self.plan: Plan = state["plan"]
         self.strict: bool = state["strict"]
         self.backend: str = state["backend"]
@@ -67,9 +74,7 @@ class PrefillForward:
     @property
     def model(self) -> nn.Module:
         model = self._model()
-        if model is None:
-            raise ReferenceError("pop_ext: the model of this forward is gone; keep the model, not its forward")
-        return model
+        return self._shell if model is None else model
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -202,6 +207,13 @@ class PrefillForward:
             for index, layer in enumerate(layers):
                 cache.update(layer.keys[:, :, -columns:], layer.values[:, :, -columns:], index)
         return logits, cache
+
+
+def _shell_of(model: nn.Module) -> nn.Module:
+    """A shallow copy of a model: the same modules, and no ``forward`` of ours, so that no cycle keeps it alive."""
+    shell: nn.Module = object.__new__(type(model))
+    shell.__dict__.update({name: value for name, value in model.__dict__.items() if name != "forward"})
+    return shell
 
 
 def _caller_level() -> int:
