@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import re
 import subprocess
 import sys
+import time
 
 import models
 import pop_ext
 import pytest
 import torch
+import transformers
 from model_folder import save_tiny_llama
-from pop_ext import cli
+from pop_ext import cli, commands
 from pop_ext.commands import app, parse_layers
 from pop_ext.compare import compare, count_steps, split_prompt
 from pop_ext.info import ceilings
+from rich.console import Console
 from typer.testing import CliRunner
 
 
@@ -127,6 +132,9 @@ def test_ceilings_of_the_published_shape_are_those_of_the_paper():
         (["--omit", "5-3"], "--omit: expected layers like 22-31 or 8,9,11, got '5-3'"),
         (["--omit", "6"], "got 6"),
         (["--dtype", "int8"], "--dtype: expected one of auto, float32, bfloat16, float16, got 'int8'"),
+        (["--device", "foo"], "--device: expected cpu (this build has no CUDA kernels), got 'foo'"),
+        (["--max-new-tokens", 4096], "--continuation, --max-new-tokens: expected fewer than the "),
+        (["--continuation", 200, "--prompt-tokens", 5], "expected more than the 200 tokens of --continuation, got 96"),
         (["--device", "cuda"], "--device: expected cpu (this build has no CUDA kernels), got 'cuda'"),
         (["--plan", "absent.json"], "absent.json"),
     ],
@@ -136,6 +144,45 @@ def test_bad_options_are_one_line_and_status_2(folder, prompt_file, options, mes
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_a_failure_is_one_line_and_status_1(folder, prompt_file, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("planted failure")
+
+    monkeypatch.setattr(commands, "_load_model", fail)
+    for result in (generate(folder, prompt_file), run("info", "--model", folder)):
+        assert result.exit_code == 1
+        assert result.stderr == "pop-ext: planted failure\n"
+        assert result.stdout == ""
+
+
+def test_an_architecture_without_a_native_form_is_told_of_what_python_offers(tmp_path, prompt_file):
+    folder = save_tiny_llama(tmp_path)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=3, n_embd=8, n_head=2)).save_pretrained(folder)
+    result = generate(folder, prompt_file)
+    assert result.exit_code == 2
+    assert 'got gpt2. pop_ext.enable with backend="reference" works' in result.stderr
+
+
+def test_the_spinner_turns_while_a_model_loads(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    console = functools.partial(Console, file=terminal, force_terminal=True, _environ={"TERM": "xterm"})
+    monkeypatch.setattr(commands, "Console", lambda stderr: console())
+    with commands._loading(quiet=False):
+        time.sleep(0.5)
+    frames = set(re.findall("[\u2800-\u28ff]", terminal.getvalue()))
+    assert len(frames) >= 2
+    assert "loading" in terminal.getvalue()
+
+
+def test_nothing_is_drawn_where_json_is_wanted_or_no_terminal_is(folder, prompt_file):
+    for options in ((), ("--json",)):
+        assert generate(folder, prompt_file, *options).stderr == ""
 
 
 def test_info_states_what_is_installed():
@@ -170,8 +217,24 @@ def test_a_prompt_leaves_room_for_what_follows():
     assert split_prompt(range(10), 3, None, None) == (list(range(7)), [7, 8, 9])
     assert split_prompt(range(10), 3, 4, None) == ([0, 1, 2, 3], [4, 5, 6])
     assert split_prompt(range(10), 3, None, 8) == ([0, 1, 2, 3, 4], [5, 6, 7])
+    assert split_prompt(range(10), 3, None, 8, max_new_tokens=6) == ([0, 1], [2, 3, 4])
     with pytest.raises(ValueError, match=re.escape("at most 5 (the model takes 8 tokens), got 6")):
         split_prompt(range(10), 3, 6, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((range(10), 10, None, None), "prompt: expected more than the 10 tokens of --continuation, got 10"),
+        ((range(10), 20, 5, None), "prompt: expected more than the 20 tokens of --continuation, got 10"),
+        ((range(90), 3, None, 8, 8), "--max-new-tokens: expected fewer than the 8 tokens that the model takes, got 8"),
+        ((range(90), 20, 5, 8), "--max-new-tokens: expected fewer than the 8 tokens that the model takes, got 20"),
+        ((range(10), 3, 8, None), "--prompt-tokens: expected at most 7 (the text has 10 tokens), got 8"),
+    ],
+)
+def test_a_text_without_room_for_a_prompt_is_refused_in_numbers_that_can_be(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        split_prompt(*arguments)
 
 
 def test_without_typer_it_says_what_to_install(monkeypatch):

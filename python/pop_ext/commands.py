@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +15,7 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -66,21 +66,19 @@ def generate(
     with _errors():
         _set_threads(threads)
         text = prompt_file.read_text(encoding="utf-8")
-        with _progress(as_json) as bar:
-            task = bar.add_task("loading", total=None)
+        with _loading(as_json):
             loaded = _load_model(model, dtype, device)
             tokenizer = _load_tokenizer(model)
-            chosen = _choose_plan(loaded.config, plan, omit, count, boundary)
+        chosen = _choose_plan(loaded.config, plan, omit, count, boundary)
 
-            from pop_ext.compare import compare, count_steps, split_prompt
+        from pop_ext.compare import compare, count_steps, split_prompt
 
-            limit = getattr(loaded.config, "max_position_embeddings", None)
-            room = None if limit is None else limit - max(0, max_new_tokens - continuation)
-            prompt = split_prompt(tokenizer(text)["input_ids"], continuation, prompt_tokens, room)
-            bar.update(task, total=count_steps(prompt, repeats), completed=0)
+        limit = getattr(loaded.config, "max_position_embeddings", None)
+        prompt = split_prompt(tokenizer(text)["input_ids"], continuation, prompt_tokens, limit, max_new_tokens)
+        with _progress(as_json) as bar:
+            task = bar.add_task("", total=count_steps(prompt, repeats))
 
             def advance(stage: str) -> None:
-                # Redrawn between steps only: a drawing thread would disturb the timing.
                 bar.update(task, description=stage, advance=1, refresh=True)
 
             result = compare(loaded, prompt, chosen, repeats, max_new_tokens, advance)
@@ -105,8 +103,7 @@ def info(
     with _errors():
         report = facts.installation()
         if model is not None:
-            with _progress(as_json) as bar:
-                bar.add_task("loading", total=None)
+            with _loading(as_json):
                 loaded = _load_model(model, dtype, "cpu")
 
                 from pop_ext.native import load
@@ -159,12 +156,24 @@ def _load_model(name: str, dtype: str, device: str) -> Any:
     dtypes = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in dtypes:
         raise ValueError(f"--dtype: expected one of {', '.join(dtypes)}, got {dtype!r}")
-    if torch.device(device).type != "cpu" and not facts.installation()["built_with"]["cuda"]:
-        raise ValueError(f"--device: expected cpu (this build has no CUDA kernels), got {device!r}")
+    _check_device(device)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtypes[dtype])
     return loaded.to(device).eval()
+
+
+def _check_device(device: str) -> None:
+    has_cuda = bool(facts.installation()["built_with"]["cuda"])
+    expected = "cpu or cuda" if has_cuda else "cpu (this build has no CUDA kernels)"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:  # no device of torch's
+        kind = None
+    if kind != "cpu" and not (kind == "cuda" and has_cuda):
+        raise ValueError(f"--device: expected {expected}, got {device!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device: expected cpu (torch finds no CUDA device), got {device!r}")
 
 
 def _load_tokenizer(name: str) -> Any:
@@ -180,19 +189,28 @@ def _set_threads(threads: int | None) -> None:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """What the user can mend becomes one line on standard error and exit status 2."""
+    """An error becomes its message on standard error: status 2 for what the user can mend, 1 for what failed."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
         hint = " (pip install 'pop_ext[hf]')" if "transformers" in str(getattr(error, "name", "")) else ""
         print(f"pop-ext: {error}{hint}", file=sys.stderr)
         raise typer.Exit(2) from None
+    except (RuntimeError, MemoryError) as error:
+        print(f"pop-ext: {str(error).strip() or type(error).__name__}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def _loading(quiet: bool) -> AbstractContextManager[Any]:
+    """A spinner while a model loads, drawn by a thread of its own: nothing is being timed yet."""
+    console = Console(stderr=True)
+    return nullcontext() if quiet or not console.is_terminal else console.status("loading")
 
 
 def _progress(quiet: bool) -> Progress:
+    """A bar that is drawn between steps only: a drawing thread would disturb the timing."""
     console = Console(stderr=True)
     columns = (
-        SpinnerColumn(),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

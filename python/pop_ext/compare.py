@@ -74,25 +74,35 @@ class Comparison:
         return next((i for i, (a, b) in enumerate(pairs) if a != b), len(self.arms[arm].continuation))
 
 
-def split_prompt(ids: Sequence[int], continuation: int, prompt_tokens: int | None, limit: int | None) -> Prompt:
+def split_prompt(
+    ids: Sequence[int], continuation: int, prompt_tokens: int | None, limit: int | None, max_new_tokens: int = 0
+) -> Prompt:
     """Cuts a text into prompt and true continuation.
 
     Args:
         ids: tokens of the whole text.
         continuation: tokens that are held back as the true continuation; 0: none.
         prompt_tokens: tokens of the prompt, from the start of the text. None: all before the continuation.
-        limit: how many tokens prompt and continuation may have together; None: any number.
+        limit: how many tokens the model takes; None: any number.
+        max_new_tokens: how many it is to generate after the prompt.
 
     Raises:
         ValueError: the text is too short, or the limit too small.
     """
-    room = len(ids) if limit is None else min(len(ids), limit)
-    wanted = room - continuation if prompt_tokens is None else prompt_tokens
-    if wanted < 1:
-        raise ValueError(f"prompt: expected more than the {continuation} tokens of --continuation, got {room}")
-    if wanted + continuation > room:
-        reason = f"the text has {len(ids)}" if room == len(ids) else f"the model takes {limit}"
-        raise ValueError(f"--prompt-tokens: expected at most {room - continuation} ({reason} tokens), got {wanted}")
+    most, reason = len(ids) - continuation, f"the text has {len(ids)} tokens"
+    if most < 1:
+        raise ValueError(f"prompt: expected more than the {continuation} tokens of --continuation, got {len(ids)}")
+    following = max(continuation, max_new_tokens)
+    if limit is not None and limit - following < most:
+        most, reason = limit - following, f"the model takes {limit} tokens"
+    if most < 1:
+        raise ValueError(
+            f"--continuation, --max-new-tokens: expected fewer than the {limit} tokens that the model takes, "
+            f"got {following}"
+        )
+    wanted = most if prompt_tokens is None else prompt_tokens
+    if wanted > most:
+        raise ValueError(f"--prompt-tokens: expected at most {most} ({reason}), got {wanted}")
     return Prompt(list(ids[:wanted]), list(ids[wanted : wanted + continuation]))
 
 
