@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import WINDOW, mistral, qwen2, tokens
 from op_calls import SENTINEL, op_call, run_op
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
 LAYERS = 6
 OMIT = (1, 3, 4)  # with layer 5, whose context rows leave K and V alone as well, projected
@@ -67,3 +68,26 @@ def test_later_turns_never_see_what_was_left_out(family):
             results.append(run_op(again))
         torch.testing.assert_close(results[1], results[0])
         past = [p + turn for p in past]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_native_prefill_leaves_zeros_where_it_projects_nothing_and_decodes_alike(kind):
+    native = build("mistral")
+    ids = tokens(native.model, 2, 2 * WINDOW)
+    results, caches = [], []
+    for window_only in (False, True):
+        # A cache that keeps every position, as a caller may bring it for a model with windows.
+        cache = DynamicCache() if kind == "dynamic" else full_length_static_cache(native, 4 * WINDOW)
+        first = native.prefill(ids, past_key_values=cache, window_only=window_only)
+        second = native.prefill(tokens(native.model, 2, 1), past_key_values=cache, window_only=window_only)
+        results.append(torch.cat([first.logits, second.logits]))
+        caches.append(cache)
+    torch.testing.assert_close(results[1], results[0])
+    seen = 2 * WINDOW - native.plan.boundary - (WINDOW - 1)
+    for layer in OMIT:
+        assert (caches[1].layers[layer].keys[:, :, :seen] == 0).all()
+        assert not (caches[0].layers[layer].keys[:, :, :seen] == 0).any()
+
+
+def full_length_static_cache(native, capacity: int) -> Cache:
+    return Cache(layers=[StaticLayer(max_cache_len=capacity) for _ in range(native.spec.num_layers)])

@@ -50,10 +50,10 @@ def _new_buffer(like: torch.Tensor, batch: int, slots: int, zero: bool) -> torch
 class _Dynamic:
     """Grows as ``torch.cat`` would, with one copy of the past and none of the new tokens."""
 
-    def __init__(self, layer: Any, like: torch.Tensor, batch: int, past: int, new: int, padded: bool) -> None:
+    def __init__(self, layer: Any, like: torch.Tensor, batch: int, past: int, new: int, zero: bool) -> None:
         self._layer = layer
-        self.key = _new_buffer(like, batch, past + new, zero=padded)
-        self.value = _new_buffer(like, batch, past + new, zero=padded)
+        self.key = _new_buffer(like, batch, past + new, zero=zero)
+        self.value = _new_buffer(like, batch, past + new, zero=zero)
         if past > 0:
             self.key[:, :, :past] = layer.keys
             self.value[:, :, :past] = layer.values
@@ -72,7 +72,7 @@ class _Dynamic:
 class _Static:
     """Writes where the layer's tensors are: their addresses must stay (CUDA graphs, compile)."""
 
-    def __init__(self, layer: Any, like: torch.Tensor, batch: int, past: int, new: int, padded: bool) -> None:
+    def __init__(self, layer: Any, like: torch.Tensor, batch: int, past: int, new: int, zero: bool) -> None:
         if past + new > layer.max_cache_len:
             raise ValueError(
                 f"past_key_values: expected room for {past + new} positions (past and new tokens), "
@@ -81,7 +81,6 @@ class _Static:
         self._layer = layer
         self._new = new
         self._columns = slice(past, past + new)
-        self._clear = padded
         self._before = dict(layer.__dict__)
         self._saved = save([layer.cumulative_length])
         if layer.is_initialized:
@@ -110,14 +109,14 @@ class _Sliding:
     Slots that the layer has dropped are zero: no query of this call reaches them.
     """
 
-    def __init__(self, layer: Any, like: torch.Tensor, batch: int, past: int, new: int, padded: bool) -> None:
+    def __init__(self, layer: Any, like: torch.Tensor, batch: int, past: int, new: int, zero: bool) -> None:
         self._layer = layer
         self._past = past
         stored = 0
         if layer.is_initialized and past > 0:
             stored = min(past, layer.keys.shape[-2])
-        self.key = _new_buffer(like, batch, past + new, zero=padded or stored < past)
-        self.value = _new_buffer(like, batch, past + new, zero=padded or stored < past)
+        self.key = _new_buffer(like, batch, past + new, zero=zero or stored < past)
+        self.value = _new_buffer(like, batch, past + new, zero=zero or stored < past)
         if stored > 0:
             # A static layer that is not full yet has its tokens in front, a full one is all tokens.
             kept = slice(0, stored) if isinstance(layer, StaticLayer) else slice(layer.keys.shape[-2] - stored, None)
@@ -219,6 +218,7 @@ class CacheTransaction:
         like: ``[*, kv_heads, *, head_dim]`` tensor with the cache's dtype and device.
         num_layers, batch, past, new: layers, sequences, slots before the call, columns it adds.
         padding: ``[batch, new]`` bool, True where a new slot holds no token; None: nowhere.
+        some_left: whether the operator leaves some new slots as they are.
     """
 
     def __init__(
@@ -230,6 +230,7 @@ class CacheTransaction:
         past: int,
         new: int,
         padding: torch.Tensor | None,
+        some_left: bool = False,
     ) -> None:
         self._cache = cache
         self._layers: list[Any] = list(cache.layers)
@@ -238,11 +239,12 @@ class CacheTransaction:
             self._layers.append(make_layer())
         self._padding = padding
         self._open: list[Any] = []
+        zero = padding is not None or some_left  # no slot shows uninitialised memory
         try:
             for index, layer in enumerate(self._layers):
                 _check_layer(layer, index, like, batch, past)
                 handler = _HANDLERS[type(layer)]
-                self._open.append(handler(layer, like, batch, past, new, padding is not None))
+                self._open.append(handler(layer, like, batch, past, new, zero))
         except BaseException:
             self.abort()
             raise

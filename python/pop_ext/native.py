@@ -153,6 +153,7 @@ class NativeModel:
         past_key_values: Cache | None = None,
         boundary: PerSequence | None = None,
         logits_to_keep: PerSequence = 1,
+        window_only: bool = False,
     ) -> PrefillOutput:
         """Prefills a batch by the plan, as given.
 
@@ -166,6 +167,8 @@ class NativeModel:
             boundary: last rows of each sequence that run at full depth, one int or one per sequence.
                 None: the plan's, at most the sequence's tokens.
             logits_to_keep: last rows of each sequence that get logits, one int or one per sequence.
+            window_only: in omitted layers with a sliding window, leave K and V of those positions only that a
+                later token can still see. The slots before them keep what they held (new ones: zeros).
 
         Raises:
             ValueError, TypeError: a bad argument, named with what was expected and what came.
@@ -188,6 +191,7 @@ class NativeModel:
             past_key_values,
             boundary,
             logits_to_keep,
+            window_only,
         )
 
     def prefill_fresh(
@@ -199,6 +203,7 @@ class NativeModel:
         past_key_values: Cache | None = None,
         boundary: PerSequence | None = None,
         logits_to_keep: PerSequence = 1,
+        window_only: bool = False,
     ) -> PrefillOutput:
         """``prefill`` for who has just asked ``stale_weight``: of hundreds of weights that takes a millisecond."""
         loaded = self._loaded
@@ -223,7 +228,7 @@ class NativeModel:
         with torch.no_grad():
             positions = self._positions(position_ids, packed)
             shape = (batch, logits_to_keep, -1) if isinstance(logits_to_keep, int) else (sum(keeps), -1)
-            hidden, logits = self._run(loaded, rows, packed, positions, cache, boundaries, keeps, shape)
+            hidden, logits = self._run(loaded, rows, packed, positions, cache, boundaries, keeps, window_only, shape)
         if isinstance(logits_to_keep, int):
             return PrefillOutput(logits, hidden, cache)
         return PrefillOutput(logits, hidden, cache, offsets(keeps))
@@ -293,12 +298,20 @@ class NativeModel:
         cache: Cache,
         boundaries: list[int],
         keeps: list[int],
+        window_only: bool,
         shape: tuple[int, ...],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states and logits of the wanted rows, in ``shape``. The cache changes only if all went well."""
         like = loaded.like.new_empty((0, self.spec.num_kv_heads, 0, self.spec.head_dim))
         transaction = CacheTransaction(
-            cache, like, self.spec.num_layers, packed.batch, packed.past_slots, packed.columns, packed.padding()
+            cache,
+            like,
+            self.spec.num_layers,
+            packed.batch,
+            packed.past_slots,
+            packed.columns,
+            packed.padding(),
+            some_left=window_only,
         )
         rotary = self.model.model.rotary_emb
         try:
@@ -320,6 +333,7 @@ class NativeModel:
                     transaction.value_cache,
                     packed.slot_table,
                     False,  # restore_on_error: the transaction does, for what comes after the operator, too
+                    window_only,
                 )
                 hidden = hidden.view(shape)
                 logits = self.model.lm_head(hidden)
