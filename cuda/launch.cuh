@@ -52,8 +52,12 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
     const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), limit, static_cast<int>(shared_bytes)), name);
   }
-  kernel<<<grid, block, shared_bytes, stream> > >(args...);
-  check(cudaGetLastError(), name);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, args...), name);
 }
 
 template <class T>

@@ -1,0 +1,142 @@
+#include "cuda/device.h"
+
+#include <array>
+#include <mutex>
+#include <vector>
+
+#include "cuda/launch.cuh"
+
+namespace pop::cuda {
+
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  if (device >= kMaxDevices) throw std::runtime_error("pop: CUDA: expected a device below 64");
+  return device;
+}
+
+}  // namespace
+
+const DeviceFacts& device_facts() {
+  static std::array<DeviceFacts, kMaxDevices> facts;
+  static std::array<std::once_flag, kMaxDevices> once;
+  const int device = current_device();
+  std::call_once(once[device], [&] {
+    const auto attribute = [&](cudaDeviceAttr which) {
+      int value = 0;
+      check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+      return value;
+    };
+    facts[device] = {attribute(cudaDevAttrComputeCapabilityMajor), attribute(cudaDevAttrComputeCapabilityMinor),
+                     attribute(cudaDevAttrMultiProcessorCount)};
+  });
+  return facts[device];
+}
+
+struct SideLine::Resources {
+  int device = 0;
+  cudaStream_t stream = nullptr;
+  std::vector<cudaEvent_t> events;
+};
+
+namespace {
+
+// Never destroyed: at exit the driver may be gone before static objects are.
+struct Pool {
+  std::mutex mutex;
+  std::array<std::vector<std::unique_ptr<SideLine::Resources>>, kMaxDevices> free;
+};
+
+Pool& pool() {
+  static Pool* const instance = new Pool;
+  return *instance;
+}
+
+}  // namespace
+
+SideLine::SideLine() {
+  const int device = current_device();
+  {
+    std::lock_guard lock(pool().mutex);
+    auto& free = pool().free[device];
+    if (!free.empty()) {
+      resources_ = std::move(free.back());
+      free.pop_back();
+      return;
+    }
+  }
+  resources_ = std::make_unique<Resources>();
+  resources_->device = device;
+  int lowest = 0, highest = 0;
+  check(cudaDeviceGetStreamPriorityRange(&lowest, &highest), "cudaDeviceGetStreamPriorityRange");
+  check(cudaStreamCreateWithPriority(&resources_->stream, cudaStreamNonBlocking, highest),
+        "cudaStreamCreateWithPriority");
+}
+
+SideLine::~SideLine() {
+  std::lock_guard lock(pool().mutex);
+  pool().free[resources_->device].push_back(std::move(resources_));
+}
+
+Stream SideLine::stream() const { return resources_->stream; }
+
+int64_t SideLine::record(Stream on) {
+  if (used_ == static_cast<int64_t>(resources_->events.size())) {
+    cudaEvent_t event = nullptr;
+    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+    resources_->events.push_back(event);
+  }
+  check(cudaEventRecord(resources_->events[used_], on), "cudaEventRecord");
+  return used_++;
+}
+
+void SideLine::wait(Stream on, int64_t mark) {
+  check(cudaStreamWaitEvent(on, resources_->events[mark], 0), "cudaStreamWaitEvent");
+}
+
+namespace {
+
+struct Flag {
+  volatile int32_t* host = nullptr;
+  int32_t* device = nullptr;
+};
+
+Flag& flag() {
+  static std::array<Flag, kMaxDevices> flags;
+  static std::array<std::once_flag, kMaxDevices> once;
+  const int device = current_device();
+  std::call_once(once[device], [&] {
+    void *host = nullptr, *mapped = nullptr;
+    check(cudaHostAlloc(&host, sizeof(int32_t), cudaHostAllocMapped | cudaHostAllocPortable), "cudaHostAlloc");
+    check(cudaHostGetDevicePointer(&mapped, host, 0), "cudaHostGetDevicePointer");
+    flags[device].host = static_cast<volatile int32_t*>(host);
+    flags[device].device = static_cast<int32_t*>(mapped);
+    *flags[device].host = 0;
+  });
+  return flags[device];
+}
+
+}  // namespace
+
+int32_t* bad_id_flag() { return flag().device; }
+
+bool take_bad_id() {
+  volatile int32_t* const reported = flag().host;
+  if (*reported == 0) return false;
+  *reported = 0;
+  return true;
+}
+
+void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t row_bytes, int64_t rows,
+               Stream stream) noexcept {
+  if (rows == 0 || row_bytes == 0) return;
+  // What can fail here is a device that has failed before; there is nobody left to tell.
+  static_cast<void>(cudaMemcpy2DAsync(to, to_stride, from, from_stride, row_bytes, rows, cudaMemcpyDeviceToDevice,
+                                      stream));
+}
+
+}  // namespace pop::cuda

@@ -1,0 +1,50 @@
+// What the backend asks of the CUDA runtime beside its kernels, without the toolkit's headers.
+// Under the CPU shim (tests/cuda_shim) there is one device, everything is in order, and nothing is asynchronous.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "cuda/kernels.h"
+
+namespace pop::cuda {
+
+struct DeviceFacts {
+  int major, minor;  // compute capability
+  int sm_count;
+};
+
+// Of the current device.
+const DeviceFacts& device_facts();
+
+// A second stream of the current device, at a higher priority than the caller's, and the events that order
+// the two. Taken from a pool, returned by the destructor: what is still in the stream then goes on.
+class SideLine {
+ public:
+  SideLine();
+  ~SideLine();
+  SideLine(const SideLine&) = delete;
+  SideLine& operator=(const SideLine&) = delete;
+
+  Stream stream() const;
+  int64_t record(Stream on);              // a mark: all that is in `on` now
+  void wait(Stream on, int64_t mark);     // what follows in `on` comes after the mark
+  struct Resources;
+
+ private:
+  std::unique_ptr<Resources> resources_;
+  int64_t used_ = 0;
+};
+
+// Where a kernel reports, without a synchronisation, that it met an id outside the vocabulary:
+// host memory that the current device writes to.
+int32_t* bad_id_flag();
+// Whether one was reported since the last time somebody asked.
+bool take_bad_id();
+
+// Rows of `row_bytes`, strides in bytes, between places of the current device.
+void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t row_bytes, int64_t rows,
+               Stream stream) noexcept;
+
+}  // namespace pop::cuda

@@ -1,0 +1,37 @@
+// cuda/device.h on the CPU: one device, and everything happens in order.
+#include "cuda/device.h"
+
+#include <atomic>
+#include <cstring>
+
+namespace pop::cuda {
+
+const DeviceFacts& device_facts() {
+  static const DeviceFacts facts{.major = 8, .minor = 0, .sm_count = 4};
+  return facts;
+}
+
+struct SideLine::Resources {};
+
+SideLine::SideLine() : resources_(std::make_unique<Resources>()) {}
+SideLine::~SideLine() = default;
+Stream SideLine::stream() const { return nullptr; }
+int64_t SideLine::record(Stream) { return used_++; }
+void SideLine::wait(Stream, int64_t) {}
+
+namespace {
+std::atomic<int32_t> flag{0};
+}
+
+int32_t* bad_id_flag() { return reinterpret_cast<int32_t*>(&flag); }
+bool take_bad_id() { return flag.exchange(0) != 0; }
+
+void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t row_bytes, int64_t rows,
+               Stream) noexcept {
+  for (int64_t row = 0; row < rows; ++row) {
+    std::memcpy(static_cast<char*>(to) + row * to_stride, static_cast<const char*>(from) + row * from_stride,
+                row_bytes);
+  }
+}
+
+}  // namespace pop::cuda
