@@ -135,8 +135,8 @@ void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_strid
                Stream stream) noexcept {
   if (rows == 0 || row_bytes == 0) return;
   // What can fail here is a device that has failed before; there is nobody left to tell.
-  static_cast<void>(cudaMemcpy2DAsync(to, to_stride, from, from_stride, row_bytes, rows, cudaMemcpyDeviceToDevice,
-                                      stream));
+  static_cast<void>(
+      cudaMemcpy2DAsync(to, to_stride, from, from_stride, row_bytes, rows, cudaMemcpyDeviceToDevice, stream));
 }
 
 }  // namespace pop::cuda

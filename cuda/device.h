@@ -28,8 +28,8 @@ class SideLine {
   SideLine& operator=(const SideLine&) = delete;
 
   Stream stream() const;
-  int64_t record(Stream on);              // a mark: all that is in `on` now
-  void wait(Stream on, int64_t mark);     // what follows in `on` comes after the mark
+  int64_t record(Stream on);           // a mark: all that is in `on` now
+  void wait(Stream on, int64_t mark);  // what follows in `on` comes after the mark
   struct Resources;
 
  private:

@@ -169,7 +169,7 @@ def test_a_disabled_aten_operator_is_not_called_by_any_way_in():
         import torch, pop_ext
         from models import llama, tokens
         native = pop_ext.load(llama())
-        torch.ops.pop.disable_aten("aten::mm.out", "changed")
+        torch.ops.pop.set_foreign("aten::mm.out", -1, "changed")
         hidden = torch.randn(200, 8)  # more rows than the kernel for few of them takes
         rows = lambda *values: torch.tensor(values, dtype=torch.int32)
         cache = lambda: [torch.zeros(1, 1, 200, 8)]

@@ -660,7 +660,7 @@ def test_prefill_passes_opcheck():
 
 # opcheck's comparison of eager and traced results knows numbers and tensors, no text; and a traced program holds a
 # model by its handle, a constant, so that nothing of these operators is ever traced. What remains is checked.
-TEXT_OPERATORS = ("info", "stale_weight", "cpu_isa", "aten_schemas")
+TEXT_OPERATORS = ("info", "stale_weight", "cpu_isa", "foreign_schemas")
 WITHOUT_TEXT_COMPARISON = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
@@ -692,4 +692,4 @@ def test_load_refuses_weights_without_memory():
 
 def test_every_operator_is_checked():
     registered = {name.removeprefix("pop::") for name in torch._C._dispatch_get_all_op_names() if name[:5] == "pop::"}
-    assert registered == {*opcheck_cases(), "prefill", *TEXT_OPERATORS, "load", "unload", "disable_aten"}
+    assert registered == {*opcheck_cases(), "prefill", *TEXT_OPERATORS, "load", "unload", "set_foreign", "tune"}

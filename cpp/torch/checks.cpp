@@ -101,7 +101,12 @@ void check_dtype(const Tensor& tensor, DType dtype, const std::string& name) {
 
 void check_same_device(const Tensor& tensor, const Tensor& like, const std::string& name) {
   const bool same = tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index();
-  check(same, name, ": expected device ", device_of(like), " like the model's weights, got ", device_of(tensor));
+  check(same, name, ": expected device ", device_of(like), " like the rest of the call, got ", device_of(tensor));
+}
+
+void check_like(const Tensor& tensor, const Tensor& like, const std::string& name) {
+  check_dtype(tensor, dtype_of(like, name), name);
+  check_same_device(tensor, like, name);
 }
 
 void check_shape(const Tensor& tensor, const std::vector<int64_t>& shape, const std::string& name) {

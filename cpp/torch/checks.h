@@ -37,6 +37,7 @@ DType dtype_of(const Tensor& tensor, const std::string& name);  // float32, bflo
 
 void check_dtype(const Tensor& tensor, DType dtype, const std::string& name);
 void check_same_device(const Tensor& tensor, const Tensor& like, const std::string& name);
+void check_like(const Tensor& tensor, const Tensor& like, const std::string& name);  // of its dtype, on its device
 // -1 accepts any extent.
 void check_shape(const Tensor& tensor, const std::vector<int64_t>& shape, const std::string& name);
 void check_head_dim(int64_t head_dim, const std::string& name);  // one that attention serves

@@ -38,8 +38,10 @@ STABLE_TORCH_LIBRARY(pop, m) {
       "Tensor[]? k_bias=None, Tensor[]? v_bias=None, Tensor[]? k_norm=None, Tensor? slot_table=None) -> ()");
 
   // For the checks of python/pop_ext/operators.py and `pop-ext info`.
-  m.def("aten_schemas() -> str");
-  // Calls of the aten operator `name` fail from now on, saying `reason`.
-  m.def("disable_aten(str name, str reason) -> ()");
+  m.def("foreign_schemas() -> str");
+  // The operator `name` of another library is here under its schema number `variant`, or not (-1) for that reason.
+  m.def("set_foreign(str name, int variant, str reason) -> ()");
   m.def("cpu_isa() -> str");
+  // Sets an option of the CUDA backend and returns what it was, for measuring.
+  m.def("tune(str option, int value) -> int");
 }

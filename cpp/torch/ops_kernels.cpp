@@ -2,8 +2,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "cpu/cpu_backend.h"
 #include "torch/aten.h"
+#include "torch/backends.h"
 #include "torch/caches.h"
 #include "torch/checks.h"
 #include "torch/geometry.h"
@@ -13,8 +13,6 @@ namespace pop {
 
 namespace {
 
-Backend& backend_of(const Tensor&) { return cpu_backend(); }
-
 // Any leading dimensions as rows; a copy only where they cannot be viewed as such.
 Tensor as_rows(const Tensor& tensor) {
   const int64_t width = tensor.size(tensor.dim() - 1);
@@ -22,9 +20,10 @@ Tensor as_rows(const Tensor& tensor) {
   return width <= 1 || rows.stride(1) == 1 ? rows : torch::stable::contiguous(rows);
 }
 
-const void* optional_vector(const std::optional<Tensor>& tensor, DType dtype, int64_t width, const std::string& name) {
+const void* optional_vector(const std::optional<Tensor>& tensor, const Tensor& like, int64_t width,
+                            const std::string& name) {
   if (!tensor.has_value()) return nullptr;
-  check_dtype(*tensor, dtype, name);
+  check_like(*tensor, like, name);
   check_shape(*tensor, {width}, name);
   check_last_dim_contiguous(*tensor, name);
   return tensor->const_data_ptr();
@@ -44,22 +43,22 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   check(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "pop::rms_norm: x: expected a last dimension of at least 1, got ",
         shape_of(x));
   const int64_t width = x.size(x.dim() - 1);
-  const void* gamma = optional_vector(weight, dtype, width, "pop::rms_norm: weight");
+  const void* gamma = optional_vector(weight, x, width, "pop::rms_norm: weight");
   const Tensor rows = as_rows(x);
   Tensor out = empty_like_rows(x);
-  backend_of(x).rms_norm({.dtype = dtype,
-                          .rows = rows.size(0),
-                          .width = width,
-                          .x = rows.mutable_data_ptr(),  // read only: there is no delta
-                          .x_stride = rows.stride(0),
-                          .delta = nullptr,
-                          .delta_stride = 0,
-                          .delta_bias = nullptr,
-                          .weight = gamma,
-                          .eps = static_cast<float>(eps),
-                          .out = out.mutable_data_ptr(),
-                          .out_stride = width,
-                          .rstd = nullptr});
+  BackendOfCall(x)->rms_norm({.dtype = dtype,
+                              .rows = rows.size(0),
+                              .width = width,
+                              .x = rows.mutable_data_ptr(),  // read only: there is no delta
+                              .x_stride = rows.stride(0),
+                              .delta = nullptr,
+                              .delta_stride = 0,
+                              .delta_bias = nullptr,
+                              .weight = gamma,
+                              .eps = static_cast<float>(eps),
+                              .out = out.mutable_data_ptr(),
+                              .out_stride = width,
+                              .rstd = nullptr});
   return out;
 }
 
@@ -69,25 +68,25 @@ Tensor add_rms_norm(Tensor x, Tensor delta, Tensor weight, double eps, std::opti
   check_disjoint({x}, {"pop::add_rms_norm: x"});
   const int64_t width = x.size(1);
   check_last_dim_contiguous(x, "pop::add_rms_norm: x");
-  check_dtype(delta, dtype, "pop::add_rms_norm: delta");
+  check_like(delta, x, "pop::add_rms_norm: delta");
   check_shape(delta, {x.size(0), width}, "pop::add_rms_norm: delta");
   check_last_dim_contiguous(delta, "pop::add_rms_norm: delta");
-  const void* gamma = optional_vector(weight, dtype, width, "pop::add_rms_norm: weight");
-  const void* bias = optional_vector(delta_bias, dtype, width, "pop::add_rms_norm: delta_bias");
+  const void* gamma = optional_vector(weight, x, width, "pop::add_rms_norm: weight");
+  const void* bias = optional_vector(delta_bias, x, width, "pop::add_rms_norm: delta_bias");
   Tensor out = empty_like_rows(x);
-  backend_of(x).rms_norm({.dtype = dtype,
-                          .rows = x.size(0),
-                          .width = width,
-                          .x = x.mutable_data_ptr(),
-                          .x_stride = x.stride(0),
-                          .delta = delta.const_data_ptr(),
-                          .delta_stride = delta.stride(0),
-                          .delta_bias = bias,
-                          .weight = gamma,
-                          .eps = static_cast<float>(eps),
-                          .out = out.mutable_data_ptr(),
-                          .out_stride = width,
-                          .rstd = nullptr});
+  BackendOfCall(x)->rms_norm({.dtype = dtype,
+                              .rows = x.size(0),
+                              .width = width,
+                              .x = x.mutable_data_ptr(),
+                              .x_stride = x.stride(0),
+                              .delta = delta.const_data_ptr(),
+                              .delta_stride = delta.stride(0),
+                              .delta_bias = bias,
+                              .weight = gamma,
+                              .eps = static_cast<float>(eps),
+                              .out = out.mutable_data_ptr(),
+                              .out_stride = width,
+                              .rstd = nullptr});
   return out;
 }
 
@@ -96,22 +95,22 @@ Tensor gated_act(Tensor gate, Tensor up, std::string activation, std::optional<T
   const DType dtype = dtype_of(gate, "pop::gated_act: gate");
   check(gate.dim() >= 1 && gate.size(gate.dim() - 1) >= 1,
         "pop::gated_act: gate: expected a last dimension of at least 1, got ", shape_of(gate));
-  check_dtype(up, dtype, "pop::gated_act: up");
+  check_like(up, gate, "pop::gated_act: up");
   check_shape(up, std::vector<int64_t>(gate.sizes().begin(), gate.sizes().end()), "pop::gated_act: up");
   const int64_t width = gate.size(gate.dim() - 1);
   Tensor out = empty_like_rows(gate);
   torch::stable::copy_(out, gate);
   const Tensor up_rows = as_rows(up);
-  backend_of(gate).gated_act({.dtype = dtype,
-                              .activation = parse_activation(activation),
-                              .rows = up_rows.size(0),
-                              .width = width,
-                              .gate = out.mutable_data_ptr(),
-                              .gate_stride = width,
-                              .up = up_rows.const_data_ptr(),
-                              .up_stride = up_rows.stride(0),
-                              .gate_bias = optional_vector(gate_bias, dtype, width, "pop::gated_act: gate_bias"),
-                              .up_bias = optional_vector(up_bias, dtype, width, "pop::gated_act: up_bias")});
+  BackendOfCall(gate)->gated_act({.dtype = dtype,
+                                  .activation = parse_activation(activation),
+                                  .rows = up_rows.size(0),
+                                  .width = width,
+                                  .gate = out.mutable_data_ptr(),
+                                  .gate_stride = width,
+                                  .up = up_rows.const_data_ptr(),
+                                  .up_stride = up_rows.stride(0),
+                                  .gate_bias = optional_vector(gate_bias, gate, width, "pop::gated_act: gate_bias"),
+                                  .up_bias = optional_vector(up_bias, gate, width, "pop::gated_act: up_bias")});
   return out;
 } catch (const std::invalid_argument& error) {
   throw std::runtime_error(join("pop::gated_act: ", error.what()));
@@ -193,38 +192,38 @@ void rope_cache_write(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor
   check_shape(key, {rows, -1, head_dim}, op + ": key");
   const int64_t kv_heads = key.size(1);
   check_shape(value, {rows, kv_heads, head_dim}, op + ": value");
-  check_dtype(key, dtype, op + ": key");
-  check_dtype(value, dtype, op + ": value");
+  check_like(key, query, op + ": key");
+  check_like(value, query, op + ": value");
   check_heads_contiguous(query, op + ": query");
   const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table}, rows, nullptr, nullptr);
   const CacheForm form{.dtype = dtype, .kv_heads = kv_heads, .head_dim = head_dim};
   const LayerCache cache =
       check_caches(op, geometry, form, {key_cache}, {value_cache}, query, {{query, "query"}}).front();
   const PlacedRows placed(op, cos, sin, geometry, head_dim, query);
-  Backend& backend = backend_of(query);
-  const Batch batch = placed.batch(backend);
+  const BackendOfCall backend(query);
+  const Batch batch = placed.batch(*backend);
   const Tensor key_rows = torch::stable::contiguous(key), value_rows = torch::stable::contiguous(value);
-  backend.rope_cache_write({.dtype = dtype,
-                            .heads = heads,
-                            .kv_heads = kv_heads,
-                            .head_dim = head_dim,
-                            .rotary_dim = placed.rotary_dim,
-                            .first_row = 0,
-                            .rows = rows,
-                            .q = query.mutable_data_ptr(),
-                            .q_stride = query.stride(0),
-                            .k = key_rows.const_data_ptr(),
-                            .v = value_rows.const_data_ptr(),
-                            .kv_stride = kv_heads * head_dim,
-                            .q_bias = nullptr,
-                            .k_bias = nullptr,
-                            .v_bias = nullptr,
-                            .q_norm = optional_vector(q_norm, dtype, head_dim, op + ": q_norm"),
-                            .k_norm = optional_vector(k_norm, dtype, head_dim, op + ": k_norm"),
-                            .norm_eps = static_cast<float>(norm_eps),
-                            .row_scale = nullptr,
-                            .batch = &batch,
-                            .cache = cache});
+  backend->rope_cache_write({.dtype = dtype,
+                             .heads = heads,
+                             .kv_heads = kv_heads,
+                             .head_dim = head_dim,
+                             .rotary_dim = placed.rotary_dim,
+                             .first_row = 0,
+                             .rows = rows,
+                             .q = query.mutable_data_ptr(),
+                             .q_stride = query.stride(0),
+                             .k = key_rows.const_data_ptr(),
+                             .v = value_rows.const_data_ptr(),
+                             .kv_stride = kv_heads * head_dim,
+                             .q_bias = nullptr,
+                             .k_bias = nullptr,
+                             .v_bias = nullptr,
+                             .q_norm = optional_vector(q_norm, query, head_dim, op + ": q_norm"),
+                             .k_norm = optional_vector(k_norm, query, head_dim, op + ": k_norm"),
+                             .norm_eps = static_cast<float>(norm_eps),
+                             .row_scale = nullptr,
+                             .batch = &batch,
+                             .cache = cache});
 }
 
 Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor past_lens,
@@ -246,33 +245,33 @@ Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_s
   const LayerCache cache = check_cache(op, geometry, form, key_cache, value_cache, query);
   Tensor out = torch::stable::new_empty(query, {rows, heads, head_dim});
   const std::vector<Segment> segments = geometry.layout().segments(0, rows);
-  backend_of(query).attention({.dtype = dtype,
-                               .heads = heads,
-                               .kv_heads = kv_heads,
-                               .head_dim = head_dim,
-                               .scale = static_cast<float>(scale),
-                               .window = window,
-                               .segments = segments.data(),
-                               .num_segments = static_cast<int64_t>(segments.size()),
-                               .first_row = 0,
-                               .q = query.const_data_ptr(),
-                               .q_stride = query.stride(0),
-                               .out = out.mutable_data_ptr(),
-                               .out_stride = heads * head_dim,
-                               .cache = cache,
-                               .address = geometry.address()});
+  BackendOfCall(query)->attention({.dtype = dtype,
+                                   .heads = heads,
+                                   .kv_heads = kv_heads,
+                                   .head_dim = head_dim,
+                                   .scale = static_cast<float>(scale),
+                                   .window = window,
+                                   .segments = segments.data(),
+                                   .num_segments = static_cast<int64_t>(segments.size()),
+                                   .first_row = 0,
+                                   .q = query.const_data_ptr(),
+                                   .q_stride = query.stride(0),
+                                   .out = out.mutable_data_ptr(),
+                                   .out_stride = heads * head_dim,
+                                   .cache = cache,
+                                   .address = geometry.address()});
   return out;
 }
 
 using TensorList = std::optional<std::vector<Tensor>>;
 
 // One vector a layer; empty where there are none.
-std::vector<const void*> layer_vectors(const TensorList& tensors, size_t layers, DType dtype, int64_t width,
+std::vector<const void*> layer_vectors(const TensorList& tensors, size_t layers, const Tensor& like, int64_t width,
                                        const std::string& name) {
   std::vector<const void*> data;
   if (!tensors.has_value()) return data;
   check(tensors->size() == layers, name, ": expected ", layers, " tensors (one a layer), got ", tensors->size());
-  for (const Tensor& tensor : *tensors) data.push_back(optional_vector(tensor, dtype, width, name));
+  for (const Tensor& tensor : *tensors) data.push_back(optional_vector(tensor, like, width, name));
   return data;
 }
 
@@ -292,39 +291,39 @@ void kv_project(Tensor hidden, Tensor weight, Tensor cos, Tensor sin, Tensor cu_
   const int64_t kv_dim = kv_heads * head_dim;
   check(hidden_size >= 1 && kv_dim >= 1, op, ": hidden, key_cache: expected at least 1 channel, got shapes ",
         shape_of(hidden), " and ", shape_of(key_cache.front()));
-  check_dtype(weight, dtype, op + ": weight");
+  check_like(weight, hidden, op + ": weight");
   check_shape(weight, {static_cast<int64_t>(layers) * 2 * kv_dim, hidden_size}, op + ": weight");
   check(weight.is_contiguous(), op, ": weight: expected a contiguous tensor");
   const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table}, rows, nullptr, nullptr);
   const CacheForm form{.dtype = dtype, .kv_heads = kv_heads, .head_dim = head_dim};
   const std::vector<LayerCache> caches = check_caches(op, geometry, form, key_cache, value_cache, hidden, {});
   const PlacedRows placed(op, cos, sin, geometry, head_dim, hidden);
-  const auto k_biases = layer_vectors(k_bias, layers, dtype, kv_dim, op + ": k_bias");
-  const auto v_biases = layer_vectors(v_bias, layers, dtype, kv_dim, op + ": v_bias");
-  const auto k_norms = layer_vectors(k_norm, layers, dtype, head_dim, op + ": k_norm");
-  Backend& backend = backend_of(hidden);
-  const Batch batch = placed.batch(backend);
-  const size_t bytes = backend.kv_project_workspace(dtype, rows, hidden_size, static_cast<int64_t>(layers), kv_dim);
+  const auto k_biases = layer_vectors(k_bias, layers, hidden, kv_dim, op + ": k_bias");
+  const auto v_biases = layer_vectors(v_bias, layers, hidden, kv_dim, op + ": v_bias");
+  const auto k_norms = layer_vectors(k_norm, layers, hidden, head_dim, op + ": k_norm");
+  const BackendOfCall backend(hidden);
+  const Batch batch = placed.batch(*backend);
+  const size_t bytes = backend->kv_project_workspace(dtype, rows, hidden_size, static_cast<int64_t>(layers), kv_dim);
   const Tensor workspace = torch::stable::new_empty(hidden, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-  backend.kv_project({.dtype = dtype,
-                      .first_row = 0,
-                      .rows = rows,
-                      .hidden_size = hidden_size,
-                      .kv_heads = kv_heads,
-                      .head_dim = head_dim,
-                      .rotary_dim = placed.rotary_dim,
-                      .x = hidden.const_data_ptr(),
-                      .x_stride = hidden.stride(0),
-                      .rstd = nullptr,
-                      .layers = static_cast<int64_t>(layers),
-                      .weight = weight.const_data_ptr(),
-                      .k_bias = k_biases.empty() ? nullptr : k_biases.data(),
-                      .v_bias = v_biases.empty() ? nullptr : v_biases.data(),
-                      .k_norm = k_norms.empty() ? nullptr : k_norms.data(),
-                      .eps = static_cast<float>(eps),
-                      .batch = &batch,
-                      .caches = caches.data(),
-                      .workspace = workspace.mutable_data_ptr()});
+  backend->kv_project({.dtype = dtype,
+                       .first_row = 0,
+                       .rows = rows,
+                       .hidden_size = hidden_size,
+                       .kv_heads = kv_heads,
+                       .head_dim = head_dim,
+                       .rotary_dim = placed.rotary_dim,
+                       .x = hidden.const_data_ptr(),
+                       .x_stride = hidden.stride(0),
+                       .rstd = nullptr,
+                       .layers = static_cast<int64_t>(layers),
+                       .weight = weight.const_data_ptr(),
+                       .k_bias = k_biases.empty() ? nullptr : k_biases.data(),
+                       .v_bias = v_biases.empty() ? nullptr : v_biases.data(),
+                       .k_norm = k_norms.empty() ? nullptr : k_norms.data(),
+                       .eps = static_cast<float>(eps),
+                       .batch = &batch,
+                       .caches = caches.data(),
+                       .workspace = workspace.mutable_data_ptr()});
 }
 
 Tensor fold_kv_op(std::vector<Tensor> k_proj, std::vector<Tensor> v_proj, std::vector<Tensor> input_norm) {
@@ -335,7 +334,9 @@ Tensor fold_kv_op(std::vector<Tensor> k_proj, std::vector<Tensor> v_proj, std::v
 
 STABLE_TORCH_LIBRARY_IMPL(pop, CompositeExplicitAutograd, m) { m.impl("fold_kv", TORCH_BOX(&fold_kv_op)); }
 
-STABLE_TORCH_LIBRARY_IMPL(pop, CPU, m) {
+// The same functions for every device: the backend differs.
+template <class Library>
+static void implement(Library& m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
   m.impl("gated_act", TORCH_BOX(&gated_act));
@@ -343,5 +344,11 @@ STABLE_TORCH_LIBRARY_IMPL(pop, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("kv_project", TORCH_BOX(&kv_project));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(pop, CPU, m) { implement(m); }
+
+#if defined(POP_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(pop, CUDA, m) { implement(m); }
+#endif
 
 }  // namespace pop

@@ -2,9 +2,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "cpu/cpu_backend.h"
 #include "cpu/kernels.h"
 #include "torch/aten.h"
+#include "torch/backends.h"
 #include "torch/caches.h"
 #include "torch/checks.h"
 #include "torch/geometry.h"
@@ -34,7 +34,7 @@ std::string info(int64_t handle) {
 
 std::string stale_weight(int64_t handle) { return find_model(handle)->stale_weight(); }
 
-// Packed ids as int64, in range; undefined for embeddings.
+// Packed ids as int64, in range where they lie in host memory; none for embeddings.
 std::optional<Tensor> check_input(const ModelSpec& spec, const Tensor& input, const Tensor& like) {
   const std::string name = join(kOp, ": input");
   check_same_device(input, like, name);
@@ -49,6 +49,7 @@ std::optional<Tensor> check_input(const ModelSpec& spec, const Tensor& input, co
   check(input.scalar_type() == ScalarType::Long || input.scalar_type() == ScalarType::Int, name,
         ": expected ids of dtype int64 or int32, got ", dtype_name(input));
   const Tensor ids = torch::stable::contiguous(torch::stable::to(input, ScalarType::Long));
+  if (!ids.is_cpu()) return ids;  // looking at them would synchronise: the kernel clamps and reports
   const int64_t* data = static_cast<const int64_t*>(ids.const_data_ptr());
   for (int64_t row = 0; row < ids.numel(); ++row) {
     check(data[row] >= 0 && data[row] < spec.vocab_size, name, ": expected ids from 0 to ", spec.vocab_size - 1,
@@ -94,7 +95,9 @@ Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor c
   const CacheForm form{.dtype = spec.dtype, .kv_heads = spec.num_kv_heads, .head_dim = spec.head_dim};
   const std::vector<LayerCache> caches = check_caches(kOp, geometry, form, key_cache, value_cache, like, {});
 
-  Backend& backend = cpu_backend();
+  check_reported_ids(like);
+  const BackendOfCall backend_of_call(like);
+  Backend& backend = *backend_of_call;
   const BatchLayout& layout = geometry.layout();
   // The large pieces are allocated before the first cache write; what fails later is put back by the guard.
   PrefillCall call{.layout = &layout,
@@ -121,9 +124,13 @@ Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor c
   return hidden;
 }
 
-std::string aten_schemas() { return aten::kSchemas; }
+std::string foreign_schemas() { return foreign::kSchemas; }
 
-void disable_aten(std::string name, std::string reason) { aten::disable(name, reason); }
+void set_foreign(std::string name, int64_t variant, std::string reason) {
+  foreign::set_variant(name, static_cast<int>(variant), reason);
+}
+
+int64_t tune_op(std::string option, int64_t value) { return tune(option, value); }
 
 std::string cpu_isa() { return cpu::kernels().name; }
 
@@ -134,11 +141,16 @@ STABLE_TORCH_LIBRARY_IMPL(pop, CompositeExplicitAutograd, m) {
   m.impl("unload", TORCH_BOX(&unload));
   m.impl("info", TORCH_BOX(&info));
   m.impl("stale_weight", TORCH_BOX(&stale_weight));
-  m.impl("aten_schemas", TORCH_BOX(&aten_schemas));
-  m.impl("disable_aten", TORCH_BOX(&disable_aten));
+  m.impl("foreign_schemas", TORCH_BOX(&foreign_schemas));
+  m.impl("set_foreign", TORCH_BOX(&set_foreign));
+  m.impl("tune", TORCH_BOX(&tune_op));
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pop, CPU, m) { m.impl("prefill", TORCH_BOX(&prefill_op)); }
+
+#if defined(POP_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(pop, CUDA, m) { m.impl("prefill", TORCH_BOX(&prefill_op)); }
+#endif
 
 }  // namespace pop

@@ -52,7 +52,7 @@ Tensor fold_kv(const std::vector<Tensor>& k_proj, const std::vector<Tensor>& v_p
         "pop::fold_kv: expected k_proj, v_proj and input_norm of one length > 0, got ", k_proj.size(), ", ",
         v_proj.size(), " and ", input_norm.size());
   const Tensor& first = k_proj.front();
-  const DType dtype = dtype_of(first, "pop::fold_kv: k_proj[0]");
+  dtype_of(first, "pop::fold_kv: k_proj[0]");
   check_shape(first, {-1, -1}, "pop::fold_kv: k_proj[0]");
   const int64_t kv_dim = first.size(0), hidden = first.size(1);
   const int64_t count = static_cast<int64_t>(k_proj.size());
@@ -60,11 +60,11 @@ Tensor fold_kv(const std::vector<Tensor>& k_proj, const std::vector<Tensor>& v_p
   int64_t row = 0;
   for (int64_t i = 0; i < count; ++i) {
     const std::string at = join("[", i, "]");
-    check_dtype(input_norm[i], dtype, "pop::fold_kv: input_norm" + at);
+    check_like(input_norm[i], first, "pop::fold_kv: input_norm" + at);
     check_shape(input_norm[i], {hidden}, "pop::fold_kv: input_norm" + at);
     const Tensor gamma = torch::stable::to(aten::detach(input_norm[i]), ScalarType::Float);
     for (const auto& [weight, name] : {std::pair{&k_proj[i], "k_proj"}, std::pair{&v_proj[i], "v_proj"}}) {
-      check_dtype(*weight, dtype, join("pop::fold_kv: ", name, at));
+      check_like(*weight, first, join("pop::fold_kv: ", name, at));
       check_shape(*weight, {kv_dim, hidden}, join("pop::fold_kv: ", name, at));
       // In float32, so that the fold rounds once.
       const Tensor folded = aten::mul(torch::stable::to(aten::detach(*weight), ScalarType::Float), gamma);

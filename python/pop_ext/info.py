@@ -31,8 +31,8 @@ def installation() -> dict[str, Any]:
         "cpu_isa": torch.ops.pop.cpu_isa(),
         "threads": torch.get_num_threads(),
         "cuda": _cuda(build["cuda"]),
-        "aten_schemas": operators.SCHEMA_MISMATCHES or "as expected",
-        "attention": {"cpu": "pop::attention (own kernel)"},
+        "aten_schemas": operators.changed_aten() or "as expected",
+        "attention": operators.attention_providers(),
         "families": sorted(FAMILIES),
         "presets": [
             {

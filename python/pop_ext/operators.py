@@ -5,6 +5,7 @@ Importing this module registers ``torch.ops.pop.*``.
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from pop_ext import _core
 
 # Beside the other compiled module: in an editable install that is not where this file is.
 _LIBRARY = Path(_core.__file__).with_name("_ops.so")
+
+
+# What no prefill does without; the other operators of foreign_schemas() are ways of computing attention.
+_REQUIRED = ("aten::mm.out", "aten::mul.Tensor", "aten::detach")
 
 
 def _load_library() -> None:
@@ -33,35 +38,77 @@ def _load_library() -> None:
         ) from error
 
 
-def _schema_mismatches() -> dict[str, str]:
-    """aten operators whose schema is not the one that this library calls: name -> what torch has.
+def _find_foreign() -> dict[str, str]:
+    """Tells the library which operators of others it may call; returns the others: name -> why not.
 
     The C++ side passes arguments without a count, so a changed schema must be noticed here.
     """
-    mismatches = {}
-    for expected in torch.ops.pop.aten_schemas().split("\n"):
-        qualified = expected[: expected.index("(")]
-        name, _, overload = qualified.removeprefix("aten::").partition(".")
+    variants: dict[str, list[str]] = {}
+    for schema in torch.ops.pop.foreign_schemas().split("\n"):
+        variants.setdefault(schema[: schema.index("(")], []).append(schema)
+    unknown = {}
+    for qualified, schemas in variants.items():
+        found = _schema_of(qualified)
+        variant = schemas.index(found) if found in schemas else -1
+        reason = "" if variant >= 0 else f"under torch {torch.__version__}: {found}"
+        torch.ops.pop.set_foreign(qualified, variant, reason)
+        if variant < 0:
+            unknown[qualified] = found
+    return unknown
+
+
+def _schema_of(qualified: str) -> str:
+    """Schema text of ``namespace::name.overload`` in this process, or "missing"."""
+    namespace, _, rest = qualified.partition("::")
+    name, _, overload = rest.partition(".")
+    try:
+        return str(getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")._schema)
+    except AttributeError:
+        return "missing"
+
+
+def _import_flash_attention() -> None:
+    """Registers flash-attn's operators, for the CUDA backend, where that package is installed."""
+    if torch.version.cuda is None or not _core.build_info()["cuda"]:
+        return
+    for module in ("flash_attn_interface", "flash_attn"):  # FA3, FA2
         try:
-            actual = str(getattr(getattr(torch.ops.aten, name), overload or "default")._schema)
-        except AttributeError:
-            actual = "missing"
-        if actual != expected:
-            mismatches[qualified] = actual
-    return mismatches
+            importlib.import_module(module)
+        except (ImportError, OSError):  # not installed, or built for another torch
+            continue
 
 
 _load_library()
-SCHEMA_MISMATCHES = _schema_mismatches()
-# The library refuses these calls itself too, however they are reached: torch.ops.pop needs no Python of ours.
-for _name, _found in SCHEMA_MISMATCHES.items():
-    torch.ops.pop.disable_aten(_name, f"torch {torch.__version__} has another operator of that name: {_found}")
+_import_flash_attention()
+FOREIGN_UNKNOWN = _find_foreign()
+"""Operators of other libraries that are missing here, or of a schema this library does not know: name -> what is there."""
+
+
+def changed_aten() -> dict[str, str]:
+    """torch's operators whose schema is none that this library knows: name -> what torch has."""
+    return {name: found for name, found in FOREIGN_UNKNOWN.items() if name.startswith("aten::")}
+
+
+def attention_providers() -> dict[str, str]:
+    """Device type -> what computes prefill attention there, the preferred first."""
+    providers = {"cpu": "pop::attention (own kernel)"}
+    if _core.build_info()["cuda"]:
+        names = {
+            "flash_attn_3::fwd": "FlashAttention 3",
+            "flash_attn::_flash_attn_forward": "FlashAttention 2",
+            "aten::_scaled_dot_product_cudnn_attention": "torch's cuDNN (Hopper and later, no past, no window)",
+            "aten::_flash_attention_forward": "torch's flash",
+        }
+        found = [text for name, text in names.items() if name not in FOREIGN_UNKNOWN]
+        providers["cuda"] = ", ".join([*found, "pop::attention (own kernel: float32, few rows, slot tables)"])
+    return providers
 
 
 def require_aten() -> None:
     """Raises RuntimeError when this torch's aten operators are not those the library was written for."""
-    if SCHEMA_MISMATCHES:
-        listed = "; ".join(f"{name}: found {found}" for name, found in SCHEMA_MISMATCHES.items())
+    changed = {name: found for name, found in changed_aten().items() if name in _REQUIRED}
+    if changed:
+        listed = "; ".join(f"{name}: found {found}" for name, found in changed.items())
         raise RuntimeError(
             f"pop_ext's matrix products are disabled under torch {torch.__version__}, whose operators changed "
             f'({listed}). pop_ext.enable with backend="reference" works.'

@@ -7,7 +7,7 @@
 namespace pop::cuda {
 
 const DeviceFacts& device_facts() {
-  static const DeviceFacts facts{.major = 8, .minor = 0, .sm_count = 4};
+  static const DeviceFacts facts{.major = 0, .minor = 0, .sm_count = 4};  // one that no library serves
   return facts;
 }
 

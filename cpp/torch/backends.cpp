@@ -1,0 +1,68 @@
+#include "torch/backends.h"
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <optional>
+
+#include "cpu/cpu_backend.h"
+#include "torch/checks.h"
+
+#if defined(POP_WITH_CUDA)
+#include "torch/cuda_backend.h"
+#endif
+
+namespace pop {
+
+#if defined(POP_WITH_CUDA)
+
+namespace {
+
+// Under the shim the CUDA backend works on host memory, and takes the place of the CPU's.
+bool takes_cuda_backend([[maybe_unused]] const Tensor& tensor) {
+#if defined(POP_CUDA_SHIM)
+  return true;
+#else
+  return tensor.is_cuda();
+#endif
+}
+
+}  // namespace
+
+struct BackendOfCall::Device {
+  explicit Device(const Tensor& like) : backend(like.is_cuda() ? like.get_device_index() : 0) {}
+
+  CudaBackend backend;
+};
+
+BackendOfCall::BackendOfCall(const Tensor& like) {
+  if (takes_cuda_backend(like)) {
+    device_ = std::make_unique<Device>(like);
+    backend_ = &device_->backend;
+  } else {
+    backend_ = &cpu_backend();
+  }
+}
+
+int64_t tune(const std::string& option, int64_t value) { return CudaBackend::tune(option, value); }
+
+void check_reported_ids(const Tensor& like) {
+  if (takes_cuda_backend(like)) CudaBackend::check_reported_ids(like.is_cuda() ? like.get_device_index() : 0);
+}
+
+#else
+
+struct BackendOfCall::Device {};
+
+BackendOfCall::BackendOfCall(const Tensor&) : backend_(&cpu_backend()) {}
+
+int64_t tune(const std::string& option, int64_t) {
+  throw std::runtime_error("pop::tune: option: expected a build with CUDA kernels, got one without (" + option + ")");
+}
+
+void check_reported_ids(const Tensor&) {}
+
+#endif
+
+BackendOfCall::~BackendOfCall() = default;
+
+}  // namespace pop

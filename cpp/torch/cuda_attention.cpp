@@ -1,0 +1,195 @@
+#include "torch/cuda_attention.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+
+#include "torch/aten.h"
+
+namespace pop {
+
+namespace {
+
+using aten::call;
+using torch::stable::Tensor;
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+
+// The segments as one dense batch. Tensors are views of the caller's memory.
+struct DenseBatch {
+  int64_t batch, rows, keys;
+  Tensor q, out;  // [batch, rows, heads, head_dim]
+  Tensor k, v;    // [batch, keys, kv_heads, head_dim]
+};
+
+DenseBatch dense_batch(const AttentionParams& p, int device) {
+  const Segment& first = p.segments[0];
+  const int64_t batch = p.num_segments, rows = first.rows, element = element_size(p.dtype);
+  const int64_t end = first.first_position + rows;
+  // The library aligns causality at the end; keys that no row of the window reaches are left out.
+  const int64_t begin = p.window == 0 ? 0 : std::max<int64_t>(0, first.first_position - p.window + 1);
+  const torch::stable::Device where(torch::headeronly::DeviceType::CUDA, device);
+  const auto view = [&](const void* data, int64_t offset, int64_t length, int64_t heads, int64_t batch_stride,
+                        int64_t row_stride, int64_t head_stride) {
+    char* base = static_cast<char*>(const_cast<void*>(data)) + offset * element;
+    return torch::stable::from_blob(base, {batch, length, heads, p.head_dim},
+                                    {batch_stride, row_stride, head_stride, 1}, where, aten::scalar_type(p.dtype));
+  };
+  const auto rows_of = [&](const void* data, int64_t stride) {
+    return view(data, (first.first_row - p.first_row) * stride, rows, p.heads, rows * stride, stride, p.head_dim);
+  };
+  const auto cache_of = [&](const void* data, const CacheStrides& strides) {
+    const int64_t offset = first.sequence * strides.batch + (first.cache_start + begin) * strides.slot;
+    return view(data, offset, end - begin, p.kv_heads, strides.batch, strides.slot, strides.head);
+  };
+  return {.batch = batch,
+          .rows = rows,
+          .keys = end - begin,
+          .q = rows_of(p.q, p.q_stride),
+          .out = rows_of(p.out, p.out_stride),
+          .k = cache_of(p.cache.key, p.cache.key_strides),
+          .v = cache_of(p.cache.value, p.cache.value_strides)};
+}
+
+// A row sees itself and `window - 1` positions before it; the libraries count those before it, -1 for all.
+int64_t window_left(const AttentionParams& p) { return p.window == 0 ? -1 : p.window - 1; }
+
+void flash_attention_3(const AttentionParams& p, const DenseBatch& b) {
+  const StableIValue none = from(std::nullopt);
+  std::array<StableIValue, 34> stack;
+  stack.fill(none);
+  stack[0] = from(b.q);
+  stack[1] = from(b.k);
+  stack[2] = from(b.v);
+  stack[6] = from(std::optional<Tensor>(b.out));
+  stack[23] = from(std::optional<double>(p.scale));
+  stack[24] = from(true);  // is_causal
+  stack[25] = from(window_left(p));
+  stack[26] = from(int64_t{p.window == 0 ? -1 : 0});
+  stack[27] = from(int64_t{0});  // attention_chunk
+  stack[28] = from(0.0);         // softcap
+  stack[29] = from(false);       // is_rotary_interleaved
+  stack[31] = from(int64_t{0});  // num_splits: its choice
+  stack[33] = from(int64_t{0});  // sm_margin
+  call("flash_attn_3::fwd", "", stack);
+  for (int i = 0; i < 4; ++i) to<Tensor>(stack[i]);  // the result is in b.out
+}
+
+void flash_attention_2(const AttentionParams& p, DenseBatch& b) {
+  std::array stack{from(b.q),
+                   from(b.k),
+                   from(b.v),
+                   from(0.0),
+                   from(static_cast<double>(p.scale)),
+                   from(true),
+                   from(window_left(p)),
+                   from(int64_t{p.window == 0 ? -1 : 0}),
+                   from(0.0),
+                   from(std::nullopt),
+                   from(false)};
+  call("flash_attn::_flash_attn_forward", "", stack);
+  const Tensor result = to<Tensor>(stack[0]);
+  for (int i = 1; i < 4; ++i) to<Tensor>(stack[i]);
+  torch::stable::copy_(b.out, result);
+}
+
+void torch_cudnn(const AttentionParams& p, DenseBatch& b) {
+  // [batch, heads, rows, head_dim]
+  const auto heads_first = [](Tensor& tensor) { return from(torch::stable::transpose(tensor, 1, 2)); };
+  std::array stack{heads_first(b.q), heads_first(b.k),
+                   heads_first(b.v), from(std::nullopt),
+                   from(false),  // compute_log_sumexp
+                   from(0.0),
+                   from(true),  // is_causal
+                   from(false),      from(std::optional<double>(p.scale))};
+  call("aten::_scaled_dot_product_cudnn_attention", "", stack);
+  Tensor result = to<Tensor>(stack[0]);
+  for (int i : {1, 2, 3, 6, 7, 8}) to<Tensor>(stack[i]);
+  torch::stable::copy_(b.out, torch::stable::transpose(result, 1, 2));
+}
+
+void torch_flash(const AttentionParams& p, DenseBatch& b) {
+  const StableIValue none = from(std::nullopt);
+  const auto optional_window = [&](int64_t value) {
+    return p.window == 0 ? none : from(std::optional<int64_t>(value));
+  };
+  std::array<StableIValue, 17> stack;
+  stack.fill(none);
+  stack[0] = from(b.q);
+  stack[1] = from(b.k);
+  stack[2] = from(b.v);
+  stack[5] = from(b.rows);
+  stack[6] = from(b.keys);
+  stack[7] = from(0.0);
+  stack[8] = from(true);  // is_causal
+  stack[9] = from(false);
+  stack[10] = from(std::optional<double>(p.scale));
+  stack[11] = optional_window(p.window - 1);
+  stack[12] = optional_window(0);
+  // Variant 0 ends with block_table and num_splits: none. Variant 1 has no such arguments, and does not read them.
+  call("aten::_flash_attention_forward", "", stack);
+  const Tensor result = to<Tensor>(stack[0]);
+  for (int i = 1; i < 5; ++i) to<Tensor>(stack[i]);
+  torch::stable::copy_(b.out, result);
+}
+
+enum class Provider { none, flash_attention_3, flash_attention_2, torch_cudnn, torch_flash };
+
+// head_dim up to which cuDNN's causal kernels are used.
+constexpr int64_t kCudnnHeadDim = 128;
+
+Provider choose(const AttentionParams& p, int compute_capability) {
+  const bool ampere = compute_capability >= 80, hopper = compute_capability == 90;
+  if (p.dtype == DType::f32 || p.address.slot_table != nullptr || !ampere || p.num_segments == 0) return Provider::none;
+  if (hopper && foreign::variant_of("flash_attn_3::fwd") >= 0) return Provider::flash_attention_3;
+  if (foreign::variant_of("flash_attn::_flash_attn_forward") >= 0) return Provider::flash_attention_2;
+  // cuDNN aligns causality at the start: right only where there is no past.
+  const bool square = p.segments[0].first_position == 0 && p.window == 0;
+  if (compute_capability >= 90 && square && p.head_dim <= kCudnnHeadDim &&
+      foreign::variant_of("aten::_scaled_dot_product_cudnn_attention") >= 0) {
+    return Provider::torch_cudnn;
+  }
+  return foreign::variant_of("aten::_flash_attention_forward") >= 0 ? Provider::torch_flash : Provider::none;
+}
+
+}  // namespace
+
+bool library_attention(const AttentionParams& p, int device, int compute_capability) {
+  const Provider provider = choose(p, compute_capability);
+  if (provider == Provider::none) return false;
+  DenseBatch batch = dense_batch(p, device);
+  switch (provider) {
+    case Provider::flash_attention_3:
+      flash_attention_3(p, batch);
+      break;
+    case Provider::flash_attention_2:
+      flash_attention_2(p, batch);
+      break;
+    case Provider::torch_cudnn:
+      torch_cudnn(p, batch);
+      break;
+    default:
+      torch_flash(p, batch);
+  }
+  return true;
+}
+
+const char* library_attention_provider(const AttentionParams& p, int compute_capability) {
+  switch (choose(p, compute_capability)) {
+    case Provider::none:
+      return "";
+    case Provider::flash_attention_3:
+      return "flash_attn_3::fwd";
+    case Provider::flash_attention_2:
+      return "flash_attn::_flash_attn_forward";
+    case Provider::torch_cudnn:
+      return "aten::_scaled_dot_product_cudnn_attention";
+    case Provider::torch_flash:
+      return "aten::_flash_attention_forward";
+  }
+  return "";
+}
+
+}  // namespace pop

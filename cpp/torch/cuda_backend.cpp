@@ -1,0 +1,271 @@
+#include "torch/cuda_backend.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <array>
+#include <string>
+
+#include "torch/aten.h"
+#include "torch/cuda_attention.h"
+
+namespace pop {
+
+namespace {
+
+#if defined(POP_CUDA_SHIM)
+constexpr auto kDeviceType = torch::headeronly::DeviceType::CPU;
+#else
+constexpr auto kDeviceType = torch::headeronly::DeviceType::CUDA;
+#endif
+
+// Bytes of [k | v] of a run that are in flight at once; they bound kv_project's workspace.
+constexpr int64_t kKvProjectBytes = 96 << 20;
+constexpr int64_t kKvProjectMinRows = 256;
+
+// Tile of a library's GEMM, to judge how many blocks a product makes.
+constexpr int64_t kGemmTileRows = 128, kGemmTileColumns = 256;
+
+// Segments of so few rows go to the kernel that cuts along the keys.
+constexpr int64_t kFewRows = 64;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Settings for measuring, by name.
+struct Options {
+  std::atomic<int64_t> skinny_rows{16};  // products of up to so many rows take cuda/skinny_gemm.cu
+  std::atomic<int64_t> overlap{0};       // boundary rows on a second stream, beside the projection
+};
+
+Options& options() {
+  static Options instance;
+  return instance;
+}
+
+}  // namespace
+
+int64_t CudaBackend::tune(const std::string& option, int64_t value) {
+  if (option == "skinny_rows") return options().skinny_rows.exchange(std::clamp<int64_t>(value, 0, cuda::kSkinnyRows));
+  if (option == "overlap") return options().overlap.exchange(value);
+  throw std::runtime_error("pop::tune: option: expected skinny_rows or overlap, got " + option);
+}
+
+void CudaBackend::check_reported_ids(int device) {
+  const DeviceScope scope(device);
+  if (cuda::take_bad_id()) {
+    throw std::runtime_error(
+        "pop::prefill: input: expected ids of the vocabulary, got others in an earlier call on this device "
+        "(it used the nearest id; its results are void)");
+  }
+}
+
+CudaBackend::CudaBackend(int device)
+    : device_(device), scope_(device), stream_(current_stream(device)), main_(stream_) {
+  if (options().overlap != 0) side_.emplace();
+}
+
+// After an error in the side line the caller's stream must still wait for it: it uses the caller's memory.
+CudaBackend::~CudaBackend() {
+  try {
+    end_side();
+  } catch (const std::exception&) {
+    // The device has failed; the caller's exception says so already.
+  }
+}
+
+int64_t CudaBackend::mark() { return side_ ? side_->record(stream_) : 0; }
+
+void CudaBackend::wait(int64_t mark) {
+  if (side_) side_->wait(stream_, mark);
+}
+
+void CudaBackend::begin_side(int64_t mark) {
+  if (!side_) return;
+  on_side_.emplace(side_->stream(), device_);
+  stream_ = side_->stream();
+  side_->wait(stream_, mark);
+}
+
+void CudaBackend::end_side() {
+  if (!on_side_) return;
+  stream_ = main_;
+  on_side_.reset();
+  side_->wait(main_, side_->record(side_->stream()));
+}
+
+void CudaBackend::place_rows(const PlaceRowsParams& p) { cuda::launch_place_rows(p, stream_); }
+
+void CudaBackend::embed(const EmbedParams& p) { cuda::launch_embed(p, cuda::bad_id_flag(), stream_); }
+
+void CudaBackend::rms_norm(const RmsNormParams& p) { cuda::launch_rms_norm(p, stream_); }
+
+void CudaBackend::rope_cache_write(const RopeCacheWriteParams& p) { cuda::launch_rope_cache_write(p, stream_); }
+
+void CudaBackend::gated_act(const GatedActParams& p) { cuda::launch_gated_act(p, stream_); }
+
+void CudaBackend::gemm(const GemmParams* products, int64_t count) {
+  for (int64_t i = 0; i < count;) {
+    if (products[i].m > options().skinny_rows) {
+      library_gemm(products[i++]);
+      continue;
+    }
+    // Neighbours that share their rows go together.
+    const int64_t first = i;
+    const auto shares = [&](const GemmParams& other) {
+      const GemmParams& p = products[first];
+      return other.a == p.a && other.a_stride == p.a_stride && other.m == p.m && other.k == p.k &&
+             other.dtype == p.dtype;
+    };
+    while (i < count && i - first < 3 && shares(products[i])) ++i;
+    cuda::launch_skinny_gemm(products + first, i - first, stream_);
+  }
+}
+
+void CudaBackend::library_gemm(const GemmParams& p) {
+  if (p.m == 0 || p.n == 0) return;
+  aten::matmul_nt(p,
+                  torch::stable::Device(kDeviceType, kDeviceType == torch::headeronly::DeviceType::CPU ? -1 : device_));
+}
+
+// ---- The projection of a run ---------------------------------------------------------------
+
+namespace {
+
+int64_t kv_project_rows(DType dtype, int64_t rows, int64_t columns) {
+  const int64_t at_once = kKvProjectBytes / (columns * element_size(dtype));
+  return std::min(rows, std::max(kKvProjectMinRows, at_once));
+}
+
+// Where the parts of its workspace begin, in bytes.
+struct KvProjectLayout {
+  size_t rstd, normalised, kv, bytes;
+
+  KvProjectLayout(DType dtype, int64_t rows, int64_t hidden_size, int64_t columns) {
+    const bool normalise = dtype == DType::f16;
+    rstd = 0;
+    normalised = rstd + aligned(normalise ? 0 : rows * sizeof(float));
+    kv = normalised + aligned(normalise ? rows * hidden_size * element_size(dtype) : 0);
+    bytes = kv + aligned(rows * columns * element_size(dtype));
+  }
+};
+
+}  // namespace
+
+// Few enough that the boundary rows need not wait long, enough for two waves of the GEMM's blocks.
+int64_t CudaBackend::kv_project_layers(int64_t rows, int64_t layers, int64_t kv_dim) const {
+  if (!side_) return layers;
+  const int64_t blocks_a_layer = ceil_div(rows, kGemmTileRows) * ceil_div(2 * kv_dim, kGemmTileColumns);
+  return std::min(layers, ceil_div(2 * cuda::device_facts().sm_count, blocks_a_layer));
+}
+
+size_t CudaBackend::kv_project_workspace(DType dtype, int64_t rows, int64_t hidden_size, int64_t layers,
+                                         int64_t kv_dim) const {
+  const int64_t columns = layers * 2 * kv_dim;
+  return KvProjectLayout(dtype, kv_project_rows(dtype, rows, columns), hidden_size, columns).bytes;
+}
+
+void CudaBackend::kv_project(const KvProjectParams& p) {
+  const int64_t columns = p.layers * 2 * p.kv_heads * p.head_dim;
+  const int64_t at_once = std::max<int64_t>(1, kv_project_rows(p.dtype, p.rows, columns));
+  for (int64_t begin = 0; begin < p.rows; begin += at_once) {
+    kv_project_chunk(p, begin, std::min(at_once, p.rows - begin));
+  }
+}
+
+// Rows [begin, begin + rows) of the call. The scale rstd commutes with the GEMM, which therefore takes
+// the rows as they are; in float16, where such products can overflow, they are scaled first.
+void CudaBackend::kv_project_chunk(const KvProjectParams& p, int64_t begin, int64_t rows) {
+  const int64_t columns = p.layers * 2 * p.kv_heads * p.head_dim;
+  const KvProjectLayout layout(p.dtype, rows, p.hidden_size, columns);
+  char* workspace = static_cast<char*>(p.workspace);
+  const bool normalise = p.dtype == DType::f16;
+  float* own_rstd = normalise ? nullptr : reinterpret_cast<float*>(workspace + layout.rstd);
+  void* normalised = normalise ? workspace + layout.normalised : nullptr;
+  const void* x = static_cast<const char*>(p.x) + begin * p.x_stride * element_size(p.dtype);
+  if (normalise || p.rstd == nullptr) {
+    rms_norm({.dtype = p.dtype,
+              .rows = rows,
+              .width = p.hidden_size,
+              .x = const_cast<void*>(x),  // only read: there is no delta
+              .x_stride = p.x_stride,
+              .delta = nullptr,
+              .delta_stride = 0,
+              .delta_bias = nullptr,
+              .weight = nullptr,
+              .eps = p.eps,
+              .out = normalised,
+              .out_stride = p.hidden_size,
+              .rstd = own_rstd});
+  }
+  const GemmParams product{.dtype = p.dtype,
+                           .m = rows,
+                           .n = columns,
+                           .k = p.hidden_size,
+                           .a = normalise ? normalised : x,
+                           .a_stride = normalise ? p.hidden_size : p.x_stride,
+                           .w = p.weight,
+                           .w_stride = p.hidden_size,
+                           .out = workspace + layout.kv,
+                           .out_stride = columns};
+  gemm(&product, 1);
+  const float* rstd = p.rstd == nullptr ? own_rstd : p.rstd + begin;
+  cuda::launch_kv_epilogue({.dtype = p.dtype,
+                            .first_row = p.first_row + begin,
+                            .rows = rows,
+                            .kv_heads = p.kv_heads,
+                            .head_dim = p.head_dim,
+                            .rotary_dim = p.rotary_dim,
+                            .layers = p.layers,
+                            .kv = workspace + layout.kv,
+                            .kv_stride = columns,
+                            .rstd = normalise ? nullptr : rstd,
+                            .k_bias = p.k_bias,
+                            .v_bias = p.v_bias,
+                            .k_norm = p.k_norm,
+                            .eps = p.eps,
+                            .batch = p.batch,
+                            .caches = p.caches},
+                           stream_);
+}
+
+// ---- Attention -----------------------------------------------------------------------------
+
+// A library takes segments of one shape in one call: those of a batch of equal prompts.
+void CudaBackend::attention(const AttentionParams& p) {
+  std::vector<Segment> own;
+  const int capability = cuda::device_facts().major * 10 + cuda::device_facts().minor;
+  for (int64_t begin = 0, end = 0; begin < p.num_segments; begin = end) {
+    const Segment& first = p.segments[begin];
+    const auto continues = [&](const Segment& segment, int64_t index) {
+      return segment.sequence == first.sequence + index && segment.first_row == first.first_row + index * first.rows &&
+             segment.rows == first.rows && segment.first_position == first.first_position &&
+             segment.cache_start == first.cache_start;
+    };
+    for (end = begin + 1; end < p.num_segments && continues(p.segments[end], end - begin);) ++end;
+    AttentionParams part = p;
+    part.segments = p.segments + begin;
+    part.num_segments = end - begin;
+    if (first.rows > kFewRows && library_attention(part, device_, capability)) continue;
+    own.insert(own.end(), p.segments + begin, p.segments + end);
+  }
+  if (!own.empty()) own_attention(p, own);
+}
+
+void CudaBackend::own_attention(const AttentionParams& p, const std::vector<Segment>& segments) {
+  AttentionParams part = p;
+  part.segments = segments.data();
+  part.num_segments = static_cast<int64_t>(segments.size());
+  const auto bytes = static_cast<int64_t>(cuda::attention_workspace(part));
+  // Freed when this returns, for use by what comes later on the same stream.
+  const torch::stable::Tensor workspace = torch::stable::empty(
+      {bytes}, torch::headeronly::ScalarType::Byte, std::nullopt,
+      torch::stable::Device(kDeviceType, kDeviceType == torch::headeronly::DeviceType::CPU ? -1 : device_));
+  cuda::launch_attention(part, workspace.mutable_data_ptr(), stream_);
+}
+
+void CudaBackend::copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t row_bytes,
+                            int64_t rows) noexcept {
+  cuda::copy_rows(to, to_stride, from, from_stride, row_bytes, rows, stream_);
+}
+
+}  // namespace pop

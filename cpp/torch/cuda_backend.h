@@ -1,0 +1,60 @@
+// The backend over the CUDA kernels: chooses, for each product and each piece of attention, between a kernel of
+// cuda/ and a library's, and keeps the two lines of work of a call (backend.h) apart and in order.
+#pragma once
+
+#include <atomic>
+#include <optional>
+#include <vector>
+
+#include "backend.h"
+#include "cuda/device.h"
+#include "cuda/kernels.h"
+#include "torch/torch_cuda.h"
+
+namespace pop {
+
+// For one call, on torch's current stream of a device; makes that device the current one.
+class CudaBackend final : public Backend {
+ public:
+  explicit CudaBackend(int device);
+  ~CudaBackend() override;
+  CudaBackend(const CudaBackend&) = delete;
+  CudaBackend& operator=(const CudaBackend&) = delete;
+
+  int64_t mark() override;
+  void wait(int64_t mark) override;
+  void begin_side(int64_t mark) override;
+  void end_side() override;
+  bool has_side() const override { return side_.has_value(); }
+
+  void place_rows(const PlaceRowsParams&) override;
+  void embed(const EmbedParams&) override;
+  void rms_norm(const RmsNormParams&) override;
+  void gemm(const GemmParams* products, int64_t count) override;
+  void rope_cache_write(const RopeCacheWriteParams&) override;
+  void kv_project(const KvProjectParams&) override;
+  void attention(const AttentionParams&) override;
+  void gated_act(const GatedActParams&) override;
+  int64_t kv_project_layers(int64_t rows, int64_t layers, int64_t kv_dim) const override;
+  size_t kv_project_workspace(DType dtype, int64_t rows, int64_t hidden_size, int64_t layers,
+                              int64_t kv_dim) const override;
+  void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t row_bytes,
+                 int64_t rows) noexcept override;
+
+  static int64_t tune(const std::string& option, int64_t value);
+  static void check_reported_ids(int device);
+
+ private:
+  void library_gemm(const GemmParams&);
+  void kv_project_chunk(const KvProjectParams&, int64_t begin, int64_t rows);
+  void own_attention(const AttentionParams&, const std::vector<Segment>& segments);
+
+  int device_;
+  DeviceScope scope_;
+  cuda::Stream stream_;  // the current line's
+  cuda::Stream main_;
+  std::optional<cuda::SideLine> side_;  // where boundary rows run beside the projection
+  std::optional<StreamScope> on_side_;
+};
+
+}  // namespace pop
