@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pop_ext
@@ -179,6 +181,49 @@ def test_torch_is_required_for_the_build_only_where_there_is_none(monkeypatch, t
     for hook in hooks:
         assert [name for name in hook() if name.startswith("torch")] == ["torch>=2.11"]
     assert not [name for name in backend.get_requires_for_build_sdist() if name.startswith("torch")]
+
+
+# Wheel and sdist
+
+
+def build(hook: str, folder: Path, **settings: str) -> Path:
+    """What `python -m build --no-isolation` calls, in a process of its own; the path of what it has built."""
+    pytest.importorskip("scikit_build_core")
+    code = f"import pop_build, sys; print(pop_build.{hook}(sys.argv[1], {settings!r}))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "build_backend")}
+    command = [sys.executable, "-c", code, str(folder)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    return folder / run.stdout.splitlines()[-1]
+
+
+def files_below(*names: str) -> set[str]:
+    """Files of the source tree by their path in it, without what was built or cached there."""
+    found = [path for name in names for path in [ROOT / name, *(ROOT / name).rglob("*")] if path.is_file()]
+    kept = [path for path in found if path.suffix != ".so" and "__pycache__" not in path.parts]
+    return {path.relative_to(ROOT).as_posix() for path in kept}
+
+
+def test_an_sdist_holds_every_file_that_a_build_reads_and_nothing_built(tmp_path):
+    with tarfile.open(build("build_sdist", tmp_path)) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    read = files_below("cpp", "cuda", "cmake", "build_backend", "python/pop_ext")
+    read |= {"CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "NOTICE"}
+    assert len(read) > 80
+    assert sorted(read - names) == []
+    assert [name for name in names if re.search(r"\.so$|__pycache__|^(build|dist|\.venv)/|\.safetensors$", name)] == []
+
+
+def test_a_wheel_holds_every_module_and_the_command(tmp_path):
+    """Without the libraries: compiling them takes a minute, and CI looks into a whole wheel."""
+    with zipfile.ZipFile(build("build_wheel", tmp_path, **{"wheel.cmake": "false"})) as archive:
+        names = {name for name in archive.namelist() if name.startswith("pop_ext/")}
+        [entry_points] = [name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt")]
+        assert "pop-ext = pop_ext.cli:main" in archive.read(entry_points).decode()
+    assert names == {name.removeprefix("python/") for name in files_below("python/pop_ext")}
+
+
+# Options
 
 
 @needs_cmake
