@@ -2,12 +2,13 @@
 
 Projections are scaled so that attention is peaked, each layer adds about as much as the residual stream holds and the
 logits have a scale of about 1; norm weights and biases are random. Zeroing any one layer moves the logits by more than
-10 % (asserted in test_reference.py), so that a wrong RoPE or a forgotten gamma cannot hide in a tolerance.
+10 % (asserted in test_comparisons.py), so that a wrong RoPE or a forgotten gamma cannot hide in a tolerance.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -71,6 +72,12 @@ def gemma3(**over: Any) -> Gemma3ForCausalLM:
 
 
 FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "gemma3": gemma3}
+
+
+@functools.cache
+def shared(family: str = "llama", **over: Any) -> Any:
+    """A model of FAMILIES that tests only read."""
+    return FAMILIES[family](**over)
 
 
 def build(model_class: type, config_class: type, over: dict[str, Any]) -> Any:

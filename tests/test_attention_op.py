@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import pop_ext  # noqa: F401  (registers torch.ops.pop)
 import pytest
 import torch
+from instruction_sets import ISAS, assert_passes_on
+from op_operands import DTYPES
 from tolerance import assert_close_fp32, assert_low_precision
 from torch import Tensor
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LENGTHS = [1, 2, 19, 111, 129, 500]
 PASTS = [0, 1, 77]
 # (heads, kv_heads, head_dim)
@@ -31,7 +30,6 @@ SHAPES = [
     (16, 1, 24),
 ]
 TILE = 64  # keys that the CPU kernel takes at a time
-ISAS = ["baseline", "avx2", "avx512_bf16"]
 
 
 @dataclass(frozen=True)
@@ -271,8 +269,4 @@ def test_the_instruction_set_is_the_one_asked_for():
 
 @pytest.mark.parametrize("isa", ISAS[:-1])
 def test_lesser_instruction_sets_pass_these_tests(isa):
-    if ISAS.index(isa) >= ISAS.index(torch.ops.pop.cpu_isa()):
-        pytest.skip(f"this process runs on no more than {isa}")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not lesser", __file__]
-    done = subprocess.run(command, env={**os.environ, "POP_CPU_ISA": isa}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert_passes_on(isa, __file__, "not lesser")

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 import pop_ext  # noqa: F401  (registers torch.ops.pop)
 import pytest
 import torch
+from instruction_sets import ISAS, assert_passes_on
+from op_operands import DTYPES, rms_norm
 from tolerance import assert_close_fp32, assert_low_precision, worst_element
 from torch import Tensor
 from torch.nn import functional as F
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = [1, 7, 15, 16, 17, 33, 63, 64, 65, 96, 129, 500, 4099, 16384]
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu}
 SENTINEL = 777.0
-ISAS = ["baseline", "avx2", "avx512_bf16"]
 
 
 def assert_rounded_once(actual: Tensor, exact: Tensor, name: str, scale: float = 1.0) -> None:
@@ -50,18 +50,13 @@ def assert_untouched_outside(buffer: Tensor) -> None:
 # RMSNorm
 
 
-def exact_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x = x.double()
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.double()
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_rms_norm_rounds_the_exact_result_once(width, dtype):
     x, buffer = guarded(3, width, dtype)
     weight = torch.randn(width).to(dtype)
     before = buffer.clone()
-    assert_rounded_once(torch.ops.pop.rms_norm(x, weight, 0.1), exact_norm(x, weight, 0.1), "out", 4.0)
+    assert_rounded_once(torch.ops.pop.rms_norm(x, weight, 0.1), rms_norm(x, weight, 0.1), "out", 4.0)
     assert torch.equal(buffer, before)
 
 
@@ -76,7 +71,7 @@ def test_the_residual_is_rounded_and_stored_before_its_norm_is_taken(width, with
     expected = (x.float() + addend).to(dtype)
     out = torch.ops.pop.add_rms_norm(x, delta, weight, 1e-6, bias if with_bias else None)
     assert torch.equal(x, expected)
-    assert_rounded_once(out, exact_norm(expected, weight, 1e-6), "out", 4.0)
+    assert_rounded_once(out, rms_norm(expected, weight, 1e-6), "out", 4.0)
     assert_untouched_outside(buffer)
 
 
@@ -94,7 +89,7 @@ def test_a_massive_activation_leaves_a_half_precision_norm_finite():
     x = torch.randn(2, 4096).half()
     x[:, 7] = 65504
     weight = torch.ones(4096).half()
-    assert_rounded_once(torch.ops.pop.rms_norm(x, weight, 1e-6), exact_norm(x, weight, 1e-6), "out")
+    assert_rounded_once(torch.ops.pop.rms_norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6), "out")
 
 
 # The gated activation
@@ -201,7 +196,7 @@ class RopeCall:
 
     def exact(self, x: Tensor, norm: Tensor | None = None) -> Tensor:
         """x [rows, heads, head_dim] normalised per head and turned, in float64."""
-        x = x.double() if norm is None else exact_norm(x, norm, 1e-6)
+        x = x.double() if norm is None else rms_norm(x, norm, 1e-6)
         half = self.rotary_dim // 2
         first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         cos, sin = (t[:, None, :half].double() for t in (self.cos, self.sin))
@@ -280,7 +275,7 @@ class Projection:
     def reference(self, hidden: Tensor, dtype: torch.dtype, eps: float = 1e-5) -> tuple[list[Tensor], list[Tensor]]:
         """The same computed layer by layer in `dtype`, as a stock model does."""
         call, shape = self.call, (self.call.rows, self.call.kv_heads, self.call.head_dim)
-        norm = exact_norm(hidden, torch.ones(self.hidden_size), eps).to(dtype)
+        norm = rms_norm(hidden, torch.ones(self.hidden_size), eps).to(dtype)
         stacked = self.weight.to(dtype).view(self.layers, 2, -1, self.hidden_size)
         keys, values = [], []
         for layer in range(self.layers):
@@ -396,19 +391,4 @@ def test_an_unknown_instruction_set_is_refused_by_name():
 
 @pytest.mark.parametrize("isa", ISAS[:-1])
 def test_lesser_instruction_sets_pass_these_tests(isa):
-    if ISAS.index(isa) >= ISAS.index(torch.ops.pop.cpu_isa()):
-        pytest.skip(f"this process runs on no more than {isa}")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "not lesser and not opcheck",
-        __file__,
-    ]
-    done = subprocess.run(command, env={**os.environ, "POP_CPU_ISA": isa}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert_passes_on(isa, __file__, "not lesser and not opcheck")

@@ -11,13 +11,10 @@ import pop_ext
 import pytest
 import torch
 from models import llama
+from op_calls import offsets
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ZERO = torch.zeros(1, dtype=torch.int32)
-
-
-def lengths(rows: int) -> torch.Tensor:
-    return torch.tensor([0, rows], dtype=torch.int32)
 
 
 def run(code: str) -> str:
@@ -90,25 +87,25 @@ def test_a_cache_made_in_inference_mode_is_put_back_when_a_layer_fails():
 def test_attention_refuses_a_window_beyond_32_bits():
     cache = torch.randn(1, 1, 4, 8)
     with pytest.raises(RuntimeError, match="window: expected <= 2147483647, got 4294967296"):
-        torch.ops.pop.attention(torch.randn(4, 1, 8), cache, cache.clone(), lengths(4), ZERO, ZERO, 1.0, 2**32)
+        torch.ops.pop.attention(torch.randn(4, 1, 8), cache, cache.clone(), offsets([4]), ZERO, ZERO, 1.0, 2**32)
 
 
 def test_the_largest_window_sees_everything():
     query, key, value = torch.randn(40, 2, 16), torch.randn(1, 1, 40, 16), torch.randn(1, 1, 40, 16)
-    call = (query, key, value, lengths(40), ZERO, ZERO, 0.25)
+    call = (query, key, value, offsets([40]), ZERO, ZERO, 0.25)
     assert torch.equal(torch.ops.pop.attention(*call, 2**31 - 1), torch.ops.pop.attention(*call, 0))
 
 
 def test_attention_refuses_a_query_without_heads():
     cache = torch.randn(1, 1, 4, 8)
     with pytest.raises(RuntimeError, match="query: expected a multiple of 1 heads"):
-        torch.ops.pop.attention(torch.randn(4, 0, 8), cache, cache.clone(), lengths(4), ZERO, ZERO, 1.0)
+        torch.ops.pop.attention(torch.randn(4, 0, 8), cache, cache.clone(), offsets([4]), ZERO, ZERO, 1.0)
 
 
 def test_attention_takes_a_single_head_of_any_stride():
     query = torch.randn(1, 4, 8).transpose(0, 1)
     cache = torch.randn(1, 1, 4, 8)
-    call = (cache, cache.clone(), lengths(4), ZERO, ZERO, 1.0)
+    call = (cache, cache.clone(), offsets([4]), ZERO, ZERO, 1.0)
     assert torch.equal(torch.ops.pop.attention(query, *call), torch.ops.pop.attention(query.contiguous(), *call))
 
 
@@ -127,7 +124,7 @@ def test_rope_cache_write_refuses_a_query_that_shares_memory_with_the_cache():
             torch.randn(4, 1, 8),
             torch.randn(4, 1, 8),
             *rope,
-            lengths(4),
+            offsets([4]),
             ZERO,
             ZERO,
             cache,

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import functools
-import sys
-import threading
 
 import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, LAST, plan_of, run_oracle
-from models import FAMILIES, float32_twin, llama, pad, tokens
+from at_once import run_at_once
+from models import float32_twin, llama, pad, shared, tokens
+from op_operands import DTYPES
 from pop_ext import reference
 from tolerance import assert_close_fp32, assert_low_precision
 from transformers import DynamicCache, StaticCache
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@functools.cache
-def shared(family: str = "llama", **over):
-    """A model that tests only read."""
-    return FAMILIES[family](**over)
 
 
 def parts(out) -> list[torch.Tensor]:
@@ -148,34 +140,6 @@ def test_a_nan_in_one_sequence_stays_there():
 
 
 # Threads of the caller
-
-
-def run_at_once(*jobs) -> list:
-    """Results of the jobs, started together, each in a thread of its own; raises what a job raised."""
-    barrier, results = threading.Barrier(len(jobs)), [None] * len(jobs)
-
-    def run(index: int) -> None:
-        torch.set_num_threads(1)
-        barrier.wait()
-        try:
-            results[index] = jobs[index]()
-        except BaseException as error:
-            results[index] = error
-
-    workers = [threading.Thread(target=run, args=(index,)) for index in range(len(jobs))]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)  # threads take turns often, so that they meet everywhere
-    try:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    finally:
-        sys.setswitchinterval(interval)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
 
 
 def repeated(native, ids, times: int = 6):

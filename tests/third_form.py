@@ -1,16 +1,20 @@
 """The third form of Prefill-Only Pruning: one stock forward whose omitted layers hold back their context rows.
 
 Every layer runs in full over all rows, so that its K/V are what the layer itself computes from its input; a hook on an
-omitted layer then undoes the residual update of the context rows. Shares no code with pop_ext.reference.
+omitted layer then undoes the residual update of the context rows. Nothing of pop_ext.reference has a part in it.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from against_oracle import plan_of
+from pop_ext import reference
+from tolerance import assert_close_fp32, compare_caches
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -41,3 +45,29 @@ def context_rows(mask: Tensor, boundary: list[int]) -> Tensor:
     real = mask.long()
     from_end = real.sum(1, keepdim=True) - real.cumsum(1)  # 0 at the last real row
     return mask.bool() & (from_end >= torch.tensor(boundary)[:, None])
+
+
+def assert_equals_third_form(
+    model: nn.Module,
+    ids: Tensor,
+    omit: tuple[int, ...],
+    boundary: int = 1,
+    past: DynamicCache | None = None,
+    **call: Any,
+) -> tuple[Tensor, DynamicCache]:
+    """The oracle's logits of boundary rows and its K/V of all layers and positions, for sequences without padding."""
+    lengths = torch.ones_like(ids)
+    expected, expected_cache = held_back_forward(
+        model,
+        ids,
+        omit,
+        context_rows(lengths, [boundary] * len(ids)),
+        past_key_values=copy.deepcopy(past) if past is not None else DynamicCache(),
+        **call,
+    )
+    logits, cache = reference.prefill(
+        model, ids, plan_of(model, omit, boundary), boundary, past_key_values=past, **call
+    )
+    assert_close_fp32(logits, expected[:, -boundary:], "logits")
+    compare_caches(cache, expected_cache)
+    return logits, cache
