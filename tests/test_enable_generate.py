@@ -8,6 +8,7 @@ from typing import Any
 import pop_ext
 import pytest
 import torch
+from enabled_models import generate
 from models import llama, mistral, pad, qwen2, tokens
 from pop_ext import Decision, Plan
 from tolerance import compare_caches
@@ -19,12 +20,6 @@ T = 30
 LAYERS = 6
 PLAN = Plan(LAYERS, (3, 4, 5))
 FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": lambda: qwen2(use_sliding_window=True)}
-
-
-def generate(model: nn.Module, ids: Tensor, new: int = 16, **how: Any) -> Any:
-    torch.manual_seed(11)
-    how = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0, **how}
-    return model.generate(ids, max_new_tokens=new, **how)
 
 
 def native_and_oracle(model: nn.Module, plan: Plan = PLAN) -> tuple[nn.Module, nn.Module]:

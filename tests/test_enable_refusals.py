@@ -1,0 +1,162 @@
+"""Models that have no native form, what `enable` says of them, and what `backend="reference"` makes of them."""
+
+from __future__ import annotations
+
+import models
+import pop_ext
+import pytest
+import torch
+from enabled_models import LAYERS, PLAN, LowRank, T, assert_enabled_equals_oracle, generate
+from models import gemma3, llama, qwen3, tokens
+from pop_ext import Plan, UnsupportedModelError, reference
+from tolerance import assert_close_fp32, compare_caches
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel
+
+
+def quantised() -> nn.Module:
+    model = llama()
+    model.config.quantization_config = {"quant_method": "gptq"}
+    return model
+
+
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=50))
+
+
+def one_layer_on_meta() -> nn.Module:
+    model = llama()
+    model.model.layers[3].mlp.to("meta")
+    return model
+
+
+def offloaded_by_accelerate() -> nn.Module:
+    from accelerate import cpu_offload
+
+    return cpu_offload(llama(), execution_device="cpu")
+
+
+def of_mixed_dtype() -> nn.Module:
+    model = llama()
+    model.model.layers[3].mlp.to(torch.bfloat16)
+    return model
+
+
+def in_float64() -> nn.Module:
+    return llama().to(torch.float64)
+
+
+def with_an_adapter() -> nn.Module:
+    model = llama()
+    model.model.layers[0].mlp.up_proj = LowRank(model.model.layers[0].mlp.up_proj)
+    return model
+
+
+def with_a_layer_less() -> nn.Module:
+    model = llama()
+    del model.model.layers[5]
+    return model
+
+
+def gpt2() -> nn.Module:
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=32)).eval()
+
+
+def without_a_head() -> nn.Module:
+    return LlamaModel(LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=50))
+
+
+class MyLlama(LlamaForCausalLM):
+    """Somebody's own model, which may compute something else."""
+
+
+def of_a_subclass() -> nn.Module:
+    return models.build(MyLlama, LlamaConfig, {})
+
+
+UNSUPPORTED = {
+    quantised: "unquantised weights.*gptq",
+    on_meta: "meta device",
+    one_layer_on_meta: "layers.3.gate_proj.*meta device",
+    offloaded_by_accelerate: "meta device",
+    of_mixed_dtype: "layers.3.gate_proj.*torch.bfloat16",
+    in_float64: "float32, bfloat16 or float16.*float64",
+    with_an_adapter: "plain Linear, got LowRank",
+    with_a_layer_less: "6 decoder layers.*got 5",
+    gpt2: "expected an architecture of llama, mistral.*got gpt2",
+    gemma3: "got gemma3_text",
+    without_a_head: "expected a LlamaForCausalLM, got LlamaModel",
+    of_a_subclass: "expected a LlamaForCausalLM, got MyLlama",
+}
+
+
+@pytest.mark.parametrize("build", UNSUPPORTED, ids=lambda build: build.__name__)
+def test_a_model_without_a_native_form_is_refused_and_stays_as_it_was(build):
+    model = build()
+    before = dict(model.__dict__)
+    with pytest.raises(UnsupportedModelError, match=UNSUPPORTED[build]) as error:
+        pop_ext.enable(model)
+    assert 'backend="reference"' in str(error.value)
+    assert model.__dict__ == before
+
+
+def test_a_refused_model_stays_enabled_as_it_was():
+    model = pop_ext.enable(llama(), PLAN)
+    before = model.forward
+    with pytest.raises(ValueError, match="num_layers=6"):
+        pop_ext.enable(model, Plan(4, (3,)))
+    assert model.forward is before
+    assert_enabled_equals_oracle(model, tokens(model, 1, T))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"plan": Plan(4, (3,))}, ValueError, "expected num_layers=6 like the model, got 4"),
+        ({"plan": (3, 4)}, TypeError, "expected a pop_ext.Plan, got tuple"),
+        ({"backend": "cuda"}, ValueError, "expected one of native, reference, got 'cuda'"),
+        ({"plan": Plan(4, (3,)), "backend": "reference"}, ValueError, "expected num_layers=6"),
+    ],
+)
+def test_bad_arguments_of_enable_are_named(arguments, error, text):
+    model = llama()
+    with pytest.raises(error, match=text):
+        pop_ext.enable(model, **arguments)
+    assert "forward" not in model.__dict__
+
+
+@pytest.mark.parametrize("what", [None, "meta-llama/Llama-3.1-8B", nn.Linear(2, 2)])
+def test_something_that_is_no_hugging_face_model_is_refused(what):
+    with pytest.raises(TypeError, match="expected a Hugging Face model"):
+        pop_ext.enable(what)
+
+
+@pytest.mark.parametrize("build", [qwen3, gemma3])
+@torch.no_grad()
+def test_the_reference_backend_runs_families_beyond_the_native_ones(build):
+    model = build()
+    ids = tokens(model, 2, T)
+    pop_ext.enable(model, PLAN, strict=True, backend="reference")
+    output = model(ids, logits_to_keep=1)
+    assert pop_ext.last_call(model).backend == "reference"
+    logits, cache = reference.prefill(model, ids, PLAN)
+    assert_close_fp32(output.logits, logits, "logits")
+    compare_caches(output.past_key_values, cache)
+    assert generate(model, ids, 12).shape == (2, T + 12)
+
+
+@pytest.mark.parametrize("build", [gpt2, without_a_head])
+def test_the_reference_backend_refuses_what_it_cannot_run(build):
+    model = build()
+    with pytest.raises(ValueError, match="model: expected"):
+        pop_ext.enable(model, backend="reference")
+    assert "forward" not in model.__dict__
+
+
+def test_an_unpruned_reference_backend_generates_as_the_stock_model():
+    model = gemma3()
+    ids = tokens(model, 1, 40)
+    expected = generate(model, ids)
+    pop_ext.enable(model, Plan(LAYERS, ()), strict=True, backend="reference")
+    assert torch.equal(generate(model, ids), expected)
