@@ -1,103 +1,22 @@
-"""The oracle against the stock model and against the third form, and the test models and tolerances themselves."""
+"""The oracle against the stock model and against the third form; what it leaves alone; what it refuses."""
 
 from __future__ import annotations
 
 import copy
-import functools
 
 import models
 import pytest
 import torch
-from models import FAMILIES, ROPE_KINDS, WINDOW, float32_twin, llama, pad, qwen2, tokens
+from against_oracle import GAPS, LAST, plan_of, run_stock
+from models import FAMILIES, ROPE_KINDS, WINDOW, float32_twin, llama, pad, qwen2, shared, tokens
 from pop_ext import Plan, reference
-from third_form import context_rows, held_back_forward
+from third_form import assert_equals_third_form, context_rows, held_back_forward
 from tolerance import assert_close_fp32, assert_low_precision, compare_caches, rms, stored_layers
-from transformers import DynamicCache, LlamaModel, StaticCache
+from transformers import DynamicCache, LlamaModel
 
 T = 40
 LAYERS = 6
-LAST = (4, 5)
 OMITS = {"last third": LAST, "gaps": (1, 3, 4), "first": (0,), "all but the last": (0, 1, 2, 3, 4), "middle": (2, 3)}
-GAPS = OMITS["gaps"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The models are tiny: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@functools.cache
-def shared(family: str, **over):
-    """A model that tests only read."""
-    return FAMILIES[family](**over)
-
-
-def plan_of(model, omit, boundary=1):
-    return Plan(num_layers=model.config.num_hidden_layers, omit=omit, boundary=boundary)
-
-
-@torch.no_grad()
-def stock(model, ids, **call):
-    """Logits of all rows and a cache that holds every position in every layer."""
-    output = model(ids, use_cache=True, **{"past_key_values": DynamicCache(), **call})
-    return output.logits, output.past_key_values
-
-
-def assert_equals_third_form(model, ids, omit, boundary=1, past=None, **call):
-    """Logits of the boundary rows and K/V of all layers and positions, for sequences without padding."""
-    lengths = torch.ones_like(ids)
-    expected, expected_cache = held_back_forward(
-        model,
-        ids,
-        omit,
-        context_rows(lengths, [boundary] * len(ids)),
-        past_key_values=copy.deepcopy(past) if past is not None else DynamicCache(),
-        **call,
-    )
-    logits, cache = reference.prefill(
-        model, ids, plan_of(model, omit, boundary), boundary, past_key_values=past, **call
-    )
-    assert_close_fp32(logits, expected[:, -boundary:], "logits")
-    compare_caches(cache, expected_cache)
-    return logits, cache
-
-
-# The test models
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_zeroing_any_one_layer_moves_the_logits_by_more_than_a_tenth(family, tied):
-    model = FAMILIES[family](tied=tied, layers=8)
-    ids = tokens(model, 1, T)
-    logits = model(ids).logits[:, -1]
-    for layer in model.model.layers:
-        hook = layer.register_forward_hook(lambda _layer, args, _output: args[0])
-        moved = model(ids).logits[:, -1]
-        hook.remove()
-        assert rms(moved - logits) > 0.1 * rms(logits)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_a_test_model_is_deterministic_and_has_logits_of_scale_one(family):
-    first, second = FAMILIES[family](), FAMILIES[family]()
-    ids = tokens(first, 2, T)
-    assert torch.equal(first(ids).logits, second(ids).logits)
-    assert 0.5 < rms(first(ids).logits) < 2.0
-
-
-@pytest.mark.parametrize("kind", [kind for kind in ROPE_KINDS if kind != "default"])
-@torch.no_grad()
-def test_each_rope_scaling_differs_visibly_from_the_default_one(kind):
-    ids = tokens(shared("llama"), 1, T)
-    default, scaled = (shared("llama")(ids).logits[:, -1], llama(rope=kind)(ids).logits[:, -1])
-    assert rms(scaled - default) > 0.1 * rms(default)
 
 
 # Against the third form
@@ -185,7 +104,7 @@ def test_explicit_position_ids_equal_the_third_form():
 def test_omitting_nothing_or_only_the_last_layer_equals_the_stock_model(family, omit):
     model = shared(family)
     ids = tokens(model, 2, T)
-    expected, expected_cache = stock(model, ids)
+    expected, expected_cache = run_stock(model, ids)
     logits, cache = reference.prefill(model, ids, plan_of(model, omit), 1)
     assert_close_fp32(logits, expected[:, -1:], "logits")
     compare_caches(cache, expected_cache)
@@ -196,7 +115,7 @@ def test_omitting_nothing_or_only_the_last_layer_equals_the_stock_model(family, 
 def test_a_boundary_of_the_whole_prompt_equals_the_stock_model(omit, boundary):
     model = shared("qwen2")
     ids = tokens(model, 1, T)
-    expected, expected_cache = stock(model, ids)
+    expected, expected_cache = run_stock(model, ids)
     logits, cache = reference.prefill(model, ids, plan_of(model, omit, boundary))
     assert_close_fp32(logits, expected[:, -1:], "logits")
     compare_caches(cache, expected_cache)
@@ -205,7 +124,7 @@ def test_a_boundary_of_the_whole_prompt_equals_the_stock_model(omit, boundary):
 def test_pruning_changes_the_result_where_it_should():
     model = shared("llama")
     ids = tokens(model, 1, T)
-    expected, expected_cache = stock(model, ids)
+    expected, expected_cache = run_stock(model, ids)
     logits, cache = reference.prefill(model, ids, plan_of(model, LAST))
     assert rms(logits - expected[:, -1:]) > 0.02
     with pytest.raises(AssertionError, match="layer 5 keys"):
@@ -216,7 +135,7 @@ def test_pruning_changes_the_result_where_it_should():
 def test_length_dependent_rope_follows_the_longest_sequence_of_the_call(kind):
     ids, mask = pad([tokens(shared("llama"), n, seed=n) for n in (70, 19)], "left")
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    expected, expected_cache = stock(llama(rope=kind), ids, attention_mask=mask, position_ids=positions)
+    expected, expected_cache = run_stock(llama(rope=kind), ids, attention_mask=mask, position_ids=positions)
     model = llama(rope=kind)
     logits, cache = reference.prefill(model, ids, plan_of(model, ()), attention_mask=mask)
     assert_close_fp32(logits, expected[:, -1:], "logits")
@@ -280,94 +199,6 @@ def test_embeddings_give_what_their_ids_give():
     assert torch.equal(logits, expected)
 
 
-# Later turns and decode
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-@pytest.mark.parametrize("past", [1, WINDOW - 1, WINDOW, 30])
-def test_a_second_turn_equals_the_third_form_over_the_same_cache(family, past):
-    model = shared(family)
-    _, cache = reference.prefill(model, tokens(model, 2, past, seed=1), plan_of(model, LAST))
-    assert_equals_third_form(model, tokens(model, 2, 19), GAPS, boundary=2, past=cache)
-
-
-@pytest.mark.parametrize("past", [1, WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 1, 30])
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2 mixed"])
-def test_a_second_turn_reads_any_cache_of_the_stock_model(name, static, past):
-    family = name.split()[0]
-    model = shared(family, use_sliding_window=True) if "mixed" in name else shared(family)
-    config, new = model.config, 19
-    given = StaticCache(config=config, max_cache_len=past + new + 3) if static else DynamicCache(config=config)
-    first = tokens(model, 2, past, seed=1)
-    _, full = stock(model, first)
-    stock(model, first, past_key_values=given)
-    ids, plan = tokens(model, 2, new), plan_of(model, GAPS, 2)
-    expected, expected_cache = reference.prefill(model, ids, plan, 2, past_key_values=full)
-    logits, cache = reference.prefill(model, ids, plan, 2, past_key_values=given)
-    assert_close_fp32(logits, expected, "logits")
-    for a, e in zip(stored_layers(cache), stored_layers(expected_cache), strict=True):
-        assert a.length == past + new
-        assert_close_fp32(a.keys[:, :, past:], e.keys[:, :, past:], "keys")
-        assert_close_fp32(a.values[:, :, past:], e.values[:, :, past:], "values")
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_holes_that_right_padding_left_in_the_past_are_skipped(family):
-    model = shared(family)
-    turns = [[tokens(model, n, seed=n) for n in lengths] for lengths in ((30, 11), (7, 20))]
-    plan = plan_of(model, LAST, 2)
-    first, first_mask = pad(turns[0], "right")
-    second, second_mask = pad(turns[1], "left")
-    mask = torch.cat([first_mask, second_mask], dim=1)
-    _, cache = reference.prefill(model, first, plan, attention_mask=first_mask)
-    logits, cache = reference.prefill(model, second, plan, attention_mask=mask, past_key_values=cache)
-    for i in range(2):
-        _, alone_cache = reference.prefill(model, turns[0][i][None], plan)
-        alone, alone_cache = reference.prefill(model, turns[1][i][None], plan, past_key_values=alone_cache)
-        assert_close_fp32(logits[i], alone[0], f"logits of sequence {i}")
-        for a, e in zip(stored_layers(cache), stored_layers(alone_cache), strict=True):
-            assert_close_fp32(a.keys[i][:, mask[i].bool()], e.keys[0], "keys")
-            assert_close_fp32(a.values[i][:, mask[i].bool()], e.values[0], "values")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_decode_by_the_stock_model_continues_the_third_form(family):
-    model = shared(family)
-    ids, steps, boundary = tokens(model, 2, T + 6), 6, 3
-    context = context_rows(torch.ones_like(ids), [boundary + steps] * 2)
-    expected, expected_cache = held_back_forward(model, ids, GAPS, context)
-    _, cache = reference.prefill(model, ids[:, :T], plan_of(model, GAPS, boundary))
-    for column in range(T, T + steps):
-        logits, cache = stock(model, ids[:, column : column + 1], past_key_values=cache)
-        assert_close_fp32(logits[:, 0], expected[:, column], f"logits of column {column}")
-    compare_caches(cache, expected_cache)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_decode_of_a_padded_batch_equals_decode_alone(side):
-    model = shared("llama")
-    sequences = [tokens(model, n, seed=n) for n in (T, 19)]
-    plan, step = plan_of(model, LAST, 2), tokens(model, 2, 1, seed=9)
-    ids, mask = pad(sequences, side)
-    _, cache = reference.prefill(model, ids, plan, attention_mask=mask)
-    mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
-    call = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
-    logits, _ = stock(model, step, past_key_values=cache, **call)
-    for i, sequence in enumerate(sequences):
-        _, alone_cache = reference.prefill(model, sequence[None], plan)
-        alone, _ = stock(model, step[i : i + 1], past_key_values=alone_cache)
-        assert_close_fp32(logits[i], alone[0], f"logits of sequence {i}")
-
-
-def test_generate_continues_from_the_returned_cache():
-    model = shared("mistral")
-    ids = tokens(model, 1, T)
-    _, cache = reference.prefill(model, ids[:, :-1], plan_of(model, LAST))
-    out = model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False, pad_token_id=0)
-    assert out.shape == (1, T + 5)
-
-
 # Precision and side effects
 
 
@@ -394,7 +225,7 @@ def test_the_same_call_gives_the_same_bits():
 
 def test_the_given_cache_and_the_model_stay_as_they_were():
     model = llama()
-    _, given = stock(model, tokens(model, 1, 19))
+    _, given = run_stock(model, tokens(model, 1, 19))
     before, weights = (copy.deepcopy(given), {k: v.clone() for k, v in model.state_dict().items()})
     _, cache = reference.prefill(model, tokens(model, 1, T), plan_of(model, LAST), past_key_values=given)
     assert cache is not given
@@ -405,7 +236,7 @@ def test_the_given_cache_and_the_model_stay_as_they_were():
 
 def test_a_failure_in_the_middle_of_the_layers_leaves_cache_and_model_as_they_were(monkeypatch):
     model = llama()
-    _, given = stock(model, tokens(model, 1, 19))
+    _, given = run_stock(model, tokens(model, 1, 19))
     before = copy.deepcopy(given)
     project, calls = reference.project_kv, iter(range(3))
     monkeypatch.setattr(reference, "project_kv", lambda *args: project(*args) if next(calls) < 2 else 1 / 0)
@@ -422,99 +253,6 @@ def test_a_replaced_forward_of_the_instance_is_not_called(monkeypatch):
     monkeypatch.setattr(model, "forward", lambda *_, **__: 1 / 0)
     logits, _ = reference.prefill(model, ids, plan_of(model, LAST))
     assert torch.equal(logits, expected)
-
-
-# Planted mutations: the comparison must notice each of them
-
-
-def without_rope(layer, hidden_states, cos, sin):
-    return original_projection(layer, hidden_states, torch.ones_like(cos), torch.zeros_like(sin))
-
-
-def rope_one_position_late(layer, hidden_states, cos, sin):
-    return original_projection(layer, hidden_states, cos.roll(1, dims=1), sin.roll(1, dims=1))
-
-
-def without_gamma(layer, hidden_states, cos, sin):
-    bare = copy.deepcopy(layer)
-    bare.input_layernorm.weight.data.fill_(1.0)
-    return original_projection(bare, hidden_states, cos, sin)
-
-
-def gamma_of_the_wrong_norm(layer, hidden_states, cos, sin):
-    other = copy.copy(layer)
-    other._modules = {**layer._modules, "input_layernorm": layer.post_attention_layernorm}
-    return original_projection(other, hidden_states, cos, sin)
-
-
-def values_from_the_unnormalised_state(layer, hidden_states, cos, sin):
-    keys, values = original_projection(layer, hidden_states, cos, sin)
-    raw = layer.self_attn.v_proj(hidden_states).view(1, hidden_states.shape[1], -1, values.shape[-1])
-    return keys, raw.transpose(1, 2)
-
-
-original_projection = reference.project_kv
-MUTATIONS = [
-    without_rope,
-    rope_one_position_late,
-    without_gamma,
-    gamma_of_the_wrong_norm,
-    values_from_the_unnormalised_state,
-]
-
-
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_a_planted_mistake_in_the_projection_is_noticed(monkeypatch, family, mutation):
-    model = shared(family)
-    ids = tokens(model, 1, T)
-    expected, expected_cache = held_back_forward(model, ids, LAST, context_rows(torch.ones_like(ids), [1]))
-    monkeypatch.setattr(reference, "project_kv", mutation)
-    monkeypatch.setattr(reference, "check_projection", lambda *_: None)
-    logits, cache = reference.prefill(model, ids, plan_of(model, LAST))
-    with pytest.raises(AssertionError, match="logits: max error"):
-        assert_close_fp32(logits, expected[:, -1:], "logits")
-    with pytest.raises(AssertionError, match="layer 4"):
-        compare_caches(cache, expected_cache)
-
-
-@pytest.mark.parametrize(
-    "mutation", [without_rope, without_gamma, values_from_the_unnormalised_state], ids=lambda f: f.__name__
-)
-def test_a_family_that_projects_kv_in_another_way_is_refused(monkeypatch, mutation):
-    model = shared("llama")
-    monkeypatch.setattr(reference, "project_kv", mutation)
-    with pytest.raises(ValueError, match=r"model: expected K = .*LlamaAttention of layer 4"):
-        reference.prefill(model, tokens(model, 1, T), plan_of(model, LAST))
-
-
-def test_missing_boundary_kv_is_noticed():
-    model = shared("llama")
-    ids = tokens(model, 1, T)
-    _, expected_cache = held_back_forward(model, ids, LAST, context_rows(torch.ones_like(ids), [1]))
-    _, all_context = held_back_forward(model, ids, LAST, torch.ones_like(ids, dtype=torch.bool))
-    with pytest.raises(AssertionError, match=rf"layer 5 keys.*worst at \[0, \d, {T - 1}, "):
-        compare_caches(all_context, expected_cache)
-
-
-def test_low_precision_bounds_reject_three_times_the_rms_error_and_one_wild_element():
-    truth = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    oracle = truth.bfloat16()
-    assert_low_precision(oracle, oracle, truth, "same")
-    with pytest.raises(AssertionError, match="RMS error"):
-        assert_low_precision((truth + 3 * (oracle - truth)).half(), oracle.half(), truth, "thrice")
-    wild = oracle.clone()
-    wild[7] += 0.05
-    with pytest.raises(AssertionError, match=r"max error .*worst at \[7\]"):
-        assert_low_precision(wild, oracle, truth, "wild")
-
-
-def test_a_nan_fails_the_comparison():
-    values = torch.tensor([1.0, float("nan")])
-    with pytest.raises(AssertionError):
-        assert_close_fp32(values, torch.ones(2), "nan")
-    with pytest.raises(AssertionError):
-        assert_low_precision(values.bfloat16(), torch.ones(2).bfloat16(), torch.ones(2), "nan")
 
 
 # Errors name the argument, what was expected and what came
@@ -593,7 +331,7 @@ def test_a_bad_argument_is_named(case):
 
 def test_a_cache_that_does_not_fit_is_named_and_stays_as_it_was():
     model = shared("llama")
-    _, given = stock(model, tokens(model, 1, 5))
+    _, given = run_stock(model, tokens(model, 1, 5))
     before = copy.deepcopy(given)
     with pytest.raises(ValueError, match="past_key_values: expected batch 2, got 1"):
         reference.prefill(model, tokens(model, 2, 8), plan_of(model, LAST), past_key_values=given)
@@ -602,7 +340,7 @@ def test_a_cache_that_does_not_fit_is_named_and_stays_as_it_was():
             model, tokens(model, 1, 8), plan_of(model, LAST), past_key_values=given, attention_mask=torch.ones(1, 8)
         )
     compare_caches(given, before, atol=0.0)
-    _, shallow = stock(llama(layers=2), tokens(model, 1, 5))
+    _, shallow = run_stock(llama(layers=2), tokens(model, 1, 5))
     with pytest.raises(ValueError, match="past_key_values: expected 6 layers, got 2"):
         reference.prefill(model, tokens(model, 1, 8), plan_of(model, LAST), past_key_values=shallow)
 
@@ -611,7 +349,7 @@ def test_a_sliding_cache_that_dropped_a_position_still_in_reach_is_refused():
     model = shared("mistral")
     first, mask = pad([tokens(model, n, seed=n) for n in (30, 11)], "right")
     given = DynamicCache(config=model.config)  # keeps the last columns, for the second sequence mostly padding
-    stock(model, first, attention_mask=mask, past_key_values=given)
+    run_stock(model, first, attention_mask=mask, past_key_values=given)
     mask = torch.cat([mask, torch.ones(2, 8, dtype=torch.long)], dim=1)
     with pytest.raises(
         ValueError, match=r"past_key_values: expected the last 11 .*sequence 1 .*layer 0 has dropped the first"
