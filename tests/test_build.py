@@ -46,9 +46,9 @@ def reachable(path: Path, seen: set[Path] | None = None) -> set[Path]:
     if path not in seen:
         seen.add(path)
         for include in includes(path):
-            beside, from_root = path.parent / include[1:], CPP / include[1:]
+            places = [directory / include[1:] for directory in (path.parent, CPP, ROOT)]
             if include.startswith('"'):
-                reachable(beside if beside.exists() else from_root, seen)
+                reachable(next(place for place in places if place.exists()), seen)
     return seen
 
 
@@ -121,7 +121,7 @@ def test_files_compiled_per_instruction_set_leave_no_inline_function_to_the_link
 
 def test_every_source_is_listed():
     text = (ROOT / "CMakeLists.txt").read_text() + "".join(path.read_text() for path in (ROOT / "cmake").iterdir())
-    unlisted = [path for path in sources("cpp", "cuda") if path.suffix != ".h"]
+    unlisted = [path for path in sources("cpp", "cuda") if path.suffix in (".cpp", ".cu")]
     unlisted = [name for name in (path.relative_to(ROOT).as_posix() for path in unlisted) if name not in text]
     assert unlisted == []
 
@@ -229,7 +229,7 @@ def test_a_wheel_holds_every_module_and_the_command(tmp_path):
 @needs_cmake
 @pytest.mark.parametrize(
     ("option", "message"),
-    [("ON", "POP_CUDA=ON, and no nvcc was found"), ("maybe", "POP_CUDA: expected AUTO, ON or OFF, got maybe")],
+    [("ON", "POP_CUDA=ON, and no nvcc was found"), ("maybe", "POP_CUDA: expected AUTO, ON, OFF or SHIM, got maybe")],
 )
 def test_cuda_that_cannot_be_built_as_asked_stops_the_configuration(tmp_path, option, message):
     options = [f"-DPOP_CUDA={option}", "-DCMAKE_CUDA_COMPILER=NOTFOUND", f"-DPython_EXECUTABLE={sys.executable}"]

@@ -229,6 +229,11 @@ def _ref(slot: str, model: nn.Module, path: str, family: Family) -> WeightRef | 
     return WeightRef(slot, weakref.ref(model), (*parents, name))
 
 
+def _devices() -> tuple[str, ...]:
+    """Device types that this build has kernels for."""
+    return ("cpu", "cuda") if _core.build_info()["cuda"] else ("cpu",)
+
+
 def _check_placement(weights: list[WeightRef]) -> None:
     first = weights[0].tensor
     for ref in weights:
@@ -237,6 +242,11 @@ def _check_placement(weights: list[WeightRef]) -> None:
             raise UnsupportedModelError(f"weight {ref.slot}: expected a plain tensor, got {type(tensor).__name__}")
         if tensor.device.type == "meta":
             raise UnsupportedModelError(f"weight {ref.slot}: expected loaded weights, got the meta device (offloaded)")
+        if tensor.device.type not in _devices():
+            raise UnsupportedModelError(
+                f"weight {ref.slot}: expected a device of {', '.join(_devices())} (what this build has kernels for; "
+                f"CUDA needs nvcc when it is installed), got {tensor.device}"
+            )
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise UnsupportedModelError(
                 f"weight {ref.slot}: expected a contiguous last dimension, got strides {list(tensor.stride())}"
