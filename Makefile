@@ -1,4 +1,4 @@
-# make demo | test | lint | format | dev
+# make demo | test | lint | format | dev | shim
 #
 # On a plain machine (python3 >= 3.10, a C++20 compiler, network for pip) demo, test, lint and format make .venv and
 # install into it; they use the torch of python3, if it has one. With PYTHON=... that interpreter is used as it is,
@@ -22,7 +22,7 @@ FOR_TEST := $(VENV)/installed-dev
 FOR_LINT := $(FOR_TEST)
 endif
 
-.PHONY: demo test lint format dev core clean
+.PHONY: demo test lint format dev core shim clean
 
 # One prompt three ways: the stock model, native at full depth, pruned. More options: make demo DEMO='--count 6'
 demo: $(FOR_DEMO)
@@ -65,6 +65,14 @@ dev: $(BUILD)/build.ninja
 
 core: $(BUILD)/build.ninja
 	cmake --build $(BUILD) --target _core
+
+# The CUDA kernels on the CPU, for tests: see tests/cuda_shim.
+shim:
+	cmake -G Ninja -S . -B build/shim -DPOP_CUDA=SHIM -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
+	cmake --build build/shim
+	build/shim/cuda_checks
+	build/shim/cuda_races
+	PYTHONPATH=build/shim/python $(PYTHON) -m pytest $(SHIM_TESTS)
 
 $(BUILD)/build.ninja: CMakeLists.txt
 	cmake -G Ninja -S . -B $(BUILD) -DPOP_INPLACE=ON -DPython_EXECUTABLE="$$(command -v $(PYTHON))"

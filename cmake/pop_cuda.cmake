@@ -15,12 +15,39 @@ if(NOT POP_CUDA MATCHES "^(AUTO|ON|OFF|SHIM)$")
   message(FATAL_ERROR "POP_CUDA: expected AUTO, ON, OFF or SHIM, got ${POP_CUDA}")
 endif()
 
-# For tests: the kernels as C++ on the CPU, in the CPU backend's place (tests/cuda_shim).
+# For tests (tests/cuda_shim): the kernels as C++ on the CPU. The package in <build>/python has them in the CPU backend's
+# place; cuda_checks compares each with serial arithmetic, and cuda_races does so under ThreadSanitizer.
 function(pop_add_cuda_shim)
+  set(shim tests/cuda_shim/cuda_shim.cpp tests/cuda_shim/device_shim.cpp)
   set_source_files_properties(${POP_CUDA_SOURCES} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++;-Wno-unknown-pragmas")
-  add_library(pop_cuda STATIC ${POP_CUDA_SOURCES} tests/cuda_shim/cuda_shim.cpp tests/cuda_shim/device_shim.cpp)
+  add_library(pop_cuda STATIC ${POP_CUDA_SOURCES} ${shim})
   target_include_directories(pop_cuda PUBLIC tests/cuda_shim)
   target_compile_definitions(pop_cuda PUBLIC POP_WITH_CUDA POP_CUDA_SHIM)
+
+  set(checks
+    tests/cuda_shim/check_attention.cpp
+    tests/cuda_shim/check_embed.cpp
+    tests/cuda_shim/check_gated_act.cpp
+    tests/cuda_shim/check_main.cpp
+    tests/cuda_shim/check_place_rows.cpp
+    tests/cuda_shim/check_rms_norm.cpp
+    tests/cuda_shim/check_rope_cache_write.cpp
+    tests/cuda_shim/check_skinny_gemm.cpp)
+  find_package(Threads REQUIRED)
+  add_executable(cuda_checks ${checks})
+  target_link_libraries(cuda_checks PRIVATE pop_cuda Threads::Threads)
+  add_executable(cuda_races ${checks} ${POP_CUDA_SOURCES} ${shim})
+  target_include_directories(cuda_races PRIVATE tests/cuda_shim)
+  target_compile_definitions(cuda_races PRIVATE POP_WITH_CUDA POP_CUDA_SHIM POP_CUDA_SHIM_THREADS)
+  target_compile_options(cuda_races PRIVATE -g -O1 -fsanitize=thread)
+  target_link_options(cuda_races PRIVATE -fsanitize=thread)
+  target_link_libraries(cuda_races PRIVATE Threads::Threads)
+
+  file(GLOB modules RELATIVE ${CMAKE_SOURCE_DIR}/python/pop_ext CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/python/pop_ext/*.py)
+  file(MAKE_DIRECTORY ${CMAKE_BINARY_DIR}/python/pop_ext)
+  foreach(module ${modules})
+    file(CREATE_LINK ${CMAKE_SOURCE_DIR}/python/pop_ext/${module} ${CMAKE_BINARY_DIR}/python/pop_ext/${module} SYMBOLIC)
+  endforeach()
 endfunction()
 
 function(pop_add_cuda)
