@@ -186,7 +186,7 @@ class Backend {
   virtual void wait(int64_t /*mark*/) {}
   // What follows goes beside the main line, until end_side; there it starts after `mark`.
   virtual void begin_side(int64_t /*mark*/) {}
-  // The main line is the current one again, and goes on after all of the side line.
+  // The main line is the current one again, and goes on after all of the side line; nothing if it is already.
   virtual void end_side() {}
   // Does begin_side let work run at once?
   virtual bool has_side() const { return false; }

@@ -21,6 +21,8 @@ int current_device() {
 
 }  // namespace
 
+void set_device(int device) { check(cudaSetDevice(device), "cudaSetDevice"); }
+
 const DeviceFacts& device_facts() {
   static std::array<DeviceFacts, kMaxDevices> facts;
   static std::array<std::once_flag, kMaxDevices> once;

@@ -15,6 +15,9 @@ struct DeviceFacts {
   int sm_count;
 };
 
+// Makes a device the current one of this library's CUDA runtime, which is linked statically and beside torch's.
+void set_device(int device);
+
 // Of the current device.
 const DeviceFacts& device_facts();
 

@@ -76,6 +76,12 @@ CacheGuard::CacheGuard(bool enabled, Backend& backend, const Geometry& geometry,
 }
 
 CacheGuard::~CacheGuard() {
+  if (saved_.empty()) return;
+  try {
+    backend_.end_side();  // so that nothing of the call is written after what is put back
+  } catch (const std::exception&) {
+    // The device has failed; the caller's exception says so already.
+  }
   for (size_t i = 0; i < saved_.size(); ++i) put_back(written_[i], saved_[i]);
 }
 

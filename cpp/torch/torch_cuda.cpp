@@ -21,6 +21,8 @@ StreamScope::~StreamScope() = default;
 #include <stdexcept>
 #include <string>
 
+#include "cuda/device.h"
+
 namespace pop {
 
 namespace {
@@ -60,7 +62,9 @@ struct __attribute__((visibility("hidden"))) DeviceScope::Guard {
 };
 
 DeviceScope::DeviceScope(int device)
-    : guard_(std::make_unique<Guard>(Guard{torch::stable::accelerator::DeviceGuard(device)})) {}
+    : guard_(std::make_unique<Guard>(Guard{torch::stable::accelerator::DeviceGuard(device)})) {
+  cuda::set_device(device);
+}
 DeviceScope::~DeviceScope() = default;
 
 cuda::Stream current_stream(int device) {
