@@ -66,8 +66,12 @@ dev: $(BUILD)/build.ninja
 core: $(BUILD)/build.ninja
 	cmake --build $(BUILD) --target _core
 
-# The CUDA kernels on the CPU, for tests: see tests/cuda_shim.
-shim:
+# The CUDA kernels as C++ on the CPU: each against serial arithmetic, again under ThreadSanitizer, and the tests of the
+# operators and of a whole prefill over them (tests/cuda_shim).
+SHIM_TESTS ?= tests/test_op_kernels.py tests/test_op_prefill.py tests/test_attention_op.py tests/test_window_only.py
+
+shim: export PATH := $(dir $(PYTHON)):$(PATH)
+shim: $(FOR_LINT)
 	cmake -G Ninja -S . -B build/shim -DPOP_CUDA=SHIM -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
 	cmake --build build/shim
 	build/shim/cuda_checks

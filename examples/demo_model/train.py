@@ -216,7 +216,7 @@ class Run:
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=112, help="time budget, wall clock")
+    parser.add_argument("--minutes", type=float, default=115, help="time budget, wall clock")
     parser.add_argument("--tokens", type=float, default=24e6, help="token budget")
     parser.add_argument("--decay", type=float, default=0.4, help="share of the budget over which the rate falls to 0")
     parser.add_argument("--work", type=Path, default=Path("demo_model_work"), help="checkpoint and tokenizer")
