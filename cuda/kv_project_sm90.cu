@@ -141,6 +141,7 @@ __device__ __forceinline__ void multiply(const KvProjectRun& run, Ring& ring, in
     previous = at.stage;
   }
   sm90::multiply_wait<0>();
+  sm90::multiply_done(sums);
   release(ring, previous, cluster);
 }
 
@@ -211,12 +212,10 @@ template <int kHeadDim>
 void launch_run(const KvProjectParams& p, KvProjectRun& run, const void* weight, Stream stream) {
   const int64_t columns = static_cast<int64_t>(run.heads) * kHeadDim;
   run.order.column_tiles = static_cast<int>(ceil_div(columns, kv_tile::kColumns));
-  const int cluster = run.order.cluster;
-  const int clusters = std::min(unit_count(run.order), std::max(1, sm90::multiprocessors() / cluster));
   const auto x_map = sm90::tensor_map(p.x, p.rows, p.hidden_size, p.x_stride, kv_tile::kRows);
   const auto w_map = sm90::tensor_map(weight, columns, p.hidden_size, p.hidden_size, kv_tile::kBoxRows);
-  sm90::launch_clusters("kv_project_sm90", kv_project_sm90_kernel<kHeadDim>, clusters, cluster, kThreads, kSharedBytes,
-                        stream, x_map, w_map, run);
+  sm90::launch_clusters("kv_project_sm90", kv_project_sm90_kernel<kHeadDim>, unit_count(run.order), run.order.cluster,
+                        kThreads, kSharedBytes, stream, x_map, w_map, run);
 }
 
 template <class T>

@@ -5,6 +5,8 @@
 
 #include <cudaTypedefs.h>
 
+#include <algorithm>
+
 #include "cuda/launch.cuh"
 
 namespace pop::cuda::sm90 {
@@ -184,6 +186,12 @@ __device__ __forceinline__ void multiply_64x256x16(float (&c)[128], uint64_t a, 
 #undef POP_FLOATS_8
 #undef POP_FLOATS_32
 
+// After the wait: as the compiler sees it the accumulators change here, so it moves no use of them ahead of it.
+__device__ __forceinline__ void multiply_done(float (&c)[128]) {
+#pragma unroll
+  for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(c[i])::"memory");
+}
+
 // ---- Host ----------------------------------------------------------------------------------
 
 // The driver's encoder, found through the runtime: nothing links against libcuda. Null where the
@@ -206,8 +214,6 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
   return value;
 }
-
-inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 // Is the current device a Hopper, with a driver that encodes tensor maps? sm_90a code runs nowhere else.
 inline bool available() {
@@ -234,10 +240,11 @@ inline TensorMap tensor_map(const void* matrix, int64_t rows, int64_t columns, i
   return map;
 }
 
-// Launches `clusters` clusters of `cluster` blocks each.
+// Launches as many clusters of `cluster` blocks as can run at the same time, at most `most`. How many that is the
+// driver knows: a cluster has to lie within a part of the GPU, and parts differ in size.
 template <class... P>
-void launch_clusters(const char* name, void (*kernel)(P...), int clusters, int cluster, int threads,
-                     size_t shared_bytes, Stream stream, const P&... args) {
+void launch_clusters(const char* name, void (*kernel)(P...), int most, int cluster, int threads, size_t shared_bytes,
+                     Stream stream, const P&... args) {
   const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), limit, static_cast<int>(shared_bytes)), name);
   cudaLaunchAttribute attribute{};
@@ -246,12 +253,16 @@ void launch_clusters(const char* name, void (*kernel)(P...), int clusters, int c
   attribute.val.clusterDim.y = 1;
   attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * cluster));
+  config.gridDim = dim3(static_cast<unsigned>(most * cluster));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
+  int resident = 0;
+  check(cudaOccupancyMaxActiveClusters(&resident, kernel, &config), name);
+  if (resident == 0) throw std::runtime_error(std::string("pop: CUDA: ") + name + ": not one cluster fits the device");
+  config.gridDim = dim3(static_cast<unsigned>(std::min(most, resident) * cluster));
   check(cudaLaunchKernelEx(&config, kernel, args...), name);
 }
 

@@ -5,6 +5,7 @@
 // operands of a product are read when it is waited for, and must then be what they were when it was issued.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <bit>
 #include <chrono>
@@ -241,10 +242,9 @@ void multiply_wait() {
   }
 }
 
-// ---- Host ----------------------------------------------------------------------------------
+inline void multiply_done(float (&)[128]) {}
 
-// Few, so that a block has several tiles.
-inline int multiprocessors() { return 3; }
+// ---- Host ----------------------------------------------------------------------------------
 
 inline bool available() { return false; }
 
@@ -256,9 +256,10 @@ inline TensorMap tensor_map(const void* matrix, int64_t rows, int64_t columns, i
 }
 
 template <class... P>
-void launch_clusters(const char*, void (*kernel)(P...), int clusters, int cluster, int threads, size_t shared_bytes,
-                     Stream, const P&... args) {
+void launch_clusters(const char*, void (*kernel)(P...), int most, int cluster, int threads, size_t shared_bytes, Stream,
+                     const P&... args) {
   if (shared_bytes > 227 << 10) throw std::runtime_error("sm90_emulated: more shared memory than a block may have");
+  const int clusters = std::min(most, cluster == 1 ? 3 : 2);  // few, so that a block has several tiles
   emulated::cluster = static_cast<unsigned>(cluster);
   emulated::rank_bytes = (shared_bytes + 1023) / 1024 * 1024;
   emulated::products.assign(threads * cluster, {});
