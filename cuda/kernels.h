@@ -51,6 +51,13 @@ void launch_kv_epilogue(const KvEpilogueParams&, Stream);  // rope_cache_write.c
 inline constexpr int64_t kSkinnyRows = 64;
 void launch_skinny_gemm(const GemmParams* products, int64_t count, Stream);
 
+// kv_project_sm90.cu: the whole projection of a run in one kernel, on Hopper only. It needs no
+// workspace. `fits` asks for dtype, shapes and alignments, `supports` for the current device as well;
+// launch only what is supported.
+bool kv_project_sm90_fits(const KvProjectParams&);
+bool kv_project_sm90_supports(const KvProjectParams&);
+void launch_kv_project_sm90(const KvProjectParams&, Stream);
+
 // attention.cu: attention over the cache, any dtype, cut along the keys so that few rows fill the
 // machine as well. `workspace` is attention_workspace(...) bytes.
 size_t attention_workspace(const AttentionParams&);

@@ -49,6 +49,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
 void* dynamic_shared();  // filled with NaN before each block
 void block_barrier();
 void warp_barrier();
+void yield();                         // lets the others run: for a thread that polls
 void* warp_slot(unsigned warp_lane);  // 16 bytes a lane, to hand a value over
 
 template <class T>

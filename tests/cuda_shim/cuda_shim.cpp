@@ -72,6 +72,7 @@ std::vector<std::unique_ptr<std::barrier<>>> warp_meetings;
 
 void block_barrier() { block_meeting->arrive_and_wait(); }
 void warp_barrier() { warp_meetings[lane->index / kWarpSize]->arrive_and_wait(); }
+void yield() { std::this_thread::yield(); }
 
 // The threads live as long as the launch; each block has barriers of its own, since a thread that has
 // returned is waited for no longer.
@@ -193,6 +194,7 @@ void run_block(const std::vector<Lane>& lanes) {
 
 void block_barrier() { wait(State::at_block_barrier); }
 void warp_barrier() { wait(State::at_warp_barrier); }
+void yield() { wait(State::ready); }
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
   std::lock_guard lock(one_launch_at_a_time);

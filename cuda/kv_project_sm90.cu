@@ -1,0 +1,297 @@
+// The independent KV projection of a run in one Hopper kernel: [k_j | v_j] = rstd(x) * (x . W_j^T) for
+// all layers j of a run, then bias, k_norm, RoPE and the cache write, without the product ever in memory.
+//
+// Floor, Llama-3.1-8B, ten layers, 2048 tokens ([2048, 4096] x [20480, 4096]^T): 0.344 TFLOP, 0.435 ms
+// at 790 TFLOP/s. Bytes: W 168 MB, x 17 MB, caches 84 MB, 0.063 ms at 4.3 TB/s. So the tensor cores
+// are to limit it, and what keeps them waiting.
+//
+// A block: tile 128 x 256, steps of 64, a ring of 4 stages of 48 KiB, 193 KiB in all, so one block a
+// multiprocessor. One thread of the first warpgroup keeps the ring full with TMA; two warpgroups
+// multiply 64 x 256 each (wgmma m64n256k16, 128 accumulators a thread; 168 registers at the launch, then
+// 232, and 40 for the first warpgroup). They read x of each step once more for the rows' sums of
+// squares, while the products run. Blocks are persistent, so that the first stages of a tile load
+// during the epilogue of the tile before; the tensor cores wait for the epilogue nevertheless. Two blocks
+// with neighbouring rows share their tile of W as a cluster, each loading half for both: a step then
+// reads 32 instead of 48 KiB a block from the L2.
+//
+// Expected to limit, in this order: shared memory (of the 1024 cycles that the products of a step take,
+// operands are read in 640, TMA writes in 384, the sums of squares read in 128, so a given rstd may
+// win); the epilogue (2 to 3 us after 45 us of products); 1280 tiles on 132 blocks (9.7 rounds in 10,
+// and 2.4 in 3 at 512 tokens, where 128 x 128 tiles would fill 4.8 in 5).
+// NOT MEASURED, NEVER RUN: no GPU has seen this kernel yet. What could be checked on a CPU is in
+// tests/cuda_shim/check_kv_project_*.cpp.
+#include <algorithm>
+
+#include "cuda/kv_project_epilogue.cuh"
+#if defined(POP_CUDA_SHIM)
+#include "sm90_emulated.h"
+#else
+#include "cuda/sm90.cuh"
+#endif
+
+namespace pop::cuda {
+
+namespace {
+
+using kv_tile::RingStep;
+using kv_tile::Tile;
+
+constexpr int kThreads = (1 + kv_tile::kConsumers) * kv_tile::kGroupThreads;
+// All 64 K registers of a multiprocessor: 168 a thread at the start, moved where they are needed.
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+static_assert(kv_tile::kGroupThreads * (kProducerRegisters + kv_tile::kConsumers * kConsumerRegisters) <=
+              168 * kThreads);
+
+struct alignas(1024) Ring {  // boxes with a 128-byte swizzle begin at multiples of 1024
+  unsigned char x[kv_tile::kStages][kv_tile::kXBytes];
+  unsigned char w[kv_tile::kStages][kv_tile::kBoxes * kv_tile::kBoxBytes];
+  sm90::Barrier full[kv_tile::kStages];   // the stage has landed
+  sm90::Barrier empty[kv_tile::kStages];  // every consumer warp of the cluster has read the stage
+};
+constexpr size_t kSharedBytes = sizeof(Ring) + sm90::kSharedSlack;
+static_assert(kSharedBytes <= 227 << 10, "what a block may have");
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(POP_CUDA_SHIM)
+
+constexpr int kConsumerWarps = kv_tile::kConsumers * kv_tile::kGroupThreads / kWarp;
+
+// ---- Producer ------------------------------------------------------------------------------
+
+// Loads this block's x, and its share of W: both boxes, or in a cluster one, for both blocks. Either
+// way kStageBytes land in every block. The other block may send its box before this one expects
+// it: the phase cannot complete without this block's own arrival.
+__device__ __forceinline__ void load_stage(const sm90::TensorMap& x, const sm90::TensorMap& w, const Tile& tile,
+                                           int column, int cluster, int rank, int stage, Ring& ring) {
+  sm90::Barrier* full = &ring.full[stage];
+  sm90::barrier_arrive_expecting(full, kv_tile::kStageBytes);
+  sm90::load_box(x, ring.x[stage], full, tile.row * kv_tile::kRows, column);
+  const int first = tile.column * kv_tile::kColumns;
+  if (cluster == 1) {
+    for (int box = 0; box < kv_tile::kBoxes; ++box) {
+      sm90::load_box(w, ring.w[stage] + box * kv_tile::kBoxBytes, full, first + box * kv_tile::kBoxRows, column);
+    }
+  } else {
+    sm90::load_box_multicast(w, ring.w[stage] + rank * kv_tile::kBoxBytes, full, first + rank * kv_tile::kBoxRows,
+                             column, 0b11);
+  }
+}
+
+// One thread: every step of every tile of the block, as far ahead as the ring allows.
+__device__ __forceinline__ void produce(const sm90::TensorMap& x, const sm90::TensorMap& w, const KvProjectRun& run,
+                                        Ring& ring) {
+  const int rank = sm90::cluster_rank();
+  uint32_t step = 0;
+  for (int unit = sm90::cluster_index(); unit < unit_count(run.order); unit += sm90::cluster_count()) {
+    const Tile tile = tile_of(run.order, unit, rank);
+    for (int column = 0; column < run.hidden; column += kv_tile::kDepth, ++step) {
+      const RingStep at = kv_tile::ring_step(step);
+      sm90::barrier_wait(&ring.empty[at.stage], at.parity ^ 1);
+      load_stage(x, w, tile, column, run.order.cluster, rank, at.stage, ring);
+    }
+  }
+}
+
+// ---- Consumers -----------------------------------------------------------------------------
+
+// Adds the squares of 16 of the 64 elements of either row of this thread: its quad adds them all.
+// Eight neighbouring lanes read eight different 16-byte banks.
+__device__ __forceinline__ void add_squares(const unsigned char* x, const int (&row)[2], float (&squares)[2]) {
+  const int q = static_cast<int>(threadIdx.x) % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int chunk = 0; chunk < 2; ++chunk) {
+      float element[8];
+      load(reinterpret_cast<const BFloat16*>(x + kv_tile::swizzled_chunk(row[half], 2 * q + chunk)), element);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) squares[half] += element[i] * element[i];
+    }
+  }
+}
+
+// This warp has read the stage: tells the producer of every block that writes to it.
+__device__ __forceinline__ void release(Ring& ring, int stage, int cluster) {
+  __syncwarp();  // the other lanes have read it as well
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  if (lane < cluster) sm90::barrier_arrive_at(&ring.empty[stage], lane);
+}
+
+// sums = x . W^T for the 64 rows of warpgroup `group`, and the sums of squares of this thread's two
+// rows (its quad's part) unless rstd is given. `step` counts the block's steps.
+__device__ __forceinline__ void multiply(const KvProjectRun& run, Ring& ring, int group, const int (&row)[2],
+                                         uint32_t& step, float (&sums)[kv_tile::kAccumulators], float (&squares)[2]) {
+  const int cluster = run.order.cluster;
+  int previous = -1;
+  for (int column = 0; column < run.hidden; column += kv_tile::kDepth, ++step) {
+    const RingStep at = kv_tile::ring_step(step);
+    sm90::barrier_wait(&ring.full[at.stage], at.parity);
+    const unsigned char* x = ring.x[at.stage] + group * kv_tile::kGroupRows * kv_tile::kLineBytes;
+    const uint64_t a = kv_tile::tile_descriptor(sm90::shared_address(x));
+    const uint64_t b = kv_tile::tile_descriptor(sm90::shared_address(ring.w[at.stage]));
+    sm90::multiply_fence();
+#pragma unroll
+    for (int k = 0; k < kv_tile::kDepth / 16; ++k) {
+      constexpr int kNext = 16 * kv_tile::kElement / 16;  // descriptors count units of 16 bytes
+      sm90::multiply_64x256x16(sums, a + k * kNext, b + k * kNext, column != 0 || k != 0);
+    }
+    sm90::multiply_commit();
+    sm90::multiply_wait<1>();  // the products of the stage before are done, this stage's go on
+    if (previous >= 0) release(ring, previous, cluster);
+    if (run.rstd == nullptr) add_squares(x, row, squares);
+    previous = at.stage;
+  }
+  sm90::multiply_wait<0>();
+  sm90::multiply_done(sums);
+  release(ring, previous, cluster);
+}
+
+// The rstd of a row from its quad's sums of squares, or as given.
+__device__ __forceinline__ float row_scale(const KvProjectRun& run, const KvRow& row, float squares) {
+  if (run.rstd != nullptr) return run.rstd[row.batch_row - run.first_row];
+  return rms_scale(warp_sum<4>(squares), run.hidden, run.eps);
+}
+
+template <int kHeadDim>
+__device__ __forceinline__ void consume(const KvProjectRun& run, Ring& ring, int group) {
+  const int thread = static_cast<int>(threadIdx.x) % kv_tile::kGroupThreads;
+  const int row[2] = {kv_tile::accumulator_row(thread, 0), kv_tile::accumulator_row(thread, 1)};
+  const int rank = sm90::cluster_rank();
+  uint32_t step = 0;
+  for (int unit = sm90::cluster_index(); unit < unit_count(run.order); unit += sm90::cluster_count()) {
+    const Tile tile = tile_of(run.order, unit, rank);
+    const int first = tile.row * kv_tile::kRows + group * kv_tile::kGroupRows;
+    const KvRow rows[2] = {kv_row(run, first + row[0]), kv_row(run, first + row[1])};  // loads that the products hide
+    float sums[kv_tile::kAccumulators];
+    float squares[2] = {};
+    multiply(run, ring, group, row, step, sums, squares);
+    const float scale[2] = {row_scale(run, rows[0], squares[0]), row_scale(run, rows[1], squares[1])};
+    write_tile<kHeadDim>(run, tile.column, sums, rows, scale);
+  }
+}
+
+#endif
+
+static_assert(2 * sizeof(sm90::TensorMap) + sizeof(KvProjectRun) <= 4096, "parameters that every driver takes");
+
+// ---- Kernel --------------------------------------------------------------------------------
+
+template <int kHeadDim>
+__global__ void __launch_bounds__(kThreads, 1)
+    kv_project_sm90_kernel(const __grid_constant__ sm90::TensorMap x, const __grid_constant__ sm90::TensorMap w,
+                           const __grid_constant__ KvProjectRun run) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(POP_CUDA_SHIM)
+  Ring& ring = sm90::shared_memory<Ring>();
+  if (threadIdx.x == 0) {
+    sm90::prefetch(x);
+    sm90::prefetch(w);
+    for (int stage = 0; stage < kv_tile::kStages; ++stage) {
+      sm90::barrier_init(&ring.full[stage], 1);
+      sm90::barrier_init(&ring.empty[stage], kConsumerWarps * run.order.cluster);
+    }
+    sm90::barrier_init_fence();
+  }
+  sm90::cluster_sync();
+  const int group = static_cast<int>(threadIdx.x) / kv_tile::kGroupThreads;
+  if (group == 0) {
+    sm90::give_registers<kProducerRegisters>();
+    if (threadIdx.x == 0) produce(x, w, run, ring);
+  } else {
+    sm90::take_registers<kConsumerRegisters>();
+    consume<kHeadDim>(run, ring, group - 1);
+  }
+  // The other block still arrives at barriers of this one, and sends it boxes of W: neither may be gone.
+  sm90::cluster_sync();
+#else
+  __trap();  // code for another GPU: kv_project_sm90_supports() keeps it from being launched
+#endif
+}
+
+// ---- Launch --------------------------------------------------------------------------------
+
+template <int kHeadDim>
+void launch_run(const KvProjectParams& p, KvProjectRun& run, const void* weight, Stream stream) {
+  const int64_t columns = static_cast<int64_t>(run.heads) * kHeadDim;
+  run.order.column_tiles = static_cast<int>(ceil_div(columns, kv_tile::kColumns));
+  const auto x_map = sm90::tensor_map(p.x, p.rows, p.hidden_size, p.x_stride, kv_tile::kRows);
+  const auto w_map = sm90::tensor_map(weight, columns, p.hidden_size, p.hidden_size, kv_tile::kBoxRows);
+  sm90::launch_clusters("kv_project_sm90", kv_project_sm90_kernel<kHeadDim>, unit_count(run.order), run.order.cluster,
+                        kThreads, kSharedBytes, stream, x_map, w_map, run);
+}
+
+template <class T>
+const T* layer_vector(const void* const* vectors, int64_t layer) {
+  return vectors == nullptr ? nullptr : static_cast<const T*>(vectors[layer]);
+}
+
+KvProjectRun run_of(const KvProjectParams& p, int64_t first_layer, int64_t layers) {
+  const int row_tiles = static_cast<int>(ceil_div(p.rows, kv_tile::kRows));
+  KvProjectRun run{};
+  run.order = {.row_tiles = row_tiles, .column_tiles = 0, .cluster = kv_tile::cluster_for(row_tiles)};
+  run.rows = static_cast<int>(p.rows);
+  run.hidden = static_cast<int>(p.hidden_size);
+  run.kv_heads = static_cast<int>(p.kv_heads);
+  run.heads = static_cast<int>(layers * 2 * p.kv_heads);
+  run.eps = p.eps;
+  run.rstd = p.rstd;
+  run.first_row = p.first_row;
+  run.batch = *p.batch;
+  for (int64_t i = 0; i < layers; ++i) {
+    const int64_t layer = first_layer + i;
+    run.layers[i] = {.k_bias = layer_vector<BFloat16>(p.k_bias, layer),
+                     .v_bias = layer_vector<BFloat16>(p.v_bias, layer),
+                     .k_norm = layer_vector<BFloat16>(p.k_norm, layer),
+                     .cache = p.caches[layer]};
+  }
+  return run;
+}
+
+}  // namespace
+
+bool kv_project_sm90_fits(const KvProjectParams& p) {
+  constexpr int64_t kMost = 1 << 30;  // tile, row and column numbers are ints
+  const auto rows_aligned = [](const void* base, const CacheStrides& strides) {
+    return is_aligned(base, strides.batch, 2) && is_aligned(base, strides.head, 2) && is_aligned(base, strides.slot, 2);
+  };
+  const auto pairs_aligned = [&](const void* const* vectors) {
+    if (vectors == nullptr) return true;
+    return std::all_of(vectors, vectors + p.layers, [](const void* vector) { return is_aligned(vector, 0, 2, 4); });
+  };
+  if (p.dtype != DType::bf16 || (p.head_dim != 64 && p.head_dim != 128 && p.head_dim != 256)) return false;
+  if (p.rotary_dim != p.head_dim || p.hidden_size <= 0 || p.hidden_size % kv_tile::kDepth != 0) return false;
+  if (p.rows > kMost || p.kv_heads > kMost) return false;
+  const int64_t columns = std::min<int64_t>(p.layers, kRunLayers) * 2 * p.kv_heads * p.head_dim;
+  if (ceil_div(p.rows, kv_tile::kRows) * ceil_div(columns, kv_tile::kColumns) * p.hidden_size > kMost) return false;
+  if (!is_aligned(p.x, p.x_stride, 2) || !is_aligned(p.weight, p.hidden_size, 2)) return false;
+  if (!is_aligned(p.batch->cos, 0, 4, 8) || !is_aligned(p.batch->sin, 0, 4, 8)) return false;
+  if (!pairs_aligned(p.k_bias) || !pairs_aligned(p.v_bias) || !pairs_aligned(p.k_norm)) return false;
+  return std::all_of(p.caches, p.caches + p.layers, [&](const LayerCache& cache) {
+    return rows_aligned(cache.key, cache.key_strides) && rows_aligned(cache.value, cache.value_strides);
+  });
+}
+
+bool kv_project_sm90_supports(const KvProjectParams& p) { return kv_project_sm90_fits(p) && sm90::available(); }
+
+void launch_kv_project_sm90(const KvProjectParams& p, Stream stream) {
+  if (p.rows == 0) return;
+  for (int64_t first = 0; first < p.layers; first += kRunLayers) {
+    const int64_t layers = std::min<int64_t>(kRunLayers, p.layers - first);
+    KvProjectRun run = run_of(p, first, layers);
+    const int64_t offset = first * 2 * p.kv_heads * p.head_dim * p.hidden_size;
+    const void* weight = static_cast<const BFloat16*>(p.weight) + offset;
+    switch (p.head_dim) {
+      case 64:
+        launch_run<64>(p, run, weight, stream);
+        break;
+      case 128:
+        launch_run<128>(p, run, weight, stream);
+        break;
+      case 256:
+        launch_run<256>(p, run, weight, stream);
+        break;
+      default:
+        throw std::runtime_error("pop: CUDA: kv_project_sm90: head_dim " + std::to_string(p.head_dim));
+    }
+  }
+}
+
+}  // namespace pop::cuda

@@ -1,0 +1,269 @@
+// The instructions of Hopper (sm_90a) that C++ has no words for, a function each, and what a host
+// needs for them. Section titles are the PTX ISA's. Under the CPU shim tests/cuda_shim/sm90_emulated.h
+// stands in for this file.
+#pragma once
+
+#include <cudaTypedefs.h>
+
+#include <algorithm>
+
+#include "cuda/launch.cuh"
+
+namespace pop::cuda::sm90 {
+
+using Barrier = uint64_t;  // an mbarrier in shared memory
+using TensorMap = CUtensorMap;
+
+// ---- Shared memory, threads and clusters ---------------------------------------------------
+
+// "Generic Addressing": where a generic pointer lies in the shared window.
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// The dynamic shared memory from its first multiple of 1024, which the 128-byte swizzle asks for:
+// the same offset in every block of a cluster. kSharedSlack bytes have to be asked for on top.
+inline constexpr size_t kSharedSlack = 1024 - 128;
+template <class T>
+__device__ __forceinline__ T& shared_memory() {
+  unsigned char* base = dynamic_shared<unsigned char>();
+  return *reinterpret_cast<T*>(base + (-shared_address(base) & 1023u));
+}
+
+// "Special Registers: %cluster_ctarank": this block's number within its cluster.
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+// "Special Registers: %clusterid": this cluster's number within the grid.
+__device__ __forceinline__ int cluster_index() {
+  uint32_t index;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return static_cast<int>(index);
+}
+
+// "Special Registers: %nclusterid": clusters in the grid.
+__device__ __forceinline__ int cluster_count() {
+  uint32_t count;
+  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
+  return static_cast<int>(count);
+}
+
+// "barrier.cluster": every thread of the cluster waits for every other; orders their memory accesses.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// "setmaxnreg": a warpgroup gives registers back, or takes more, to have `count` a thread.
+template <int count>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+}
+template <int count>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+}
+
+// ---- mbarrier ------------------------------------------------------------------------------
+
+// "mbarrier.init": a phase completes after `arrivals` arrivals and all bytes expected by then.
+__device__ __forceinline__ void barrier_init(Barrier* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+// "fence.mbarrier_init": the cluster and the copy engine see the barriers initialised.
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// "mbarrier.arrive": one arrival, and `bytes` more to come before the phase completes.
+__device__ __forceinline__ void barrier_arrive_expecting(Barrier* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+// "mapa", "mbarrier.arrive": one arrival at the same barrier of block `rank` of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(Barrier* barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+
+// "mbarrier.try_wait": waits until the phase of this parity is complete; a new barrier's "phase before"
+// has parity 1. Arrivals and waits keep the default scope, the block's, also where the other block of a
+// cluster arrives: no ordinary store is handed over, only boxes that TMA wrote and room that it may
+// write to, and the scope of the cluster would put a fence of the whole GPU into every step.
+__device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) {
+  uint32_t complete;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred complete;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, complete;\n"
+        "}"
+        : "=r"(complete)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (complete == 0);
+}
+
+// ---- TMA -----------------------------------------------------------------------------------
+
+// "prefetch.tensormap": fetches a tensor map ahead of its first use.
+__device__ __forceinline__ void prefetch(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// "cp.async.bulk.tensor": the box at (row, column) to shared memory of this block; elements outside
+// the matrix become zeros. All bytes of the box count at `barrier` when they have landed.
+__device__ __forceinline__ void load_box(const TensorMap& map, void* to, Barrier* barrier, int row, int column) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          shared_address(to)),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// The same to every block whose bit is set in `ranks`, at the same offsets for box and barrier.
+__device__ __forceinline__ void load_box_multicast(const TensorMap& map, void* to, Barrier* barrier, int row,
+                                                   int column, uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(ranks)
+      : "memory");
+}
+
+// ---- wgmma ---------------------------------------------------------------------------------
+
+// "wgmma.fence": accesses to the accumulators before it come before the products after it.
+__device__ __forceinline__ void multiply_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// "wgmma.commit_group": the products issued since the last one are a group.
+__device__ __forceinline__ void multiply_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// "wgmma.wait_group": waits until at most `pending` groups are not done.
+template <int pending>
+__device__ __forceinline__ void multiply_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+#define POP_FLOATS_8(c, i)                                                                                    \
+  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), \
+      "+f"(c[i + 7])
+#define POP_FLOATS_32(c, i) POP_FLOATS_8(c, i), POP_FLOATS_8(c, i + 8), POP_FLOATS_8(c, i + 16), POP_FLOATS_8(c, i + 24)
+
+// "wgmma.mma_async": c = a . b^T (+ c to accumulate), a [64, 16] and b [256, 16] bf16 in shared memory,
+// both K-major.
+__device__ __forceinline__ void multiply_64x256x16(float (&c)[128], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred accumulate;\n"
+      "setp.ne.b32 accumulate, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+      "%128, %129, accumulate, 1, 1, 0, 0;\n"
+      "}"
+      : POP_FLOATS_32(c, 0), POP_FLOATS_32(c, 32), POP_FLOATS_32(c, 64), POP_FLOATS_32(c, 96)
+      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+}
+
+#undef POP_FLOATS_8
+#undef POP_FLOATS_32
+
+// After the wait: as the compiler sees it the accumulators change here, so it moves no use of them ahead of it.
+__device__ __forceinline__ void multiply_done(float (&c)[128]) {
+#pragma unroll
+  for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(c[i])::"memory");
+}
+
+// ---- Host ----------------------------------------------------------------------------------
+
+// The driver's encoder, found through the runtime: nothing links against libcuda. Null where the
+// driver does not have it.
+inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
+  static const auto encoder = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+    const bool ok = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(ok ? entry : nullptr);
+  }();
+  return encoder;
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// Is the current device a Hopper, with a driver that encodes tensor maps? sm_90a code runs nowhere else.
+inline bool available() {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+         device_attribute(cudaDevAttrComputeCapabilityMinor) == 0 && tensor_map_encoder() != nullptr;
+}
+
+// Describes the bf16 matrix [rows, columns], `stride` elements from row to row, in boxes of
+// [box_rows, 64] that land in shared memory with the 128-byte swizzle.
+inline TensorMap tensor_map(const void* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
+  const cuuint64_t size[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(stride) * 2};
+  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t step[] = {1, 1};
+  TensorMap map;
+  const auto encode = tensor_map_encoder();
+  if (encode == nullptr) throw std::runtime_error("pop: CUDA: the driver has no cuTensorMapEncodeTiled");
+  const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(matrix), size, row_bytes,
+                                 box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error("pop: CUDA: cuTensorMapEncodeTiled: error " + std::to_string(result));
+  }
+  return map;
+}
+
+// Launches as many clusters of `cluster` blocks as can run at the same time, at most `most`. How many that is the
+// driver knows: a cluster has to lie within a part of the GPU, and parts differ in size.
+template <class... P>
+void launch_clusters(const char* name, void (*kernel)(P...), int most, int cluster, int threads, size_t shared_bytes,
+                     Stream stream, const P&... args) {
+  const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), limit, static_cast<int>(shared_bytes)), name);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(most * cluster));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int resident = 0;
+  check(cudaOccupancyMaxActiveClusters(&resident, kernel, &config), name);
+  if (resident == 0) throw std::runtime_error(std::string("pop: CUDA: ") + name + ": not one cluster fits the device");
+  config.gridDim = dim3(static_cast<unsigned>(std::min(most, resident) * cluster));
+  check(cudaLaunchKernelEx(&config, kernel, args...), name);
+}
+
+}  // namespace pop::cuda::sm90
