@@ -4,6 +4,7 @@ set(POP_CUDA_SOURCES
   cuda/attention.cu
   cuda/embed.cu
   cuda/gated_act.cu
+  cuda/kv_project_sm90.cu
   cuda/place_rows.cu
   cuda/rms_norm.cu
   cuda/rope_cache_write.cu
@@ -28,6 +29,8 @@ function(pop_add_cuda_shim)
     tests/cuda_shim/check_attention.cpp
     tests/cuda_shim/check_embed.cpp
     tests/cuda_shim/check_gated_act.cpp
+    tests/cuda_shim/check_kv_project_sm90.cpp
+    tests/cuda_shim/check_kv_project_tile.cpp
     tests/cuda_shim/check_main.cpp
     tests/cuda_shim/check_place_rows.cpp
     tests/cuda_shim/check_rms_norm.cpp

@@ -35,6 +35,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Options {
   std::atomic<int64_t> skinny_rows{16};  // products of up to so many rows take cuda/skinny_gemm.cu
   std::atomic<int64_t> overlap{0};       // boundary rows on a second stream, beside the projection
+  std::atomic<int64_t> fused{0};         // runs by cuda/kv_project_sm90.cu, where it serves them
 };
 
 Options& options() {
@@ -47,7 +48,8 @@ Options& options() {
 int64_t CudaBackend::tune(const std::string& option, int64_t value) {
   if (option == "skinny_rows") return options().skinny_rows.exchange(std::clamp<int64_t>(value, 0, cuda::kSkinnyRows));
   if (option == "overlap") return options().overlap.exchange(value);
-  throw std::runtime_error("pop::tune: option: expected skinny_rows or overlap, got " + option);
+  if (option == "fused_kv_project") return options().fused.exchange(value);
+  throw std::runtime_error("pop::tune: option: expected skinny_rows, overlap or fused_kv_project, got " + option);
 }
 
 void CudaBackend::check_reported_ids(int device) {
@@ -165,6 +167,10 @@ size_t CudaBackend::kv_project_workspace(DType dtype, int64_t rows, int64_t hidd
 }
 
 void CudaBackend::kv_project(const KvProjectParams& p) {
+  if (options().fused != 0 && p.rows > options().skinny_rows && cuda::kv_project_sm90_supports(p)) {
+    cuda::launch_kv_project_sm90(p, stream_);
+    return;
+  }
   const int64_t columns = p.layers * 2 * p.kv_heads * p.head_dim;
   const int64_t at_once = std::max<int64_t>(1, kv_project_rows(p.dtype, p.rows, columns));
   for (int64_t begin = 0; begin < p.rows; begin += at_once) {
