@@ -1,4 +1,5 @@
 #include <cuda_runtime.h>
+#include <csetjmp>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -116,15 +117,20 @@ enum class State { ready, at_block_barrier, at_warp_barrier, done };
 
 constexpr size_t kStackBytes = 128 << 10;
 
+// A context is entered once by swapcontext; after that _setjmp and _longjmp switch, which, unlike it, make no
+// system call.
 struct Fiber {
   ucontext_t context;
+  jmp_buf resume;
+  bool entered = false;
   std::unique_ptr<char[]> stack;
   Lane lane;
   State state = State::ready;
 };
 
 std::vector<Fiber> fibers;
-ucontext_t scheduler;
+ucontext_t scheduler_context;
+jmp_buf scheduler;
 Fiber* running = nullptr;
 const std::function<void()>* current_body = nullptr;
 unsigned first_to_run = 0;  // changes from block to block: an order that a kernel must not depend on
@@ -132,13 +138,23 @@ unsigned first_to_run = 0;  // changes from block to block: an order that a kern
 void enter() {
   (*current_body)();
   running->state = State::done;
-  swapcontext(&running->context, &scheduler);
+  _longjmp(scheduler, 1);
 }
 
 void wait(State state) {
   Fiber* self = running;
   self->state = state;
-  swapcontext(&self->context, &scheduler);
+  if (_setjmp(self->resume) == 0) _longjmp(scheduler, 1);
+}
+
+// Runs a fiber until it waits or is done.
+void resume(Fiber& fiber) {
+  running = &fiber;
+  lane = &fiber.lane;
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.entered) _longjmp(fiber.resume, 1);
+  fiber.entered = true;
+  swapcontext(&scheduler_context, &fiber.context);
 }
 
 // Lets threads that all wait at one barrier go on; false if there are none.
@@ -163,6 +179,7 @@ void run_block(const std::vector<Lane>& lanes) {
     if (!fiber.stack) fiber.stack = std::make_unique<char[]>(kStackBytes);
     fiber.lane = lanes[i];
     fiber.state = State::ready;
+    fiber.entered = false;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
@@ -175,9 +192,7 @@ void run_block(const std::vector<Lane>& lanes) {
     for (size_t i = 0; i < count; ++i) {
       Fiber& fiber = fibers[(i + first_to_run) % count];
       if (fiber.state != State::ready) continue;
-      running = &fiber;
-      lane = &fiber.lane;
-      swapcontext(&scheduler, &fiber.context);
+      resume(fiber);
       progress = true;
     }
     for (size_t first = 0; first < count; first += kWarpSize) {
