@@ -19,6 +19,10 @@ struct Check {
   Check(const char* name, void (*run)());
 };
 
+inline std::string name_of(pop::DType dtype) {
+  return dtype == pop::DType::f32 ? "f32" : dtype == pop::DType::bf16 ? "bf16" : "f16";
+}
+
 inline float round_to(pop::DType dtype, float value) {
   switch (dtype) {
     case pop::DType::f32:
