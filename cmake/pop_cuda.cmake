@@ -26,7 +26,6 @@ function(pop_add_cuda_shim)
   target_compile_definitions(pop_cuda PUBLIC POP_WITH_CUDA POP_CUDA_SHIM)
 
   set(checks
-    tests/cuda_shim/check_attention.cpp
     tests/cuda_shim/check_embed.cpp
     tests/cuda_shim/check_gated_act.cpp
     tests/cuda_shim/check_kv_project_sm90.cpp
@@ -34,8 +33,7 @@ function(pop_add_cuda_shim)
     tests/cuda_shim/check_main.cpp
     tests/cuda_shim/check_place_rows.cpp
     tests/cuda_shim/check_rms_norm.cpp
-    tests/cuda_shim/check_rope_cache_write.cpp
-    tests/cuda_shim/check_skinny_gemm.cpp)
+    tests/cuda_shim/check_rope_cache_write.cpp)
   find_package(Threads REQUIRED)
   add_executable(cuda_checks ${checks})
   target_link_libraries(cuda_checks PRIVATE pop_cuda pop_core Threads::Threads)

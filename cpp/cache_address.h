@@ -27,10 +27,15 @@ POP_HD int64_t cache_slot(const CacheAddress& address, int64_t sequence, int64_t
                                        : address.start[sequence] + position;
 }
 
+// Offset in elements of channel 0 of (sequence, head, slot).
+POP_HD int64_t slot_offset(const CacheStrides& strides, int64_t sequence, int64_t head, int64_t slot) {
+  return sequence * strides.batch + head * strides.head + slot * strides.slot;
+}
+
 // Offset in elements of channel 0 of (sequence, head, position).
 POP_HD int64_t cache_offset(const CacheStrides& strides, const CacheAddress& address, int64_t sequence, int64_t head,
                             int64_t position) {
-  return sequence * strides.batch + head * strides.head + cache_slot(address, sequence, position) * strides.slot;
+  return slot_offset(strides, sequence, head, cache_slot(address, sequence, position));
 }
 
 }  // namespace pop

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/launch.cuh"
 #include "row_math.h"
@@ -58,6 +59,59 @@ __device__ __forceinline__ void store(T* to, const float (&from)[count]) {
 #pragma unroll
   for (int i = 0; i < count; ++i) elements.at[i] = from_float<T>(from[i]);
   *reinterpret_cast<Elements<T, count>*>(to) = elements;
+}
+
+// kPack<T> elements as they lie in memory: held so, a row takes half the registers of its fp32 values.
+struct alignas(16) Pack {
+  uint32_t words[4];
+};
+
+template <class T>
+__device__ __forceinline__ Pack load_pack(const T* from) {
+  return *reinterpret_cast<const Pack*>(from);
+}
+
+template <class T>
+__device__ __forceinline__ void store_pack(T* to, const Pack& pack) {
+  *reinterpret_cast<Pack*>(to) = pack;
+}
+
+template <class T>
+__device__ __forceinline__ void unpack(const Pack& pack, float (&to)[kPack<T>]) {
+#pragma unroll
+  for (int i = 0; i < kPack<T>; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      to[i] = lane_cast<float>(pack.words[i]);
+    } else {
+      to[i] = to_float(T{static_cast<uint16_t>(pack.words[i / 2] >> (i % 2 * 16))});
+    }
+  }
+}
+
+// Two rounded elements in a word. On a device one conversion does both; two of one element each,
+// whose results are used again, go through a unit of a quarter of the rate.
+template <class T>
+__device__ __forceinline__ uint32_t pair_bits(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<T, BFloat16>) return lane_cast<uint32_t>(__floats2bfloat162_rn(low, high));
+  if constexpr (std::is_same_v<T, Float16>) return lane_cast<uint32_t>(__floats2half2_rn(low, high));
+#else
+  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ Pack packed(const float (&from)[kPack<T>]) {
+  Pack pack;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      pack.words[i] = lane_cast<uint32_t>(from[i]);
+    } else {
+      pack.words[i] = pair_bits<T>(from[2 * i], from[2 * i + 1]);
+    }
+  }
+  return pack;
 }
 
 // Runs `call(T{})` with the element type of `dtype`.

@@ -19,6 +19,10 @@ struct Check {
   Check(const char* name, void (*run)());
 };
 
+inline std::string name_of(pop::DType dtype) {
+  return dtype == pop::DType::f32 ? "f32" : dtype == pop::DType::bf16 ? "bf16" : "f16";
+}
+
 inline float round_to(pop::DType dtype, float value) {
   switch (dtype) {
     case pop::DType::f32:
@@ -39,7 +43,10 @@ class Buffer {
 
   // `offset` elements more before the first one, to test alignment.
   Buffer(pop::DType dtype, int64_t count, int64_t offset = 0)
-      : dtype_(dtype), count_(count), first_(kGuard + offset), bytes_((count + offset + 2 * kGuard) * element() + 64) {
+      : dtype_(dtype),
+        count_(count),
+        first_(kGuard + offset),
+        lines_((count + offset + 2 * kGuard) * element() / sizeof(Line) + 1) {
     for (int64_t i = -first_; i < count_ + kGuard; ++i) set(i, kSentinel);
   }
 
@@ -85,11 +92,15 @@ class Buffer {
 
  private:
   int64_t element() const { return dtype_ == pop::DType::f32 ? 4 : 2; }
-  char* base() { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(bytes_.data()) + 63) / 64 * 64); }
+  char* base() { return lines_.front().bytes; }
+
+  struct alignas(64) Line {
+    char bytes[64];
+  };
 
   pop::DType dtype_;
   int64_t count_, first_;
-  std::vector<char> bytes_;
+  std::vector<Line> lines_;
 };
 
 // `buffer` holds `expected` within |error| <= absolute + relative * |expected|, and its guards are intact.

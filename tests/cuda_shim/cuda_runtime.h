@@ -92,6 +92,11 @@ T __ldcs(const T* from) {
   return *from;
 }
 
+template <class T>
+void __stwt(T* to, T value) {
+  std::atomic_ref<T>(*to).store(value);
+}
+
 inline int atomicExch(int* to, int value) { return std::atomic_ref<int>(*to).exchange(value); }
 inline int atomicAdd(int* to, int value) { return std::atomic_ref<int>(*to).fetch_add(value); }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }

@@ -1,0 +1,178 @@
+// Residual add and RMSNorm:
+//   x += delta + delta_bias;  rstd = 1 / sqrt(mean(x^2) + eps);  out = x * rstd * weight
+// The sum is rounded to the dtype and stored before its norm is taken, as the stock model does.
+//
+// Floor: a row of x read, a row of out written; with delta one row more each way. A block takes a
+// row and keeps it in registers between the sum and the scaling. How a row is cut depends on its
+// width alone, so that a row gives the same bits whatever comes with it.
+#include <algorithm>
+
+#include "cuda/elements.cuh"
+#include "cuda/launch.cuh"
+
+namespace pop::cuda {
+
+namespace {
+
+constexpr int kMaxThreads = 512;
+
+// Over a block of whole warps; once a kernel, as `partial` is not freed for another use.
+__device__ __forceinline__ float sum_over_block(float value, float* partial) {
+  value = warp_sum(value);
+  const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
+  if (warps == 1) return value;
+  if (lane == 0) partial[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  return warp_sum(lane < warps ? partial[lane] : 0.0f);
+}
+
+// A row's address in each operand of the block, null where the operand is.
+template <class T>
+struct Row {
+  T* x;
+  const T* delta;
+  const T* bias;
+  const T* weight;
+  T* out;
+
+  __device__ __forceinline__ explicit Row(const RmsNormParams& p)
+      : x(static_cast<T*>(p.x) + blockIdx.x * p.x_stride),
+        delta(p.delta == nullptr ? nullptr : static_cast<const T*>(p.delta) + blockIdx.x * p.delta_stride),
+        bias(static_cast<const T*>(p.delta_bias)),
+        weight(p.out == nullptr ? nullptr : static_cast<const T*>(p.weight)),
+        out(p.out == nullptr ? nullptr : static_cast<T*>(p.out) + blockIdx.x * p.out_stride) {}
+};
+
+template <int count>
+__device__ __forceinline__ float squares(const float (&x)[count]) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int e = 0; e < count; ++e) sum += x[e] * x[e];
+  return sum;
+}
+
+// x += delta + bias[i...], before rounding; bias may be null.
+template <class T, int count>
+__device__ __forceinline__ void add(float (&x)[count], const float (&delta)[count], const T* bias, int64_t i) {
+  float offset[count] = {};
+  if (bias != nullptr) load(bias + i, offset);
+#pragma unroll
+  for (int e = 0; e < count; ++e) x[e] += delta[e] + offset[e];
+}
+
+// A row of up to `packs` packs of 16 bytes a thread. Every load, of the weight too, is on its way
+// before the first result is used.
+template <class T, int packs>
+__global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormParams p) {
+  __shared__ float partial[kWarp];
+  const Row<T> row(p);
+  const int width = static_cast<int>(p.width);
+  const int first = threadIdx.x * kPack<T>, step = blockDim.x * kPack<T>;
+  Pack x[packs] = {}, delta[packs] = {}, weight[packs] = {};
+#pragma unroll
+  for (int j = 0; j < packs; ++j) {
+    const int i = first + j * step;
+    if (i >= width) continue;
+    x[j] = load_pack(row.x + i);
+    if (row.delta != nullptr) delta[j] = load_pack(row.delta + i);
+    if (row.weight != nullptr) weight[j] = load_pack(row.weight + i);
+  }
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < packs; ++j) {
+    const int i = first + j * step;
+    float value[kPack<T>];
+    unpack<T>(x[j], value);
+    if (row.delta != nullptr && i < width) {
+      float addend[kPack<T>];
+      unpack<T>(delta[j], addend);
+      add(value, addend, row.bias, i);
+      x[j] = packed<T>(value);
+      store_pack(row.x + i, x[j]);
+      unpack<T>(x[j], value);
+    }
+    sum += squares(value);
+  }
+  const float rstd = rms_scale(sum_over_block(sum, partial), p.width, p.eps);
+  if (threadIdx.x == 0 && p.rstd != nullptr) p.rstd[blockIdx.x] = rstd;
+  if (row.out == nullptr) return;
+#pragma unroll
+  for (int j = 0; j < packs; ++j) {
+    const int i = first + j * step;
+    if (i >= width) continue;
+    float value[kPack<T>], gamma[kPack<T>];
+    unpack<T>(x[j], value);
+    unpack<T>(weight[j], gamma);
+#pragma unroll
+    for (int e = 0; e < kPack<T>; ++e) value[e] = row.weight == nullptr ? value[e] * rstd : value[e] * rstd * gamma[e];
+    store_pack(row.out + i, packed<T>(value));
+  }
+}
+
+// A row of any width, `count` elements at a time: x is read again for the scaling, by the thread that stored it.
+template <class T, int count>
+__global__ void __launch_bounds__(kMaxThreads) rms_norm_loop_kernel(const RmsNormParams p) {
+  __shared__ float partial[kWarp];
+  const Row<T> row(p);
+  const int64_t first = threadIdx.x * count, step = static_cast<int64_t>(blockDim.x) * count;
+  float sum = 0.0f;
+  for (int64_t i = first; i < p.width; i += step) {
+    float value[count];
+    load(row.x + i, value);
+    if (row.delta != nullptr) {
+      float addend[count];
+      load(row.delta + i, addend);
+      add(value, addend, row.bias, i);
+      store(row.x + i, value);
+      load(row.x + i, value);  // as rounded
+    }
+    sum += squares(value);
+  }
+  const float rstd = rms_scale(sum_over_block(sum, partial), p.width, p.eps);
+  if (threadIdx.x == 0 && p.rstd != nullptr) p.rstd[blockIdx.x] = rstd;
+  if (row.out == nullptr) return;
+  for (int64_t i = first; i < p.width; i += step) {
+    float value[count], gamma[count];
+    load(row.x + i, value);
+    if (row.weight != nullptr) load(row.weight + i, gamma);
+#pragma unroll
+    for (int e = 0; e < count; ++e) value[e] = row.weight == nullptr ? value[e] * rstd : value[e] * rstd * gamma[e];
+    store(row.out + i, value);
+  }
+}
+
+// Threads for a row of `pieces`, up to `a_thread` of them each.
+unsigned threads_for(int64_t pieces, int64_t a_thread) {
+  return static_cast<unsigned>(std::min<int64_t>(ceil_div(ceil_div(pieces, a_thread), kWarp) * kWarp, kMaxThreads));
+}
+
+bool in_packs(const RmsNormParams& p, int64_t element) {
+  const auto rows_aligned = [&](const void* base, int64_t stride) {
+    return base == nullptr || is_aligned(base, stride, element);
+  };
+  return p.width * element % 16 == 0 && rows_aligned(p.x, p.x_stride) && rows_aligned(p.delta, p.delta_stride) &&
+         rows_aligned(p.out, p.out_stride) && rows_aligned(p.delta_bias, 0) && rows_aligned(p.weight, 0);
+}
+
+template <class T>
+void launch_rms_norm_of(const RmsNormParams& p, Stream stream) {
+  const dim3 grid(static_cast<unsigned>(p.rows));
+  const auto run = [&](auto kernel, int64_t pieces, int64_t a_thread) {
+    launch("rms_norm", kernel, grid, dim3(threads_for(pieces, a_thread)), 0, stream, p);
+  };
+  if (!in_packs(p, sizeof(T))) return run(rms_norm_loop_kernel<T, 1>, p.width, 1);
+  const int64_t packs = p.width / kPack<T>;
+  if (packs <= 256) return run(rms_norm_kernel<T, 1>, packs, 1);
+  if (packs <= 512) return run(rms_norm_kernel<T, 2>, packs, 2);
+  if (packs <= 4 * kMaxThreads) return run(rms_norm_kernel<T, 4>, packs, 4);
+  run(rms_norm_loop_kernel<T, kPack<T>>, packs, 1);
+}
+
+}  // namespace
+
+void launch_rms_norm(const RmsNormParams& p, Stream stream) {
+  if (p.rows == 0 || p.width == 0) return;
+  with_element(p.dtype, [&](auto element) { launch_rms_norm_of<decltype(element)>(p, stream); });
+}
+
+}  // namespace pop::cuda

@@ -1,0 +1,357 @@
+// The way of q, k and v from their projections to attention, a head at a time and in fp32 until the
+// one rounding at the end: row scale, bias, per-head RMSNorm, RoPE; q stays where it is, k and v go
+// to the cache. For one layer with its q, or for the k and v of every layer of a run.
+//
+// Floor: q, k and v read and written once, (heads + 2 * kv_heads) * head_dim elements a row and way;
+// for a run layers * 2 * kv_heads * head_dim. cos and sin, rotary_dim floats a row, and the tables
+// of rows are read besides.
+//
+// A head belongs to a group of lanes. A lane holds two runs of `count` channels, which for a channel
+// that turns are a run and its partner half the rotary width on, and keeps their cos and sin from
+// one head of the row to the next.
+#include <algorithm>
+#include <bit>
+
+#include "cuda/elements.cuh"
+#include "cuda/launch.cuh"
+
+namespace pop::cuda {
+
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kBlocksToFit = 8;    // on a multiprocessor, by their registers
+constexpr int kLayersAtOnce = 32;  // with the rest under the 4 KiB that every driver takes as parameters
+constexpr int kMostHeadsAGroup = 4;
+constexpr int64_t kThreadsToFill = 1 << 18;  // about what the largest device holds at once
+
+struct LayerHeads {
+  const void *k_bias, *v_bias, *k_norm;  // or null
+  LayerCache cache;
+};
+
+// The heads of a row in the order that groups take them: `heads` of q, then of each layer `kv_heads`
+// of k and as many of v.
+template <int max_layers>
+struct HeadsWork {
+  int heads, kv_heads, layers, head_dim, half;  // half: of the channels that turn
+  bool any_norm;
+  int64_t first_row;
+  void* q;
+  int64_t q_stride;
+  const void* q_bias;
+  const void* q_norm;
+  const void *k, *v;  // of the first layer; a layer's follow the last one's by 2 * kv_heads * head_dim
+  int64_t kv_stride;
+  float norm_eps;
+  const float* row_scale;
+  const int64_t *row_sequence, *row_position;
+  const float *cos, *sin;
+  CacheAddress address;
+  LayerHeads layer[max_layers];
+};
+
+template <class T>
+struct Head {
+  const T* raw;
+  const T* bias;  // or null
+  const T* norm;  // or null
+  T* out;
+  float scale;
+  bool turns;
+};
+
+template <class T>
+__device__ __forceinline__ const T* at(const void* base, int64_t offset) {
+  return base == nullptr ? nullptr : static_cast<const T*>(base) + offset;
+}
+
+// What all heads of a row have in common.
+struct Place {
+  int64_t row;  // of q, k and v
+  int64_t sequence, slot;
+  float scale;
+
+  template <int max_layers>
+  __device__ __forceinline__ Place(const HeadsWork<max_layers>& p, int64_t row_) : row(row_) {
+    sequence = p.row_sequence[p.first_row + row];
+    slot = cache_slot(p.address, sequence, p.row_position[p.first_row + row]);
+    scale = p.row_scale == nullptr ? 1.0f : p.row_scale[row];
+  }
+};
+
+// Where head `h` of the row comes from and goes to.
+template <class T, int max_layers>
+__device__ __forceinline__ Head<T> head_of(const HeadsWork<max_layers>& p, const Place& place, int h) {
+  if (h < p.heads) {
+    const int channel = h * p.head_dim;
+    T* q = static_cast<T*>(p.q) + (place.row * p.q_stride + channel);
+    return {q, at<T>(p.q_bias, channel), static_cast<const T*>(p.q_norm), q, 1.0f, true};
+  }
+  const int kv = h - p.heads;
+  const int j = max_layers == 1 ? 0 : kv / (2 * p.kv_heads), of_layer = kv - j * 2 * p.kv_heads;
+  const bool is_k = of_layer < p.kv_heads;
+  const int head = is_k ? of_layer : of_layer - p.kv_heads, channel = head * p.head_dim;
+  const LayerHeads& layer = p.layer[j];
+  const T* raw = static_cast<const T*>(is_k ? p.k : p.v);
+  T* cache = static_cast<T*>(is_k ? layer.cache.key : layer.cache.value);
+  const CacheStrides& strides = is_k ? layer.cache.key_strides : layer.cache.value_strides;
+  return {raw + (place.row * p.kv_stride + j * 2 * p.kv_heads * p.head_dim + channel),
+          at<T>(is_k ? layer.k_bias : layer.v_bias, channel),
+          is_k ? static_cast<const T*>(layer.k_norm) : nullptr,
+          cache + slot_offset(strides, place.sequence, head, place.slot),
+          place.scale,
+          is_k};
+}
+
+// Tells the compiler what it cannot see of a pointer chosen among several: that it is to global memory.
+template <class T>
+__device__ __forceinline__ T* global(T* pointer) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
+// 16 bytes at a time, as the tables of cos and sin are aligned to no more.
+template <int count>
+__device__ __forceinline__ void load_angles(const float* from, float (&to)[count]) {
+  constexpr int step = count < 4 ? count : 4;
+#pragma unroll
+  for (int first = 0; first < count; first += step) {
+    float four[step];
+    load(from + first, four);
+#pragma unroll
+    for (int e = 0; e < step; ++e) to[first + e] = four[e];
+  }
+}
+
+// The two runs of channels that a lane holds of a head, before or after they are turned.
+template <int count>
+struct Runs {
+  float first[count], second[count];
+};
+
+// Item `i` of the heads of a row: which runs they are, and their angles.
+template <int count>
+struct Item {
+  int first, second;  // channels they begin at
+  bool turns, has_second;
+  float cos[count], sin[count];
+
+  template <int max_layers>
+  __device__ __forceinline__ Item(const HeadsWork<max_layers>& p, int64_t row, int i) : cos{}, sin{} {
+    turns = i * count < p.half;
+    first = turns ? i * count : 2 * i * count;
+    second = turns ? first + p.half : first + count;
+    has_second = second < p.head_dim;
+    if (!turns) return;
+    const int64_t angle = (p.first_row + row) * p.half + first;
+    load_angles(p.cos + angle, cos);
+    load_angles(p.sin + angle, sin);
+  }
+
+  // raw * scale + bias.
+  template <class T>
+  __device__ __forceinline__ void load_projected(const Head<T>& head, Runs<count>& runs) const {
+    load(global(head.raw) + first, runs.first);
+    if (has_second) load(global(head.raw) + second, runs.second);
+#pragma unroll
+    for (int e = 0; e < count; ++e) {
+      runs.first[e] *= head.scale;
+      runs.second[e] *= head.scale;
+    }
+    if (head.bias == nullptr) return;
+    float first_bias[count], second_bias[count] = {};
+    load(global(head.bias) + first, first_bias);
+    if (has_second) load(global(head.bias) + second, second_bias);
+#pragma unroll
+    for (int e = 0; e < count; ++e) {
+      runs.first[e] += first_bias[e];
+      runs.second[e] += second_bias[e];
+    }
+  }
+
+  template <class T>
+  __device__ __forceinline__ void finish(const Head<T>& head, float rstd, Runs<count>& runs) const {
+    if (head.norm != nullptr) {
+      float first_norm[count], second_norm[count] = {};
+      load(global(head.norm) + first, first_norm);
+      if (has_second) load(global(head.norm) + second, second_norm);
+#pragma unroll
+      for (int e = 0; e < count; ++e) {
+        runs.first[e] *= rstd * first_norm[e];
+        runs.second[e] *= rstd * second_norm[e];
+      }
+    }
+    if (turns && head.turns) {
+#pragma unroll
+      for (int e = 0; e < count; ++e) rope_rotate(runs.first[e], runs.second[e], cos[e], sin[e]);
+    }
+    store(global(head.out) + first, runs.first);
+    if (has_second) store(global(head.out) + second, runs.second);
+  }
+};
+
+template <int count>
+__device__ __forceinline__ float squares(const Runs<count>& runs) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int e = 0; e < count; ++e) sum += runs.first[e] * runs.first[e] + runs.second[e] * runs.second[e];
+  return sum;
+}
+
+// A row a blockIdx.x; threadIdx.x goes over the lanes of a group (a power of two, within a warp),
+// threadIdx.y over the groups. Every lane goes through every step, as a sum over a group needs
+// whole warps.
+template <class T, int count, int max_layers>
+__global__ void __launch_bounds__(kThreads, kBlocksToFit)
+    heads_kernel(const __grid_constant__ HeadsWork<max_layers> p) {
+  const int total = p.heads + p.layers * 2 * p.kv_heads;
+  const int items = (p.head_dim + 2 * count - 1) / (2 * count);
+  const int lane = threadIdx.x, lanes = blockDim.x, groups = blockDim.y;
+  const Item<count> item(p, blockIdx.x, lane);
+  const Place place(p, blockIdx.x);
+  for (int first = blockIdx.y * groups; first < total; first += gridDim.y * groups) {
+    const int h = first + threadIdx.y;
+    const int end = h < total ? items : 0;  // of the items of this group's head
+    const Head<T> head = head_of<T>(p, place, h < total ? h : first);
+    Runs<count> runs{};
+    if (lane < end) item.load_projected(head, runs);
+    float rstd = 1.0f;
+    if (p.any_norm) {
+      float sum = squares(runs);
+      if constexpr (count == 1) {  // a wide head: more items than lanes
+        for (int i = lane + lanes; i < end; i += lanes) {
+          Runs<count> more{};
+          Item<count>(p, blockIdx.x, i).load_projected(head, more);
+          sum += squares(more);
+        }
+      }
+      for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+      rstd = rms_scale(sum, p.head_dim, p.norm_eps);
+    }
+    if (lane < end) item.finish(head, rstd, runs);
+    if constexpr (count == 1) {
+      for (int i = lane + lanes; i < end; i += lanes) {
+        Runs<count> more{};
+        const Item<count> wide(p, blockIdx.x, i);
+        wide.load_projected(head, more);
+        wide.finish(head, rstd, more);
+      }
+    }
+  }
+}
+
+// Can heads be moved 16 bytes at a time, with an item a lane?
+template <class T, int max_layers>
+bool in_packs(const HeadsWork<max_layers>& w) {
+  const int count = kPack<T>;
+  const auto aligned = [](const void* base, int64_t stride = 0) { return is_aligned(base, stride, sizeof(T)); };
+  const auto cache_aligned = [&](const void* base, const CacheStrides& strides) {
+    return aligned(base, strides.batch) && aligned(base, strides.head) && aligned(base, strides.slot);
+  };
+  bool all = w.head_dim % count == 0 && w.half % count == 0 && w.head_dim <= kWarp * 2 * count && aligned(w.cos) &&
+             aligned(w.sin) && aligned(w.q_bias) && aligned(w.q_norm);
+  if (w.heads > 0) all = all && aligned(w.q, w.q_stride);
+  if (w.layers > 0) all = all && aligned(w.k, w.kv_stride) && aligned(w.v, w.kv_stride);
+  for (int j = 0; j < w.layers; ++j) {
+    const LayerHeads& layer = w.layer[j];
+    all = all && aligned(layer.k_bias) && aligned(layer.v_bias) && aligned(layer.k_norm) &&
+          cache_aligned(layer.cache.key, layer.cache.key_strides) &&
+          cache_aligned(layer.cache.value, layer.cache.value_strides);
+  }
+  return all;
+}
+
+// Few rows spread over as many threads as they can; where rows alone fill the device, a group takes
+// a few heads of its row in turn.
+template <class T, int count, int max_layers>
+void launch_with(HeadsWork<max_layers> work, int64_t rows, Stream stream) {
+  const int64_t items = ceil_div(work.head_dim, 2 * count);
+  const int64_t group = std::bit_ceil(static_cast<uint64_t>(std::min<int64_t>(items, kWarp)));
+  const int64_t lanes = (work.heads + static_cast<int64_t>(work.layers) * 2 * work.kv_heads) * group;
+  if (lanes == 0) return;
+  const int64_t in_turn = std::clamp<int64_t>(rows * lanes / kThreadsToFill, 1, kMostHeadsAGroup);
+  const int64_t threads = std::min<int64_t>(ceil_div(ceil_div(lanes, in_turn), kWarp) * kWarp, kThreads);
+  const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>(ceil_div(lanes, in_turn * threads)));
+  const dim3 block(static_cast<unsigned>(group), static_cast<unsigned>(threads / group));
+  launch("rope_cache_write", heads_kernel<T, count, max_layers>, grid, block, 0, stream, work);
+}
+
+template <int max_layers>
+void launch_heads(DType dtype, const HeadsWork<max_layers>& work, int64_t rows, Stream stream) {
+  static_assert(sizeof(work) <= 4096);
+  with_element(dtype, [&](auto element) {
+    using T = decltype(element);
+    if (in_packs<T>(work)) return launch_with<T, kPack<T>>(work, rows, stream);
+    launch_with<T, 1>(work, rows, stream);
+  });
+}
+
+// What both launchers' parameters have under one name.
+template <int max_layers, class Params>
+HeadsWork<max_layers> work_of(const Params& p) {
+  HeadsWork<max_layers> work{};
+  work.kv_heads = static_cast<int>(p.kv_heads);
+  work.head_dim = static_cast<int>(p.head_dim);
+  work.half = static_cast<int>(p.rotary_dim / 2);
+  work.first_row = p.first_row;
+  work.kv_stride = p.kv_stride;
+  work.row_sequence = p.batch->row_sequence;
+  work.row_position = p.batch->row_position;
+  work.cos = p.batch->cos;
+  work.sin = p.batch->sin;
+  work.address = p.batch->address;
+  return work;
+}
+
+const void* layer_or_null(const void* const* list, int64_t layer) { return list == nullptr ? nullptr : list[layer]; }
+
+// Layers [first, first + count) of a run.
+template <int max_layers>
+void launch_layers(const KvEpilogueParams& p, int64_t first, int64_t count, Stream stream) {
+  const int64_t element = p.dtype == DType::f32 ? 4 : 2, kv_bytes = p.kv_heads * p.head_dim * element;
+  HeadsWork<max_layers> work = work_of<max_layers>(p);
+  work.layers = static_cast<int>(count);
+  work.k = static_cast<const char*>(p.kv) + first * 2 * kv_bytes;
+  work.v = static_cast<const char*>(work.k) + kv_bytes;
+  work.norm_eps = p.eps;
+  work.row_scale = p.rstd;
+  for (int64_t j = 0; j < count; ++j) {
+    work.layer[j] = {layer_or_null(p.k_bias, first + j), layer_or_null(p.v_bias, first + j),
+                     layer_or_null(p.k_norm, first + j), p.caches[first + j]};
+    work.any_norm |= work.layer[j].k_norm != nullptr;
+  }
+  launch_heads(p.dtype, work, p.rows, stream);
+}
+
+}  // namespace
+
+void launch_rope_cache_write(const RopeCacheWriteParams& p, Stream stream) {
+  if (p.rows == 0) return;
+  HeadsWork<1> work = work_of<1>(p);
+  work.heads = p.q == nullptr ? 0 : static_cast<int>(p.heads);
+  work.layers = p.k == nullptr ? 0 : 1;
+  work.any_norm = (p.q != nullptr && p.q_norm != nullptr) || p.k_norm != nullptr;
+  work.q = p.q;
+  work.q_stride = p.q_stride;
+  work.q_bias = p.q_bias;
+  work.q_norm = p.q_norm;
+  work.k = p.k;
+  work.v = p.v;
+  work.norm_eps = p.norm_eps;
+  work.row_scale = p.row_scale;
+  work.layer[0] = {p.k_bias, p.v_bias, p.k_norm, p.cache};
+  launch_heads(p.dtype, work, p.rows, stream);
+}
+
+void launch_kv_epilogue(const KvEpilogueParams& p, Stream stream) {
+  if (p.rows == 0) return;
+  if (p.layers == 1) return launch_layers<1>(p, 0, 1, stream);
+  for (int64_t first = 0; first < p.layers; first += kLayersAtOnce) {
+    launch_layers<kLayersAtOnce>(p, first, std::min<int64_t>(kLayersAtOnce, p.layers - first), stream);
+  }
+}
+
+}  // namespace pop::cuda

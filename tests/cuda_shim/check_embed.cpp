@@ -1,0 +1,76 @@
+#include <algorithm>
+
+#include "checks.h"
+#include "cuda/kernels.h"
+
+namespace {
+
+using namespace pop;
+using checks::Buffer;
+
+struct Case {
+  DType dtype;
+  int64_t rows, width;
+  bool with_ids;
+  int64_t extra_stride, offset;  // of the table: what makes it unaligned
+  bool stray_ids;
+};
+
+std::string name_of(const Case& c) {
+  return "embed " + checks::name_of(c.dtype) + " " + std::to_string(c.rows) + "x" + std::to_string(c.width) +
+         (c.with_ids ? " ids" : "") + " offset " + std::to_string(c.offset);
+}
+
+void run_case(const Case& c) {
+  constexpr int64_t kTableRows = 37;
+  std::mt19937 random(static_cast<unsigned>(c.rows * 1000 + c.width));
+  const int64_t stride = c.width + c.extra_stride;
+  Buffer table(c.dtype, kTableRows * stride, c.offset), out(c.dtype, c.rows * c.width);
+  table.fill_random(random);
+  std::vector<int64_t> ids(kTableRows), source(c.rows);
+  for (int64_t& id : ids) id = static_cast<int64_t>(random() % kTableRows);
+  for (int64_t& from : source) from = static_cast<int64_t>(random() % kTableRows);
+  if (c.stray_ids) {
+    ids[3] = -5;
+    ids[4] = kTableRows;
+    source[0] = 3;
+    if (c.rows > 1) source[1] = 4;
+  }
+  std::vector<float> expected;
+  for (int64_t row = 0; row < c.rows; ++row) {
+    const int64_t from = c.with_ids ? std::clamp<int64_t>(ids[source[row]], 0, kTableRows - 1) : source[row];
+    for (int64_t i = 0; i < c.width; ++i) expected.push_back(table.get(from * stride + i));
+  }
+  int32_t bad_id = 0;
+  cuda::launch_embed({.dtype = c.dtype,
+                      .rows = c.rows,
+                      .width = c.width,
+                      .vocab_size = c.with_ids ? kTableRows : 0,
+                      .ids = c.with_ids ? ids.data() : nullptr,
+                      .row_source = source.data(),
+                      .table = table.data(),
+                      .table_stride = stride,
+                      .out = out.data()},
+                     c.width == 19 ? nullptr : &bad_id, nullptr);
+  checks::expect_close(name_of(c), out, expected, 0.0f, 0.0f);
+  if (bad_id != (c.stray_ids && c.width != 19)) throw std::runtime_error(name_of(c) + ": bad_id");
+}
+
+void run() {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    run_case({dtype, 1, 1, true, 0, 0, false});
+    run_case({dtype, 2, 19, true, 0, 0, true});  // odd rows, no flag to raise
+    run_case({dtype, 9, 96, true, 0, 0, true});
+    run_case({dtype, 5, 96, true, 0, 1, false});   // unaligned base
+    run_case({dtype, 5, 96, false, 3, 0, false});  // unaligned rows
+    run_case({dtype, 5, 96, false, 16, 0, false});
+    run_case({dtype, 129, 64, false, 0, 0, false});
+    run_case({dtype, 2, 2600, true, 0, 0, true});
+    run_case({dtype, 1, 10000, true, 0, 0, false});  // more than a block holds at once
+    run_case({dtype, 0, 96, true, 0, 0, false});
+  }
+}
+
+const checks::Check check("embed", run);
+
+}  // namespace

@@ -1,0 +1,107 @@
+#include "checks.h"
+#include "cuda/kernels.h"
+
+namespace {
+
+using namespace pop;
+using checks::Buffer;
+
+struct Case {
+  DType dtype;
+  int64_t rows, width;
+  bool delta, delta_bias, weight, out, rstd;
+  int64_t extra_stride = 0;  // of x, delta and out
+  int64_t offset = 0;
+};
+
+std::string name_of(const Case& c) {
+  std::string name = "rms_norm " + checks::name_of(c.dtype) + " " + std::to_string(c.rows) + "x" +
+                     std::to_string(c.width) + " stride +" + std::to_string(c.extra_stride) + " offset " +
+                     std::to_string(c.offset);
+  for (const auto& [given, what] : {std::pair{c.delta, " delta"}, std::pair{c.delta_bias, " bias"},
+                                    std::pair{c.weight, " weight"}, std::pair{c.out, " out"}}) {
+    if (given) name += what;
+  }
+  return name;
+}
+
+void run_case(const Case& c) {
+  constexpr float kEps = 1e-3f;
+  std::mt19937 random(static_cast<unsigned>(c.rows * 7919 + c.width));
+  const int64_t x_stride = c.width + c.extra_stride, delta_stride = x_stride + c.extra_stride;
+  const auto vector = [&](int64_t count) {
+    Buffer buffer(c.dtype, count, c.offset);
+    buffer.fill_random(random);
+    return buffer;
+  };
+  Buffer x(c.dtype, c.rows * x_stride, c.offset), out(c.dtype, c.rows * x_stride, c.offset);
+  Buffer rstd(DType::f32, c.rows);
+  const Buffer delta = vector(c.rows * delta_stride), bias = vector(c.width), weight = vector(c.width);
+  std::vector<float> x_expected(x.count(), Buffer::kSentinel), out_expected(x_expected), rstd_expected;
+  for (int64_t row = 0; row < c.rows; ++row) {
+    float* sum = &x_expected[row * x_stride];
+    double squares = 0.0;
+    for (int64_t i = 0; i < c.width; ++i) {
+      x.set(row * x_stride + i, std::normal_distribution<float>(0.0f, 0.1f * (row + 1))(random));
+      sum[i] = x.get(row * x_stride + i);
+      if (c.delta) {
+        const float addend = delta.get(row * delta_stride + i) + (c.delta_bias ? bias.get(i) : 0.0f);
+        sum[i] = checks::round_to(c.dtype, sum[i] + addend);
+      }
+      squares += static_cast<double>(sum[i]) * sum[i];
+    }
+    const float scale = static_cast<float>(1.0 / std::sqrt(squares / static_cast<double>(c.width) + kEps));
+    rstd_expected.push_back(c.rstd ? scale : Buffer::kSentinel);
+    for (int64_t i = 0; i < c.width && c.out; ++i) {
+      out_expected[row * x_stride + i] = sum[i] * scale * (c.weight ? weight.get(i) : 1.0f);
+    }
+  }
+  cuda::launch_rms_norm({.dtype = c.dtype,
+                         .rows = c.rows,
+                         .width = c.width,
+                         .x = x.data(),
+                         .x_stride = x_stride,
+                         .delta = c.delta ? delta.data() : nullptr,
+                         .delta_stride = delta_stride,
+                         .delta_bias = c.delta_bias ? bias.data() : nullptr,
+                         .weight = c.weight ? weight.data() : nullptr,
+                         .eps = kEps,
+                         .out = c.out ? out.data() : nullptr,
+                         .out_stride = x_stride,
+                         .rstd = c.rstd ? static_cast<float*>(rstd.data()) : nullptr},
+                        nullptr);
+  const float rounding = checks::rounding(c.dtype);
+  checks::expect_close(name_of(c) + ": x", x, x_expected, 0.0f, 0.0f);
+  checks::expect_close(name_of(c) + ": out", out, out_expected, 1e-6f, rounding / 2 + 1e-5f);
+  checks::expect_close(name_of(c) + ": rstd", rstd, rstd_expected, 0.0f, 1e-5f);
+}
+
+void run() {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    // Every argument on and off, in registers (96) and element by element (19).
+    for (const int64_t width : {96, 19}) {
+      for (int given = 0; given < 32; ++given) {
+        run_case({dtype, 2, width, (given & 1) != 0, (given & 2) != 0, (given & 4) != 0, (given & 8) != 0,
+                  (given & 16) != 0});
+      }
+    }
+    run_case({dtype, 1, 1, true, true, true, true, true});
+    run_case({dtype, 3, 2, true, true, true, true, true});
+    run_case({dtype, 5, 111, true, false, true, true, false});
+    run_case({dtype, 2, 500, true, true, true, true, true, 4});
+    run_case({dtype, 2, 96, true, true, true, true, true, 0, 1});  // unaligned bases
+    run_case({dtype, 3, 96, true, true, true, true, true, 8});     // gaps between rows stay as they are
+    run_case({dtype, 3, 96, true, false, true, true, false, 3});   // unaligned rows
+    run_case({dtype, 2, 1500, true, true, true, true, true, 0, 1});
+    // One, two and four packs a thread, the last one cut short; then more than registers hold.
+    for (const int64_t width : {1016, 2048, 3000, 4096, 5000, 8192, 17000}) {
+      run_case({dtype, 1, width, true, true, true, true, true});
+      run_case({dtype, 2, width, false, false, width % 3 == 0, true, false});
+    }
+    run_case({dtype, 0, 96, true, true, true, true, true});
+  }
+}
+
+const checks::Check check("rms_norm", run);
+
+}  // namespace
