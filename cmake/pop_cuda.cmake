@@ -33,7 +33,8 @@ function(pop_add_cuda_shim)
     tests/cuda_shim/check_main.cpp
     tests/cuda_shim/check_place_rows.cpp
     tests/cuda_shim/check_rms_norm.cpp
-    tests/cuda_shim/check_rope_cache_write.cpp)
+    tests/cuda_shim/check_rope_cache_write.cpp
+    tests/cuda_shim/check_skinny_gemm.cpp)
   find_package(Threads REQUIRED)
   add_executable(cuda_checks ${checks})
   target_link_libraries(cuda_checks PRIVATE pop_cuda pop_core Threads::Threads)

@@ -1,12 +1,22 @@
-// out[m, n] = a[m, k] . w[n, k]^T for the few rows of a boundary step.
+// out = a . w^T for the few rows of a boundary step, up to three matrices w that share `a` a launch.
 //
-// Floor: the bytes of w, read once. A block of four warps takes four columns (rows of w); its warps share k, so
-// that a product of 4096 columns puts 4096 warps on the machine, 31 an SM on 132 SMs with 2 KiB of w each in
-// flight: 62 KiB an SM, where about 40 hide the latency of an H200's memory. Rows of a come from L1, for four
-// columns at a time. Past eight rows w is read again, from L2, and the FMA units become the limit: m FMAs an
-// element of w against 72 that memory feeds an SM's 128 a clock at eight rows.
+// Floor: the bytes of w, read once from HBM; a Llama-3.1-8B layer (436 MB in bf16) takes 101 us at the
+// 4.3 TB/s of an H200. 32 elements of w cost 8 to 36 instructions of address and conversion and 42 more
+// for each row of `a`: 13 an element at 8 rows, 90 % of what 132 SMs issue at 1.9 GHz while 16-bit weights
+// arrive at that rate. So about 8 rows are the crossover; at 16 the best this can do is 2.5 TB/s,
+// and a library GEMM on the tensor cores is the better choice. (Before sm_100 there is no packed
+// fp32 FMA, and products of 16-bit pairs would not accumulate in fp32.)
 //
-// An element's sum takes k in the same order whatever m is: a row's result does not depend on its neighbours.
+// A warp owns kColumns columns and a tile of rows. Its lanes walk along k, 16 bytes of each column a
+// step, one step ahead: 64 bytes in flight a thread. n = 4096 gives 1024 blocks of 128 threads; an SM
+// holds 8 of them for one row (64 KB in flight), 5 for up to 4 rows (40 KB) and 4 for up to 8 (32 KB), where
+// 4.3 TB/s times 800 ns of latency asks for 26 KB. w passes by the L1 cache, where `a` stays for all
+// warps of the SM. Of several tiles of rows those with the same columns are neighbours in the grid:
+// they run together, and w comes from HBM once, from L2 otherwise.
+//
+// Where columns are too few to fill the machine, up to kWarps warps of a block share them, a step
+// each in turn, and their sums meet in shared memory. That choice looks at n and k alone, and every
+// element is summed in one order whatever the tile: a row's bits do not depend on the other rows.
 #include <algorithm>
 
 #include "cuda/elements.cuh"
@@ -16,131 +26,234 @@ namespace pop::cuda {
 
 namespace {
 
+constexpr int kColumns = 4;  // of a warp
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kColumns = 4;  // of a block
-constexpr int kMaxProducts = 3;
+constexpr int64_t kManyWarps = 3072;  // 23 an SM of an H200: no need to share columns
+constexpr int64_t kShortPart = 512;   // elements along k that a warp should have at least
+
+// 4 blocks an SM leave a thread 128 registers.
+template <int kRows>
+inline constexpr int kBlocks = kRows == 1   ? 8
+                               : kRows == 4 ? 5
+                                            : 4;
 
 struct Product {
-  const void* w;
-  void* out;
-  int64_t w_stride, out_stride, n;
-  int64_t end_block;  // the first block past its columns
+  const void* a;  // [m, k]
+  const void* w;  // [n, k]
+  void* out;      // [m, n]
+  int64_t a_stride, w_stride, out_stride;
+  int64_t n;
+  int m, k;
+  int row_tiles;
+  int split;                   // warps that share columns: 1, 2 or 4
+  int first_block, end_block;  // block first_block + i: tile of rows i % row_tiles, group of columns i / row_tiles
 };
 
-struct Params {
+constexpr int kMaxProducts = 3;
+
+struct ProductList {
   Product products[kMaxProducts];
-  const void* a;
-  int64_t a_stride, m, k;
 };
 
-// Sums of kRows rows by kColumns columns over this thread's share of k, kWidth elements at a time.
-template <class T, int kRows, int kWidth>
-__device__ __forceinline__ void accumulate(const T* a, int64_t a_stride, const T* const (&w)[kColumns], int64_t k,
-                                           int rows, float (&sums)[kColumns][kRows]) {
-#pragma unroll 2
-  for (int64_t i = static_cast<int64_t>(threadIdx.x) * kWidth; i < k; i += kThreads * kWidth) {
-    float weights[kColumns][kWidth];
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) load<kWidth>(w[c] + i, weights[c]);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (r >= rows) break;
-      float values[kWidth];
-      load<kWidth>(a + r * a_stride + i, values);
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e) sums[c][r] += values[e] * weights[c][e];
-      }
+// ---- Kernel --------------------------------------------------------------------------------
+
+// `kCount` elements of T as they travel in registers: 16 bytes, or one element.
+template <class T, int kCount>
+struct Operand {
+  Elements<T, kCount> elements;
+
+  __device__ __forceinline__ void load(const T* from) {
+    elements = *reinterpret_cast<const Elements<T, kCount>*>(from);
+  }
+  // From memory that will not be read again.
+  __device__ __forceinline__ void load_once(const T* from) { load(from); }
+  __device__ __forceinline__ float value(int i) const { return to_float(elements.at[i]); }
+};
+
+// In words: the compiler keeps two elements a register.
+template <class T>
+struct Operand<T, kPack<T>> {
+  uint32_t words[4];
+
+  __device__ __forceinline__ void load(const T* from) { set(*reinterpret_cast<const uint4*>(from)); }
+  __device__ __forceinline__ void load_once(const T* from) { set(__ldcs(reinterpret_cast<const uint4*>(from))); }
+  __device__ __forceinline__ void set(uint4 all) {
+    words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
+  }
+  __device__ __forceinline__ float value(int i) const {
+    if constexpr (sizeof(T) == 4) {
+      return lane_cast<float>(words[i]);
+    } else {
+      return to_float(T{static_cast<uint16_t>(i % 2 == 0 ? words[i / 2] : words[i / 2] >> 16)});
     }
   }
-}
+};
 
-template <class T, int kRows, int kWidth>
-__global__ void __launch_bounds__(kThreads) skinny_gemm_kernel(const Params p) {
-  __shared__ float partial[kWarps][kColumns * kRows];
-  int which = 0;
-  while (static_cast<int64_t>(blockIdx.x) >= p.products[which].end_block) ++which;
-  const Product& product = p.products[which];
-  const int64_t first_block = which == 0 ? 0 : p.products[which - 1].end_block;
-  const int64_t column = (blockIdx.x - first_block) * kColumns;
-  const T* w[kColumns];
+// Sums of one lane: rows and columns of the tile, over the steps of this lane.
+template <class T, int kRows, int kCount>
+__device__ __forceinline__ void multiply(const Product& p, int row, int64_t column, int k, int step,
+                                         float (&sums)[kRows * kColumns]) {
+  const T* a = static_cast<const T*>(p.a) + row * p.a_stride + k;
+  const int rows = p.m - row, end = p.k;
+  const int64_t a_stride = p.a_stride;
+  const T* w[kColumns];  // the step ahead
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
-    // Past the last column the last one is read again, and not stored.
-    const int64_t row = column + c < product.n ? column + c : product.n - 1;
-    w[c] = static_cast<const T*>(product.w) + row * product.w_stride;
+    // Columns past the last one compute it again.
+    w[c] = static_cast<const T*>(p.w) + (column + c < p.n ? column + c : p.n - 1) * p.w_stride + k;
   }
-
-  for (int64_t row = 0; row < p.m; row += kRows) {
-    const int rows = p.m - row < kRows ? static_cast<int>(p.m - row) : kRows;
-    float sums[kColumns][kRows] = {};
-    accumulate<T, kRows, kWidth>(static_cast<const T*>(p.a) + row * p.a_stride, p.a_stride, w, p.k, rows, sums);
+  Operand<T, kCount> ahead[kColumns];
+  const auto load_ahead = [&] {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      ahead[c].load_once(w[c]);
+      w[c] += step;
+    }
+  };
+  if (k < end) load_ahead();
+#pragma unroll 1
+  for (; k < end; k += step, a += step) {
+    float w_here[kColumns][kCount];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const float sum = warp_sum(sums[c][r]);
-        if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp][c * kRows + r] = sum;
+      for (int i = 0; i < kCount; ++i) w_here[c][i] = ahead[c].value(i);
+    }
+    if (k + step < end) load_ahead();
+    const T* a_here = a;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (kRows > 1 && r >= rows) break;
+      Operand<T, kCount> a_row;
+      a_row.load(a_here);
+      a_here += a_stride;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const float a_value = a_row.value(i);
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          sums[r * kColumns + c] = fmaf(a_value, w_here[c][i], sums[r * kColumns + c]);
+        }
       }
     }
-    __syncthreads();
-    const int c = static_cast<int>(threadIdx.x) / kRows, r = static_cast<int>(threadIdx.x) % kRows;
-    if (c < kColumns && r < rows && column + c < product.n) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int warp = 0; warp < kWarps; ++warp) sum += partial[warp][c * kRows + r];
-      static_cast<T*>(product.out)[(row + r) * product.out_stride + column + c] = from_float<T>(sum);
-    }
-    __syncthreads();  // before the next rows' sums are put there
   }
 }
 
-template <class T, int kWidth>
-void launch_for_rows(const Params& p, int64_t blocks, Stream stream) {
-  const auto run = [&](auto kernel) {
-    launch("skinny_gemm", kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, p);
-  };
-  if (p.m == 1) {
-    run(skinny_gemm_kernel<T, 1, kWidth>);
-  } else if (p.m == 2) {
-    run(skinny_gemm_kernel<T, 2, kWidth>);
-  } else if (p.m <= 4) {
-    run(skinny_gemm_kernel<T, 4, kWidth>);
-  } else {
-    run(skinny_gemm_kernel<T, 8, kWidth>);
+// Sums of kValues values over the lanes of a warp: lane l returns that of value l / (32 / kValues). Each
+// round hands half of the values left to the other half of the lanes: kValues - 1 shuffles and a few,
+// where one sum after the other takes 5 * kValues. The tree is the same for any kValues.
+template <int kValues>
+__device__ __forceinline__ float sum_over_lanes(float (&values)[kValues]) {
+  const unsigned lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int width = kWarp / 2, left = kValues; width > 0; width /= 2) {
+    const bool upper = (lane & static_cast<unsigned>(width)) != 0;
+    left /= 2;
+#pragma unroll
+    for (int i = 0; i < kValues / 2; ++i) {
+      if (i >= left) break;
+      const float keep = upper ? values[i + left] : values[i];
+      const float give = upper ? values[i] : values[i + left];
+      values[i] = keep + __shfl_xor_sync(kAllLanes, give, width);
+    }
+    if (left == 0) values[0] += __shfl_xor_sync(kAllLanes, values[0], width);
   }
+  return values[0];
+}
+
+// kCount elements an access: kPack<T>, or 1 for operands that are not aligned.
+template <class T, int kRows, int kCount>
+__global__ void __launch_bounds__(kThreads, kBlocks<kRows>)
+    skinny_gemm_kernel(const __grid_constant__ ProductList list) {
+  constexpr int kValues = kRows * kColumns;
+  const int block = static_cast<int>(blockIdx.x);
+  int which = 0;
+  while (block >= list.products[which].end_block) ++which;
+  const Product& p = list.products[which];
+
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int part = warp % p.split, teams = kWarps / p.split;
+  const int row = (block - p.first_block) % p.row_tiles * kRows;
+  const int64_t first_column = static_cast<int64_t>((block - p.first_block) / p.row_tiles) * teams * kColumns;
+
+  float sums[kValues] = {};
+  const int64_t column = first_column + warp / p.split * kColumns;
+  multiply<T, kRows, kCount>(p, row, column, (part * kWarp + lane) * kCount, p.split * kWarp * kCount, sums);
+
+  __shared__ float partial[kWarps][kValues];
+  const float sum = sum_over_lanes(sums);
+  if (lane % (kWarp / kValues) == 0) partial[warp][lane / (kWarp / kValues)] = sum;
+  __syncthreads();
+  for (int i = threadIdx.x; i < teams * kValues; i += kThreads) {
+    const int team = i / kValues, r = i % kValues / kColumns, c = i % kColumns;
+    float total = 0.0f;
+    for (int w = 0; w < p.split; ++w) total += partial[team * p.split + w][i % kValues];
+    const int64_t to = first_column + team * kColumns + c;
+    if (row + r < p.m && to < p.n) {
+      static_cast<T*>(p.out)[(row + r) * p.out_stride + to] = from_float<T>(total);
+    }
+  }
+}
+
+// ---- Launcher ------------------------------------------------------------------------------
+
+int split_of(int64_t n, int64_t k) {
+  int split = 1;
+  while (split < kWarps && ceil_div(n, kColumns) * split < kManyWarps && k >= 2 * split * kShortPart) split *= 2;
+  return split;
+}
+
+template <class T, int kRows>
+void launch_tiles(const GemmParams* products, int64_t count, bool is_wide, Stream stream) {
+  ProductList list{};
+  int64_t blocks = 0;
+  for (int64_t i = 0; i < kMaxProducts; ++i) {
+    const GemmParams& p = products[std::min(i, count - 1)];
+    const int64_t row_tiles = ceil_div(p.m, kRows);
+    const int split = split_of(p.n, p.k);
+    const int64_t first_block = blocks;
+    if (i < count) blocks += row_tiles * ceil_div(p.n, kWarps / split * kColumns);
+    list.products[i] = {.a = p.a,
+                        .w = p.w,
+                        .out = p.out,
+                        .a_stride = p.a_stride,
+                        .w_stride = p.w_stride,
+                        .out_stride = p.out_stride,
+                        .n = p.n,
+                        .m = static_cast<int>(p.m),
+                        .k = static_cast<int>(p.k),
+                        .row_tiles = static_cast<int>(row_tiles),
+                        .split = split,
+                        .first_block = static_cast<int>(first_block),
+                        .end_block = static_cast<int>(blocks)};
+  }
+  if (blocks == 0) return;
+  const auto kernel = is_wide ? skinny_gemm_kernel<T, kRows, kPack<T>> : skinny_gemm_kernel<T, kRows, 1>;
+  launch("skinny_gemm", kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, list);
 }
 
 }  // namespace
 
 void launch_skinny_gemm(const GemmParams* products, int64_t count, Stream stream) {
-  if (count == 0 || products[0].m == 0) return;
-  const GemmParams& first = products[0];
-  Params p{};
-  p.a = first.a;
-  p.a_stride = first.a_stride;
-  p.m = first.m;
-  p.k = first.k;
-  const int64_t element = element_size(first.dtype);
-  bool packed = first.k * element % 16 == 0 && is_aligned(first.a, first.a_stride, element);
-  int64_t blocks = 0;
-  for (int64_t i = 0; i < kMaxProducts; ++i) {
-    if (i < count) {
-      blocks += ceil_div(products[i].n, kColumns);
-      packed = packed && is_aligned(products[i].w, products[i].w_stride, element);
-      p.products[i] = {products[i].w, products[i].out, products[i].w_stride, products[i].out_stride, products[i].n, 0};
+  if (count == 0) return;
+  if (count > kMaxProducts) throw std::runtime_error("pop: skinny_gemm: expected at most 3 products");
+  with_element(products[0].dtype, [&](auto element) {
+    using T = decltype(element);
+    bool is_wide = true;
+    int64_t rows = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const GemmParams& p = products[i];
+      is_wide = is_wide && p.k % kPack<T> == 0 && is_aligned(p.a, p.a_stride, sizeof(T)) &&
+                is_aligned(p.w, p.w_stride, sizeof(T));
+      rows = std::max(rows, p.m);
     }
-    p.products[i].end_block = blocks;
-  }
-  if (blocks == 0) return;
-  with_element(first.dtype, [&](auto element_type) {
-    using T = decltype(element_type);
-    if (packed) {
-      launch_for_rows<T, kPack<T>>(p, blocks, stream);
+    if (rows <= 1) {
+      launch_tiles<T, 1>(products, count, is_wide, stream);
+    } else if (rows <= 4) {
+      launch_tiles<T, 4>(products, count, is_wide, stream);
     } else {
-      launch_for_rows<T, 1>(p, blocks, stream);
+      launch_tiles<T, 8>(products, count, is_wide, stream);
     }
   });
 }

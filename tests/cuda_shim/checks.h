@@ -51,6 +51,7 @@ class Buffer {
   }
 
   void* data() { return base() + first_ * element(); }
+  const void* at(int64_t i) const { return static_cast<const char*>(data()) + i * element(); }
   const void* data() const { return const_cast<Buffer*>(this)->data(); }
   int64_t count() const { return count_; }
   pop::DType dtype() const { return dtype_; }
