@@ -40,27 +40,6 @@ __device__ __forceinline__ Float16 from_float<Float16>(float value) {
 template <class T>
 inline constexpr int kPack = 16 / sizeof(T);
 
-// `count` neighbouring elements, moved in one access: `count` * sizeof(T) bytes, aligned to as many.
-template <class T, int count>
-struct alignas(count * sizeof(T)) Elements {
-  T at[count];
-};
-
-template <int count, class T>
-__device__ __forceinline__ void load(const T* from, float (&to)[count]) {
-  const Elements<T, count> elements = *reinterpret_cast<const Elements<T, count>*>(from);
-#pragma unroll
-  for (int i = 0; i < count; ++i) to[i] = to_float(elements.at[i]);
-}
-
-template <int count, class T>
-__device__ __forceinline__ void store(T* to, const float (&from)[count]) {
-  Elements<T, count> elements;
-#pragma unroll
-  for (int i = 0; i < count; ++i) elements.at[i] = from_float<T>(from[i]);
-  *reinterpret_cast<Elements<T, count>*>(to) = elements;
-}
-
 // kPack<T> elements as they lie in memory: held so, a row takes half the registers of its fp32 values.
 struct alignas(16) Pack {
   uint32_t words[4];
@@ -112,6 +91,35 @@ __device__ __forceinline__ Pack packed(const float (&from)[kPack<T>]) {
     }
   }
   return pack;
+}
+
+// `count` neighbouring elements, moved in one access: `count` * sizeof(T) bytes, aligned to as many.
+template <class T, int count>
+struct alignas(count * sizeof(T)) Elements {
+  T at[count];
+};
+
+template <int count, class T>
+__device__ __forceinline__ void load(const T* from, float (&to)[count]) {
+  if constexpr (count == kPack<T>) {
+    unpack<T>(load_pack(from), to);
+  } else {
+    const Elements<T, count> elements = *reinterpret_cast<const Elements<T, count>*>(from);
+#pragma unroll
+    for (int i = 0; i < count; ++i) to[i] = to_float(elements.at[i]);
+  }
+}
+
+template <int count, class T>
+__device__ __forceinline__ void store(T* to, const float (&from)[count]) {
+  if constexpr (count == kPack<T>) {
+    store_pack(to, packed<T>(from));
+  } else {
+    Elements<T, count> elements;
+#pragma unroll
+    for (int i = 0; i < count; ++i) elements.at[i] = from_float<T>(from[i]);
+    *reinterpret_cast<Elements<T, count>*>(to) = elements;
+  }
 }
 
 // Runs `call(T{})` with the element type of `dtype`.

@@ -28,16 +28,18 @@ std::string name_of(const Case& c) {
 void run_case(const Case& c) {
   constexpr float kEps = 1e-3f;
   std::mt19937 random(static_cast<unsigned>(c.rows * 7919 + c.width));
-  const int64_t x_stride = c.width + c.extra_stride, delta_stride = x_stride + c.extra_stride;
+  const int64_t x_stride = c.width + c.extra_stride, delta_stride = x_stride + c.extra_stride,
+                out_stride = x_stride + 2 * c.extra_stride;
   const auto vector = [&](int64_t count) {
     Buffer buffer(c.dtype, count, c.offset);
     buffer.fill_random(random);
     return buffer;
   };
-  Buffer x(c.dtype, c.rows * x_stride, c.offset), out(c.dtype, c.rows * x_stride, c.offset);
+  Buffer x(c.dtype, c.rows * x_stride, c.offset), out(c.dtype, c.rows * out_stride, c.offset);
   Buffer rstd(DType::f32, c.rows);
   const Buffer delta = vector(c.rows * delta_stride), bias = vector(c.width), weight = vector(c.width);
-  std::vector<float> x_expected(x.count(), Buffer::kSentinel), out_expected(x_expected), rstd_expected;
+  std::vector<float> x_expected(x.count(), Buffer::kSentinel), out_expected(out.count(), Buffer::kSentinel),
+      rstd_expected;
   for (int64_t row = 0; row < c.rows; ++row) {
     float* sum = &x_expected[row * x_stride];
     double squares = 0.0;
@@ -53,7 +55,7 @@ void run_case(const Case& c) {
     const float scale = static_cast<float>(1.0 / std::sqrt(squares / static_cast<double>(c.width) + kEps));
     rstd_expected.push_back(c.rstd ? scale : Buffer::kSentinel);
     for (int64_t i = 0; i < c.width && c.out; ++i) {
-      out_expected[row * x_stride + i] = sum[i] * scale * (c.weight ? weight.get(i) : 1.0f);
+      out_expected[row * out_stride + i] = sum[i] * scale * (c.weight ? weight.get(i) : 1.0f);
     }
   }
   cuda::launch_rms_norm({.dtype = c.dtype,
@@ -67,7 +69,7 @@ void run_case(const Case& c) {
                          .weight = c.weight ? weight.data() : nullptr,
                          .eps = kEps,
                          .out = c.out ? out.data() : nullptr,
-                         .out_stride = x_stride,
+                         .out_stride = out_stride,
                          .rstd = c.rstd ? static_cast<float*>(rstd.data()) : nullptr},
                         nullptr);
   const float rounding = checks::rounding(c.dtype);

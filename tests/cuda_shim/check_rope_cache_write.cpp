@@ -16,15 +16,15 @@ struct Shape {
   int64_t first_row = 0;
   bool slot_table = false;
   bool heads_inside = false;  // caches [sequence, slot, head, channel] instead of [sequence, head, slot, channel]
-  int64_t pad = 0;            // elements more between rows of q, k, v and slots of the cache
-  int64_t offset = 0;         // of every base
+  int64_t q_pad = 0, kv_pad = 0, cache_pad = 0;  // elements more between rows, and between slots
+  int64_t offset = 0;                            // of every base
 };
 
 std::string name_of(const Shape& s) {
   return checks::name_of(s.dtype) + " rows " + std::to_string(s.rows) + " kv_heads " + std::to_string(s.kv_heads) +
          " head_dim " + std::to_string(s.head_dim) + " rotary " + std::to_string(s.rotary_dim) +
-         (s.slot_table ? " table" : "") + (s.heads_inside ? " [B,S,H,D]" : "") + " pad " + std::to_string(s.pad) +
-         " offset " + std::to_string(s.offset);
+         (s.slot_table ? " table" : "") + (s.heads_inside ? " [B,S,H,D]" : "") + " pad " + std::to_string(s.q_pad) +
+         "," + std::to_string(s.kv_pad) + "," + std::to_string(s.cache_pad) + " offset " + std::to_string(s.offset);
 }
 
 Buffer random_buffer(const Shape& s, int64_t count, std::mt19937& random) {
@@ -79,9 +79,9 @@ struct Cache {
   std::vector<float> expected;
 
   explicit Cache(const Shape& s)
-      : buffer(s.dtype, kSequences * (kCapacity * s.kv_heads) * (s.head_dim + s.pad), s.offset),
+      : buffer(s.dtype, kSequences * (kCapacity * s.kv_heads) * (s.head_dim + s.cache_pad), s.offset),
         expected(buffer.count(), Buffer::kSentinel) {
-    const int64_t step = s.head_dim + s.pad;
+    const int64_t step = s.head_dim + s.cache_pad;
     strides = {.batch = kCapacity * s.kv_heads * step,
                .head = s.heads_inside ? step : kCapacity * step,
                .slot = s.heads_inside ? s.kv_heads * step : step};
@@ -141,7 +141,7 @@ void run_rope(const Shape& s, int64_t heads, const Given& given) {
   std::mt19937 random(static_cast<unsigned>(s.rows * 131 + s.head_dim));
   const Rows rows(s, random);
   const int64_t kv_dim = s.kv_heads * s.head_dim, q_dim = heads * s.head_dim;
-  const int64_t q_stride = q_dim + s.pad, kv_stride = kv_dim + s.pad;
+  const int64_t q_stride = q_dim + s.q_pad, kv_stride = kv_dim + s.kv_pad;
   Buffer q = random_buffer(s, s.rows * q_stride, random);
   const Buffer q_before = q, k = random_buffer(s, s.rows * kv_stride, random);
   const Buffer v = random_buffer(s, s.rows * kv_stride, random), q_bias = random_buffer(s, q_dim, random);
@@ -209,7 +209,7 @@ void run_rope(const Shape& s, int64_t heads, const Given& given) {
 void run_epilogue(const Shape& s, int64_t layers, bool vectors, bool with_rstd) {
   std::mt19937 random(static_cast<unsigned>(s.rows * 131 + layers));
   const Rows rows(s, random);
-  const int64_t kv_dim = s.kv_heads * s.head_dim, stride = layers * 2 * kv_dim + s.pad;
+  const int64_t kv_dim = s.kv_heads * s.head_dim, stride = layers * 2 * kv_dim + s.kv_pad;
   const Buffer kv = random_buffer(s, s.rows * stride, random);
   Buffer rstd(DType::f32, s.rows);
   rstd.fill_random(random);
@@ -284,11 +284,15 @@ std::vector<Shape> shapes(DType dtype) {
        .first_row = 1,
        .slot_table = true,
        .heads_inside = true,
-       .pad = 8},
+       .q_pad = 8,
+       .kv_pad = 16,
+       .cache_pad = 8},
       {.dtype = dtype, .rows = 2, .kv_heads = 1, .head_dim = 8, .rotary_dim = 0},
       {.dtype = dtype, .rows = 2, .kv_heads = 3, .head_dim = 72, .rotary_dim = 16},  // an item of one run
       {.dtype = dtype, .rows = 2, .kv_heads = 2, .head_dim = 64, .rotary_dim = 64, .offset = 1},
-      {.dtype = dtype, .rows = 3, .kv_heads = 2, .head_dim = 64, .rotary_dim = 32, .first_row = 2, .pad = 3},
+      {.dtype = dtype, .rows = 3, .kv_heads = 2, .head_dim = 64, .rotary_dim = 32, .first_row = 2, .q_pad = 3},
+      {.dtype = dtype, .rows = 3, .kv_heads = 2, .head_dim = 64, .rotary_dim = 64, .kv_pad = 3},
+      {.dtype = dtype, .rows = 3, .kv_heads = 2, .head_dim = 64, .rotary_dim = 64, .cache_pad = 3},
       {.dtype = dtype, .rows = 3, .kv_heads = 2, .head_dim = 19, .rotary_dim = 6, .heads_inside = true},
       {.dtype = dtype, .rows = 1, .kv_heads = 1, .head_dim = 1, .rotary_dim = 0},
       {.dtype = dtype, .rows = 2, .kv_heads = 1, .head_dim = 72, .rotary_dim = 36},
