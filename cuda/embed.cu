@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads) embed_kernel(const Gather<Word> p) {
   const Word* from = p.table + source_row(p, row) * p.table_stride;
   Word* to = p.out + row * p.words;
   for (int64_t first = threadIdx.x; first < p.words; first += kAtOnce * blockDim.x) {
-    Word held[kAtOnce];
+    Word held[kAtOnce] = {};
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int64_t i = first + j * blockDim.x;
