@@ -26,6 +26,7 @@ function(pop_add_cuda_shim)
   target_compile_definitions(pop_cuda PUBLIC POP_WITH_CUDA POP_CUDA_SHIM)
 
   set(checks
+    tests/cuda_shim/check_attention.cpp
     tests/cuda_shim/check_embed.cpp
     tests/cuda_shim/check_gated_act.cpp
     tests/cuda_shim/check_kv_project_sm90.cpp

@@ -81,7 +81,7 @@ def _import_flash_attention() -> None:
 _load_library()
 _import_flash_attention()
 FOREIGN_UNKNOWN = _find_foreign()
-"""Operators of other libraries that are missing here, or of a schema this library does not know: name -> what is there."""
+"""Operators of other libraries that are missing here, or of an unknown schema: name -> what is there."""
 
 
 def changed_aten() -> dict[str, str]:

@@ -1,6 +1,6 @@
 #include <cuda_runtime.h>
-#include <csetjmp>
 #include <ucontext.h>
+#include <csetjmp>
 
 #include <algorithm>
 #include <array>

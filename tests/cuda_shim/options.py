@@ -1,0 +1,62 @@
+"""The switches of the CUDA backend change who computes, never what. Run by `make shim`, over the shim's library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pop_ext
+import pytest
+import torch
+from models import mistral, qwen2, tokens
+from op_calls import op_call, run_op
+
+LENGTHS = (70, 3, 33)
+
+
+@contextmanager
+def tuned(option: str, value: int) -> Iterator[None]:
+    before = torch.ops.pop.tune(option, value)
+    try:
+        yield
+    finally:
+        torch.ops.pop.tune(option, before)
+
+
+def results(native, boundary: int) -> list[torch.Tensor]:
+    call = op_call(
+        native,
+        [tokens(native.model, n, seed=n) for n in LENGTHS],
+        boundary=[min(boundary, n) for n in LENGTHS],
+        logits_to_keep=[1, 2, 1],
+    )
+    return [run_op(call), *call["key_cache"], *call["value_cache"]]
+
+
+@pytest.fixture(params=[mistral, qwen2], ids=["mistral", "qwen2"])
+def native(request):
+    model = request.param()
+    return pop_ext.load(model, pop_ext.Plan(model.config.num_hidden_layers, (1, 2, 4)))
+
+
+@pytest.mark.parametrize("boundary", [1, 17, 40])
+def test_boundary_rows_beside_the_projection_give_the_same_bits(native, boundary):
+    expected = results(native, boundary)
+    with tuned("overlap", 1):
+        actual = results(native, boundary)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("rows", [0, 64])
+def test_any_share_of_the_kernel_for_few_rows_gives_the_same_result(native, rows):
+    expected = results(native, 17)
+    with tuned("skinny_rows", rows):
+        actual = results(native, 17)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(RuntimeError, match=r"option: expected skinny_rows, overlap or fused_kv_project, got speed"):
+        torch.ops.pop.tune("speed", 1)
