@@ -18,6 +18,7 @@ from pop_ext import _core
 
 ROOT = Path(__file__).parents[1]
 CPP = ROOT / "cpp"
+SHIM = ROOT / "tests" / "cuda_shim"
 CORE = Path(_core.__file__)
 OPS = CORE.with_name("_ops.so")
 
@@ -46,7 +47,7 @@ def reachable(path: Path, seen: set[Path] | None = None) -> set[Path]:
     if path not in seen:
         seen.add(path)
         for include in includes(path):
-            places = [directory / include[1:] for directory in (path.parent, CPP, ROOT)]
+            places = [directory / include[1:] for directory in (path.parent, CPP, ROOT, SHIM)]
             if include.startswith('"'):
                 reachable(next(place for place in places if place.exists()), seen)
     return seen
