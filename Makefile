@@ -32,7 +32,7 @@ demo: $(FOR_DEMO)
 test: $(FOR_TEST)
 	$(RUN) -m pytest $(TESTS)
 
-CPP_FILES = git ls-files 'cpp/*.h' 'cpp/*.cpp' 'cuda/*.h' 'cuda/*.cuh' 'cuda/*.cu'
+CPP_FILES = git ls-files '*.h' '*.cpp' '*.cuh' '*.cu'
 
 lint: $(FOR_LINT)
 	$(PYTHON) -m ruff check .

@@ -24,7 +24,7 @@ constexpr int kKeysPerWarp = kWarp / kLanesPerKey;
 constexpr int kKeysPerBlock = kWarps * kKeysPerWarp;
 
 constexpr int kSegmentsAtOnce = 40;      // whose descriptions stay, with the rest, below 4 KiB of parameters
-constexpr int64_t kMinSplitKeys = 256;   // fewer are not worth a block
+constexpr int64_t kMinSplitKeys = 64;    // fewer are not worth a block
 constexpr int64_t kBlocksPerHead = 128;  // of a segment, where it has the keys for so many
 constexpr float kLog2e = 1.44269504f;
 

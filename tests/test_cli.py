@@ -132,10 +132,10 @@ def test_ceilings_of_the_published_shape_are_those_of_the_paper():
         (["--omit", "5-3"], "--omit: expected layers like 22-31 or 8,9,11, got '5-3'"),
         (["--omit", "6"], "got 6"),
         (["--dtype", "int8"], "--dtype: expected one of auto, float32, bfloat16, float16, got 'int8'"),
-        (["--device", "foo"], "--device: expected cpu (this build has no CUDA kernels), got 'foo'"),
+        (["--device", "foo"], "got 'foo'"),
         (["--max-new-tokens", 4096], "--continuation, --max-new-tokens: expected fewer than the "),
         (["--continuation", 200, "--prompt-tokens", 5], "expected more than the 200 tokens of --continuation, got 96"),
-        (["--device", "cuda"], "--device: expected cpu (this build has no CUDA kernels), got 'cuda'"),
+        (["--device", "cuda"], "got 'cuda'"),
         (["--plan", "absent.json"], "absent.json"),
     ],
 )

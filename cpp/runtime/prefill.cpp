@@ -10,6 +10,14 @@ namespace pop {
 
 namespace {
 
+// Rows of each chunk of the MLP: of about equal chunks, since a short last one reads all weights again for little.
+int64_t mlp_chunk(int64_t rows) {
+  constexpr int64_t kTile = 128;
+  const int64_t chunks = (rows + kMlpChunkRows - 1) / kMlpChunkRows;
+  const int64_t equal = (rows + chunks - 1) / chunks;
+  return std::min(kMlpChunkRows, (equal + kTile - 1) / kTile * kTile);
+}
+
 class StageRange {
  public:
   StageRange(StageObserver& observer, const char* stage) : observer_(observer) { observer_.begin(stage); }
@@ -164,7 +172,10 @@ std::vector<int64_t> Prefill::project_run(const RunWeights& run) {
   if (pending) norm(0, layout_.context_rows, nullptr, nullptr, 0, work_.rstd);
   const float* rstd = pending ? work_.rstd : nullptr;
 
-  const auto window_of = [this](int64_t layer) { return call_.window_only ? spec_.window[layer] : 0; };
+  const std::vector<int64_t>& omit = model_.plan.omit;
+  const auto window_of = [&](int64_t layer) {
+    return call_.window_only && std::binary_search(omit.begin(), omit.end(), layer) ? spec_.window[layer] : 0;
+  };
   const int64_t at_once = backend_.kv_project_layers(layout_.context_rows, run.layers.size(), spec_.kv_dim());
   std::vector<int64_t> marks;
   LayerRange layers{run.layers.begin, run.layers.begin};
@@ -293,8 +304,9 @@ void Prefill::mlp(const LayerWeights& weights, int64_t q_begin) {
   StageRange stage(observer_, "pop::mlp");
   const int64_t hidden = spec_.hidden_size, inner = spec_.intermediate_size, wide = work_.wide;
   norm(q_begin, layout_.rows, weights.post_norm, at(work_.y, q_begin, wide), wide);
-  for (int64_t begin = q_begin; begin < layout_.rows; begin += kMlpChunkRows) {
-    const int64_t rows = std::min(kMlpChunkRows, layout_.rows - begin);
+  const int64_t chunk = mlp_chunk(layout_.rows - q_begin);
+  for (int64_t begin = q_begin; begin < layout_.rows; begin += chunk) {
+    const int64_t rows = std::min(chunk, layout_.rows - begin);
     const void* input = at(work_.y, begin, wide);
     void* up = work_.up(rows);
     gemm({product(rows, inner, hidden, input, wide, weights.gate_proj, work_.gate, inner),

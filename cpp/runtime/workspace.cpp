@@ -65,8 +65,11 @@ Workspace::Workspace(const Model& model, const PrefillCall& call, const Backend&
   const size_t before = 2 * aligned(beside * mlp_row_bytes_);
   size_t projection = 0;
   for (const RunWeights& run : model.runs) {
-    projection = std::max(projection, backend.kv_project_workspace(spec.dtype, layout.context_rows, spec.hidden_size,
-                                                                   run.layers.size(), spec.kv_dim()));
+    // A run may be projected in parts, and a part of fewer layers take more rows at once.
+    for (int64_t layers = 1; layers <= run.layers.size(); ++layers) {
+      projection = std::max(projection, backend.kv_project_workspace(spec.dtype, layout.context_rows, spec.hidden_size,
+                                                                     layers, spec.kv_dim()));
+    }
   }
   const size_t chunk = 2 * aligned(std::min(rows, kMlpChunkRows) * mlp_row_bytes_);
   gate = cutter.take(std::max(chunk, before + projection));

@@ -69,16 +69,16 @@ CacheGuard::CacheGuard(bool enabled, Backend& backend, const Geometry& geometry,
       for (const Tensor& cache : *caches) {
         Tensor sequence = torch::stable::select(cache, 0, i);
         written_.push_back(torch::stable::narrow(sequence, 1, begin, end - begin));
-        saved_.push_back(torch::stable::clone(torch::stable::contiguous(written_.back())));
+        const Tensor& view = written_.back();
+        saved_.push_back(view.is_contiguous() ? torch::stable::clone(view) : torch::stable::contiguous(view));
       }
     }
   }
 }
 
 CacheGuard::~CacheGuard() {
-  if (saved_.empty()) return;
   try {
-    backend_.end_side();  // so that nothing of the call is written after what is put back
+    backend_.end_side();  // nothing of the call is written after what is put back, or after its memory is given back
   } catch (const std::exception&) {
     // The device has failed; the caller's exception says so already.
   }

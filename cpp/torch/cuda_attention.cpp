@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <initializer_list>
 #include <optional>
 
 #include "torch/aten.h"
@@ -140,14 +142,30 @@ enum class Provider { none, flash_attention_3, flash_attention_2, torch_cudnn, t
 // head_dim up to which cuDNN's causal kernels are used.
 constexpr int64_t kCudnnHeadDim = 128;
 
+// The libraries move 16 bytes at a time.
+bool is_aligned(const AttentionParams& p) {
+  const int64_t element = element_size(p.dtype);
+  const auto aligned = [&](const void* data, std::initializer_list<int64_t> strides) {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
+           std::all_of(strides.begin(), strides.end(), [&](int64_t stride) { return stride * element % 16 == 0; });
+  };
+  const CacheStrides &k = p.cache.key_strides, &v = p.cache.value_strides;
+  return aligned(p.q, {p.q_stride}) && aligned(p.out, {p.out_stride}) &&
+         aligned(p.cache.key, {k.batch, k.head, k.slot}) && aligned(p.cache.value, {v.batch, v.head, v.slot});
+}
+
+std::atomic<int64_t> prefer_cudnn{0};
+
 Provider choose(const AttentionParams& p, int compute_capability) {
   const bool ampere = compute_capability >= 80, hopper = compute_capability == 90;
-  if (p.dtype == DType::f32 || p.address.slot_table != nullptr || !ampere || p.num_segments == 0) return Provider::none;
+  if (p.dtype == DType::f32 || p.address.slot_table != nullptr || !ampere || p.num_segments == 0 || !is_aligned(p)) {
+    return Provider::none;
+  }
   if (hopper && foreign::variant_of("flash_attn_3::fwd") >= 0) return Provider::flash_attention_3;
   if (foreign::variant_of("flash_attn::_flash_attn_forward") >= 0) return Provider::flash_attention_2;
   // cuDNN aligns causality at the start: right only where there is no past.
   const bool square = p.segments[0].first_position == 0 && p.window == 0;
-  if (compute_capability >= 90 && square && p.head_dim <= kCudnnHeadDim &&
+  if (prefer_cudnn != 0 && compute_capability >= 90 && square && p.head_dim <= kCudnnHeadDim &&
       foreign::variant_of("aten::_scaled_dot_product_cudnn_attention") >= 0) {
     return Provider::torch_cudnn;
   }
@@ -168,13 +186,21 @@ bool library_attention(const AttentionParams& p, int device, int compute_capabil
       flash_attention_2(p, batch);
       break;
     case Provider::torch_cudnn:
-      torch_cudnn(p, batch);
+      try {
+        torch_cudnn(p, batch);
+      } catch (const std::runtime_error& error) {
+        // A torch without cuDNN's attention, or a shape that it has no plan for: nothing has been written yet.
+        foreign::set_variant("aten::_scaled_dot_product_cudnn_attention", -1, error.what());
+        return library_attention(p, device, compute_capability);
+      }
       break;
     default:
       torch_flash(p, batch);
   }
   return true;
 }
+
+int64_t set_prefer_cudnn(int64_t value) { return prefer_cudnn.exchange(value); }
 
 const char* library_attention_provider(const AttentionParams& p, int compute_capability) {
   switch (choose(p, compute_capability)) {

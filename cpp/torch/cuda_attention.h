@@ -12,6 +12,10 @@ namespace pop {
 // library serves the call: float32, a slot table, or no library at all.
 bool library_attention(const AttentionParams& p, int device, int compute_capability);
 
+// Whether cuDNN goes before torch's flash kernel where it serves the call; returns what held before. It builds a plan
+// for every new shape and set of strides, which can cost more than the prefill of a prompt of a new length.
+int64_t set_prefer_cudnn(int64_t value);
+
 // Name of the library that would serve it; "" for none.
 const char* library_attention_provider(const AttentionParams& p, int compute_capability);
 

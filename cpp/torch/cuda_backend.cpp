@@ -33,9 +33,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Settings for measuring, by name.
 struct Options {
-  std::atomic<int64_t> skinny_rows{16};  // products of up to so many rows take cuda/skinny_gemm.cu
-  std::atomic<int64_t> overlap{0};       // boundary rows on a second stream, beside the projection
-  std::atomic<int64_t> fused{0};         // runs by cuda/kv_project_sm90.cu, where it serves them
+  std::atomic<int64_t> skinny_rows{8};  // products of up to so many rows take cuda/skinny_gemm.cu
+  std::atomic<int64_t> overlap{0};      // boundary rows on a second stream, beside the projection
+  std::atomic<int64_t> fused{0};        // runs by cuda/kv_project_sm90.cu, where it serves them
 };
 
 Options& options() {
@@ -48,8 +48,10 @@ Options& options() {
 int64_t CudaBackend::tune(const std::string& option, int64_t value) {
   if (option == "skinny_rows") return options().skinny_rows.exchange(std::clamp<int64_t>(value, 0, cuda::kSkinnyRows));
   if (option == "overlap") return options().overlap.exchange(value);
+  if (option == "cudnn") return set_prefer_cudnn(value);
   if (option == "fused_kv_project") return options().fused.exchange(value);
-  throw std::runtime_error("pop::tune: option: expected skinny_rows, overlap or fused_kv_project, got " + option);
+  throw std::runtime_error("pop::tune: option: expected skinny_rows, overlap, cudnn or fused_kv_project, got " +
+                           option);
 }
 
 void CudaBackend::check_reported_ids(int device) {
@@ -135,7 +137,8 @@ namespace {
 
 int64_t kv_project_rows(DType dtype, int64_t rows, int64_t columns) {
   const int64_t at_once = kKvProjectBytes / (columns * element_size(dtype));
-  return std::min(rows, std::max(kKvProjectMinRows, at_once));
+  // Whole tiles, so that the last one of a chunk is not mostly empty.
+  return std::min(rows, std::max(kKvProjectMinRows, at_once / kKvProjectMinRows * kKvProjectMinRows));
 }
 
 // Where the parts of its workspace begin, in bytes.

@@ -116,58 +116,23 @@ Tensor gated_act(Tensor gate, Tensor up, std::string activation, std::optional<T
   throw std::runtime_error(join("pop::gated_act: ", error.what()));
 }
 
-// What the kernels of a building block read beside its tensors: where rows belong, and cos and sin
-// as float32 [rows, rotary_dim / 2].
-class PlacedRows {
- public:
-  PlacedRows(const std::string& op, const Tensor& cos_rows, const Tensor& sin_rows, const Geometry& geometry,
-             int64_t head_dim, const Tensor& like)
-      : layout_(geometry.layout()), address_(geometry.address()) {
-    const int64_t rows = layout_.rows;
-    for (const auto& [table, name] : {std::pair{&cos_rows, ": cos"}, std::pair{&sin_rows, ": sin"}}) {
-      check_same_device(*table, like, op + name);
-    }
+// cos and sin of a building block, as the kernels read them: float32 [rows, rotary_dim / 2].
+struct RopeTables {
+  RopeTables(const std::string& op, const Tensor& cos_rows, const Tensor& sin_rows, int64_t rows, int64_t head_dim,
+             const Tensor& like) {
+    check_same_device(cos_rows, like, op + ": cos");
+    check_same_device(sin_rows, like, op + ": sin");
     check_shape(cos_rows, {rows, -1}, op + ": cos");
     rotary_dim = cos_rows.size(1);
     check(rotary_dim % 2 == 0 && rotary_dim <= head_dim, op, ": cos: expected shape [", rows,
           ", rotary_dim] with an even rotary_dim <= ", head_dim, ", got ", shape_of(cos_rows));
     check_shape(sin_rows, {rows, rotary_dim}, op + ": sin");
-    cos_ = half_of(cos_rows);
-    sin_ = half_of(sin_rows);
-    const int64_t slots = address_.slot_table == nullptr ? 0 : layout_.sequences * address_.slot_table_stride;
-    tables_ = torch::stable::new_empty(like, {3 * rows + layout_.sequences + (slots + 1) / 2}, ScalarType::Long);
-  }
-
-  // Valid as long as this object is.
-  Batch batch(Backend& backend) const {
-    const std::vector<Segment> segments = layout_.segments(0, layout_.rows);
-    int64_t* table = static_cast<int64_t*>(tables_.mutable_data_ptr());
-    const PlaceRowsParams params{
-        .segments = segments.data(),
-        .num_segments = static_cast<int64_t>(segments.size()),
-        .sequences = layout_.sequences,
-        .address = address_,
-        .row_sequence = table,
-        .row_position = table + layout_.rows,
-        .row_source = table + 2 * layout_.rows,
-        .start = table + 3 * layout_.rows,
-        .slot_table = address_.slot_table == nullptr
-                          ? nullptr
-                          : reinterpret_cast<int32_t*>(table + 3 * layout_.rows + layout_.sequences)};
-    backend.place_rows(params);
-    return {
-        .rows = layout_.rows,
-        .sequences = layout_.sequences,
-        .row_sequence = params.row_sequence,
-        .row_position = params.row_position,
-        .row_source = params.row_source,
-        .cos = static_cast<const float*>(cos_.const_data_ptr()),
-        .sin = static_cast<const float*>(sin_.const_data_ptr()),
-        .address = {
-            .start = params.start, .slot_table = params.slot_table, .slot_table_stride = address_.slot_table_stride}};
+    cos = half_of(cos_rows);
+    sin = half_of(sin_rows);
   }
 
   int64_t rotary_dim = 0;
+  Tensor cos, sin;
 
  private:
   Tensor half_of(const Tensor& table) const {
@@ -175,10 +140,54 @@ class PlacedRows {
     return torch::stable::contiguous(
         torch::stable::to(torch::stable::narrow(rows, 1, 0, rotary_dim / 2), ScalarType::Float));
   }
+};
 
-  const BatchLayout& layout_;
-  CacheAddress address_;
-  Tensor cos_, sin_, tables_;
+// Where the rows of a building block come from and belong, in memory of the device of `like`.
+class PlacedRows {
+ public:
+  PlacedRows(const Geometry& geometry, Backend& backend, const Tensor& like) {
+    const BatchLayout& layout = geometry.layout();
+    const CacheAddress address = geometry.address();
+    const int64_t slots = address.slot_table == nullptr ? 0 : layout.sequences * address.slot_table_stride;
+    tables_ = torch::stable::new_empty(like, {3 * layout.rows + layout.sequences + (slots + 1) / 2}, ScalarType::Long);
+    int64_t* table = static_cast<int64_t*>(tables_.mutable_data_ptr());
+    int64_t* start = table + 3 * layout.rows;
+    const std::vector<Segment> segments = layout.segments(0, layout.rows);
+    const PlaceRowsParams params{
+        .segments = segments.data(),
+        .num_segments = static_cast<int64_t>(segments.size()),
+        .sequences = layout.sequences,
+        .address = address,
+        .row_sequence = table,
+        .row_position = table + layout.rows,
+        .row_source = table + 2 * layout.rows,
+        .start = start,
+        .slot_table = slots == 0 ? nullptr : reinterpret_cast<int32_t*>(start + layout.sequences)};
+    backend.place_rows(params);
+    batch_ = {
+        .rows = layout.rows,
+        .sequences = layout.sequences,
+        .row_sequence = params.row_sequence,
+        .row_position = params.row_position,
+        .row_source = params.row_source,
+        .cos = nullptr,
+        .sin = nullptr,
+        .address = {
+            .start = params.start, .slot_table = params.slot_table, .slot_table_stride = address.slot_table_stride}};
+  }
+
+  // Valid as long as this object and `rope` are.
+  Batch batch(const RopeTables& rope) const {
+    Batch batch = batch_;
+    batch.cos = static_cast<const float*>(rope.cos.const_data_ptr());
+    batch.sin = static_cast<const float*>(rope.sin.const_data_ptr());
+    return batch;
+  }
+  const CacheAddress& address() const { return batch_.address; }
+
+ private:
+  Tensor tables_;
+  Batch batch_{};
 };
 
 void rope_cache_write(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor cu_seqlens,
@@ -199,15 +208,16 @@ void rope_cache_write(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor
   const CacheForm form{.dtype = dtype, .kv_heads = kv_heads, .head_dim = head_dim};
   const LayerCache cache =
       check_caches(op, geometry, form, {key_cache}, {value_cache}, query, {{query, "query"}}).front();
-  const PlacedRows placed(op, cos, sin, geometry, head_dim, query);
+  const RopeTables rope(op, cos, sin, rows, head_dim, query);
   const BackendOfCall backend(query);
-  const Batch batch = placed.batch(*backend);
+  const PlacedRows placed(geometry, *backend, query);
+  const Batch batch = placed.batch(rope);
   const Tensor key_rows = torch::stable::contiguous(key), value_rows = torch::stable::contiguous(value);
   backend->rope_cache_write({.dtype = dtype,
                              .heads = heads,
                              .kv_heads = kv_heads,
                              .head_dim = head_dim,
-                             .rotary_dim = placed.rotary_dim,
+                             .rotary_dim = rope.rotary_dim,
                              .first_row = 0,
                              .rows = rows,
                              .q = query.mutable_data_ptr(),
@@ -245,21 +255,23 @@ Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_s
   const LayerCache cache = check_cache(op, geometry, form, key_cache, value_cache, query);
   Tensor out = torch::stable::new_empty(query, {rows, heads, head_dim});
   const std::vector<Segment> segments = geometry.layout().segments(0, rows);
-  BackendOfCall(query)->attention({.dtype = dtype,
-                                   .heads = heads,
-                                   .kv_heads = kv_heads,
-                                   .head_dim = head_dim,
-                                   .scale = static_cast<float>(scale),
-                                   .window = window,
-                                   .segments = segments.data(),
-                                   .num_segments = static_cast<int64_t>(segments.size()),
-                                   .first_row = 0,
-                                   .q = query.const_data_ptr(),
-                                   .q_stride = query.stride(0),
-                                   .out = out.mutable_data_ptr(),
-                                   .out_stride = heads * head_dim,
-                                   .cache = cache,
-                                   .address = geometry.address()});
+  const BackendOfCall backend(query);
+  const PlacedRows placed(geometry, *backend, query);
+  backend->attention({.dtype = dtype,
+                      .heads = heads,
+                      .kv_heads = kv_heads,
+                      .head_dim = head_dim,
+                      .scale = static_cast<float>(scale),
+                      .window = window,
+                      .segments = segments.data(),
+                      .num_segments = static_cast<int64_t>(segments.size()),
+                      .first_row = 0,
+                      .q = query.const_data_ptr(),
+                      .q_stride = query.stride(0),
+                      .out = out.mutable_data_ptr(),
+                      .out_stride = heads * head_dim,
+                      .cache = cache,
+                      .address = placed.address()});
   return out;
 }
 
@@ -297,12 +309,13 @@ void kv_project(Tensor hidden, Tensor weight, Tensor cos, Tensor sin, Tensor cu_
   const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table}, rows, nullptr, nullptr);
   const CacheForm form{.dtype = dtype, .kv_heads = kv_heads, .head_dim = head_dim};
   const std::vector<LayerCache> caches = check_caches(op, geometry, form, key_cache, value_cache, hidden, {});
-  const PlacedRows placed(op, cos, sin, geometry, head_dim, hidden);
+  const RopeTables rope(op, cos, sin, rows, head_dim, hidden);
   const auto k_biases = layer_vectors(k_bias, layers, hidden, kv_dim, op + ": k_bias");
   const auto v_biases = layer_vectors(v_bias, layers, hidden, kv_dim, op + ": v_bias");
   const auto k_norms = layer_vectors(k_norm, layers, hidden, head_dim, op + ": k_norm");
   const BackendOfCall backend(hidden);
-  const Batch batch = placed.batch(*backend);
+  const PlacedRows placed(geometry, *backend, hidden);
+  const Batch batch = placed.batch(rope);
   const size_t bytes = backend->kv_project_workspace(dtype, rows, hidden_size, static_cast<int64_t>(layers), kv_dim);
   const Tensor workspace = torch::stable::new_empty(hidden, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
   backend->kv_project({.dtype = dtype,
@@ -311,7 +324,7 @@ void kv_project(Tensor hidden, Tensor weight, Tensor cos, Tensor sin, Tensor cu_
                        .hidden_size = hidden_size,
                        .kv_heads = kv_heads,
                        .head_dim = head_dim,
-                       .rotary_dim = placed.rotary_dim,
+                       .rotary_dim = rope.rotary_dim,
                        .x = hidden.const_data_ptr(),
                        .x_stride = hidden.stride(0),
                        .rstd = nullptr,

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pop_ext.kv_cache import check_cache, has_window, past_slots
 from pop_ext.masks import padding_mask
-from pop_ext.packing import PackedBatch, pack_batch
+from pop_ext.packing import PackedBatch, is_int, pack_batch
 from pop_ext.plan import Plan
 from pop_ext.replaced import foreign_code, inner_modules
 
@@ -186,7 +186,7 @@ def _new_tokens(arguments: dict[str, Any]) -> torch.Tensor:
 
 def _check_rows(keep: Any, columns: int, cache: Any) -> None:
     """Whether more rows come than logits are wanted."""
-    if isinstance(keep, bool) or not isinstance(keep, int):
+    if not is_int(keep):
         found = "a tensor of indices" if isinstance(keep, torch.Tensor) else f"a {type(keep).__name__}"
         raise _Stock("logits_to_keep", f"logits_to_keep is {found}: expected a number of last rows, an int")
     if 0 < keep < columns:

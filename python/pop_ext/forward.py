@@ -233,6 +233,8 @@ def _inner(model: nn.Module) -> nn.Module:
 
 
 def _forward_of(model: nn.Module) -> PrefillForward | None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
     forward = _inner(model).__dict__.get("forward")
     if isinstance(forward, PrefillForward):
         return forward

@@ -12,7 +12,16 @@ import torch
 from pop_ext import _core, operators
 from pop_ext.families import Description, describe
 from pop_ext.kv_cache import CacheTransaction, check_cache, check_windows, has_window, new_cache, past_slots
-from pop_ext.packing import PackedBatch, PerSequence, check_device, lengths, offsets, pack_batch, per_sequence
+from pop_ext.packing import (
+    PackedBatch,
+    PerSequence,
+    check_device,
+    is_int,
+    lengths,
+    offsets,
+    pack_batch,
+    per_sequence,
+)
 from pop_ext.plan import Plan
 from pop_ext.presets import default_plan
 from pop_ext.restore import module_restored_on_error
@@ -206,6 +215,8 @@ class NativeModel:
         window_only: bool = False,
     ) -> PrefillOutput:
         """``prefill`` for who has just asked ``stale_weight``: of hundreds of weights that takes a millisecond."""
+        if not isinstance(window_only, bool):
+            raise TypeError(f"window_only: expected a bool, got {type(window_only).__name__}")
         loaded = self._loaded
         tokens = self._check_input(input_ids, inputs_embeds)
         batch, columns = tokens.shape[:2]
@@ -227,9 +238,9 @@ class NativeModel:
             )
         with torch.no_grad():
             positions = self._positions(position_ids, packed)
-            shape = (batch, logits_to_keep, -1) if isinstance(logits_to_keep, int) else (sum(keeps), -1)
+            shape = (batch, keeps[0], -1) if is_int(logits_to_keep) else (sum(keeps), -1)
             hidden, logits = self._run(loaded, rows, packed, positions, cache, boundaries, keeps, window_only, shape)
-        if isinstance(logits_to_keep, int):
+        if is_int(logits_to_keep):
             return PrefillOutput(logits, hidden, cache)
         return PrefillOutput(logits, hidden, cache, offsets(keeps))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -146,18 +147,23 @@ def per_sequence(value: PerSequence, batch: int, name: str) -> list[int]:
         ValueError: a length other than ``batch``, a value below 1, or a tensor without data.
     """
     values = _tensor_values(value, name) if isinstance(value, torch.Tensor) else value
-    if isinstance(values, int) and not isinstance(values, bool):
-        values = [values] * batch
+    if isinstance(values, Integral) and is_int(values):
+        values = [int(values)] * batch
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
         raise TypeError(f"{name}: expected an int or one int per sequence, got {type(value).__name__}")
     for i, item in enumerate(values):
-        if not isinstance(item, int) or isinstance(item, bool):
+        if not is_int(item):
             raise TypeError(f"{name}: expected ints, got {type(item).__name__} for sequence {i}")
         if item < 1:
             raise ValueError(f"{name}: expected at least 1, got {item} for sequence {i}")
     if len(values) != batch:
         raise ValueError(f"{name}: expected {batch} values (one per sequence), got {len(values)}")
-    return list(values)
+    return [int(item) for item in values]
+
+
+def is_int(value: object) -> bool:
+    """An integer of Python's or NumPy's, no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _tensor_values(tensor: torch.Tensor, name: str) -> list[int]:

@@ -95,7 +95,7 @@ def preset(name: str) -> Preset:
     Raises:
         ValueError: a name that is not in ``PRESETS``, with the nearest ones that are.
     """
-    if name in PRESETS:
+    if isinstance(name, str) and name in PRESETS:
         return PRESETS[name]
     near = difflib.get_close_matches(str(name), PRESETS, n=3, cutoff=0.5) or sorted(PRESETS)
     raise ValueError(f"preset: expected a name like {', '.join(near)}, got {name!r}")

@@ -74,6 +74,8 @@ def family_function(attention: Module, name: str) -> Callable[..., Any]:
 
 
 def check_plan(plan: PlanLike, num_layers: int) -> None:
+    if not all(hasattr(plan, name) for name in ("num_layers", "omit", "boundary")):
+        raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
     if plan.num_layers != num_layers:
         raise ValueError(f"plan: expected num_layers {num_layers}, the model's, got {plan.num_layers}")
     if any(not 0 <= layer < num_layers for layer in plan.omit):

@@ -32,14 +32,15 @@ def restore(attributes: dict[str, Any], before: dict[str, Any], saved: Saved) ->
 def module_restored_on_error(module: nn.Module) -> Iterator[None]:
     """Undoes what a failing block assigned to a module: rotary modules keep frequencies for the length they saw last.
 
-    Buffers are given back as the tensors that they were, not their values.
+    Some versions of transformers assign other buffers, others write into those that are there.
     """
     before, buffers = dict(module.__dict__), dict(module._buffers)
+    saved = save([buffer for buffer in buffers.values() if buffer is not None])
     try:
         yield
     except BaseException:
         restore(module.__dict__, before, [])
-        restore(module._buffers, buffers, [])
+        restore(module._buffers, buffers, saved)
         raise
 
 
