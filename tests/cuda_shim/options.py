@@ -1,20 +1,25 @@
-""
-    "The switches of the CUDA backend change who computes, never what. Run by `make shim`, over the shim's library."
-    ""
+"""The switches of the CUDA backend change who computes, never what. Run by `make shim`, over the shim's library."""
 
-    from __future__ import annotations
+from __future__ import annotations
 
-        from collections.abc import Iterator from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-            import pop_ext import pytest import torch from models import mistral,
-    qwen2, tokens from op_calls import op_call,
-    run_op
+import pop_ext
+import pytest
+import torch
+from models import mistral, qwen2, tokens
+from op_calls import op_call, run_op
 
-        LENGTHS = (70, 3, 33)
+LENGTHS = (70, 3, 33)
 
-                      @contextmanager def
-                      tuned(option : str, value : int) -> Iterator[None] : before =
-            torch.ops.pop.tune(option, value) try : yield finally:
+
+@contextmanager
+def tuned(option: str, value: int) -> Iterator[None]:
+    before = torch.ops.pop.tune(option, value)
+    try:
+        yield
+    finally:
         torch.ops.pop.tune(option, before)
 
 
@@ -53,5 +58,5 @@ def test_any_share_of_the_kernel_for_few_rows_gives_the_same_result(native, rows
 
 
 def test_an_unknown_option_is_refused():
-    with pytest.raises(RuntimeError, match=r"option: expected skinny_rows, overlap, cudnn or fused_kv_project, got speed"):
+    with pytest.raises(RuntimeError, match=r"expected skinny_rows, overlap, cudnn or fused_kv_project, got speed"):
         torch.ops.pop.tune("speed", 1)
