@@ -1,346 +1,246 @@
-// Causal attention of packed query rows over the KV cache: any dtype, stride, window and slot table.
+// Causal attention of packed query rows over the KV cache: the boundary step's, and any that no
+// library kernel serves.
 //
-// For the boundary step, where the floor is the bytes of K and V: a sequence's keys are cut into splits, so that
-// one row of one sequence puts hundreds of blocks on the machine, and a second kernel merges the splits' results in
-// their order. The number of splits depends on the sequence alone, never on what else is in the batch. The same
-// kernel, without splits, is the correct and slower way for what no library serves (float32, slot tables).
+// Floor: a boundary step reads K and V once, 4 * head_dim bytes a key and KV head in 16 bits: 125 us at
+// 4.3 TB/s for a Llama-3.1-8B layer and 131072 keys. Each (query, key) pair takes 4 * head_dim FLOPs;
+// 4 queries a KV head spend about half of the instructions that 132 SMs issue in the time the bytes take,
+// 8 nearly all of them. Many rows are bound by fp32 FMAs, 60 to 70 % of the instructions of both products.
 //
-// A block takes a few queries (a row and head each) that share a KV head, and a range of keys. Eight lanes hold a key:
-// a warp looks at four keys at a time, a block at sixteen, and each group of eight lanes keeps a running softmax of
-// its own; they are merged at the end. All arithmetic is float32.
+// A block takes the heads of one KV head over neighbouring rows, up to kQueries (row, head) pairs, and a
+// range of keys, kKeys at a time: K and V pass through shared memory, copied without a stop in
+// registers, each while the other is worked on. Scores: a thread sums channels for 4 queries and a
+// key or two. Probabilities: some lanes a query, with running maxima and sums. Output: a thread sums
+// keys for 4 queries and 4 or 8 channels; what its neighbours sum over other keys is added at
+// the end, in fixed order.
+//
+// A segment (consecutive rows of a sequence) with too few rows to fill the machine has its keys cut
+// into ranges, a block each, for about as many blocks as 132 SMs hold at once: 3 an SM up to 8 queries, which
+// keep 16 to 32 KB of K and V each in flight (bf16, head_dim 128, 4 queries: 44 KB of shared memory),
+// where 26 KB an SM are called for; 2 an SM above. Blocks leave maximum, sum and unnormalised output
+// in the workspace, and a second kernel merges them in order. The cut depends on the segment's
+// own rows and length: a row's bits do not depend on other sequences.
 #include <algorithm>
 
-#include "cuda/elements.cuh"
-#include "cuda/launch.cuh"
+#include "cuda/attention_tile.cuh"
 
 namespace pop::cuda {
 
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarp;
-constexpr int kLanesPerKey = 8;
-constexpr int kKeysPerWarp = kWarp / kLanesPerKey;
-constexpr int kKeysPerBlock = kWarps * kKeysPerWarp;
+// ---- Kernels -------------------------------------------------------------------------------
 
-constexpr int kSegmentsAtOnce = 40;      // whose descriptions stay, with the rest, below 4 KiB of parameters
-constexpr int64_t kMinSplitKeys = 64;    // fewer are not worth a block
-constexpr int64_t kBlocksPerHead = 128;  // of a segment, where it has the keys for so many
-constexpr float kLog2e = 1.44269504f;
-
-// Queries of a block: a thread holds this many sums of kChannels floats.
-template <int kChannels>
-inline constexpr int kQueries = kChannels <= 16 ? 4 : 2;
-
-struct Part {
-  Segment segment;
-  int64_t splits, split_keys;
-  int64_t end_block;      // the first block past its own, counted over the parts of a launch
-  int64_t first_partial;  // of its results in the workspace, in queries times splits of a KV head
-};
-
-struct Params {
-  AttentionParams attention;
-  int64_t group;  // query heads of a KV head
-  int64_t num_parts;
-  int64_t partials;  // of a KV head, over all segments of the call
-  float* workspace;  // [kv_heads, partials, head_dim + 2]: maximum, sum, weighted values
-  bool aligned_cache;
-  Part parts[kSegmentsAtOnce];
-};
-
-// Channels i of a key or value: the lane's share, zero past head_dim.
-template <class T, int kChannels>
-__device__ __forceinline__ void load_share(const T* row, int lane, int head_dim, bool aligned, float (&to)[kChannels]) {
-#pragma unroll
-  for (int pack = 0; pack < kChannels / kPack<T>; ++pack) {
-    const int channel = (pack * kLanesPerKey + lane) * kPack<T>;
-    float values[kPack<T>] = {};
-    if (channel < head_dim) {
-      if (aligned) {
-        load<kPack<T>>(row + channel, values);
-      } else {
-#pragma unroll
-        for (int e = 0; e < kPack<T>; ++e) values[e] = to_float(row[channel + e]);
-      }
-    }
-#pragma unroll
-    for (int e = 0; e < kPack<T>; ++e) to[pack * kPack<T> + e] = values[e];
-  }
-}
-
-// The running softmax of one query over the keys that a group of lanes has seen.
-template <int kChannels>
-struct Softmax {
-  float maximum = -INFINITY;  // of scores times log2(e)
-  float sum = 0.0f;
-  float values[kChannels] = {};
-
-  __device__ __forceinline__ void add(float score, const float (&value)[kChannels]) {
-    const float before = maximum;
-    maximum = fmaxf(before, score);
-    const float keep = exp2f(before - maximum), weight = exp2f(score - maximum);
-    sum = sum * keep + weight;
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) values[i] = values[i] * keep + weight * value[i];
-  }
-
-  // With that of the lane `mask` away; both end up with the same.
-  __device__ __forceinline__ void merge_lanes(int mask) {
-    const float other = __shfl_xor_sync(kAllLanes, maximum, mask);
-    const float both = fmaxf(maximum, other);
-    const float keep = both == -INFINITY ? 0.0f : exp2f(maximum - both);
-    const float take = both == -INFINITY ? 0.0f : exp2f(other - both);
-    sum = sum * keep + __shfl_xor_sync(kAllLanes, sum, mask) * take;
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) {
-      values[i] = values[i] * keep + __shfl_xor_sync(kAllLanes, values[i], mask) * take;
-    }
-    maximum = both;
-  }
-};
-
-struct Range {
-  int64_t begin, end;
-};
-
-// Keys of split `split` that some query from row `first` to row `last` of the segment sees.
-__device__ __forceinline__ Range keys_of(const Params& p, const Part& part, int64_t first, int64_t last,
-                                         int64_t split) {
-  const int64_t window = p.attention.window, position = part.segment.first_position;
-  const int64_t seen_from = window == 0 || position + first < window ? 0 : position + first - window + 1;
-  const int64_t split_begin = split * part.split_keys, split_end = split_begin + part.split_keys;
-  const int64_t end = position + last + 1;
-  return {seen_from > split_begin ? seen_from : split_begin, end < split_end ? end : split_end};
-}
-
-// Scores of `queries` queries against the range's keys, and the softmax over them, by this thread's group of lanes.
-template <class T, int kChannels>
-__device__ __forceinline__ void attend(const Params& p, const Part& part, Range keys, int64_t kv_head, const float* q,
-                                       const int64_t* positions, int queries,
-                                       Softmax<kChannels> (&states)[kQueries<kChannels>]) {
-  const AttentionParams& a = p.attention;
-  const int lane = threadIdx.x % kLanesPerKey, head_dim = static_cast<int>(a.head_dim);
-  // All lanes of a warp go round equally often: they take part in each other's sums.
-  for (int64_t first = keys.begin; first < keys.end; first += kKeysPerBlock) {
-    const int64_t key = first + threadIdx.x / kLanesPerKey;
-    const bool there = key < keys.end;
-    const int64_t place = there ? key : keys.begin;
-    const T* k = static_cast<const T*>(a.cache.key) +
-                 cache_offset(a.cache.key_strides, a.address, part.segment.sequence, kv_head, place);
-    const T* v = static_cast<const T*>(a.cache.value) +
-                 cache_offset(a.cache.value_strides, a.address, part.segment.sequence, kv_head, place);
-    float key_share[kChannels], value_share[kChannels];
-    load_share(k, lane, head_dim, p.aligned_cache, key_share);
-    load_share(v, lane, head_dim, p.aligned_cache, value_share);
-#pragma unroll
-    for (int i = 0; i < kQueries<kChannels>; ++i) {
-      if (i >= queries) break;
-      float score = 0.0f;
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) score += key_share[c] * q[(i * kChannels + c) * kLanesPerKey + lane];
-      score = warp_sum<kLanesPerKey>(score);
-      const bool visible = there && key <= positions[i] && (a.window == 0 || key > positions[i] - a.window);
-      if (visible) states[i].add(score, value_share);
-    }
-  }
-}
-
-// Writes what the block's warps found for its queries: results, or partial ones where the keys are split.
-template <class T, int kChannels>
-__device__ __forceinline__ void finish(const Params& p, const Part& part, int64_t kv_head, int64_t first_query,
-                                       int queries, int64_t split, float* shared,
-                                       Softmax<kChannels> (&states)[kQueries<kChannels>]) {
-  const AttentionParams& a = p.attention;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, head_dim = static_cast<int>(a.head_dim);
-  const int width = head_dim + 2;
-#pragma unroll
-  for (int i = 0; i < kQueries<kChannels>; ++i) {
-#pragma unroll
-    for (int mask = kLanesPerKey; mask < kWarp; mask *= 2) states[i].merge_lanes(mask);
-    float* row = shared + (warp * kQueries<kChannels> + i) * width;
-    if (lane == 0) {
-      row[0] = states[i].maximum;
-      row[1] = states[i].sum;
-    }
-    if (lane < kLanesPerKey) {
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) {
-        const int channel = (c / kPack<T> * kLanesPerKey + lane) * kPack<T> + c % kPack<T>;
-        if (channel < head_dim) row[2 + channel] = states[i].values[c];
-      }
-    }
-  }
+template <class T, int kQueries>
+__global__ void __launch_bounds__(kThreads, blocks_an_sm(kQueries))
+    attention_kernel(const __grid_constant__ AttentionLaunch p) {
+  using C = Tile<T, kQueries>;
+  const C tile(dynamic_shared<float>(), p.head_dim, p.pitch);
+  if (threadIdx.x == 0) *tile.work = work_of(p, static_cast<int>(blockIdx.x));
   __syncthreads();
-  for (int index = threadIdx.x; index < queries * head_dim; index += kThreads) {
-    const int i = index / head_dim, channel = index % head_dim;
-    const auto of_warp = [&](int w) { return shared + (w * kQueries<kChannels> + i) * width; };
-    float maximum = -INFINITY, sum = 0.0f, value = 0.0f;
-    for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, of_warp(w)[0]);
-    for (int w = 0; w < kWarps; ++w) {
-      const float weight = of_warp(w)[0] == -INFINITY ? 0.0f : exp2f(of_warp(w)[0] - maximum);
-      sum += of_warp(w)[1] * weight;
-      value += of_warp(w)[2 + channel] * weight;
+  const Work& work = *tile.work;
+  if (work.begin >= work.end) return;
+
+  const OutputShare<T, kQueries> share(p.head_dim);
+  const auto copy_k = [&](int start) {
+    copy_keys<T, C::kKeys>(p, work, p.cache.key, p.cache.key_strides, start, tile.k);
+    __pipeline_commit();
+  };
+  const auto copy_v = [&](int start) {
+    copy_keys<T, C::kKeys>(p, work, p.cache.value, p.cache.value_strides, start, tile.v);
+    __pipeline_commit();
+  };
+
+  copy_k(work.begin);
+  copy_v(work.begin);
+  load_queries<T, kQueries>(p, tile);
+  float output[kSide][C::kChannels] = {};
+#pragma unroll 1
+  for (int start = work.begin; start < work.end; start += C::kKeys) {
+    const bool is_first = start == work.begin;
+    if (is_first) {
+      __pipeline_wait_prior(1);
+    } else {
+      __pipeline_wait_prior(0);
     }
-    const int64_t query = first_query + i;
-    if (part.splits == 1) {
-      const int64_t row = part.segment.first_row + query / p.group - a.first_row;
-      const int64_t head = kv_head * p.group + query % p.group;
-      static_cast<T*>(a.out)[row * a.out_stride + head * a.head_dim + channel] = from_float<T>(value / sum);
-      continue;
-    }
-    float* partial = p.workspace + (kv_head * p.partials + part.first_partial + query * part.splits + split) * width;
-    partial[2 + channel] = value;
-    if (channel == 0) {
-      partial[0] = maximum;
-      partial[1] = sum;
-    }
+    __syncthreads();  // K is there, V and the probabilities are free
+    if (!is_first) copy_v(start);
+    score<T, kQueries>(p, tile, start);
+    __syncthreads();  // the scores are there, K is free
+    copy_k(start + C::kKeys);
+    softmax<T, kQueries>(tile);
+    __pipeline_wait_prior(1);
+    __syncthreads();  // the probabilities and V are there
+    add_values<T, kQueries>(p, tile, share, min(C::kKeys, work.end - start), output);
   }
+  __syncthreads();  // K and V are free
+  store_output<T, kQueries>(p, tile, share, output);
 }
 
-// blockIdx.x: part, tile of queries, split; blockIdx.y: KV head.
-template <class T, int kChannels>
-__global__ void __launch_bounds__(kThreads) attention_kernel(const __grid_constant__ Params p) {
-  constexpr int kTile = kQueries<kChannels>;
-  const AttentionParams& a = p.attention;
-  float* const shared = dynamic_shared<float>();  // the queries, then the warps' results
-  __shared__ int64_t positions[kTile];
-  int which = 0;
-  while (static_cast<int64_t>(blockIdx.x) >= p.parts[which].end_block) ++which;
-  const Part& part = p.parts[which];
-  const int64_t block = blockIdx.x - (which == 0 ? 0 : p.parts[which - 1].end_block);
-  const int64_t split = block % part.splits, first_query = block / part.splits * kTile;
-  const int64_t left = part.segment.rows * p.group - first_query, kv_head = blockIdx.y;
-  const int queries = left < kTile ? static_cast<int>(left) : kTile;
-
-  // A lane's channels of a query lie kLanesPerKey apart, so that eight lanes read eight banks.
-  for (int index = threadIdx.x; index < queries * kChannels * kLanesPerKey; index += kThreads) {
-    const int i = index / (kChannels * kLanesPerKey), c = index / kLanesPerKey % kChannels;
-    const int channel = (c / kPack<T> * kLanesPerKey + index % kLanesPerKey) * kPack<T> + c % kPack<T>;
-    const int64_t query = first_query + i;
-    const T* q = static_cast<const T*>(a.q) + (part.segment.first_row + query / p.group - a.first_row) * a.q_stride +
-                 (kv_head * p.group + query % p.group) * a.head_dim;
-    shared[index] = channel < a.head_dim ? to_float(q[channel]) * (a.scale * kLog2e) : 0.0f;
-  }
-  if (static_cast<int>(threadIdx.x) < queries) {
-    positions[threadIdx.x] = part.segment.first_position + (first_query + threadIdx.x) / p.group;
-  }
-  __syncthreads();
-  const Range keys = keys_of(p, part, first_query / p.group, (first_query + queries - 1) / p.group, split);
-  Softmax<kChannels> states[kTile];
-  attend<T, kChannels>(p, part, keys, kv_head, shared, positions, queries, states);
-  __syncthreads();  // the queries are done with
-  finish<T, kChannels>(p, part, kv_head, first_query, queries, split, shared, states);
-}
-
-// Merges the splits of a query, in their order. blockIdx.x: query of a part; blockIdx.y: KV head.
+// A block a (row, head): the sum of its partial outputs, each brought to the overall maximum.
 template <class T>
-__global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ Params p) {
-  const AttentionParams& a = p.attention;
-  int which = 0;
-  int64_t query = blockIdx.x;
-  for (; query >= p.parts[which].segment.rows * p.group; ++which) query -= p.parts[which].segment.rows * p.group;
+__global__ void __launch_bounds__(kThreads, 4) merge_kernel(const __grid_constant__ AttentionLaunch p) {
+  int which = 0, item = static_cast<int>(blockIdx.x);
+  while (item >= p.parts[which].end_merge) ++which;
+  if (which > 0) item -= p.parts[which - 1].end_merge;
   const Part& part = p.parts[which];
-  if (part.splits == 1) return;
-  const int64_t kv_head = blockIdx.y, width = a.head_dim + 2;
-  const float* partials = p.workspace + (kv_head * p.partials + part.first_partial + query * part.splits) * width;
-  float maximum = -INFINITY;
-  for (int64_t s = 0; s < part.splits; ++s) maximum = fmaxf(maximum, partials[s * width]);
-  const int64_t row = part.segment.first_row + query / p.group - a.first_row;
-  T* out = static_cast<T*>(a.out) + row * a.out_stride + (kv_head * p.group + query % p.group) * a.head_dim;
-  for (int64_t channel = threadIdx.x; channel < a.head_dim; channel += kThreads) {
-    float sum = 0.0f, value = 0.0f;
-    for (int64_t s = 0; s < part.splits; ++s) {
-      const float* partial = partials + s * width;
-      const float weight = partial[0] == -INFINITY ? 0.0f : exp2f(partial[0] - maximum);
-      sum += partial[1] * weight;
-      value += partial[2 + channel] * weight;
+  const int row = item / p.heads, head = item % p.heads;
+  const Keys keys = keys_of_tile(p, part, (row * p.group + head % p.group) / p.queries);
+  const int splits = static_cast<int>(ceil_div(keys.end - keys.begin, part.split_keys));
+  const int64_t first = part.first_partial + static_cast<int64_t>(item) * part.splits;
+
+  __shared__ float weight[kMaxSplits];
+  __shared__ float sums[kThreads * 4];
+  __shared__ float warps[kThreads / kWarp];
+  const float* max_sum = p.partial_max_sum + 2 * first;
+  float max = -INFINITY;
+  for (int i = threadIdx.x; i < splits; i += kThreads) max = fmaxf(max, max_sum[2 * i]);
+  max = warp_max(max);
+  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = max;
+  __syncthreads();
+  for (int i = 0; i < kThreads / kWarp; ++i) max = fmaxf(max, warps[i]);
+  __syncthreads();
+  float sum = 0.0f;
+  for (int i = threadIdx.x; i < splits; i += kThreads) {
+    weight[i] = exp2f(max_sum[2 * i] - max);  // 0 for a range that the row sees nothing of
+    sum += weight[i] * max_sum[2 * i + 1];
+  }
+  sum = block_sum<kThreads>(sum, warps);  // the weights are there
+
+  const int groups = p.head_dim / 4, stride = kThreads / groups;
+  const int channel = threadIdx.x % groups * 4, share = threadIdx.x / groups;
+  float output[4] = {};
+  if (share < stride) {
+    const float* from = p.partial_out + first * p.head_dim + channel;
+#pragma unroll 8
+    for (int i = share; i < splits; i += stride) {
+      float partial[4];
+      load<4>(from + static_cast<int64_t>(i) * p.head_dim, partial);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) output[c] = fmaf(weight[i], partial[c], output[c]);
     }
-    out[channel] = from_float<T>(value / sum);
+    store<4>(sums + share * p.head_dim + channel, output);
+  }
+  __syncthreads();
+  T* out = static_cast<T*>(p.out) + (part.row + row) * p.out_stride + static_cast<int64_t>(head) * p.head_dim;
+  for (int d = threadIdx.x; d < p.head_dim; d += kThreads) {
+    float total = 0.0f;
+    for (int i = 0; i < stride; ++i) total += sums[i * p.head_dim + d];
+    out[d] = from_float<T>(total / sum);
   }
 }
 
-int64_t tile_of(const AttentionParams& p) { return p.head_dim <= 16 * kLanesPerKey ? 4 : 2; }
+// ---- Launchers -----------------------------------------------------------------------------
 
-// How a segment's keys are cut: by its own rows and positions, whatever else is in the batch.
-Part part_of(const AttentionParams& p, const Segment& segment) {
-  const int64_t length = segment.first_position + segment.rows, group = p.heads / p.kv_heads;
-  const int64_t tiles = ceil_div(segment.rows * group, tile_of(p));
-  const int64_t wanted = std::min(ceil_div(length, kMinSplitKeys), std::max<int64_t>(1, kBlocksPerHead / tiles));
-  const int64_t split_keys = ceil_div(ceil_div(length, wanted), kKeysPerBlock) * kKeysPerBlock;
-  return {.segment = segment,
-          .splits = ceil_div(length, split_keys),
-          .split_keys = split_keys,
-          .end_block = 0,
-          .first_partial = 0};
+int queries_of(int64_t pairs) { return pairs <= 4 ? 4 : pairs <= 8 ? 8 : pairs <= 16 ? 16 : 32; }
+
+// Adds a segment to the launch; returns false if it must wait for the next one.
+bool add_part(AttentionLaunch& launch, const Segment& segment, int64_t first_row) {
+  const int tiles = static_cast<int>(ceil_div(segment.rows * launch.group, launch.queries));
+  int64_t keys = segment.first_position + segment.rows;  // of the tile that sees most
+  keys = std::min<int64_t>(keys, launch.window + ceil_div(launch.queries, launch.group));
+  const int64_t wanted =
+      std::max<int64_t>(1, full_machine(launch.queries) / (static_cast<int64_t>(tiles) * launch.kv_heads));
+  const int64_t split_keys = ceil_div(ceil_div(keys, wanted), kKeyStep) * kKeyStep;
+  const int splits = static_cast<int>(ceil_div(keys, split_keys));
+  const int pairs = splits > 1 ? static_cast<int>(segment.rows) * launch.heads : 0;
+  if (launch.count == kPartsAtOnce || launch.partials + pairs * splits > kMaxPartials) return false;
+
+  const Part before = launch.count > 0 ? launch.parts[launch.count - 1] : Part{};
+  launch.parts[launch.count++] = {.sequence = segment.sequence,
+                                  .row = segment.first_row - first_row,
+                                  .rows = static_cast<int>(segment.rows),
+                                  .first_position = static_cast<int>(segment.first_position),
+                                  .tiles = tiles,
+                                  .splits = splits,
+                                  .split_keys = static_cast<int>(split_keys),
+                                  .end_block = before.end_block + tiles * splits * launch.kv_heads,
+                                  .end_merge = before.end_merge + pairs,
+                                  .first_partial = launch.partials};
+  launch.partials += pairs * splits;
+  return true;
 }
 
-int64_t partials_of(const AttentionParams& p, const Part& part) {
-  return part.splits == 1 ? 0 : part.segment.rows * (p.heads / p.kv_heads) * part.splits;
-}
-
-template <class T, int kChannels>
-void launch_parts(const Params& p, int64_t blocks, int64_t queries, bool split, Stream stream) {
-  constexpr int64_t kTile = kQueries<kChannels>;
-  const AttentionParams& a = p.attention;
-  const int64_t floats = std::max(kTile * kChannels * kLanesPerKey, kWarps * kTile * (a.head_dim + 2));
-  const auto heads = static_cast<unsigned>(a.kv_heads);
-  launch("attention", attention_kernel<T, kChannels>, dim3(static_cast<unsigned>(blocks), heads), dim3(kThreads),
-         floats * sizeof(float), stream, p);
-  if (split) {
-    launch("attention", combine_kernel<T>, dim3(static_cast<unsigned>(queries), heads), dim3(kThreads), 0, stream, p);
+// Calls `call(launch)` for as many launches as the segments take. Segments of one tile size go together:
+// a size depends on the segment alone.
+template <class Call>
+void for_each_launch(const AttentionParams& p, const Call& call) {
+  AttentionLaunch launch{};
+  launch.q = p.q;
+  launch.out = p.out;
+  launch.q_stride = p.q_stride;
+  launch.out_stride = p.out_stride;
+  launch.cache = p.cache;
+  launch.address = p.address;
+  launch.scale = p.scale * 1.44269504f;
+  launch.window = p.window > 0 ? static_cast<int>(std::min<int64_t>(p.window, INT32_MAX)) : INT32_MAX;
+  launch.heads = static_cast<int>(p.heads);
+  launch.kv_heads = static_cast<int>(p.kv_heads);
+  launch.group = static_cast<int>(p.heads / p.kv_heads);
+  launch.head_dim = static_cast<int>(p.head_dim);
+  for (const int queries : {4, 8, 16, 32}) {
+    launch.queries = queries;
+    for (int64_t i = 0; i < p.num_segments; ++i) {
+      const Segment& segment = p.segments[i];
+      if (segment.rows == 0 || queries_of(segment.rows * launch.group) != queries) continue;
+      if (add_part(launch, segment, p.first_row)) continue;
+      call(launch);
+      launch.count = launch.partials = 0;
+      add_part(launch, segment, p.first_row);
+    }
+    if (launch.count > 0) call(launch);
+    launch.count = launch.partials = 0;
   }
+}
+
+template <class T, int kQueries>
+void launch_tiles(AttentionLaunch args, Stream stream) {
+  using C = Tile<T, kQueries>;
+  args.pitch = C::pitch(args.head_dim);
+  args.key_shares = kThreads / (args.head_dim / C::kChannels) / C::kSides;
+  const size_t shared_bytes = C(nullptr, args.head_dim, args.pitch).bytes;
+  const auto blocks = static_cast<unsigned>(args.parts[args.count - 1].end_block);
+  launch("attention", attention_kernel<T, kQueries>, dim3(blocks), dim3(kThreads), shared_bytes, stream, args);
+}
+
+size_t workspace_floats(const AttentionLaunch& launch) {
+  return static_cast<size_t>(launch.partials) * (launch.head_dim + 2);
 }
 
 }  // namespace
 
-// At most about 2 * kBlocksPerHead * 4 * kv_heads results for each segment.
 size_t attention_workspace(const AttentionParams& p) {
-  int64_t partials = 0;
-  for (int64_t i = 0; i < p.num_segments; ++i) partials += partials_of(p, part_of(p, p.segments[i]));
-  return static_cast<size_t>(partials * p.kv_heads * (p.head_dim + 2)) * sizeof(float);
+  size_t floats = 0;
+  for_each_launch(p, [&](const AttentionLaunch& launch) { floats = std::max(floats, workspace_floats(launch)); });
+  return floats * sizeof(float);
 }
 
-void launch_attention(const AttentionParams& a, void* workspace, Stream stream) {
-  const int64_t element = element_size(a.dtype);
-  Params p{};
-  p.attention = a;
-  p.group = a.heads / a.kv_heads;
-  p.workspace = static_cast<float*>(workspace);
-  p.partials = static_cast<int64_t>(attention_workspace(a) / sizeof(float)) / (a.kv_heads * (a.head_dim + 2));
-  p.aligned_cache = true;
-  for (const auto& [data, strides] :
-       {std::pair{a.cache.key, a.cache.key_strides}, {a.cache.value, a.cache.value_strides}}) {
-    for (const int64_t stride : {strides.batch, strides.head, strides.slot}) {
-      p.aligned_cache = p.aligned_cache && is_aligned(data, stride, element);
-    }
-  }
-  int64_t first_partial = 0;
-  for (int64_t first = 0; first < a.num_segments; first += kSegmentsAtOnce) {
-    p.num_parts = std::min<int64_t>(kSegmentsAtOnce, a.num_segments - first);
-    int64_t blocks = 0, queries = 0;
-    bool split = false;
-    for (int64_t i = 0; i < p.num_parts; ++i) {
-      Part part = part_of(a, a.segments[first + i]);
-      part.first_partial = first_partial;
-      first_partial += partials_of(a, part);
-      queries += part.segment.rows * p.group;
-      blocks += ceil_div(part.segment.rows * p.group, tile_of(a)) * part.splits;
-      part.end_block = blocks;
-      split = split || part.splits > 1;
-      p.parts[i] = part;
-    }
-    with_element(a.dtype, [&](auto element_type) {
-      using T = decltype(element_type);
-      if (a.head_dim <= 8 * kLanesPerKey) {
-        launch_parts<T, 8>(p, blocks, queries, split, stream);
-      } else if (a.head_dim <= 16 * kLanesPerKey) {
-        launch_parts<T, 16>(p, blocks, queries, split, stream);
-      } else {
-        launch_parts<T, 32>(p, blocks, queries, split, stream);
+void launch_attention(const AttentionParams& p, void* workspace, Stream stream) {
+  with_element(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto is_wide = [](const void* cache, const CacheStrides& strides) {
+      return is_aligned(cache, strides.batch, sizeof(T)) && is_aligned(cache, strides.head, sizeof(T)) &&
+             is_aligned(cache, strides.slot, sizeof(T));
+    };
+    for_each_launch(p, [&](AttentionLaunch args) {
+      args.is_wide = is_wide(p.cache.key, p.cache.key_strides) && is_wide(p.cache.value, p.cache.value_strides);
+      args.partial_out = static_cast<float*>(workspace);
+      args.partial_max_sum = args.partial_out + static_cast<int64_t>(args.partials) * args.head_dim;
+      switch (args.queries) {
+        case 4:
+          launch_tiles<T, 4>(args, stream);
+          break;
+        case 8:
+          launch_tiles<T, 8>(args, stream);
+          break;
+        case 16:
+          launch_tiles<T, 16>(args, stream);
+          break;
+        default:
+          launch_tiles<T, 32>(args, stream);
       }
+      const auto merges = static_cast<unsigned>(args.parts[args.count - 1].end_merge);
+      if (merges > 0) launch("attention", merge_kernel<T>, dim3(merges), dim3(kThreads), 0, stream, args);
     });
-  }
+  });
 }
 
 }  // namespace pop::cuda

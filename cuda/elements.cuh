@@ -122,6 +122,45 @@ __device__ __forceinline__ void store(T* to, const float (&from)[count]) {
   }
 }
 
+// `kCount` neighbouring elements in registers, as they lie in memory: for loops that load well ahead
+// of use, or use less than they load.
+template <class T, int kCount>
+struct Operand {
+  Elements<T, kCount> elements;
+
+  __device__ __forceinline__ void load(const T* from) {
+    elements = *reinterpret_cast<const Elements<T, kCount>*>(from);
+  }
+  // From memory that will not be read again.
+  __device__ __forceinline__ void load_once(const T* from) { load(from); }
+  __device__ __forceinline__ float value(int i) const { return to_float(elements.at[i]); }
+};
+
+// As words: the compiler then keeps two elements a register.
+template <class T, int kCount>
+  requires(kCount * sizeof(T) % 4 == 0)
+struct Operand<T, kCount> {
+  static constexpr int kWords = kCount * sizeof(T) / 4;
+  Elements<uint32_t, kWords> words;
+
+  __device__ __forceinline__ void load(const T* from) { words = *reinterpret_cast<const decltype(words)*>(from); }
+  __device__ __forceinline__ void load_once(const T* from) {
+    if constexpr (kWords == 4) {
+      const uint4 all = __ldcs(reinterpret_cast<const uint4*>(from));
+      words = {all.x, all.y, all.z, all.w};
+    } else {
+      load(from);
+    }
+  }
+  __device__ __forceinline__ float value(int i) const {
+    if constexpr (sizeof(T) == 4) {
+      return lane_cast<float>(words.at[i]);
+    } else {
+      return to_float(T{static_cast<uint16_t>(i % 2 == 0 ? words.at[i / 2] : words.at[i / 2] >> 16)});
+    }
+  }
+};
+
 // Runs `call(T{})` with the element type of `dtype`.
 template <class Call>
 void with_element(DType dtype, const Call& call) {

@@ -47,7 +47,8 @@ struct KvEpilogueParams {
 void launch_kv_epilogue(const KvEpilogueParams&, Stream);  // rope_cache_write.cu
 
 // skinny_gemm.cu: out = a . w^T for few rows, bound by the bytes of w. Columns of one to three
-// matrices that share `a` in one launch.
+// matrices that share `a` in one launch. Any m is right; from about 8 rows on a library GEMM is expected
+// to be faster (see there).
 inline constexpr int64_t kSkinnyRows = 64;
 void launch_skinny_gemm(const GemmParams* products, int64_t count, Stream);
 
@@ -59,7 +60,7 @@ bool kv_project_sm90_supports(const KvProjectParams&);
 void launch_kv_project_sm90(const KvProjectParams&, Stream);
 
 // attention.cu: attention over the cache, any dtype, cut along the keys so that few rows fill the
-// machine as well. `workspace` is attention_workspace(...) bytes.
+// machine as well. `workspace` is attention_workspace(...) bytes, at most 17 MiB, aligned to 16.
 size_t attention_workspace(const AttentionParams&);
 void launch_attention(const AttentionParams&, void* workspace, Stream);
 

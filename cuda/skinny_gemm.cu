@@ -1,10 +1,10 @@
 // out = a . w^T for the few rows of a boundary step, up to three matrices w that share `a` a launch.
 //
 // Floor: the bytes of w, read once from HBM; a Llama-3.1-8B layer (436 MB in bf16) takes 101 us at the
-// 4.3 TB/s of an H200. 32 elements of w cost 8 to 36 instructions of address and conversion and 42 more
-// for each row of `a`: 13 an element at 8 rows, 90 % of what 132 SMs issue at 1.9 GHz while 16-bit weights
-// arrive at that rate. So about 8 rows are the crossover; at 16 the best this can do is 2.5 TB/s,
-// and a library GEMM on the tensor cores is the better choice. (Before sm_100 there is no packed
+// 4.3 TB/s of an H200. 32 elements of w cost 60 instructions for addresses and conversions and 45 more for
+// each row of `a`: 13 an element at 8 rows, 90 % of what 132 SMs issue at 1.9 GHz while 16-bit weights
+// arrive at that rate. So about 8 rows are the crossover; at 16 the best this can do is 2.4 TB/s, and
+// a library GEMM on the tensor cores is expected to be the better choice. (Before sm_100 there is no packed
 // fp32 FMA, and products of 16-bit pairs would not accumulate in fp32.)
 //
 // A warp owns kColumns columns and a tile of rows. Its lanes walk along k, 16 bytes of each column a
@@ -32,11 +32,8 @@ constexpr int kThreads = kWarps * kWarp;
 constexpr int64_t kManyWarps = 3072;  // 23 an SM of an H200: no need to share columns
 constexpr int64_t kShortPart = 512;   // elements along k that a warp should have at least
 
-// 4 blocks an SM leave a thread 128 registers.
-template <int kRows>
-inline constexpr int kBlocks = kRows == 1   ? 8
-                               : kRows == 4 ? 5
-                                            : 4;
+// An SM holds these at a time: 4 leave a thread 128 registers.
+constexpr int blocks_an_sm(int rows) { return rows == 1 ? 8 : rows == 4 ? 5 : 4; }
 
 struct Product {
   const void* a;  // [m, k]
@@ -57,38 +54,6 @@ struct ProductList {
 };
 
 // ---- Kernel --------------------------------------------------------------------------------
-
-// `kCount` elements of T as they travel in registers: 16 bytes, or one element.
-template <class T, int kCount>
-struct Operand {
-  Elements<T, kCount> elements;
-
-  __device__ __forceinline__ void load(const T* from) {
-    elements = *reinterpret_cast<const Elements<T, kCount>*>(from);
-  }
-  // From memory that will not be read again.
-  __device__ __forceinline__ void load_once(const T* from) { load(from); }
-  __device__ __forceinline__ float value(int i) const { return to_float(elements.at[i]); }
-};
-
-// In words: the compiler keeps two elements a register.
-template <class T>
-struct Operand<T, kPack<T>> {
-  uint32_t words[4];
-
-  __device__ __forceinline__ void load(const T* from) { set(*reinterpret_cast<const uint4*>(from)); }
-  __device__ __forceinline__ void load_once(const T* from) { set(__ldcs(reinterpret_cast<const uint4*>(from))); }
-  __device__ __forceinline__ void set(uint4 all) {
-    words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
-  }
-  __device__ __forceinline__ float value(int i) const {
-    if constexpr (sizeof(T) == 4) {
-      return lane_cast<float>(words[i]);
-    } else {
-      return to_float(T{static_cast<uint16_t>(i % 2 == 0 ? words[i / 2] : words[i / 2] >> 16)});
-    }
-  }
-};
 
 // Sums of one lane: rows and columns of the tile, over the steps of this lane.
 template <class T, int kRows, int kCount>
@@ -164,7 +129,7 @@ __device__ __forceinline__ float sum_over_lanes(float (&values)[kValues]) {
 
 // kCount elements an access: kPack<T>, or 1 for operands that are not aligned.
 template <class T, int kRows, int kCount>
-__global__ void __launch_bounds__(kThreads, kBlocks<kRows>)
+__global__ void __launch_bounds__(kThreads, blocks_an_sm(kRows))
     skinny_gemm_kernel(const __grid_constant__ ProductList list) {
   constexpr int kValues = kRows * kColumns;
   const int block = static_cast<int>(blockIdx.x);

@@ -108,7 +108,8 @@ class Problem {
     return longest + 3;
   }
 
-  // Sequences in reverse, each at another start; with a table, positions in a scattered order.
+  // Sequences in reverse, each at another start; with a table, positions in reverse, and those that nobody sees
+  // nowhere.
   void place() {
     int64_t row = kFirstRow;
     for (int64_t i = 0; i < sequences_; ++i) {
@@ -121,9 +122,12 @@ class Problem {
                            .cache_start = sequence % 3});
       row += case_.segments[i].rows;
     }
-    for (int64_t i = 0; i < sequences_; ++i) {
-      start_.push_back(i % 3);
-      for (int64_t p = 0; p < capacity_; ++p) table_.push_back(static_cast<int32_t>(capacity_ - 1 - p));
+    table_.assign(sequences_ * capacity_, 1 << 30);
+    for (int64_t i = 0; i < sequences_; ++i) start_.push_back(i % 3);
+    for (const Segment& s : segments_) {
+      for (int64_t p = first_visible(s.first_position); p < s.first_position + s.rows; ++p) {
+        table_[s.sequence * capacity_ + p] = static_cast<int32_t>(capacity_ - 1 - p);
+      }
     }
   }
 
@@ -187,11 +191,18 @@ class Problem {
   std::vector<int32_t> table_;
 };
 
+// Every case in every dtype; the threads of a ThreadSanitizer run are slow, and take the dtypes in turn.
+#if defined(POP_CUDA_SHIM_THREADS)
+constexpr bool kInTurn = true;
+#else
+constexpr bool kInTurn = false;
+#endif
+
 void run_all(const std::vector<Case>& cases) {
-  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
-    for (const Case& c : cases) {
-      const std::string name = name_of(dtype, c);
-      Problem(dtype, c).run(name);
+  const DType dtypes[] = {DType::bf16, DType::f32, DType::f16};
+  for (size_t i = 0; i < cases.size(); ++i) {
+    for (size_t d = 0; d < 3; ++d) {
+      if (!kInTurn || d == i % 3) Problem(dtypes[d], cases[i]).run(name_of(dtypes[d], cases[i]));
     }
   }
 }
@@ -217,40 +228,44 @@ void run_prefill() {
       {.heads = 1, .kv_heads = 1, .head_dim = 256, .segments = {{33, 40}}},
       {.heads = 8, .kv_heads = 1, .head_dim = 80, .segments = {{9, 3}}},
   });
+  if (kInTurn) return;
   // So many KV heads that no keys are cut.
   Problem(DType::bf16, {.heads = 300, .kv_heads = 300, .head_dim = 8, .segments = {{2, 70}}}).run("many heads");
 }
 
 void run_windows() {
+  std::vector<Case> cases = {{.heads = 1, .kv_heads = 1, .head_dim = 32, .segments = {{40, 100}}, .window = 30}};
   for (const int64_t window : {1, 63, 64, 65, 130}) {
-    run_all({{.heads = 2, .kv_heads = 1, .head_dim = 64, .segments = {{1, 129}}, .window = window}});
+    cases.push_back({.heads = 2, .kv_heads = 1, .head_dim = 64, .segments = {{1, 129}}, .window = window});
   }
   for (const int64_t position : {15, 16, 17}) {
-    run_all({{.heads = 4, .kv_heads = 2, .head_dim = 16, .segments = {{5, position}}, .window = 17}});
+    cases.push_back({.heads = 4, .kv_heads = 2, .head_dim = 16, .segments = {{5, position}}, .window = 17});
   }
-  run_all({{.heads = 1, .kv_heads = 1, .head_dim = 32, .segments = {{40, 100}}, .window = 30}});
+  run_all(cases);
 }
 
 // Sequences of different lengths and tile sizes, every cache layout, and scales of either sign.
 void run_layouts() {
-  const std::vector<Rows> segments = {{1, 0}, {1, 140}, {9, 60}, {0, 7}, {2, 1}};
+  const std::vector<Rows> segments = {{1, 70}, {1, 66}, {1, 0}, {9, 60}, {0, 7}, {2, 1}};
+  std::vector<Case> cases;
   for (const Layout layout : {Layout::kHeadsFirst, Layout::kSlotsFirst, Layout::kUnaligned}) {
-    run_all({{.heads = 4, .kv_heads = 2, .head_dim = 40, .segments = segments, .layout = layout},
-             {.heads = 4,
-              .kv_heads = 2,
-              .head_dim = 24,
-              .segments = segments,
-              .window = 33,
-              .layout = layout,
-              .has_slot_table = true,
-              .scale = -0.3f}});
+    cases.push_back({.heads = 4, .kv_heads = 2, .head_dim = 40, .segments = segments, .layout = layout});
+    cases.push_back({.heads = 4,
+                     .kv_heads = 2,
+                     .head_dim = 24,
+                     .segments = segments,
+                     .window = 33,
+                     .layout = layout,
+                     .has_slot_table = true,
+                     .scale = -0.3f});
   }
+  run_all(cases);
 }
 
 // More segments than one launch takes.
 void run_many_segments() {
   std::vector<Rows> segments;
-  for (int64_t i = 0; i < 50; ++i) segments.push_back({1, i % 7 == 3 ? 70 : i % 5});
+  for (int64_t i = 0; i < 50; ++i) segments.push_back({1, i % 20 == 3 ? 70 : i % 5});
   Problem(DType::bf16, {.heads = 2, .kv_heads = 1, .head_dim = 16, .segments = segments}).run("many segments");
 }
 
@@ -258,7 +273,7 @@ void run_many_segments() {
 void run_alone() {
   const Case alone = {.heads = 4, .kv_heads = 1, .head_dim = 64, .segments = {{1, 150}}};
   Case first = alone;
-  first.segments.insert(first.segments.end(), {{1, 30}, {6, 90}});
+  first.segments = {{1, 150}, {1, 30}, {6, 90}};
   Problem a(DType::f32, alone), b(DType::f32, first);
   a.run("alone");
   b.run("with others");
@@ -280,7 +295,7 @@ void run_workspace() {
   size_t before = 0;
   for (p.num_segments = 0; p.num_segments <= 200; ++p.num_segments) {
     const size_t bytes = cuda::attention_workspace(p);
-    if (bytes < before || bytes > size_t{33} << 20) throw std::runtime_error("workspace of " + std::to_string(bytes));
+    if (bytes < before || bytes > size_t{17} << 20) throw std::runtime_error("workspace of " + std::to_string(bytes));
     before = bytes;
   }
   if (before == 0) throw std::runtime_error("long sequences are not cut");

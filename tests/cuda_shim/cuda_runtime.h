@@ -105,5 +105,7 @@ inline int atomicExch(int* to, int value) { return std::atomic_ref<int>(*to).exc
 inline int atomicAdd(int* to, int value) { return std::atomic_ref<int>(*to).fetch_add(value); }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 inline float __expf(float x) { return std::exp(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
