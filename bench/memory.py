@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pop_ext.cache_names import cache_of
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -64,7 +65,7 @@ def measure_memory(call: Callable[[], Any], device: torch.device) -> MemoryUse |
 
 def kv_cache_bytes(output: Any) -> int:
     """Bytes of the K/V cache in what a prefill returned."""
-    layers = getattr(getattr(output, "past_key_values", None), "layers", None) or []
+    layers = getattr(cache_of(output), "layers", None) or []
     return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None)
 
 

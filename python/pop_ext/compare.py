@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pop_ext import _core
+from pop_ext.cache_names import cache_of, with_cache
 from pop_ext.native import load
 from pop_ext.plan import Plan
 
@@ -164,7 +165,7 @@ def _arms(model: Any, plan: Plan, tokens: int) -> list[Arm]:
 def _stock_prefill(model: Any) -> Prefill:
     def prefill(ids: torch.Tensor, wanted: int) -> tuple[torch.Tensor, Any]:
         out = model(input_ids=ids, use_cache=True, logits_to_keep=wanted)
-        return out.logits, out.past_key_values
+        return out.logits, cache_of(out)
 
     return prefill
 
@@ -197,7 +198,7 @@ def _greedy(model: Any, prefill: Prefill, ids: torch.Tensor, count: int) -> list
         tokens.append(int(token))
         if tokens[-1] in ends or len(tokens) == count:
             break
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=token, **with_cache(model, cache), use_cache=True, logits_to_keep=1).logits
     return tokens
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pop_ext.cache_names import rename_cache
 from pop_ext.kv_cache import check_cache, has_window, past_slots
 from pop_ext.masks import padding_mask
 from pop_ext.packing import PackedBatch, is_int, pack_batch
@@ -115,11 +116,15 @@ def is_decode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, ``**kwargs`` of the signature merged in. Raises TypeError as the call would."""
+    """Arguments by name, ``**kwargs`` of the signature merged in, the cache as ``past_key_values``.
+
+    Raises TypeError as the call would.
+    """
     arguments = dict(signature.bind(*args, **kwargs).arguments)
     for parameter in signature.parameters.values():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             arguments.update(arguments.pop(parameter.name, {}))
+    rename_cache(arguments, signature)
     return arguments
 
 

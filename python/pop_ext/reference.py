@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
+from pop_ext.cache_names import cache_argument, with_cache
 from pop_ext.reference_checks import (
     Module,
     Parts,
@@ -174,17 +175,17 @@ def prefill_sequence(
             name: rows[:, start:stop],
             "attention_mask": torch.ones(1, seen, dtype=torch.long, device=rows.device),
             "position_ids": sequence.positions[:, start:stop],
-            "past_key_values": cache,
             "use_cache": True,
             "return_dict": True,
         }
 
     if context > 0:
         with omitted_layers(parts.layers, plan.omit):
-            parts.decoder(**call(0, context))
+            parts.decoder(**call(0, context), **with_cache(parts.decoder, cache))
     # The class's forward: the stock one, also where the instance carries a replaced `forward`.
     stock_forward = type(model).forward
-    return stock_forward(model, **call(context, rows.shape[1]), logits_to_keep=sequence.keep).logits[0]
+    boundary = call(context, rows.shape[1])
+    return stock_forward(model, **boundary, **with_cache(model, cache), logits_to_keep=sequence.keep).logits[0]
 
 
 def project_kv(layer: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,7 +218,7 @@ def check_projection(layer: Module, row: Tensor, cos: Tensor, sin: Tensor) -> No
         hidden_states=layer.input_layernorm(row),
         position_embeddings=(cos, sin),
         attention_mask=None,
-        past_key_values=cache,
+        **with_cache(attention, cache),
     )
     written: Any = cache.layers[attention.layer_idx]
     try:
@@ -244,7 +245,7 @@ def omitted_layers(layers: Sequence[Module], omit: Sequence[int]) -> Iterator[No
             cos, sin = kwargs["position_embeddings"]
             check_projection(layer, hidden_states[:, -1:], cos[..., -1:, :], sin[..., -1:, :])
             keys, values = project_kv(layer, hidden_states, cos, sin)
-            kwargs["past_key_values"].update(keys, values, layer.self_attn.layer_idx)
+            kwargs[cache_argument(type(layer).forward)].update(keys, values, layer.self_attn.layer_idx)
             return hidden_states
 
         return forward
