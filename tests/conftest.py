@@ -7,6 +7,7 @@ from collections import Counter
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download something fails at once
 
+import instruction_sets
 import pytest
 import torch
 
@@ -40,6 +41,7 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"skips: {count} x {reason}")
     if not reasons:
         terminalreporter.write_line("skips: none")
+    terminalreporter.write_line(instruction_sets.report())
 
 
 def skip_reason(report) -> str:

@@ -9,9 +9,10 @@ import pop_ext
 import torch
 from models import tokens
 from pop_ext import Plan, reference
+from pop_ext.cache_names import cache_of, with_cache
 from tolerance import assert_close_fp32, compare_caches, stored_layers
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 T = 19
 LAYERS = 6
@@ -42,7 +43,7 @@ def generate(model: nn.Module, ids: Tensor, new: int = 16, **how: Any) -> Any:
 def filled_cache(model: nn.Module, length: int = 7, batch: int = 1) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(tokens(model, batch, length, seed=5), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(tokens(model, batch, length, seed=5), **with_cache(model, cache), use_cache=True, logits_to_keep=1)
     return cache
 
 
@@ -50,7 +51,7 @@ def assert_enabled_equals_oracle(model: nn.Module, ids: Tensor, plan: Plan = PLA
     output = prefill(model, ids)
     logits, cache = reference.prefill(model, ids, plan)
     assert_close_fp32(output.logits, logits, "logits")
-    compare_caches(output.past_key_values, cache)
+    compare_caches(cache_of(output), cache)
 
 
 def assert_same_bits(actual: Any, expected: Any) -> None:
@@ -58,7 +59,7 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
     assert type(actual) is type(expected)
     assert list(actual) == list(expected)
     for name in expected:
-        if name == "past_key_values":
+        if isinstance(expected[name], Cache):
             assert_same_cache(actual[name], expected[name])
             continue
         ours, theirs = (x[name] if isinstance(x[name], tuple) else (x[name],) for x in (actual, expected))

@@ -1,4 +1,4 @@
-"""The instruction sets that CPU kernels are compiled for, and a test file run again on a lesser one."""
+"""The instruction sets that CPU kernels are compiled for, and a test file run again on the lesser ones."""
 
 from __future__ import annotations
 
@@ -6,17 +6,28 @@ import os
 import subprocess
 import sys
 
-import pytest
+import pop_ext  # noqa: F401  (registers torch.ops.pop)
 import torch
 
 ISAS = ["baseline", "avx2", "avx512_bf16"]
 """From the least to the best."""
 
 
-def assert_passes_on(isa: str, path: str, selection: str) -> None:
-    """The tests `selection` (pytest's -k) of a file, in a process on that set; skips where this one has no better."""
-    if ISAS.index(isa) >= ISAS.index(torch.ops.pop.cpu_isa()):
-        pytest.skip(f"this process runs on no more than {isa}")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection, path]
-    done = subprocess.run(command, env={**os.environ, "POP_CPU_ISA": isa}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+def lesser() -> list[str]:
+    """Those below the one of this process."""
+    return ISAS[: ISAS.index(torch.ops.pop.cpu_isa())]
+
+
+def report() -> str:
+    """Which sets this run tests, and which the processor, or POP_CPU_ISA, keeps it from."""
+    best = torch.ops.pop.cpu_isa()
+    untested = ISAS[ISAS.index(best) + 1 :]
+    return f"instruction sets: {', '.join([*lesser(), best])}; not run here: {', '.join(untested) or 'none'}"
+
+
+def assert_lesser_sets_pass(path: str, selection: str) -> None:
+    """The tests `selection` (pytest's -k) of a file, in a process on each set below this one's."""
+    for isa in lesser():
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection, path]
+        done = subprocess.run(command, env={**os.environ, "POP_CPU_ISA": isa}, capture_output=True, text=True)
+        assert done.returncode == 0, isa + "\n" + done.stdout[-4000:] + done.stderr[-4000:]

@@ -22,6 +22,7 @@ from enabled_models import (
 )
 from models import llama, mistral, pad, qwen2, tokens
 from pop_ext import reference
+from pop_ext.cache_names import with_cache
 from pop_ext.replaced import foreign_code, inner_modules
 from tolerance import assert_close_fp32, compare_caches
 from torch import nn
@@ -51,7 +52,7 @@ def test_a_decode_step_never_warns_or_raises(keep, grad, past):
     model = llama()
     cache = filled_cache(model, past) if past else DynamicCache()
     with torch.set_grad_enabled(grad):
-        call = {"past_key_values": cache, "logits_to_keep": keep, "output_hidden_states": True}
+        call = {**with_cache(model, cache), "logits_to_keep": keep, "output_hidden_states": True}
         assert_silent_stock(model, "decode", tokens(model, 1, 1), **call)
 
 
@@ -59,18 +60,17 @@ def test_a_decode_step_never_warns_or_raises(keep, grad, past):
 def test_a_decode_step_by_embeddings_never_warns_or_raises():
     model = llama()
     embeds = model.get_input_embeddings()(tokens(model, 1, 1))
-    expected = model(inputs_embeds=embeds, past_key_values=filled_cache(model), use_cache=False)
+    expected = model(inputs_embeds=embeds, **with_cache(model, filled_cache(model)), use_cache=False)
     twin = enabled_twin(model, strict=True)
-    assert_same_bits(twin(inputs_embeds=embeds, past_key_values=filled_cache(model), use_cache=False), expected)
+    assert_same_bits(twin(inputs_embeds=embeds, **with_cache(model, filled_cache(model)), use_cache=False), expected)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 9])
 @torch.no_grad()
 def test_the_verification_of_candidates_never_warns_or_raises(keep):
     model = llama()
-    assert_silent_stock(
-        model, "verification", tokens(model, 1, 4), past_key_values=filled_cache(model), logits_to_keep=keep
-    )
+    call = {**with_cache(model, filled_cache(model)), "logits_to_keep": keep}
+    assert_silent_stock(model, "verification", tokens(model, 1, 4), **call)
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def test_the_verification_of_candidates_in_a_static_cache_never_warns_or_raises(
     model = llama()
     cache = StaticCache(config=model.config, max_cache_len=32)
     model(tokens(model, 1, 7), past_key_values=cache, logits_to_keep=1)
-    assert_silent_stock(model, "verification", tokens(model, 1, 4), past_key_values=cache, logits_to_keep=4)
+    assert_silent_stock(model, "verification", tokens(model, 1, 4), **with_cache(model, cache), logits_to_keep=4)
 
 
 # What is harmless
