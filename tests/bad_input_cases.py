@@ -152,7 +152,7 @@ LOAD = [
         "an adapter in place of a Linear",
         load,
         UnsupportedModelError,
-        "layers.1.q_proj: expected a plain Linear, got Adapter .*merge adapters",
+        "layers.1.q_proj: expected a plain torch.nn.Linear, got .*Adapter .*merge adapters",
         replace_projection,
     ),
     Case(

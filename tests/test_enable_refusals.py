@@ -82,7 +82,7 @@ UNSUPPORTED = {
     offloaded_by_accelerate: "meta device",
     of_mixed_dtype: "layers.3.gate_proj.*torch.bfloat16",
     in_float64: "float32, bfloat16 or float16.*float64",
-    with_an_adapter: "plain Linear, got LowRank",
+    with_an_adapter: "plain torch.nn.Linear, got enabled_models.LowRank",
     with_a_layer_less: "6 decoder layers.*got 5",
     gpt2: "expected an architecture of llama, mistral.*got gpt2",
     gemma3: "got gemma3_text",

@@ -7,7 +7,8 @@ import pytest
 import torch
 from models import WINDOW, mistral, qwen2, tokens
 from op_calls import SENTINEL, op_call, run_op
-from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+from pop_ext.kv_cache import CacheTransaction
+from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
 
 LAYERS = 6
 OMIT = (1, 3, 4)  # projected with layer 5, which is retained and keeps every position
@@ -86,6 +87,42 @@ def test_native_prefill_leaves_zeros_where_it_projects_nothing_and_decodes_alike
     for layer in OMIT:
         assert (caches[1].layers[layer].keys[:, :, :seen] == 0).all()
         assert not (caches[0].layers[layer].keys[:, :, :seen] == 0).any()
+
+
+def recorded_cache(model) -> DynamicCache:
+    """Its layers keep what their windows have left behind, to be cropped later."""
+    cache = DynamicCache(config=model.config)
+    for layer in cache.layers:
+        layer.activate_past_recording()
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("cache", "dropped"),
+    [
+        (lambda model: DynamicCache(config=model.config), True),
+        (lambda model: StaticCache(config=model.config, max_cache_len=4 * WINDOW), True),
+        (lambda model: DynamicCache(), False),
+        (recorded_cache, False),
+    ],
+    ids=["windows", "static windows", "full length", "recorded windows"],
+)
+def test_what_the_cache_will_drop_is_not_projected(cache, dropped, monkeypatch):
+    native = build("mistral")
+    opened = []
+
+    class Opened(CacheTransaction):
+        def __init__(self, *args, **how):
+            super().__init__(*args, **how)
+            opened.append(self)
+
+    monkeypatch.setattr("pop_ext.native.CacheTransaction", Opened)
+    native.prefill(tokens(native.model, 2, 2 * WINDOW), past_key_values=cache(native.model))
+    seen = 2 * WINDOW - native.plan.boundary - (WINDOW - 1)
+    for layer in OMIT:
+        for tensor in (opened[0].key_cache[layer], opened[0].value_cache[layer]):
+            assert (tensor[:, :, :seen] == 0).all() == dropped
+            assert not (tensor[:, :, seen : 2 * WINDOW] == 0).any()
 
 
 def full_length_static_cache(native, capacity: int) -> Cache:

@@ -218,9 +218,10 @@ def _ref(slot: str, model: nn.Module, path: str, family: Family) -> WeightRef | 
     if expected is None:
         _check_class(module, f"{family.prefix}RMSNorm", path.rpartition(".")[0])
     elif type(module) is not expected:
+        found = f"{type(module).__module__}.{type(module).__name__}"
         raise UnsupportedModelError(
-            f"{slot}: expected a plain {expected.__name__}, got {type(module).__name__} "
-            "(merge adapters and load unquantised weights)"
+            f"{slot}: expected a plain torch.nn.{expected.__name__}, got {found} "
+            "(merge adapters into the weights, merge_and_unload of PEFT, and load unquantised weights)"
         )
     if module._parameters.get(name) is None:
         if slot.rpartition(".")[2] in _OPTIONAL:

@@ -228,8 +228,10 @@ def _caller_level() -> int:
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``'s wrapper."""
+    """The model inside the wrappers of ``torch.compile`` and PEFT, which call its ``forward``."""
     inner: Any = getattr(model, "_orig_mod", model)
+    if type(inner).__module__.startswith("peft.") and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
     return inner
 
 

@@ -9,24 +9,28 @@ a call that fails leaves the cache as it was.
 | ``DynamicLayer``            | new tensors of past + new slots        | becomes the layer's   |
 | ``StaticLayer``             | in place, after a copy of those slots  | length advances       |
 | sliding-window layers       | new tensors of past + new slots        | ``layer.update``      |
+| quantised layers            | new tensors of past + new slots        | ``layer.update``      |
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    QuantizedLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
 
-from pop_ext.restore import restore, save
+from pop_ext.restore import Saved, restore, save
 
 
 class UnsupportedCacheError(ValueError):
@@ -103,8 +107,8 @@ class _Static:
         restore(self._layer.__dict__, self._before, self._saved)
 
 
-class _Sliding:
-    """Attention needs past and new tokens side by side; the layer then keeps what its window needs.
+class _Updated:
+    """New tensors of past + new slots side by side; the layer then takes the new ones through its own ``update``.
 
     Slots that the layer has dropped are zero: no query of this call reaches them.
     """
@@ -112,22 +116,20 @@ class _Sliding:
     def __init__(self, layer: Any, like: torch.Tensor, batch: int, past: int, new: int, zero: bool) -> None:
         self._layer = layer
         self._past = past
-        stored = 0
-        if layer.is_initialized and past > 0:
-            stored = min(past, layer.keys.shape[-2])
-        self.key = _new_buffer(like, batch, past + new, zero=zero or stored < past)
-        self.value = _new_buffer(like, batch, past + new, zero=zero or stored < past)
-        if stored > 0:
-            # A static layer that is not full yet has its tokens in front, a full one is all tokens.
-            kept = slice(0, stored) if isinstance(layer, StaticLayer) else slice(layer.keys.shape[-2] - stored, None)
-            self.key[:, :, past - stored : past] = layer.keys[:, :, kept]
-            self.value[:, :, past - stored : past] = layer.values[:, :, kept]
         self._before = dict(layer.__dict__)
-        # A dynamic layer's update makes new tensors, a static one's writes into those that it has.
-        in_place: list[Any] = []
-        if isinstance(layer, StaticLayer):
-            in_place = [layer.keys, layer.values, layer.cumulative_length]
-        self._saved = save([tensor for tensor in in_place if tensor is not None])
+        self._saved: Saved = []
+        stored = (
+            self._stored(_new_buffer(like, batch, 0, zero=False), past) if layer.is_initialized and past > 0 else None
+        )
+        first = past if stored is None else past - stored[0].shape[2]
+        self.key = _new_buffer(like, batch, past + new, zero=zero or first > 0)
+        self.value = _new_buffer(like, batch, past + new, zero=zero or first > 0)
+        if stored is not None:
+            self.key[:, :, first:past], self.value[:, :, first:past] = stored
+
+    def _stored(self, nothing: torch.Tensor, past: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the last of ``past`` positions, as many as the layer still has. ``nothing``: K or V of none."""
+        raise NotImplementedError
 
     def commit(self) -> None:
         self._layer.update(self.key[:, :, self._past :], self.value[:, :, self._past :])
@@ -136,12 +138,55 @@ class _Sliding:
         restore(self._layer.__dict__, self._before, self._saved)
 
 
+class _Sliding(_Updated):
+    """The layer keeps what its window needs."""
+
+    def __init__(self, layer: Any, like: torch.Tensor, batch: int, past: int, new: int, zero: bool) -> None:
+        super().__init__(layer, like, batch, past, new, zero)
+        # A dynamic layer's update makes new tensors, a static one's writes into those that it has.
+        in_place: list[Any] = []
+        if isinstance(layer, StaticLayer):
+            in_place = [layer.keys, layer.values, layer.cumulative_length]
+        self._saved = save([tensor for tensor in in_place if tensor is not None])
+
+    def _stored(self, nothing: torch.Tensor, past: int) -> tuple[torch.Tensor, torch.Tensor]:
+        layer = self._layer
+        stored = min(past, layer.keys.shape[-2])
+        # A static layer that is not full yet has its tokens in front, a full one is all tokens.
+        kept = slice(0, stored) if isinstance(layer, StaticLayer) else slice(layer.keys.shape[-2] - stored, None)
+        return layer.keys[:, :, kept], layer.values[:, :, kept]
+
+
+class _Quantized(_Updated):
+    """The past comes back dequantised, and the new tokens are quantised when the call is through.
+
+    So the call itself reads its own K and V as they were computed, as in the stock forward's first call.
+    """
+
+    def _stored(self, nothing: torch.Tensor, past: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # What an update by no token returns: quantised part, residual and beams in their order. Updates assign
+        # attributes and write into no tensor, so that a shallow copy takes them without a trace.
+        keys, values = copy.copy(self._layer).update(nothing, nothing)
+        return keys.to(nothing.dtype), values.to(nothing.dtype)
+
+
 _HANDLERS: dict[type, type] = {
     DynamicLayer: _Dynamic,
     StaticLayer: _Static,
     DynamicSlidingWindowLayer: _Sliding,
     StaticSlidingWindowLayer: _Sliding,
 }
+
+# Of transformers 5.24 on; FP8 layers are none of the other's.
+_QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)
+
+
+def _handler_of(layer: Any) -> type | None:
+    """What takes a layer class through a call; None: nothing does."""
+    if issubclass(layer, _QUANTIZED) and layer.update.__module__ == cache_utils.__name__:
+        return _Quantized  # whatever quantises: Quanto, HQQ, FP8
+    return _HANDLERS.get(layer)
+
 
 # What a cache must not do in another way than its layers do.
 _CACHE_METHODS = ("update", "get_seq_length", "get_mask_sizes", "get_query_offset")
@@ -172,12 +217,12 @@ def check_cache(cache: Any, num_layers: int) -> None:
     if getattr(cache, "offloading", False):
         raise UnsupportedCacheError("past_key_values: expected a cache on the model's device, got an offloaded one")
     for layer in cache.layers:
-        if type(layer) not in _HANDLERS:
-            known = ", ".join(sorted(kind.__name__ for kind in _HANDLERS))
+        if _handler_of(type(layer)) is None:
+            known = ", ".join(sorted(kind.__name__ for kind in (*_HANDLERS, QuantizedLayer)))
             raise UnsupportedCacheError(f"past_key_values: expected layers of {known}, got {type(layer).__name__}")
     if len(cache.layers) > num_layers:
         raise ValueError(f"past_key_values: expected {num_layers} layers like the model, got {len(cache.layers)}")
-    if len(cache.layers) < num_layers and cache.layer_class_to_replicate not in _HANDLERS:
+    if len(cache.layers) < num_layers and _handler_of(cache.layer_class_to_replicate) is None:
         raise UnsupportedCacheError(f"past_key_values: expected {num_layers} layers, got {len(cache.layers)}")
 
 
@@ -210,6 +255,22 @@ def has_window(cache: Cache) -> bool:
     return any(isinstance(layer, (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)) for layer in cache.layers)
 
 
+def keeps_only_windows(cache: Cache, windows: Sequence[int], layers: Collection[int]) -> bool:
+    """Whether each of some layers keeps no position that its window has left behind.
+
+    Args:
+        windows: sliding window of each layer of the model, 0 for none.
+    """
+    for index in layers:
+        layer = cache.layers[index] if index < len(cache.layers) else None
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            if layer.sliding_window > windows[index] or getattr(layer, "record_past", False):
+                return False
+        elif not isinstance(layer, StaticSlidingWindowLayer) or layer.max_cache_len > windows[index]:
+            return False
+    return True
+
+
 class CacheTransaction:
     """The caches of one prefill call.
 
@@ -218,7 +279,7 @@ class CacheTransaction:
         like: ``[*, kv_heads, *, head_dim]`` tensor with the cache's dtype and device.
         num_layers, batch, past, new: layers, sequences, slots before the call, columns it adds.
         padding: ``[batch, new]`` bool, True where a new slot holds no token; None: nowhere.
-        some_left: whether the operator leaves some new slots as they are.
+        left_out: layers in which the operator leaves some new slots as they are.
     """
 
     def __init__(
@@ -230,7 +291,7 @@ class CacheTransaction:
         past: int,
         new: int,
         padding: torch.Tensor | None,
-        some_left: bool = False,
+        left_out: Collection[int] = (),
     ) -> None:
         self._cache = cache
         self._layers: list[Any] = list(cache.layers)
@@ -239,12 +300,11 @@ class CacheTransaction:
             self._layers.append(make_layer())
         self._padding = padding
         self._open: list[Any] = []
-        zero = padding is not None or some_left  # no slot shows uninitialised memory
-        try:
+        try:  # no slot shows uninitialised memory: where some are not written, all are zeroed
             for index, layer in enumerate(self._layers):
                 _check_layer(layer, index, like, batch, past)
-                handler = _HANDLERS[type(layer)]
-                self._open.append(handler(layer, like, batch, past, new, zero))
+                handler: Any = _handler_of(type(layer))
+                self._open.append(handler(layer, like, batch, past, new, padding is not None or index in left_out))
         except BaseException:
             self.abort()
             raise

@@ -11,7 +11,15 @@ import torch
 
 from pop_ext import _core, operators
 from pop_ext.families import Description, describe
-from pop_ext.kv_cache import CacheTransaction, check_cache, check_windows, has_window, new_cache, past_slots
+from pop_ext.kv_cache import (
+    CacheTransaction,
+    check_cache,
+    check_windows,
+    has_window,
+    keeps_only_windows,
+    new_cache,
+    past_slots,
+)
 from pop_ext.packing import (
     PackedBatch,
     PerSequence,
@@ -177,7 +185,8 @@ class NativeModel:
                 None: the plan's, at most the sequence's tokens.
             logits_to_keep: last rows of each sequence that get logits, one int or one per sequence.
             window_only: in omitted layers with a sliding window, leave K and V of those positions only that a
-                later token can still see. The slots before them keep what they held (new ones: zeros).
+                later token can still see. The slots before them keep what they held (new ones: zeros). Where the
+                cache keeps no more than the window in these layers it is so anyway.
 
         Raises:
             ValueError, TypeError: a bad argument, named with what was expected and what came.
@@ -316,6 +325,9 @@ class NativeModel:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states and logits of the wanted rows, in ``shape``. The cache changes only if all went well."""
         like = loaded.like.new_empty((0, self.spec.num_kv_heads, 0, self.spec.head_dim))
+        windowed = [layer for layer in self.plan.omit if self.spec.window[layer] > 0]
+        # Where the cache drops what lies behind the window, nothing of it needs to be projected.
+        window_only = window_only or (bool(windowed) and keeps_only_windows(cache, self.spec.window, windowed))
         transaction = CacheTransaction(
             cache,
             like,
@@ -324,7 +336,7 @@ class NativeModel:
             packed.past_slots,
             packed.columns,
             packed.padding(),
-            some_left=window_only,
+            left_out=windowed if window_only else (),
         )
         rotary = self.model.model.rotary_emb
         try:

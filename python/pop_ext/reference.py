@@ -11,6 +11,7 @@ Nothing of the native path is imported here.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from pop_ext.cache_names import cache_argument, with_cache
@@ -39,6 +40,8 @@ from pop_ext.reference_checks import (
 from pop_ext.restore import module_restored_on_error
 
 __all__ = ["prefill"]
+
+QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)  # the first from 5.24 on
 
 # A call replaces forwards of the model's modules while it runs: two at once would put back each other's.
 _ONE_CALL_AT_A_TIME = threading.RLock()
@@ -94,7 +97,7 @@ def prefill(
         attention_mask: bool or 0/1, [batch, P + T], real positions 1. Padding left or right of the new tokens and holes
             in the past are legal, holes in the new tokens are not. None: everything is real.
         position_ids: int [batch, T] or [1, T]; None: real positions counted from the mask, past included.
-        past_key_values: DynamicCache or StaticCache, read and never modified.
+        past_key_values: DynamicCache, StaticCache or QuantizedCache, read and never modified.
         boundary: overrides `plan.boundary`, an int or one per sequence (1-D); 1..T_i.
 
     Returns:
@@ -298,10 +301,10 @@ def read_past(cache: Cache | None, num_layers: int, batch: int) -> list[PastLaye
         return []
     known = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
     for layer in getattr(cache, "layers", [None]):
-        if type(layer) not in known:
+        if type(layer) not in known and not isinstance(layer, QUANTIZED):
             raise TypeError(
-                "past_key_values: expected a DynamicCache or StaticCache of full or sliding-window attention layers, "
-                f"got {type(cache).__name__} with {type(layer).__name__}"
+                "past_key_values: expected a DynamicCache, StaticCache or QuantizedCache of full or sliding-window "
+                f"attention layers, got {type(cache).__name__} with {type(layer).__name__}"
             )
     length = past_key_values_length(cache)
     if length == 0:
@@ -314,11 +317,24 @@ def read_past(cache: Cache | None, num_layers: int, batch: int) -> list[PastLaye
         filled = int(layer.get_seq_length())
         if filled != length:
             raise ValueError(f"past_key_values: layer {index} has {filled} positions, layer 0 has {length}")
-        if layer.keys.shape[0] != batch:
-            raise ValueError(f"past_key_values: expected batch {batch}, got {layer.keys.shape[0]} in layer {index}")
-        stored = min(length, layer.keys.shape[2])  # a static layer has room behind, a sliding one dropped the front
-        past.append(PastLayer(layer.keys[:, :, :stored], layer.values[:, :, :stored], length - stored))
+        keys, values = dequantized(layer) if isinstance(layer, QUANTIZED) else (layer.keys, layer.values)
+        if keys.shape[0] != batch:
+            raise ValueError(f"past_key_values: expected batch {batch}, got {keys.shape[0]} in layer {index}")
+        stored = min(length, keys.shape[2])  # a static layer has room behind, a sliding one dropped the front
+        past.append(PastLayer(keys[:, :, :stored], values[:, :, :stored], length - stored))
     return past
+
+
+def dequantized(layer: Any) -> tuple[Tensor, Tensor]:
+    """K and V that a quantised layer holds: what a stock call would read of them."""
+    if layer.keys.ndim == 4:  # not yet quantised, behind what is
+        nothing = layer.keys[:, :, :0]
+    else:
+        read = layer._dequantize(layer._quantized_keys)
+        nothing = read[:, :, :0].to(layer.keys.dtype)
+    # An update makes new tensors and assigns them: that of a shallow copy leaves the layer as it is.
+    keys, values = copy.copy(layer).update(nothing, nothing)
+    return keys.to(nothing.dtype), values.to(nothing.dtype)
 
 
 def past_of_sequence(past: list[PastLayer], sequence: OneSequence, index: int, window: int | None) -> DynamicCache:
