@@ -8,7 +8,7 @@ from typing import Any
 import pop_ext
 import torch
 from models import tokens
-from pop_ext import Plan, reference
+from pop_ext import Decision, Plan, reference
 from pop_ext.cache_names import cache_of, with_cache
 from tolerance import assert_close_fp32, compare_caches, stored_layers
 from torch import Tensor, nn
@@ -38,6 +38,19 @@ def generate(model: nn.Module, ids: Tensor, new: int = 16, **how: Any) -> Any:
     torch.manual_seed(11)
     how = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0, **how}
     return model.generate(ids, max_new_tokens=new, **how)
+
+
+def recorded(model: nn.Module) -> list[Decision]:
+    """The prefills that the model runs from now on."""
+    decisions: list[Decision] = []
+
+    def record(*_: Any) -> None:
+        latest = pop_ext.last_call(model)
+        if latest is not None and not any(latest is known for known in decisions):
+            decisions.append(latest)
+
+    model.register_forward_hook(record)
+    return decisions
 
 
 def filled_cache(model: nn.Module, length: int = 7, batch: int = 1) -> DynamicCache:

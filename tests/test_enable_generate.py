@@ -8,9 +8,9 @@ from typing import Any
 import pop_ext
 import pytest
 import torch
-from enabled_models import generate
+from enabled_models import generate, recorded
 from models import llama, mistral, pad, qwen2, tokens
-from pop_ext import Decision, Plan
+from pop_ext import Plan
 from tolerance import compare_caches
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache, pipeline
@@ -27,19 +27,6 @@ def native_and_oracle(model: nn.Module, plan: Plan = PLAN) -> tuple[nn.Module, n
     return tuple(
         pop_ext.enable(copy.deepcopy(model), plan, strict=True, backend=backend) for backend in ("native", "reference")
     )
-
-
-def recorded(model: nn.Module) -> list[Decision]:
-    """The prefills that the model runs from now on."""
-    decisions: list[Decision] = []
-
-    def record(*_: Any) -> None:
-        latest = pop_ext.last_call(model)
-        if latest is not None and not any(latest is known for known in decisions):
-            decisions.append(latest)
-
-    model.register_forward_hook(record)
-    return decisions
 
 
 def assert_generates_as_the_oracle(
