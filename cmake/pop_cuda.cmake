@@ -9,6 +9,17 @@ set(POP_CUDA_SOURCES
   cuda/rms_norm.cu
   cuda/rope_cache_write.cu
   cuda/skinny_gemm.cu)
+set(POP_CUDA_CHECKS
+  tests/cuda_shim/check_attention.cpp
+  tests/cuda_shim/check_embed.cpp
+  tests/cuda_shim/check_gated_act.cpp
+  tests/cuda_shim/check_kv_project_sm90.cpp
+  tests/cuda_shim/check_kv_project_tile.cpp
+  tests/cuda_shim/check_main.cpp
+  tests/cuda_shim/check_place_rows.cpp
+  tests/cuda_shim/check_rms_norm.cpp
+  tests/cuda_shim/check_rope_cache_write.cpp
+  tests/cuda_shim/check_skinny_gemm.cpp)
 set(POP_WITH_CUDA OFF)
 set(POP_CUDA_VERSION "")
 
@@ -25,21 +36,10 @@ function(pop_add_cuda_shim)
   target_include_directories(pop_cuda PUBLIC tests/cuda_shim)
   target_compile_definitions(pop_cuda PUBLIC POP_WITH_CUDA POP_CUDA_SHIM)
 
-  set(checks
-    tests/cuda_shim/check_attention.cpp
-    tests/cuda_shim/check_embed.cpp
-    tests/cuda_shim/check_gated_act.cpp
-    tests/cuda_shim/check_kv_project_sm90.cpp
-    tests/cuda_shim/check_kv_project_tile.cpp
-    tests/cuda_shim/check_main.cpp
-    tests/cuda_shim/check_place_rows.cpp
-    tests/cuda_shim/check_rms_norm.cpp
-    tests/cuda_shim/check_rope_cache_write.cpp
-    tests/cuda_shim/check_skinny_gemm.cpp)
   find_package(Threads REQUIRED)
-  add_executable(cuda_checks ${checks})
+  add_executable(cuda_checks ${POP_CUDA_CHECKS})
   target_link_libraries(cuda_checks PRIVATE pop_cuda pop_core Threads::Threads)
-  add_executable(cuda_races ${checks} ${POP_CUDA_SOURCES} ${shim})
+  add_executable(cuda_races ${POP_CUDA_CHECKS} ${POP_CUDA_SOURCES} ${shim})
   target_include_directories(cuda_races PRIVATE tests/cuda_shim)
   target_compile_definitions(cuda_races PRIVATE POP_WITH_CUDA POP_CUDA_SHIM POP_CUDA_SHIM_THREADS)
   target_compile_options(cuda_races PRIVATE -g -O1 -fsanitize=thread)
@@ -61,6 +61,11 @@ function(pop_add_cuda)
     -Xptxas=--warn-on-spills,--warn-on-local-memory-usage>)
   target_link_libraries(pop_cuda PUBLIC CUDA::cudart_static)
   target_compile_definitions(pop_cuda PUBLIC POP_WITH_CUDA)
+
+  # The same checks on a GPU, for compute-sanitizer: cmake --build <build> --target cuda_checks
+  find_package(Threads REQUIRED)
+  add_executable(cuda_checks EXCLUDE_FROM_ALL ${POP_CUDA_CHECKS})
+  target_link_libraries(cuda_checks PRIVATE pop_cuda pop_core Threads::Threads)
 endfunction()
 
 if(POP_CUDA STREQUAL "OFF")

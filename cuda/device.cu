@@ -1,5 +1,6 @@
 #include "cuda/device.h"
 
+#include <algorithm>
 #include <array>
 #include <mutex>
 #include <vector>
@@ -60,14 +61,27 @@ Pool& pool() {
 
 }  // namespace
 
+namespace {
+
+// A stream that took part in a capture belongs to it until the capture ends: other work must not wait in it.
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+}  // namespace
+
 SideLine::SideLine() {
   const int device = current_device();
   {
     std::lock_guard lock(pool().mutex);
     auto& free = pool().free[device];
-    if (!free.empty()) {
-      resources_ = std::move(free.back());
-      free.pop_back();
+    const auto idle =
+        std::find_if(free.begin(), free.end(), [](const auto& line) { return !is_capturing(line->stream); });
+    if (idle != free.end()) {
+      resources_ = std::move(*idle);
+      free.erase(idle);
       return;
     }
   }

@@ -1,4 +1,9 @@
-"""What every test stands on: one torch thread, a fixed seed, no network, and a closing count of what was skipped."""
+"""What every test stands on: a device, one torch thread, a fixed seed, no network; a closing count of what was skipped.
+
+`pytest --device cuda` makes that device the default of torch, so that models and tensors of the tests are there. Tests
+marked `cpu` and the modules of ON_THE_CPU stay on the CPU, whatever it says: what they test is there alone, or the same
+everywhere; `-m "not cpu"` leaves them out. Lengths of operators are on the CPU anyway (op_calls.int32).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,50 @@ import torch
 
 NEEDS_GPU = "needs an NVIDIA GPU"
 
+ON_THE_CPU = {
+    "test_arguments",
+    "test_bench",
+    "test_build",
+    "test_cli",
+    "test_comparisons",
+    "test_cost",
+    "test_cpu_kernels",
+    "test_default_device",
+    "test_demo_model",
+    "test_documented_commands",
+    "test_enable_compile",
+    "test_families",
+    "test_gpu_check",
+    "test_model_spec",
+    "test_mutations",
+    "test_packing",
+    "test_plan",
+    "test_readme",
+    "test_reference",
+    "test_reference_turns",
+}
+"""Modules about the CPU's kernels, about the oracle, or about what has no device."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="of the models and tensors of tests that are not marked cpu")
+
+
+@pytest.fixture(autouse=True)
+def on_device(request):
+    """The default device of torch during a test; with `--device cpu` it is left as it is."""
+    wanted = request.config.getoption("--device")
+    if request.node.get_closest_marker("cuda") is not None:
+        wanted = "cuda"
+    if wanted == "cpu" or request.node.get_closest_marker("cpu") is not None:
+        yield
+        return
+    torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32, also in the oracle
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_default_device(wanted)
+    yield
+    torch.set_default_device(None)
+
 
 @pytest.fixture(autouse=True)
 def one_thread_and_one_seed():
@@ -24,12 +73,13 @@ def one_thread_and_one_seed():
     torch.set_num_threads(before)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects by marker
 def pytest_collection_modifyitems(items):
-    """Tests marked `cuda` are skipped, under one reason, where there is no GPU."""
-    if torch.cuda.is_available():
-        return
+    """Marks the tests of ON_THE_CPU; those marked `cuda` are skipped, under one reason, where there is no GPU."""
     for item in items:
-        if item.get_closest_marker("cuda") is not None:
+        if item.module.__name__ in ON_THE_CPU:
+            item.add_marker(pytest.mark.cpu)
+        if item.get_closest_marker("cuda") is not None and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason=NEEDS_GPU))
 
 

@@ -74,14 +74,18 @@ def gemma3(**over: Any) -> Gemma3ForCausalLM:
 FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "gemma3": gemma3}
 
 
-@functools.cache
 def shared(family: str = "llama", **over: Any) -> Any:
-    """A model of FAMILIES that tests only read."""
+    """A model of FAMILIES that tests only read, on the default device of torch."""
+    return _shared(family, torch.get_default_device(), **over)
+
+
+@functools.cache
+def _shared(family: str, _device: torch.device, **over: Any) -> Any:
     return FAMILIES[family](**over)
 
 
 def build(model_class: type, config_class: type, over: dict[str, Any]) -> Any:
-    """A model in eval mode with deterministic random weights.
+    """A model in eval mode with deterministic random weights, the same on every device.
 
     Options: hidden, heads, kv_heads, head_dim, layers, vocab, intermediate, dtype, rope (a kind of ROPE_KINDS),
     tied (embeddings), attn_implementation, seed; anything else goes to the config.
@@ -143,7 +147,7 @@ def draw_weights(model: nn.Module, seed: int) -> None:
     norm_base = 0.0 if model.config.model_type.startswith("gemma") else 1.0  # Gemma's norms multiply by 1 + weight
     for number, (name, parameter) in enumerate(model.named_parameters()):
         generator = torch.Generator().manual_seed(1000 * seed + number)
-        values = torch.randn(parameter.shape, generator=generator)
+        values = torch.randn(parameter.shape, generator=generator, device="cpu")
         fan_in = parameter.shape[-1]
         if name.endswith("norm.weight"):
             values = norm_base + 0.3 * values
@@ -163,9 +167,9 @@ def float32_twin(model: nn.Module) -> nn.Module:
 
 
 def tokens(model: nn.Module, *shape: int, seed: int = 0) -> Tensor:
-    """Random token ids, int64 of `shape`."""
+    """Random token ids, int64 of `shape`, on the model's device."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, model.config.vocab_size, shape, generator=generator)
+    return torch.randint(0, model.config.vocab_size, shape, generator=generator, device="cpu").to(model.device)
 
 
 def offloaded_cache(model: nn.Module) -> DynamicCache:

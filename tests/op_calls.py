@@ -13,12 +13,13 @@ SENTINEL = 7776.0  # exact in every dtype of the caches
 
 
 def int32(values: Sequence[int]) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.int32)
+    """Lengths of sequences, on the CPU, where the operators read them."""
+    return torch.tensor(list(values), dtype=torch.int32, device="cpu")
 
 
 def offsets(lengths: Sequence[int]) -> Tensor:
     """cu_seqlens [batch + 1] of sequences of these lengths."""
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return int32([0, *lengths]).cumsum(0, dtype=torch.int32)
 
 
 def rope_of(native: NativeModel, positions: Tensor) -> tuple[Tensor, Tensor]:

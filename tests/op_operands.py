@@ -11,7 +11,9 @@ EPS = 1e-5
 
 
 def random(*shape: int, dtype=torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    """Normal numbers, the same on every device, on the default one."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return values.to(torch.get_default_device(), dtype)
 
 
 def strided(x: Tensor) -> Tensor:
@@ -66,7 +68,7 @@ class Caches:
         self.slot_table = None
         if scattered:
             generator = torch.Generator().manual_seed(7)
-            slots = [torch.randperm(CAPACITY, generator=generator) for _ in geometry]
+            slots = [torch.randperm(CAPACITY, generator=generator, device="cpu") for _ in geometry]
             # Strided on purpose; columns past a sequence's positions are not read.
             self.slot_table = torch.stack(slots).to(torch.int32).t().contiguous().t()
         self.buffers, self.keys, self.values = LAYOUTS[layout](layers, len(geometry), heads, CAPACITY, dim, dtype)
@@ -74,9 +76,9 @@ class Caches:
         self.after = None
 
     def slots(self, sequence: int, new_only: bool = True) -> Tensor:
-        """Slots of a sequence's new positions, or of all of them."""
+        """Slots of a sequence's new positions, or of all of them; on the CPU, like the slot table."""
         count, past, start = self.geometry[sequence]
-        positions = torch.arange(past if new_only else 0, past + count)
+        positions = torch.arange(past if new_only else 0, past + count, device="cpu")
         return positions + start if self.slot_table is None else self.slot_table[sequence, positions].long()
 
     def fill_past(self, seed: int = 5):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from against_oracle import GAPS, LAST, NATIVE, OMITS, assert_equals_oracle, plan_of, run_native, run_oracle, run_stock
 from models import ROPE_KINDS, ROPE_LENGTH, llama, pad, shared, tokens
+from op_operands import random
 from pop_ext import Plan
 from tolerance import assert_close_fp32, compare_caches, rms
 from transformers import DynamicCache
@@ -239,7 +240,7 @@ def test_the_logits_are_the_head_of_the_hidden_states():
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
 def test_embeddings_equal_the_oracle(dtype):
     model = shared("llama", dtype=dtype)
-    embeds = torch.randn(2, T, 96, generator=torch.Generator().manual_seed(3)).to(dtype)
+    embeds = random(2, T, 96, dtype=dtype, seed=3)
     assert_equals_oracle(model, plan_of(model, GAPS, 2), inputs_embeds=embeds)
 
 

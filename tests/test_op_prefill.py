@@ -84,7 +84,7 @@ def test_prefill_scatters_through_a_slot_table():
     prompts = [tokens(native.model, n, seed=n) for n in (19, 4)]
     straight = op_call(native, prompts, capacity=30)
     expected = run_op(straight)
-    table = torch.stack([torch.randperm(30) for _ in prompts]).to(torch.int32)
+    table = torch.stack([torch.randperm(30, device="cpu") for _ in prompts]).to(torch.int32)
     scattered = {**op_call(native, prompts, capacity=30), "slot_table": table}
     assert torch.equal(run_op(scattered), expected)
     for name in ("key_cache", "value_cache"):

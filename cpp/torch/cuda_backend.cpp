@@ -33,9 +33,10 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Settings for measuring, by name.
 struct Options {
-  std::atomic<int64_t> skinny_rows{8};  // products of up to so many rows take cuda/skinny_gemm.cu
-  std::atomic<int64_t> overlap{0};      // boundary rows on a second stream, beside the projection
-  std::atomic<int64_t> fused{0};        // runs by cuda/kv_project_sm90.cu, where it serves them
+  std::atomic<int64_t> skinny_rows{8};        // products of up to so many rows take cuda/skinny_gemm.cu
+  std::atomic<int64_t> overlap{0};            // boundary rows on a second stream, beside the projection
+  std::atomic<int64_t> library_attention{1};  // 0: all attention by cuda/attention.cu
+  std::atomic<int64_t> fused{0};              // runs by cuda/kv_project_sm90.cu, where it serves them
 };
 
 Options& options() {
@@ -48,10 +49,11 @@ Options& options() {
 int64_t CudaBackend::tune(const std::string& option, int64_t value) {
   if (option == "skinny_rows") return options().skinny_rows.exchange(std::clamp<int64_t>(value, 0, cuda::kSkinnyRows));
   if (option == "overlap") return options().overlap.exchange(value);
+  if (option == "library_attention") return options().library_attention.exchange(value);
   if (option == "cudnn") return set_prefer_cudnn(value);
   if (option == "fused_kv_project") return options().fused.exchange(value);
-  throw std::runtime_error("pop::tune: option: expected skinny_rows, overlap, cudnn or fused_kv_project, got " +
-                           option);
+  throw std::runtime_error(
+      "pop::tune: option: expected skinny_rows, overlap, library_attention, cudnn or fused_kv_project, got " + option);
 }
 
 void CudaBackend::check_reported_ids(int device) {
@@ -254,7 +256,8 @@ void CudaBackend::attention(const AttentionParams& p) {
     AttentionParams part = p;
     part.segments = p.segments + begin;
     part.num_segments = end - begin;
-    if (first.rows > kFewRows && library_attention(part, device_, capability)) continue;
+    const bool to_library = first.rows > kFewRows && options().library_attention != 0;
+    if (to_library && library_attention(part, device_, capability)) continue;
     own.insert(own.end(), p.segments + begin, p.segments + end);
   }
   if (!own.empty()) own_attention(p, own);

@@ -88,6 +88,7 @@ class Problem {
     const size_t bytes = cuda::attention_workspace(p);
     Buffer workspace(DType::f32, static_cast<int64_t>(bytes / sizeof(float)));
     cuda::launch_attention(p, workspace.data(), nullptr);
+    checks::finish();
     if (!workspace.guards_intact()) throw std::runtime_error(name + ": wrote outside the workspace");
     checks::expect_close(name, out_, expected(), 1e-4f, checks::rounding(q_.dtype()));
   }
@@ -187,8 +188,8 @@ class Problem {
   const int64_t sequences_, capacity_, slot_;
   Buffer k_, v_, q_, out_;
   std::vector<Segment> segments_;
-  std::vector<int64_t> start_;
-  std::vector<int32_t> table_;
+  checks::Vector<int64_t> start_;
+  checks::Vector<int32_t> table_;
 };
 
 // Every case in every dtype; the threads of a ThreadSanitizer run are slow, and take the dtypes in turn.

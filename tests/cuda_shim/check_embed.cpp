@@ -27,7 +27,7 @@ void run_case(const Case& c) {
   const int64_t stride = c.width + c.extra_stride;
   Buffer table(c.dtype, kTableRows * stride, c.offset), out(c.dtype, c.rows * c.width);
   table.fill_random(random);
-  std::vector<int64_t> ids(kTableRows), source(c.rows);
+  checks::Vector<int64_t> ids(kTableRows), source(c.rows);
   for (int64_t& id : ids) id = static_cast<int64_t>(random() % kTableRows);
   for (int64_t& from : source) from = static_cast<int64_t>(random() % kTableRows);
   if (c.stray_ids) {
@@ -41,7 +41,7 @@ void run_case(const Case& c) {
     const int64_t from = c.with_ids ? std::clamp<int64_t>(ids[source[row]], 0, kTableRows - 1) : source[row];
     for (int64_t i = 0; i < c.width; ++i) expected.push_back(table.get(from * stride + i));
   }
-  int32_t bad_id = 0;
+  checks::Vector<int32_t> bad_id(1, 0);
   cuda::launch_embed({.dtype = c.dtype,
                       .rows = c.rows,
                       .width = c.width,
@@ -51,9 +51,10 @@ void run_case(const Case& c) {
                       .table = table.data(),
                       .table_stride = stride,
                       .out = out.data()},
-                     c.width == 19 ? nullptr : &bad_id, nullptr);
+                     c.width == 19 ? nullptr : bad_id.data(), nullptr);
+  checks::finish();
   checks::expect_close(name_of(c), out, expected, 0.0f, 0.0f);
-  if (bad_id != (c.stray_ids && c.width != 19)) throw std::runtime_error(name_of(c) + ": bad_id");
+  if (bad_id[0] != (c.stray_ids && c.width != 19)) throw std::runtime_error(name_of(c) + ": bad_id");
 }
 
 void run() {

@@ -57,6 +57,7 @@ void run_case(const Case& c) {
                           .gate_bias = c.gate_bias ? gate_bias.data() : nullptr,
                           .up_bias = c.up_bias ? up_bias.data() : nullptr},
                          nullptr);
+  checks::finish();
   checks::expect_close(name, gate, expected, 1e-6f, checks::rounding(c.dtype) / 2 + 1e-5f);
 }
 

@@ -1,4 +1,5 @@
-// The whole kernel on sm90_emulated.h: ring, tiles, accumulators, epilogue and cache, against the formula.
+// The whole kernel, on sm90_emulated.h or on a Hopper: ring, tiles, accumulators, epilogue and cache, against the
+// formula.
 #include "checks.h"
 #include "cuda/kernels.h"
 
@@ -28,9 +29,9 @@ struct Run {
   Buffer x{DType::bf16, c.rows * x_stride};
   Buffer weight{DType::bf16, c.layers * 2 * kv_dim * c.hidden};
   Buffer cos{DType::f32, batch_rows * c.head_dim / 2}, sin{DType::f32, batch_rows * c.head_dim / 2};
-  std::vector<float> rstd = std::vector<float>(c.rows);
-  std::vector<int64_t> sequence = std::vector<int64_t>(batch_rows), position = sequence, start = {2, 0, 5};
-  std::vector<int32_t> slots = std::vector<int32_t>(kSequences * capacity);
+  checks::Vector<float> rstd = checks::Vector<float>(c.rows);
+  checks::Vector<int64_t> sequence = checks::Vector<int64_t>(batch_rows), position = sequence, start = {2, 0, 5};
+  checks::Vector<int32_t> slots = checks::Vector<int32_t>(kSequences * capacity);
   std::vector<Buffer> vectors;  // k_bias, v_bias, k_norm of every layer
   std::vector<Buffer> keys, values;
   std::vector<std::vector<float>> expected_keys, expected_values;
@@ -148,8 +149,13 @@ struct Run {
   void launch() {
     with_params([&](const KvProjectParams& p) {
       if (!cuda::kv_project_sm90_fits(p)) throw std::runtime_error(std::string(c.name) + ": expected to fit");
+#if defined(POP_CUDA_SHIM)
       if (cuda::kv_project_sm90_supports(p)) throw std::runtime_error("no CPU is a Hopper");
+#else
+      if (!cuda::kv_project_sm90_supports(p)) throw std::runtime_error("needs a GPU of compute capability 9.0");
+#endif
       cuda::launch_kv_project_sm90(p, nullptr);
+      checks::finish();
     });
   }
 

@@ -20,8 +20,10 @@ void run() {
                         .cache_start = s + 11});
     rows += length;
   }
-  std::vector<int64_t> sequence(rows + 1, -1), position(rows + 1, -1), source(rows + 1, -1), start(kSequences + 1, -1);
-  std::vector<int32_t> table(kSequences * kStride), placed(table.size() + 1, -1);
+  checks::Vector<int64_t> sequence(rows + 1, -1), position(rows + 1, -1), source(rows + 1, -1),
+      start(kSequences + 1, -1);
+  std::vector<int32_t> table(kSequences * kStride);  // on the host
+  checks::Vector<int32_t> placed(table.size() + 1, -1);
   for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(3 * i + 1);
   std::vector<int64_t> host_start(kSequences);
   cuda::launch_place_rows(
@@ -35,6 +37,7 @@ void run() {
        .start = start.data(),
        .slot_table = placed.data()},
       nullptr);
+  checks::finish();
   const auto expect = [](bool ok, const char* what) {
     if (!ok) throw std::runtime_error(what);
   };

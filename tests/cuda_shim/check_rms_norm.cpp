@@ -72,6 +72,7 @@ void run_case(const Case& c) {
                          .out_stride = out_stride,
                          .rstd = c.rstd ? static_cast<float*>(rstd.data()) : nullptr},
                         nullptr);
+  checks::finish();
   const float rounding = checks::rounding(c.dtype);
   checks::expect_close(name_of(c) + ": x", x, x_expected, 0.0f, 0.0f);
   checks::expect_close(name_of(c) + ": out", out, out_expected, 1e-6f, rounding / 2 + 1e-5f);

@@ -35,8 +35,8 @@ Buffer random_buffer(const Shape& s, int64_t count, std::mt19937& random) {
 
 // Where rows belong: sequences in turn, positions that go up, slots that a table shuffles.
 struct Rows {
-  std::vector<int64_t> sequence, position, start;
-  std::vector<int32_t> table;
+  checks::Vector<int64_t> sequence, position, start;
+  checks::Vector<int32_t> table;
   Buffer cos, sin;
   Batch batch;
 
@@ -199,6 +199,7 @@ void run_rope(const Shape& s, int64_t heads, const Given& given) {
                                  .batch = &rows.batch,
                                  .cache = {key.buffer.data(), value.buffer.data(), key.strides, value.strides}},
                                 nullptr);
+  checks::finish();
   const std::string name = "rope_cache_write " + name_of(s) + " heads " + std::to_string(heads);
   expect(s, name + ": q", q, q_expected);
   expect(s, name + ": key", key.buffer, key.expected);
@@ -262,6 +263,7 @@ void run_epilogue(const Shape& s, int64_t layers, bool vectors, bool with_rstd) 
                             .batch = &rows.batch,
                             .caches = caches.data()},
                            nullptr);
+  checks::finish();
   for (int64_t j = 0; j < layers; ++j) {
     const std::string name = "kv_epilogue " + name_of(s) + " layer " + std::to_string(j);
     expect(s, name + ": key", keys[j].buffer, keys[j].expected);

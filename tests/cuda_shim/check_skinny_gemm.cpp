@@ -62,6 +62,7 @@ void expect_alone_the_same(const std::string& what, const Matrix& a, const Matri
     GemmParams p = params_of(a, w, alone, 1);
     p.a = a.buffer.at(row * a.stride);
     cuda::launch_skinny_gemm(&p, 1, nullptr);
+    checks::finish();
     for (int64_t column = 0; column < w.rows; ++column) {
       if (alone.buffer.get(column) == out.buffer.get(row * out.stride + column)) continue;
       throw std::runtime_error(what + ": row " + std::to_string(row) + " depends on the rows beside it");
@@ -81,6 +82,7 @@ void run_case(DType dtype, const Case& c) {
   std::vector<GemmParams> products;
   for (size_t i = 0; i < c.n.size(); ++i) products.push_back(params_of(a, w[i], out[i], c.m));
   cuda::launch_skinny_gemm(products.data(), static_cast<int64_t>(products.size()), nullptr);
+  checks::finish();
   for (size_t i = 0; i < c.n.size(); ++i) {
     expect_product(name_of(dtype, c, i), a, w[i], out[i]);
     if (c.m > 1) expect_alone_the_same(name_of(dtype, c, i), a, w[i], out[i]);
@@ -120,6 +122,7 @@ void run_mixed() {
   const GemmParams products[] = {params_of(a, w, out, 6), params_of(a, w, none, 0), params_of(b, x, out_b, 2)};
   cuda::launch_skinny_gemm(products, 3, nullptr);
   cuda::launch_skinny_gemm(products, 0, nullptr);
+  checks::finish();
   expect_product("first product", a, w, out);
   expect_product("third product", b, x, out_b);
   checks::expect_close("empty product", none.buffer, std::vector<float>(60, Buffer::kSentinel), 0, 0);

@@ -1,8 +1,12 @@
-// Checks of the CUDA kernels on the shim: each compares a launch with the same arithmetic done serially.
+// Checks of the CUDA kernels: each compares a launch with the same arithmetic done serially. On the shim, or on a GPU
+// (target cuda_checks of a build with POP_CUDA=ON), where what kernels touch is managed memory.
 #pragma once
+
+#include <cuda_runtime.h>
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <sstream>
 #include <stdexcept>
@@ -18,6 +22,46 @@ namespace checks {
 struct Check {
   Check(const char* name, void (*run)());
 };
+
+#if defined(POP_CUDA_SHIM)
+
+template <class T>
+using Memory = std::allocator<T>;
+
+inline void finish() {}
+
+#else
+
+inline void check_cuda(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+// Memory of the host and of the current device.
+template <class T>
+struct Memory {
+  using value_type = T;
+
+  Memory() = default;
+  template <class Other>
+  Memory(const Memory<Other>&) {}
+
+  T* allocate(size_t count) {
+    void* memory = nullptr;
+    check_cuda(cudaMallocManaged(&memory, count * sizeof(T)));
+    return static_cast<T*>(memory);
+  }
+  void deallocate(T* memory, size_t) { static_cast<void>(cudaFree(memory)); }
+  bool operator==(const Memory&) const { return true; }
+};
+
+// Waits for what was launched, and throws what it failed with.
+inline void finish() { check_cuda(cudaDeviceSynchronize()); }
+
+#endif
+
+// What a kernel reads or writes; between a launch and `finish` it is the kernel's.
+template <class T>
+using Vector = std::vector<T, Memory<T>>;
 
 inline std::string name_of(pop::DType dtype) {
   return dtype == pop::DType::f32 ? "f32" : dtype == pop::DType::bf16 ? "bf16" : "f16";
@@ -101,7 +145,7 @@ class Buffer {
 
   pop::DType dtype_;
   int64_t count_, first_;
-  std::vector<Line> lines_;
+  Vector<Line> lines_;
 };
 
 // `buffer` holds `expected` within |error| <= absolute + relative * |expected|, and its guards are intact.

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pop_ext
 import pytest
 import torch
 from models import mistral, qwen2, tokens
 from op_calls import op_call, run_op
+from tuning import tuned
 
 LENGTHS = (70, 3, 33)
-
-
-@contextmanager
-def tuned(option: str, value: int) -> Iterator[None]:
-    before = torch.ops.pop.tune(option, value)
-    try:
-        yield
-    finally:
-        torch.ops.pop.tune(option, before)
 
 
 def results(native, boundary: int) -> list[torch.Tensor]:
@@ -42,7 +31,7 @@ def native(request):
 @pytest.mark.parametrize("boundary", [1, 17, 40])
 def test_boundary_rows_beside_the_projection_give_the_same_bits(native, boundary):
     expected = results(native, boundary)
-    with tuned("overlap", 1):
+    with tuned(overlap=1):
         actual = results(native, boundary)
     for ours, theirs in zip(actual, expected, strict=True):
         assert torch.equal(ours, theirs)
@@ -51,12 +40,12 @@ def test_boundary_rows_beside_the_projection_give_the_same_bits(native, boundary
 @pytest.mark.parametrize("rows", [0, 64])
 def test_any_share_of_the_kernel_for_few_rows_gives_the_same_result(native, rows):
     expected = results(native, 17)
-    with tuned("skinny_rows", rows):
+    with tuned(skinny_rows=rows):
         actual = results(native, 17)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_an_unknown_option_is_refused():
-    with pytest.raises(RuntimeError, match=r"expected skinny_rows, overlap, cudnn or fused_kv_project, got speed"):
+    with pytest.raises(RuntimeError, match="expected skinny_rows, overlap, library_attention, .*got speed"):
         torch.ops.pop.tune("speed", 1)

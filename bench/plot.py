@@ -1,0 +1,134 @@
+#!/usr/bin/env python
+"""Draws reports of the bench: ``python bench/plot.py OUT.png REPORT.json ...``.
+
+Above, how many times as fast as each baseline every arm is, against the length, with the arm's FLOP ceiling; below,
+the stages of each profile as shares of the slowest one of its shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_WIDTH, _HEIGHT = 5.2, 3.6  # inches of a panel
+_STAGE_COLOURS = "tab20"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes the figure. Returns 1 where the reports hold nothing to draw."""
+    parser = argparse.ArgumentParser(prog="bench/plot.py", description="Draws reports of the bench.")
+    parser.add_argument("out", type=Path, help="the figure; its ending says the format")
+    parser.add_argument("reports", nargs="+", type=Path, help="JSON files of bench/run.py")
+    options = parser.parse_args(arguments)
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in options.reports]
+    figure = draw(reports)
+    if figure is None:
+        print("bench/plot.py: expected cases or profiles in the reports, got none", file=sys.stderr)
+        return 1
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.out, dpi=150, bbox_inches="tight")
+    return 0
+
+
+def draw(reports: Sequence[dict[str, Any]]) -> Any | None:
+    """A matplotlib figure of all reports; None where there is nothing to draw."""
+    from matplotlib.figure import Figure
+
+    panels = speedup_panels(reports)
+    bars = profile_groups(reports)
+    count = len(panels) + len(bars)
+    if count == 0:
+        return None
+    columns = min(2, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for (title, points), axis in zip(panels.items(), axes, strict=False):
+        _draw_speedups(axis, title, points)
+    for (title, profiles), axis in zip(bars.items(), axes[len(panels) :], strict=False):
+        _draw_stages(axis, title, profiles)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    devices = sorted({_device(report) for report in reports})
+    figure.suptitle(", ".join(devices), fontsize=9)
+    return figure
+
+
+def _device(report: dict[str, Any]) -> str:
+    facts = report["environment"]
+    device = facts["processor"] if facts["device"] == "cpu" else facts["device"]
+    return f"{device}, torch {facts['torch']}"
+
+
+def speedup_panels(reports: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float, float]]]]:
+    """Panel (model, batch, baseline) -> arm -> points (tokens, speedup, ceiling), by length."""
+    panels: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
+    for case in (case for report in reports for case in report["cases"]):
+        for item in case["comparisons"]:
+            title = f"{case['model']}, batch {case['batch']}, against {item['baseline']}"
+            points = panels.setdefault(title, {}).setdefault(item["arm"], [])
+            points.append((case["tokens"], item["speedup"], item["ceiling"]))
+    for arms in panels.values():
+        for points in arms.values():
+            points.sort()
+    return panels
+
+
+def profile_groups(reports: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Group (model, batch, tokens) -> its profiles."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for item in (item for report in reports for item in report.get("profiles", [])):
+        title = f"{item['model']}, batch {item['batch']}, {item['tokens']} tokens"
+        groups.setdefault(title, []).append(item)
+    return groups
+
+
+def _draw_speedups(axis: Any, title: str, arms: dict[str, list[tuple[int, float, float]]]) -> None:
+    for number, (arm, points) in enumerate(arms.items()):
+        tokens, speedups, ceilings = zip(*points, strict=True)
+        colour = f"C{number}"
+        axis.plot(tokens, speedups, "o-", color=colour, label=arm)
+        axis.plot(tokens, ceilings, "_:", color=colour, markersize=12)
+    axis.axhline(1.0, color="black", linewidth=0.6)
+    axis.set_xscale("log", base=2)
+    lengths = sorted({point[0] for points in arms.values() for point in points})
+    axis.set_xticks(lengths, [str(length) for length in lengths])
+    axis.minorticks_off()
+    axis.set_title(f"{title} (dotted: FLOP ceiling)", fontsize=9)
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("times as fast")
+    axis.grid(alpha=0.3)
+    _legend_below(axis, columns=3)
+
+
+def _draw_stages(axis: Any, title: str, profiles: list[dict[str, Any]]) -> None:
+    import matplotlib
+
+    names = list(dict.fromkeys(stage["name"] for item in profiles for stage in item["stages"]))
+    colours = matplotlib.colormaps[_STAGE_COLOURS]
+    slowest = max(item["seconds"] for item in profiles)
+    labels = [item["arm"] for item in profiles]
+    left = [0.0] * len(profiles)
+    for number, name in enumerate(names):
+        widths = [
+            100 * sum(stage["seconds"] for stage in item["stages"] if stage["name"] == name) / slowest
+            for item in profiles
+        ]
+        axis.barh(labels, widths, left=left, color=colours(number % 20), label=name)
+        left = [begin + width for begin, width in zip(left, widths, strict=True)]
+    axis.invert_yaxis()
+    axis.set_xlabel("% of the slowest")
+    axis.set_title(f"{title} (slowest {1e3 * slowest:,.1f} ms)", fontsize=9)
+    _legend_below(axis, columns=5)
+
+
+def _legend_below(axis: Any, columns: int) -> None:
+    axis.legend(fontsize=7, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.18), frameon=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
