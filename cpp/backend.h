@@ -37,6 +37,8 @@ struct Batch {
   const int64_t* row_source;    // [rows] index into the packed input
   const float* cos;             // [rows, rotary_dim / 2]
   const float* sin;             // [rows, rotary_dim / 2]
+  const float* cos_local;       // the same, of layers with rope table 1; null without them
+  const float* sin_local;
   CacheAddress address;
 };
 
@@ -61,7 +63,8 @@ struct EmbedParams {
   const int64_t* row_source;  // [rows]
   const void* table;          // [vocab_size, width], or [packed rows, width] without ids
   int64_t table_stride;
-  void* out;  // [rows, width]
+  void* out;           // [rows, width]
+  float scale = 1.0f;  // out = table * scale
 };
 
 struct RmsNormParams {
@@ -71,8 +74,10 @@ struct RmsNormParams {
   int64_t x_stride;
   const void* delta;  // [rows, width] or null: x += delta + delta_bias comes first
   int64_t delta_stride;
-  const void* delta_bias;  // [width] or null
-  const void* weight;      // [width] or null: out = x * rstd
+  const void* delta_bias;            // [width] or null
+  const void* delta_norm = nullptr;  // [width] or null: delta + delta_bias is RMS-normalised before it is added
+  const void* weight;                // [width] or null: out = x * rstd
+  float weight_offset = 0.0f;        // added to delta_norm and weight
   float eps;
   void* out;  // [rows, width] or null
   int64_t out_stride;
@@ -112,7 +117,9 @@ struct RopeCacheWriteParams {
   const void *q_bias, *k_bias, *v_bias;  // [heads or kv_heads * head_dim] or null
   const void *q_norm, *k_norm;           // [head_dim] or null
   float norm_eps;
-  const float* row_scale;  // [rows] or null: k and v are multiplied by it before the bias
+  float norm_offset = 0.0f;  // added to q_norm and k_norm
+  int64_t rope_table = 0;    // 1: the batch's cos_local and sin_local
+  const float* row_scale;    // [rows] or null: k and v are multiplied by it before the bias
   const Batch* batch;
   LayerCache cache;
 };
@@ -133,6 +140,8 @@ struct KvProjectParams {
   const void* const* v_bias;  // host [layers] of [kv_dim] or null
   const void* const* k_norm;  // host [layers] of [head_dim] or null
   float eps;
+  float norm_offset = 0.0f;             // added to k_norm; `weight` has it folded in
+  const int64_t* rope_table = nullptr;  // host [layers] of 0 and 1, or null: 0 in all
   const Batch* batch;
   const LayerCache* caches;  // host [layers]
   void* workspace;           // kv_project_workspace(...) bytes
@@ -144,6 +153,7 @@ struct AttentionParams {
   DType dtype;
   int64_t heads, kv_heads, head_dim;
   float scale;
+  float softcap = 0.0f;  // scores become softcap * tanh(score / softcap); 0: as they are
   int64_t window;
   const Segment* segments;  // host; rows outside are left alone
   int64_t num_segments;

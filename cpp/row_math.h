@@ -166,6 +166,12 @@ POP_HD F gelu(F x) {
 #endif
 }
 
+// cap tanh(x / cap), through 1 - 2 / (1 + e^(2u)): within 1e-7 cap.
+template <class F>
+POP_HD F softcapped(F x, float cap) {
+  return cap - cap * ratio(F{} + 2.0f, 1.0f + exp_lanes(x * (2.0f / cap)));
+}
+
 // ---- Norm and RoPE -------------------------------------------------------------------------
 
 // 1 / sqrt(mean(x^2) + eps): eps is added to the mean, as Llama, Qwen and Gemma do.

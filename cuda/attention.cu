@@ -170,7 +170,8 @@ void for_each_launch(const AttentionParams& p, const Call& call) {
   launch.out_stride = p.out_stride;
   launch.cache = p.cache;
   launch.address = p.address;
-  launch.scale = p.scale * 1.44269504f;
+  launch.scale = p.scale * kLog2E;
+  launch.softcap = p.softcap * kLog2E;
   launch.window = p.window > 0 ? static_cast<int>(std::min<int64_t>(p.window, INT32_MAX)) : INT32_MAX;
   launch.heads = static_cast<int>(p.heads);
   launch.kv_heads = static_cast<int>(p.kv_heads);

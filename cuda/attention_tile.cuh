@@ -13,7 +13,8 @@ namespace pop::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSide = 4;          // queries of a thread
+constexpr int kSide = 4;  // queries of a thread
+constexpr float kLog2E = 1.44269504f;
 constexpr int kKeyStep = 64;      // ranges of keys are multiples of this
 constexpr int kPartsAtOnce = 48;  // under 4 KiB of parameters
 
@@ -47,6 +48,7 @@ struct AttentionLaunch {
   float* partial_out;      // [partials, head_dim]
   float* partial_max_sum;  // [partials, 2], maxima in powers of two
   float scale;             // of scores, to powers of two
+  float softcap;           // of scaled scores, in powers of two; 0: none
   int window;              // INT32_MAX for none
   int heads, kv_heads, group, head_dim;
   bool is_wide;    // K and V allow 16-byte accesses
@@ -228,6 +230,7 @@ __device__ __forceinline__ void score(const AttentionLaunch& p, const Tile<T, kQ
 #pragma unroll
     for (int i = 0; i < kSide; ++i) {
       sums[j][i] = warp_sum<C::kShares>(sums[j][i]);
+      if (p.softcap > 0.0f) sums[j][i] = softcapped(sums[j][i], p.softcap);
       const int position = tile.position[side * kSide + i];
       const bool is_visible = at <= position && position - at < p.window;
       sums[j][i] = is_visible ? sums[j][i] : -INFINITY;

@@ -1,6 +1,7 @@
 // Gathers rows of the embedding table, or of the caller's embeddings, or of cos and sin, into batch order.
 //
 // Floor: rows * width elements read and as many written, and 8 bytes of index a row (16 with ids).
+// Scaled rows take a kernel of their own, an element a thread and step: they come once a prefill.
 #include <algorithm>
 #include <bit>
 
@@ -61,17 +62,29 @@ __global__ void __launch_bounds__(kThreads) embed_kernel(const Gather<Word> p) {
   }
 }
 
+template <class T>
+__global__ void __launch_bounds__(kThreads) embed_scaled_kernel(const Gather<T> p, float scale) {
+  const T* from = p.table + source_row(p, blockIdx.x) * p.table_stride;
+  T* to = p.out + blockIdx.x * p.words;
+  for (int64_t i = threadIdx.x; i < p.words; i += blockDim.x) to[i] = from_float<T>(to_float(from[i]) * scale);
+}
+
+template <class Word>
+Gather<Word> gather_of(const EmbedParams& p, int64_t elements_a_word, int32_t* bad_id) {
+  return {.rows = p.rows,
+          .words = p.width / elements_a_word,
+          .vocab_size = p.vocab_size,
+          .ids = p.ids,
+          .row_source = p.row_source,
+          .table = static_cast<const Word*>(p.table),
+          .table_stride = p.table_stride / elements_a_word,
+          .out = static_cast<Word*>(p.out),
+          .bad_id = bad_id};
+}
+
 template <class Word>
 void launch_gather(const EmbedParams& p, int64_t elements_a_word, int32_t* bad_id, Stream stream) {
-  const Gather<Word> gather{.rows = p.rows,
-                            .words = p.width / elements_a_word,
-                            .vocab_size = p.vocab_size,
-                            .ids = p.ids,
-                            .row_source = p.row_source,
-                            .table = static_cast<const Word*>(p.table),
-                            .table_stride = p.table_stride / elements_a_word,
-                            .out = static_cast<Word*>(p.out),
-                            .bad_id = bad_id};
+  const Gather<Word> gather = gather_of<Word>(p, elements_a_word, bad_id);
   const unsigned across =
       static_cast<unsigned>(std::bit_ceil(static_cast<uint64_t>(std::min<int64_t>(gather.words, kThreads))));
   const dim3 block(across, kThreads / across);
@@ -83,6 +96,14 @@ void launch_gather(const EmbedParams& p, int64_t elements_a_word, int32_t* bad_i
 
 void launch_embed(const EmbedParams& p, int32_t* bad_id, Stream stream) {
   if (p.rows == 0 || p.width == 0) return;
+  if (p.scale != 1.0f) {
+    with_element(p.dtype, [&](auto type) {
+      using T = decltype(type);
+      launch("embed", embed_scaled_kernel<T>, dim3(static_cast<unsigned>(p.rows)), dim3(kThreads), 0, stream,
+             gather_of<T>(p, 1, bad_id), p.scale);
+    });
+    return;
+  }
   const int64_t element = p.dtype == DType::f32 ? 4 : 2;
   if (is_aligned(p.table, p.table_stride, element) && is_aligned(p.out, p.width, element)) {
     launch_gather<Word16>(p, 16 / element, bad_id, stream);

@@ -41,8 +41,10 @@ struct KvEpilogueParams {
   const void* const* v_bias;  // host [layers] of [kv_dim], or null
   const void* const* k_norm;  // host [layers] of [head_dim], or null
   float eps;
-  const Batch* batch;        // host struct of device pointers
-  const LayerCache* caches;  // host [layers]
+  float norm_offset = 0.0f;             // added to k_norm
+  const int64_t* rope_table = nullptr;  // host [layers] of 0 and 1, or null: 0 in all
+  const Batch* batch;                   // host struct of device pointers
+  const LayerCache* caches;             // host [layers]
 };
 void launch_kv_epilogue(const KvEpilogueParams&, Stream);  // rope_cache_write.cu
 

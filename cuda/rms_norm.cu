@@ -1,5 +1,6 @@
 // Residual add and RMSNorm:
-//   x += delta + delta_bias;  rstd = 1 / sqrt(mean(x^2) + eps);  out = x * rstd * weight
+//   x += delta + delta_bias;  rstd = 1 / sqrt(mean(x^2) + eps);  out = x * rstd * (weight + offset)
+// where the model says so after an RMSNorm of delta + delta_bias.
 // The sum is rounded to the dtype and stored before its norm is taken, as the stock model does.
 //
 // Floor: a row of x read, a row of out written; with delta one row more each way. A block takes a
@@ -32,6 +33,7 @@ struct Row {
   T* x;
   const T* delta;
   const T* bias;
+  const T* norm;
   const T* weight;
   T* out;
 
@@ -39,6 +41,7 @@ struct Row {
       : x(static_cast<T*>(p.x) + blockIdx.x * p.x_stride),
         delta(p.delta == nullptr ? nullptr : static_cast<const T*>(p.delta) + blockIdx.x * p.delta_stride),
         bias(static_cast<const T*>(p.delta_bias)),
+        norm(static_cast<const T*>(p.delta_norm)),
         weight(p.out == nullptr ? nullptr : static_cast<const T*>(p.weight)),
         out(p.out == nullptr ? nullptr : static_cast<T*>(p.out) + blockIdx.x * p.out_stride) {}
 };
@@ -51,20 +54,30 @@ __device__ __forceinline__ float squares(const float (&x)[count]) {
   return sum;
 }
 
-// x += delta + bias[i...], before rounding; bias may be null.
+// delta += bias[i...], where there is one.
 template <class T, int count>
-__device__ __forceinline__ void add(float (&x)[count], const float (&delta)[count], const T* bias, int64_t i) {
-  float offset[count] = {};
-  if (bias != nullptr) load(bias + i, offset);
+__device__ __forceinline__ void add_bias(float (&delta)[count], const T* bias, int64_t i) {
+  if (bias == nullptr) return;
+  float values[count];
+  load(bias + i, values);
 #pragma unroll
-  for (int e = 0; e < count; ++e) x[e] += delta[e] + offset[e];
+  for (int e = 0; e < count; ++e) delta[e] += values[e];
+}
+
+// delta *= rstd (norm[i...] + offset)
+template <class T, int count>
+__device__ __forceinline__ void normalise(float (&delta)[count], float rstd, const T* norm, float offset, int64_t i) {
+  float values[count];
+  load(norm + i, values);
+#pragma unroll
+  for (int e = 0; e < count; ++e) delta[e] *= rstd * (values[e] + offset);
 }
 
 // A row of up to `packs` packs of 16 bytes a thread. Every load, of the weight too, is on its way
 // before the first result is used.
 template <class T, int packs>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormParams p) {
-  __shared__ float partial[kWarp];
+  __shared__ float partial[kWarp], partial_delta[kWarp];
   const Row<T> row(p);
   const int width = static_cast<int>(p.width);
   const int first = threadIdx.x * kPack<T>, step = blockDim.x * kPack<T>;
@@ -77,6 +90,20 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormPara
     if (row.delta != nullptr) delta[j] = load_pack(row.delta + i);
     if (row.weight != nullptr) weight[j] = load_pack(row.weight + i);
   }
+  float delta_rstd = 0.0f;
+  if (row.norm != nullptr) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < packs; ++j) {
+      const int i = first + j * step;
+      if (i >= width) continue;
+      float addend[kPack<T>];
+      unpack<T>(delta[j], addend);
+      add_bias(addend, row.bias, i);
+      sum += squares(addend);
+    }
+    delta_rstd = rms_scale(sum_over_block(sum, partial_delta), p.width, p.eps);
+  }
   float sum = 0.0f;
 #pragma unroll
   for (int j = 0; j < packs; ++j) {
@@ -86,7 +113,10 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormPara
     if (row.delta != nullptr && i < width) {
       float addend[kPack<T>];
       unpack<T>(delta[j], addend);
-      add(value, addend, row.bias, i);
+      add_bias(addend, row.bias, i);
+      if (row.norm != nullptr) normalise(addend, delta_rstd, row.norm, p.weight_offset, i);
+#pragma unroll
+      for (int e = 0; e < kPack<T>; ++e) value[e] += addend[e];
       x[j] = packed<T>(value);
       store_pack(row.x + i, x[j]);
       unpack<T>(x[j], value);
@@ -104,7 +134,9 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormPara
     unpack<T>(x[j], value);
     unpack<T>(weight[j], gamma);
 #pragma unroll
-    for (int e = 0; e < kPack<T>; ++e) value[e] = row.weight == nullptr ? value[e] * rstd : value[e] * rstd * gamma[e];
+    for (int e = 0; e < kPack<T>; ++e) {
+      value[e] = row.weight == nullptr ? value[e] * rstd : value[e] * rstd * (gamma[e] + p.weight_offset);
+    }
     store_pack(row.out + i, packed<T>(value));
   }
 }
@@ -112,9 +144,20 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormPara
 // A row of any width, `count` elements at a time: x is read again for the scaling, by the thread that stored it.
 template <class T, int count>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_loop_kernel(const RmsNormParams p) {
-  __shared__ float partial[kWarp];
+  __shared__ float partial[kWarp], partial_delta[kWarp];
   const Row<T> row(p);
   const int64_t first = threadIdx.x * count, step = static_cast<int64_t>(blockDim.x) * count;
+  float delta_rstd = 0.0f;
+  if (row.norm != nullptr) {
+    float sum = 0.0f;
+    for (int64_t i = first; i < p.width; i += step) {
+      float addend[count];
+      load(row.delta + i, addend);
+      add_bias(addend, row.bias, i);
+      sum += squares(addend);
+    }
+    delta_rstd = rms_scale(sum_over_block(sum, partial_delta), p.width, p.eps);
+  }
   float sum = 0.0f;
   for (int64_t i = first; i < p.width; i += step) {
     float value[count];
@@ -122,7 +165,10 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_loop_kernel(const RmsNor
     if (row.delta != nullptr) {
       float addend[count];
       load(row.delta + i, addend);
-      add(value, addend, row.bias, i);
+      add_bias(addend, row.bias, i);
+      if (row.norm != nullptr) normalise(addend, delta_rstd, row.norm, p.weight_offset, i);
+#pragma unroll
+      for (int e = 0; e < count; ++e) value[e] += addend[e];
       store(row.x + i, value);
       load(row.x + i, value);  // as rounded
     }
@@ -136,7 +182,9 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_loop_kernel(const RmsNor
     load(row.x + i, value);
     if (row.weight != nullptr) load(row.weight + i, gamma);
 #pragma unroll
-    for (int e = 0; e < count; ++e) value[e] = row.weight == nullptr ? value[e] * rstd : value[e] * rstd * gamma[e];
+    for (int e = 0; e < count; ++e) {
+      value[e] = row.weight == nullptr ? value[e] * rstd : value[e] * rstd * (gamma[e] + p.weight_offset);
+    }
     store(row.out + i, value);
   }
 }
@@ -151,7 +199,8 @@ bool in_packs(const RmsNormParams& p, int64_t element) {
     return base == nullptr || is_aligned(base, stride, element);
   };
   return p.width * element % 16 == 0 && rows_aligned(p.x, p.x_stride) && rows_aligned(p.delta, p.delta_stride) &&
-         rows_aligned(p.out, p.out_stride) && rows_aligned(p.delta_bias, 0) && rows_aligned(p.weight, 0);
+         rows_aligned(p.out, p.out_stride) && rows_aligned(p.delta_bias, 0) && rows_aligned(p.delta_norm, 0) &&
+         rows_aligned(p.weight, 0);
 }
 
 template <class T>

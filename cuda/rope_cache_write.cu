@@ -43,7 +43,7 @@ struct HeadsWork {
   const void* q_norm;
   const void *k, *v;  // of the first layer; a layer's follow the last one's by 2 * kv_heads * head_dim
   int64_t kv_stride;
-  float norm_eps;
+  float norm_eps, norm_offset;
   const float* row_scale;
   const int64_t *row_sequence, *row_position;
   const float *cos, *sin;
@@ -173,15 +173,15 @@ struct Item {
   }
 
   template <class T>
-  __device__ __forceinline__ void finish(const Head<T>& head, float rstd, Runs<count>& runs) const {
+  __device__ __forceinline__ void finish(const Head<T>& head, float rstd, float offset, Runs<count>& runs) const {
     if (head.norm != nullptr) {
       float first_norm[count], second_norm[count] = {};
       load(global(head.norm) + first, first_norm);
       if (has_second) load(global(head.norm) + second, second_norm);
 #pragma unroll
       for (int e = 0; e < count; ++e) {
-        runs.first[e] *= rstd * first_norm[e];
-        runs.second[e] *= rstd * second_norm[e];
+        runs.first[e] *= rstd * (first_norm[e] + offset);
+        runs.second[e] *= rstd * (second_norm[e] + offset);
       }
     }
     if (turns && head.turns) {
@@ -231,13 +231,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksToFit)
       for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
       rstd = rms_scale(sum, p.head_dim, p.norm_eps);
     }
-    if (lane < end) item.finish(head, rstd, runs);
+    if (lane < end) item.finish(head, rstd, p.norm_offset, runs);
     if constexpr (count == 1) {
       for (int i = lane + lanes; i < end; i += lanes) {
         Runs<count> more{};
         const Item<count> wide(p, blockIdx.x, i);
         wide.load_projected(head, more);
-        wide.finish(head, rstd, more);
+        wide.finish(head, rstd, p.norm_offset, more);
       }
     }
   }
@@ -291,7 +291,7 @@ void launch_heads(DType dtype, const HeadsWork<max_layers>& work, int64_t rows, 
 
 // What both launchers' parameters have under one name.
 template <int max_layers, class Params>
-HeadsWork<max_layers> work_of(const Params& p) {
+HeadsWork<max_layers> work_of(const Params& p, int64_t rope_table) {
   HeadsWork<max_layers> work{};
   work.kv_heads = static_cast<int>(p.kv_heads);
   work.head_dim = static_cast<int>(p.head_dim);
@@ -300,19 +300,24 @@ HeadsWork<max_layers> work_of(const Params& p) {
   work.kv_stride = p.kv_stride;
   work.row_sequence = p.batch->row_sequence;
   work.row_position = p.batch->row_position;
-  work.cos = p.batch->cos;
-  work.sin = p.batch->sin;
+  work.norm_offset = p.norm_offset;
+  work.cos = rope_table == 0 ? p.batch->cos : p.batch->cos_local;
+  work.sin = rope_table == 0 ? p.batch->sin : p.batch->sin_local;
   work.address = p.batch->address;
   return work;
 }
 
 const void* layer_or_null(const void* const* list, int64_t layer) { return list == nullptr ? nullptr : list[layer]; }
 
-// Layers [first, first + count) of a run.
+int64_t rope_table_of(const KvEpilogueParams& p, int64_t layer) {
+  return p.rope_table == nullptr ? 0 : p.rope_table[layer];
+}
+
+// Layers [first, first + count) of a run, which share a table of cos and sin.
 template <int max_layers>
 void launch_layers(const KvEpilogueParams& p, int64_t first, int64_t count, Stream stream) {
   const int64_t element = p.dtype == DType::f32 ? 4 : 2, kv_bytes = p.kv_heads * p.head_dim * element;
-  HeadsWork<max_layers> work = work_of<max_layers>(p);
+  HeadsWork<max_layers> work = work_of<max_layers>(p, rope_table_of(p, first));
   work.layers = static_cast<int>(count);
   work.k = static_cast<const char*>(p.kv) + first * 2 * kv_bytes;
   work.v = static_cast<const char*>(work.k) + kv_bytes;
@@ -330,7 +335,7 @@ void launch_layers(const KvEpilogueParams& p, int64_t first, int64_t count, Stre
 
 void launch_rope_cache_write(const RopeCacheWriteParams& p, Stream stream) {
   if (p.rows == 0) return;
-  HeadsWork<1> work = work_of<1>(p);
+  HeadsWork<1> work = work_of<1>(p, p.rope_table);
   work.heads = p.q == nullptr ? 0 : static_cast<int>(p.heads);
   work.layers = p.k == nullptr ? 0 : 1;
   work.any_norm = (p.q != nullptr && p.q_norm != nullptr) || p.k_norm != nullptr;
@@ -349,8 +354,10 @@ void launch_rope_cache_write(const RopeCacheWriteParams& p, Stream stream) {
 void launch_kv_epilogue(const KvEpilogueParams& p, Stream stream) {
   if (p.rows == 0) return;
   if (p.layers == 1) return launch_layers<1>(p, 0, 1, stream);
-  for (int64_t first = 0; first < p.layers; first += kLayersAtOnce) {
-    launch_layers<kLayersAtOnce>(p, first, std::min<int64_t>(kLayersAtOnce, p.layers - first), stream);
+  for (int64_t first = 0, end; first < p.layers; first = end) {
+    end = first + 1;
+    while (end < std::min(p.layers, first + kLayersAtOnce) && rope_table_of(p, end) == rope_table_of(p, first)) ++end;
+    launch_layers<kLayersAtOnce>(p, first, end - first, stream);
   }
 }
 

@@ -31,12 +31,12 @@ ON_THE_CPU = {
     "test_documented_commands",
     "test_enable_compile",
     "test_families",
-    "test_gpu_check",
     "test_model_spec",
     "test_mutations",
     "test_packing",
     "test_plan",
     "test_readme",
+    "test_real_configs",
     "test_reference",
     "test_reference_turns",
 }

@@ -15,12 +15,18 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -71,7 +77,42 @@ def gemma3(**over: Any) -> Gemma3ForCausalLM:
     return build(Gemma3ForCausalLM, Gemma3TextConfig, {**defaults, "query_pre_attn_scalar": 64, **over})
 
 
-FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3, "gemma3": gemma3}
+def phi3(**over: Any) -> Phi3ForCausalLM:
+    """A Phi-3: q, k, v in one matrix, gate and up in another, RoPE on half of a head's channels; WINDOW everywhere."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    return build(Phi3ForCausalLM, Phi3Config, {"sliding_window": WINDOW, "rope_parameters": rope, **over})
+
+
+def gemma2(**over: Any) -> Gemma2ForCausalLM:
+    """A Gemma 2: four norms a layer, soft caps that bite on scores and logits, WINDOW in every second layer."""
+    kinds = ("sliding_attention", "full_attention")
+    defaults = {
+        "sliding_window": WINDOW,
+        "layer_types": [kinds[i % 2] for i in range(over.get("layers", 6))],
+        "tied": True,
+        "query_pre_attn_scalar": 64,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 2.0,
+        "attn_implementation": "eager",  # the others leave soft caps out
+    }
+    return build(Gemma2ForCausalLM, Gemma2Config, {**defaults, **over})
+
+
+def granite(**over: Any) -> GraniteForCausalLM:
+    """A Granite: a Llama with multipliers, which the native runtime has no form for; options as in `build`."""
+    multipliers = {"residual_multiplier": 0.8, "embedding_multiplier": 2.0, "attention_multiplier": 0.2}
+    return build(GraniteForCausalLM, GraniteConfig, {**multipliers, **over})
+
+
+FAMILIES = {
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "phi3": phi3,
+    "gemma2": gemma2,
+    "gemma3": gemma3,
+}
 
 
 def shared(family: str = "llama", **over: Any) -> Any:
@@ -156,8 +197,8 @@ def draw_weights(model: nn.Module, seed: int) -> None:
         elif "embed_tokens" in name:
             values = values * (fan_in**-0.5 if tied else 1.0)
         else:
-            gain = {"q_proj": 1.4, "k_proj": 1.4, "o_proj": 1.5, "down_proj": 1.5}.get(name.split(".")[-2], 1.0)
-            values = values * gain * fan_in**-0.5
+            gains = {"q_proj": 1.4, "qkv_proj": 1.4, "k_proj": 1.4, "o_proj": 1.5, "down_proj": 1.5}
+            values = values * gains.get(name.split(".")[-2], 1.0) * fan_in**-0.5
         parameter.data.copy_(values)
 
 

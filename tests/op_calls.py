@@ -22,10 +22,17 @@ def offsets(lengths: Sequence[int]) -> Tensor:
     return int32([0, *lengths]).cumsum(0, dtype=torch.int32)
 
 
-def rope_of(native: NativeModel, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos, sin [rows, rotary_dim], float32, of positions [rows]."""
-    cos, sin = native.model.model.rotary_emb(torch.empty(0), positions[None])
-    return cos[0], sin[0]
+def rope_of(native: NativeModel, positions: Tensor) -> dict[str, Tensor]:
+    """The operator's tables of cos and sin [rows, rotary_dim], float32, of positions [rows]."""
+    rotary = native.model.model.rotary_emb
+    kinds = (
+        {"": ()} if not hasattr(rotary, "layer_types") else {"": ("full_attention",), "_local": ("sliding_attention",)}
+    )
+    tables = {}
+    for suffix, kind in kinds.items():
+        cos, sin = rotary(torch.empty(0), positions[None], *kind)
+        tables |= {f"cos{suffix}": cos[0], f"sin{suffix}": sin[0]}
+    return tables
 
 
 # Layouts of the caches of all layers. Each returns (buffers, keys, values): keys and values one [batch, kv_heads,
@@ -86,12 +93,11 @@ def op_call(
     spec = native.spec
     shape = (spec.num_layers, batch, spec.num_kv_heads, capacity or needed + 2, spec.head_dim)
     _, keys, values = LAYOUTS[layout](*shape, native.dtype)
-    cos, sin = rope_of(native, torch.cat([torch.arange(p, p + n) for p, n in zip(past, lengths, strict=True)]))
+    positions = torch.cat([torch.arange(p, p + n) for p, n in zip(past, lengths, strict=True)])
     return {
         "model": native.handle,
         "input": torch.cat(list(prompts)),
-        "cos": cos,
-        "sin": sin,
+        **rope_of(native, positions),
         "cu_seqlens": offsets(lengths),
         "past_lens": int32(past),
         "cache_start": int32(start),

@@ -9,7 +9,7 @@ import pop_ext
 import pytest
 import torch
 from enabled_models import generate, recorded
-from models import llama, mistral, pad, qwen2, tokens
+from models import gemma2, gemma3, llama, mistral, pad, phi3, qwen2, qwen3, tokens
 from pop_ext import Plan
 from tolerance import compare_caches
 from torch import Tensor, nn
@@ -19,7 +19,15 @@ from transformers.generation.streamers import BaseStreamer
 T = 30
 LAYERS = 6
 PLAN = Plan(LAYERS, (3, 4, 5))
-FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": lambda: qwen2(use_sliding_window=True)}
+FAMILIES = {
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": lambda: qwen2(use_sliding_window=True),
+    "qwen3": qwen3,
+    "phi3": phi3,
+    "gemma2": lambda: gemma2(tied=False),  # tied and scaled embeddings of random weights would repeat one token
+    "gemma3": lambda: gemma3(tied=False),
+}
 
 
 def native_and_oracle(model: nn.Module, plan: Plan = PLAN) -> tuple[nn.Module, nn.Module]:

@@ -7,7 +7,7 @@ import pop_ext
 import pytest
 import torch
 from enabled_models import LAYERS, PLAN, LowRank, T, assert_enabled_equals_oracle, generate
-from models import gemma3, llama, qwen3, tokens
+from models import gemma3, granite, llama, qwen3, tokens
 from pop_ext import Plan, UnsupportedModelError, reference
 from tolerance import assert_close_fp32, compare_caches
 from torch import nn
@@ -75,6 +75,10 @@ def of_a_subclass() -> nn.Module:
     return models.build(MyLlama, LlamaConfig, {})
 
 
+def looking_both_ways() -> nn.Module:
+    return gemma3(use_bidirectional_attention=True)
+
+
 UNSUPPORTED = {
     quantised: "unquantised weights.*gptq",
     on_meta: "meta device",
@@ -84,8 +88,9 @@ UNSUPPORTED = {
     in_float64: "float32, bfloat16 or float16.*float64",
     with_an_adapter: "plain torch.nn.Linear, got enabled_models.LowRank",
     with_a_layer_less: "6 decoder layers.*got 5",
-    gpt2: "expected an architecture of llama, mistral.*got gpt2",
-    gemma3: "got gemma3_text",
+    gpt2: "expected an architecture of .*llama, mistral.*got gpt2",
+    granite: "got granite",
+    looking_both_ways: "use_bidirectional_attention: expected a causal model",
     without_a_head: "expected a LlamaForCausalLM, got LlamaModel",
     of_a_subclass: "expected a LlamaForCausalLM, got MyLlama",
 }
@@ -132,7 +137,7 @@ def test_something_that_is_no_hugging_face_model_is_refused(what):
         pop_ext.enable(what)
 
 
-@pytest.mark.parametrize("build", [qwen3, gemma3])
+@pytest.mark.parametrize("build", [qwen3, granite])
 @torch.no_grad()
 def test_the_reference_backend_runs_families_beyond_the_native_ones(build):
     model = build()
@@ -155,7 +160,7 @@ def test_the_reference_backend_refuses_what_it_cannot_run(build):
 
 
 def test_an_unpruned_reference_backend_generates_as_the_stock_model():
-    model = gemma3()
+    model = granite()
     ids = tokens(model, 1, 40)
     expected = generate(model, ids)
     pop_ext.enable(model, Plan(LAYERS, ()), strict=True, backend="reference")

@@ -96,7 +96,7 @@ def swap(run: Run, one: str, other: str) -> None:
 
 
 def rope(run: Run, positions: Tensor) -> None:
-    run.call["cos"], run.call["sin"] = rope_of(run.native, positions)
+    run.call.update(rope_of(run.native, positions))
 
 
 def swap_gamma_of_two_omitted_layers(run):
@@ -191,6 +191,52 @@ def narrow_the_window(run):
     run.spec["window"] = [WINDOW - 1] * 6
 
 
+def set_spec(**fields: Any) -> Callable[[Run], None]:
+    """A spec that says something else."""
+
+    def mutate(run: Run) -> None:
+        assert all(run.spec[name] != value for name, value in fields.items())
+        run.spec.update(fields)
+
+    mutate.__name__ = "_".join(fields)
+    return mutate
+
+
+def swap_the_two_ropes(run):
+    run.spec["rope_table"] = [1 - table for table in run.spec["rope_table"]]
+
+
+def give_an_omitted_layer_the_other_rope(run):
+    run.spec["rope_table"][OMIT[0]] = 1 - run.spec["rope_table"][OMIT[0]]
+
+
+def swap_the_norms_before_and_after_the_mlp(run):
+    swap(run, "layers.1.post_norm", "layers.1.mlp_out_norm")
+
+
+def swap_the_norms_after_attention_and_mlp(run):
+    swap(run, "layers.5.attention_out_norm", "layers.5.mlp_out_norm")
+
+
+def leave_out_the_output_norms(run):
+    run.spec["output_norms"] = False
+    run.weights = {name: weight for name, weight in run.weights.items() if not name.endswith("_out_norm")}
+
+
+def swap_q_and_k_norm(run):
+    swap(run, "layers.1.q_norm", "layers.1.k_norm")
+
+
+def swap_two_k_norms_of_a_run(run):
+    swap(run, "layers.4.k_norm", "layers.5.k_norm")
+
+
+def turn_other_channels(run):
+    run.spec["rotary_dim"] //= 2
+    for name in ("cos", "sin"):
+        run.call[name] = run.call[name][:, : run.spec["rotary_dim"] // 2].contiguous()
+
+
 # Mutations of what comes out
 
 
@@ -250,6 +296,19 @@ IN = {
         change_the_epsilon,
     ],
     "qwen2": [forget_a_bias],
+    "qwen3": [swap_q_and_k_norm, swap_two_k_norms_of_a_run],
+    "phi3": [turn_other_channels, swap_gate_and_up, swap_k_and_v_of_an_omitted_layer],
+    "gemma2": [set_spec(attention_softcap=0), set_spec(attention_softcap=1.6), leave_out_the_output_norms],
+    "gemma3": [
+        set_spec(norm_weight_offset=0),
+        set_spec(embed_scale=1),
+        swap_the_two_ropes,
+        give_an_omitted_layer_the_other_rope,
+        swap_the_norms_before_and_after_the_mlp,
+        swap_the_norms_after_attention_and_mlp,
+        leave_out_the_output_norms,
+        swap_two_k_norms_of_a_run,
+    ],
     "mistral": [widen_the_window, narrow_the_window],
 }
 OUT = [

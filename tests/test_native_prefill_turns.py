@@ -184,10 +184,12 @@ def test_decode_over_the_native_cache_equals_decode_over_the_oracles(family, sid
 
 @pytest.mark.parametrize("family", NATIVE)
 def test_greedy_generation_is_the_oracles_token_by_token(family):
-    ids = tokens(shared(family), 2, 33, seed=1)
+    # Tied, scaled embeddings of random weights would repeat one token.
+    original = shared(family, tied=False) if family.startswith("gemma") else shared(family)
+    ids = tokens(original, 2, 33, seed=1)
     generated = {}
     for backend in ("native", "reference"):
-        model = copy.deepcopy(shared(family))
+        model = copy.deepcopy(original)
         pop_ext.enable(model, plan_of(model, LAST), strict=True, backend=backend)
         mask = torch.ones_like(ids)
         generated[backend] = model.generate(ids, attention_mask=mask, max_new_tokens=64, do_sample=False)[:, 33:]

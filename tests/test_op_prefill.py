@@ -137,10 +137,10 @@ def test_each_row_takes_its_own_row_of_the_rope_tables():
     prompts = [tokens(native.model, n, seed=n) for n in (9, 12)]
     together = op_call(native, prompts)
     positions = [torch.arange(9) * 3 + 5, torch.arange(12) + 40]
-    cos, sin = zip(*(rope_of(native, p) for p in positions), strict=True)
-    hidden = run_op({**together, "cos": torch.cat(cos), "sin": torch.cat(sin)})
+    tables = [rope_of(native, p) for p in positions]
+    hidden = run_op({**together, **{name: torch.cat([table[name] for table in tables]) for name in ("cos", "sin")}})
     for i in range(2):
-        alone = {**op_call(native, prompts[i : i + 1]), "cos": cos[i], "sin": sin[i]}
+        alone = {**op_call(native, prompts[i : i + 1]), **tables[i]}
         assert_close_fp32(hidden[i : i + 1], run_op(alone), f"sequence {i}")
 
 

@@ -12,7 +12,7 @@ from models import llama, shared, tokens
 from op_calls import op_call, run_op
 from op_operands import EPS, GEOMETRIES, Caches, random, rope_tables
 from pop_ext import Plan
-from pop_ext.families import describe
+from pop_ext.describe import describe
 from tolerance import assert_close_fp32
 from torch._subclasses.fake_tensor import FakeTensorMode
 

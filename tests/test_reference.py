@@ -316,7 +316,7 @@ BAD_CALLS = {
         {"input_ids": torch.zeros(2, 8, dtype=torch.long, device="meta")},
         "input_ids: expected a tensor with data, got one on the meta device",
     ),
-    "not a cache": ({"past_key_values": ()}, "past_key_values: expected a DynamicCache or StaticCache.*tuple"),
+    "not a cache": ({"past_key_values": ()}, "past_key_values: expected a DynamicCache, .*QuantizedCache.*tuple"),
 }
 
 

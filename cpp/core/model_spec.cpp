@@ -1,5 +1,6 @@
 #include "core/model_spec.h"
 
+#include <algorithm>
 #include <cmath>
 #include <sstream>
 #include <stdexcept>
@@ -40,6 +41,13 @@ void positive(const char* field, double value) {
   fail(field, "a finite number > 0", got.str());
 }
 
+void not_negative(const char* field, double value) {
+  if (value >= 0 && std::isfinite(value)) return;
+  std::ostringstream got;
+  got << value;
+  fail(field, "a finite number >= 0", got.str());
+}
+
 // The JSON form: every field is required and no other is known, since a field that is passed
 // over would change what is computed.
 template <class Spec, class Visitor>
@@ -61,7 +69,12 @@ void visit_fields(Spec& spec, Visitor& visit) {
   visit("o_bias", spec.o_bias);
   visit("mlp_bias", spec.mlp_bias);
   visit("qk_norm", spec.qk_norm);
+  visit("norm_weight_offset", spec.norm_weight_offset);
+  visit("output_norms", spec.output_norms);
+  visit("embed_scale", spec.embed_scale);
+  visit("attention_softcap", spec.attention_softcap);
   visit("window", spec.window);
+  visit("rope_table", spec.rope_table);
 }
 
 struct FieldWriter {
@@ -128,12 +141,18 @@ std::vector<WeightSlot> ModelSpec::weight_slots() const {
     if (qk_norm) add("q_norm", {head_dim});
     if (qk_norm) add("k_norm", {head_dim});
     add_linear("o", hidden_size, q_dim(), o_bias);
+    if (output_norms) add("attention_out_norm", {hidden_size});
     add("post_norm", {hidden_size});
     add_linear("gate", intermediate_size, hidden_size, mlp_bias);
     add_linear("up", intermediate_size, hidden_size, mlp_bias);
     add_linear("down", hidden_size, intermediate_size, mlp_bias);
+    if (output_norms) add("mlp_out_norm", {hidden_size});
   }
   return slots;
+}
+
+bool ModelSpec::has_local_rope() const {
+  return std::find(rope_table.begin(), rope_table.end(), 1) != rope_table.end();
 }
 
 void ModelSpec::validate() const {
@@ -147,6 +166,9 @@ void ModelSpec::validate() const {
   positive("vocab_size", vocab_size);
   positive("rms_norm_eps", rms_norm_eps);
   positive("attention_scale", attention_scale);
+  positive("embed_scale", embed_scale);
+  not_negative("norm_weight_offset", norm_weight_offset);
+  not_negative("attention_softcap", attention_softcap);
   if (num_heads % num_kv_heads != 0) {
     fail("num_kv_heads", "a divisor of num_heads (" + std::to_string(num_heads) + ")", std::to_string(num_kv_heads));
   }
@@ -160,6 +182,13 @@ void ModelSpec::validate() const {
     if (size < 0) fail("window", "sizes >= 0 (0: no window)", std::to_string(size));
     // The kernels compare positions as 32-bit integers.
     if (size > INT32_MAX) fail("window", "sizes <= 2147483647", std::to_string(size));
+  }
+  if (static_cast<int64_t>(rope_table.size()) != num_layers) {
+    fail("rope_table", "an entry for each of " + std::to_string(num_layers) + " layers",
+         std::to_string(rope_table.size()));
+  }
+  for (const int64_t table : rope_table) {
+    if (table != 0 && table != 1) fail("rope_table", "tables 0 and 1", std::to_string(table));
   }
 }
 

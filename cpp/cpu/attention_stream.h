@@ -46,7 +46,7 @@ class StreamTask {
     for (int64_t key = rows_.lowest_key() / T::kKeys * T::kKeys; key < rows_.keys(); key += T::kKeys) {
       const TileView tile = rows_.view(key, 0, rows_.lanes() - 1);
       score(tile);
-      if (softmax<PairUnits, 1>(tile, rows_.log2_scale(), position_, scores_, max_, sum_, factor_)) rescale();
+      if (softmax<PairUnits, 1>(tile, rows_.score_scale(), position_, scores_, max_, sum_, factor_)) rescale();
       add_values(tile);
     }
     store_output();

@@ -32,9 +32,16 @@ struct TileConfig {
 };
 
 constexpr float kLowest = -3.0e38f;
+constexpr float kLog2E = 1.44269504f;
 constexpr int64_t kMaxHeadDim = 256;
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// What products become on their way to exponents of two.
+struct ScoreScale {
+  float log2_scale;
+  float cap;  // of scaled scores, in powers of two; 0: none
+};
 
 // What a tile is to a block of lanes.
 struct TileView {
@@ -99,9 +106,9 @@ class TaskGeometry {
 
   // Takes scores to powers of two. Not zero, which a hidden score of minus infinity could not be
   // multiplied by. A negative scale is left to Q's signs: the largest score is the largest product.
-  float log2_scale() const {
-    const float scale = __builtin_fabsf(p_.scale) * 1.44269504f;
-    return scale < 1e-37f ? 1e-37f : scale;
+  ScoreScale score_scale() const {
+    const float scale = __builtin_fabsf(p_.scale) * kLog2E;
+    return {.log2_scale = scale < 1e-37f ? 1e-37f : scale, .cap = p_.softcap * kLog2E};
   }
 
  private:
@@ -125,12 +132,27 @@ class TaskGeometry {
   const int64_t kv_head_, row_, group_, lanes_, keys_, lowest_key_;
 };
 
+// Scores stay products in their unit, which the softmax scales.
+template <int kVecs>
+__attribute__((noinline)) void cap_scores(const TileView& tile, ScoreScale scale, float* scores) {
+  using C = TileConfig;
+  const float back = 1.0f / scale.log2_scale;
+  for (int k = tile.begin; k < tile.end; ++k) {
+    for (int v = 0; v < kVecs; ++v) {
+      float* at = scores + k * C::kWidth + v * kLanes;
+      store(at, softcapped(load(at) * scale.log2_scale, scale.cap) * back);
+    }
+  }
+}
+
 // Turns scores into units of probabilities, and keeps maxima and sums. Returns whether any maximum
 // moved; o must then be multiplied by `factor`.
 template <class Units, int kVecs>
-__attribute__((noinline)) bool softmax(const TileView& tile, float log2_scale, const int32_t* position, float* scores,
+__attribute__((noinline)) bool softmax(const TileView& tile, ScoreScale scale, const int32_t* position, float* scores,
                                        float* max_so_far, float* sum_so_far, float* factor) {
   using C = TileConfig;
+  const float log2_scale = scale.log2_scale;
+  if (scale.cap > 0) cap_scores<kVecs>(tile, scale, scores);
   Vec top[kVecs];
   for (int v = 0; v < kVecs; ++v) top[v] = splat(-__builtin_inff());
   if (tile.edge) {
@@ -159,10 +181,10 @@ __attribute__((noinline)) bool softmax(const TileView& tile, float log2_scale, c
     const Vec now = top[v] * log2_scale;
     const auto rises = now > before + C::kSlack;
     reference[v] = rises ? now : before;
-    const Vec scale = rises ? exp2<5>(before - now) : splat(1.0f);
-    sum[v] = load(sum_so_far + v * kLanes) * scale;
+    const Vec shrink = rises ? exp2<5>(before - now) : splat(1.0f);
+    sum[v] = load(sum_so_far + v * kLanes) * shrink;
     store(max_so_far + v * kLanes, reference[v]);
-    store(factor + v * kLanes, scale);
+    store(factor + v * kLanes, shrink);
   }
   for (int i = 0; i < kVecs * kLanes; ++i) moved |= factor[i] != 1.0f;
 

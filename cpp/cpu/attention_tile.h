@@ -78,7 +78,7 @@ __attribute__((noinline)) void multiply_rows(int64_t units, const float* a, int6
 
 // One tile of keys for one block of kVecs vectors of lanes.
 template <class Units, int kVecs>
-void attend(const TileView& tile, float log2_scale, int64_t head_dim, const TileScratch& s, int64_t block) {
+void attend(const TileView& tile, ScoreScale scale, int64_t head_dim, const TileScratch& s, int64_t block) {
   using C = TileConfig;
   const int64_t units = head_dim / Units::kDepth;
   const float* q = s.q + block * units * C::kWidth;
@@ -87,7 +87,7 @@ void attend(const TileView& tile, float log2_scale, int64_t head_dim, const Tile
     multiply_rows<Units, kVecs, true, false>(units, s.k + k * units, units, q, s.scores + k * C::kWidth);
   }
   float factor[C::kWidth];
-  if (softmax<Units, kVecs>(tile, log2_scale, s.position + block * C::kWidth, s.scores, s.max + block * C::kWidth,
+  if (softmax<Units, kVecs>(tile, scale, s.position + block * C::kWidth, s.scores, s.max + block * C::kWidth,
                             s.sum + block * C::kWidth, factor)) {
     for (int64_t d = 0; d < head_dim; ++d) {
 #pragma GCC unroll 4
@@ -201,11 +201,11 @@ class TileTask {
     const int64_t block = lane / C::kWidth;
     const int64_t vecs = (last - lane) / kLanes + 1;
     if (vecs == 1) {
-      attend<Units, 1>(tile, rows_.log2_scale(), head_dim_, s_, block);
+      attend<Units, 1>(tile, rows_.score_scale(), head_dim_, s_, block);
     } else if (vecs == 2) {
-      attend<Units, 2>(tile, rows_.log2_scale(), head_dim_, s_, block);
+      attend<Units, 2>(tile, rows_.score_scale(), head_dim_, s_, block);
     } else {
-      attend<Units, C::kVecs>(tile, rows_.log2_scale(), head_dim_, s_, block);
+      attend<Units, C::kVecs>(tile, rows_.score_scale(), head_dim_, s_, block);
     }
   }
 

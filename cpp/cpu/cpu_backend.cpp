@@ -248,6 +248,8 @@ class CpuBackend final : public Backend {
                         .q_norm = nullptr,
                         .k_norm = p.k_norm == nullptr ? nullptr : p.k_norm[layer],
                         .norm_eps = p.eps,
+                        .norm_offset = p.norm_offset,
+                        .rope_table = p.rope_table == nullptr ? 0 : p.rope_table[layer],
                         .row_scale = normalise ? nullptr : rstd,
                         .batch = p.batch,
                         .cache = p.caches[layer]});

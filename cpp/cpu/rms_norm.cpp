@@ -1,5 +1,6 @@
 // Residual add and RMSNorm in one pass over a row:
-//   x += delta + delta_bias;  rstd = 1 / sqrt(mean(x^2) + eps);  out = x * rstd * weight
+//   x += delta + delta_bias;  rstd = 1 / sqrt(mean(x^2) + eps);  out = x * rstd * (weight + offset)
+// where the model says so after an RMSNorm of delta + delta_bias.
 // The sum is rounded to the dtype and stored before its norm is taken, as the stock model does.
 #include "cpu/row_kernels.h"
 #include "cpu/vec.h"
@@ -42,12 +43,37 @@ POP_INLINE float sum_of_squares(T* x, const T* delta, const T* bias, int64_t wid
   return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+// x += norm(delta + bias) and the sum of squares; the row of delta is read twice.
 template <class T>
-POP_INLINE void scale_row(const T* x, float rstd, const T* weight, T* out, int64_t width) {
+POP_INLINE float add_normalised(T* x, const T* delta, const T* bias, const T* norm, float offset, int64_t width,
+                                float eps) {
+  const auto addend = [&](int64_t i) {
+    Vec value = load_upto(delta + i, width - i);
+    if (bias != nullptr) value += load_upto(bias + i, width - i);
+    return value;
+  };
+  Vec squares = {};
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const Vec value = addend(i);
+    squares += value * value;
+  }
+  const Vec scale = splat(rms_scale(sum_lanes(squares), width, eps));
+  Vec sum = {};
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const int64_t count = width - i;
+    const Vec normalised = addend(i) * scale * (load_upto(norm + i, count) + offset);
+    const Vec value = store_rounded(x + i, load_upto(x + i, count) + normalised, count);
+    sum += value * value;
+  }
+  return sum_lanes(sum);
+}
+
+template <class T>
+POP_INLINE void scale_row(const T* x, float rstd, const T* weight, float offset, T* out, int64_t width) {
   const Vec scale = splat(rstd);
   for (int64_t i = 0; i < width; i += kLanes) {
     Vec value = load_upto(x + i, width - i) * scale;
-    if (weight != nullptr) value *= load_upto(weight + i, width - i);
+    if (weight != nullptr) value *= load_upto(weight + i, width - i) + offset;
     store_upto(out + i, value, width - i);
   }
 }
@@ -55,6 +81,7 @@ POP_INLINE void scale_row(const T* x, float rstd, const T* weight, T* out, int64
 template <class T>
 void rms_norm_rows(const RmsNormParams& p, int64_t begin, int64_t end) {
   const T* bias = static_cast<const T*>(p.delta_bias);
+  const T* norm = static_cast<const T*>(p.delta_norm);
   const T* weight = static_cast<const T*>(p.weight);
   for (int64_t row = begin; row < end; ++row) {
     T* x = static_cast<T*>(p.x) + row * p.x_stride;
@@ -63,17 +90,22 @@ void rms_norm_rows(const RmsNormParams& p, int64_t begin, int64_t end) {
       sum = sum_of_squares<T>(x, nullptr, nullptr, p.width);
     } else {
       const T* delta = static_cast<const T*>(p.delta) + row * p.delta_stride;
-      sum =
-          bias == nullptr ? sum_of_squares<T>(x, delta, nullptr, p.width) : sum_of_squares<T>(x, delta, bias, p.width);
+      if (norm != nullptr) {
+        sum = add_normalised<T>(x, delta, bias, norm, p.weight_offset, p.width, p.eps);
+      } else if (bias != nullptr) {
+        sum = sum_of_squares<T>(x, delta, bias, p.width);
+      } else {
+        sum = sum_of_squares<T>(x, delta, nullptr, p.width);
+      }
     }
     const float rstd = rms_scale(sum, p.width, p.eps);
     if (p.rstd != nullptr) p.rstd[row] = rstd;
     if (p.out == nullptr) continue;
     T* out = static_cast<T*>(p.out) + row * p.out_stride;
     if (weight == nullptr) {
-      scale_row<T>(x, rstd, nullptr, out, p.width);
+      scale_row<T>(x, rstd, nullptr, 0.0f, out, p.width);
     } else {
-      scale_row<T>(x, rstd, weight, out, p.width);
+      scale_row<T>(x, rstd, weight, p.weight_offset, out, p.width);
     }
   }
 }

@@ -7,12 +7,13 @@
 namespace pop::cpu::POP_ISA {
 namespace {
 
-// One head as its projection left it; element i is (raw[i] * scale + bias[i]) * rstd * norm[i].
+// One head as its projection left it; element i is (raw[i] * scale + bias[i]) * rstd * (norm[i] + offset).
 template <class T>
 struct Head {
   const T* raw;
   const T* bias;  // or null
   const T* norm;  // or null
+  float offset;
   float scale;
   float rstd;
 
@@ -24,7 +25,7 @@ struct Head {
 
   POP_INLINE Vec value(int64_t i, int64_t count) const {
     Vec value = projected(i, count);
-    if (norm != nullptr) value *= splat(rstd) * load_upto(norm + i, count);
+    if (norm != nullptr) value *= splat(rstd) * (load_upto(norm + i, count) + offset);
     return value;
   }
 
@@ -57,8 +58,8 @@ POP_INLINE void rotate_head(const Head<T>& head, int64_t head_dim, int64_t half,
 template <class T>
 POP_INLINE void turn(Head<T> head, const RopeCacheWriteParams& p, int64_t batch_row, T* out) {
   const int64_t half = p.rotary_dim / 2;
-  const float* cos = p.batch->cos + batch_row * half;
-  const float* sin = p.batch->sin + batch_row * half;
+  const float* cos = (p.rope_table == 0 ? p.batch->cos : p.batch->cos_local) + batch_row * half;
+  const float* sin = (p.rope_table == 0 ? p.batch->sin : p.batch->sin_local) + batch_row * half;
   if (head.norm != nullptr) head.rstd = head.rms(p.head_dim, p.norm_eps);
   rotate_head(head, p.head_dim, half, cos, sin, out);
 }
@@ -76,7 +77,8 @@ void rope_cache_write_rows(const RopeCacheWriteParams& p, int64_t begin, int64_t
       T* q = static_cast<T*>(p.q) + row * p.q_stride;
       for (int64_t h = 0; h < p.heads; ++h) {
         T* out = q + h * p.head_dim;
-        const Head<T> head = {out, at_head<T>(p.q_bias, h, p.head_dim), static_cast<const T*>(p.q_norm), 1.0f, 1.0f};
+        const Head<T> head = {
+            out, at_head<T>(p.q_bias, h, p.head_dim), static_cast<const T*>(p.q_norm), p.norm_offset, 1.0f, 1.0f};
         turn(head, p, batch_row, out);
       }
     }
@@ -90,9 +92,10 @@ void rope_cache_write_rows(const RopeCacheWriteParams& p, int64_t begin, int64_t
           static_cast<T*>(p.cache.key) + cache_offset(p.cache.key_strides, p.batch->address, sequence, h, position);
       T* value =
           static_cast<T*>(p.cache.value) + cache_offset(p.cache.value_strides, p.batch->address, sequence, h, position);
-      turn<T>({k + h * p.head_dim, at_head<T>(p.k_bias, h, p.head_dim), static_cast<const T*>(p.k_norm), scale, 1.0f},
+      turn<T>({k + h * p.head_dim, at_head<T>(p.k_bias, h, p.head_dim), static_cast<const T*>(p.k_norm), p.norm_offset,
+               scale, 1.0f},
               p, batch_row, key);
-      const Head<T> v_head = {v + h * p.head_dim, at_head<T>(p.v_bias, h, p.head_dim), nullptr, scale, 1.0f};
+      const Head<T> v_head = {v + h * p.head_dim, at_head<T>(p.v_bias, h, p.head_dim), nullptr, 0.0f, scale, 1.0f};
       for (int64_t i = 0; i < p.head_dim; i += kLanes)
         store_upto(value + i, v_head.value(i, p.head_dim - i), p.head_dim - i);
     }

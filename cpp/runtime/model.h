@@ -18,7 +18,8 @@ struct Linear {
 // Vectors are contiguous; a bias or q/k norm that the spec does not have is null.
 struct LayerWeights {
   const void* input_norm = nullptr;
-  const void* post_norm = nullptr;
+  const void* post_norm = nullptr;  // of the MLP's input
+  const void *attention_out_norm = nullptr, *mlp_out_norm = nullptr;
   Linear q_proj, k_proj, v_proj, o_proj;
   const void *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *o_bias = nullptr;
   const void *q_norm = nullptr, *k_norm = nullptr;

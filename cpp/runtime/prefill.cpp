@@ -80,10 +80,11 @@ class Prefill {
   Workspace work_;
   Batch batch_{};
 
-  // Rows from `pending_begin_` on still have to add z + `pending_bias_` to x: the next norm
-  // does it in the same pass.
+  // Rows from `pending_begin_` on still have to add z + `pending_bias_`, normalised by `pending_norm_` where
+  // there is one, to x: the next norm does it in the same pass.
   int64_t pending_begin_ = 0;
   const void* pending_bias_ = nullptr;
+  const void* pending_norm_ = nullptr;
 };
 
 void Prefill::run() {
@@ -132,6 +133,8 @@ void Prefill::place_rows() {
             .row_source = tables.row_source,
             .cos = work_.cos,
             .sin = work_.sin,
+            .cos_local = work_.cos_local,
+            .sin_local = work_.sin_local,
             .address = {.start = tables.start,
                         .slot_table = tables.slot_table,
                         .slot_table_stride = call_.address.slot_table_stride}};
@@ -148,8 +151,12 @@ void Prefill::embed() {
                   .row_source = batch_.row_source,
                   .table = from_ids ? model_.embed_tokens.data : call_.embeds,
                   .table_stride = from_ids ? model_.embed_tokens.stride : call_.embeds_stride,
-                  .out = work_.x});
-  for (const auto& [packed, ordered] : {std::pair{call_.cos, work_.cos}, std::pair{call_.sin, work_.sin}}) {
+                  .out = work_.x,
+                  .scale = from_ids ? static_cast<float>(spec_.embed_scale) : 1.0f});
+  for (const auto& [packed, ordered] :
+       {std::pair{call_.cos, work_.cos}, std::pair{call_.sin, work_.sin}, std::pair{call_.cos_local, work_.cos_local},
+        std::pair{call_.sin_local, work_.sin_local}}) {
+    if (packed == nullptr) continue;
     backend_.embed({.dtype = DType::f32,
                     .rows = layout_.rows,
                     .width = spec_.rotary_dim / 2,
@@ -213,6 +220,8 @@ void Prefill::project_layers(const RunWeights& run, LayerRange layers, int64_t f
                        .v_bias = spec_.qkv_bias ? from(run.v_bias) : nullptr,
                        .k_norm = spec_.qk_norm ? from(run.k_norm) : nullptr,
                        .eps = static_cast<float>(spec_.rms_norm_eps),
+                       .norm_offset = static_cast<float>(spec_.norm_weight_offset),
+                       .rope_table = spec_.rope_table.data() + layers.begin,
                        .batch = &batch_,
                        .caches = call_.caches + layers.begin,
                        .workspace = work_.kv_project});
@@ -263,6 +272,8 @@ void Prefill::rope_cache_write(int64_t layer, int64_t kv_begin, int64_t q_begin)
                                .q_norm = weights.q_norm,
                                .k_norm = weights.k_norm,
                                .norm_eps = static_cast<float>(spec_.rms_norm_eps),
+                               .norm_offset = static_cast<float>(spec_.norm_weight_offset),
+                               .rope_table = spec_.rope_table[layer],
                                .row_scale = nullptr,
                                .batch = &batch_,
                                .cache = call_.caches[layer]});
@@ -282,6 +293,7 @@ void Prefill::attention(int64_t layer, int64_t q_begin) {
                         .kv_heads = spec_.num_kv_heads,
                         .head_dim = spec_.head_dim,
                         .scale = static_cast<float>(spec_.attention_scale),
+                        .softcap = static_cast<float>(spec_.attention_softcap),
                         .window = spec_.window[layer],
                         .segments = segments.data(),
                         .num_segments = static_cast<int64_t>(segments.size()),
@@ -298,6 +310,7 @@ void Prefill::attention(int64_t layer, int64_t q_begin) {
                 weights.o_proj, at(work_.z, q_begin, wide), wide)});
   pending_begin_ = q_begin;
   pending_bias_ = weights.o_bias;
+  pending_norm_ = weights.attention_out_norm;
 }
 
 void Prefill::mlp(const LayerWeights& weights, int64_t q_begin) {
@@ -325,6 +338,7 @@ void Prefill::mlp(const LayerWeights& weights, int64_t q_begin) {
   }
   pending_begin_ = q_begin;
   pending_bias_ = weights.down_bias;
+  pending_norm_ = weights.mlp_out_norm;
 }
 
 void Prefill::final_norm() {
@@ -345,7 +359,9 @@ void Prefill::norm(int64_t begin, int64_t end, const void* weight, void* out, in
                        .delta = pending ? at(work_.z, first, work_.wide) : nullptr,
                        .delta_stride = work_.wide,
                        .delta_bias = pending ? pending_bias_ : nullptr,
+                       .delta_norm = pending ? pending_norm_ : nullptr,
                        .weight = weight,
+                       .weight_offset = static_cast<float>(spec_.norm_weight_offset),
                        .eps = static_cast<float>(spec_.rms_norm_eps),
                        .out = out == nullptr ? nullptr : at(out, first - begin, out_stride),
                        .out_stride = out_stride,

@@ -26,7 +26,8 @@ struct PrefillCall {
   const int64_t* ids;  // [packed rows], or null when `embeds` is given
   const void* embeds;  // [packed rows, hidden_size] or null
   int64_t embeds_stride;
-  const float *cos, *sin;  // [packed rows, >= rotary_dim / 2]
+  const float *cos, *sin;              // [packed rows, >= rotary_dim / 2]
+  const float *cos_local, *sin_local;  // the same, of layers with rope table 1; null without them
   int64_t rope_stride;
   CacheAddress address;      // host
   const LayerCache* caches;  // host [num_layers]

@@ -46,6 +46,9 @@ Workspace::Workspace(const Model& model, const PrefillCall& call, const Backend&
   rstd = cutter.take_array<float>(rows);
   cos = cutter.take_array<float>(rows * (spec.rotary_dim / 2));
   sin = cutter.take_array<float>(rows * (spec.rotary_dim / 2));
+  const bool local = spec.has_local_rope();
+  cos_local = local ? cutter.take_array<float>(rows * (spec.rotary_dim / 2)) : nullptr;
+  sin_local = local ? cutter.take_array<float>(rows * (spec.rotary_dim / 2)) : nullptr;
   place_rows = {.segments = nullptr,
                 .num_segments = 0,
                 .sequences = layout.sequences,

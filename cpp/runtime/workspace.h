@@ -26,9 +26,11 @@ struct Workspace {
   // the rows at full depth, which run beside it.
   void* gate;  // [min(rows, kMlpChunkRows), intermediate_size]
   void* kv_project;
-  float* rstd;  // [rows]
-  float* cos;   // [rows, rotary_dim / 2]
-  float* sin;   // the same
+  float* rstd;       // [rows]
+  float* cos;        // [rows, rotary_dim / 2]
+  float* sin;        // the same
+  float* cos_local;  // the same; null where no layer takes a second table
+  float* sin_local;
   PlaceRowsParams place_rows;
   size_t bytes;
 

@@ -158,6 +158,8 @@ std::atomic<int64_t> prefer_cudnn{0};
 
 Provider choose(const AttentionParams& p, int compute_capability) {
   const bool ampere = compute_capability >= 80, hopper = compute_capability == 90;
+  // Soft caps are left to the own kernel: torch's operators have none, FlashAttention's is untested here.
+  if (p.softcap > 0.0f) return Provider::none;
   if (p.dtype == DType::f32 || p.address.slot_table != nullptr || !ampere || p.num_segments == 0 || !is_aligned(p)) {
     return Provider::none;
   }

@@ -234,6 +234,8 @@ void CudaBackend::kv_project_chunk(const KvProjectParams& p, int64_t begin, int6
                             .v_bias = p.v_bias,
                             .k_norm = p.k_norm,
                             .eps = p.eps,
+                            .norm_offset = p.norm_offset,
+                            .rope_table = p.rope_table,
                             .batch = p.batch,
                             .caches = p.caches},
                            stream_);

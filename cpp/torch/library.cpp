@@ -16,26 +16,31 @@ STABLE_TORCH_LIBRARY(pop, m) {
   m.def(
       "prefill(int model, Tensor input, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens, "
       "Tensor cache_start, Tensor boundary, Tensor logits_to_keep, Tensor(a!)[] key_cache, Tensor(b!)[] value_cache, "
-      "Tensor? slot_table=None, bool restore_on_error=True, bool window_only=False) -> Tensor");
+      "Tensor? slot_table=None, bool restore_on_error=True, bool window_only=False, Tensor? cos_local=None, "
+      "Tensor? sin_local=None) -> Tensor");
 
   // Building blocks.
-  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
-  m.def("add_rms_norm(Tensor(a!) x, Tensor delta, Tensor weight, float eps, Tensor? delta_bias=None) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0) -> Tensor");
+  m.def(
+      "add_rms_norm(Tensor(a!) x, Tensor delta, Tensor weight, float eps, Tensor? delta_bias=None, "
+      "Tensor? delta_norm=None, float weight_offset=0.0) -> Tensor");
   m.def(
       "gated_act(Tensor gate, Tensor up, str activation=\"silu\", Tensor? gate_bias=None, Tensor? up_bias=None) "
       "-> Tensor");
   m.def(
       "rope_cache_write(Tensor(a!) query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor cu_seqlens, "
       "Tensor past_lens, Tensor cache_start, Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor? q_norm=None, "
-      "Tensor? k_norm=None, float norm_eps=1e-6, Tensor? slot_table=None) -> ()");
+      "Tensor? k_norm=None, float norm_eps=1e-6, Tensor? slot_table=None, float norm_offset=0.0) -> ()");
   m.def(
       "attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor past_lens, "
-      "Tensor cache_start, float scale, int window=0, Tensor? slot_table=None) -> Tensor");
-  m.def("fold_kv(Tensor[] k_proj, Tensor[] v_proj, Tensor[] input_norm) -> Tensor");
+      "Tensor cache_start, float scale, int window=0, Tensor? slot_table=None, float softcap=0.0) -> Tensor");
+  m.def("fold_kv(Tensor[] k_proj, Tensor[] v_proj, Tensor[] input_norm, float norm_offset=0.0) -> Tensor");
   m.def(
       "kv_project(Tensor hidden, Tensor weight, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens, "
       "Tensor cache_start, float eps, Tensor(a!)[] key_cache, Tensor(b!)[] value_cache, "
-      "Tensor[]? k_bias=None, Tensor[]? v_bias=None, Tensor[]? k_norm=None, Tensor? slot_table=None) -> ()");
+      "Tensor[]? k_bias=None, Tensor[]? v_bias=None, Tensor[]? k_norm=None, Tensor? slot_table=None, float "
+      "norm_offset=0.0) "
+      "-> ()");
 
   // For the checks of python/pop_ext/operators.py and `pop-ext info`.
   m.def("foreign_schemas() -> str");

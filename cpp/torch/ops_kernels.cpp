@@ -38,7 +38,7 @@ void check_heads_contiguous(const Tensor& query, const std::string& name) {
 
 Tensor empty_like_rows(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
 
-Tensor rms_norm(Tensor x, Tensor weight, double eps) {
+Tensor rms_norm(Tensor x, Tensor weight, double eps, double weight_offset) {
   const DType dtype = dtype_of(x, "pop::rms_norm: x");
   check(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "pop::rms_norm: x: expected a last dimension of at least 1, got ",
         shape_of(x));
@@ -55,6 +55,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
                               .delta_stride = 0,
                               .delta_bias = nullptr,
                               .weight = gamma,
+                              .weight_offset = static_cast<float>(weight_offset),
                               .eps = static_cast<float>(eps),
                               .out = out.mutable_data_ptr(),
                               .out_stride = width,
@@ -62,7 +63,8 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   return out;
 }
 
-Tensor add_rms_norm(Tensor x, Tensor delta, Tensor weight, double eps, std::optional<Tensor> delta_bias) {
+Tensor add_rms_norm(Tensor x, Tensor delta, Tensor weight, double eps, std::optional<Tensor> delta_bias,
+                    std::optional<Tensor> delta_norm, double weight_offset) {
   const DType dtype = dtype_of(x, "pop::add_rms_norm: x");
   check(x.dim() == 2 && x.size(1) >= 1, "pop::add_rms_norm: x: expected shape [rows, width], got ", shape_of(x));
   check_disjoint({x}, {"pop::add_rms_norm: x"});
@@ -73,6 +75,7 @@ Tensor add_rms_norm(Tensor x, Tensor delta, Tensor weight, double eps, std::opti
   check_last_dim_contiguous(delta, "pop::add_rms_norm: delta");
   const void* gamma = optional_vector(weight, x, width, "pop::add_rms_norm: weight");
   const void* bias = optional_vector(delta_bias, x, width, "pop::add_rms_norm: delta_bias");
+  const void* norm = optional_vector(delta_norm, x, width, "pop::add_rms_norm: delta_norm");
   Tensor out = empty_like_rows(x);
   BackendOfCall(x)->rms_norm({.dtype = dtype,
                               .rows = x.size(0),
@@ -82,7 +85,9 @@ Tensor add_rms_norm(Tensor x, Tensor delta, Tensor weight, double eps, std::opti
                               .delta = delta.const_data_ptr(),
                               .delta_stride = delta.stride(0),
                               .delta_bias = bias,
+                              .delta_norm = norm,
                               .weight = gamma,
+                              .weight_offset = static_cast<float>(weight_offset),
                               .eps = static_cast<float>(eps),
                               .out = out.mutable_data_ptr(),
                               .out_stride = width,
@@ -172,6 +177,8 @@ class PlacedRows {
         .row_source = params.row_source,
         .cos = nullptr,
         .sin = nullptr,
+        .cos_local = nullptr,
+        .sin_local = nullptr,
         .address = {
             .start = params.start, .slot_table = params.slot_table, .slot_table_stride = address.slot_table_stride}};
   }
@@ -193,7 +200,7 @@ class PlacedRows {
 void rope_cache_write(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor cu_seqlens,
                       Tensor past_lens, Tensor cache_start, Tensor key_cache, Tensor value_cache,
                       std::optional<Tensor> q_norm, std::optional<Tensor> k_norm, double norm_eps,
-                      std::optional<Tensor> slot_table) {
+                      std::optional<Tensor> slot_table, double norm_offset) {
   const std::string op = "pop::rope_cache_write";
   const DType dtype = dtype_of(query, op + ": query");
   check_shape(query, {-1, -1, -1}, op + ": query");
@@ -231,13 +238,14 @@ void rope_cache_write(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor
                              .q_norm = optional_vector(q_norm, query, head_dim, op + ": q_norm"),
                              .k_norm = optional_vector(k_norm, query, head_dim, op + ": k_norm"),
                              .norm_eps = static_cast<float>(norm_eps),
+                             .norm_offset = static_cast<float>(norm_offset),
                              .row_scale = nullptr,
                              .batch = &batch,
                              .cache = cache});
 }
 
 Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor past_lens,
-                 Tensor cache_start, double scale, int64_t window, std::optional<Tensor> slot_table) {
+                 Tensor cache_start, double scale, int64_t window, std::optional<Tensor> slot_table, double softcap) {
   const std::string op = "pop::attention";
   const DType dtype = dtype_of(query, op + ": query");
   check_shape(query, {-1, -1, -1}, op + ": query");
@@ -245,6 +253,7 @@ Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_s
   check_heads_contiguous(query, op + ": query");
   check(window >= 0, op, ": window: expected >= 0 (0: no window), got ", window);
   check(window <= INT32_MAX, op, ": window: expected <= 2147483647, got ", window);
+  check(softcap >= 0, op, ": softcap: expected >= 0 (0: none), got ", softcap);
   check_head_dim(head_dim, op + ": query");
   check_shape(key_cache, {-1, -1, -1, head_dim}, op + ": key_cache");
   const int64_t kv_heads = key_cache.size(1);
@@ -262,6 +271,7 @@ Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_s
                       .kv_heads = kv_heads,
                       .head_dim = head_dim,
                       .scale = static_cast<float>(scale),
+                      .softcap = static_cast<float>(softcap),
                       .window = window,
                       .segments = segments.data(),
                       .num_segments = static_cast<int64_t>(segments.size()),
@@ -289,7 +299,8 @@ std::vector<const void*> layer_vectors(const TensorList& tensors, size_t layers,
 
 void kv_project(Tensor hidden, Tensor weight, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens,
                 Tensor cache_start, double eps, std::vector<Tensor> key_cache, std::vector<Tensor> value_cache,
-                TensorList k_bias, TensorList v_bias, TensorList k_norm, std::optional<Tensor> slot_table) {
+                TensorList k_bias, TensorList v_bias, TensorList k_norm, std::optional<Tensor> slot_table,
+                double norm_offset) {
   const std::string op = "pop::kv_project";
   const DType dtype = dtype_of(hidden, op + ": hidden");
   check_shape(hidden, {-1, -1}, op + ": hidden");
@@ -334,13 +345,15 @@ void kv_project(Tensor hidden, Tensor weight, Tensor cos, Tensor sin, Tensor cu_
                        .v_bias = v_biases.empty() ? nullptr : v_biases.data(),
                        .k_norm = k_norms.empty() ? nullptr : k_norms.data(),
                        .eps = static_cast<float>(eps),
+                       .norm_offset = static_cast<float>(norm_offset),
                        .batch = &batch,
                        .caches = caches.data(),
                        .workspace = workspace.mutable_data_ptr()});
 }
 
-Tensor fold_kv_op(std::vector<Tensor> k_proj, std::vector<Tensor> v_proj, std::vector<Tensor> input_norm) {
-  return fold_kv(k_proj, v_proj, input_norm);
+Tensor fold_kv_op(std::vector<Tensor> k_proj, std::vector<Tensor> v_proj, std::vector<Tensor> input_norm,
+                  double norm_offset) {
+  return fold_kv(k_proj, v_proj, input_norm, norm_offset);
 }
 
 }  // namespace

@@ -70,10 +70,22 @@ Tensor check_rope(const ModelSpec& spec, const Tensor& table, int64_t rows, cons
   return torch::stable::contiguous(torch::stable::to(table, ScalarType::Float));
 }
 
+// The second table of a model whose layers take two, of the first one's shape.
+std::optional<Tensor> check_local_rope(const ModelSpec& spec, const std::optional<Tensor>& table, const Tensor& cos,
+                                       const Tensor& like, const char* argument) {
+  const bool wanted = spec.has_local_rope();
+  check(table.has_value() == wanted, kOp, ": ", argument, ": expected ", wanted ? "a table" : "none",
+        " (the model has ", wanted ? "" : "no ", "layers with a RoPE of their own), got ", wanted ? "none" : "one");
+  if (!wanted) return std::nullopt;
+  const Tensor rows = check_rope(spec, *table, cos.size(0), like, argument);
+  check_shape(rows, {cos.size(0), cos.size(1)}, join(kOp, ": ", argument));
+  return rows;
+}
+
 Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens,
                   Tensor cache_start, Tensor boundary, Tensor logits_to_keep, std::vector<Tensor> key_cache,
                   std::vector<Tensor> value_cache, std::optional<Tensor> slot_table, bool restore_on_error,
-                  bool window_only) {
+                  bool window_only, std::optional<Tensor> cos_local, std::optional<Tensor> sin_local) {
   const auto loaded = find_model(handle);
   const Model& model = loaded->model();
   const ModelSpec& spec = model.spec;
@@ -87,6 +99,11 @@ Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor c
   const Tensor cos_rows = check_rope(spec, cos, rows, like, "cos");
   const Tensor sin_rows = check_rope(spec, sin, rows, like, "sin");
   check_shape(sin_rows, {rows, cos_rows.size(1)}, join(kOp, ": sin"));
+  const std::optional<Tensor> cos_local_rows = check_local_rope(spec, cos_local, cos_rows, like, "cos_local");
+  const std::optional<Tensor> sin_local_rows = check_local_rope(spec, sin_local, cos_rows, like, "sin_local");
+  const auto floats = [](const std::optional<Tensor>& table) {
+    return table.has_value() ? static_cast<const float*>(table->const_data_ptr()) : nullptr;
+  };
   const Geometry geometry(kOp, {cu_seqlens, past_lens, cache_start, slot_table}, rows, &boundary, &logits_to_keep);
   for (const auto& [given, name] : {std::pair{&key_cache, "key_cache"}, std::pair{&value_cache, "value_cache"}}) {
     check(static_cast<int64_t>(given->size()) == spec.num_layers, kOp, ": ", name, ": expected ", spec.num_layers,
@@ -106,6 +123,8 @@ Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor c
                    .embeds_stride = input.stride(0),
                    .cos = static_cast<const float*>(cos_rows.const_data_ptr()),
                    .sin = static_cast<const float*>(sin_rows.const_data_ptr()),
+                   .cos_local = floats(cos_local_rows),
+                   .sin_local = floats(sin_local_rows),
                    .rope_stride = cos_rows.size(1),
                    .address = geometry.address(),
                    .caches = caches.data(),

@@ -47,7 +47,7 @@ Registry& registry() {
 }  // namespace
 
 Tensor fold_kv(const std::vector<Tensor>& k_proj, const std::vector<Tensor>& v_proj,
-               const std::vector<Tensor>& input_norm) {
+               const std::vector<Tensor>& input_norm, double norm_offset) {
   check(!k_proj.empty() && k_proj.size() == v_proj.size() && k_proj.size() == input_norm.size(),
         "pop::fold_kv: expected k_proj, v_proj and input_norm of one length > 0, got ", k_proj.size(), ", ",
         v_proj.size(), " and ", input_norm.size());
@@ -62,7 +62,12 @@ Tensor fold_kv(const std::vector<Tensor>& k_proj, const std::vector<Tensor>& v_p
     const std::string at = join("[", i, "]");
     check_like(input_norm[i], first, "pop::fold_kv: input_norm" + at);
     check_shape(input_norm[i], {hidden}, "pop::fold_kv: input_norm" + at);
-    const Tensor gamma = torch::stable::to(aten::detach(input_norm[i]), ScalarType::Float);
+    Tensor gamma = torch::stable::to(aten::detach(input_norm[i]), ScalarType::Float);
+    if (norm_offset != 0) {
+      Tensor minus = torch::stable::empty_like(gamma);
+      torch::stable::fill_(minus, -norm_offset);
+      gamma = torch::stable::subtract(gamma, minus);
+    }
     for (const auto& [weight, name] : {std::pair{&k_proj[i], "k_proj"}, std::pair{&v_proj[i], "v_proj"}}) {
       check_like(*weight, first, join("pop::fold_kv: ", name, at));
       check_shape(*weight, {kv_dim, hidden}, join("pop::fold_kv: ", name, at));
@@ -121,6 +126,8 @@ void LoadedModel::set_layer(int64_t layer) {
   };
   model_.layers[layer] = {.input_norm = vector("input_norm"),
                           .post_norm = vector("post_norm"),
+                          .attention_out_norm = vector("attention_out_norm"),
+                          .mlp_out_norm = vector("mlp_out_norm"),
                           .q_proj = linear("q_proj"),
                           .k_proj = linear("k_proj"),
                           .v_proj = linear("v_proj"),
@@ -151,7 +158,7 @@ void LoadedModel::fold(LayerRange layers) {
     run.v_bias.push_back(model_.layers[layer].v_bias);
     run.k_norm.push_back(model_.layers[layer].k_norm);
   }
-  const Tensor stack = fold_kv(k, v, gamma);
+  const Tensor stack = fold_kv(k, v, gamma, model_.spec.norm_weight_offset);
   run.stack = stack.const_data_ptr();
   extra_bytes_ += stack.numel() * element_size(model_.spec.dtype);
   stacks_.push_back(stack);

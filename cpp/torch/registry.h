@@ -59,6 +59,6 @@ void unregister_model(int64_t handle);
 
 // [layers * 2 * kv_dim, hidden_size]: K and V weights of each layer, times its input norm.
 Tensor fold_kv(const std::vector<Tensor>& k_proj, const std::vector<Tensor>& v_proj,
-               const std::vector<Tensor>& input_norm);
+               const std::vector<Tensor>& input_norm, double norm_offset);
 
 }  // namespace pop

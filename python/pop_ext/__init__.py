@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pop_ext.families import UnsupportedModelError
     from pop_ext.forward import PrefillDeclined, disable, enable, enabled, explain, last_call
     from pop_ext.native import NativeModel, PrefillOutput, load
+    from pop_ext.presets import supported_models
 
 __all__ = [
     "Decision",
@@ -37,6 +38,7 @@ __all__ = [
     "load",
     "reference",
     "score",
+    "supported_models",
 ]
 
 # What needs transformers is imported at first use: the operators work without it.
@@ -53,6 +55,7 @@ _LAZY = {
     "last_call": "pop_ext.forward",
     "load": "pop_ext.native",
     "score": "pop_ext.evaluate",
+    "supported_models": "pop_ext.presets",
 }
 
 

@@ -229,8 +229,9 @@ def _check_inference(model: nn.Module, device: str) -> None:
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         raise _Stock("tracing", "tracing: a graph of the stock forward is wanted")
     if model.training:
-        if getattr(model.config, "attention_dropout", 0.0):
-            raise _Stock("training", "training mode with attention dropout: call model.eval()")
+        dropouts = ("attention_dropout", "resid_pdrop", "embd_pdrop")
+        if any(getattr(text_config(model), name, 0.0) for name in dropouts):
+            raise _Stock("training", "training mode with dropout: call model.eval()")
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise _Stock("training", "training mode with gradient checkpointing keeps no cache: call model.eval()")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pop_ext import _core, operators
-from pop_ext.families import Description, describe
+from pop_ext.describe import Description, describe
 from pop_ext.kv_cache import (
     CacheTransaction,
     check_cache,
@@ -59,7 +59,8 @@ class PrefillOutput:
 class _Stamp:
     """What a parameter was when its model was loaded."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor | None) -> None:
+        assert tensor is not None
         self._tensor = tensor
         self._facts = self._facts_of(tensor)
 
@@ -84,7 +85,7 @@ class _Loaded:
         self.description = description
         self.like = weights[0].detach()
         self.extra_bytes: int = json.loads(torch.ops.pop.info(self.handle))["extra_bytes"]
-        self._stamps = [_Stamp(tensor) for tensor in weights]
+        self._stamps = [_Stamp(ref.find()) for ref in description.weights]
 
     def stale_weight(self) -> str | None:
         for ref, stamp in zip(self.description.weights, self._stamps, strict=True):
@@ -341,14 +342,12 @@ class NativeModel:
         rotary = self.model.model.rotary_emb
         try:
             with module_restored_on_error(rotary):
-                # Float32 whatever the model's dtype: the module only asks its first argument for dtype and device.
-                like_rope = torch.empty(0, dtype=torch.float32, device=self.device)
-                cos, sin = rotary(like_rope, positions[None])
+                cos, sin, cos_local, sin_local = self._rope(positions)
                 hidden = torch.ops.pop.prefill(
                     loaded.handle,
                     rows,
-                    cos[0],
-                    sin[0],
+                    cos,
+                    sin,
                     packed.cu_seqlens(),
                     lengths(packed.past),
                     lengths(packed.cache_start),
@@ -359,14 +358,38 @@ class NativeModel:
                     packed.slot_table,
                     False,  # restore_on_error: the transaction does, for what comes after the operator, too
                     window_only,
+                    cos_local,
+                    sin_local,
                 )
                 hidden = hidden.view(shape)
-                logits = self.model.lm_head(hidden)
+                logits = self._logits(hidden)
                 transaction.commit()
         except BaseException:
             transaction.abort()
             raise
         return hidden, logits
+
+    def _rope(self, positions: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """cos, sin, and those of layers with a RoPE of their own (or None, None): float32 [rows, rotary_dim]."""
+        rotary, kinds = self.model.model.rotary_emb, self.description.family.rope_kinds
+        # Float32 whatever the model's dtype: the module only asks its first argument for dtype and device.
+        like = torch.empty(0, dtype=torch.float32, device=self.device)
+        if not kinds:
+            cos, sin = rotary(like, positions[None])
+            return cos[0], sin[0], None, None
+        tables = {kind: rotary(like, positions[None], kind) for kind in kinds if kind in rotary.layer_types}
+        cos, sin = tables.get(kinds[0]) or tables[kinds[1]]  # some model may have layers of one kind only
+        if not any(self.spec.rope_table):
+            return cos[0], sin[0], None, None
+        cos_local, sin_local = tables[kinds[1]]
+        return cos[0], sin[0], cos_local[0], sin_local[0]
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model.lm_head(hidden)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        if cap is None or not self.description.family.caps_logits:
+            return logits
+        return torch.tanh(logits / cap) * cap
 
 
 def _check_at_most(values: list[int], tokens: list[int], name: str) -> None:

@@ -141,22 +141,25 @@ def _(
     slot_table: Tensor | None = None,
     restore_on_error: bool = True,
     window_only: bool = False,
+    cos_local: Tensor | None = None,
+    sin_local: Tensor | None = None,
 ) -> Tensor:
     # Where one of several tensors is on the meta device this is called for all: the kernels' checks see none of them.
     caches = {**_named("key_cache", key_cache), **_named("value_cache", value_cache)}
-    _check_devices({"cos": cos, "sin": sin, **caches}, input)
+    local = {name: t for name, t in (("cos_local", cos_local), ("sin_local", sin_local)) if t is not None}
+    _check_devices({"cos": cos, "sin": sin, **local, **caches}, input)
     hidden_size = json.loads(torch.ops.pop.info(model))["spec"]["hidden_size"]
     wanted = torch.library.get_ctx().new_dynamic_size(min=1)
     return key_cache[0].new_empty((wanted, hidden_size))
 
 
 @torch.library.register_fake("pop::rms_norm")
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("pop::add_rms_norm")
-def _(x: Tensor, delta: Tensor, weight: Tensor, eps: float, delta_bias: Tensor | None = None) -> Tensor:
+def _(x: Tensor, delta: Tensor, weight: Tensor, eps: float, *rest: Any, **options: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -171,7 +174,7 @@ def _(query: Tensor, *rest: Any, **options: Any) -> Tensor:
 
 
 @torch.library.register_fake("pop::fold_kv")
-def _(k_proj: list[Tensor], v_proj: list[Tensor], input_norm: list[Tensor]) -> Tensor:
+def _(k_proj: list[Tensor], v_proj: list[Tensor], input_norm: list[Tensor], norm_offset: float = 0.0) -> Tensor:
     kv_dim, hidden_size = k_proj[0].shape
     return k_proj[0].new_empty((2 * len(k_proj) * kv_dim, hidden_size))
 

@@ -66,6 +66,10 @@ def _mistral(version: str) -> tuple[str, ...]:
     return f"mistralai/Mistral-7B-{version}", f"mistralai/Mistral-7B-Instruct-{version}"
 
 
+def _gemma3(size: str) -> tuple[str, ...]:
+    return f"google/gemma-3-{size}-pt", f"google/gemma-3-{size}-it"
+
+
 _PRESETS = (
     _preset(_and_instruct("meta-llama/Llama-3.1-8B"), "llama", 32, 4096, 14336, (32, 8), 128256, published=10),
     _preset(
@@ -80,6 +84,19 @@ _PRESETS = (
     _preset(_and_instruct("Qwen/Qwen2-1.5B", "Qwen/Qwen2.5-1.5B"), "qwen2", 28, 1536, 8960, (12, 2), 151936),
     _preset(_and_instruct("Qwen/Qwen2.5-3B"), "qwen2", 36, 2048, 11008, (16, 2), 151936),
     _preset(_and_instruct("Qwen/Qwen2-7B", "Qwen/Qwen2.5-7B"), "qwen2", 28, 3584, 18944, (28, 4), 152064),
+    _preset(("Qwen/Qwen3-0.6B",), "qwen3", 28, 1024, 3072, (16, 8), 151936),
+    _preset(("Qwen/Qwen3-1.7B",), "qwen3", 28, 2048, 6144, (16, 8), 151936),
+    _preset(("Qwen/Qwen3-4B",), "qwen3", 36, 2560, 9728, (32, 8), 151936),
+    _preset(("Qwen/Qwen3-8B",), "qwen3", 36, 4096, 12288, (32, 8), 151936),
+    _preset(("Qwen/Qwen3-14B",), "qwen3", 40, 5120, 17408, (40, 8), 151936),
+    _preset(_gemma3("1b"), "gemma3_text", 26, 1152, 6912, (4, 1), 262144),
+    _preset(_gemma3("4b"), "gemma3_text", 34, 2560, 10240, (8, 4), 262208),
+    _preset(_gemma3("12b"), "gemma3_text", 48, 3840, 15360, (16, 8), 262208, published=16),
+    _preset(_gemma3("27b"), "gemma3_text", 62, 5376, 21504, (32, 16), 262208),
+    _preset(("google/gemma-2-2b", "google/gemma-2-2b-it"), "gemma2", 26, 2304, 9216, (8, 4), 256000),
+    _preset(("google/gemma-2-9b", "google/gemma-2-9b-it"), "gemma2", 42, 3584, 14336, (16, 8), 256000),
+    _preset(("google/gemma-2-27b", "google/gemma-2-27b-it"), "gemma2", 46, 4608, 36864, (32, 16), 256000),
+    _preset(("microsoft/Phi-3-mini-4k-instruct",), "phi3", 32, 3072, 8192, (32, 32), 32064),
     _preset(_and_instruct("Qwen/Qwen2.5-14B"), "qwen2", 48, 5120, 13824, (40, 8), 152064),
     _preset(_and_instruct("Qwen/Qwen2.5-32B"), "qwen2", 64, 5120, 27648, (40, 8), 152064),
     _preset(_and_instruct("Qwen/Qwen2-72B", "Qwen/Qwen2.5-72B"), "qwen2", 80, 8192, 29568, (64, 8), 152064),
@@ -99,6 +116,15 @@ def preset(name: str) -> Preset:
         return PRESETS[name]
     near = difflib.get_close_matches(str(name), PRESETS, n=3, cutoff=0.5) or sorted(PRESETS)
     raise ValueError(f"preset: expected a name like {', '.join(near)}, got {name!r}")
+
+
+def supported_models() -> dict[str, Preset]:
+    """Every model with a preset: Hugging Face name -> preset.
+
+    ``preset.published`` tells a number of layers from the paper (POP, arXiv 2602.03295) from a default of ours; any
+    other model of the same architectures runs as well, with the deepest third omitted unless told otherwise.
+    """
+    return dict(PRESETS)
 
 
 def default_plan(config: Any) -> Plan:

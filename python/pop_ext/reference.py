@@ -87,9 +87,9 @@ def prefill(
     omitted layers, which only project their K/V (paper: independent KV projection and boundary handling).
 
     Args:
-        model: Hugging Face causal language model; every decoder layer has `input_layernorm`, `self_attn.k_proj`,
-            `self_attn.v_proj` and, where the family has it, `self_attn.k_norm` over head_dim. A family that projects
-            K/V in another way is refused (checked on one row of every omitted layer).
+        model: Hugging Face causal language model; every decoder layer has `input_layernorm`, `self_attn.k_proj` and
+            `self_attn.v_proj` (or `self_attn.qkv_proj`) and, where the family has it, `self_attn.k_norm` over head_dim.
+            A family that projects K/V in another way is refused (checked on one row of every omitted layer).
         input_ids: int [batch, T]. Exactly one of it and `inputs_embeds`.
         plan: anything with `.num_layers`, `.omit`, `.boundary`; None takes the default plan of the model's config.
         logits_to_keep: how many last rows get logits, an int or one per sequence (1-D); 1..T_i.
@@ -200,8 +200,12 @@ def project_kv(layer: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor) -
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden_states)
     heads = (*normed.shape[:-1], -1, attention.head_dim)
-    keys = attention.k_proj(normed).view(heads)
-    values = attention.v_proj(normed).view(heads).transpose(1, 2)
+    if hasattr(attention, "qkv_proj"):  # Phi-3
+        kv_dim = attention.config.num_key_value_heads * attention.head_dim
+        keys, values = attention.qkv_proj(normed)[..., -2 * kv_dim :].split(kv_dim, dim=-1)
+    else:
+        keys, values = attention.k_proj(normed), attention.v_proj(normed)
+    keys, values = keys.view(heads), values.view(heads).transpose(1, 2)
     if getattr(attention, "k_norm", None) is not None:
         keys = attention.k_norm(keys)
     keys = keys.transpose(1, 2)

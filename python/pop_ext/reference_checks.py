@@ -58,7 +58,8 @@ def find_parts(model: Module) -> Parts:
     for index, layer in enumerate(layers):
         require(layer, "input_layernorm", f"layers.{index}.")
         attention = require(layer, "self_attn", f"layers.{index}.")
-        for attribute in ("k_proj", "v_proj", "head_dim", "layer_idx"):
+        projections = ("qkv_proj",) if hasattr(attention, "qkv_proj") else ("k_proj", "v_proj")
+        for attribute in (*projections, "head_dim", "layer_idx"):
             require(attention, attribute, f"layers.{index}.self_attn.")
         family_function(attention, "apply_rotary_pos_emb")
     return Parts(decoder, layers, rotary)

@@ -1,0 +1,286 @@
+"""Configurations of released checkpoints, instantiated without memory and mapped name by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pop_ext.describe import describe, map_weights
+from pop_ext.families import FAMILIES, UnsupportedModelError
+from torch import nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+# What the checkpoints' config.json say.
+REAL = {
+    "Llama-3.1-8B": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": LLAMA3_ROPE,
+        },
+    ),
+    "Llama-3.2-1B": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "vocab_size": 128256,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "rope_parameters": {**LLAMA3_ROPE, "factor": 32.0},
+        },
+    ),
+    "Mistral-7B-v0.1": (
+        MistralForCausalLM,
+        MistralConfig,
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 32000,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 4096,
+        },
+    ),
+    "Mistral-7B-v0.3": (
+        MistralForCausalLM,
+        MistralConfig,
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 32768,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+        },
+    ),
+    "Qwen2-7B": (
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+            "rms_norm_eps": 1e-6,
+            "sliding_window": 131072,
+            "max_window_layers": 28,
+            "use_sliding_window": False,
+        },
+    ),
+    "Qwen3-8B": (
+        Qwen3ForCausalLM,
+        Qwen3Config,
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "rms_norm_eps": 1e-6,
+            "use_sliding_window": False,
+        },
+    ),
+    "Phi-3-mini-4k": (
+        Phi3ForCausalLM,
+        Phi3Config,
+        {
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "vocab_size": 32064,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 2047,
+        },
+    ),
+    "Gemma-2-9B": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        {
+            "hidden_size": 3584,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 42,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 256,
+            "vocab_size": 256000,
+            "rms_norm_eps": 1e-6,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+        },
+    ),
+    "Gemma-3-12B": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {
+            "hidden_size": 3840,
+            "intermediate_size": 15360,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 256,
+            "vocab_size": 262208,
+            "rms_norm_eps": 1e-6,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 1024,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+}
+
+WINDOWS = {
+    "Mistral-7B-v0.1": [4096] * 32,
+    "Phi-3-mini-4k": [2047] * 32,
+    "Gemma-2-9B": [4096, 0] * 21,
+    "Gemma-3-12B": [1024, 1024, 1024, 1024, 1024, 0] * 8,
+}
+
+# The runtime's name -> the checkpoint's, in a layer.
+LAYER = {
+    "input_norm": "input_layernorm.weight",
+    "q_proj": "self_attn.q_proj.weight",
+    "k_proj": "self_attn.k_proj.weight",
+    "v_proj": "self_attn.v_proj.weight",
+    "o_proj": "self_attn.o_proj.weight",
+    "post_norm": "post_attention_layernorm.weight",
+    "gate_proj": "mlp.gate_proj.weight",
+    "up_proj": "mlp.up_proj.weight",
+    "down_proj": "mlp.down_proj.weight",
+}
+QKV_BIAS = {f"{name}_bias": f"self_attn.{name}_proj.bias" for name in "qkv"}
+QK_NORM = {f"{name}_norm": f"self_attn.{name}_norm.weight" for name in "qk"}
+FUSED = {
+    **{f"{name}_proj": "self_attn.qkv_proj.weight" for name in "qkv"},
+    **{f"{name}_proj": "mlp.gate_up_proj.weight" for name in ("gate", "up")},
+}
+SANDWICH = {
+    "attention_out_norm": "post_attention_layernorm.weight",
+    "post_norm": "pre_feedforward_layernorm.weight",
+    "mlp_out_norm": "post_feedforward_layernorm.weight",
+}
+EXTRA = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": QKV_BIAS,
+    "qwen3": QK_NORM,
+    "phi3": FUSED,
+    "gemma2": SANDWICH,
+    "gemma3_text": {**SANDWICH, **QK_NORM},
+}
+
+
+def real(name: str) -> nn.Module:
+    model_class, config_class, numbers = REAL[name]
+    with torch.device("meta"):
+        return model_class._from_config(config_class(**numbers), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_config_maps_name_by_name(name):
+    model = real(name)
+    config = model.config
+    description = map_weights(model)
+    parameters = dict(model.named_parameters())
+    expected = {"embed_tokens": "model.embed_tokens.weight", "norm": "model.norm.weight"}
+    for index in range(config.num_hidden_layers):
+        for slot, path in {**LAYER, **EXTRA[config.model_type]}.items():
+            expected[f"layers.{index}.{slot}"] = f"model.layers.{index}.{path}"
+    assert {ref.slot: ".".join(ref.path) for ref in description.weights} == expected
+    for ref in description.weights:
+        assert ref.find() is parameters[".".join(ref.path)]
+    for path in {ref.path for ref in description.weights if ref.rows is not None}:
+        rows = sorted(ref.rows for ref in description.weights if ref.path == path)
+        assert [begin for begin, _ in rows] == [0, *(end for _, end in rows[:-1])]
+        assert rows[-1][1] == len(parameters[".".join(path)])
+    # lm_head is called as a module; nothing else is left out.
+    assert set(parameters) - set(expected.values()) <= {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_config_gives_its_numbers(name):
+    numbers = REAL[name][2]
+    spec = map_weights(real(name)).spec
+    head_dim = numbers.get("head_dim", numbers["hidden_size"] // numbers["num_attention_heads"])
+    assert spec.num_layers == numbers["num_hidden_layers"]
+    assert spec.hidden_size == numbers["hidden_size"]
+    assert spec.num_heads == numbers["num_attention_heads"]
+    assert spec.num_kv_heads == numbers["num_key_value_heads"]
+    assert spec.intermediate_size == numbers["intermediate_size"]
+    assert spec.vocab_size == numbers["vocab_size"]
+    assert spec.head_dim == spec.rotary_dim == head_dim
+    assert spec.rms_norm_eps == pytest.approx(numbers["rms_norm_eps"])
+    assert spec.attention_scale == pytest.approx(head_dim**-0.5)
+    gemma = name.startswith("Gemma")
+    assert spec.activation == ("gelu_tanh" if gemma else "silu")
+    assert (spec.norm_weight_offset, spec.output_norms) == (float(gemma), gemma)
+    scale = torch.tensor(numbers["hidden_size"] ** 0.5).to(torch.bfloat16).item() if gemma else 1.0
+    assert spec.embed_scale == scale
+    assert spec.attention_softcap == (50.0 if name == "Gemma-2-9B" else 0.0)
+    assert list(spec.rope_table) == ([1, 1, 1, 1, 1, 0] * 8 if name == "Gemma-3-12B" else [0] * spec.num_layers)
+    assert spec.dtype == "bfloat16"
+    assert list(spec.window) == WINDOWS.get(name, [0] * spec.num_layers)
+    assert (spec.qkv_bias, spec.qk_norm) == (name.startswith("Qwen2"), name.startswith(("Qwen3", "Gemma-3")))
+    assert not spec.o_bias
+    assert not spec.mlp_bias
+
+
+def test_weights_on_the_meta_device_are_mapped_but_not_run():
+    model = real("Llama-3.2-1B")
+    assert map_weights(model).weights
+    with pytest.raises(UnsupportedModelError, match="meta device"):
+        describe(model)
+
+
+def test_every_family_has_a_real_configuration():
+    assert set(FAMILIES) == set(EXTRA)
+    assert set(FAMILIES) == {real(name).config.model_type for name in REAL}
