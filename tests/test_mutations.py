@@ -223,6 +223,10 @@ def leave_out_the_output_norms(run):
     run.weights = {name: weight for name, weight in run.weights.items() if not name.endswith("_out_norm")}
 
 
+def forget_the_k_norm_of_an_omitted_layer(run):
+    run.weights["layers.4.k_norm"] = torch.ones_like(run.weights["layers.4.k_norm"])
+
+
 def swap_q_and_k_norm(run):
     swap(run, "layers.1.q_norm", "layers.1.k_norm")
 
@@ -296,7 +300,7 @@ IN = {
         change_the_epsilon,
     ],
     "qwen2": [forget_a_bias],
-    "qwen3": [swap_q_and_k_norm, swap_two_k_norms_of_a_run],
+    "qwen3": [swap_q_and_k_norm, swap_two_k_norms_of_a_run, forget_the_k_norm_of_an_omitted_layer],
     "phi3": [turn_other_channels, swap_gate_and_up, swap_k_and_v_of_an_omitted_layer],
     "gemma2": [set_spec(attention_softcap=0), set_spec(attention_softcap=1.6), leave_out_the_output_norms],
     "gemma3": [
