@@ -15,7 +15,7 @@ from pathlib import Path
 import pop_ext
 import pytest
 import torch
-from bad_input_cases import SECTIONS, Case, World
+from bad_input import SECTIONS, Case, World
 from models import llama, tokens
 from torch import nn
 
@@ -234,7 +234,7 @@ def test_a_refresh_to_something_that_cannot_run_keeps_what_was_loaded():
 
 FAILING_GEMM = """
 import torch
-from bad_input_cases import World
+from bad_input import World
 from transformers import DynamicCache, StaticCache
 
 calls, fail_at = 0, None

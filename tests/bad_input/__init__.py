@@ -1,0 +1,20 @@
+"""The cases of test_bad_input.py and docs/bad-input.md: what is passed, what must come back."""
+
+from bad_input.blocks import BLOCKS
+from bad_input.enabling import ENABLED, SCORE
+from bad_input.loading import LOAD, PLAN
+from bad_input.op import OP
+from bad_input.prefill import PREFILL
+from bad_input.world import Case, World
+
+__all__ = ["SECTIONS", "Case", "World"]
+
+SECTIONS = {
+    "`pop_ext.Plan`": PLAN,
+    "`pop_ext.load` and `pop_ext.enable`": LOAD,
+    "An enabled model": ENABLED,
+    "`native.prefill`": PREFILL,
+    "`torch.ops.pop.prefill`, `load` and `unload`": OP,
+    "The building blocks of `torch.ops.pop`": BLOCKS,
+    "`pop_ext.score`": SCORE,
+}

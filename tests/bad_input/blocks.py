@@ -1,0 +1,154 @@
+"""The building blocks of `torch.ops.pop`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from op_calls import int32
+
+from bad_input.world import Case, pop
+
+
+def written_caches(**over: Any) -> dict[str, Any]:
+    """A call of rope_cache_write that is right."""
+    call = {
+        "query": torch.zeros(3, 4, 64),
+        "key": torch.zeros(3, 2, 64),
+        "value": torch.zeros(3, 2, 64),
+        "cos": torch.zeros(3, 64),
+        "sin": torch.zeros(3, 64),
+        "cu_seqlens": int32([0, 3]),
+        "past_lens": int32([0]),
+        "cache_start": int32([0]),
+        "key_cache": torch.zeros(1, 2, 3, 64),
+        "value_cache": torch.zeros(1, 2, 3, 64),
+    }
+    return {**call, **over}
+
+
+def attended(**over: Any) -> dict[str, Any]:
+    """A call of attention that is right."""
+    names = ("query", "key_cache", "value_cache", "cu_seqlens", "past_lens", "cache_start")
+    return {**{name: value for name, value in written_caches().items() if name in names}, "scale": 1.0, **over}
+
+
+def kv_projected(**over: Any) -> dict[str, Any]:
+    """A call of kv_project for two layers that is right."""
+    names = ("cos", "sin", "cu_seqlens", "past_lens", "cache_start")
+    call = {name: value for name, value in written_caches().items() if name in names}
+    caches = torch.zeros(2, 2, 1, 2, 3, 64)
+    own = {"hidden": torch.zeros(3, 9), "weight": torch.zeros(2 * 2 * 128, 9), "eps": 1e-5}
+    return {**call, **own, "key_cache": list(caches[0]), "value_cache": list(caches[1]), **over}
+
+
+SAME = torch.zeros(1, 2, 3, 64)
+
+BLOCKS = [
+    Case(
+        "`rms_norm` with a weight of another width",
+        lambda w: pop.rms_norm(torch.zeros(3, 8), torch.zeros(7), 1e-5),
+        RuntimeError,
+        r"pop::rms_norm: weight: expected shape \[8\], got \[7\]",
+    ),
+    Case(
+        "`rms_norm` of integers",
+        lambda w: pop.rms_norm(torch.zeros(3, 8).int(), torch.zeros(8), 1e-5),
+        RuntimeError,
+        "pop::rms_norm: x: expected float32, bfloat16 or float16",
+    ),
+    Case(
+        "`rms_norm` with a weight of another dtype",
+        lambda w: pop.rms_norm(torch.zeros(3, 8), torch.zeros(8).half(), 1e-5),
+        RuntimeError,
+        "pop::rms_norm: weight: expected dtype float32, got float16",
+    ),
+    Case(
+        "`add_rms_norm` with a delta of another shape",
+        lambda w: pop.add_rms_norm(torch.zeros(3, 8), torch.zeros(2, 8), torch.zeros(8), 1e-5),
+        RuntimeError,
+        r"pop::add_rms_norm: delta: expected shape \[3, 8\], got \[2, 8\]",
+    ),
+    Case(
+        "`gated_act` with another activation",
+        lambda w: pop.gated_act(torch.zeros(3, 8), torch.zeros(3, 8), "relu"),
+        RuntimeError,
+        "pop::gated_act: activation: expected one of silu.*got relu",
+    ),
+    Case(
+        "`gated_act` with up of another shape",
+        lambda w: pop.gated_act(torch.zeros(3, 8), torch.zeros(3, 7)),
+        RuntimeError,
+        r"pop::gated_act: up: expected shape \[3, 8\], got \[3, 7\]",
+    ),
+    Case(
+        "`rope_cache_write` with keys and values in one memory",
+        lambda w: pop.rope_cache_write(**written_caches(key_cache=SAME, value_cache=SAME)),
+        RuntimeError,
+        "pop::rope_cache_write: value_cache: expected memory of its own, got memory shared with key_cache",
+    ),
+    Case(
+        "`rope_cache_write` with tables wider than a head",
+        lambda w: pop.rope_cache_write(**written_caches(cos=torch.zeros(3, 66), sin=torch.zeros(3, 66))),
+        RuntimeError,
+        r"cos: expected shape \[3, rotary_dim\] with an even rotary_dim <= 64, got \[3, 66\]",
+    ),
+    Case(
+        "`rope_cache_write` to a cache that is too small",
+        lambda w: pop.rope_cache_write(**written_caches(past_lens=int32([1]))),
+        RuntimeError,
+        "pop::rope_cache_write: key_cache: expected capacity of at least 4 .*got 3",
+    ),
+    Case(
+        "`attention` with a head_dim of 20",
+        lambda w: pop.attention(
+            **attended(
+                query=torch.zeros(3, 4, 20), key_cache=torch.zeros(1, 2, 3, 20), value_cache=torch.zeros(1, 2, 3, 20)
+            )
+        ),
+        RuntimeError,
+        "pop::attention: query: expected a head_dim that is a multiple of 8 up to 256, got 20",
+    ),
+    Case(
+        "`attention` with heads that no group divides",
+        lambda w: pop.attention(**attended(query=torch.zeros(3, 3, 64))),
+        RuntimeError,
+        r"pop::attention: query: expected a multiple of 2 heads \(those of key_cache\), got 3",
+    ),
+    Case(
+        "`attention` with a negative window",
+        lambda w: pop.attention(**attended(window=-1)),
+        RuntimeError,
+        "pop::attention: window: expected .*0.*got -1",
+    ),
+    Case(
+        "`attention` with a value cache of another shape",
+        lambda w: pop.attention(**attended(value_cache=torch.zeros(1, 1, 3, 64))),
+        RuntimeError,
+        r"pop::attention: value_cache: expected shape \[\*, 2, \*, 64\], got \[1, 1, 3, 64\]",
+    ),
+    Case(
+        "`kv_project` with a weight for another number of layers",
+        lambda w: pop.kv_project(**kv_projected(weight=torch.zeros(256, 9))),
+        RuntimeError,
+        r"pop::kv_project: weight: expected shape \[512, 9\], got \[256, 9\]",
+    ),
+    Case(
+        "`kv_project` with two layers in one memory",
+        lambda w: pop.kv_project(**kv_projected(key_cache=[SAME, SAME])),
+        RuntimeError,
+        r"pop::kv_project: key_cache\[1\]: expected memory of its own, got memory shared with key_cache\[0\]",
+    ),
+    Case(
+        "`kv_project` with a bias too few",
+        lambda w: pop.kv_project(**kv_projected(k_bias=[torch.zeros(128)])),
+        RuntimeError,
+        r"pop::kv_project: k_bias: expected 2 tensors \(one a layer\), got 1",
+    ),
+    Case(
+        "`fold_kv` with norms too few",
+        lambda w: pop.fold_kv([torch.zeros(4, 8)] * 2, [torch.zeros(4, 8)] * 2, [torch.zeros(8)]),
+        RuntimeError,
+        "pop::fold_kv: expected k_proj, v_proj and input_norm of one length > 0, got 2, 2 and 1",
+    ),
+]
