@@ -1,4 +1,4 @@
-# make demo | test | lint | format | dev | shim
+# make demo | test | lint | format | dev | shim | avx512
 #
 # On a plain machine (python3 >= 3.10, a C++20 compiler, network for pip) demo, test, lint and format make .venv and
 # install into it; they use the torch of python3, if it has one. With PYTHON=... that interpreter is used as it is,
@@ -22,7 +22,7 @@ FOR_TEST := $(VENV)/installed-dev
 FOR_LINT := $(FOR_TEST)
 endif
 
-.PHONY: demo test lint format dev core shim clean
+.PHONY: demo test lint format dev core shim avx512 clean
 
 # One prompt three ways: the stock model, native at full depth, pruned. More options: make demo DEMO='--count 6'
 demo: $(FOR_DEMO)
@@ -71,13 +71,24 @@ core: $(BUILD)/build.ninja
 SHIM_TESTS ?= tests/test_op_kernels.py tests/test_op_prefill.py tests/test_window_only.py \
   tests/cuda_shim/options.py
 
-shim: export PATH := $(dir $(PYTHON)):$(PATH)
+shim: export PATH := $(dir $(shell command -v $(PYTHON))):$(PATH)
 shim: $(FOR_LINT)
 	cmake -G Ninja -S . -B build/shim -DPOP_CUDA=SHIM -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
 	cmake --build build/shim
 	build/shim/cuda_checks
 	build/shim/cuda_races
 	PYTHONPATH=build/shim/python $(PYTHON) -m pytest $(SHIM_TESTS)
+
+# The AVX-512 kernels in plain C++, for processors without them (tests/avx512_emulated).
+AVX512_TESTS ?= tests/test_cpu_kernels.py tests/test_attention_op.py tests/test_op_kernels.py \
+  tests/test_op_norms_and_caps.py tests/test_op_prefill.py tests/test_native_prefill.py
+
+avx512: export PATH := $(dir $(shell command -v $(PYTHON))):$(PATH)
+avx512: $(FOR_LINT)
+	cmake -G Ninja -S . -B build/avx512 -DPOP_CUDA=OFF -DPOP_EMULATE_AVX512=ON \
+	  -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
+	cmake --build build/avx512
+	PYTHONPATH=build/avx512/python $(PYTHON) -m pytest -q -k 'not lesser' $(AVX512_TESTS)
 
 $(BUILD)/build.ninja: CMakeLists.txt
 	cmake -G Ninja -S . -B $(BUILD) -DPOP_INPLACE=ON -DPython_EXECUTABLE="$$(command -v $(PYTHON))"

@@ -45,12 +45,6 @@ function(pop_add_cuda_shim)
   target_compile_options(cuda_races PRIVATE -g -O1 -fsanitize=thread)
   target_link_options(cuda_races PRIVATE -fsanitize=thread)
   target_link_libraries(cuda_races PRIVATE pop_core Threads::Threads)
-
-  file(GLOB modules RELATIVE ${CMAKE_SOURCE_DIR}/python/pop_ext CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/python/pop_ext/*.py)
-  file(MAKE_DIRECTORY ${CMAKE_BINARY_DIR}/python/pop_ext)
-  foreach(module ${modules})
-    file(CREATE_LINK ${CMAKE_SOURCE_DIR}/python/pop_ext/${module} ${CMAKE_BINARY_DIR}/python/pop_ext/${module} SYMBOLIC)
-  endforeach()
 endfunction()
 
 function(pop_add_cuda)

@@ -18,7 +18,9 @@ struct Choice {
 // system too: does it save the registers?
 std::vector<Choice> choices() {
   std::vector<Choice> all;
-#if defined(POP_HAVE_AVX512_BF16)
+#if defined(POP_EMULATE_AVX512)
+  all.push_back({&avx512_bf16::kernels, true});
+#elif defined(POP_HAVE_AVX512_BF16)
   all.push_back({&avx512_bf16::kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                                             __builtin_cpu_supports("avx512bf16")});
