@@ -356,7 +356,7 @@ def test_a_text_generation_pipeline_writes_what_the_oracle_writes():
     prompts = [" ".join(f"w{i:03}" for i in tokens(model, n, seed=n).tolist()) for n in (9, T)]
     texts = []
     for twin in native_and_oracle(model):
-        pipe = pipeline("text-generation", model=twin, tokenizer=tiny_tokenizer(263), device="cpu")
+        pipe = pipeline("text-generation", model=twin, tokenizer=tiny_tokenizer(263), device=twin.device)
         texts.append(pipe(prompts, max_new_tokens=12, do_sample=False, batch_size=2))
         assert pop_ext.last_call(twin).tokens == (9, T)
     assert texts[0] == texts[1]
