@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pop_ext
@@ -12,7 +12,7 @@ import torch
 from pop_ext import _core
 from pop_ext.plan import Plan
 
-from bench.measure import Timed
+from bench.measure import Timed, tuned
 from bench.memory import MemoryUse
 
 VIA = ("enable", "prefill")
@@ -28,6 +28,7 @@ class Arm(Timed):
         flops: of one call, by the cost model.
         make: builds ``call``; what it raises is the arm's result.
         plan: of a native arm; None for Hugging Face.
+        options: of the CUDA backend during its calls.
         folded_bytes: folded K/V weights, memory that the plan adds to the checkpoint's.
         warmup: seconds of the calls before the timed ones; the first may compile.
         memory: of one call.
@@ -38,6 +39,7 @@ class Arm(Timed):
     flops: float
     make: Callable[[Arm], Callable[[], Any]]
     plan: Plan | None = None
+    options: Mapping[str, int] = field(default_factory=dict)
     folded_bytes: int | None = None
     warmup: tuple[float, ...] = ()
     memory: MemoryUse | None = None
@@ -50,7 +52,7 @@ class Arm(Timed):
 
     def prepare(self) -> None:
         """Makes ``call``, or sets ``failed``."""
-        self.call = self.attempt(lambda: self.make(self))
+        self.call = self.attempt(lambda: tuned(self.make(self), self.options))
 
 
 def sequence_shapes(batch: int, tokens: int, plan: Plan | None = None) -> list[_core.SequenceShape]:
@@ -76,6 +78,7 @@ def make_arms(
     plans: Iterable[Plan],
     compile_mode: str | None = None,
     via: str = "enable",
+    tunings: Sequence[Mapping[str, int]] = (),
 ) -> list[Arm]:
     """All arms of a case; none is prepared yet.
 
@@ -86,6 +89,7 @@ def make_arms(
         plans: each makes an arm; native-full is there anyway.
         compile_mode: mode of ``torch.compile`` for hf-compile. None: no such arm.
         via: "enable": the enabled model is called like the stock one; "prefill": ``native.prefill``.
+        tunings: options of the CUDA backend; each makes one more arm of every plan.
     """
     batch, tokens = input_ids.shape
     flops = stock_flops(spec, batch, tokens)
@@ -108,10 +112,21 @@ def make_arms(
             "enable": f"pop_ext.enable(model, plan, strict=True), else as {HF_EAGER}",
             "prefill": "pop_ext.load(model, plan).prefill(input_ids)",
         }[via]
+        what = f"{what}; omits {layers_text(plan)}"
         flops = plan_flops(spec, plan, batch, tokens)
         make = _enabled_maker(model, input_ids) if via == "enable" else _loaded_maker(model, input_ids)
-        arms.append(Arm(name=name, what=f"{what}; omits {layers_text(plan)}", flops=flops, make=make, plan=plan))
+        arms.append(Arm(name=name, what=what, flops=flops, make=make, plan=plan))
+        for options in tunings if plan is not full else ():
+            text = options_text(options)
+            arms.append(
+                Arm(name=f"{name} {text}", what=f"{what}; {text}", flops=flops, make=make, plan=plan, options=options)
+            )
     return arms
+
+
+def options_text(options: Mapping[str, int]) -> str:
+    """ "overlap=1,cudnn=1"."""
+    return ",".join(f"{name}={value}" for name, value in options.items())
 
 
 def plan_name(plan: Plan) -> str:

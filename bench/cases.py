@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from pop_ext.plan import Plan
 
 from bench.arms import HF_COMPILE, HF_EAGER, NATIVE_FULL, Arm, find, make_arms
 from bench.measure import MIN_REPEATS, Summary, WallClock, error_line, interleave, paired_ratio
-from bench.memory import measure_memory
+from bench.memory import measure_memory, release_memory
 from bench.progress import Progress
 from bench.rates import Gemm, peak_rate, reference_gemms
 from bench.shapes import BenchModel
@@ -31,6 +31,7 @@ class Settings:
         warmup: calls of each arm before them; the last one is also watched for its memory.
         compile_mode: of hf-compile; None leaves that arm out.
         via: how native arms are called (``bench.arms``).
+        tunings: options of the CUDA backend that make arms of their own (``bench.arms``).
         quiet: no progress bar.
     """
 
@@ -38,6 +39,7 @@ class Settings:
     warmup: int = 2
     compile_mode: str | None = None
     via: str = "enable"
+    tunings: tuple[Mapping[str, int], ...] = ()
     quiet: bool = False
 
 
@@ -142,7 +144,7 @@ def run_case(
     device = next(model.model.parameters()).device
     dtype = next(model.model.parameters()).dtype
     ids = torch.randint(0, spec.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(device)
-    arms = arms_of(model.model, spec, ids, plans, settings.compile_mode, settings.via)
+    arms = arms_of(model.model, spec, ids, plans, settings.compile_mode, settings.via, settings.tunings)
     gemms = reference_gemms(spec, batch * tokens, dtype, device)
     case = Case(model, spec, batch, tokens, dtype, arms, gemms)
     timed = [*arms, *gemms]
@@ -186,6 +188,9 @@ def _warm_up(arm: Arm, clock: WallClock, calls: int, device: torch.device, bar: 
             outputs.clear()
             seconds = arm.attempt(partial(clock.time, call_watched if index == calls - 1 else call))
             arm.warmup = arm.warmup if seconds is None else (*arm.warmup, seconds)
+            if arm.failed is not None:
+                outputs.clear()
+                release_memory(device)  # of a call that ran out of it
         bar.step(f"{arm.name}, warm-up")
     return outputs[0].logits.detach().float().cpu() if outputs and arm.failed is None else None
 

@@ -22,8 +22,9 @@ from bench.arms import VIA, make_arms, plan_flops, stock_flops
 from bench.cases import Case, Settings, failed_model, run_case
 from bench.environment import environment
 from bench.kernel_table import measure_kernels
-from bench.measure import MIN_REPEATS
+from bench.measure import FEWEST_REPEATS, MIN_REPEATS, WallClock
 from bench.memory import release_memory
+from bench.profile import profile_json, profile_plans, profile_text
 from bench.rates import make_gemm
 from bench.shapes import SHAPES, BenchModel, load_model
 
@@ -69,6 +70,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budget", type=float, help="seconds for the whole run; fewer rounds rather than more time")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="the hf-compile arm")
     p.add_argument("--compile-mode", default="default", help="mode of torch.compile (default: default)")
+    p.add_argument("--compile-lengths", nargs="+", type=int, help="lengths that hf-compile runs at (default: all)")
+    p.add_argument(
+        "--tune",
+        nargs="+",
+        action="extend",
+        default=[],
+        help='options of the CUDA backend, such as "overlap=1" or "overlap=1,cudnn=1"; each makes its own arms',
+    )
+    p.add_argument("--profile", action="store_true", help="where a native prefill's time goes, stage by stage")
     p.add_argument("--kernels", action=argparse.BooleanOptionalAction, default=None, help="the kernel table")
     p.add_argument("--cases", action=argparse.BooleanOptionalAction, default=True, help="the comparisons")
     p.add_argument("--json", type=Path, help="where to save (default: bench/results/local-<time>.json)")
@@ -107,6 +117,13 @@ def _problem(options: argparse.Namespace) -> str | None:
         return f"--device: expected cpu or cuda, got {options.device}"
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         return "--device: this torch finds no CUDA device"
+    try:
+        for text in options.tune:
+            parse_options(text)
+    except ValueError as error:
+        return str(error)
+    if options.tune and not options.device.startswith("cuda"):
+        return "--tune: expected --device cuda, whose backend has options"
     return None
 
 
@@ -119,6 +136,7 @@ class Run:
         self.device = torch.device(options.device)
         self.dtype = _DTYPES[_SHORT.get(options.dtype, options.dtype)]
         self.failed = False
+        self._rate: float | None = None
         facts = environment(self.device)
         print(report.environment_text(facts))
         self.report: dict[str, Any] = {
@@ -128,6 +146,8 @@ class Run:
             "environment": facts,
             "cases": [],
             "kernels": [],
+            "profiles": [],
+            "left_out": [],
             "failed_models": [],
         }
 
@@ -141,8 +161,9 @@ class Run:
         compiled = options.compile_mode if options.compile else None
         if options.cases and not compiled:
             print("hf-compile is left out; --compile includes it (minutes of compiling for each length)")
-        cases = [(batch, tokens) for batch in options.batch for tokens in options.lengths] if options.cases else []
-        each = len(cases) + bool(options.kernels)
+        shapes = [(batch, tokens) for tokens in options.lengths for batch in options.batch]
+        cases = shapes if options.cases else []
+        each = len(cases) + bool(options.kernels) + bool(options.profile)
         for index, name in enumerate(options.model):
             model = self.load(name)
             if model is None:
@@ -151,8 +172,16 @@ class Run:
             if options.kernels:
                 self.kernels(model, options.lengths, self.left(options.budget, 1 / to_do))
                 to_do -= 1
+            if options.profile:
+                for batch, tokens in shapes:
+                    if self.fits(model, batch, tokens, self.left(options.budget, 1 / to_do)):
+                        self.profile(model, batch, tokens)
+                to_do -= 1
             for batch, tokens in cases:
-                self.case(model, batch, tokens, compiled, self.left(options.budget, 1 / to_do))
+                mode = compiled if tokens in (options.compile_lengths or [tokens]) else None
+                budget = self.left(options.budget, 1 / to_do)
+                if self.fits(model, batch, tokens, budget):
+                    self.case(model, batch, tokens, mode, budget)
                 to_do -= 1
             self.release(model)
 
@@ -225,7 +254,8 @@ class Run:
     def case(self, model: BenchModel, batch: int, tokens: int, compiled: str | None, budget: float | None) -> None:
         """Runs one case, prints it and keeps its figures."""
         options = self.options
-        settings = Settings(options.repeats, options.warmup, compiled, options.via, options.quiet)
+        tunings = tuple(parse_options(text) for text in options.tune)
+        settings = Settings(options.repeats, options.warmup, compiled, options.via, tunings, options.quiet)
         try:
             spec, plans = describe(model.model).spec, self.plans(model)
             case = run_case(model, spec, batch, tokens, plans, settings, budget, make_arms)
@@ -249,6 +279,46 @@ class Run:
         self.report["kernels"].append(report.kernel_json(found))
         self.failed |= any(row.failed is not None for row in found.rows)
 
+    def profile(self, model: BenchModel, batch: int, tokens: int) -> None:
+        """Takes native-full and every plan apart by stages, prints them and keeps their figures."""
+        try:
+            spec = describe(model.model).spec
+            ids = torch.randint(0, spec.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
+            plans = [Plan(spec.num_layers, ()), *self.plans(model)]
+            found = profile_plans(model.model, ids.to(self.device), plans)
+        except (ValueError, OSError, RuntimeError) as error:
+            self.fail(model, f"profile, {tokens} tokens, batch {batch}", error)
+            return
+        print("\n" + "\n\n".join(profile_text(item) for item in found), flush=True)
+        dtype = str(self.dtype).removeprefix("torch.")
+        self.report["profiles"] += profile_json(model.name, dtype, found)
+
+    def fits(self, model: BenchModel, batch: int, tokens: int, budget: float | None) -> bool:
+        """Whether the fewest rounds of a case would end within the budget; says so where they would not."""
+        if budget is None:
+            return True
+        spec, plans = describe(model.model).spec, self.plans(model)
+        stock = stock_flops(spec, batch, tokens)
+        arms = [stock, *(plan_flops(spec, plan, batch, tokens) for plan in (Plan(spec.num_layers, ()), *plans))]
+        calls = self.options.warmup + FEWEST_REPEATS
+        needed = calls * _OVERHEAD * sum(arms) / self.rate(spec)
+        if needed <= budget:
+            return True
+        what = f"{model.name}, batch {batch}, {tokens} tokens"
+        print(f"\n{what}: left out, it would take {needed:.0f} s and {budget:.0f} s are left for it")
+        self.report["left_out"].append({"case": what, "needed_s": needed, "budget_s": budget})
+        return False
+
+    def rate(self, spec: Any) -> float:
+        """FLOP/s of a matrix product of the model's, measured once."""
+        if self._rate is None:
+            probe = make_gemm("probe", 512, spec.intermediate_size, spec.hidden_size, self.dtype, self.device)
+            probe.warm_up()
+            clock = WallClock(self.device)
+            seconds = min((clock.time(probe.run) for _ in range(3)), default=1.0) if not probe.failed else 1.0
+            self._rate = probe.flops / seconds
+        return self._rate
+
     def fail(self, model: BenchModel, what: str, error: Exception) -> None:
         """Prints and keeps what could not be run."""
         failure = failed_model(f"{model.name}, {what}", error)
@@ -259,13 +329,7 @@ class Run:
     def fitting_length(self, model: BenchModel, seconds: float) -> int:
         """The longest of a few lengths whose rounds fit, judged by a matrix product."""
         spec, plans = describe(model.model).spec, self.plans(model)
-        probe = make_gemm("probe", 512, spec.intermediate_size, spec.hidden_size, self.dtype, self.device)
-        if probe.call is None:
-            return _AUTO_LENGTHS[-1]
-        probe.call()
-        start = time.perf_counter()
-        probe.call()
-        rate = probe.flops / (time.perf_counter() - start)
+        rate = self.rate(spec)
         rounds = self.options.warmup + MIN_REPEATS
         for tokens in _AUTO_LENGTHS:
             flops = stock_flops(spec, 1, tokens) + sum(
@@ -302,3 +366,18 @@ def parse_layers(text: str) -> list[int]:
             raise ValueError(f'--omit: expected layers such as "11-15" or "8,9,12-15", got {text!r}')
         layers += range(int(first), int(last or first) + 1)
     return layers
+
+
+def parse_options(text: str) -> dict[str, int]:
+    """``"overlap=1,cudnn=1"`` -> ``{"overlap": 1, "cudnn": 1}``.
+
+    Raises:
+        ValueError: anything else.
+    """
+    options = {}
+    for part in text.split(","):
+        name, sign, value = part.strip().partition("=")
+        if not name or not sign or not value.isdigit():
+            raise ValueError(f'--tune: expected options such as "overlap=1,cudnn=1", got {text!r}')
+        options[name] = int(value)
+    return options

@@ -41,9 +41,23 @@ def environment(device: torch.device) -> dict[str, Any]:
         facts |= {
             "device": properties.name,
             "device_memory_gib": round(properties.total_memory / 2**30, 1),
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
+            **_nvidia_smi(device.index or 0),
         }
     return facts
+
+
+def _nvidia_smi(index: int) -> dict[str, str]:
+    """What only the driver's own tool tells; nothing where it is missing."""
+    fields = ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.memory")
+    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        line = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(fields, (value.strip() for value in line.split(",")), strict=False))
 
 
 def processor() -> str:

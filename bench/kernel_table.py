@@ -13,7 +13,7 @@ from pop_ext import _core
 from pop_ext.native import NativeModel
 
 from bench.arms import sequence_shapes
-from bench.measure import KernelClock, Summary, Timed, interleave
+from bench.measure import KernelClock, Summary, Timed, captured, interleave, tuned
 from bench.operands import BoundaryStep, Operands, with_layers
 from bench.progress import Progress
 from bench.rates import Gemm, layer_gemms, make_gemm, measure_bandwidth, reference_gemms
@@ -104,6 +104,7 @@ def measure_kernels(
             products = [*layer_gemms(native.spec, tokens, *operands.kind), square]
             for item in (*rows, *products):
                 item.warm_up()
+                _capture(item, native.device)
             deadline = None if budget is None else started + budget * (index + 1) / len(lengths)
             timed = [*rows, *products]
             rounds.append(interleave(timed, clock, repeats, deadline, step=lambda item: bar.step(item.name)))
@@ -115,6 +116,13 @@ def measure_kernels(
     if table.repeats < repeats:
         table.warnings.append(f"{table.repeats} of {repeats} repeats: the time budget was spent")
     return table
+
+
+def _capture(item: Timed, device: torch.device) -> None:
+    """On CUDA what is timed is the replay of a graph."""
+    call = item.call
+    if call is not None and item.failed is None:
+        item.call = item.attempt(lambda: captured(call, device))
 
 
 def kernel_rows(native: NativeModel, operands: Operands) -> list[Row]:
@@ -129,6 +137,12 @@ def kernel_rows(native: NativeModel, operands: Operands) -> list[Row]:
         _row("attention", operands, _attention, attention, beside="torch sdpa"),
         _row("torch sdpa", operands, _sdpa, attention),
     ]
+    on_gpu = native.device.type == "cuda"
+    if on_gpu:
+        rows += [
+            _row("attention, cudnn=1", operands, _under(_attention, cudnn=1), attention, beside="torch sdpa"),
+            _row("attention, own", operands, _under(_attention, library_attention=0), attention, beside="torch sdpa"),
+        ]
     run = max(native.plan.runs, key=len, default=None)
     if run is None:
         return rows
@@ -139,10 +153,18 @@ def kernel_rows(native: NativeModel, operands: Operands) -> list[Row]:
         _row(f"kv_project, {layers}", operands, _kv_project(len(run)), projected, beside=bare.name),
         Row(name=bare.name, tokens=tokens, call=bare.call, failed=bare.failed, flops=bare.flops),
     ]
-    boundary = Row(name=f"boundary step, {layers}", tokens=tokens)
-    boundary.bytes = run_stage(spec, run, tokens, "boundary")["bytes"]
-    boundary.call = boundary.attempt(lambda: BoundaryStep(native, run, tokens))
-    return [*rows, boundary]
+    if on_gpu:
+        fused = _under(_kv_project(len(run)), fused_kv_project=1)
+        rows.append(_row(f"kv_project fused, {layers}", operands, fused, projected, beside=bare.name))
+    return [*rows, *(_boundary_row(native, run, tokens, count) for count in ((1, 8, 64) if on_gpu else (1,)))]
+
+
+def _boundary_row(native: NativeModel, run: range, tokens: int, count: int) -> Row:
+    layers = "1 layer" if len(run) == 1 else f"{len(run)} layers"
+    row = Row(name=f"boundary step, {layers}" + ("" if count == 1 else f", {count} rows"), tokens=tokens)
+    row.bytes = run_stage(native.spec, run, tokens, "boundary", count)["bytes"]
+    row.call = row.attempt(lambda: BoundaryStep(native, run, tokens, count))
+    return row
 
 
 def stock_stage(spec: _core.ModelSpec, tokens: int, stage: str) -> dict[str, float]:
@@ -150,12 +172,23 @@ def stock_stage(spec: _core.ModelSpec, tokens: int, stage: str) -> dict[str, flo
     return _core.stock_cost(with_layers(spec, [0]), sequence_shapes(1, tokens))["stages"][stage]
 
 
-def run_stage(spec: _core.ModelSpec, run: range, tokens: int, stage: str) -> dict[str, float]:
+def run_stage(spec: _core.ModelSpec, run: range, tokens: int, stage: str, boundary: int = 1) -> dict[str, float]:
     """FLOPs and bytes of a stage of a run of omitted layers, by the cost model: the run behind one retained layer."""
     retained = 0 if run.start > 0 else run.stop
     cut = with_layers(spec, [retained, *run])
     plan = _core.Plan(len(run) + 1, list(range(1, len(run) + 1)))
-    return _core.plan_cost(cut, plan, sequence_shapes(1, tokens))["stages"][stage]
+    shape = _core.SequenceShape(tokens, boundary=min(boundary, tokens), logits_to_keep=1)
+    return _core.plan_cost(cut, plan, [shape])["stages"][stage]
+
+
+def _under(make: Maker, **options: int) -> Maker:
+    """A maker whose call runs under options of the CUDA backend."""
+
+    def under(operands: Operands) -> tuple[Callable[[], Any], int]:
+        call, moved = make(operands)
+        return tuned(call, options), moved
+
+    return under
 
 
 def _row(name: str, operands: Operands, make: Maker, flops: float | None = None, beside: str | None = None) -> Row:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -98,7 +98,8 @@ class WallClock:
 class KernelClock:
     """Time of one call on cold caches: before it, a buffer larger than the last-level cache is written.
 
-    On CUDA between two events on the current stream, so that the launch overlaps with the flush; else on the host.
+    On CUDA between two events on the current stream, of a graph of the call (``captured``): what the GPU needs, without
+    the host, whose work overlaps with the flush. Else on the host.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -120,6 +121,49 @@ class KernelClock:
             elapsed = time.perf_counter() - start
         del result
         return elapsed
+
+
+class Replay:
+    """Replays a CUDA graph of ``call``, which was called before; what it made stays as long as this does.
+
+    Raises:
+        RuntimeError: a call that cannot be captured.
+    """
+
+    def __init__(self, call: Callable[[], Any], device: torch.device) -> None:
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):  # libraries make what they keep for each stream
+            call()
+        torch.cuda.synchronize(device)
+        self._call = call
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = call()
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
+
+def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """On CUDA the replay of a graph of the call, else the call itself."""
+    return Replay(call, device) if device.type == "cuda" else call
+
+
+def tuned(call: Callable[[], Any], options: Mapping[str, int]) -> Callable[[], Any]:
+    """The call under options of the CUDA backend (``torch.ops.pop.tune``), which are put back after it."""
+    if not options:
+        return call
+
+    def run() -> Any:
+        before = {name: torch.ops.pop.tune(name, value) for name, value in options.items()}
+        try:
+            return call()
+        finally:
+            for name, value in before.items():
+                torch.ops.pop.tune(name, value)
+
+    return run
 
 
 def synchronize(device: torch.device) -> None:

@@ -73,13 +73,14 @@ def with_layers(spec: _core.ModelSpec, layers: Sequence[int]) -> _core.ModelSpec
 
 
 class BoundaryStep:
-    """One boundary row of a prompt through a run of omitted layers, over a cache of the tokens before it.
+    """The last ``rows`` rows of a prompt through a run of omitted layers, over a cache of the tokens before them.
 
     Done by ``pop::prefill`` on a model of only those layers (and the embedding and final norm, which hardly count),
-    with ``tokens - 1`` positions in the cache: its time is that of streaming the weights.
+    with ``tokens - rows`` positions in the cache: its time is that of streaming the weights.
     """
 
-    def __init__(self, native: NativeModel, run: range, tokens: int) -> None:
+    def __init__(self, native: NativeModel, run: range, tokens: int, rows: int = 1) -> None:
+        rows = min(rows, tokens)
         spec = with_layers(native.spec, run)
         weights = {ref.slot: ref.tensor for ref in native.description.weights}
         plan = _core.Plan(len(run), [])
@@ -89,12 +90,12 @@ class BoundaryStep:
         operands = Operands(spec, tokens, native.dtype, native.device)
         one = torch.ones(1, dtype=torch.int32)
         self._arguments: tuple[Any, ...] = (
-            torch.zeros(1, dtype=torch.int64, device=native.device),
-            *(table[-1:].contiguous() for table in (operands.cos, operands.sin)),
-            torch.tensor([0, 1], dtype=torch.int32),
-            torch.tensor([tokens - 1], dtype=torch.int32),
+            torch.zeros(rows, dtype=torch.int64, device=native.device),
+            *(table[-rows:].contiguous() for table in (operands.cos, operands.sin)),
+            torch.tensor([0, rows], dtype=torch.int32),
+            torch.tensor([tokens - rows], dtype=torch.int32),
             torch.zeros(1, dtype=torch.int32),
-            *(one, one),
+            *(one * rows, one),
             *([operands.cache() for _ in run] for _ in range(2)),
             None,
             False,

@@ -32,6 +32,7 @@ ON_THE_CPU = {
     "test_documented_commands",
     "test_enable_compile",
     "test_families",
+    "test_gpu_check",
     "test_model_spec",
     "test_mutations",
     "test_packing",

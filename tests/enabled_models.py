@@ -121,4 +121,4 @@ def offload_with_accelerate(model: nn.Module) -> None:
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     for layer in model.model.layers:
-        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu"))
+        add_hook_to_module(layer, AlignDevicesHook(execution_device=model.device))

@@ -21,15 +21,23 @@ from torch import nn
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "bad-input.md"
 CASES = [
-    pytest.param(case, id=f"{section.replace('`', '')}: {case.given.replace('`', '')}")
+    pytest.param(
+        case,
+        id=f"{section.replace('`', '')}: {case.given.replace('`', '')}",
+        marks=() if case.on_cuda else pytest.mark.cpu,
+    )
     for section, cases in SECTIONS.items()
     for case in cases
 ]
 
 
-@functools.cache
 def error_of(case: Case) -> Exception:
     """What a case raises, after checking that it left the world as it was and that the world still works."""
+    return _error_of(case, torch.get_default_device())
+
+
+@functools.cache
+def _error_of(case: Case, _device: torch.device) -> Exception:
     world = World()
     if case.prepare is not None:
         case.prepare(world)
@@ -47,7 +55,8 @@ def error_of(case: Case) -> Exception:
 @pytest.mark.parametrize("case", CASES)
 def test_a_bad_argument_is_named_and_changes_nothing(case):
     error = error_of(case)
-    assert re.search(case.text, str(error), re.DOTALL), f"{type(error).__name__}: {error}"
+    text = re.sub(r"\bcpu\b", "(cpu|cuda:0)", case.text)  # the model's device, where the message names it
+    assert re.search(text, str(error), re.DOTALL), f"{type(error).__name__}: {error}"
 
 
 # The document
@@ -89,6 +98,7 @@ def shown(error: Exception) -> str:
     return f"`{type(error).__name__}`: {text}".replace("|", "\\|")
 
 
+@pytest.mark.cpu
 def test_the_document_shows_the_messages_as_they_are():
     assert DOCUMENT.read_text(encoding="utf-8") == generate(), "run `python tests/test_bad_input.py`"
 
@@ -163,7 +173,13 @@ def stale_error(change) -> tuple[World, Exception]:
     return world, caught.value
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=[change.__name__ for change in CHANGES.values()])
+def cases_of(changes):
+    """Parameters; of weights on a GPU no values are sampled."""
+    at_once = {add_through_data: pytest.mark.cpu}
+    return [pytest.param(change, id=change.__name__, marks=at_once.get(change, ())) for change in changes]
+
+
+@pytest.mark.parametrize("change", cases_of(CHANGES.values()))
 def test_changed_weights_are_noticed_and_refresh_takes_them(change):
     world, error = stale_error(change)
     assert re.search(r"weight \S+: expected .*native\.refresh\(\)", str(error))
@@ -191,7 +207,7 @@ def test_a_square_matrix_that_was_transposed_in_place_is_noticed():
     assert torch.equal(native.prefill(ids).logits, expected)
 
 
-@pytest.mark.parametrize("change", SEEN_BY_THE_OPERATOR, ids=[change.__name__ for change in SEEN_BY_THE_OPERATOR])
+@pytest.mark.parametrize("change", cases_of(SEEN_BY_THE_OPERATOR))
 def test_the_operator_notices_what_it_can_see(change):
     world = World()
     change(world)
@@ -247,7 +263,7 @@ def mm_out(a, b, *, out):
     return out.copy_(torch.mm(a, b))
 
 library = torch.library.Library("aten", "IMPL")
-library.impl("mm.out", mm_out, "CPU")
+library.impl("mm.out", mm_out, torch.get_default_device().type.upper())
 
 SIZE = {"new": 150, "capacity": 160}  # enough rows for torch's matrix product
 world = World(**SIZE)
@@ -303,8 +319,10 @@ print("restored", total)
 
 def test_a_failure_in_the_middle_of_the_layer_loop_restores_every_cache():
     # In a process of its own: it replaces torch's matrix product.
+    device = torch.get_default_device().type
+    start = f"import torch; torch.set_num_threads(1); torch.set_default_device({device!r})\n"
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "import torch; torch.set_num_threads(1)\n" + FAILING_GEMM],
+        [sys.executable, "-W", "ignore", "-c", start + FAILING_GEMM],
         capture_output=True,
         text=True,
         check=False,

@@ -17,12 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from bench import cli, report, run  # noqa: E402
+from bench import cli, plot, report, run  # noqa: E402
 from bench.arms import layers_text, make_arms, plan_flops, plan_name, stock_flops  # noqa: E402
 from bench.cases import Case, Settings, run_case  # noqa: E402
 from bench.kernel_table import measure_kernels  # noqa: E402
 from bench.measure import Summary, Timed, interleave, paired_ratio  # noqa: E402
 from bench.memory import measure_memory  # noqa: E402
+from bench.profile import stage_sums  # noqa: E402
 from bench.shapes import SHAPES, load_model  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -276,6 +277,8 @@ def test_a_model_that_cannot_be_loaded_fails_alone(config_dir, tmp_path, capsys,
         (["--lengths", "1"], "--lengths: expected integers from 2, got [1]"),
         (["--repeats", "0"], "--repeats: expected at least 1, got 0"),
         (["--device", "tpu"], "--device: expected cpu or cuda, got tpu"),
+        (["--tune", "overlap"], '--tune: expected options such as "overlap=1,cudnn=1", got'),
+        (["--tune", "overlap=1"], "--tune: expected --device cuda, whose backend has options"),
     ],
 )
 def test_bad_arguments_are_named(arguments, text, capsys):
@@ -299,3 +302,82 @@ def test_plans_are_named_by_what_they_omit():
 def test_the_named_shapes_are_there():
     assert {"llama-3.2-1b", "llama-3.1-8b"} <= set(SHAPES)
     assert run.ROOT == ROOT
+
+
+def test_stage_sums_tell_boundary_rows_from_retained_layers():
+    plan = Plan(3, (1,))
+    layer = [("qkv", 1.0), ("rope_cache_write", 1.0), ("attention", 1.0), ("o_proj", 1.0), ("mlp", 1.0)]
+    ranges = [("embed", 0.5), *layer, ("kv_project", 7.0), *layer, ("kv_project", 2.0), *layer, ("final_norm", 0.5)]
+    sums = stage_sums(ranges, plan)
+    assert sums["boundary"] == 5.0
+    assert sums["qkv"] == sums["mlp"] == 2.0
+    assert sums["kv_project"] == 9.0
+    with pytest.raises(RuntimeError, match="expected 3 ranges of each stage of a layer, got"):
+        stage_sums(ranges[:-2], plan)
+
+
+def test_a_profile_accounts_for_the_whole_call(config_dir, tmp_path, capsys, small_reference, monkeypatch):
+    monkeypatch.setattr("bench.profile.measure_bandwidth", lambda device: {"copy": 1e9, "read": 2e9})
+    path = tmp_path / "report.json"
+    options = ["--model", str(config_dir), "--lengths", "40", "--count", "2", "--profile", "--no-cases"]
+    code = cli.main([*options, "--quiet", "--json", str(path)])
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    profiles = json.loads(path.read_text())["profiles"]
+    assert [item["arm"] for item in profiles] == ["native-full", "pop 2/6"]
+    for item in profiles:
+        stages = {stage["name"]: stage for stage in item["stages"]}
+        assert sum(stage["seconds"] for stage in stages.values()) >= 0.99 * item["seconds"]
+        assert item["bandwidth_bytes_per_s"] == 2e9
+        assert ("boundary" in stages) == bool(item["omit"])
+        spec = describe(load_model(str(config_dir), torch.float32, CPU).model).spec
+        plan = Plan(LAYERS, item["omit"])
+        cost = _core.plan_cost(spec, plan, [_core.SequenceShape(40)])["stages"]
+        assert {name: stages[name]["flops"] for name in ("qkv", "mlp", "kv_project")} == {
+            name: cost[name]["flops"] for name in ("qkv", "mlp", "kv_project")
+        }
+
+
+def test_a_case_that_cannot_end_in_time_is_left_out_and_said_to_be(config_dir, tmp_path, capsys, small_reference):
+    path = tmp_path / "report.json"
+    options = ["--model", str(config_dir), "--lengths", "24", "4096", "--budget", "1e-9", "--quiet"]
+    assert cli.main([*options, "--json", str(path)]) == 0
+    saved = json.loads(path.read_text())
+    assert saved["cases"] == []
+    assert len(saved["left_out"]) == 2
+    assert "24 tokens: left out, it would take" in capsys.readouterr().out
+
+
+def test_options_of_a_backend_make_arms_that_run_under_them(tiny, monkeypatch):
+    state = {"overlap": 0}
+    seen = []
+
+    def tune(name, value):
+        before, state[name] = state[name], value
+        return before
+
+    monkeypatch.setattr(torch.ops.pop, "tune", tune)
+    spec, ids = describe(tiny.model).spec, torch.zeros(1, 8, dtype=torch.int64)
+    arms = make_arms(tiny.model, spec, ids, [Plan.last(LAYERS)], None, "prefill", [{"overlap": 1}])
+    assert [arm.name for arm in arms] == ["hf-eager", "native-full", "pop 2/6", "pop 2/6 overlap=1"]
+    for arm in arms[2:]:
+        arm.make = lambda arm: lambda: seen.append(state["overlap"])
+        arm.prepare()
+        arm.run()
+    assert seen == [0, 1]
+    assert state == {"overlap": 0}
+
+
+def test_a_figure_holds_a_panel_for_each_baseline_and_each_profile(tmp_path, capsys):
+    reports = sorted((ROOT / "bench" / "results").glob("cpu-*.json"))
+    panels = plot.speedup_panels([json.loads(path.read_text()) for path in reports])
+    assert set(panels) == {
+        f"llama-3.2-1b, batch 1, against {baseline}" for baseline in ("hf-eager", "hf-compile", "native-full")
+    }
+    points = panels["llama-3.2-1b, batch 1, against hf-eager"]["pop 5/16"]
+    assert [tokens for tokens, _, _ in points] == [512, 2048]
+    assert plot.main([str(tmp_path / "out.png"), *map(str, reports)]) == 0
+    assert (tmp_path / "out.png").stat().st_size > 1000
+    (tmp_path / "empty.json").write_text(json.dumps({"cases": [], "profiles": []}))
+    assert plot.main([str(tmp_path / "none.png"), str(tmp_path / "empty.json")]) == 1
+    assert "expected cases or profiles" in capsys.readouterr().err

@@ -141,7 +141,11 @@ class Case:
 
 
 def keep_one(**call: Any) -> Callable[[nn.Module], dict[str, Any]]:
-    return lambda model: {"logits_to_keep": 1, **call}
+    def on_device(model: nn.Module) -> dict[str, Any]:
+        moved = {name: x.to(model.device) if isinstance(x, torch.Tensor) else x for name, x in call.items()}
+        return {"logits_to_keep": 1, **moved}
+
+    return on_device
 
 
 class OtherCache(DynamicCache):
@@ -158,7 +162,7 @@ PACKED = torch.cat([torch.arange(8), torch.arange(T - 8)])[None]
 DECLINED = {
     "labels": Case("labels", lambda model: {"labels": tokens(model, 1, T)}),
     "grad mode": Case("grad", grad=True),
-    "autocast": Case("autocast", around=lambda: torch.autocast("cpu", torch.bfloat16)),
+    "autocast": Case("autocast", around=lambda: torch.autocast(torch.get_default_device().type, torch.bfloat16)),
     "use_cache=False": Case("use_cache", keep_one(use_cache=False)),
     "use_cache=False in the config": Case("use_cache", edit=set_config(use_cache=False)),
     "logits_to_keep left out": Case("logits_to_keep", lambda model: {}),

@@ -29,8 +29,8 @@ def first_cache(w: World, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
 
 def table(*slots: int) -> Tensor:
     """A slot table of both sequences, position by position, but for the slots given at its start."""
-    rows = torch.arange(PAST + NEW, dtype=torch.int32).repeat(2, 1)
-    rows[1, : len(slots)] = torch.tensor(slots, dtype=torch.int32)
+    rows = torch.arange(PAST + NEW, dtype=torch.int32, device="cpu").repeat(2, 1)
+    rows[1, : len(slots)] = int32(slots)
     return rows
 
 
@@ -51,6 +51,7 @@ OP = [
         lambda w: w.run_op(input=w.op["input"].clone().fill_(50)),
         RuntimeError,
         "pop::prefill: input: expected ids from 0 to 49, got 50 at row 0",
+        on_cuda=False,
     ),
     Case(
         "ids in float32",

@@ -49,13 +49,13 @@ class World:
 
     def snapshot(self) -> list[tuple[int, tuple[int, ...], bytes]]:
         """Address, shape and bytes of every tensor, and the lengths of the caches."""
-        state = [(x.data_ptr(), tuple(x.shape), bytes_of(x)) for x in self.tensors() if x.device.type == "cpu"]
+        state = [(x.data_ptr(), tuple(x.shape), bytes_of(x)) for x in self.tensors() if x.device.type != "meta"]
         lengths = tuple(int(cache.get_seq_length()) for cache in (self.dynamic, self.static))
         return [*state, (0, lengths, b"")]
 
 
 def bytes_of(x: Tensor) -> bytes:
-    return x.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    return x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class Case:
     """A regular expression that the message matches: the argument, what was expected, what came."""
     prepare: Callable[[World], Any] | None = None
     """Runs first; its changes belong to the state before the call."""
+    on_cuda: bool = True
+    """Whether a model on a GPU gets this error, and with this call; what lies there is not looked at."""
 
 
 def ones(**values: int) -> Tensor:
