@@ -68,7 +68,8 @@ def with_layers(spec: _core.ModelSpec, layers: Sequence[int]) -> _core.ModelSpec
     """The spec of a model that has only these layers, in this order."""
     facts = json.loads(spec.to_json())
     facts["num_layers"] = len(layers)
-    facts["window"] = [facts["window"][layer] for layer in layers]
+    for name in ("window", "rope_table"):
+        facts[name] = [facts[name][layer] for layer in layers]
     return _core.ModelSpec.from_json(json.dumps(facts))
 
 

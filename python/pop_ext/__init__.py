@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from pop_ext.evaluate import score
     from pop_ext.families import UnsupportedModelError
     from pop_ext.forward import PrefillDeclined, disable, enable, enabled, explain, last_call
+    from pop_ext.importance_result import Importance
     from pop_ext.native import NativeModel, PrefillOutput, load
     from pop_ext.presets import supported_models
+    from pop_ext.virtual_gates import importance
 
 __all__ = [
     "Decision",
+    "Importance",
     "NativeModel",
     "Plan",
     "PrefillDeclined",
@@ -34,6 +37,7 @@ __all__ = [
     "enable",
     "enabled",
     "explain",
+    "importance",
     "last_call",
     "load",
     "reference",
@@ -44,6 +48,7 @@ __all__ = [
 # What needs transformers is imported at first use: the operators work without it.
 _LAZY = {
     "Decision": "pop_ext.decision",
+    "Importance": "pop_ext.importance_result",
     "NativeModel": "pop_ext.native",
     "PrefillDeclined": "pop_ext.forward",
     "PrefillOutput": "pop_ext.native",
@@ -52,6 +57,7 @@ _LAZY = {
     "enable": "pop_ext.forward",
     "enabled": "pop_ext.forward",
     "explain": "pop_ext.forward",
+    "importance": "pop_ext.virtual_gates",
     "last_call": "pop_ext.forward",
     "load": "pop_ext.native",
     "score": "pop_ext.evaluate",
