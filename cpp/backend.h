@@ -79,7 +79,7 @@ struct RmsNormParams {
   const void* weight;                // [width] or null: out = x * rstd
   float weight_offset = 0.0f;        // added to delta_norm and weight
   float eps;
-  void* out;  // [rows, width] or null
+  void* out;  // [rows, width] or null; may be x, without delta
   int64_t out_stride;
   float* rstd;  // [rows] or null
 };
@@ -133,7 +133,8 @@ struct KvProjectParams {
   int64_t kv_heads, head_dim, rotary_dim;
   const void* x;  // [rows, hidden_size]
   int64_t x_stride;
-  const float* rstd;  // [rows], or null: taken from x
+  bool normalise = true;  // false: rstd(x) is 1, whatever x holds
+  const float* rstd;      // [rows], or null: taken from x
   int64_t layers;
   const void* weight;         // [layers * 2 * kv_dim, hidden_size], input norm folded in
   const void* const* k_bias;  // host [layers] of [kv_dim] or null
@@ -141,6 +142,7 @@ struct KvProjectParams {
   const void* const* k_norm;  // host [layers] of [head_dim] or null
   float eps;
   float norm_offset = 0.0f;             // added to k_norm; `weight` has it folded in
+  bool norm_over_heads = false;         // k_norm is [kv_dim], over all heads of a row: without biases and normalise
   const int64_t* rope_table = nullptr;  // host [layers] of 0 and 1, or null: 0 in all
   const Batch* batch;
   const LayerCache* caches;  // host [layers]

@@ -25,6 +25,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
@@ -98,6 +100,11 @@ def gemma2(**over: Any) -> Gemma2ForCausalLM:
     return build(Gemma2ForCausalLM, Gemma2Config, {**defaults, **over})
 
 
+def olmo2(**over: Any) -> Olmo2ForCausalLM:
+    """An OLMo 2: norms after attention and MLP instead of before, and over all heads of q and of k together."""
+    return build(Olmo2ForCausalLM, Olmo2Config, over)
+
+
 def granite(**over: Any) -> GraniteForCausalLM:
     """A Granite: a Llama with multipliers, which the native runtime has no form for; options as in `build`."""
     multipliers = {"residual_multiplier": 0.8, "embedding_multiplier": 2.0, "attention_multiplier": 0.2}
@@ -112,6 +119,7 @@ FAMILIES = {
     "phi3": phi3,
     "gemma2": gemma2,
     "gemma3": gemma3,
+    "olmo2": olmo2,
 }
 
 

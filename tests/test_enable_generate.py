@@ -9,7 +9,7 @@ import pop_ext
 import pytest
 import torch
 from enabled_models import generate, recorded
-from models import gemma2, gemma3, llama, mistral, pad, phi3, qwen2, qwen3, tokens
+from models import gemma2, gemma3, llama, mistral, olmo2, pad, phi3, qwen2, qwen3, tokens
 from pop_ext import Plan
 from tolerance import compare_caches
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ FAMILIES = {
     "phi3": phi3,
     "gemma2": lambda: gemma2(tied=False),  # tied and scaled embeddings of random weights would repeat one token
     "gemma3": lambda: gemma3(tied=False),
+    "olmo2": olmo2,
 }
 
 

@@ -9,7 +9,7 @@ import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, LAST, assert_equals_oracle, plan_of
-from models import WINDOW, gemma2, gemma3, llama, mistral, pad, phi3, qwen2, qwen3, tokens
+from models import WINDOW, gemma2, gemma3, llama, mistral, olmo2, pad, phi3, qwen2, qwen3, tokens
 from pop_ext.describe import describe
 from pop_ext.families import FAMILIES, UnsupportedModelError
 from torch import nn
@@ -47,6 +47,9 @@ VARIANTS: dict[str, Any] = {
     "gemma3, local layers only": lambda **over: gemma3(layer_types=[SLIDING] * 6, **over),
     "gemma3, full layers only": lambda **over: gemma3(layer_types=[FULL] * 6, **over),
     "gemma3, capped logits": lambda **over: gemma3(final_logit_softcapping=2.0, **over),
+    "olmo2": olmo2,
+    "olmo2, one head": lambda **over: olmo2(kv_heads=1, head_dim=128, **over),
+    "olmo2, a head of K and V for each of Q, tied": lambda **over: olmo2(heads=3, kv_heads=3, tied=True, **over),
     "qwen3, windows": lambda **over: qwen3(
         use_sliding_window=True,
         sliding_window=WINDOW,
@@ -90,6 +93,11 @@ def test_a_norm_of_another_class_is_refused():
     model.model.layers[2].self_attn.k_norm = nn.LayerNorm(64)
     with pytest.raises(UnsupportedModelError, match="k_norm: expected a Qwen3RMSNorm, got LayerNorm"):
         describe(model)
+
+
+def test_biases_before_norms_over_all_heads_are_refused():
+    with pytest.raises(UnsupportedModelError, match="config.attention_bias: expected none .*, got True"):
+        describe(olmo2(attention_bias=True))
 
 
 def test_a_layer_of_another_class_is_refused():

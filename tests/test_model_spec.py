@@ -47,10 +47,18 @@ def test_fields_read_back_as_given():
         o_bias=True,
         mlp_bias=True,
         qk_norm=True,
+        norm_weight_offset=1.0,
+        output_norms=True,
+        embed_scale=9.75,
+        attention_softcap=50.0,
         window=(0, 16),
+        rope_table=(1, 0),
     )
     made = spec(**given)
     assert {name: getattr(made, name) for name in given} == given
+    assert (made.input_norms, made.qk_norm_over_heads) == (True, False)
+    over_heads = spec(qk_norm=True, qk_norm_over_heads=True, input_norms=False)
+    assert (over_heads.input_norms, over_heads.qk_norm_over_heads) == (False, True)
     assert {name: getattr(made, name) for name in SIZES} == {**SIZES, "dtype": "float16"}
 
 
@@ -100,12 +108,27 @@ def test_weight_slots_with_everything_have_the_optional_ones_in_place():
         ("qkv_bias", {"q_bias", "k_bias", "v_bias"}),
         ("o_bias", {"o_bias"}),
         ("mlp_bias", {"gate_bias", "up_bias", "down_bias"}),
+        ("output_norms", {"attention_out_norm", "mlp_out_norm"}),
         ("qk_norm", {"q_norm", "k_norm"}),
     ],
 )
 def test_a_flag_adds_its_own_slots_to_every_layer_and_no_others(flag, names):
     added = [slot for slot in spec(**{flag: True}).weight_slots() if slot not in spec().weight_slots()]
     assert {name for name, _, _ in added} == {f"layers.{layer}.{name}" for layer in (0, 1) for name in names}
+
+
+def test_a_model_without_input_norms_has_no_slots_for_them():
+    bare = [name for name, _, _ in spec(input_norms=False, output_norms=True).weight_slots()]
+    assert not any(name.endswith((".input_norm", ".post_norm")) for name in bare)
+    assert set(bare) < {name for name, _, _ in spec(output_norms=True).weight_slots()}
+
+
+def test_norms_over_all_heads_are_as_wide_as_the_projections():
+    slots = spec(num_layers=1, qk_norm=True, qk_norm_over_heads=True, input_norms=False).weight_slots()
+    assert {name: shape for name, _, shape in slots if name.endswith(("q_norm", "k_norm"))} == {
+        "layers.0.q_norm": (192,),
+        "layers.0.k_norm": (64,),
+    }
 
 
 @pytest.mark.parametrize(
@@ -122,6 +145,17 @@ def test_a_flag_adds_its_own_slots_to_every_layer_and_no_others(flag, names):
         (dict(num_kv_heads=4), "num_kv_heads: expected a divisor of num_heads (6), got 4"),
         (dict(rotary_dim=15), "rotary_dim: expected an even number <= head_dim (32), got 15"),
         (dict(rotary_dim=34), "rotary_dim: expected an even number <= head_dim (32), got 34"),
+        *[
+            (
+                dict(qk_norm_over_heads=True, **changes),
+                "qk_norm_over_heads: expected qk_norm, and neither input_norms nor qkv_bias, got another combination",
+            )
+            for changes in (
+                dict(input_norms=False),
+                dict(qk_norm=True),
+                dict(qk_norm=True, input_norms=False, qkv_bias=True),
+            )
+        ],
         (dict(window=[0]), "window: expected an entry for each of 2 layers, got 1"),
         (dict(window=[0, -1]), "window: expected sizes >= 0 (0: no window), got -1"),
         (dict(dtype="int8"), "dtype: expected one of float32, bfloat16, float16, got int8"),

@@ -18,6 +18,7 @@ from against_oracle import Result, plan_of, run_oracle
 from models import FAMILIES, WINDOW, float32_twin, tokens
 from op_calls import op_call, rope_of, run_op
 from pop_ext import NativeModel, Plan
+from pop_ext._core import ModelSpec
 from tolerance import assert_close_fp32, assert_low_precision
 from torch import Tensor
 
@@ -235,6 +236,27 @@ def swap_two_k_norms_of_a_run(run):
     swap(run, "layers.4.k_norm", "layers.5.k_norm")
 
 
+def roll_a_norm_over_heads(run):
+    name = "layers.4.k_norm"
+    run.weights[name] = run.weights[name].roll(run.native.spec.head_dim)
+
+
+def norm_each_head_by_itself(run):
+    run.spec["qk_norm_over_heads"] = False
+    for name in run.weights:
+        if name.endswith(("q_norm", "k_norm")):
+            run.weights[name] = run.weights[name][: run.native.spec.head_dim].contiguous()
+
+
+def normalise_what_layers_read(run):
+    norm_each_head_by_itself(run)  # norms over all heads and of inputs do not go together
+    run.spec["input_norms"] = True
+    ones = torch.ones_like(run.weights["norm"])
+    added = {f"layers.{i}.{name}": ones for i in range(6) for name in ("input_norm", "post_norm")}
+    spec = ModelSpec.from_json(json.dumps(run.spec))
+    run.weights = {name: {**run.weights, **added}[name] for name, _layer, _shape in spec.weight_slots()}
+
+
 def turn_other_channels(run):
     run.spec["rotary_dim"] //= 2
     for name in ("cos", "sin"):
@@ -312,6 +334,15 @@ IN = {
         swap_the_norms_after_attention_and_mlp,
         leave_out_the_output_norms,
         swap_two_k_norms_of_a_run,
+    ],
+    "olmo2": [
+        roll_a_norm_over_heads,
+        norm_each_head_by_itself,
+        normalise_what_layers_read,
+        forget_the_k_norm_of_an_omitted_layer,
+        swap_two_k_norms_of_a_run,
+        swap_the_norms_after_attention_and_mlp,
+        leave_out_the_output_norms,
     ],
     "mistral": [widen_the_window, narrow_the_window],
 }

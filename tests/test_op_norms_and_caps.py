@@ -55,6 +55,13 @@ def test_fold_kv_adds_the_offset_to_gamma_and_rounds_once(dtype):
     assert torch.equal(pop.fold_kv(keys, values, [norm], OFFSET), expected.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fold_kv_without_norms_stacks_the_weights_bit_by_bit(dtype):
+    keys = [random(6, 33, dtype=dtype, seed=i) for i in range(2)]
+    values = [strided(random(6, 33, dtype=dtype, seed=10 + i)) for i in range(2)]
+    assert torch.equal(pop.fold_kv(keys, values, []), torch.cat([keys[0], values[0], keys[1], values[1]]))
+
+
 @pytest.mark.parametrize("dim", [20, 64, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rope_cache_write_adds_the_offset_to_its_norms(dtype, dim):

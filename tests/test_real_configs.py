@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
@@ -126,6 +128,21 @@ REAL = {
             "use_sliding_window": False,
         },
     ),
+    "OLMo-2-7B": (
+        Olmo2ForCausalLM,
+        Olmo2Config,
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "vocab_size": 100352,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        },
+    ),
     "Phi-3-mini-4k": (
         Phi3ForCausalLM,
         Phi3Config,
@@ -208,7 +225,15 @@ SANDWICH = {
     "post_norm": "pre_feedforward_layernorm.weight",
     "mlp_out_norm": "post_feedforward_layernorm.weight",
 }
+AFTER_ONLY = {
+    **QK_NORM,
+    "attention_out_norm": "post_attention_layernorm.weight",
+    "mlp_out_norm": "post_feedforward_layernorm.weight",
+    "input_norm": None,
+    "post_norm": None,
+}
 EXTRA = {
+    "olmo2": AFTER_ONLY,
     "llama": {},
     "mistral": {},
     "qwen2": QKV_BIAS,
@@ -234,7 +259,8 @@ def test_a_real_config_maps_name_by_name(name):
     expected = {"embed_tokens": "model.embed_tokens.weight", "norm": "model.norm.weight"}
     for index in range(config.num_hidden_layers):
         for slot, path in {**LAYER, **EXTRA[config.model_type]}.items():
-            expected[f"layers.{index}.{slot}"] = f"model.layers.{index}.{path}"
+            if path is not None:
+                expected[f"layers.{index}.{slot}"] = f"model.layers.{index}.{path}"
     assert {ref.slot: ".".join(ref.path) for ref in description.weights} == expected
     for ref in description.weights:
         assert ref.find() is parameters[".".join(ref.path)]
@@ -262,14 +288,16 @@ def test_a_real_config_gives_its_numbers(name):
     assert spec.attention_scale == pytest.approx(head_dim**-0.5)
     gemma = name.startswith("Gemma")
     assert spec.activation == ("gelu_tanh" if gemma else "silu")
-    assert (spec.norm_weight_offset, spec.output_norms) == (float(gemma), gemma)
+    olmo = name.startswith("OLMo")
+    assert (spec.norm_weight_offset, spec.output_norms) == (float(gemma), gemma or olmo)
+    assert (spec.input_norms, spec.qk_norm_over_heads) == (not olmo, olmo)
     scale = torch.tensor(numbers["hidden_size"] ** 0.5).to(torch.bfloat16).item() if gemma else 1.0
     assert spec.embed_scale == scale
     assert spec.attention_softcap == (50.0 if name == "Gemma-2-9B" else 0.0)
     assert list(spec.rope_table) == ([1, 1, 1, 1, 1, 0] * 8 if name == "Gemma-3-12B" else [0] * spec.num_layers)
     assert spec.dtype == "bfloat16"
     assert list(spec.window) == WINDOWS.get(name, [0] * spec.num_layers)
-    assert (spec.qkv_bias, spec.qk_norm) == (name.startswith("Qwen2"), name.startswith(("Qwen3", "Gemma-3")))
+    assert (spec.qkv_bias, spec.qk_norm) == (name.startswith("Qwen2"), name.startswith(("Qwen3", "Gemma-3", "OLMo")))
     assert not spec.o_bias
     assert not spec.mlp_bias
 

@@ -28,9 +28,9 @@ ModelSpec make_spec(std::string architecture, const std::string& dtype, int64_t 
                     int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t intermediate_size,
                     int64_t vocab_size, std::optional<int64_t> rotary_dim, double rms_norm_eps,
                     std::optional<double> attention_scale, const std::string& activation, bool qkv_bias, bool o_bias,
-                    bool mlp_bias, bool qk_norm, double norm_weight_offset, bool output_norms, double embed_scale,
-                    double attention_softcap, std::optional<std::vector<int64_t>> window,
-                    std::optional<std::vector<int64_t>> rope_table) {
+                    bool mlp_bias, bool qk_norm, bool qk_norm_over_heads, double norm_weight_offset, bool input_norms,
+                    bool output_norms, double embed_scale, double attention_softcap,
+                    std::optional<std::vector<int64_t>> window, std::optional<std::vector<int64_t>> rope_table) {
   ModelSpec spec;
   spec.architecture = std::move(architecture);
   spec.dtype = parse_dtype(dtype);
@@ -49,7 +49,9 @@ ModelSpec make_spec(std::string architecture, const std::string& dtype, int64_t 
   spec.o_bias = o_bias;
   spec.mlp_bias = mlp_bias;
   spec.qk_norm = qk_norm;
+  spec.qk_norm_over_heads = qk_norm_over_heads;
   spec.norm_weight_offset = norm_weight_offset;
+  spec.input_norms = input_norms;
   spec.output_norms = output_norms;
   spec.embed_scale = embed_scale;
   spec.attention_softcap = attention_softcap;
@@ -66,8 +68,9 @@ void bind_model_spec(py::module_& m) {
            "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "intermediate_size"_a, "vocab_size"_a,
            "rotary_dim"_a = py::none(), "rms_norm_eps"_a = 1e-6, "attention_scale"_a = py::none(),
            "activation"_a = "silu", "qkv_bias"_a = false, "o_bias"_a = false, "mlp_bias"_a = false, "qk_norm"_a = false,
-           "norm_weight_offset"_a = 0.0, "output_norms"_a = false, "embed_scale"_a = 1.0, "attention_softcap"_a = 0.0,
-           "window"_a = py::none(), "rope_table"_a = py::none())
+           "qk_norm_over_heads"_a = false, "norm_weight_offset"_a = 0.0, "input_norms"_a = true,
+           "output_norms"_a = false, "embed_scale"_a = 1.0, "attention_softcap"_a = 0.0, "window"_a = py::none(),
+           "rope_table"_a = py::none())
       .def_readonly("architecture", &ModelSpec::architecture)
       .def_property_readonly("dtype", [](const ModelSpec& spec) { return to_string(spec.dtype); })
       .def_readonly("num_layers", &ModelSpec::num_layers)
@@ -85,7 +88,9 @@ void bind_model_spec(py::module_& m) {
       .def_readonly("o_bias", &ModelSpec::o_bias)
       .def_readonly("mlp_bias", &ModelSpec::mlp_bias)
       .def_readonly("qk_norm", &ModelSpec::qk_norm)
+      .def_readonly("qk_norm_over_heads", &ModelSpec::qk_norm_over_heads)
       .def_readonly("norm_weight_offset", &ModelSpec::norm_weight_offset)
+      .def_readonly("input_norms", &ModelSpec::input_norms)
       .def_readonly("output_norms", &ModelSpec::output_norms)
       .def_readonly("embed_scale", &ModelSpec::embed_scale)
       .def_readonly("attention_softcap", &ModelSpec::attention_softcap)

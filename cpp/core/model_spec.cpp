@@ -69,7 +69,9 @@ void visit_fields(Spec& spec, Visitor& visit) {
   visit("o_bias", spec.o_bias);
   visit("mlp_bias", spec.mlp_bias);
   visit("qk_norm", spec.qk_norm);
+  visit("qk_norm_over_heads", spec.qk_norm_over_heads);
   visit("norm_weight_offset", spec.norm_weight_offset);
+  visit("input_norms", spec.input_norms);
   visit("output_norms", spec.output_norms);
   visit("embed_scale", spec.embed_scale);
   visit("attention_softcap", spec.attention_softcap);
@@ -134,15 +136,15 @@ std::vector<WeightSlot> ModelSpec::weight_slots() const {
       slots.push_back({prefix + name + "_proj", layer, {out, in}});
       if (bias) slots.push_back({prefix + name + "_bias", layer, {out}});
     };
-    add("input_norm", {hidden_size});
+    if (input_norms) add("input_norm", {hidden_size});
     add_linear("q", q_dim(), hidden_size, qkv_bias);
     add_linear("k", kv_dim(), hidden_size, qkv_bias);
     add_linear("v", kv_dim(), hidden_size, qkv_bias);
-    if (qk_norm) add("q_norm", {head_dim});
-    if (qk_norm) add("k_norm", {head_dim});
+    if (qk_norm) add("q_norm", {qk_norm_over_heads ? q_dim() : head_dim});
+    if (qk_norm) add("k_norm", {qk_norm_over_heads ? kv_dim() : head_dim});
     add_linear("o", hidden_size, q_dim(), o_bias);
     if (output_norms) add("attention_out_norm", {hidden_size});
-    add("post_norm", {hidden_size});
+    if (input_norms) add("post_norm", {hidden_size});
     add_linear("gate", intermediate_size, hidden_size, mlp_bias);
     add_linear("up", intermediate_size, hidden_size, mlp_bias);
     add_linear("down", hidden_size, intermediate_size, mlp_bias);
@@ -169,6 +171,10 @@ void ModelSpec::validate() const {
   positive("embed_scale", embed_scale);
   not_negative("norm_weight_offset", norm_weight_offset);
   not_negative("attention_softcap", attention_softcap);
+  if (qk_norm_over_heads && (!qk_norm || qkv_bias || input_norms)) {
+    // Row scale and biases come on the way to the cache, which is after these norms.
+    fail("qk_norm_over_heads", "qk_norm, and neither input_norms nor qkv_bias", "another combination");
+  }
   if (num_heads % num_kv_heads != 0) {
     fail("num_kv_heads", "a divisor of num_heads (" + std::to_string(num_heads) + ")", std::to_string(num_kv_heads));
   }

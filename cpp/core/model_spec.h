@@ -45,11 +45,13 @@ struct ModelSpec {
   bool o_bias = false;
   bool mlp_bias = false;
   bool qk_norm = false;             // RMSNorm over head_dim on q and k before RoPE (Qwen3, Gemma 3)
+  bool qk_norm_over_heads = false;  // ... over all heads of q, and of k, instead: weights [q_dim], [kv_dim] (OLMo 2)
   double norm_weight_offset = 0;    // added to the weight of every RMSNorm: 1 where it is stored as weight - 1 (Gemma)
-  bool output_norms = false;        // RMSNorm on what attention and MLP add to the residual stream (Gemma)
-  double embed_scale = 1;           // of embedded ids, a number of `dtype`; input embeddings come scaled (Gemma)
-  double attention_softcap = 0;     // scores become softcap * tanh(score / softcap); 0: as they are (Gemma 2)
-  std::vector<int64_t> window;      // [num_layers]; a query sees itself and window - 1 positions before it; 0: all
+  bool input_norms = true;       // RMSNorm on what attention and MLP read; else they read the residual stream (OLMo 2)
+  bool output_norms = false;     // RMSNorm on what attention and MLP add to the residual stream (Gemma, OLMo 2)
+  double embed_scale = 1;        // of embedded ids, a number of `dtype`; input embeddings come scaled (Gemma)
+  double attention_softcap = 0;  // scores become softcap * tanh(score / softcap); 0: as they are (Gemma 2)
+  std::vector<int64_t> window;   // [num_layers]; a query sees itself and window - 1 positions before it; 0: all
   std::vector<int64_t> rope_table;  // [num_layers]; which of a call's tables of cos and sin turns the layer: 0 or 1
 
   int64_t q_dim() const { return num_heads * head_dim; }

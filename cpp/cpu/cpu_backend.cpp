@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "norm_over_heads.h"
 #include "torch/aten.h"
 
 namespace pop {
@@ -200,10 +201,10 @@ class CpuBackend final : public Backend {
     float* own_rstd = reinterpret_cast<float*>(workspace + layout.rstd);
     const float* rstd = p.rstd == nullptr ? own_rstd : p.rstd + begin;
     char* kv = workspace + layout.kv;
-    const bool normalise = p.dtype == DType::f16;
+    const bool normalise = p.normalise && p.dtype == DType::f16;
     const char* x = static_cast<const char*>(p.x) + begin * p.x_stride * element;
 
-    if (normalise || p.rstd == nullptr) {
+    if (p.normalise && (normalise || p.rstd == nullptr)) {
       rms_norm({.dtype = p.dtype,
                 .rows = rows,
                 .width = p.hidden_size,
@@ -228,6 +229,7 @@ class CpuBackend final : public Backend {
              .w_stride = p.hidden_size,
              .out = kv,
              .out_stride = columns});
+    if (p.norm_over_heads) norm_stacked_keys(*this, p, kv, rows);
     for (int64_t layer = 0; layer < p.layers; ++layer) {
       const char* k = kv + layer * 2 * kv_dim * element;
       rope_cache_write({.dtype = p.dtype,
@@ -246,11 +248,11 @@ class CpuBackend final : public Backend {
                         .k_bias = p.k_bias == nullptr ? nullptr : p.k_bias[layer],
                         .v_bias = p.v_bias == nullptr ? nullptr : p.v_bias[layer],
                         .q_norm = nullptr,
-                        .k_norm = p.k_norm == nullptr ? nullptr : p.k_norm[layer],
+                        .k_norm = p.k_norm == nullptr || p.norm_over_heads ? nullptr : p.k_norm[layer],
                         .norm_eps = p.eps,
                         .norm_offset = p.norm_offset,
                         .rope_table = p.rope_table == nullptr ? 0 : p.rope_table[layer],
-                        .row_scale = normalise ? nullptr : rstd,
+                        .row_scale = normalise || !p.normalise ? nullptr : rstd,
                         .batch = p.batch,
                         .cache = p.caches[layer]});
     }

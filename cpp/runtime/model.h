@@ -15,7 +15,7 @@ struct Linear {
   int64_t stride = 0;
 };
 
-// Vectors are contiguous; a bias or q/k norm that the spec does not have is null.
+// Vectors are contiguous; a bias or norm that the spec does not have is null.
 struct LayerWeights {
   const void* input_norm = nullptr;
   const void* post_norm = nullptr;  // of the MLP's input
@@ -28,7 +28,7 @@ struct LayerWeights {
 };
 
 // What the independent KV projection of one run reads: all its layers' K and V weights in one
-// matrix, each row multiplied by its layer's input norm.
+// matrix, each row multiplied by its layer's input norm, if it has one.
 struct RunWeights {
   LayerRange layers;
   const void* stack = nullptr;  // [layers * 2 * kv_dim, hidden_size]: K of the first layer, its V, K of the second, ...

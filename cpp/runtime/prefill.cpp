@@ -4,6 +4,7 @@
 #include <initializer_list>
 #include <vector>
 
+#include "norm_over_heads.h"
 #include "runtime/workspace.h"
 
 namespace pop {
@@ -56,6 +57,7 @@ class Prefill {
   void mlp(const LayerWeights& weights, int64_t q_begin);
   void final_norm();
 
+  Linear layer_input(int64_t begin, const void* weight);
   void norm(int64_t begin, int64_t end, const void* weight, void* out, int64_t out_stride, float* rstd = nullptr);
   void gemm(std::initializer_list<GemmParams> products) {
     backend_.gemm(products.begin(), static_cast<int64_t>(products.size()));
@@ -213,6 +215,7 @@ void Prefill::project_layers(const RunWeights& run, LayerRange layers, int64_t f
                        .rotary_dim = spec_.rotary_dim,
                        .x = at(work_.x, first_row, spec_.hidden_size),
                        .x_stride = spec_.hidden_size,
+                       .normalise = spec_.input_norms,
                        .rstd = rstd == nullptr ? nullptr : rstd + first_row,
                        .layers = layers.size(),
                        .weight = at(run.stack, skip * 2 * spec_.kv_dim(), spec_.hidden_size),
@@ -221,6 +224,7 @@ void Prefill::project_layers(const RunWeights& run, LayerRange layers, int64_t f
                        .k_norm = spec_.qk_norm ? from(run.k_norm) : nullptr,
                        .eps = static_cast<float>(spec_.rms_norm_eps),
                        .norm_offset = static_cast<float>(spec_.norm_weight_offset),
+                       .norm_over_heads = spec_.qk_norm_over_heads,
                        .rope_table = spec_.rope_table.data() + layers.begin,
                        .batch = &batch_,
                        .caches = call_.caches + layers.begin,
@@ -239,14 +243,18 @@ void Prefill::full_layer(int64_t layer, int64_t kv_begin, int64_t q_begin) {
 
 void Prefill::qkv(const LayerWeights& weights, int64_t kv_begin, int64_t q_begin) {
   StageRange stage(observer_, "pop::qkv");
-  norm(kv_begin, layout_.rows, weights.input_norm, at(work_.y, kv_begin, work_.wide), work_.wide);
-  const int64_t rows = layout_.rows;
-  const int64_t hidden = spec_.hidden_size, kv_dim = spec_.kv_dim(), wide = work_.wide;
-  const void* kv_input = at(work_.y, kv_begin, wide);
-  gemm({product(rows - kv_begin, kv_dim, hidden, kv_input, wide, weights.k_proj, at(work_.k, kv_begin, kv_dim), kv_dim),
-        product(rows - kv_begin, kv_dim, hidden, kv_input, wide, weights.v_proj, at(work_.v, kv_begin, kv_dim), kv_dim),
-        product(rows - q_begin, spec_.q_dim(), hidden, at(work_.y, q_begin, wide), wide, weights.q_proj,
-                at(work_.z, q_begin, wide), wide)});
+  const Linear input = layer_input(kv_begin, weights.input_norm);
+  const int64_t kv_rows = layout_.rows - kv_begin, q_rows = layout_.rows - q_begin;
+  const int64_t hidden = spec_.hidden_size, q_dim = spec_.q_dim(), kv_dim = spec_.kv_dim(), wide = work_.wide;
+  const void* kv_input = at(input.data, kv_begin, input.stride);
+  void *q = at(work_.z, q_begin, wide), *k = at(work_.k, kv_begin, kv_dim), *v = at(work_.v, kv_begin, kv_dim);
+  gemm({product(kv_rows, kv_dim, hidden, kv_input, input.stride, weights.k_proj, k, kv_dim),
+        product(kv_rows, kv_dim, hidden, kv_input, input.stride, weights.v_proj, v, kv_dim),
+        product(q_rows, q_dim, hidden, at(input.data, q_begin, input.stride), input.stride, weights.q_proj, q, wide)});
+  if (!spec_.qk_norm_over_heads) return;
+  const float offset = static_cast<float>(spec_.norm_weight_offset), eps = static_cast<float>(spec_.rms_norm_eps);
+  norm_over_heads(backend_, spec_.dtype, q, q_rows, q_dim, wide, weights.q_norm, offset, eps);
+  norm_over_heads(backend_, spec_.dtype, k, kv_rows, kv_dim, kv_dim, weights.k_norm, offset, eps);
 }
 
 void Prefill::rope_cache_write(int64_t layer, int64_t kv_begin, int64_t q_begin) {
@@ -269,8 +277,8 @@ void Prefill::rope_cache_write(int64_t layer, int64_t kv_begin, int64_t q_begin)
                                .q_bias = weights.q_bias,
                                .k_bias = weights.k_bias,
                                .v_bias = weights.v_bias,
-                               .q_norm = weights.q_norm,
-                               .k_norm = weights.k_norm,
+                               .q_norm = spec_.qk_norm_over_heads ? nullptr : weights.q_norm,
+                               .k_norm = spec_.qk_norm_over_heads ? nullptr : weights.k_norm,
                                .norm_eps = static_cast<float>(spec_.rms_norm_eps),
                                .norm_offset = static_cast<float>(spec_.norm_weight_offset),
                                .rope_table = spec_.rope_table[layer],
@@ -316,14 +324,14 @@ void Prefill::attention(int64_t layer, int64_t q_begin) {
 void Prefill::mlp(const LayerWeights& weights, int64_t q_begin) {
   StageRange stage(observer_, "pop::mlp");
   const int64_t hidden = spec_.hidden_size, inner = spec_.intermediate_size, wide = work_.wide;
-  norm(q_begin, layout_.rows, weights.post_norm, at(work_.y, q_begin, wide), wide);
+  const Linear from = layer_input(q_begin, weights.post_norm);
   const int64_t chunk = mlp_chunk(layout_.rows - q_begin);
   for (int64_t begin = q_begin; begin < layout_.rows; begin += chunk) {
     const int64_t rows = std::min(chunk, layout_.rows - begin);
-    const void* input = at(work_.y, begin, wide);
+    const void* input = at(from.data, begin, from.stride);
     void* up = work_.up(rows);
-    gemm({product(rows, inner, hidden, input, wide, weights.gate_proj, work_.gate, inner),
-          product(rows, inner, hidden, input, wide, weights.up_proj, up, inner)});
+    gemm({product(rows, inner, hidden, input, from.stride, weights.gate_proj, work_.gate, inner),
+          product(rows, inner, hidden, input, from.stride, weights.up_proj, up, inner)});
     backend_.gated_act({.dtype = spec_.dtype,
                         .activation = spec_.activation,
                         .rows = rows,
@@ -346,11 +354,21 @@ void Prefill::final_norm() {
   norm(layout_.wanted_begin, layout_.rows, model_.norm, call_.hidden_states, spec_.hidden_size);
 }
 
+// Where attention or the MLP reads rows from `begin` on: x, up to date, through its norm where the family has one.
+Linear Prefill::layer_input(int64_t begin, const void* weight) {
+  if (!spec_.input_norms) {
+    norm(begin, layout_.rows, nullptr, nullptr, 0);
+    return {work_.x, spec_.hidden_size};
+  }
+  norm(begin, layout_.rows, weight, at(work_.y, begin, work_.wide), work_.wide);
+  return {work_.y, work_.wide};
+}
+
 // Rows [begin, end): adds what is pending to x, then out = rms_norm(x) * weight; rstd [end - begin] on request.
 void Prefill::norm(int64_t begin, int64_t end, const void* weight, void* out, int64_t out_stride, float* rstd) {
   const int64_t split = std::clamp(pending_begin_, begin, end);
   const auto norm_rows = [&](int64_t first, int64_t last, bool pending) {
-    if (first == last) return;
+    if (first == last || (!pending && out == nullptr && rstd == nullptr)) return;
     backend_.rms_norm({.dtype = spec_.dtype,
                        .rows = last - first,
                        .width = spec_.hidden_size,

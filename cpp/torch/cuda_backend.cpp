@@ -6,6 +6,7 @@
 #include <array>
 #include <string>
 
+#include "norm_over_heads.h"
 #include "torch/aten.h"
 #include "torch/cuda_attention.h"
 
@@ -189,11 +190,11 @@ void CudaBackend::kv_project_chunk(const KvProjectParams& p, int64_t begin, int6
   const int64_t columns = p.layers * 2 * p.kv_heads * p.head_dim;
   const KvProjectLayout layout(p.dtype, rows, p.hidden_size, columns);
   char* workspace = static_cast<char*>(p.workspace);
-  const bool normalise = p.dtype == DType::f16;
+  const bool normalise = p.normalise && p.dtype == DType::f16;
   float* own_rstd = normalise ? nullptr : reinterpret_cast<float*>(workspace + layout.rstd);
   void* normalised = normalise ? workspace + layout.normalised : nullptr;
   const void* x = static_cast<const char*>(p.x) + begin * p.x_stride * element_size(p.dtype);
-  if (normalise || p.rstd == nullptr) {
+  if (p.normalise && (normalise || p.rstd == nullptr)) {
     rms_norm({.dtype = p.dtype,
               .rows = rows,
               .width = p.hidden_size,
@@ -219,6 +220,7 @@ void CudaBackend::kv_project_chunk(const KvProjectParams& p, int64_t begin, int6
                            .out = workspace + layout.kv,
                            .out_stride = columns};
   gemm(&product, 1);
+  if (p.norm_over_heads) norm_stacked_keys(*this, p, product.out, rows);
   const float* rstd = p.rstd == nullptr ? own_rstd : p.rstd + begin;
   cuda::launch_kv_epilogue({.dtype = p.dtype,
                             .first_row = p.first_row + begin,
@@ -229,10 +231,10 @@ void CudaBackend::kv_project_chunk(const KvProjectParams& p, int64_t begin, int6
                             .layers = p.layers,
                             .kv = workspace + layout.kv,
                             .kv_stride = columns,
-                            .rstd = normalise ? nullptr : rstd,
+                            .rstd = normalise || !p.normalise ? nullptr : rstd,
                             .k_bias = p.k_bias,
                             .v_bias = p.v_bias,
-                            .k_norm = p.k_norm,
+                            .k_norm = p.norm_over_heads ? nullptr : p.k_norm,
                             .eps = p.eps,
                             .norm_offset = p.norm_offset,
                             .rope_table = p.rope_table,

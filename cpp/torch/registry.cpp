@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <optional>
 #include <unordered_map>
 
 #include "torch/aten.h"
@@ -33,6 +34,15 @@ bool is_folded(const std::string& name) {
   return name.ends_with(".k_proj") || name.ends_with(".v_proj") || name.ends_with(".input_norm");
 }
 
+// What a norm multiplies with: its weight and the family's offset, in float32.
+Tensor gamma_of(const Tensor& norm, double offset) {
+  const Tensor gamma = torch::stable::to(aten::detach(norm), ScalarType::Float);
+  if (offset == 0) return gamma;
+  Tensor minus = torch::stable::empty_like(gamma);
+  torch::stable::fill_(minus, -offset);
+  return torch::stable::subtract(gamma, minus);
+}
+
 struct Registry {
   std::mutex mutex;
   std::unordered_map<int64_t, std::shared_ptr<const LoadedModel>> models;
@@ -48,7 +58,7 @@ Registry& registry() {
 
 Tensor fold_kv(const std::vector<Tensor>& k_proj, const std::vector<Tensor>& v_proj,
                const std::vector<Tensor>& input_norm, double norm_offset) {
-  check(!k_proj.empty() && k_proj.size() == v_proj.size() && k_proj.size() == input_norm.size(),
+  check(!k_proj.empty() && k_proj.size() == v_proj.size() && (input_norm.empty() || k_proj.size() == input_norm.size()),
         "pop::fold_kv: expected k_proj, v_proj and input_norm of one length > 0, got ", k_proj.size(), ", ",
         v_proj.size(), " and ", input_norm.size());
   const Tensor& first = k_proj.front();
@@ -60,21 +70,19 @@ Tensor fold_kv(const std::vector<Tensor>& k_proj, const std::vector<Tensor>& v_p
   int64_t row = 0;
   for (int64_t i = 0; i < count; ++i) {
     const std::string at = join("[", i, "]");
-    check_like(input_norm[i], first, "pop::fold_kv: input_norm" + at);
-    check_shape(input_norm[i], {hidden}, "pop::fold_kv: input_norm" + at);
-    Tensor gamma = torch::stable::to(aten::detach(input_norm[i]), ScalarType::Float);
-    if (norm_offset != 0) {
-      Tensor minus = torch::stable::empty_like(gamma);
-      torch::stable::fill_(minus, -norm_offset);
-      gamma = torch::stable::subtract(gamma, minus);
+    std::optional<Tensor> gamma;
+    if (!input_norm.empty()) {
+      check_like(input_norm[i], first, "pop::fold_kv: input_norm" + at);
+      check_shape(input_norm[i], {hidden}, "pop::fold_kv: input_norm" + at);
+      gamma = gamma_of(input_norm[i], norm_offset);
     }
     for (const auto& [weight, name] : {std::pair{&k_proj[i], "k_proj"}, std::pair{&v_proj[i], "v_proj"}}) {
       check_like(*weight, first, join("pop::fold_kv: ", name, at));
       check_shape(*weight, {kv_dim, hidden}, join("pop::fold_kv: ", name, at));
-      // In float32, so that the fold rounds once.
-      const Tensor folded = aten::mul(torch::stable::to(aten::detach(*weight), ScalarType::Float), gamma);
       Tensor rows = torch::stable::narrow(stack, 0, row, kv_dim);
-      torch::stable::copy_(rows, folded);
+      const Tensor plain = aten::detach(*weight);
+      // In float32, so that the fold rounds once.
+      torch::stable::copy_(rows, gamma ? aten::mul(torch::stable::to(plain, ScalarType::Float), *gamma) : plain);
       row += kv_dim;
     }
   }
@@ -153,7 +161,7 @@ void LoadedModel::fold(LayerRange layers) {
     const std::string prefix = join("layers.", layer, ".");
     k.push_back(*weight(prefix + "k_proj"));
     v.push_back(*weight(prefix + "v_proj"));
-    gamma.push_back(*weight(prefix + "input_norm"));
+    if (model_.spec.input_norms) gamma.push_back(*weight(prefix + "input_norm"));
     run.k_bias.push_back(model_.layers[layer].k_bias);
     run.v_bias.push_back(model_.layers[layer].v_bias);
     run.k_norm.push_back(model_.layers[layer].k_norm);

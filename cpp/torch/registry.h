@@ -57,7 +57,8 @@ int64_t register_model(std::shared_ptr<const LoadedModel> model);
 std::shared_ptr<const LoadedModel> find_model(int64_t handle);  // throws on a freed or unknown handle
 void unregister_model(int64_t handle);
 
-// [layers * 2 * kv_dim, hidden_size]: K and V weights of each layer, times its input norm.
+// [layers * 2 * kv_dim, hidden_size]: K and V weights of each layer, times its input norm plus norm_offset; as they
+// are where `input_norm` is empty.
 Tensor fold_kv(const std::vector<Tensor>& k_proj, const std::vector<Tensor>& v_proj,
                const std::vector<Tensor>& input_norm, double norm_offset);
 

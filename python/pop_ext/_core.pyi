@@ -26,7 +26,9 @@ class ModelSpec:
         o_bias: bool = False,
         mlp_bias: bool = False,
         qk_norm: bool = False,
+        qk_norm_over_heads: bool = False,
         norm_weight_offset: float = 0.0,
+        input_norms: bool = True,
         output_norms: bool = False,
         embed_scale: float = 1.0,
         attention_softcap: float = 0.0,
@@ -68,7 +70,11 @@ class ModelSpec:
     @property
     def qk_norm(self) -> bool: ...
     @property
+    def qk_norm_over_heads(self) -> bool: ...
+    @property
     def norm_weight_offset(self) -> float: ...
+    @property
+    def input_norms(self) -> bool: ...
     @property
     def output_norms(self) -> bool: ...
     @property

@@ -206,6 +206,8 @@ def _spec(family: Family, model: Any, refs: dict[str, WeightRef]) -> _core.Model
         raise UnsupportedModelError(f"config.head_dim: expected a multiple of 8 up to 256, got {head_dim}")
     if getattr(config, "use_bidirectional_attention", False):
         raise UnsupportedModelError("config.use_bidirectional_attention: expected a causal model, got True")
+    if family.norms_over_heads and "layers.0.q_bias" in refs:
+        raise UnsupportedModelError("config.attention_bias: expected none before norms over all heads, got True")
     found = getattr(config, family.activation)
     activation = _ACTIVATIONS.get(found)
     if activation is None:
@@ -234,7 +236,9 @@ def _spec(family: Family, model: Any, refs: dict[str, WeightRef]) -> _core.Model
         o_bias="layers.0.o_bias" in refs,
         mlp_bias="layers.0.gate_bias" in refs,
         qk_norm="layers.0.q_norm" in refs,
+        qk_norm_over_heads=family.norms_over_heads,
         norm_weight_offset=family.norm_weight_offset,
+        input_norms="input_norm" in family.layer,
         output_norms="attention_out_norm" in family.layer,
         embed_scale=_embed_scale(model.model.embed_tokens, embedding.dtype),
         attention_softcap=(config.attn_logit_softcapping or 0.0) if family.caps_scores else 0.0,

@@ -54,6 +54,7 @@ class Family:
         window: sliding window of a layer, 0 for none.
         activation: the config's name for the activation of its MLP.
         norm_weight_offset: what its norms add to their weights.
+        norms_over_heads: whether its norms of q and k take all heads of a token together, not each by itself.
         embedding: the class of its ``embed_tokens``.
         rope_kinds: the layer types that its rotary module takes, in the order of the runtime's tables of cos and sin;
             empty: one table for all layers, and no such argument.
@@ -67,6 +68,7 @@ class Family:
     window: Callable[[Any, int], int] = _no_window
     activation: str = "hidden_act"
     norm_weight_offset: float = 0.0
+    norms_over_heads: bool = False
     embedding: str = "Embedding"
     rope_kinds: tuple[str, ...] = ()
     caps_scores: bool = False
@@ -92,6 +94,14 @@ _GEMMA_LAYER = {
     "mlp_out_norm": "post_feedforward_layernorm.weight",
 }
 
+# Norms of what attention and MLP add, and none of what they read.
+_OLMO_LAYER = {
+    **{slot: path for slot, path in _LLAMA_LAYER.items() if slot not in ("input_norm", "post_norm")},
+    **_QK_NORMS,
+    "attention_out_norm": "post_attention_layernorm.weight",
+    "mlp_out_norm": "post_feedforward_layernorm.weight",
+}
+
 
 FAMILIES = {
     family.model_type: family
@@ -106,6 +116,7 @@ FAMILIES = {
             layer={**_LLAMA_LAYER, **_QK_NORMS},
             window=_window_by_layer_type,
         ),
+        Family("olmo2", "Olmo2", layer=_OLMO_LAYER, norms_over_heads=True),
         Family(
             "gemma2",
             "Gemma2",

@@ -87,9 +87,9 @@ def prefill(
     omitted layers, which only project their K/V (paper: independent KV projection and boundary handling).
 
     Args:
-        model: Hugging Face causal language model; every decoder layer has `input_layernorm`, `self_attn.k_proj` and
-            `self_attn.v_proj` (or `self_attn.qkv_proj`) and, where the family has it, `self_attn.k_norm` over head_dim.
-            A family that projects K/V in another way is refused (checked on one row of every omitted layer).
+        model: Hugging Face causal language model; every decoder layer has `self_attn.k_proj` and `self_attn.v_proj`
+            (or `self_attn.qkv_proj`) and, where the family has them, `input_layernorm` and `self_attn.k_norm`. A family
+            that projects K/V in another way is refused (checked on one row of every omitted layer).
         input_ids: int [batch, T]. Exactly one of it and `inputs_embeds`.
         plan: anything with `.num_layers`, `.omit`, `.boundary`; None takes the default plan of the model's config.
         logits_to_keep: how many last rows get logits, an int or one per sequence (1-D); 1..T_i.
@@ -198,16 +198,20 @@ def project_kv(layer: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor) -
     rows, head_dim].
     """
     attention = layer.self_attn
-    normed = layer.input_layernorm(hidden_states)
+    normed = layer.input_layernorm(hidden_states) if hasattr(layer, "input_layernorm") else hidden_states
     heads = (*normed.shape[:-1], -1, attention.head_dim)
     if hasattr(attention, "qkv_proj"):  # Phi-3
         kv_dim = attention.config.num_key_value_heads * attention.head_dim
         keys, values = attention.qkv_proj(normed)[..., -2 * kv_dim :].split(kv_dim, dim=-1)
     else:
         keys, values = attention.k_proj(normed), attention.v_proj(normed)
+    k_norm: Module = getattr(attention, "k_norm", None)
+    over_heads = k_norm is not None and k_norm.weight.numel() == keys.shape[-1]  # OLMo 2
+    if over_heads:
+        keys = k_norm(keys)
     keys, values = keys.view(heads), values.view(heads).transpose(1, 2)
-    if getattr(attention, "k_norm", None) is not None:
-        keys = attention.k_norm(keys)
+    if k_norm is not None and not over_heads:
+        keys = k_norm(keys)
     keys = keys.transpose(1, 2)
     if getattr(attention, "use_rope", True):
         apply_rotary_pos_emb = family_function(attention, "apply_rotary_pos_emb")
@@ -216,17 +220,16 @@ def project_kv(layer: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor) -
 
 
 def check_projection(layer: Module, row: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Raise unless `project_kv` gives for one row [1, 1, hidden] what the layer's own attention writes into a cache.
+    """Raise unless `project_kv` gives for one row [1, 1, hidden] what the layer itself writes into a cache.
 
     Families differ in small things (norms after RoPE, layers without RoPE, clipped projections); none may pass unseen.
     """
     attention, cache = layer.self_attn, DynamicCache()
-    attention(
-        hidden_states=layer.input_layernorm(row),
-        position_embeddings=(cos, sin),
-        attention_mask=None,
-        **with_cache(attention, cache),
-    )
+    call = {"position_embeddings": (cos, sin), "attention_mask": None}
+    if hasattr(layer, "input_layernorm"):
+        attention(hidden_states=layer.input_layernorm(row), **call, **with_cache(attention, cache))
+    else:  # the whole layer, which may have a norm under another name
+        type(layer).forward(layer, row, **call, **with_cache(layer, cache))
     written: Any = cache.layers[attention.layer_idx]
     try:
         projected = project_kv(layer, row, cos, sin)

@@ -56,7 +56,6 @@ def find_parts(model: Module) -> Parts:
     if model.get_output_embeddings() is None:
         raise ValueError(f"model: expected a language-model head, {name} has none")
     for index, layer in enumerate(layers):
-        require(layer, "input_layernorm", f"layers.{index}.")
         attention = require(layer, "self_attn", f"layers.{index}.")
         projections = ("qkv_proj",) if hasattr(attention, "qkv_proj") else ("k_proj", "v_proj")
         for attribute in (*projections, "head_dim", "layer_idx"):
