@@ -7,6 +7,7 @@ import math
 import pop_ext
 import pytest
 import torch
+from against_oracle import run_native, run_stock
 from attention_calls import make_call
 from models import gemma2, gemma3, tokens
 from op_calls import LAYOUTS, op_call, run_op
@@ -22,6 +23,7 @@ from op_operands import (
     rotated,
     strided,
 )
+from tolerance import assert_close_fp32, compare_caches
 
 pop = torch.ops.pop
 OFFSET = 1.0
@@ -129,6 +131,16 @@ def test_input_embeddings_come_scaled(build):
     from_ids = native.prefill(ids)
     from_embeds = native.prefill(inputs_embeds=model.get_input_embeddings()(ids).detach())
     torch.testing.assert_close(from_embeds.logits, from_ids.logits)
+
+
+@pytest.mark.parametrize("build", [gemma2, gemma3])
+def test_a_model_that_was_widened_keeps_the_embedding_scale_of_its_old_dtype(build):
+    model = build(dtype=torch.bfloat16).float()
+    ids = tokens(model, 1, 19)
+    expected, cache = run_stock(model, ids)
+    ours = run_native(model, pop_ext.Plan(6, ()), ids)
+    assert_close_fp32(ours.logits, expected[:, -1:], "logits")
+    compare_caches(ours.cache, cache)
 
 
 @pytest.mark.parametrize(

@@ -249,8 +249,12 @@ def _spec(family: Family, model: Any, refs: dict[str, WeightRef]) -> _core.Model
 
 def _embed_scale(embedding: Any, dtype: torch.dtype) -> float:
     """What ids' embeddings are multiplied by, rounded to the dtype as the stock model rounds it."""
-    scale = getattr(embedding, "scalar_embed_scale", 1.0)
-    return float(torch.tensor(scale, device="cpu").to(dtype))
+    scale = getattr(embedding, "embed_scale", None)
+    if scale is None:
+        return 1.0
+    if scale.device.type == "meta":
+        scale = torch.tensor(embedding.scalar_embed_scale, device="cpu")
+    return float(scale.to(dtype))  # the buffer's value: that of a widened model stays rounded as it was
 
 
 def _rope_table(family: Family, config: Any, layer: int) -> int:

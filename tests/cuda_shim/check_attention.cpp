@@ -25,13 +25,14 @@ struct Case {
   Layout layout = Layout::kHeadsFirst;
   bool has_slot_table = false;
   float scale = 0.0f;  // 0: 1 / sqrt(head_dim)
+  float softcap = 0.0f;
 };
 
 std::string name_of(DType dtype, const Case& c) {
   std::string name = std::string(checks::name_of(dtype)) + " heads=" + std::to_string(c.heads) + "/" +
                      std::to_string(c.kv_heads) + " head_dim=" + std::to_string(c.head_dim) +
                      " window=" + std::to_string(c.window) + " layout=" + std::to_string(static_cast<int>(c.layout)) +
-                     " table=" + std::to_string(c.has_slot_table);
+                     " table=" + std::to_string(c.has_slot_table) + " softcap=" + std::to_string(c.softcap);
   for (const Rows& s : c.segments) name += " " + std::to_string(s.rows) + "@" + std::to_string(s.first_position);
   return name;
 }
@@ -73,6 +74,7 @@ class Problem {
         .kv_heads = case_.kv_heads,
         .head_dim = case_.head_dim,
         .scale = scale(),
+        .softcap = case_.softcap,
         .window = case_.window,
         .segments = segments_.data(),
         .num_segments = sequences_,
@@ -172,7 +174,8 @@ class Problem {
       double score = 0;
       const int64_t at = offset_of(s.sequence, kv_head, p);
       for (int64_t d = 0; d < case_.head_dim; ++d) score += double(q_.get(q_at + d)) * k_.get(at + d);
-      weights.push_back(score * scale());
+      score *= scale();
+      weights.push_back(case_.softcap > 0.0f ? case_.softcap * std::tanh(score / case_.softcap) : score);
       top = std::max(top, weights.back());
     }
     for (int64_t p = first; p <= position; ++p) {
@@ -245,6 +248,25 @@ void run_windows() {
   run_all(cases);
 }
 
+// Caps far above, near and below the scores, in tiles of every size, cut along the keys and not.
+void run_softcaps() {
+  std::vector<Case> cases;
+  for (const float softcap : {0.5f, 5.0f, 50.0f}) {
+    cases.push_back({.heads = 4, .kv_heads = 1, .head_dim = 64, .segments = {{1, 200}}, .softcap = softcap});
+    cases.push_back({.heads = 8, .kv_heads = 1, .head_dim = 40, .segments = {{1, 130}}, .softcap = softcap});
+    cases.push_back({.heads = 2, .kv_heads = 2, .head_dim = 256, .segments = {{9, 40}}, .softcap = softcap});
+    cases.push_back({.heads = 2,
+                     .kv_heads = 1,
+                     .head_dim = 24,
+                     .segments = {{33, 3}, {1, 70}},
+                     .window = 17,
+                     .has_slot_table = true,
+                     .scale = -0.9f,
+                     .softcap = softcap});
+  }
+  run_all(cases);
+}
+
 // Sequences of different lengths and tile sizes, every cache layout, and scales of either sign.
 void run_layouts() {
   const std::vector<Rows> segments = {{1, 70}, {1, 66}, {1, 0}, {9, 60}, {0, 7}, {2, 1}};
@@ -305,6 +327,7 @@ void run_workspace() {
 const checks::Check boundary("attention of boundary rows", run_boundary);
 const checks::Check prefill("attention of many rows", run_prefill);
 const checks::Check windows("attention in a window", run_windows);
+const checks::Check softcaps("attention with capped scores", run_softcaps);
 const checks::Check layouts("attention over cache layouts", run_layouts);
 const checks::Check many("attention of many segments", run_many_segments);
 const checks::Check alone("attention of a row alone", run_alone);

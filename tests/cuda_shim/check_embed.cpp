@@ -14,11 +14,12 @@ struct Case {
   bool with_ids;
   int64_t extra_stride, offset;  // of the table: what makes it unaligned
   bool stray_ids;
+  float scale = 1.0f;
 };
 
 std::string name_of(const Case& c) {
   return "embed " + checks::name_of(c.dtype) + " " + std::to_string(c.rows) + "x" + std::to_string(c.width) +
-         (c.with_ids ? " ids" : "") + " offset " + std::to_string(c.offset);
+         (c.with_ids ? " ids" : "") + " scale " + std::to_string(c.scale) + " offset " + std::to_string(c.offset);
 }
 
 void run_case(const Case& c) {
@@ -39,7 +40,9 @@ void run_case(const Case& c) {
   std::vector<float> expected;
   for (int64_t row = 0; row < c.rows; ++row) {
     const int64_t from = c.with_ids ? std::clamp<int64_t>(ids[source[row]], 0, kTableRows - 1) : source[row];
-    for (int64_t i = 0; i < c.width; ++i) expected.push_back(table.get(from * stride + i));
+    for (int64_t i = 0; i < c.width; ++i) {
+      expected.push_back(checks::round_to(c.dtype, table.get(from * stride + i) * c.scale));
+    }
   }
   checks::Vector<int32_t> bad_id(1, 0);
   cuda::launch_embed({.dtype = c.dtype,
@@ -50,7 +53,8 @@ void run_case(const Case& c) {
                       .row_source = source.data(),
                       .table = table.data(),
                       .table_stride = stride,
-                      .out = out.data()},
+                      .out = out.data(),
+                      .scale = c.scale},
                      c.width == 19 ? nullptr : bad_id.data(), nullptr);
   checks::finish();
   checks::expect_close(name_of(c), out, expected, 0.0f, 0.0f);
@@ -69,6 +73,11 @@ void run() {
     run_case({dtype, 2, 2600, true, 0, 0, true});
     run_case({dtype, 1, 10000, true, 0, 0, false});  // more than a block holds at once
     run_case({dtype, 0, 96, true, 0, 0, false});
+    run_case({dtype, 2, 19, true, 0, 0, true, 9.8125f});
+    run_case({dtype, 9, 96, true, 0, 0, true, 61.75f});
+    run_case({dtype, 5, 96, true, 3, 1, false, 0.5f});
+    run_case({dtype, 2, 2600, false, 0, 0, false, 61.75f});
+    run_case({dtype, 0, 96, true, 0, 0, false, 2.0f});
   }
 }
 

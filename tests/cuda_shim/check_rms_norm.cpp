@@ -12,24 +12,35 @@ struct Case {
   bool delta, delta_bias, weight, out, rstd;
   int64_t extra_stride = 0;  // of x, delta and out
   int64_t offset = 0;
+  bool delta_norm = false;
+  float weight_offset = 0.0f;
+  bool in_place = false;  // out is x
 };
 
 std::string name_of(const Case& c) {
   std::string name = "rms_norm " + checks::name_of(c.dtype) + " " + std::to_string(c.rows) + "x" +
                      std::to_string(c.width) + " stride +" + std::to_string(c.extra_stride) + " offset " +
-                     std::to_string(c.offset);
-  for (const auto& [given, what] : {std::pair{c.delta, " delta"}, std::pair{c.delta_bias, " bias"},
-                                    std::pair{c.weight, " weight"}, std::pair{c.out, " out"}}) {
+                     std::to_string(c.offset) + " weight + " + std::to_string(c.weight_offset);
+  for (const auto& [given, what] :
+       {std::pair{c.delta, " delta"}, std::pair{c.delta_bias, " bias"}, std::pair{c.delta_norm, " delta_norm"},
+        std::pair{c.weight, " weight"}, std::pair{c.out, " out"}, std::pair{c.in_place, " in place"}}) {
     if (given) name += what;
   }
   return name;
 }
 
+constexpr float kEps = 1e-3f;
+
+float rstd_of(const std::vector<float>& row) {
+  double squares = 0.0;
+  for (const float value : row) squares += static_cast<double>(value) * value;
+  return static_cast<float>(1.0 / std::sqrt(squares / static_cast<double>(row.size()) + kEps));
+}
+
 void run_case(const Case& c) {
-  constexpr float kEps = 1e-3f;
   std::mt19937 random(static_cast<unsigned>(c.rows * 7919 + c.width));
   const int64_t x_stride = c.width + c.extra_stride, delta_stride = x_stride + c.extra_stride,
-                out_stride = x_stride + 2 * c.extra_stride;
+                out_stride = c.in_place ? x_stride : x_stride + 2 * c.extra_stride;
   const auto vector = [&](int64_t count) {
     Buffer buffer(c.dtype, count, c.offset);
     buffer.fill_random(random);
@@ -37,27 +48,23 @@ void run_case(const Case& c) {
   };
   Buffer x(c.dtype, c.rows * x_stride, c.offset), out(c.dtype, c.rows * out_stride, c.offset);
   Buffer rstd(DType::f32, c.rows);
-  const Buffer delta = vector(c.rows * delta_stride), bias = vector(c.width), weight = vector(c.width);
-  std::vector<float> x_expected(x.count(), Buffer::kSentinel), out_expected(out.count(), Buffer::kSentinel),
-      rstd_expected;
+  const Buffer delta = vector(c.rows * delta_stride), bias = vector(c.width), weight = vector(c.width),
+               norm = vector(c.width);
+  std::vector<float> x_expected(x.count(), Buffer::kSentinel);
   for (int64_t row = 0; row < c.rows; ++row) {
-    float* sum = &x_expected[row * x_stride];
-    double squares = 0.0;
+    std::vector<float> addend(c.width);
     for (int64_t i = 0; i < c.width; ++i) {
       x.set(row * x_stride + i, std::normal_distribution<float>(0.0f, 0.1f * (row + 1))(random));
-      sum[i] = x.get(row * x_stride + i);
-      if (c.delta) {
-        const float addend = delta.get(row * delta_stride + i) + (c.delta_bias ? bias.get(i) : 0.0f);
-        sum[i] = checks::round_to(c.dtype, sum[i] + addend);
-      }
-      squares += static_cast<double>(sum[i]) * sum[i];
+      addend[i] = delta.get(row * delta_stride + i) + (c.delta_bias ? bias.get(i) : 0.0f);
     }
-    const float scale = static_cast<float>(1.0 / std::sqrt(squares / static_cast<double>(c.width) + kEps));
-    rstd_expected.push_back(c.rstd ? scale : Buffer::kSentinel);
-    for (int64_t i = 0; i < c.width && c.out; ++i) {
-      out_expected[row * out_stride + i] = sum[i] * scale * (c.weight ? weight.get(i) : 1.0f);
+    const float scale = c.delta_norm ? rstd_of(addend) : 1.0f;
+    for (int64_t i = 0; i < c.width; ++i) {
+      if (c.delta_norm) addend[i] *= scale * (norm.get(i) + c.weight_offset);
+      const float before = x.get(row * x_stride + i);
+      x_expected[row * x_stride + i] = c.delta ? checks::round_to(c.dtype, before + addend[i]) : before;
     }
   }
+  Buffer& to = c.in_place ? x : out;
   cuda::launch_rms_norm({.dtype = c.dtype,
                          .rows = c.rows,
                          .width = c.width,
@@ -66,16 +73,32 @@ void run_case(const Case& c) {
                          .delta = c.delta ? delta.data() : nullptr,
                          .delta_stride = delta_stride,
                          .delta_bias = c.delta_bias ? bias.data() : nullptr,
+                         .delta_norm = c.delta_norm ? norm.data() : nullptr,
                          .weight = c.weight ? weight.data() : nullptr,
+                         .weight_offset = c.weight_offset,
                          .eps = kEps,
-                         .out = c.out ? out.data() : nullptr,
+                         .out = c.out ? to.data() : nullptr,
                          .out_stride = out_stride,
                          .rstd = c.rstd ? static_cast<float*>(rstd.data()) : nullptr},
                         nullptr);
   checks::finish();
   const float rounding = checks::rounding(c.dtype);
-  checks::expect_close(name_of(c) + ": x", x, x_expected, 0.0f, 0.0f);
-  checks::expect_close(name_of(c) + ": out", out, out_expected, 1e-6f, rounding / 2 + 1e-5f);
+  // A normalised addend may round the other way.
+  const float x_relative = c.delta_norm ? rounding : 0.0f, x_absolute = c.delta_norm ? 1e-5f : 0.0f;
+  if (!c.in_place) checks::expect_close(name_of(c) + ": x", x, x_expected, x_absolute, x_relative);
+  std::vector<float> out_expected(to.count(), Buffer::kSentinel), rstd_expected;
+  for (int64_t row = 0; row < c.rows; ++row) {
+    std::vector<float> values(c.width);
+    for (int64_t i = 0; i < c.width; ++i) {
+      values[i] = c.in_place ? x_expected[row * x_stride + i] : x.get(row * x_stride + i);
+    }
+    const float scale = rstd_of(values);
+    rstd_expected.push_back(c.rstd ? scale : Buffer::kSentinel);
+    for (int64_t i = 0; i < c.width && c.out; ++i) {
+      out_expected[row * out_stride + i] = values[i] * scale * (c.weight ? weight.get(i) + c.weight_offset : 1.0f);
+    }
+  }
+  checks::expect_close(name_of(c) + ": out", to, out_expected, 1e-6f, rounding / 2 + 1e-5f);
   checks::expect_close(name_of(c) + ": rstd", rstd, rstd_expected, 0.0f, 1e-5f);
 }
 
@@ -87,6 +110,12 @@ void run() {
         run_case({dtype, 2, width, (given & 1) != 0, (given & 2) != 0, (given & 4) != 0, (given & 8) != 0,
                   (given & 16) != 0});
       }
+      for (int given = 0; given < 16; ++given) {
+        Case c{dtype, 2, width, true, (given & 1) != 0, (given & 2) != 0, (given & 4) != 0, true};
+        c.delta_norm = true;
+        c.weight_offset = (given & 8) != 0 ? 1.0f : 0.0f;
+        run_case(c);
+      }
     }
     run_case({dtype, 1, 1, true, true, true, true, true});
     run_case({dtype, 3, 2, true, true, true, true, true});
@@ -96,11 +125,15 @@ void run() {
     run_case({dtype, 3, 96, true, true, true, true, true, 8});     // gaps between rows stay as they are
     run_case({dtype, 3, 96, true, false, true, true, false, 3});   // unaligned rows
     run_case({dtype, 2, 1500, true, true, true, true, true, 0, 1});
+    run_case({dtype, 3, 96, true, true, true, true, true, 3, 1, true, 1.0f});
     // One, two and four packs a thread, the last one cut short; then more than registers hold.
     for (const int64_t width : {1016, 2048, 3000, 4096, 5000, 8192, 17000}) {
       run_case({dtype, 1, width, true, true, true, true, true});
+      run_case({dtype, 1, width, true, width % 3 == 0, true, true, true, 0, 0, true, 1.0f});
       run_case({dtype, 2, width, false, false, width % 3 == 0, true, false});
+      run_case({dtype, 2, width, false, false, true, true, false, 8, 0, false, 1.0f, true});
     }
+    run_case({dtype, 2, 19, false, false, true, true, true, 3, 1, false, 0.0f, true});
     run_case({dtype, 0, 96, true, true, true, true, true});
   }
 }

@@ -37,12 +37,11 @@ Buffer random_buffer(const Shape& s, int64_t count, std::mt19937& random) {
 struct Rows {
   checks::Vector<int64_t> sequence, position, start;
   checks::Vector<int32_t> table;
-  Buffer cos, sin;
+  std::vector<Buffer> cos, sin;  // of rope table 0, of table 1
   Batch batch;
 
   Rows(const Shape& s, std::mt19937& random)
-      : cos(DType::f32, (s.first_row + s.rows) * s.rotary_dim / 2),
-        sin(DType::f32, (s.first_row + s.rows) * s.rotary_dim / 2) {
+      : cos(2, Buffer(DType::f32, (s.first_row + s.rows) * s.rotary_dim / 2)), sin(cos) {
     const int64_t rows = s.first_row + s.rows;
     for (int64_t row = 0; row < rows; ++row) {
       sequence.push_back((row + 1) % kSequences);
@@ -50,18 +49,22 @@ struct Rows {
     }
     for (int64_t i = 0; i < kSequences; ++i) start.push_back(2 * i + 1);
     for (int64_t i = 0; i < kSequences * kCapacity; ++i) table.push_back(static_cast<int32_t>((i * 7 + 3) % kCapacity));
-    for (int64_t i = 0; i < cos.count(); ++i) {
-      const float angle = std::uniform_real_distribution<float>(-3.0f, 3.0f)(random);
-      cos.set(i, std::cos(angle));
-      sin.set(i, std::sin(angle));
+    for (int table = 0; table < 2; ++table) {
+      for (int64_t i = 0; i < cos[table].count(); ++i) {
+        const float angle = std::uniform_real_distribution<float>(-3.0f, 3.0f)(random);
+        cos[table].set(i, std::cos(angle));
+        sin[table].set(i, std::sin(angle));
+      }
     }
     batch = {.rows = rows,
              .sequences = kSequences,
              .row_sequence = sequence.data(),
              .row_position = position.data(),
              .row_source = nullptr,
-             .cos = static_cast<const float*>(cos.data()),
-             .sin = static_cast<const float*>(sin.data()),
+             .cos = static_cast<const float*>(cos[0].data()),
+             .sin = static_cast<const float*>(sin[0].data()),
+             .cos_local = static_cast<const float*>(cos[1].data()),
+             .sin_local = static_cast<const float*>(sin[1].data()),
              .address = {.start = start.data(),
                          .slot_table = s.slot_table ? table.data() : nullptr,
                          .slot_table_stride = kCapacity}};
@@ -96,6 +99,8 @@ struct HeadInput {
   const Buffer* norm;
   float scale;
   bool turns;
+  int64_t rope_table = 0;
+  float norm_offset = 0.0f;
 };
 
 std::vector<float> reference(const Shape& s, const Rows& rows, int64_t row, const HeadInput& head) {
@@ -108,11 +113,12 @@ std::vector<float> reference(const Shape& s, const Rows& rows, int64_t row, cons
   }
   if (head.norm != nullptr) {
     const double rstd = 1.0 / std::sqrt(squares / static_cast<double>(s.head_dim) + kEps);
-    for (int64_t i = 0; i < s.head_dim; ++i) value[i] *= rstd * head.norm->get(i);
+    for (int64_t i = 0; i < s.head_dim; ++i) value[i] *= rstd * (head.norm->get(i) + head.norm_offset);
   }
   const int64_t half = head.turns ? s.rotary_dim / 2 : 0;
   for (int64_t i = 0; i < half; ++i) {
-    const double cos = rows.cos.get(row * half + i), sin = rows.sin.get(row * half + i);
+    const double cos = rows.cos[head.rope_table].get(row * half + i);
+    const double sin = rows.sin[head.rope_table].get(row * half + i);
     const double first = value[i], second = value[i + half];
     value[i] = first * cos - second * sin;
     value[i + half] = second * cos + first * sin;
@@ -135,6 +141,8 @@ void expect(const Shape& s, const std::string& name, const Buffer& buffer, const
 
 struct Given {
   bool q = true, bias = true, q_norm = true, k_norm = true, row_scale = true, kv = true;
+  int64_t rope_table = 0;
+  float norm_offset = 0.0f;
 };
 
 void run_rope(const Shape& s, int64_t heads, const Given& given) {
@@ -161,16 +169,16 @@ void run_rope(const Shape& s, int64_t heads, const Given& given) {
       const int64_t at = i * q_stride + h * s.head_dim;
       write(reference(s, rows, row,
                       {q_before, at, if_given(given.bias, q_bias), h * s.head_dim, if_given(given.q_norm, q_norm), 1.0f,
-                       true}),
+                       true, given.rope_table, given.norm_offset}),
             q_expected, at);
     }
     const float row_scale = given.row_scale ? scale.get(i) : 1.0f;
     for (int64_t h = 0; h < s.kv_heads && given.kv; ++h) {
       const int64_t at = i * kv_stride + h * s.head_dim;
       write(s, rows, row, h,
-            reference(
-                s, rows, row,
-                {k, at, if_given(given.bias, k_bias), h * s.head_dim, if_given(given.k_norm, k_norm), row_scale, true}),
+            reference(s, rows, row,
+                      {k, at, if_given(given.bias, k_bias), h * s.head_dim, if_given(given.k_norm, k_norm), row_scale,
+                       true, given.rope_table, given.norm_offset}),
             key);
       write(s, rows, row, h,
             reference(s, rows, row, {v, at, if_given(given.bias, v_bias), h * s.head_dim, nullptr, row_scale, false}),
@@ -195,6 +203,8 @@ void run_rope(const Shape& s, int64_t heads, const Given& given) {
                                  .q_norm = data(if_given(given.q_norm, q_norm)),
                                  .k_norm = data(if_given(given.k_norm, k_norm)),
                                  .norm_eps = kEps,
+                                 .norm_offset = given.norm_offset,
+                                 .rope_table = given.rope_table,
                                  .row_scale = given.row_scale ? static_cast<const float*>(scale.data()) : nullptr,
                                  .batch = &rows.batch,
                                  .cache = {key.buffer.data(), value.buffer.data(), key.strides, value.strides}},
@@ -206,8 +216,9 @@ void run_rope(const Shape& s, int64_t heads, const Given& given) {
   expect(s, name + ": value", value.buffer, value.expected);
 }
 
-// Every second layer without its norm and bias, as a run may mix layers.
-void run_epilogue(const Shape& s, int64_t layers, bool vectors, bool with_rstd) {
+// Every second layer without its norm and bias, as a run may mix layers. With `local_every`, every so many
+// layers take the first table of RoPE and the others the second one, and norms have an offset.
+void run_epilogue(const Shape& s, int64_t layers, bool vectors, bool with_rstd, int64_t local_every = 0) {
   std::mt19937 random(static_cast<unsigned>(s.rows * 131 + layers));
   const Rows rows(s, random);
   const int64_t kv_dim = s.kv_heads * s.head_dim, stride = layers * 2 * kv_dim + s.kv_pad;
@@ -218,7 +229,10 @@ void run_epilogue(const Shape& s, int64_t layers, bool vectors, bool with_rstd) 
   std::vector<Buffer> k_bias, v_bias, k_norm;
   std::vector<const void*> k_bias_data, v_bias_data, k_norm_data;
   std::vector<LayerCache> caches;
+  std::vector<int64_t> rope_table;
+  const float norm_offset = local_every > 0 ? 1.0f : 0.0f;
   for (int64_t j = 0; j < layers; ++j) {
+    rope_table.push_back(local_every > 0 && j % local_every != local_every - 1 ? 1 : 0);
     k_bias.push_back(random_buffer(s, kv_dim, random));
     v_bias.push_back(random_buffer(s, kv_dim, random));
     k_norm.push_back(random_buffer(s, s.head_dim, random));
@@ -234,11 +248,11 @@ void run_epilogue(const Shape& s, int64_t layers, bool vectors, bool with_rstd) 
       for (int64_t h = 0; h < s.kv_heads; ++h) {
         const int64_t at = i * stride + j * 2 * kv_dim + h * s.head_dim;
         const bool even = vectors && j % 2 == 0, odd = vectors && j % 2 == 1;
-        write(
-            s, rows, row, h,
-            reference(s, rows, row,
-                      {kv, at, even ? &k_bias[j] : nullptr, h * s.head_dim, even ? &k_norm[j] : nullptr, scale, true}),
-            keys[j]);
+        write(s, rows, row, h,
+              reference(s, rows, row,
+                        {kv, at, even ? &k_bias[j] : nullptr, h * s.head_dim, even ? &k_norm[j] : nullptr, scale, true,
+                         rope_table[j], norm_offset}),
+              keys[j]);
         write(s, rows, row, h,
               reference(s, rows, row,
                         {kv, at + kv_dim, odd ? &v_bias[j] : nullptr, h * s.head_dim, nullptr, scale, false}),
@@ -260,6 +274,8 @@ void run_epilogue(const Shape& s, int64_t layers, bool vectors, bool with_rstd) 
                             .v_bias = vectors ? v_bias_data.data() : nullptr,
                             .k_norm = vectors ? k_norm_data.data() : nullptr,
                             .eps = kEps,
+                            .norm_offset = norm_offset,
+                            .rope_table = local_every > 0 ? rope_table.data() : nullptr,
                             .batch = &rows.batch,
                             .caches = caches.data()},
                            nullptr);
@@ -313,6 +329,7 @@ void rope() {
       const auto bit = [&](int i) { return (given >> i & 1) != 0; };
       run_rope(one, 4, {bit(0), bit(1), bit(2), bit(3), bit(4), bit(5)});
     }
+    for (const Shape& shape : shapes(dtype)) run_rope(shape, 3, {.rope_table = 1, .norm_offset = 1.0f});
     Shape none = one;
     none.rows = 0;
     run_rope(none, 4, {});
@@ -336,6 +353,9 @@ void epilogue() {
     narrow.head_dim = narrow.rotary_dim = 16;
     run_epilogue(narrow, 32, true, true);
     run_epilogue(narrow, 67, true, true);  // three launches
+    run_epilogue(narrow, 1, true, true, 2);
+    run_epilogue(one, 7, true, true, 3);        // a launch for neighbours that share a table
+    run_epilogue(narrow, 80, true, false, 36);  // more of them than one launch takes
   }
 }
 
