@@ -95,6 +95,20 @@ def test_a_norm_of_another_class_is_refused():
         describe(model)
 
 
+def test_an_attention_that_drops_the_soft_cap_is_refused_and_declined():
+    model = gemma2()
+    pop_ext.enable(model, plan_of(model))
+    model.config._attn_implementation = "sdpa"  # set_attn_implementation of a release that allows it
+    with torch.no_grad():
+        decision = pop_ext.explain(model, tokens(model, 1, 9), logits_to_keep=1)
+    assert (decision.backend, decision.rule) == ("stock", "attention")
+    with pytest.raises(UnsupportedModelError, match=r"sdpa: it leaves out the soft cap of scores \(1.5\)"):
+        describe(model)
+    for other in (gemma3(attn_logit_softcapping=1.5), gemma2(attn_logit_softcapping=None)):  # none applies such a cap
+        other.config._attn_implementation = "sdpa"
+        describe(other)
+
+
 def test_biases_before_norms_over_all_heads_are_refused():
     with pytest.raises(UnsupportedModelError, match="config.attention_bias: expected none .*, got True"):
         describe(olmo2(attention_bias=True))

@@ -247,7 +247,7 @@ EXTRA = {
 def real(name: str) -> nn.Module:
     model_class, config_class, numbers = REAL[name]
     with torch.device("meta"):
-        return model_class._from_config(config_class(**numbers), dtype=torch.bfloat16)
+        return model_class._from_config(config_class(**numbers), dtype=torch.bfloat16, attn_implementation="eager")
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pop_ext.cache_names import rename_cache
+from pop_ext.families import dropped_softcap
 from pop_ext.kv_cache import check_cache, has_window, past_slots
 from pop_ext.masks import padding_mask
 from pop_ext.packing import PackedBatch, is_int, pack_batch
@@ -164,6 +165,9 @@ def _check_prefill(
     _check_inference(model, tokens.device.type)
     _check_attention(config)
     if backend == "native":
+        dropped = dropped_softcap(config)
+        if dropped is not None:
+            raise _Stock("attention", dropped)
         foreign = foreign_code(inner_modules(model))
         if foreign is not None:
             raise _Stock("hooks", f"{foreign}: the native loop would not run them")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pop_ext import _core
-from pop_ext.families import FAMILIES, Family, UnsupportedModelError
+from pop_ext.families import FAMILIES, Family, UnsupportedModelError, dropped_softcap
 
 # What a family without the module leaves out of its spec.
 _OPTIONAL = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "o_bias", "gate_bias", "up_bias", "down_bias")
@@ -208,6 +208,9 @@ def _spec(family: Family, model: Any, refs: dict[str, WeightRef]) -> _core.Model
         raise UnsupportedModelError("config.use_bidirectional_attention: expected a causal model, got True")
     if family.norms_over_heads and "layers.0.q_bias" in refs:
         raise UnsupportedModelError("config.attention_bias: expected none before norms over all heads, got True")
+    dropped = dropped_softcap(config)
+    if dropped is not None:
+        raise UnsupportedModelError(dropped)
     found = getattr(config, family.activation)
     activation = _ACTIVATIONS.get(found)
     if activation is None:

@@ -143,6 +143,22 @@ FAMILIES = {
 }
 
 
+def dropped_softcap(config: Any) -> str | None:
+    """Why the stock attention would leave out the soft cap of scores that the native one applies; None if it would not.
+
+    transformers' sdpa attention takes no cap; releases that let Gemma 2 use it (5.17) compute another model.
+    """
+    family = FAMILIES.get(getattr(config, "model_type", ""))
+    if family is None or not family.caps_scores or not getattr(config, "attn_logit_softcapping", None):
+        return None
+    if getattr(config, "_attn_implementation", None) != "sdpa":
+        return None
+    return (
+        f"attention implementation sdpa: it leaves out the soft cap of scores ({config.attn_logit_softcapping}), which "
+        'the native prefill applies; load the model with attn_implementation="eager" or flash attention'
+    )
+
+
 class UnsupportedModelError(ValueError):
     """The native backend does not run this model; the text says why and what works."""
 
