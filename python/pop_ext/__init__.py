@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from pop_ext.evaluate import score
     from pop_ext.families import UnsupportedModelError
     from pop_ext.forward import PrefillDeclined, disable, enable, enabled, explain, last_call
+    from pop_ext.layer_importance import Importance, importance
     from pop_ext.native import NativeModel, PrefillOutput, load
 
 __all__ = [
     "Decision",
+    "Importance",
     "NativeModel",
     "Plan",
     "PrefillDeclined",
@@ -33,6 +35,7 @@ __all__ = [
     "enable",
     "enabled",
     "explain",
+    "importance",
     "last_call",
     "load",
     "reference",
@@ -42,6 +45,7 @@ __all__ = [
 # What needs transformers is imported at first use: the operators work without it.
 _LAZY = {
     "Decision": "pop_ext.decision",
+    "Importance": "pop_ext.layer_importance",
     "NativeModel": "pop_ext.native",
     "PrefillDeclined": "pop_ext.forward",
     "PrefillOutput": "pop_ext.native",
@@ -50,6 +54,7 @@ _LAZY = {
     "enable": "pop_ext.forward",
     "enabled": "pop_ext.forward",
     "explain": "pop_ext.forward",
+    "importance": "pop_ext.layer_importance",
     "last_call": "pop_ext.forward",
     "load": "pop_ext.native",
     "score": "pop_ext.evaluate",
