@@ -19,10 +19,14 @@ if TYPE_CHECKING:
     from pop_ext.evaluate import score
     from pop_ext.families import UnsupportedModelError
     from pop_ext.forward import PrefillDeclined, disable, enable, enabled, explain, last_call
+    from pop_ext.latency import BudgetedPlan, plan_within, shortest_paying
     from pop_ext.layer_importance import Importance, importance
     from pop_ext.native import NativeModel, PrefillOutput, load
+    from pop_ext.shortgpt import BlockInfluence, block_influence
 
 __all__ = [
+    "BlockInfluence",
+    "BudgetedPlan",
     "Decision",
     "Importance",
     "NativeModel",
@@ -31,6 +35,7 @@ __all__ = [
     "PrefillOutput",
     "UnsupportedModelError",
     "__version__",
+    "block_influence",
     "disable",
     "enable",
     "enabled",
@@ -38,18 +43,23 @@ __all__ = [
     "importance",
     "last_call",
     "load",
+    "plan_within",
     "reference",
     "score",
+    "shortest_paying",
 ]
 
 # What needs transformers is imported at first use: the operators work without it.
 _LAZY = {
+    "BlockInfluence": "pop_ext.shortgpt",
+    "BudgetedPlan": "pop_ext.latency",
     "Decision": "pop_ext.decision",
     "Importance": "pop_ext.layer_importance",
     "NativeModel": "pop_ext.native",
     "PrefillDeclined": "pop_ext.forward",
     "PrefillOutput": "pop_ext.native",
     "UnsupportedModelError": "pop_ext.families",
+    "block_influence": "pop_ext.shortgpt",
     "disable": "pop_ext.forward",
     "enable": "pop_ext.forward",
     "enabled": "pop_ext.forward",
@@ -57,7 +67,9 @@ _LAZY = {
     "importance": "pop_ext.layer_importance",
     "last_call": "pop_ext.forward",
     "load": "pop_ext.native",
+    "plan_within": "pop_ext.latency",
     "score": "pop_ext.evaluate",
+    "shortest_paying": "pop_ext.latency",
 }
 
 

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from torch import Tensor
 from pop_ext.calibration import Batches, checked, count_sequences, stock_model, undisturbed
 from pop_ext.gates import ATTENTION, LAYER, MLP, gate_derivatives, kinds
 from pop_ext.origin import Origin, check_origin, origin_of
+from pop_ext.plan import Plan
 from pop_ext.progress import Progress, reporting
+from pop_ext.selection import ranked_plan
 
 Path_ = str | PathLike[str]
 
@@ -87,6 +89,34 @@ class Importance:
         """What was scored, by kind: "layer" and, where asked for, "attention" and "mlp"."""
         scores = {LAYER: self.layer, ATTENTION: self.attention, MLP: self.mlp}
         return {kind: score for kind, score in scores.items() if score is not None}
+
+    def plan(
+        self,
+        count: SupportsIndex | None = None,
+        fraction: float | None = None,
+        *,
+        contiguous: bool = True,
+        boundary: SupportsIndex = 1,
+        min_tokens: SupportsIndex = 0,
+    ) -> Plan:
+        """Omits the layers that matter least for the context rows; its origin says so.
+
+        Args:
+            count, fraction: how many, as for ``Plan.last``; by default a third.
+            contiguous: consecutive layers, with the lowest sum. False: each layer for itself.
+
+        Raises:
+            ValueError, TypeError: as for ``Plan.last``.
+        """
+        return ranked_plan(
+            self.prefill,
+            self.origin,
+            count,
+            fraction,
+            contiguous=contiguous,
+            boundary=boundary,
+            min_tokens=min_tokens,
+        )
 
     def plot(self, path: Path_) -> None:
         """Draws importance by layer and stage into a file; its ending says the format (needs matplotlib).
