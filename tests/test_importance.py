@@ -1,219 +1,466 @@
-"""pop_ext.importance: virtual gates against real ones, and the files, plans and plots that come of them."""
+"""pop_ext.importance: virtual gates against real ones and finite differences, alone, in batches, and resumed."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import math
+from contextlib import ExitStack
 
 import pop_ext
 import pytest
 import torch
-from models import FAMILIES, llama, shared, tokens
-from pop_ext.importance_result import Importance
-from pop_ext.virtual_gates import gate_derivatives
+from models import FAMILIES, float32_twin, shared, tokens
+from pop_ext import Plan
+from pop_ext.calibration import stock_model, undisturbed
+from pop_ext.gates import gate_derivatives
+from pop_ext.layer_importance import Importance
+from pop_ext.reference import replaced_forward
+from transformers import GPT2Config, GPT2LMHeadModel
 
-CONTINUATION = 5
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def loss_with_gates(model, ids, context_gates, loss_gates, targets):
-    """Sum of -log p over the loss rows; gates [L] multiply the layers' branches on their rows."""
-    start = ids.shape[1] - 1 - CONTINUATION
-
-    def hook(index):
-        def gated(module, args, output):
-            branch = output - args[0]
-            rows = torch.cat([context_gates[index].expand(start), loss_gates[index].expand(CONTINUATION)])
-            return args[0] + rows[:, None] * branch
-
-        return gated
-
-    handles = [layer.register_forward_hook(hook(i)) for i, layer in enumerate(model.model.layers)]
-    try:
-        log_p = model(ids[:, :-1], use_cache=False).logits[:, -CONTINUATION:].log_softmax(-1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return log_p, None if targets is None else -log_p.gather(-1, targets).sum()
+T, ROWS, BATCH = 19, 5, 3
+CONTEXT = T - ROWS
 
 
-def drawn_targets(model, ids, seed: int = 0):
-    ones = torch.ones(len(model.model.layers), dtype=model.dtype)
-    with torch.no_grad():
-        log_p, _ = loss_with_gates(model, ids, ones, ones, None)
-    drawn = torch.multinomial(log_p.float().exp().flatten(0, 1), 1, generator=generator(seed))
-    return drawn.view(len(ids), CONTINUATION, 1)
+def uniforms(batch: int = BATCH, rows: int = ROWS) -> torch.Tensor:
+    return torch.rand(batch, rows, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_derivatives_are_those_of_real_scalar_gates(family):
-    model = shared(family)
-    ids = tokens(model, 1, 23)
-    got_context, got_loss = gate_derivatives(model, ids, CONTINUATION, generator())
-    gates = [torch.ones(len(model.model.layers), requires_grad=True) for _ in range(2)]
-    _, loss = loss_with_gates(model, ids, *gates, drawn_targets(model, ids))
-    context, decode = torch.autograd.grad(loss, gates)
-    scale = float(torch.cat([context, decode]).abs().max())
-    torch.testing.assert_close(got_context[0].float(), context, rtol=1e-3, atol=1e-4 * scale)
-    torch.testing.assert_close(got_loss[0].float(), decode, rtol=1e-3, atol=1e-4 * scale)
+def derivatives(model, ids, **how):
+    with undisturbed(model):
+        return gate_derivatives(model, ids, ROWS, uniforms(len(ids)), **how)
 
 
-def test_derivatives_are_the_limits_of_finite_differences():
-    model = llama().double()
-    ids = tokens(model, 1, 23)
+def drawn_targets(model, ids) -> torch.Tensor:
+    """[batch, ROWS], by walking along each row's distribution until the uniform number is passed."""
+    p = model(ids).logits[:, -ROWS:].double().softmax(-1)
+    targets = torch.zeros(len(ids), ROWS, dtype=torch.long)
+    for i, row in enumerate(uniforms(len(ids))):
+        for k, u in enumerate(row):
+            passed = 0.0
+            for token, probability in enumerate(p[i, k].tolist()):
+                passed += probability
+                if passed > u:
+                    targets[i, k] = token
+                    break
+    return targets
+
+
+def gated_loss(model, ids, targets, gates) -> torch.Tensor:
+    """-log p of the targets, with a scalar [layers, 2] at each layer's branch: context rows, loss rows."""
+    is_context = (torch.arange(ids.shape[1]) < ids.shape[1] - ROWS)[None, :, None]
+
+    def gated(index, forward):
+        def run(hidden_states, *args, **kwargs):
+            output = forward(hidden_states, *args, **kwargs)
+            after = output[0] if isinstance(output, tuple) else output
+            gate = torch.where(is_context, gates[index, 0], gates[index, 1])
+            after = hidden_states + gate * (after - hidden_states)
+            return (after, *output[1:]) if isinstance(output, tuple) else after
+
+        return run
+
+    with ExitStack() as stack:
+        layers = model.model.layers if hasattr(model, "model") else model.transformer.h
+        for index, layer in enumerate(layers):
+            stack.enter_context(replaced_forward(layer, gated(index, layer.forward)))
+        logits = model(ids, use_cache=False).logits[:, -ROWS:]
+    return -logits.float().log_softmax(-1).gather(-1, targets[..., None]).sum()
+
+
+def gpt2():
+    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=4, n_head=2, n_positions=64, attn_pdrop=0.0)
+    torch.manual_seed(3)
+    return GPT2LMHeadModel(config).eval()
+
+
+def some(family):
+    return gpt2() if family == "gpt2" else shared(family)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
+def test_a_virtual_gate_has_the_derivative_of_a_real_one(family):
+    model = some(family)
+    ids = torch.randint(0, 97, (BATCH, T), generator=torch.Generator().manual_seed(1))
+    found = derivatives(model, ids)["layer"]
     targets = drawn_targets(model, ids)
-    found = gate_derivatives(model, ids, CONTINUATION, generator())
-    ones = torch.ones(len(model.model.layers), dtype=torch.float64)
-    step = 1e-2  # norms and RoPE round to float32 inside, so a finer step is noise
-    for layer in range(len(ones)):
-        for stage in (0, 1):
-            losses = []
-            for sign in (1, -1):
-                gates = [ones.clone(), ones.clone()]
-                gates[stage][layer] += sign * step
-                with torch.no_grad():
-                    losses.append(float(loss_with_gates(model, ids, *gates, targets)[1]))
-            expected = (losses[0] - losses[1]) / (2 * step)
-            assert float(found[stage][0, layer]) == pytest.approx(expected, abs=1e-2 * float(found[stage].abs().max()))
+    layers = found.shape[-1]
+    for i in range(BATCH):
+        gates = torch.ones(layers, 2, requires_grad=True)
+        gated_loss(model, ids[i : i + 1], targets[i : i + 1], gates).backward()
+        torch.testing.assert_close(found[i], gates.grad.T.double(), rtol=2e-3, atol=2e-4)
+    assert (found[:, 1].abs() > 1e-3).all()
+    assert (found[:, 0, :-1].abs() > 1e-5).all()
 
 
-def test_a_batch_gives_the_derivatives_of_each_sample_alone(monkeypatch):
-    model = shared()
-    ids = tokens(model, 3, 23)
-    fixed = torch.arange(CONTINUATION).repeat(3)
-    monkeypatch.setattr(torch, "multinomial", lambda p, *a, **k: fixed[: len(p), None])
-    together = gate_derivatives(model, ids, CONTINUATION, generator())
-    for row in range(3):
-        alone = gate_derivatives(model, ids[row : row + 1], CONTINUATION, generator())
-        for of_batch, of_one in zip(together, alone, strict=True):
-            torch.testing.assert_close(of_batch[row], of_one[0], rtol=1e-3, atol=1e-4)
+def test_a_virtual_gate_has_the_slope_of_the_loss():
+    model = copy.deepcopy(shared("llama")).double()
+    ids = tokens(model, 1, T)
+    with undisturbed(model), torch.no_grad():
+        targets = drawn_targets(model, ids)
+        found = gate_derivatives(model, ids, ROWS, uniforms(1))["layer"][0]
+        step = 1e-3
+        for layer in range(6):
+            for stage in range(2):
+                losses = []
+                for sign in (1, -1):
+                    gates = torch.ones(6, 2)
+                    gates[layer, stage] += sign * step
+                    losses.append(float(gated_loss(model, ids, targets, gates)))
+                slope = (losses[0] - losses[1]) / (2 * step)
+                assert slope == pytest.approx(float(found[stage, layer]), rel=1e-2, abs=2e-3), (layer, stage)
 
 
-def test_checkpointing_changes_nothing_but_memory():
-    model = shared("qwen3")
-    ids = tokens(model, 2, 23)
-    plain = gate_derivatives(model, ids, CONTINUATION, generator())
-    again = gate_derivatives(model, ids, CONTINUATION, generator(), checkpointing=True)
-    torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-6)
+def real_branch_gates(model, ids, targets):
+    """Derivatives [2, layers] each of scalars put on what attention and MLP add to the residual stream."""
+    is_context = (torch.arange(ids.shape[1]) < CONTEXT)[None, :, None]
+    sandwich = hasattr(model.model.layers[0], "pre_feedforward_layernorm")
+    names = {
+        "attention": "post_attention_layernorm" if sandwich else "self_attn",
+        "mlp": "post_feedforward_layernorm" if sandwich else "mlp",
+    }
+    gates = {kind: torch.ones(len(model.model.layers), 2, requires_grad=True) for kind in names}
+
+    def gated(forward, gate):
+        def run(*args, **kwargs):
+            output = forward(*args, **kwargs)
+            added = output[0] if isinstance(output, tuple) else output
+            added = added * torch.where(is_context, gate[0], gate[1])
+            return (added, *output[1:]) if isinstance(output, tuple) else added
+
+        return run
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(model.model.layers):
+            for kind, name in names.items():
+                module = getattr(layer, name)
+                stack.enter_context(replaced_forward(module, gated(module.forward, gates[kind][index])))
+        logits = model(ids, use_cache=False).logits[:, -ROWS:]
+    (-logits.log_softmax(-1).gather(-1, targets[..., None]).sum()).backward()
+    return {kind: gate.grad.T.double() for kind, gate in gates.items()}
 
 
-def test_the_last_layer_matters_to_no_context_row():
-    imp = pop_ext.importance(shared(), [tokens(shared(), 2, 23)], continuation=CONTINUATION)
-    assert imp.prefill[-1] == 0
-    assert imp.decode[-1] > 0
-    assert all(value > 0 for value in imp.prefill[:-1])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_gates_on_the_branches_have_the_derivatives_of_real_ones(family):
+    model = shared(family)
+    ids = tokens(model, 1, T)
+    found = derivatives(model, ids, branches=True)
+    expected = real_branch_gates(model, ids, drawn_targets(model, ids))
+    for kind in ("attention", "mlp"):
+        torch.testing.assert_close(found[kind][0], expected[kind], rtol=2e-3, atol=2e-4)
 
 
-def test_squares_are_averaged_over_samples_never_before():
-    model = shared()
-    batch = tokens(model, 4, 23)
-    imp = pop_ext.importance(model, [batch], continuation=CONTINUATION)
-    derivatives, _ = gate_derivatives(model, batch, CONTINUATION, generator(0))
-    assert imp.samples == 4
-    assert imp.prefill == pytest.approx(derivatives.square().mean(0).tolist(), rel=1e-6)
-    assert imp.prefill_stderr == pytest.approx((derivatives.square().std(0) / 2).tolist(), rel=1e-6)
-
-
-def test_a_model_comes_back_as_it_was_also_after_a_failure():
-    model = llama()
-    model.lm_head.weight.requires_grad_(False)
-    wanted = [p.requires_grad for p in model.parameters()]
-    bad = tokens(model, 1, 23)
-    bad[0, 0] = model.config.vocab_size
-    with pytest.raises(ValueError, match="input_ids"):
-        pop_ext.importance(model, [tokens(model, 1, 23), bad], checkpointing=True)
-    assert [p.requires_grad for p in model.parameters()] == wanted
-    assert all(p.grad is None for p in model.parameters())
-    assert all(not layer._forward_hooks and "forward" not in layer.__dict__ for layer in model.model.layers)
-    assert not model.get_input_embeddings()._forward_hooks
-
-
-def test_an_enabled_model_is_scored_as_the_stock_one():
+@pytest.mark.parametrize("branches", [False, True])
+def test_recomputing_activations_changes_no_bit(branches):
     model = shared("llama")
-    ids = [tokens(model, 2, 24)]
-    expected = pop_ext.importance(model, ids)
-    with pop_ext.enabled(model, pop_ext.Plan(6, (4, 5)), strict=True):
-        actual = pop_ext.importance(model, ids)
-    assert actual == expected
+    ids = tokens(model, BATCH, T)
+    kept = derivatives(model, ids, branches=branches)
+    recomputed = derivatives(model, ids, branches=branches, recompute=True)
+    for kind, expected in kept.items():
+        assert torch.equal(recomputed[kind], expected)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    model = shared()
-    batches = [tokens(model, 2, 23, seed=i) for i in range(3)]
-    whole = pop_ext.importance(model, batches)
-    state, counts = tmp_path / "state.json", []
-    pop_ext.importance(model, batches[:1], state=state)
-    resumed = pop_ext.importance(model, batches, state=state, progress=counts.append)
-    assert resumed == whole
-    assert counts == [4, 6]
-    assert Importance.load(state) == whole
-    assert json.loads(state.read_text())["prefill"] == whole.prefill
+def test_recomputing_holds_one_layers_activations_at_a_time():
+    model = shared("llama")
+    ids = tokens(model, 2, 64)
+    held = {}
+    for recompute in (False, True):
+        sizes: list[int] = []
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), undisturbed(model):
+            gate_derivatives(model, ids, ROWS, uniforms(2), recompute=recompute)
+        held[recompute] = sum(sizes)
+    assert held[True] < held[False] / 5
 
 
-def test_a_state_of_other_arguments_is_refused(tmp_path):
-    model, state = shared(), tmp_path / "state.json"
-    pop_ext.importance(model, [tokens(model, 1, 23)], state=state)
-    with pytest.raises(ValueError, match="seed 0, this run has 1"):
-        pop_ext.importance(model, [tokens(model, 1, 23)], state=state, seed=1)
-    with pytest.raises(ValueError, match="llama of 6 layers.*qwen2 of 6 layers"):
-        pop_ext.importance(shared("qwen2"), [tokens(model, 1, 23)], state=state)
+def batches(model, count: int = 8, length: int = T + 1):
+    ids = tokens(model, count, length, seed=4)
+    return [ids[:3], ids[3:4], ids[4:]]
+
+
+def test_a_batch_is_squared_by_sequence_and_then_averaged():
+    model = shared("llama")
+    ids = torch.cat(batches(model))
+    found = pop_ext.importance(model, batches(model), continuation=ROWS, branches=True)
+    generator = torch.Generator().manual_seed(0)
+    squares = []
+    for sequence in ids:
+        drawn = torch.rand(1, ROWS, dtype=torch.float64, generator=generator)
+        with undisturbed(model):
+            alone = gate_derivatives(model, sequence[None, :-1], ROWS, drawn, branches=True)
+        squares.append({kind: values[0] ** 2 for kind, values in alone.items()})
+    for kind, scores in found.gates().items():
+        of_kind = torch.stack([square[kind] for square in squares])  # [samples, 2, layers]
+        mean, error = of_kind.mean(0), of_kind.std(0) / math.sqrt(len(ids))
+        torch.testing.assert_close(torch.tensor([scores.prefill, scores.decode]).double(), mean, rtol=1e-4, atol=1e-6)
+        errors = torch.tensor([scores.prefill_error, scores.decode_error]).double()
+        torch.testing.assert_close(errors, error, rtol=1e-4, atol=1e-6)
+    assert list(found.gates()) == ["layer", "attention", "mlp"]
+    assert found.samples == 8
+
+
+def test_nobody_reads_the_last_layers_context_rows_so_its_prefill_importance_is_zero():
+    found = pop_ext.importance(shared("llama"), batches(shared("llama")))
+    assert found.prefill[-1] == 0
+    assert found.prefill_error[-1] == 0
+    assert all(value > 0 for value in (*found.prefill[:-1], *found.decode))
+
+
+@pytest.mark.parametrize(("length", "rows"), [(3, 1), (7, 1), (40, 10), (300, 64)])
+def test_the_default_continuation_is_a_quarter_of_the_tokens_and_at_most_64(length, rows):
+    model = shared("llama")
+    ids = [tokens(model, 2, length)]
+    by_default = pop_ext.importance(model, ids)
+    assert by_default.layer == pop_ext.importance(model, ids, continuation=rows).layer
+    assert by_default.continuation is None
+    if length > 3:
+        assert by_default.layer != pop_ext.importance(model, ids, continuation=rows + 1).layer
+
+
+def test_the_same_seed_draws_the_same_targets_and_another_does_not():
+    model = shared("llama")
+    a, b, c = (pop_ext.importance(model, batches(model), seed=seed).layer for seed in (0, 0, 1))
+    assert a == b
+    assert a.decode != c.decode
+
+
+def test_targets_are_drawn_from_the_models_own_distribution():
+    from pop_ext.gates import _sampled_loss
+
+    logits = torch.tensor([0.5, 0.25, 0.0, 0.25]).log().expand(1, 4000, 4).clone().requires_grad_()
+    u = torch.rand(1, 4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    _sampled_loss(logits, u).backward()
+    drawn = (logits.grad < 0).float().mean((0, 1))  # dL/dlogit = p - [y]
+    torch.testing.assert_close(drawn, torch.tensor([0.5, 0.25, 0.0, 0.25]), atol=0.03, rtol=0)
+    assert drawn[2] == 0
+
+
+def test_bfloat16_gives_the_derivatives_of_float32_for_its_own_targets_but_for_rounding():
+    model = copy.deepcopy(shared("llama")).bfloat16()
+    ids = tokens(model, 1, T)
+    found = derivatives(model, ids)["layer"][0]
+    gates = torch.ones(6, 2, requires_grad=True)
+    gated_loss(float32_twin(model), ids, drawn_targets(model, ids), gates).backward()
+    expected = gates.grad.T.double()
+    assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("how", ["plain", "training", "enabled", "no_grad", "inference_mode", "failing", "compiled"])
+def test_a_model_is_afterwards_as_it_was(how):
+    model = copy.deepcopy(shared("llama"))
+    expected = pop_ext.importance(model, batches(model)).layer
+    if how == "training":
+        model.train()
+        model.model.layers[2].eval()
+    if how == "enabled":
+        pop_ext.enable(model, Plan.last(6), strict=True)
+    model.lm_head.weight.requires_grad_(False)
+    before = {name: module.training for name, module in model.named_modules()}
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    called = torch.compile(model) if how == "compiled" else model
+    given = [*batches(model), torch.tensor([[0, 999, 1]])] if how == "failing" else batches(model)
+    outside = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(how, torch.enable_grad)
+    with ExitStack() as stack:
+        stack.enter_context(outside())
+        if how == "failing":
+            with pytest.raises(ValueError, match="ids from 0 to 262, got 999 in number 3"):
+                pop_ext.importance(called, given)
+        else:
+            assert pop_ext.importance(called, given).layer == expected
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == wanted
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert "forward" not in module.__dict__ or module is model
+    assert ("forward" in model.__dict__) == (how == "enabled")
+
+
+# Saved and resumed
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path):
+    model = shared("llama")
+    for count, branches in ((8, True), (1, False)):
+        found = pop_ext.importance(model, [torch.cat(batches(model))[:count]], branches=branches)
+        found.save(tmp_path / "importance.json")
+        loaded = Importance.load(tmp_path / "importance.json")
+        assert repr(loaded) == repr(found)  # NaN, a single sample's standard error, equals nothing
+        assert "NaN" not in (tmp_path / "importance.json").read_text()
+    assert loaded.origin.config_hash is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["importance.json"]
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping_after(given, count):
+    yield from given[:count]
+    raise Stop
+
+
+@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("regrouped", [False, True])
+def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, after, regrouped):
+    model = shared("llama")
+    given, path = batches(model), tmp_path / "importance.json"
+    whole = pop_ext.importance(model, given, branches=True)
+    with pytest.raises(Stop):
+        pop_ext.importance(model, stopping_after(given, after), branches=True, resume=path)
+    assert Importance.load(path).samples == sum(len(ids) for ids in given[:after])
+    again = list(torch.cat(given).split(2)) if regrouped else given
+    rows = []
+    hook = model.model.layers[0].register_forward_hook(lambda m, args, out: rows.append(len(out)))
+    resumed = pop_ext.importance(model, again, branches=True, resume=path)
+    hook.remove()
+    assert sum(rows) == 8 - sum(len(ids) for ids in given[:after])  # the others were not computed again
+    for kind, scores in whole.gates().items():
+        for values, expected in zip(vars(resumed.gates()[kind]).values(), vars(scores).values(), strict=True):
+            assert values == pytest.approx(expected, rel=1e-4, abs=1e-9)
+    assert (resumed.digest, resumed.samples) == (whole.digest, 8)
+    finished = path.read_bytes()
+    assert pop_ext.importance(model, again, branches=True, resume=path) == Importance.load(path)
+    assert path.read_bytes() == finished
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "text"),
+    ("change", "text"),
     [
-        ({"batches": []}, ValueError, "batches: expected at least one batch"),
-        (
-            {"batches": [torch.ones(1, 2, dtype=torch.int64)]},
-            ValueError,
-            r"3 tokens a row, got shape \[1, 2\]",
-        ),
-        ({"batches": [[1, 2, 3]]}, ValueError, "got list"),
-        ({"continuation": 22}, ValueError, r"continuation: expected 1\.\.\.21 for a row of 23 tokens, got 22"),
-        ({"continuation": 0}, ValueError, "got 0"),
-        ({"continuation": 2.0}, TypeError, "continuation: expected an int or None, got 2.0"),
-        ({"seed": None}, TypeError, "seed: expected an int, got None"),
+        (dict(seed=1), "resume: expected seed 1 in PATH, got 0"),
+        (dict(continuation=4), "resume: expected continuation 4 in PATH, got None"),
+        (dict(branches=True), r"resume: expected gates ('layer', 'attention', 'mlp') in PATH, got ('layer',)"),
+        (dict(others=True), "resume: expected batches to begin with the 8 sequences of the file, got others"),
+        (dict(fewer=True), "resume: expected batches to begin with the 8 sequences of the file, got 3"),
     ],
+    ids=["seed", "continuation", "gates", "other sequences", "fewer sequences"],
 )
-def test_bad_arguments_are_named(arguments, error, text):
-    model = shared()
-    with pytest.raises(error, match=text):
-        pop_ext.importance(model, **{"batches": [tokens(model, 1, 23)], **arguments})
+def test_a_file_of_another_run_is_refused_and_stays(tmp_path, change, text):
+    model, path = shared("llama"), tmp_path / "importance.json"
+    pop_ext.importance(model, batches(model), resume=path)
+    before = path.read_bytes()
+    given = batches(model)
+    if change.pop("others", False):
+        given[1] = given[1] + 1
+    if change.pop("fewer", False):
+        given = given[:1]
+    with pytest.raises(ValueError, match="resume") as error:
+        pop_ext.importance(model, given, resume=path, **change)
+    assert str(error.value) == text.replace("PATH", str(path))
+    assert path.read_bytes() == before
 
 
-def test_a_model_in_training_mode_is_refused():
-    with pytest.raises(ValueError, match="eval mode"):
-        pop_ext.importance(llama().train(), [])
+def test_a_file_of_another_model_is_refused(tmp_path):
+    path = tmp_path / "importance.json"
+    pop_ext.importance(shared("llama"), batches(shared("llama")), resume=path)
+    other = FAMILIES["llama"](intermediate=128)
+    with pytest.raises(ValueError, match="expected one made with a model of config hash"):
+        pop_ext.importance(other, batches(other), resume=path)
 
 
-def found(*prefill: float) -> Importance:
-    return Importance("m", len(prefill), 0, None, 1, [list(prefill)], [[1.0] * len(prefill)])
-
-
-def test_a_plan_takes_the_window_that_matters_least_or_the_layers_one_by_one():
-    imp = found(9.0, 1.0, 8.0, 2.0, 2.5, 7.0)
-    assert imp.plan(2).omit == (3, 4)
-    assert imp.plan(2, contiguous=False).omit == (1, 3)
-    assert imp.plan(count=0).omit == ()
-    assert found(1.0, 1.0, 1.0).plan(1).omit == found(1.0, 1.0, 1.0).plan(1, contiguous=False).omit == (2,)
-    assert imp.plan(2, boundary=8, min_tokens=64) == pop_ext.Plan(6, (3, 4), 8, 64)
-    for count, error in ((6, ValueError), (-1, ValueError), (True, TypeError)):
-        with pytest.raises(error, match="count"):
-            imp.plan(count)
-
-
-def test_a_plot_of_one_sample_or_more_is_drawn(tmp_path):
-    assert math.isnan(found(1.0, 0.0).prefill_stderr[0])
-    for name, imp in (("one.png", found(1.0, 0.0)), ("two.svg", found(1.0, 0.0).extended(*torch.ones(2, 1, 2)))):
-        imp.plot(tmp_path / name)
-        assert (tmp_path / name).stat().st_size > 1000
-
-
-def test_a_file_that_is_no_importance_is_refused_by_name(tmp_path):
-    path = tmp_path / "x.json"
-    path.write_text("{}")
-    with pytest.raises(ValueError, match=r"x\.json: expected what Importance.save writes"):
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"gates": {"layer": {"prefill": 3}}}'])
+def test_a_file_that_is_no_importance_is_named(tmp_path, text):
+    path = tmp_path / "importance.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"importance.json: expected an importance as Importance.save writes it"):
         Importance.load(path)
+
+
+# Bad input
+
+
+BAD = [
+    (dict(batches=[]), ValueError, "batches: expected at least one sequence, got none"),
+    (dict(batches=torch.zeros(2, 9).long()), TypeError, "batches: expected an iterable of input_ids [batch, T], got"),
+    (dict(batches=[[1, 2, 3]]), TypeError, "batches: expected int64 or int32 tensors, got list as number 0"),
+    (dict(batches=[torch.zeros(1, 9)]), TypeError, "batches: expected int64 or int32 tensors, got torch.float32"),
+    (dict(batches=[torch.zeros(9).long()]), ValueError, "batches: expected [batch, T] with at least 3 tokens, got [9]"),
+    (dict(batches=[torch.zeros(1, 2).long()]), ValueError, "with at least 3 tokens, got [1, 2] as number 0"),
+    (dict(batches=[torch.full((1, 9), -1)]), ValueError, "batches: expected ids from 0 to 262, got -1 in number 0"),
+    (dict(continuation=0), ValueError, "continuation: expected at least 1, got 0"),
+    (dict(continuation=19), ValueError, "continuation: expected at most 18 (the 20 tokens but 2), got 19"),
+    (dict(continuation=2.0), TypeError, "continuation: expected an int, got float 2.0"),
+    (dict(seed=None), TypeError, "seed: expected an int, got NoneType None"),
+    (dict(progress="yes"), TypeError, "progress: expected a bool or a callable, got str"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "text"), BAD, ids=[text for *_, text in BAD])
+def test_bad_input_is_named(change, kind, text):
+    model = shared("llama")
+    arguments = {"batches": batches(model), **change}
+    with pytest.raises(kind) as error:
+        pop_ext.importance(model, arguments.pop("batches"), **arguments)
+    assert text in str(error.value)
+
+
+def test_what_is_no_model_is_named():
+    with pytest.raises(TypeError, match="model: expected a Hugging Face causal language model, got Linear"):
+        stock_model(torch.nn.Linear(2, 2))
+
+
+def test_branches_of_a_layer_in_another_form_are_refused():
+    ids = [torch.randint(0, 97, (1, 9))]
+    with pytest.raises(ValueError, match="branches: expected layers that add attention first .* got GPT2Block"):
+        pop_ext.importance(gpt2(), ids, branches=True)
+
+
+def test_derivatives_that_are_not_finite_are_an_error():
+    model = copy.deepcopy(shared("llama"))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = math.inf
+    with pytest.raises(ValueError, match="model: expected finite derivatives"):
+        pop_ext.importance(model, batches(model))
+
+
+def test_weights_made_in_inference_mode_are_refused():
+    with torch.inference_mode():
+        model = FAMILIES["llama"](layers=2)
+    with pytest.raises(ValueError, match="expected parameters made outside inference mode, got model.embed_tokens"):
+        pop_ext.importance(model, batches(model))
+
+
+# Shown
+
+
+def test_progress_counts_sequences():
+    model, told = shared("llama"), []
+    pop_ext.importance(model, batches(model), progress=lambda done, total: told.append((done, total)))
+    assert told == [(3, 8), (4, 8), (8, 8)]
+    told.clear()
+    pop_ext.importance(model, iter(batches(model)), progress=lambda done, total: told.append((done, total)))
+    assert told == [(3, None), (4, None), (8, None)]
+    pop_ext.importance(model, batches(model), progress=True)
+
+
+@functools.cache
+def plotted():
+    return pop_ext.importance(shared("llama"), batches(shared("llama")), branches=True)
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_a_plot_is_drawn(tmp_path, ending):
+    path = tmp_path / f"importance.{ending}"
+    plotted().plot(path)
+    assert path.stat().st_size > 5000
+
+
+def test_the_public_name_stays_a_function_however_often_it_is_asked_for():
+    import pop_ext.layer_importance
+
+    assert callable(pop_ext.importance)
+    assert pop_ext.importance is pop_ext.layer_importance.importance
+
+
+def test_the_file_says_which_model_and_how_many_samples(tmp_path):
+    plotted().save(tmp_path / "importance.json")
+    members = json.loads((tmp_path / "importance.json").read_text())
+    assert members["origin"]["samples"] == 8
+    assert members["origin"]["config_hash"] == plotted().origin.config_hash
+    assert set(members["gates"]) == {"layer", "attention", "mlp"}

@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from pop_ext.evaluate import score
     from pop_ext.families import UnsupportedModelError
     from pop_ext.forward import PrefillDeclined, disable, enable, enabled, explain, last_call
-    from pop_ext.importance_result import Importance
+    from pop_ext.latency import BudgetedPlan, plan_within, shortest_paying
+    from pop_ext.layer_importance import Importance, importance
     from pop_ext.native import NativeModel, PrefillOutput, load
     from pop_ext.presets import supported_models
-    from pop_ext.virtual_gates import importance
+    from pop_ext.shortgpt import BlockInfluence, block_influence
 
 __all__ = [
+    "BlockInfluence",
+    "BudgetedPlan",
     "Decision",
     "Importance",
     "NativeModel",
@@ -33,6 +36,7 @@ __all__ = [
     "PrefillOutput",
     "UnsupportedModelError",
     "__version__",
+    "block_influence",
     "disable",
     "enable",
     "enabled",
@@ -40,27 +44,34 @@ __all__ = [
     "importance",
     "last_call",
     "load",
+    "plan_within",
     "reference",
     "score",
+    "shortest_paying",
     "supported_models",
 ]
 
 # What needs transformers is imported at first use: the operators work without it.
 _LAZY = {
+    "BlockInfluence": "pop_ext.shortgpt",
+    "BudgetedPlan": "pop_ext.latency",
     "Decision": "pop_ext.decision",
-    "Importance": "pop_ext.importance_result",
+    "Importance": "pop_ext.layer_importance",
     "NativeModel": "pop_ext.native",
     "PrefillDeclined": "pop_ext.forward",
     "PrefillOutput": "pop_ext.native",
     "UnsupportedModelError": "pop_ext.families",
+    "block_influence": "pop_ext.shortgpt",
     "disable": "pop_ext.forward",
     "enable": "pop_ext.forward",
     "enabled": "pop_ext.forward",
     "explain": "pop_ext.forward",
-    "importance": "pop_ext.virtual_gates",
+    "importance": "pop_ext.layer_importance",
     "last_call": "pop_ext.forward",
     "load": "pop_ext.native",
+    "plan_within": "pop_ext.latency",
     "score": "pop_ext.evaluate",
+    "shortest_paying": "pop_ext.latency",
     "supported_models": "pop_ext.presets",
 }
 

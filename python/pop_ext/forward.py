@@ -284,7 +284,7 @@ def enable(model: Model, plan: Plan | None = None, strict: bool = False, backend
         forward.bind_native()
     else:
         find_parts(inner)
-        check_plan(forward.plan, config.num_hidden_layers)
+        check_plan(forward.plan, config.num_hidden_layers, config)
     inner.forward = forward
     return model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,7 @@ from pop_ext.kv_cache import (
     new_cache,
     past_slots,
 )
+from pop_ext.origin import check_origin
 from pop_ext.packing import (
     PackedBatch,
     PerSequence,
@@ -94,12 +95,13 @@ class _Loaded:
         return torch.ops.pop.stale_weight(self.handle) or None
 
 
-def check_plan(plan: Plan, num_layers: int) -> Plan:
-    """Raises TypeError or ValueError unless ``plan`` is a plan for that depth."""
+def check_plan(plan: Plan, num_layers: int, config: Any) -> Plan:
+    """Raises TypeError or ValueError unless ``plan`` is a plan for that depth, and of no model of another config."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a pop_ext.Plan, got {type(plan).__name__}")
     if plan.num_layers != num_layers:
         raise ValueError(f"plan: expected num_layers={num_layers} like the model, got {plan.num_layers}")
+    check_origin(plan.origin, config, "plan")
     return plan
 
 
@@ -114,7 +116,8 @@ class NativeModel:
         operators.require_aten()
         description = describe(model)
         self.model = model
-        self.plan = check_plan(default_plan(model.config) if plan is None else plan, description.spec.num_layers)
+        chosen = default_plan(model.config) if plan is None else plan
+        self.plan = check_plan(chosen, description.spec.num_layers, model.config)
         self._loaded = _Loaded(description, self.plan)
 
     def __repr__(self) -> str:
@@ -407,6 +410,6 @@ def load(model: PreTrainedModel, plan: Plan | None = None) -> NativeModel:
 
     Raises:
         UnsupportedModelError (a ValueError): architecture or weights without a native form.
-        ValueError, TypeError: a plan for another depth, or no plan.
+        ValueError, TypeError: a plan for another depth or made with another model, or no plan.
     """
     return NativeModel(model, plan)

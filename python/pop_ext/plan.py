@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from pop_ext import _core
+from pop_ext.origin import Origin
 
 
 class Plan(_core.Plan):
@@ -22,6 +24,8 @@ class Plan(_core.Plan):
         boundary: how many last rows of each prompt run at full depth; a prompt that brings fewer
             runs as a whole at full depth.
         min_tokens: prompts of fewer new tokens run at full depth. Only ``pop_ext.enable`` reads it.
+        origin: the model and the method that chose the layers; where it has a ``config_hash``, models of another one
+            refuse the plan. It does not count in ``==`` and ``hash``: plans are equal if they compute the same.
 
     Attributes:
         omit: sorted tuple.
@@ -31,7 +35,7 @@ class Plan(_core.Plan):
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
 
-    __slots__ = ()
+    __slots__ = ("_origin",)
 
     def __init__(
         self,
@@ -39,6 +43,8 @@ class Plan(_core.Plan):
         omit: Iterable[SupportsIndex],
         boundary: SupportsIndex = 1,
         min_tokens: SupportsIndex = 0,
+        *,
+        origin: Origin | None = None,
     ) -> None:
         if isinstance(omit, (str, bytes)) or not isinstance(omit, Iterable):
             raise TypeError(f"omit: expected an iterable of integers, got {omit!r}")
@@ -48,6 +54,14 @@ class Plan(_core.Plan):
             _integer("boundary", boundary),
             _integer("min_tokens", min_tokens),
         )
+        if origin is not None and not isinstance(origin, Origin):
+            raise TypeError(f"origin: expected a pop_ext.origin.Origin, got {type(origin).__name__}")
+        self._origin = origin
+
+    @property
+    def origin(self) -> Origin | None:
+        """The model and the method that chose the layers; None: a plan for any model of that depth."""
+        return self._origin
 
     @classmethod
     def last(
@@ -87,8 +101,21 @@ class Plan(_core.Plan):
         return preset(name).plan
 
     def replace(self, **changes: Any) -> Plan:
-        """The same plan with some arguments changed: ``plan.replace(boundary=32)``."""
-        return type(self)(**{**self._arguments(), **changes})
+        """The same plan with some arguments changed: ``plan.replace(boundary=32)``.
+
+        Other layers are of nobody's choosing: of the origin, the model alone is left.
+        """
+        plan = type(self)(**{**self._arguments(), "origin": self.origin, **changes})
+        if plan.omit != self.omit and "origin" not in changes and self.origin is not None:
+            plan._origin = Origin(self.origin.model, self.origin.config_hash)
+        return plan
+
+    def to_json(self) -> str:
+        """The plan as JSON text: its arguments and, where it has one, its origin."""
+        text = super().to_json()
+        if self.origin is None:
+            return text
+        return json.dumps({**json.loads(text), "origin": self.origin.to_dict()})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -98,7 +125,9 @@ class Plan(_core.Plan):
             ValueError: not JSON, a missing member or one of another type, or values that make no plan.
         """
         plan = _core.Plan.from_json(text)
-        return cls(plan.num_layers, plan.omit, plan.boundary, plan.min_tokens)
+        origin = json.loads(text).get("origin")
+        arguments = (plan.num_layers, plan.omit, plan.boundary, plan.min_tokens)
+        return cls(*arguments, origin=None if origin is None else Origin.from_dict(origin))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the plan to a file as JSON."""
@@ -137,7 +166,11 @@ class Plan(_core.Plan):
         return f"{type(self).__name__}({arguments})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), tuple(self._arguments().values())
+        return _rebuild, (type(self), {**self._arguments(), "origin": self.origin})
+
+
+def _rebuild(cls: type[Plan], arguments: dict[str, Any]) -> Plan:
+    return cls(**arguments)
 
 
 def _integer(name: str, value: Any) -> int:

@@ -119,7 +119,7 @@ def prefill(
         from pop_ext.presets import default_plan
 
         plan = default_plan(stock.config)
-    check_plan(plan, len(parts.layers))
+    check_plan(plan, len(parts.layers), stock.config)
     inputs = check_inputs(stock, input_ids, inputs_embeds)
     batch, new = inputs.shape[:2]
     past = read_past(past_key_values, len(parts.layers), batch)

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pop_ext.origin import check_origin
+
 Module = Any
 """A Hugging Face module: an nn.Module whose submodules and attributes no type checker can know."""
 
@@ -73,7 +75,7 @@ def family_function(attention: Module, name: str) -> Callable[..., Any]:
     return function
 
 
-def check_plan(plan: PlanLike, num_layers: int) -> None:
+def check_plan(plan: PlanLike, num_layers: int, config: Any) -> None:
     if not all(hasattr(plan, name) for name in ("num_layers", "omit", "boundary")):
         raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
     if plan.num_layers != num_layers:
@@ -82,6 +84,7 @@ def check_plan(plan: PlanLike, num_layers: int) -> None:
         raise ValueError(f"plan: expected omit within 0..{num_layers - 1}, got {tuple(plan.omit)}")
     if plan.boundary < 1:
         raise ValueError(f"plan: expected boundary >= 1, got {plan.boundary}")
+    check_origin(getattr(plan, "origin", None), config, "plan")
 
 
 def check_inputs(model: Module, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
