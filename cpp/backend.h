@@ -75,7 +75,7 @@ struct RmsNormParams {
   const void* delta;  // [rows, width] or null: x += delta + delta_bias comes first
   int64_t delta_stride;
   const void* delta_bias;            // [width] or null
-  const void* delta_norm = nullptr;  // [width] or null: delta + delta_bias is RMS-normalised before it is added
+  const void* delta_norm = nullptr;  // [width] or null, with delta: delta + delta_bias is RMS-normalised, then added
   const void* weight;                // [width] or null: out = x * rstd
   float weight_offset = 0.0f;        // added to delta_norm and weight
   float eps;

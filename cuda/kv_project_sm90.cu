@@ -263,6 +263,7 @@ bool kv_project_sm90_fits(const KvProjectParams& p) {
     return false;
   }
   if (p.rows > kMost || p.kv_heads > kMost) return false;
+  if (p.x_stride < p.hidden_size) return false;  // a tensor map's rows do not overlap
   const int64_t columns = std::min<int64_t>(p.layers, kRunLayers) * 2 * p.kv_heads * p.head_dim;
   if (ceil_div(p.rows, kv_tile::kRows) * ceil_div(columns, kv_tile::kColumns) * p.hidden_size > kMost) return false;
   if (!is_aligned(p.x, p.x_stride, 2) || !is_aligned(p.weight, p.hidden_size, 2)) return false;
@@ -273,7 +274,14 @@ bool kv_project_sm90_fits(const KvProjectParams& p) {
   });
 }
 
-bool kv_project_sm90_supports(const KvProjectParams& p) { return kv_project_sm90_fits(p) && sm90::available(); }
+bool kv_project_sm90_supports(const KvProjectParams& p) {
+#if defined(POP_CUDA_SM90A)
+  return kv_project_sm90_fits(p) && sm90::available();
+#else
+  static_cast<void>(p);
+  return false;  // built without 90a: what a Hopper would run of this file is a trap
+#endif
+}
 
 void launch_kv_project_sm90(const KvProjectParams& p, Stream stream) {
   if (p.rows == 0) return;

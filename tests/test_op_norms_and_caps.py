@@ -112,6 +112,20 @@ def test_attention_caps_its_scores(dtype, shape, window, softcap):
     assert (capped_attention(call, 0.0) - expected).abs().max() > bound
 
 
+@pytest.mark.parametrize("softcap", [1e3, 1e6, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cap_far_above_the_scores_changes_nothing(dtype, softcap):
+    call = make_call((4, 2, 64), [19, 130], [70, 5], dtype=dtype)
+    bound = 2e-5 if dtype == torch.float32 else 0.02
+    assert (pop.attention(*call.args(), softcap=softcap).double() - call.reference()).abs().max() < bound
+
+
+@pytest.mark.parametrize("softcap", [-1.0, math.inf, math.nan])
+def test_a_cap_that_is_none_is_named(softcap):
+    with pytest.raises(RuntimeError, match="softcap: expected a finite number >= 0"):
+        pop.attention(*make_call().args(), softcap=softcap)
+
+
 def capped_attention(call, softcap: float) -> torch.Tensor:
     """[rows, heads, head_dim], float64."""
 

@@ -2,6 +2,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cmath>
+
 #include "torch/aten.h"
 #include "torch/backends.h"
 #include "torch/caches.h"
@@ -253,7 +255,8 @@ Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_s
   check_heads_contiguous(query, op + ": query");
   check(window >= 0, op, ": window: expected >= 0 (0: no window), got ", window);
   check(window <= INT32_MAX, op, ": window: expected <= 2147483647, got ", window);
-  check(softcap >= 0, op, ": softcap: expected >= 0 (0: none), got ", softcap);
+  check(softcap >= 0 && std::isfinite(softcap), op, ": softcap: expected a finite number >= 0 (0: none), got ",
+        softcap);
   check_head_dim(head_dim, op + ": query");
   check_shape(key_cache, {-1, -1, -1, head_dim}, op + ": key_cache");
   const int64_t kv_heads = key_cache.size(1);
