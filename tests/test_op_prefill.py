@@ -5,7 +5,7 @@ from __future__ import annotations
 import pop_ext
 import pytest
 import torch
-from against_oracle import GAPS, plan_of, run_oracle
+from against_oracle import GAPS, NATIVE, plan_of, run_oracle
 from models import shared, tokens
 from op_calls import LAYOUTS, SENTINEL, op_call, rope_of, run_op
 from op_operands import DTYPES, strided
@@ -42,7 +42,7 @@ def assert_sentinels_outside(call, spans):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", NATIVE)
 def test_prefill_fills_caches_of_any_stride(family, layout):
     native = pop_ext.load(shared(family), plan_of(shared(family), GAPS, 2))
     prompts = [tokens(native.model, n, seed=n) for n in (19, 1, 33)]

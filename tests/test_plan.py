@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pop_ext.plan import Plan
-from pop_ext.presets import PRESETS, default_plan
+from pop_ext.presets import PRESETS, default_plan, supported_models
 
 
 def test_omit_is_a_sorted_tuple_whatever_iterable_came():
@@ -224,11 +224,24 @@ def test_the_published_plan_of_llama_8b_omits_10_of_32():
     assert "2602.03295" in PRESETS["meta-llama/Llama-3.1-8B"].source
 
 
+PUBLISHED = ("meta-llama/Llama-3.1-8B", "google/gemma-3-12b", "Qwen/Qwen3-VL-8B")
+
+
+def test_a_supported_model_has_a_preset_and_a_native_form():
+    supported = supported_models()
+    assert supported["meta-llama/Llama-3.1-8B-Instruct"].published
+    assert not supported["Qwen/Qwen3-8B"].published
+    assert supported["google/gemma-3-12b-it"].plan == Plan(48, range(32, 48))
+    # Its plan is published, its text model has no native form.
+    assert Plan.preset("Qwen/Qwen3-VL-8B-Instruct") == Plan(36, range(24, 36))
+    assert set(PRESETS) - set(supported) == {name for name in PRESETS if "-VL-" in name}
+
+
 def test_every_preset_that_is_not_published_says_so_and_is_the_deepest_third():
     for name, preset in PRESETS.items():
         depth = preset.config["num_hidden_layers"]
         assert preset.plan == Plan.last(depth), name
-        assert preset.published == name.startswith(("meta-llama/Llama-3.1-8B", "google/gemma-3-12b")), name
+        assert preset.published == name.startswith(PUBLISHED), name
         assert preset.source
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pop_ext
 import pytest
 import torch
-from models import WINDOW, mistral, qwen2, tokens
+from models import WINDOW, gemma2, gemma3, mistral, phi3, qwen2, tokens
 from op_calls import SENTINEL, op_call, run_op
 from pop_ext.kv_cache import CacheTransaction
 from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
@@ -15,9 +15,17 @@ OMIT = (1, 3, 4)  # projected with layer 5, which is retained and keeps every po
 LENGTHS = (WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW)
 
 
+FAMILIES = {
+    "mistral": mistral,
+    "qwen2": lambda: qwen2(use_sliding_window=True),
+    "phi3": phi3,
+    "gemma2": gemma2,
+    "gemma3": gemma3,
+}
+
+
 def build(family: str):
-    model = mistral() if family == "mistral" else qwen2(use_sliding_window=True)
-    return pop_ext.load(model, pop_ext.Plan(LAYERS, OMIT, boundary=2))
+    return pop_ext.load(FAMILIES[family](), pop_ext.Plan(LAYERS, OMIT, boundary=2))
 
 
 def both(native, prompts, **options):
@@ -26,7 +34,7 @@ def both(native, prompts, **options):
     return run_op(whole), run_op({**windowed, "window_only": True}), whole, windowed
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("boundary", [1, 3])
 def test_the_result_is_the_same_and_only_positions_out_of_sight_are_left_out(family, length, boundary):
@@ -53,7 +61,7 @@ def test_some_position_is_left_out_at_all():
     assert not (windowed["key_cache"][0][0, :, 0] == SENTINEL).any()
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_later_turns_never_see_what_was_left_out(family):
     native = build(family)
     prompts = [tokens(native.model, n, seed=n) for n in (WINDOW + 9, WINDOW + 1)]

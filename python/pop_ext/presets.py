@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pop_ext.families import FAMILIES
 from pop_ext.plan import Plan
 
 _PAPER = "POP, arXiv 2602.03295"
@@ -70,6 +71,10 @@ def _gemma3(size: str) -> tuple[str, ...]:
     return f"google/gemma-3-{size}-pt", f"google/gemma-3-{size}-it"
 
 
+def _qwen3_vl(size: str) -> tuple[str, ...]:
+    return f"Qwen/Qwen3-VL-{size}-Instruct", f"Qwen/Qwen3-VL-{size}-Thinking"
+
+
 _PRESETS = (
     _preset(_and_instruct("meta-llama/Llama-3.1-8B"), "llama", 32, 4096, 14336, (32, 8), 128256, published=10),
     _preset(
@@ -89,6 +94,8 @@ _PRESETS = (
     _preset(("Qwen/Qwen3-4B",), "qwen3", 36, 2560, 9728, (32, 8), 151936),
     _preset(("Qwen/Qwen3-8B",), "qwen3", 36, 4096, 12288, (32, 8), 151936),
     _preset(("Qwen/Qwen3-14B",), "qwen3", 40, 5120, 17408, (40, 8), 151936),
+    _preset(_qwen3_vl("4B"), "qwen3_vl_text", 36, 2560, 9728, (32, 8), 151936),
+    _preset(_qwen3_vl("8B"), "qwen3_vl_text", 36, 4096, 12288, (32, 8), 151936, published=12),
     _preset(_gemma3("1b"), "gemma3_text", 26, 1152, 6912, (4, 1), 262144),
     _preset(_gemma3("4b"), "gemma3_text", 34, 2560, 10240, (8, 4), 262208),
     _preset(_gemma3("12b"), "gemma3_text", 48, 3840, 15360, (16, 8), 262208, published=16),
@@ -123,12 +130,13 @@ def preset(name: str) -> Preset:
 
 
 def supported_models() -> dict[str, Preset]:
-    """Every model with a preset: Hugging Face name -> preset.
+    """Every model with a preset and a native form of its text model: Hugging Face name -> preset.
 
+    ``Plan.preset`` knows a few more, of the paper (Qwen3-VL), whose text models have no native form yet.
     ``preset.published`` tells a number of layers from the paper (POP, arXiv 2602.03295) from a default of ours; any
     other model of the same architectures runs as well, with the deepest third omitted unless told otherwise.
     """
-    return dict(PRESETS)
+    return {name: preset for name, preset in PRESETS.items() if preset.config["model_type"] in FAMILIES}
 
 
 def default_plan(config: Any) -> Plan:

@@ -115,6 +115,8 @@ struct Run {
                          .row_source = nullptr,
                          .cos = static_cast<const float*>(cos.data()),
                          .sin = static_cast<const float*>(sin.data()),
+                         .cos_local = nullptr,
+                         .sin_local = nullptr,
                          .address = address()};
     std::vector<LayerCache> caches;
     std::vector<const void*> k_bias, v_bias, k_norm;
@@ -247,6 +249,16 @@ void refusals() {
   refused("float16", [](auto& p) { p.dtype = DType::f16; });
   refused("head_dim 96", [](auto& p) { p.head_dim = p.rotary_dim = 96; });
   refused("partial RoPE", [](auto& p) { p.rotary_dim = 32; });
+  refused("rows that are not normalised", [](auto& p) { p.normalise = false; });
+  refused("an offset of k_norm", [](auto& p) {
+    p.k_norm = p.k_bias;
+    p.norm_offset = 1.0f;
+  });
+  refused("k_norm over all heads", [](auto& p) { p.norm_over_heads = true; });
+  refused("a second table of RoPE", [](auto& p) {
+    static constexpr int64_t kLocal = 1;
+    p.rope_table = &kLocal;
+  });
   refused("hidden 96", [](auto& p) { p.hidden_size = 96; });
   refused("x at 8 bytes", [&](auto& p) { p.x = moved(p.x, 8); });
   refused("a row stride of 68", [](auto& p) { p.x_stride = 68; });

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pop_ext
 import pytest
 import torch
-from models import mistral, qwen2, tokens
+from models import gemma2, gemma3, mistral, olmo2, qwen2, tokens
 from op_calls import op_call, run_op
 from tuning import tuned
 
@@ -22,7 +22,7 @@ def results(native, boundary: int) -> list[torch.Tensor]:
     return [run_op(call), *call["key_cache"], *call["value_cache"]]
 
 
-@pytest.fixture(params=[mistral, qwen2], ids=["mistral", "qwen2"])
+@pytest.fixture(params=[mistral, qwen2, gemma2, gemma3, olmo2], ids=lambda build: build.__name__)
 def native(request):
     model = request.param()
     return pop_ext.load(model, pop_ext.Plan(model.config.num_hidden_layers, (1, 2, 4)))
