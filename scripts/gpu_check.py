@@ -75,10 +75,11 @@ class Run:
         self.deadline = 0.0
         self.stages: list[Stage] = []
         path = os.environ.get("PATH", "")
+        in_place = "" if dry else str(ROOT / "python")  # a dry run builds nothing there: it takes what is installed
         self.environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{path}:{TOOLKIT}",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])),
+            "PYTHONPATH": os.pathsep.join(filter(None, [in_place, os.environ.get("PYTHONPATH", "")])),
             "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1",
         }
