@@ -116,7 +116,8 @@ inline __m512i _mm512_permutexvar_epi16(__m512i indices, __m512i from) {
 
 inline __m512i _mm512_permutex2var_epi16(__m512i a, __m512i indices, __m512i b) {
   const auto which = avx512_emulated::bits<avx512_emulated::Words>(indices);
-  const auto low = avx512_emulated::bits<avx512_emulated::Words>(a), high = avx512_emulated::bits<avx512_emulated::Words>(b);
+  const auto low = avx512_emulated::bits<avx512_emulated::Words>(a),
+             high = avx512_emulated::bits<avx512_emulated::Words>(b);
   avx512_emulated::Words out;
   for (int i = 0; i < 32; ++i) out[i] = which[i] & 32 ? high[which[i] & 31] : low[which[i] & 31];
   return avx512_emulated::bits<__m512i>(out);
