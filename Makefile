@@ -16,7 +16,8 @@ FOR_LINT :=
 else
 PYTHON := $(CURDIR)/$(VENV)/bin/python
 RUN := $(PYTHON)
-CLANG_FORMAT ?= $(VENV)/bin/clang-format
+# A venv over site packages that have it gets none of its own.
+CLANG_FORMAT ?= $(firstword $(wildcard $(VENV)/bin/clang-format) clang-format)
 FOR_DEMO := $(VENV)/installed-hf,cli
 FOR_TEST := $(VENV)/installed-dev
 FOR_LINT := $(FOR_TEST)
