@@ -2,6 +2,7 @@
 # makes the target pop_cuda: the kernels, and what those who call them need.
 set(POP_CUDA_SOURCES
   cuda/attention.cu
+  cuda/add_features.cu
   cuda/embed.cu
   cuda/gated_act.cu
   cuda/kv_project_sm90.cu
@@ -11,6 +12,7 @@ set(POP_CUDA_SOURCES
   cuda/skinny_gemm.cu)
 set(POP_CUDA_CHECKS
   tests/cuda_shim/check_attention.cpp
+  tests/cuda_shim/check_add_features.cpp
   tests/cuda_shim/check_embed.cpp
   tests/cuda_shim/check_gated_act.cpp
   tests/cuda_shim/check_kv_project_sm90.cpp

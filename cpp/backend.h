@@ -25,6 +25,7 @@ struct Segment {
   int64_t first_position;
   int64_t first_source;  // row of the packed input that row `first_row` comes from
   int64_t cache_start;   // CacheAddress::start of the sequence
+  int64_t sees_to = 0;   // attention: rows also see the positions after their own up to this one (an image's)
 };
 
 // Where each row of a call comes from and belongs. Rows are ordered context, boundary, wanted
@@ -65,6 +66,18 @@ struct EmbedParams {
   int64_t table_stride;
   void* out;           // [rows, width]
   float scale = 1.0f;  // out = table * scale
+};
+
+// out += the row's feature; rows without one stay as they are.
+struct AddFeaturesParams {
+  DType dtype;
+  int64_t rows, width;
+  const int64_t* row_source;  // [rows]
+  const int64_t* index;       // [packed rows] row of `features`, or -1
+  int64_t num_features;       // indices beyond are taken for -1
+  const void* features;       // [num_features, width]
+  int64_t features_stride;
+  void* out;  // [rows, width]
 };
 
 struct RmsNormParams {
@@ -150,7 +163,7 @@ struct KvProjectParams {
 };
 
 // Causal attention of packed rows over the cache: a row at position p sees positions
-// max(0, p - window + 1) ... p of its sequence (window 0: all up to p).
+// max(0, p - window + 1) ... max(p, its segment's sees_to) of its sequence (window 0: all up to there).
 struct AttentionParams {
   DType dtype;
   int64_t heads, kv_heads, head_dim;
@@ -205,6 +218,7 @@ class Backend {
 
   virtual void place_rows(const PlaceRowsParams&) = 0;
   virtual void embed(const EmbedParams&) = 0;
+  virtual void add_features(const AddFeaturesParams&) = 0;
   virtual void rms_norm(const RmsNormParams&) = 0;
   // Products that do not depend on each other: those of few rows may share a launch.
   virtual void gemm(const GemmParams* products, int64_t count) = 0;

@@ -1,5 +1,5 @@
 // Causal attention of packed query rows over the KV cache: the boundary step's, and any that no
-// library kernel serves.
+// library kernel serves. Rows of an image also see the rest of it.
 //
 // Floor: a boundary step reads K and V once, 4 * head_dim bytes a key and KV head in 16 bits: 125 us at
 // 4.3 TB/s for a Llama-3.1-8B layer and 131072 keys. Each (query, key) pair takes 4 * head_dim FLOPs;
@@ -135,8 +135,10 @@ int queries_of(int64_t pairs) { return pairs <= 4 ? 4 : pairs <= 8 ? 8 : pairs <
 // Adds a segment to the launch; returns false if it must wait for the next one.
 bool add_part(AttentionLaunch& launch, const Segment& segment, int64_t first_row) {
   const int tiles = static_cast<int>(ceil_div(segment.rows * launch.group, launch.queries));
-  int64_t keys = segment.first_position + segment.rows;  // of the tile that sees most
-  keys = std::min<int64_t>(keys, launch.window + ceil_div(launch.queries, launch.group));
+  const int64_t end = std::max(segment.first_position + segment.rows, segment.sees_to + 1);
+  const int64_t tile_rows =
+      std::max<int64_t>(ceil_div(launch.queries, launch.group), segment.sees_to + 1 - segment.first_position);
+  const int64_t keys = std::min<int64_t>(end, launch.window + tile_rows);  // of the tile that sees most
   const int64_t wanted =
       std::max<int64_t>(1, full_machine(launch.queries) / (static_cast<int64_t>(tiles) * launch.kv_heads));
   const int64_t split_keys = ceil_div(ceil_div(keys, wanted), kKeyStep) * kKeyStep;
@@ -149,6 +151,7 @@ bool add_part(AttentionLaunch& launch, const Segment& segment, int64_t first_row
                                   .row = segment.first_row - first_row,
                                   .rows = static_cast<int>(segment.rows),
                                   .first_position = static_cast<int>(segment.first_position),
+                                  .sees_to = static_cast<int>(segment.sees_to),
                                   .tiles = tiles,
                                   .splits = splits,
                                   .split_keys = static_cast<int>(split_keys),

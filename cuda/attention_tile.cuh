@@ -31,6 +31,7 @@ struct Part {
   int64_t row;  // of q and out
   int rows;
   int first_position;
+  int sees_to;        // Segment::sees_to
   int tiles;          // of queries: row-major (row, head of the group) pairs
   int splits;         // ranges of keys of a tile
   int split_keys;     // keys of a range
@@ -70,13 +71,15 @@ struct Keys {
 __device__ __forceinline__ Keys keys_of_tile(const AttentionLaunch& p, const Part& part, int tile) {
   const int first_row = tile * p.queries / p.group;
   const int last_row = min((tile + 1) * p.queries - 1, part.rows * p.group - 1) / p.group;
-  return {max(0, part.first_position + first_row - p.window + 1), part.first_position + last_row + 1};
+  return {max(0, part.first_position + first_row - p.window + 1),
+          max(part.first_position + last_row, part.sees_to) + 1};
 }
 
 // What one block does. It lies in shared memory: registers are for sums.
 struct alignas(64) Work {
   int64_t sequence, row;  // row of q and out of the segment
   int first_position;     // of the segment
+  int sees_to;            // Segment::sees_to
   int kv_head;
   int first_query, queries;  // of the segment's (row, head of the group) pairs
   int begin, end;            // the range of keys
@@ -97,6 +100,7 @@ __device__ __forceinline__ Work work_of(const AttentionLaunch& p, int block) {
   return {.sequence = part.sequence,
           .row = part.row,
           .first_position = part.first_position,
+          .sees_to = part.sees_to,
           .kv_head = kv_head,
           .first_query = tile * p.queries,
           .queries = min(p.queries, part.rows * p.group - tile * p.queries),
@@ -232,7 +236,7 @@ __device__ __forceinline__ void score(const AttentionLaunch& p, const Tile<T, kQ
       sums[j][i] = warp_sum<C::kShares>(sums[j][i]);
       if (p.softcap > 0.0f) sums[j][i] = softcapped(sums[j][i], p.softcap);
       const int position = tile.position[side * kSide + i];
-      const bool is_visible = at <= position && position - at < p.window;
+      const bool is_visible = at <= max(position, tile.work->sees_to) && position - at < p.window;
       sums[j][i] = is_visible ? sums[j][i] : -INFINITY;
     }
     if (share == 0) store<kSide>(tile.probability + (side * C::kKeys + slot) * kSide, sums[j]);

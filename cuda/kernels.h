@@ -19,6 +19,9 @@ void launch_place_rows(const PlaceRowsParams&, Stream);
 // or null) is set to 1.
 void launch_embed(const EmbedParams&, int32_t* bad_id, Stream);
 
+// add_features.cu
+void launch_add_features(const AddFeaturesParams&, Stream);
+
 // rms_norm.cu
 void launch_rms_norm(const RmsNormParams&, Stream);
 

@@ -24,13 +24,15 @@ class Call:
     scale: float
     window: int = 0
     table: Tensor | None = None  # int32 [batch, capacity], on the CPU
+    blocks: tuple[tuple[int, int, int], ...] = ()  # (sequence, begin, end) of new tokens that see each other
 
     def args(self) -> tuple:
         lengths = offsets(self.lengths), int32(self.pasts), int32(self.starts)
         return self.query, self.key, self.value, *lengths, self.scale, self.window, self.table
 
     def run(self) -> Tensor:
-        return torch.ops.pop.attention(*self.args())
+        blocks = torch.tensor(self.blocks, dtype=torch.int32, device="cpu") if self.blocks else None
+        return torch.ops.pop.attention(*self.args(), blocks=blocks)
 
     def sequence(self, i: int) -> Call:
         """The call of sequence i alone."""
@@ -44,6 +46,7 @@ class Call:
             pasts=self.pasts[i : i + 1],
             starts=self.starts[i : i + 1],
             table=None if self.table is None else self.table[i : i + 1],
+            blocks=tuple((0, begin, end) for sequence, begin, end in self.blocks if sequence == i),
         )
 
     def slots(self, i: int) -> Tensor:
@@ -58,6 +61,10 @@ class Call:
         rows = self.pasts[i] + torch.arange(self.lengths[i])[:, None]
         keys = torch.arange(self.pasts[i] + self.lengths[i])[None]
         seen = keys <= rows
+        for sequence, begin, end in self.blocks:
+            if sequence == i:
+                inside = [(x >= self.pasts[i] + begin) & (x < self.pasts[i] + end) for x in (rows, keys)]
+                seen = seen | (inside[0] & inside[1])
         return seen & (keys > rows - self.window) if self.window else seen
 
     def per_sequence(self, attend) -> Tensor:
@@ -100,6 +107,7 @@ def make_call(
     permuted=False,
     scale=None,
     one_start=False,
+    blocks=(),
 ) -> Call:
     """Random q, k and v. `slots_first`: the cache lies as [batch, capacity, kv_heads, head_dim]. `one_start`: every
     sequence begins at the same slot, as a batch of equal prompts does."""
@@ -125,6 +133,7 @@ def make_call(
         scale=head_dim**-0.5 if scale is None else scale,
         window=window,
         table=table,
+        blocks=tuple(blocks),
     )
     for i in range(batch):
         unseen = torch.ones(capacity, dtype=torch.bool)

@@ -81,6 +81,22 @@ def test_scores_that_keep_growing_stay_exact(length, dtype):
     assert_equals_reference(replace(call, scale=0.1))
 
 
+# (lengths, pasts, blocks): whole prompts of one image, images at both ends, side by side, one token long, of any length
+BLOCKS = [
+    ([19], [0], [(0, 0, 19)]),
+    ([200], [77], [(0, 0, 70), (0, 70, 71), (0, 100, 200)]),
+    ([129, 2, 300], [0, 300, 64], [(0, 3, 128), (1, 0, 2), (2, 64, 192), (2, 200, 201)]),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [0, 5, 90])
+@pytest.mark.parametrize(("lengths", "pasts", "blocks"), BLOCKS)
+def test_tokens_of_a_block_see_each_other(lengths, pasts, blocks, window, dtype):
+    for shape in ((8, 2, 64), (3, 1, 40)):
+        assert_equals_reference(make_call(shape, lengths, pasts, dtype, window, blocks=blocks))
+
+
 # Independence
 
 

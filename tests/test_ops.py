@@ -9,7 +9,7 @@ import pytest
 import torch
 from against_oracle import GAPS, plan_of
 from models import llama, shared, tokens
-from op_calls import op_call, run_op
+from op_calls import int32, op_call, run_op
 from op_operands import EPS, GEOMETRIES, Caches, random, rope_tables
 from pop_ext import Plan
 from pop_ext.describe import describe
@@ -133,6 +133,12 @@ def test_an_operator_passes_opcheck(name):
 def test_prefill_passes_opcheck():
     native = pop_ext.load(shared(), plan_of(shared(), GAPS, 2))
     call = op_call(native, [tokens(native.model, n, seed=n) for n in (9, 4)])
+    torch.library.opcheck(pop.prefill.default, (), call)
+    call |= {
+        "blocks": int32([[0, 2, 7], [1, 0, 2]]),
+        "feature_index": torch.arange(13) - 1,
+        "features": [random(12, native.spec.hidden_size)],
+    }
     torch.library.opcheck(pop.prefill.default, (), call)
 
 

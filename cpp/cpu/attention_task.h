@@ -49,6 +49,7 @@ struct TileView {
   int begin, end;     // keys that any lane sees, rounded to multiples of 8
   bool edge;          // some of them are hidden from some lane
   int64_t window;
+  int64_t sees_to;  // Segment::sees_to
 };
 
 // Where the rows of a task lie in q, out and the cache. Its lanes are (query row, head) pairs, the
@@ -63,7 +64,7 @@ class TaskGeometry {
         row_(task.row),
         group_(params.heads / params.kv_heads),
         lanes_(task.rows * group_),
-        keys_(segment_.first_position + task.row + task.rows),
+        keys_(last_visible(segment_.first_position + task.row + task.rows - 1) + 1),
         lowest_key_(first_visible(segment_.first_position + task.row)) {}
 
   int64_t lanes() const { return lanes_; }
@@ -94,13 +95,15 @@ class TaskGeometry {
   // The tile that starts at position `first_key`, to lanes [first, last].
   TileView view(int64_t first_key, int64_t first, int64_t last) const {
     const int64_t low = first_visible(position(first)) - first_key;
-    const int64_t high = position(last) + 1 - first_key;
+    const int64_t high = last_visible(position(last)) + 1 - first_key;
     TileView tile;
     tile.first_key = first_key;
     tile.begin = static_cast<int>(low < 0 ? 0 : low < TileConfig::kKeys ? low / 8 * 8 : TileConfig::kKeys);
     tile.end = static_cast<int>(high < TileConfig::kKeys ? round_up(high, 8) : TileConfig::kKeys);
-    tile.edge = first_key + tile.end - 1 > position(first) || first_key + tile.begin < first_visible(position(last));
+    tile.edge = first_key + tile.end - 1 > last_visible(position(first)) ||
+                first_key + tile.begin < first_visible(position(last));
     tile.window = p_.window;
+    tile.sees_to = segment_.sees_to;
     return tile;
   }
 
@@ -115,6 +118,8 @@ class TaskGeometry {
   int64_t first_visible(int64_t position) const {
     return p_.window > 0 && position >= p_.window ? position - p_.window + 1 : 0;
   }
+
+  int64_t last_visible(int64_t position) const { return position > segment_.sees_to ? position : segment_.sees_to; }
 
   int64_t row_offset(int64_t lane, int64_t stride) const {
     const int64_t row = segment_.first_row - p_.first_row + row_ + lane / group_;
@@ -157,9 +162,11 @@ __attribute__((noinline)) bool softmax(const TileView& tile, ScoreScale scale, c
   for (int v = 0; v < kVecs; ++v) top[v] = splat(-__builtin_inff());
   if (tile.edge) {
     for (int v = 0; v < kVecs; ++v) {
-      VecI32 last;
-      __builtin_memcpy(&last, position + v * kLanes, sizeof(last));
-      const VecI32 first = tile.window > 0 ? last - static_cast<int32_t>(tile.window) : last - last - 1;
+      VecI32 own;
+      __builtin_memcpy(&own, position + v * kLanes, sizeof(own));
+      const VecI32 first = tile.window > 0 ? own - static_cast<int32_t>(tile.window) : own - own - 1;
+      const VecI32 sees_to = own - own + static_cast<int32_t>(tile.sees_to);
+      const VecI32 last = own > sees_to ? own : sees_to;
       for (int k = tile.begin; k < tile.end; ++k) {
         float* at = scores + k * C::kWidth + v * kLanes;
         const int32_t key = static_cast<int32_t>(tile.first_key + k);

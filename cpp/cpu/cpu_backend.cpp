@@ -117,6 +117,8 @@ class CpuBackend final : public Backend {
 
   void embed(const EmbedParams& p) override { over_rows(table_.embed, p, p.rows, p.width); }
 
+  void add_features(const AddFeaturesParams& p) override { over_rows(table_.add_features, p, p.rows, p.width); }
+
   void rms_norm(const RmsNormParams& p) override { over_rows(table_.rms_norm, p, p.rows, p.width); }
 
   void gated_act(const GatedActParams& p) override { over_rows(table_.gated_act, p, p.rows, p.width); }
@@ -273,7 +275,8 @@ class CpuBackend final : public Backend {
       }
     }
     const auto cost = [&](const cpu::AttentionTask& task) {
-      const int64_t positions = p.segments[task.segment].first_position + task.row + task.rows;
+      const Segment& segment = p.segments[task.segment];
+      const int64_t positions = std::max(segment.first_position + task.row + task.rows, segment.sees_to + 1);
       return task.rows * (p.window == 0 ? positions : std::min(positions, p.window + task.rows));
     };
     std::stable_sort(tasks.begin(), tasks.end(), [&](const auto& a, const auto& b) { return cost(a) > cost(b); });

@@ -11,6 +11,7 @@ namespace pop::cpu::POP_ISA {
 extern const Kernels kernels = {
     .name = POP_STRINGIFY(POP_ISA),
     .embed = embed,
+    .add_features = add_features,
     .rms_norm = rms_norm,
     .gated_act = gated_act,
     .rope_cache_write = rope_cache_write,

@@ -24,6 +24,7 @@ struct Kernels {
 
   // Rows [begin, end) of the params' rows.
   void (*embed)(const EmbedParams&, int64_t begin, int64_t end);
+  void (*add_features)(const AddFeaturesParams&, int64_t begin, int64_t end);
   void (*rms_norm)(const RmsNormParams&, int64_t begin, int64_t end);
   void (*gated_act)(const GatedActParams&, int64_t begin, int64_t end);
   void (*rope_cache_write)(const RopeCacheWriteParams&, int64_t begin, int64_t end);

@@ -1,8 +1,15 @@
 #include "runtime/batch.h"
 
+#include <algorithm>
+
 namespace pop {
 
-BatchLayout::BatchLayout(const std::vector<SequenceCall>& calls) : sequences(static_cast<int64_t>(calls.size())) {
+BatchLayout::BatchLayout(const std::vector<SequenceCall>& calls, const std::vector<TokenBlock>& blocks)
+    : sequences(static_cast<int64_t>(calls.size())), blocks_(calls.size()) {
+  for (const TokenBlock& block : blocks) {
+    const int64_t past = calls[block.sequence].past;
+    blocks_[block.sequence].push_back({block.sequence, past + block.begin, past + block.end});
+  }
   // Appends tokens [begin, end) of a sequence whose first token is row `source` of the input.
   const auto append = [this](int64_t sequence, const SequenceCall& call, int64_t source, int64_t begin, int64_t end) {
     if (begin == end) return;
@@ -46,6 +53,30 @@ std::vector<Segment> BatchLayout::segments(int64_t begin, int64_t end) const {
     merged.push_back(segment);
   }
   return merged;
+}
+
+std::vector<Segment> BatchLayout::attention_segments(int64_t begin, int64_t end) const {
+  std::vector<Segment> cut;
+  for (const Segment& whole : segments(begin, end)) {
+    Segment rest = whole;
+    // The first `rows` rows of what is left, which see up to `sees_to`.
+    const auto take = [&](int64_t rows, int64_t sees_to) {
+      if (rows <= 0) return;
+      cut.push_back(rest);
+      cut.back().rows = rows;
+      cut.back().sees_to = sees_to;
+      rest.first_row += rows;
+      rest.first_position += rows;
+      rest.first_source += rows;
+      rest.rows -= rows;
+    };
+    for (const TokenBlock& block : blocks_[whole.sequence]) {
+      take(std::min(rest.rows, block.begin - rest.first_position), 0);
+      if (rest.first_position >= block.begin) take(std::min(rest.rows, block.end - rest.first_position), block.end - 1);
+    }
+    take(rest.rows, 0);
+  }
+  return cut;
 }
 
 }  // namespace pop

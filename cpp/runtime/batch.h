@@ -22,12 +22,20 @@ struct SequenceCall {
   int64_t cache_start;     // CacheAddress::start
 };
 
+// New tokens [begin, end) of a sequence that see each other, before and after: an image's.
+struct TokenBlock {
+  int64_t sequence, begin, end;
+};
+
 struct BatchLayout {
-  explicit BatchLayout(const std::vector<SequenceCall>& sequences);
+  explicit BatchLayout(const std::vector<SequenceCall>& sequences, const std::vector<TokenBlock>& blocks = {});
 
   // Segments of rows [begin, end), each 0, context_rows, wanted_begin or rows. Neighbours of one
   // sequence are merged: a single sequence is one segment.
   std::vector<Segment> segments(int64_t begin, int64_t end) const;
+
+  // The same, cut where a block begins or ends, with Segment::sees_to.
+  std::vector<Segment> attention_segments(int64_t begin, int64_t end) const;
 
   int64_t rows = 0;
   int64_t sequences = 0;
@@ -36,6 +44,7 @@ struct BatchLayout {
 
  private:
   std::vector<Segment> segments_;
+  std::vector<std::vector<TokenBlock>> blocks_;  // [sequences], in positions, ascending
 };
 
 }  // namespace pop

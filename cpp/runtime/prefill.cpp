@@ -47,14 +47,15 @@ class Prefill {
  private:
   void place_rows();
   void embed();
-  void run_of_projected(const RunWeights& run);
-  std::vector<int64_t> project_run(const RunWeights& run);
+  void run_of_projected(const RunWeights& run, LayerRange layers);
+  std::vector<int64_t> project_run(const RunWeights& run, LayerRange layers);
   void project_layers(const RunWeights& run, LayerRange layers, int64_t first_row, int64_t rows, const float* rstd);
   void full_layer(int64_t layer, int64_t kv_begin, int64_t q_begin);
   void qkv(const LayerWeights& weights, int64_t kv_begin, int64_t q_begin);
   void rope_cache_write(int64_t layer, int64_t kv_begin, int64_t q_begin);
   void attention(int64_t layer, int64_t q_begin);
   void mlp(const LayerWeights& weights, int64_t q_begin);
+  void add_features(int64_t layer);
   void final_norm();
 
   Linear layer_input(int64_t begin, const void* weight);
@@ -94,27 +95,31 @@ void Prefill::run() {
   embed();
   auto next_run = model_.runs.begin();
   for (int64_t layer = 0; layer < spec_.num_layers;) {
+    int64_t end = layer + 1;
     if (next_run == model_.runs.end() || layer < next_run->layers.begin) {
-      full_layer(layer++, 0, 0);
-      continue;
+      full_layer(layer, 0, 0);
+    } else {
+      // A layer after which features are added ends a run: the next one reads something else.
+      if (layer >= call_.feature_layers) end = next_run->layers.end;
+      run_of_projected(*next_run, {layer, end});
+      if (end == next_run->layers.end) ++next_run;
     }
-    run_of_projected(*next_run);
-    layer = next_run->layers.end;
-    ++next_run;
+    add_features(end - 1);
+    layer = end;
   }
   final_norm();
 }
 
-// Context rows stay as they are through the layers of a run and only leave their K and V behind;
-// boundary rows go through its layers, over that K and V, and where the backend has a side line
+// Context rows stay as they are through these layers of a run and only leave their K and V behind;
+// boundary rows go through them, over that K and V, and where the backend has a side line
 // they set out while later layers are still being projected.
-void Prefill::run_of_projected(const RunWeights& run) {
+void Prefill::run_of_projected(const RunWeights& run, LayerRange layers) {
   const int64_t before = backend_.mark();
-  const std::vector<int64_t> projected = project_run(run);
+  const std::vector<int64_t> projected = project_run(run, layers);
   const bool beside = !projected.empty();
   if (beside) backend_.begin_side(before);
-  for (int64_t layer = run.layers.begin; layer < run.layers.end; ++layer) {
-    if (beside) backend_.wait(projected[layer - run.layers.begin]);
+  for (int64_t layer = layers.begin; layer < layers.end; ++layer) {
+    if (beside) backend_.wait(projected[layer - layers.begin]);
     const bool last = layer == spec_.num_layers - 1;
     full_layer(layer, layout_.context_rows, last ? layout_.wanted_begin : layout_.context_rows);
   }
@@ -172,8 +177,8 @@ void Prefill::embed() {
   pending_begin_ = layout_.rows;
 }
 
-// Returns, for each layer of the run, the mark after which its K and V are there; empty without context rows.
-std::vector<int64_t> Prefill::project_run(const RunWeights& run) {
+// Returns, for each of the layers, the mark after which its K and V are there; empty without context rows.
+std::vector<int64_t> Prefill::project_run(const RunWeights& run, LayerRange all) {
   if (layout_.context_rows == 0) return {};
   StageRange stage(observer_, "pop::kv_project");
   // The pass that brings x up to date hands its row scales over.
@@ -185,11 +190,11 @@ std::vector<int64_t> Prefill::project_run(const RunWeights& run) {
   const auto window_of = [&](int64_t layer) {
     return call_.window_only && std::binary_search(omit.begin(), omit.end(), layer) ? spec_.window[layer] : 0;
   };
-  const int64_t at_once = backend_.kv_project_layers(layout_.context_rows, run.layers.size(), spec_.kv_dim());
+  const int64_t at_once = backend_.kv_project_layers(layout_.context_rows, all.size(), spec_.kv_dim());
   std::vector<int64_t> marks;
-  LayerRange layers{run.layers.begin, run.layers.begin};
-  for (; layers.begin < run.layers.end; layers.begin = layers.end) {
-    const int64_t window = window_of(layers.begin), limit = std::min(layers.begin + at_once, run.layers.end);
+  LayerRange layers{all.begin, all.begin};
+  for (; layers.begin < all.end; layers.begin = layers.end) {
+    const int64_t window = window_of(layers.begin), limit = std::min(layers.begin + at_once, all.end);
     while (layers.end < limit && window_of(layers.end) == window) ++layers.end;
     if (window == 0) project_layers(run, layers, 0, layout_.context_rows, rstd);
     for (const Segment& segment : layout_.segments(0, window == 0 ? 0 : layout_.context_rows)) {
@@ -197,7 +202,7 @@ std::vector<int64_t> Prefill::project_run(const RunWeights& run) {
       const int64_t rows = std::min(segment.rows, window - 1);
       if (rows > 0) project_layers(run, layers, segment.first_row + segment.rows - rows, rows, rstd);
     }
-    marks.resize(layers.end - run.layers.begin, backend_.mark());
+    marks.resize(layers.end - all.begin, backend_.mark());
   }
   return marks;
 }
@@ -295,7 +300,7 @@ void Prefill::attention(int64_t layer, int64_t q_begin) {
   const int64_t wide = work_.wide;
   {
     StageRange stage(observer_, "pop::attention");
-    const std::vector<Segment> segments = layout_.segments(q_begin, layout_.rows);
+    const std::vector<Segment> segments = layout_.attention_segments(q_begin, layout_.rows);
     backend_.attention({.dtype = spec_.dtype,
                         .heads = spec_.num_heads,
                         .kv_heads = spec_.num_kv_heads,
@@ -347,6 +352,22 @@ void Prefill::mlp(const LayerWeights& weights, int64_t q_begin) {
   pending_begin_ = q_begin;
   pending_bias_ = weights.down_bias;
   pending_norm_ = weights.mlp_out_norm;
+}
+
+void Prefill::add_features(int64_t layer) {
+  if (layer >= call_.feature_layers) return;
+  StageRange stage(observer_, "pop::add_features");
+  norm(0, layout_.rows, nullptr, nullptr, 0);
+  const LayerFeatures& features = call_.features[layer];
+  backend_.add_features({.dtype = spec_.dtype,
+                         .rows = layout_.rows,
+                         .width = spec_.hidden_size,
+                         .row_source = batch_.row_source,
+                         .index = call_.feature_index,
+                         .num_features = features.rows,
+                         .features = features.data,
+                         .features_stride = features.stride,
+                         .out = work_.x});
 }
 
 void Prefill::final_norm() {

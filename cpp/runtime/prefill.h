@@ -21,6 +21,12 @@ class StageObserver {
   virtual void end() = 0;
 };
 
+// What a vision tower adds to the rows of its tokens after one of the first layers (DeepStack).
+struct LayerFeatures {
+  const void* data;  // [rows, hidden_size]
+  int64_t rows, stride;
+};
+
 struct PrefillCall {
   const BatchLayout* layout;
   const int64_t* ids;  // [packed rows], or null when `embeds` is given
@@ -29,11 +35,14 @@ struct PrefillCall {
   const float *cos, *sin;              // [packed rows, >= rotary_dim / 2]
   const float *cos_local, *sin_local;  // the same, of layers with rope table 1; null without them
   int64_t rope_stride;
-  CacheAddress address;      // host
-  const LayerCache* caches;  // host [num_layers]
-  bool window_only;          // omitted layers with a window: project what it lets later rows see, no more
-  void* hidden_states;       // [wanted rows, hidden_size]: the result, final norm applied
-  void* workspace;           // workspace_bytes(...) bytes, aligned to kAlignment
+  CacheAddress address;           // host
+  const LayerCache* caches;       // host [num_layers]
+  bool window_only;               // omitted layers with a window: project what it lets later rows see, no more
+  const int64_t* feature_index;   // [packed rows] row of every LayerFeatures, or -1; null without them
+  const LayerFeatures* features;  // host [feature_layers]: those of layer l are added after it
+  int64_t feature_layers;
+  void* hidden_states;  // [wanted rows, hidden_size]: the result, final norm applied
+  void* workspace;      // workspace_bytes(...) bytes, aligned to kAlignment
 };
 
 // With what `call` says of its rows; its pointers to memory of the device are not looked at.

@@ -22,14 +22,17 @@ using torch::stable::detail::to;
 // The segments as one dense batch. Tensors are views of the caller's memory.
 struct DenseBatch {
   int64_t batch, rows, keys;
+  bool causal;    // else every row sees all keys, as far as the window goes back
   Tensor q, out;  // [batch, rows, heads, head_dim]
   Tensor k, v;    // [batch, keys, kv_heads, head_dim]
 };
 
+bool sees_ahead(const Segment& segment) { return segment.sees_to > segment.first_position; }
+
 DenseBatch dense_batch(const AttentionParams& p, int device) {
   const Segment& first = p.segments[0];
   const int64_t batch = p.num_segments, rows = first.rows, element = element_size(p.dtype);
-  const int64_t end = first.first_position + rows;
+  const int64_t end = std::max(first.first_position + rows, first.sees_to + 1);
   // The library aligns causality at the end; keys that no row of the window reaches are left out.
   const int64_t begin = p.window == 0 ? 0 : std::max<int64_t>(0, first.first_position - p.window + 1);
   const torch::stable::Device where(torch::headeronly::DeviceType::CUDA, device);
@@ -49,14 +52,16 @@ DenseBatch dense_batch(const AttentionParams& p, int device) {
   return {.batch = batch,
           .rows = rows,
           .keys = end - begin,
+          .causal = !sees_ahead(first),
           .q = rows_of(p.q, p.q_stride),
           .out = rows_of(p.out, p.out_stride),
           .k = cache_of(p.cache.key, p.cache.key_strides),
           .v = cache_of(p.cache.value, p.cache.value_strides)};
 }
 
-// A row sees itself and `window - 1` positions before it; the libraries count those before it, -1 for all.
+// A row sees itself and `window - 1` positions before it; the libraries count those before and after it, -1 for all.
 int64_t window_left(const AttentionParams& p) { return p.window == 0 ? -1 : p.window - 1; }
+int64_t window_right(const AttentionParams& p, const DenseBatch& b) { return p.window == 0 || !b.causal ? -1 : 0; }
 
 void flash_attention_3(const AttentionParams& p, const DenseBatch& b) {
   const StableIValue none = from(std::nullopt);
@@ -67,9 +72,9 @@ void flash_attention_3(const AttentionParams& p, const DenseBatch& b) {
   stack[2] = from(b.v);
   stack[6] = from(std::optional<Tensor>(b.out));
   stack[23] = from(std::optional<double>(p.scale));
-  stack[24] = from(true);  // is_causal
+  stack[24] = from(b.causal);
   stack[25] = from(window_left(p));
-  stack[26] = from(int64_t{p.window == 0 ? -1 : 0});
+  stack[26] = from(window_right(p, b));
   stack[27] = from(int64_t{0});  // attention_chunk
   stack[28] = from(0.0);         // softcap
   stack[29] = from(false);       // is_rotary_interleaved
@@ -85,9 +90,9 @@ void flash_attention_2(const AttentionParams& p, DenseBatch& b) {
                    from(b.v),
                    from(0.0),
                    from(static_cast<double>(p.scale)),
-                   from(true),
+                   from(b.causal),
                    from(window_left(p)),
-                   from(int64_t{p.window == 0 ? -1 : 0}),
+                   from(window_right(p, b)),
                    from(0.0),
                    from(std::nullopt),
                    from(false)};
@@ -100,12 +105,9 @@ void flash_attention_2(const AttentionParams& p, DenseBatch& b) {
 void torch_cudnn(const AttentionParams& p, DenseBatch& b) {
   // [batch, heads, rows, head_dim]
   const auto heads_first = [](Tensor& tensor) { return from(torch::stable::transpose(tensor, 1, 2)); };
-  std::array stack{heads_first(b.q), heads_first(b.k),
-                   heads_first(b.v), from(std::nullopt),
+  std::array stack{heads_first(b.q), heads_first(b.k), heads_first(b.v), from(std::nullopt),
                    from(false),  // compute_log_sumexp
-                   from(0.0),
-                   from(true),  // is_causal
-                   from(false),      from(std::optional<double>(p.scale))};
+                   from(0.0),        from(b.causal),   from(false),      from(std::optional<double>(p.scale))};
   call("aten::_scaled_dot_product_cudnn_attention", "", stack);
   Tensor result = to<Tensor>(stack[0]);
   for (int i : {1, 2, 3, 6, 7, 8}) to<Tensor>(stack[i]);
@@ -125,11 +127,11 @@ void torch_flash(const AttentionParams& p, DenseBatch& b) {
   stack[5] = from(b.rows);
   stack[6] = from(b.keys);
   stack[7] = from(0.0);
-  stack[8] = from(true);  // is_causal
+  stack[8] = from(b.causal);
   stack[9] = from(false);
   stack[10] = from(std::optional<double>(p.scale));
-  stack[11] = optional_window(p.window - 1);
-  stack[12] = optional_window(0);
+  stack[11] = optional_window(window_left(p));
+  stack[12] = optional_window(window_right(p, b));
   // Variant 0 ends with block_table and num_splits: none. Variant 1 has no such arguments, and does not read them.
   call("aten::_flash_attention_forward", "", stack);
   const Tensor result = to<Tensor>(stack[0]);
@@ -165,8 +167,11 @@ Provider choose(const AttentionParams& p, int compute_capability) {
   }
   if (hopper && foreign::variant_of("flash_attn_3::fwd") >= 0) return Provider::flash_attention_3;
   if (foreign::variant_of("flash_attn::_flash_attn_forward") >= 0) return Provider::flash_attention_2;
+  // Windows count from the last key: rows that stop short of the positions they see are not at the end.
+  const Segment& first = p.segments[0];
+  if (p.window > 0 && first.sees_to >= first.first_position + first.rows) return Provider::none;
   // cuDNN aligns causality at the start: right only where there is no past.
-  const bool square = p.segments[0].first_position == 0 && p.window == 0;
+  const bool square = p.window == 0 && (first.first_position == 0 || sees_ahead(first));
   if (prefer_cudnn != 0 && compute_capability >= 90 && square && p.head_dim <= kCudnnHeadDim &&
       foreign::variant_of("aten::_scaled_dot_product_cudnn_attention") >= 0) {
     return Provider::torch_cudnn;

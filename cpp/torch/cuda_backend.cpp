@@ -104,6 +104,8 @@ void CudaBackend::place_rows(const PlaceRowsParams& p) { cuda::launch_place_rows
 
 void CudaBackend::embed(const EmbedParams& p) { cuda::launch_embed(p, cuda::bad_id_flag(), stream_); }
 
+void CudaBackend::add_features(const AddFeaturesParams& p) { cuda::launch_add_features(p, stream_); }
+
 void CudaBackend::rms_norm(const RmsNormParams& p) { cuda::launch_rms_norm(p, stream_); }
 
 void CudaBackend::rope_cache_write(const RopeCacheWriteParams& p) { cuda::launch_rope_cache_write(p, stream_); }
@@ -254,7 +256,7 @@ void CudaBackend::attention(const AttentionParams& p) {
     const auto continues = [&](const Segment& segment, int64_t index) {
       return segment.sequence == first.sequence + index && segment.first_row == first.first_row + index * first.rows &&
              segment.rows == first.rows && segment.first_position == first.first_position &&
-             segment.cache_start == first.cache_start;
+             segment.cache_start == first.cache_start && segment.sees_to == first.sees_to;
     };
     for (end = begin + 1; end < p.num_segments && continues(p.segments[end], end - begin);) ++end;
     AttentionParams part = p;

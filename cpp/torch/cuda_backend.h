@@ -29,6 +29,7 @@ class CudaBackend final : public Backend {
 
   void place_rows(const PlaceRowsParams&) override;
   void embed(const EmbedParams&) override;
+  void add_features(const AddFeaturesParams&) override;
   void rms_norm(const RmsNormParams&) override;
   void gemm(const GemmParams* products, int64_t count) override;
   void rope_cache_write(const RopeCacheWriteParams&) override;

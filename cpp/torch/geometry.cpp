@@ -45,11 +45,45 @@ std::vector<SequenceCall> read_sequences(const std::string& op, const Lengths& l
   return sequences;
 }
 
+std::vector<TokenBlock> read_blocks(const std::string& op, const std::optional<Tensor>& table,
+                                    const std::vector<SequenceCall>& sequences) {
+  if (!table.has_value()) return {};
+  const std::string name = op + ": blocks";
+  check(table->is_cpu() && table->scalar_type() == ScalarType::Int, name, ": expected int32 on cpu, got ",
+        dtype_name(*table), " on ", device_of(*table));
+  check_shape(*table, {-1, 3}, name);
+  const int32_t* data = static_cast<const int32_t*>(table->const_data_ptr());
+  const auto at = [&](int64_t row, int64_t column) {
+    return static_cast<int64_t>(data[row * table->stride(0) + column * table->stride(1)]);
+  };
+  const auto batch = static_cast<int64_t>(sequences.size());
+  std::vector<TokenBlock> blocks;
+  for (int64_t i = 0; i < table->size(0); ++i) {
+    const TokenBlock block{.sequence = at(i, 0), .begin = at(i, 1), .end = at(i, 2)};
+    check(block.sequence >= 0 && block.sequence < batch, name, ": expected sequences from 0 to ", batch - 1, ", got ",
+          block.sequence);
+    const SequenceCall& call = sequences[block.sequence];
+    check(0 <= block.begin && block.begin < block.end && block.end <= call.tokens, name,
+          ": expected 0 <= begin < end <= ", call.tokens, " (the new tokens) for sequence ", block.sequence, ", got ",
+          block.begin, " and ", block.end);
+    const bool in_order = blocks.empty() || blocks.back().sequence < block.sequence ||
+                          (blocks.back().sequence == block.sequence && blocks.back().end <= block.begin);
+    check(in_order, name, ": expected ascending blocks that do not overlap, got ", block.begin, " to ", block.end,
+          " of sequence ", block.sequence, " in row ", i);
+    const int64_t context = call.tokens - call.boundary;
+    check(context <= block.begin || context >= block.end, name, ": expected no boundary inside a block (widen it to ",
+          call.tokens - block.begin, "), got ", call.boundary, " for sequence ", block.sequence);
+    blocks.push_back(block);
+  }
+  return blocks;
+}
+
 }  // namespace
 
 Geometry::Geometry(const std::string& op, const Lengths& lengths, int64_t rows, const Tensor* boundary,
-                   const Tensor* logits_to_keep)
-    : sequences_(read_sequences(op, lengths, rows, boundary, logits_to_keep)), layout_(sequences_) {
+                   const Tensor* logits_to_keep, const std::optional<Tensor>& blocks)
+    : sequences_(read_sequences(op, lengths, rows, boundary, logits_to_keep)),
+      layout_(sequences_, read_blocks(op, blocks, sequences_)) {
   for (const SequenceCall& sequence : sequences_) start_.push_back(sequence.cache_start);
   if (!lengths.slot_table.has_value()) return;
 

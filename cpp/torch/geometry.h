@@ -24,9 +24,9 @@ struct Lengths {
 class Geometry {
  public:
   // `op` opens every error text. With `boundary` and `logits_to_keep` null every row is wanted
-  // and rows keep their order.
+  // and rows keep their order. `blocks`: [blocks, 3] int32, host, of TokenBlock, or none.
   Geometry(const std::string& op, const Lengths& lengths, int64_t rows, const Tensor* boundary,
-           const Tensor* logits_to_keep);
+           const Tensor* logits_to_keep, const std::optional<Tensor>& blocks = std::nullopt);
   Geometry(const Geometry&) = delete;
   Geometry& operator=(const Geometry&) = delete;
 

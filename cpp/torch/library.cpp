@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(pop, m) {
       "prefill(int model, Tensor input, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens, "
       "Tensor cache_start, Tensor boundary, Tensor logits_to_keep, Tensor(a!)[] key_cache, Tensor(b!)[] value_cache, "
       "Tensor? slot_table=None, bool restore_on_error=True, bool window_only=False, Tensor? cos_local=None, "
-      "Tensor? sin_local=None) -> Tensor");
+      "Tensor? sin_local=None, Tensor? blocks=None, Tensor? feature_index=None, Tensor[]? features=None) -> Tensor");
 
   // Building blocks.
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0) -> Tensor");
@@ -33,7 +33,8 @@ STABLE_TORCH_LIBRARY(pop, m) {
       "Tensor? k_norm=None, float norm_eps=1e-6, Tensor? slot_table=None, float norm_offset=0.0) -> ()");
   m.def(
       "attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor past_lens, "
-      "Tensor cache_start, float scale, int window=0, Tensor? slot_table=None, float softcap=0.0) -> Tensor");
+      "Tensor cache_start, float scale, int window=0, Tensor? slot_table=None, float softcap=0.0, "
+      "Tensor? blocks=None) -> Tensor");
   m.def("fold_kv(Tensor[] k_proj, Tensor[] v_proj, Tensor[] input_norm, float norm_offset=0.0) -> Tensor");
   m.def(
       "kv_project(Tensor hidden, Tensor weight, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens, "

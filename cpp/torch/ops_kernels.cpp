@@ -247,7 +247,8 @@ void rope_cache_write(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor
 }
 
 Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor past_lens,
-                 Tensor cache_start, double scale, int64_t window, std::optional<Tensor> slot_table, double softcap) {
+                 Tensor cache_start, double scale, int64_t window, std::optional<Tensor> slot_table, double softcap,
+                 std::optional<Tensor> blocks) {
   const std::string op = "pop::attention";
   const DType dtype = dtype_of(query, op + ": query");
   check_shape(query, {-1, -1, -1}, op + ": query");
@@ -262,11 +263,11 @@ Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_s
   const int64_t kv_heads = key_cache.size(1);
   check(kv_heads >= 1 && heads >= kv_heads && heads % kv_heads == 0, op, ": query: expected a multiple of ", kv_heads,
         " heads (those of key_cache), got ", heads);
-  const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table}, rows, nullptr, nullptr);
+  const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table}, rows, nullptr, nullptr, blocks);
   const CacheForm form{.dtype = dtype, .kv_heads = kv_heads, .head_dim = head_dim};
   const LayerCache cache = check_cache(op, geometry, form, key_cache, value_cache, query);
   Tensor out = torch::stable::new_empty(query, {rows, heads, head_dim});
-  const std::vector<Segment> segments = geometry.layout().segments(0, rows);
+  const std::vector<Segment> segments = geometry.layout().attention_segments(0, rows);
   const BackendOfCall backend(query);
   const PlacedRows placed(geometry, *backend, query);
   backend->attention({.dtype = dtype,

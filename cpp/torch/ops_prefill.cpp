@@ -82,10 +82,51 @@ std::optional<Tensor> check_local_rope(const ModelSpec& spec, const std::optiona
   return rows;
 }
 
+// Row of `features` of each packed row, or -1: int64, and within the features where it lies in host memory.
+std::optional<Tensor> check_feature_index(const std::optional<Tensor>& index,
+                                          const std::optional<std::vector<Tensor>>& features, int64_t rows,
+                                          const Tensor& like) {
+  const std::string name = join(kOp, ": feature_index");
+  check(index.has_value() == features.has_value(), name, ": expected ", features.has_value() ? "a table" : "none", " (",
+        features.has_value() ? "" : "no ", "features are given), got ", index.has_value() ? "one" : "none");
+  if (!index.has_value()) return std::nullopt;
+  check_same_device(*index, like, name);
+  check_shape(*index, {rows}, name);
+  check(index->scalar_type() == ScalarType::Long || index->scalar_type() == ScalarType::Int, name,
+        ": expected dtype int64 or int32, got ", dtype_name(*index));
+  const Tensor rows_of = torch::stable::contiguous(torch::stable::to(*index, ScalarType::Long));
+  if (!rows_of.is_cpu() || features->empty()) return rows_of;  // the kernel passes by what is out of range
+  const int64_t* data = static_cast<const int64_t*>(rows_of.const_data_ptr());
+  for (int64_t row = 0; row < rows; ++row) {
+    check(data[row] >= -1 && data[row] < (*features)[0].size(0), name, ": expected -1 to ", (*features)[0].size(0) - 1,
+          " (rows of features), got ", data[row], " at row ", row);
+  }
+  return rows_of;
+}
+
+std::vector<LayerFeatures> check_features(const ModelSpec& spec, const std::optional<std::vector<Tensor>>& features,
+                                          const Tensor& like) {
+  std::vector<LayerFeatures> layers;
+  if (!features.has_value()) return layers;
+  check(static_cast<int64_t>(features->size()) <= spec.num_layers, kOp, ": features: expected at most ",
+        spec.num_layers, " tensors (one for each of the first layers), got ", features->size());
+  for (const Tensor& layer : *features) {
+    const std::string name = join(kOp, ": features[", layers.size(), "]");
+    check_same_device(layer, like, name);
+    check_dtype(layer, spec.dtype, name);
+    check_shape(layer, {(*features)[0].size(0), spec.hidden_size}, name);
+    check_last_dim_contiguous(layer, name);
+    layers.push_back({.data = layer.const_data_ptr(), .rows = layer.size(0), .stride = layer.stride(0)});
+  }
+  return layers;
+}
+
 Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens,
                   Tensor cache_start, Tensor boundary, Tensor logits_to_keep, std::vector<Tensor> key_cache,
                   std::vector<Tensor> value_cache, std::optional<Tensor> slot_table, bool restore_on_error,
-                  bool window_only, std::optional<Tensor> cos_local, std::optional<Tensor> sin_local) {
+                  bool window_only, std::optional<Tensor> cos_local, std::optional<Tensor> sin_local,
+                  std::optional<Tensor> blocks, std::optional<Tensor> feature_index,
+                  std::optional<std::vector<Tensor>> features) {
   const auto loaded = find_model(handle);
   const Model& model = loaded->model();
   const ModelSpec& spec = model.spec;
@@ -104,7 +145,10 @@ Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor c
   const auto floats = [](const std::optional<Tensor>& table) {
     return table.has_value() ? static_cast<const float*>(table->const_data_ptr()) : nullptr;
   };
-  const Geometry geometry(kOp, {cu_seqlens, past_lens, cache_start, slot_table}, rows, &boundary, &logits_to_keep);
+  const std::vector<LayerFeatures> layer_features = check_features(spec, features, like);
+  const std::optional<Tensor> feature_rows = check_feature_index(feature_index, features, rows, like);
+  const Geometry geometry(kOp, {cu_seqlens, past_lens, cache_start, slot_table}, rows, &boundary, &logits_to_keep,
+                          blocks);
   for (const auto& [given, name] : {std::pair{&key_cache, "key_cache"}, std::pair{&value_cache, "value_cache"}}) {
     check(static_cast<int64_t>(given->size()) == spec.num_layers, kOp, ": ", name, ": expected ", spec.num_layers,
           " tensors (one a layer), got ", given->size());
@@ -117,20 +161,24 @@ Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor c
   Backend& backend = *backend_of_call;
   const BatchLayout& layout = geometry.layout();
   // The large pieces are allocated before the first cache write; what fails later is put back by the guard.
-  PrefillCall call{.layout = &layout,
-                   .ids = ids.has_value() ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr,
-                   .embeds = ids.has_value() ? nullptr : input.const_data_ptr(),
-                   .embeds_stride = input.stride(0),
-                   .cos = static_cast<const float*>(cos_rows.const_data_ptr()),
-                   .sin = static_cast<const float*>(sin_rows.const_data_ptr()),
-                   .cos_local = floats(cos_local_rows),
-                   .sin_local = floats(sin_local_rows),
-                   .rope_stride = cos_rows.size(1),
-                   .address = geometry.address(),
-                   .caches = caches.data(),
-                   .window_only = window_only,
-                   .hidden_states = nullptr,
-                   .workspace = nullptr};
+  PrefillCall call{
+      .layout = &layout,
+      .ids = ids.has_value() ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr,
+      .embeds = ids.has_value() ? nullptr : input.const_data_ptr(),
+      .embeds_stride = input.stride(0),
+      .cos = static_cast<const float*>(cos_rows.const_data_ptr()),
+      .sin = static_cast<const float*>(sin_rows.const_data_ptr()),
+      .cos_local = floats(cos_local_rows),
+      .sin_local = floats(sin_local_rows),
+      .rope_stride = cos_rows.size(1),
+      .address = geometry.address(),
+      .caches = caches.data(),
+      .window_only = window_only,
+      .feature_index = feature_rows.has_value() ? static_cast<const int64_t*>(feature_rows->const_data_ptr()) : nullptr,
+      .features = layer_features.data(),
+      .feature_layers = static_cast<int64_t>(layer_features.size()),
+      .hidden_states = nullptr,
+      .workspace = nullptr};
   const Tensor hidden = torch::stable::new_empty(like, {layout.rows - layout.wanted_begin, spec.hidden_size});
   const Tensor workspace =
       torch::stable::new_empty(like, {static_cast<int64_t>(workspace_bytes(model, call, backend))}, ScalarType::Byte);

@@ -143,11 +143,15 @@ def _(
     window_only: bool = False,
     cos_local: Tensor | None = None,
     sin_local: Tensor | None = None,
+    blocks: Tensor | None = None,
+    feature_index: Tensor | None = None,
+    features: list[Tensor] | None = None,
 ) -> Tensor:
     # Where one of several tensors is on the meta device this is called for all: the kernels' checks see none of them.
     caches = {**_named("key_cache", key_cache), **_named("value_cache", value_cache)}
-    local = {name: t for name, t in (("cos_local", cos_local), ("sin_local", sin_local)) if t is not None}
-    _check_devices({"cos": cos, "sin": sin, **local, **caches}, input)
+    options = {"cos_local": cos_local, "sin_local": sin_local, "feature_index": feature_index}
+    given = {name: tensor for name, tensor in options.items() if tensor is not None}
+    _check_devices({"cos": cos, "sin": sin, **given, **_named("features", features or []), **caches}, input)
     hidden_size = json.loads(torch.ops.pop.info(model))["spec"]["hidden_size"]
     wanted = torch.library.get_ctx().new_dynamic_size(min=1)
     return key_cache[0].new_empty((wanted, hidden_size))

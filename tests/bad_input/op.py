@@ -34,6 +34,11 @@ def table(*slots: int) -> Tensor:
     return rows
 
 
+def no_features(w: World) -> Tensor:
+    """An index that names no row of any features."""
+    return torch.full_like(w.op["input"], -1)
+
+
 def freed(w: World) -> int:
     return pop_ext.load(w.model, w.plan).handle  # nothing keeps the model: freed at once
 
@@ -286,6 +291,60 @@ OP = [
         lambda w: w.run_op(slot_table=table(1)),
         RuntimeError,
         "slot_table: expected every position of sequence 1 in a slot of its own, got slot 1 twice",
+    ),
+    *[
+        Case(f"blocks {given}", lambda w, blocks=blocks: w.run_op(blocks=blocks()), RuntimeError, "blocks: " + text)
+        for given, blocks, text in (
+            ("in int64", lambda: int32([[0, 0, 2]]).long(), "expected int32 on cpu, got int64 on cpu"),
+            ("of pairs", lambda: int32([[0, 2]]), r"expected shape \[\*, 3\], got \[1, 2\]"),
+            ("of another sequence", lambda: int32([[2, 0, 2]]), "expected sequences from 0 to 1, got 2"),
+            (
+                "beyond the new tokens",
+                lambda: int32([[1, 3, 9]]),
+                r"expected 0 <= begin < end <= 8 \(the new tokens\) for sequence 1, got 3 and 9",
+            ),
+            (
+                "that overlap",
+                lambda: int32([[0, 0, 3], [0, 2, 4]]),
+                "expected ascending blocks that do not overlap, got 2 to 4 of sequence 0 in row 1",
+            ),
+            (
+                "around the boundary",
+                lambda: int32([[0, 5, 8]]),
+                r"expected no boundary inside a block \(widen it to 3\), got 1 for sequence 0",
+            ),
+        )
+    ],
+    Case(
+        "features without an index",
+        lambda w: w.run_op(features=[torch.zeros(1, 32)]),
+        RuntimeError,
+        r"feature_index: expected a table \(features are given\), got none",
+    ),
+    Case(
+        "features of another width",
+        lambda w: w.run_op(features=[torch.zeros(1, 31)], feature_index=no_features(w)),
+        RuntimeError,
+        r"features\[0\]: expected shape \[1, 32\], got \[1, 31\]",
+    ),
+    Case(
+        "features of more layers than there are",
+        lambda w: w.run_op(features=[torch.zeros(1, 32)] * 4, feature_index=no_features(w)),
+        RuntimeError,
+        r"features: expected at most 3 tensors \(one for each of the first layers\), got 4",
+    ),
+    Case(
+        "an index beyond the features",
+        lambda w: w.run_op(features=[torch.zeros(1, 32)], feature_index=no_features(w) + 2),
+        RuntimeError,
+        r"feature_index: expected -1 to 0 \(rows of features\), got 1 at row 0",
+        on_cuda=False,
+    ),
+    Case(
+        "an index for fewer rows",
+        lambda w: w.run_op(features=[torch.zeros(1, 32)], feature_index=no_features(w)[1:]),
+        RuntimeError,
+        r"feature_index: expected shape \[16\], got \[15\]",
     ),
     Case(
         "a plan for another depth, to `pop::load`",

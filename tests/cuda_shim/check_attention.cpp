@@ -10,6 +10,7 @@ using checks::Buffer;
 
 struct Rows {
   int64_t rows, first_position;
+  int64_t sees_to = 0;
 };
 
 enum class Layout {
@@ -33,7 +34,10 @@ std::string name_of(DType dtype, const Case& c) {
                      std::to_string(c.kv_heads) + " head_dim=" + std::to_string(c.head_dim) +
                      " window=" + std::to_string(c.window) + " layout=" + std::to_string(static_cast<int>(c.layout)) +
                      " table=" + std::to_string(c.has_slot_table) + " softcap=" + std::to_string(c.softcap);
-  for (const Rows& s : c.segments) name += " " + std::to_string(s.rows) + "@" + std::to_string(s.first_position);
+  for (const Rows& s : c.segments) {
+    name += " " + std::to_string(s.rows) + "@" + std::to_string(s.first_position);
+    if (s.sees_to > 0) name += ">" + std::to_string(s.sees_to);
+  }
   return name;
 }
 
@@ -56,7 +60,7 @@ class Problem {
     random.seed(12);
     std::normal_distribution<float> normal;
     for (const Segment& s : segments_) {
-      for (int64_t p = first_visible(s.first_position); p < s.first_position + s.rows; ++p) {
+      for (int64_t p = first_visible(s.first_position); p < end_of(s); ++p) {
         for (int64_t i = 0; i < c.kv_heads * c.head_dim; ++i) {
           const int64_t at = offset_of(s.sequence, i / c.head_dim, p) + i % c.head_dim;
           k_.set(at, 1.5f * normal(random));  // steep enough for the running maximum to matter
@@ -107,7 +111,7 @@ class Problem {
   }
   static int64_t capacity_of(const Case& c) {
     int64_t longest = 0;
-    for (const Rows& s : c.segments) longest = std::max(longest, s.first_position + s.rows);
+    for (const Rows& s : c.segments) longest = std::max({longest, s.first_position + s.rows, s.sees_to + 1});
     return longest + 3;
   }
 
@@ -122,13 +126,14 @@ class Problem {
                            .rows = case_.segments[i].rows,
                            .first_position = case_.segments[i].first_position,
                            .first_source = 0,
-                           .cache_start = sequence % 3});
+                           .cache_start = sequence % 3,
+                           .sees_to = case_.segments[i].sees_to});
       row += case_.segments[i].rows;
     }
     table_.assign(sequences_ * capacity_, 1 << 30);
     for (int64_t i = 0; i < sequences_; ++i) start_.push_back(i % 3);
     for (const Segment& s : segments_) {
-      for (int64_t p = first_visible(s.first_position); p < s.first_position + s.rows; ++p) {
+      for (int64_t p = first_visible(s.first_position); p < end_of(s); ++p) {
         table_[s.sequence * capacity_ + p] = static_cast<int32_t>(capacity_ - 1 - p);
       }
     }
@@ -150,6 +155,7 @@ class Problem {
     const CacheStrides s = strides_of();
     return sequence * s.batch + head * s.head + slot * s.slot;
   }
+  static int64_t end_of(const Segment& s) { return std::max(s.first_position + s.rows, s.sees_to + 1); }
   int64_t first_visible(int64_t position) const {
     return case_.window > 0 ? std::max<int64_t>(0, position - case_.window + 1) : 0;
   }
@@ -168,9 +174,10 @@ class Problem {
 
   void attend(const Segment& s, int64_t position, int64_t head, int64_t q_at, float* out) const {
     const int64_t kv_head = head / (case_.heads / case_.kv_heads), first = first_visible(position);
+    const int64_t last = std::max(position, s.sees_to);
     std::vector<double> weights, sums(case_.head_dim);
     double top = -INFINITY, total = 0;
-    for (int64_t p = first; p <= position; ++p) {
+    for (int64_t p = first; p <= last; ++p) {
       double score = 0;
       const int64_t at = offset_of(s.sequence, kv_head, p);
       for (int64_t d = 0; d < case_.head_dim; ++d) score += double(q_.get(q_at + d)) * k_.get(at + d);
@@ -178,7 +185,7 @@ class Problem {
       weights.push_back(case_.softcap > 0.0f ? case_.softcap * std::tanh(score / case_.softcap) : score);
       top = std::max(top, weights.back());
     }
-    for (int64_t p = first; p <= position; ++p) {
+    for (int64_t p = first; p <= last; ++p) {
       const double weight = std::exp(weights[p - first] - top);
       total += weight;
       const int64_t at = offset_of(s.sequence, kv_head, p);
@@ -285,6 +292,18 @@ void run_layouts() {
   run_all(cases);
 }
 
+// Images: whole ones, parts of one, a few rows of a long one, within windows shorter and longer than they are.
+void run_images() {
+  std::vector<Case> cases;
+  for (const int64_t window : {0, 5, 40, 300}) {
+    cases.push_back({.heads = 4, .kv_heads = 2, .head_dim = 64, .segments = {{40, 7, 46}}, .window = window});
+    cases.push_back(
+        {.heads = 2, .kv_heads = 1, .head_dim = 40, .segments = {{9, 30, 70}, {3, 0, 2}}, .window = window});
+    cases.push_back({.heads = 4, .kv_heads = 1, .head_dim = 32, .segments = {{2, 140, 190}, {5, 9}}, .window = window});
+  }
+  run_all(cases);
+}
+
 // More segments than one launch takes.
 void run_many_segments() {
   std::vector<Rows> segments;
@@ -328,6 +347,7 @@ const checks::Check boundary("attention of boundary rows", run_boundary);
 const checks::Check prefill("attention of many rows", run_prefill);
 const checks::Check windows("attention in a window", run_windows);
 const checks::Check softcaps("attention with capped scores", run_softcaps);
+const checks::Check images("attention of rows that see ahead", run_images);
 const checks::Check layouts("attention over cache layouts", run_layouts);
 const checks::Check many("attention of many segments", run_many_segments);
 const checks::Check alone("attention of a row alone", run_alone);
