@@ -39,6 +39,7 @@ ON_THE_CPU = {
     "test_plan",
     "test_readme",
     "test_real_configs",
+    "test_real_vision_configs",
     "test_reference",
     "test_reference_turns",
 }

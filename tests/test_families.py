@@ -13,10 +13,12 @@ from models import WINDOW, gemma2, gemma3, llama, mistral, olmo2, pad, phi3, qwe
 from pop_ext.describe import describe
 from pop_ext.families import FAMILIES, UnsupportedModelError
 from torch import nn
+from vision_models import VISION
 
 
 def test_every_family_has_a_test_model():
-    assert set(FAMILIES) == {models.shared(name).config.model_type for name in models.FAMILIES}
+    text = {models.shared(name).config.model_type for name in models.FAMILIES}
+    assert set(FAMILIES) == text | set(VISION)
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"

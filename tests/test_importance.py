@@ -16,7 +16,7 @@ from pop_ext import Plan
 from pop_ext.calibration import stock_model, undisturbed
 from pop_ext.gates import gate_derivatives
 from pop_ext.layer_importance import Importance
-from pop_ext.reference import replaced_forward
+from pop_ext.restore import replaced_forward
 from transformers import GPT2Config, GPT2LMHeadModel
 
 T, ROWS, BATCH = 19, 5, 3

@@ -232,9 +232,8 @@ def test_a_supported_model_has_a_preset_and_a_native_form():
     assert supported["meta-llama/Llama-3.1-8B-Instruct"].published
     assert not supported["Qwen/Qwen3-8B"].published
     assert supported["google/gemma-3-12b-it"].plan == Plan(48, range(32, 48))
-    # Its plan is published, its text model has no native form.
-    assert Plan.preset("Qwen/Qwen3-VL-8B-Instruct") == Plan(36, range(24, 36))
-    assert set(PRESETS) - set(supported) == {name for name in PRESETS if "-VL-" in name}
+    assert supported["Qwen/Qwen3-VL-8B-Instruct"].plan == Plan(36, range(24, 36))
+    assert set(supported) == set(PRESETS)
 
 
 def test_every_preset_that_is_not_published_says_so_and_is_the_deepest_third():

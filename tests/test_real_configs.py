@@ -310,5 +310,6 @@ def test_weights_on_the_meta_device_are_mapped_but_not_run():
 
 
 def test_every_family_has_a_real_configuration():
-    assert set(FAMILIES) == set(EXTRA)
-    assert set(FAMILIES) == {real(name).config.model_type for name in REAL}
+    text = {name for name, family in FAMILIES.items() if family.vision is None}
+    assert text == set(EXTRA)
+    assert text == {real(name).config.model_type for name in REAL}

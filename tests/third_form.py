@@ -34,7 +34,7 @@ def held_back_forward(
 
     with ExitStack() as stack:
         for index in omit:
-            hook = model.model.layers[index].register_forward_hook(hold_back, with_kwargs=True)
+            hook = model.get_decoder().layers[index].register_forward_hook(hold_back, with_kwargs=True)
             stack.callback(hook.remove)
         output = model(input_ids, use_cache=True, **call)
     return output.logits, output.past_key_values

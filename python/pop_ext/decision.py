@@ -15,12 +15,13 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pop_ext.cache_names import rename_cache
-from pop_ext.families import dropped_softcap
+from pop_ext.families import Vision, dropped_softcap, family_of
 from pop_ext.kv_cache import check_cache, has_window, past_slots
 from pop_ext.masks import padding_mask
 from pop_ext.packing import PackedBatch, is_int, pack_batch
 from pop_ext.plan import Plan
 from pop_ext.replaced import foreign_code, inner_modules
+from pop_ext.vision import blocks_of, widened
 
 if TYPE_CHECKING:
     from pop_ext.native import NativeModel
@@ -137,11 +138,21 @@ def decide(model: nn.Module, plan: Plan, backend: str, arguments: dict[str, Any]
         return Call(arguments, Decision("stock", stock.rule, stock.reason, stock.declined, plan))
     keep = arguments["logits_to_keep"]
     # Judged per sequence, so that batch mates never change a result.
-    boundary = tuple(t if t < plan.min_tokens else min(max(plan.boundary, keep), t) for t in packed.tokens)
+    boundaries = [t if t < plan.min_tokens else min(max(plan.boundary, keep), t) for t in packed.tokens]
+    around = _vision_of(model)
+    if around is not None and around.blocks_by is not None:
+        blocks = blocks_of(arguments.get(around.blocks_by), packed, around.blocks_by)
+        boundaries = widened(boundaries, packed.tokens, blocks)
+    boundary = tuple(boundaries)
     full = all(t == b for t, b in zip(packed.tokens, boundary, strict=True))
     reason = "every row runs at full depth" if full or not plan.omit else "a prefill"
     decision = Decision(backend, "prefill", reason, False, plan, tuple(packed.tokens), boundary, keep)
     return Call(arguments, decision, mask, packed.past_slots, packed.past_slots + packed.columns)
+
+
+def _vision_of(model: nn.Module) -> Vision | None:
+    family = family_of(getattr(model, "config", None))
+    return None if family is None else family.vision
 
 
 def text_config(model: nn.Module) -> Any:
@@ -171,7 +182,8 @@ def _check_prefill(
         foreign = foreign_code(inner_modules(model))
         if foreign is not None:
             raise _Stock("hooks", f"{foreign}: the native loop would not run them")
-    mask, packed = _check_mask_and_cache(config, tokens, arguments)
+    around = _vision_of(model)
+    mask, packed = _check_mask_and_cache(config, tokens, arguments, around)
     keep, short = arguments["logits_to_keep"], min(packed.tokens)
     if keep > short:
         raise _Stock(
@@ -217,9 +229,9 @@ def _check_outputs(model: nn.Module, arguments: dict[str, Any]) -> None:
     use_cache = arguments.get("use_cache")
     if not (use_cache if use_cache is not None else getattr(config, "use_cache", True)):
         raise _Stock("use_cache", "use_cache=False: a pruned prefill is of use only with its cache")
-    unknown = sorted(
-        name for name, value in arguments.items() if value is not None and name not in _READ and name not in _HARMLESS
-    )
+    around = _vision_of(model)
+    known = _READ | _HARMLESS | (around.arguments if around is not None else frozenset())
+    unknown = sorted(name for name, value in arguments.items() if value is not None and name not in known)
     if unknown:
         raise _Stock("arguments", f"arguments that the native prefill does not know: {', '.join(unknown)}")
 
@@ -254,7 +266,7 @@ def _check_attention(config: Any) -> None:
 
 
 def _check_mask_and_cache(
-    config: Any, tokens: torch.Tensor, arguments: dict[str, Any]
+    config: Any, tokens: torch.Tensor, arguments: dict[str, Any], around: Vision | None
 ) -> tuple[torch.Tensor | None, PackedBatch]:
     batch, columns = tokens.shape[:2]
     cache = arguments.get("past_key_values")
@@ -282,8 +294,29 @@ def _check_mask_and_cache(
         )
     if packed.slot_table is not None and window:
         raise _Stock("mask", "holes in the mask of a sliding-window model: the stock window counts masked slots")
-    _check_positions(arguments.get("position_ids"), tokens, arguments.get("attention_mask") is None)
+    if around is not None and around.blocks_by is not None:
+        _check_token_types(arguments.get(around.blocks_by), packed, around.blocks_by)
+    positions = arguments.get("position_ids")
+    if around is not None and around.has_axes and isinstance(positions, torch.Tensor) and positions.ndim == 3:
+        if len(positions) == 3:
+            return mask, packed
+        positions = positions[0]  # of text: the others count images
+    _check_positions(positions, tokens, arguments.get("attention_mask") is None)
     return mask, packed
+
+
+def _check_token_types(types: Any, packed: PackedBatch, name: str) -> None:
+    """Whether they say which new tokens belong to images: the stock mask counts columns from the cache's first."""
+    try:
+        blocks = blocks_of(types, packed, name)
+    except (ValueError, TypeError) as error:
+        raise _Stock(name, str(error)) from error
+    if blocks and types.shape[1] == packed.columns and packed.past_slots > 0:
+        raise _Stock(
+            name,
+            f"{name}: expected one for each of {packed.past_slots + packed.columns} columns, those of the cache "
+            f"before the new ones, got {packed.columns}: the stock mask would take them for others",
+        )
 
 
 def _check_positions(positions: Any, tokens: torch.Tensor, without_mask: bool) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from pop_ext import _core
-from pop_ext.families import FAMILIES, Family, UnsupportedModelError, dropped_softcap
+from pop_ext.families import FAMILIES, Family, UnsupportedModelError, decoder_of, dropped_softcap, family_of
 
 # What a family without the module leaves out of its spec.
 _OPTIONAL = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "o_bias", "gate_bias", "up_bias", "down_bias")
@@ -79,23 +79,24 @@ def describe(model: Any) -> Description:
 def map_weights(model: Any) -> Description:
     """``describe`` without a look at where the weights are: they may be on the meta device."""
     family = _family_of(model)
-    decoder = model.model
+    decoder = decoder_of(model)
     layers = list(decoder.layers)
-    config = model.config
+    config = model.config.get_text_config(decoder=True)
+    root = family.decoder
     if len(layers) != config.num_hidden_layers:
         raise UnsupportedModelError(
             f"model: expected {config.num_hidden_layers} decoder layers (config.num_hidden_layers), got {len(layers)}"
         )
     for index, layer in enumerate(layers):
-        _check_class(layer, f"{family.prefix}DecoderLayer", f"model.layers.{index}")
-        _check_class(layer.self_attn, f"{family.prefix}Attention", f"model.layers.{index}.self_attn")
-        _check_class(layer.mlp, f"{family.prefix}MLP", f"model.layers.{index}.mlp")
-    _check_class(decoder.norm, f"{family.prefix}RMSNorm", "model.norm")
-    _check_class(decoder.rotary_emb, f"{family.prefix}RotaryEmbedding", "model.rotary_emb")
-    places = {"embed_tokens": "model.embed_tokens.weight", "norm": "model.norm.weight"}
+        _check_class(layer, f"{family.prefix}DecoderLayer", f"{root}.layers.{index}")
+        _check_class(layer.self_attn, f"{family.prefix}Attention", f"{root}.layers.{index}.self_attn")
+        _check_class(layer.mlp, f"{family.prefix}MLP", f"{root}.layers.{index}.mlp")
+    _check_class(decoder.norm, f"{family.prefix}RMSNorm", f"{root}.norm")
+    _check_class(decoder.rotary_emb, f"{family.prefix}RotaryEmbedding", f"{root}.rotary_emb")
+    places = {"embed_tokens": f"{root}.embed_tokens.weight", "norm": f"{root}.norm.weight"}
     for index in range(len(layers)):
         for slot, path in family.layer.items():
-            places[f"layers.{index}.{slot}"] = f"model.layers.{index}.{path}"
+            places[f"layers.{index}.{slot}"] = f"{root}.layers.{index}.{path}"
     refs = {slot: ref for slot, path in places.items() if (ref := _ref(slot, model, path, family)) is not None}
     spec = _spec(family, model, refs)
     users = Counter(ref.path for ref in refs.values())
@@ -125,12 +126,13 @@ def map_weights(model: Any) -> Description:
 
 def _family_of(model: Any) -> Family:
     config: Any = getattr(model, "config", None)
-    model_type: Any = getattr(config, "model_type", None)
-    family = FAMILIES.get(model_type)
+    family = family_of(config)
     if family is None:
-        found = model_type or type(model).__name__
+        found = getattr(config, "model_type", None) or type(model).__name__
         raise UnsupportedModelError(f"model: expected an architecture of {', '.join(sorted(FAMILIES))}, got {found}")
-    _check_class(model, f"{family.prefix}ForCausalLM", "model")
+    _check_class(model, family.model_class or f"{family.prefix}ForCausalLM", "model")
+    if family.vision is not None:
+        _check_class(model.model, family.vision.wrapper, "model.model")
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         # A dict as the checkpoint has it, or an object once transformers has read it.
@@ -199,8 +201,8 @@ def _check_placement(weights: list[WeightRef]) -> None:
 
 
 def _spec(family: Family, model: Any, refs: dict[str, WeightRef]) -> _core.ModelSpec:
-    config = model.config
-    attention = model.model.layers[0].self_attn
+    config, decoder = model.config.get_text_config(decoder=True), decoder_of(model)
+    attention = decoder.layers[0].self_attn
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if head_dim % 8 != 0 or not 8 <= head_dim <= 256:
         raise UnsupportedModelError(f"config.head_dim: expected a multiple of 8 up to 256, got {head_dim}")
@@ -229,7 +231,7 @@ def _spec(family: Family, model: Any, refs: dict[str, WeightRef]) -> _core.Model
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
         head_dim=head_dim,
-        rotary_dim=_rotary_dim(family, model.model.rotary_emb),
+        rotary_dim=_rotary_dim(family, decoder.rotary_emb),
         intermediate_size=config.intermediate_size,
         vocab_size=embedding.shape[0],
         rms_norm_eps=config.rms_norm_eps,
@@ -243,7 +245,7 @@ def _spec(family: Family, model: Any, refs: dict[str, WeightRef]) -> _core.Model
         norm_weight_offset=family.norm_weight_offset,
         input_norms="input_norm" in family.layer,
         output_norms="attention_out_norm" in family.layer,
-        embed_scale=_embed_scale(model.model.embed_tokens, embedding.dtype),
+        embed_scale=_embed_scale(decoder.embed_tokens, embedding.dtype),
         attention_softcap=(config.attn_logit_softcapping or 0.0) if family.caps_scores else 0.0,
         window=[family.window(config, layer) for layer in layers],
         rope_table=[_rope_table(family, config, layer) for layer in layers],

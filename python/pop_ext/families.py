@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 _LLAMA_LAYER = {
@@ -43,11 +44,34 @@ def _window_by_layer_type(config: Any, layer: int) -> int:
 
 
 @dataclass(frozen=True)
+class Vision:
+    """What surrounds the language model of a vision-language family, and stays transformers' own.
+
+    Attributes:
+        wrapper: class of ``model.model``, which puts features of the vision tower among the embeddings.
+        text_model_type: ``model_type`` of the language model's config.
+        arguments: those of ``forward`` that the wrapper reads and its language model does not.
+        blocks_by: the argument whose ones mark tokens of images, which see each other in both directions
+            during prefill; None: images are causal, too.
+        has_axes: whether positions have time, height and width: ``[3, batch, tokens]``.
+    """
+
+    wrapper: str
+    text_model_type: str
+    arguments: frozenset[str]
+    blocks_by: str | None = None
+    has_axes: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture.
 
     Attributes:
         model_type: ``config.model_type``.
+        decoder: path of the language model without its head.
+        vision: what is around that, in a vision-language family.
+        model_class: class of the whole model; None: the prefix and ForCausalLM.
         prefix: what the names of its classes begin with ("Llama" of LlamaForCausalLM, LlamaAttention, ...);
             another class in the place of one of them computes something else, so it is refused.
         layer: runtime weight name -> path inside a decoder layer.
@@ -73,6 +97,19 @@ class Family:
     rope_kinds: tuple[str, ...] = ()
     caps_scores: bool = False
     caps_logits: bool = False
+    decoder: str = "model"
+    vision: Vision | None = None
+    model_class: str | None = None
+
+    @property
+    def has_axes(self) -> bool:
+        """Whether its positions have time, height and width."""
+        return self.vision is not None and self.vision.has_axes
+
+    @property
+    def text_model_type(self) -> str:
+        """``model_type`` of the config that describes the language model."""
+        return self.model_type if self.vision is None else self.vision.text_model_type
 
 
 _QK_NORMS = {"q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight"}
@@ -139,8 +176,64 @@ FAMILIES = {
             rope_kinds=("full_attention", "sliding_attention"),
             caps_logits=True,
         ),
+        Family(
+            "gemma3",
+            "Gemma3",
+            layer={**_GEMMA_LAYER, **_QK_NORMS},
+            window=_window_by_layer_type,
+            activation="hidden_activation",
+            norm_weight_offset=1.0,
+            embedding="Gemma3TextScaledWordEmbedding",
+            rope_kinds=("full_attention", "sliding_attention"),
+            decoder="model.language_model",
+            model_class="Gemma3ForConditionalGeneration",
+            vision=Vision(
+                "Gemma3Model",
+                "gemma3_text",
+                frozenset({"pixel_values", "token_type_ids", "mm_encoder_outputs"}),
+                blocks_by="token_type_ids",
+            ),
+        ),
+        Family(
+            "qwen3_vl",
+            "Qwen3VLText",
+            layer={**_LLAMA_LAYER, **_QK_NORMS},
+            decoder="model.language_model",
+            model_class="Qwen3VLForConditionalGeneration",
+            vision=Vision(
+                "Qwen3VLModel",
+                "qwen3_vl_text",
+                frozenset(
+                    {
+                        "pixel_values",
+                        "pixel_values_videos",
+                        "image_grid_thw",
+                        "video_grid_thw",
+                        "mm_token_type_ids",
+                        "mm_encoder_outputs",
+                    }
+                ),
+                has_axes=True,
+            ),
+        ),
     )
 }
+
+
+def family_of(config: Any) -> Family | None:
+    """The family of a model's config; None without a native form."""
+    return FAMILIES.get(getattr(config, "model_type", None) or "")
+
+
+def decoder_path(model: Any) -> str:
+    """Where a model of one of the families has its language model, without the head."""
+    family = family_of(model.config)
+    return "model" if family is None else family.decoder
+
+
+def decoder_of(model: Any) -> Any:
+    """The language model, without its head, of a model of one of the families."""
+    return attrgetter(decoder_path(model))(model)
 
 
 def dropped_softcap(config: Any) -> str | None:

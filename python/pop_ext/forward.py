@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from pop_ext import reference
 from pop_ext.cache_names import field_of_cache
 from pop_ext.decision import Call, Decision, bind, decide, is_decode, text_config
-from pop_ext.families import UnsupportedModelError
+from pop_ext.families import UnsupportedModelError, family_of
 from pop_ext.kv_cache import check_windows, new_cache
 from pop_ext.native import NativeModel, check_plan
 from pop_ext.plan import Plan
@@ -31,6 +31,8 @@ from pop_ext.presets import default_plan
 from pop_ext.reference_checks import find_parts
 from pop_ext.replaced import inner_modules, is_own_forward, is_patched
 from pop_ext.restore import cache_restored_on_error
+from pop_ext.shells import shell_of
+from pop_ext.vision import prefill_around
 
 Model = TypeVar("Model", bound=nn.Module)
 _BACKENDS = ("native", "reference")
@@ -51,11 +53,11 @@ class PrefillForward:
 
     def __init__(self, model: nn.Module, plan: Plan, strict: bool, backend: str, replaced: Any) -> None:
         state = {"model": model, "plan": plan, "strict": strict, "backend": backend, "replaced": replaced}
-        self.__setstate__({**state, "shell": _shell_of(model)})
+        self.__setstate__({**state, "shell": shell_of(model)})
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: getattr(self, name) for name in ("model", "plan", "strict", "backend", "replaced")}
-        return {**state, "shell": _shell_of(self.model)}
+        return {**state, "shell": shell_of(self.model)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The model owns this object: a reference back would keep a deleted model's memory until the collector runs.
@@ -173,8 +175,15 @@ class PrefillForward:
     @torch.compiler.disable
     def _prefill(self, call: Call) -> Any:
         arguments, decision = call.arguments, call.decision
+        if call.native is not None and call.native.family.vision is not None:
+            output = prefill_around(self.model, call)
+            self.last_call = decision
+            return output
         inputs: dict[str, Any] = {name: arguments.get(name) for name in ("input_ids", "inputs_embeds", "position_ids")}
-        if inputs["position_ids"] is None:
+        family = family_of(self.model.config)
+        around = None if family is None else family.vision
+        inputs |= {name: arguments[name] for name in around.arguments & arguments.keys()} if around else {}
+        if inputs["position_ids"] is None and around is None:
             # As the stock forward counts them: by column, masked or not.
             tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
             inputs["position_ids"] = torch.arange(call.past, call.slots, device=tokens.device)[None]
@@ -187,7 +196,7 @@ class PrefillForward:
             prefilled = call.native.prefill_fresh(**inputs, **rows)  # classify has just bound it
             logits, cache = prefilled.logits, prefilled.past_key_values
         else:
-            logits, cache = self._run_oracle(inputs, rows)
+            logits, cache = self._run_oracle(call, inputs, rows)
         self.last_call = decision
         output = CausalLMOutputWithPast(logits=logits, **field_of_cache(CausalLMOutputWithPast, cache))
         return_dict = arguments.get("return_dict")
@@ -195,26 +204,19 @@ class PrefillForward:
             return_dict = getattr(self.model.config, "return_dict", True)
         return output if return_dict else output.to_tuple()
 
-    def _run_oracle(self, inputs: dict[str, Any], rows: dict[str, Any]) -> tuple[torch.Tensor, Cache]:
+    def _run_oracle(self, call: Call, inputs: dict[str, Any], rows: dict[str, Any]) -> tuple[torch.Tensor, Cache]:
         model = self.model
         with self.stock_inside():
             logits, filled = reference.prefill(model, plan=self.plan, **inputs, **rows)
         # The oracle reads the caller's cache and returns another: the new columns go where the call said.
         given = inputs["past_key_values"]
         cache = new_cache(model.config) if given is None else given
-        columns = inputs["position_ids"].shape[1]
+        columns = call.slots - call.past
         layers: list[Any] = filled.layers
         with cache_restored_on_error(cache):
             for index, layer in enumerate(layers):
                 cache.update(layer.keys[:, :, -columns:], layer.values[:, :, -columns:], index)
         return logits, cache
-
-
-def _shell_of(model: nn.Module) -> nn.Module:
-    """A shallow copy of a model: the same modules, and no ``forward`` of ours, so that no cycle keeps it alive."""
-    shell: nn.Module = object.__new__(type(model))
-    shell.__dict__.update({name: value for name, value in model.__dict__.items() if name != "forward"})
-    return shell
 
 
 def _caller_level() -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pop_ext.calibration import decoder_layers, first_of, hidden_states_of
-from pop_ext.reference import replaced_forward
+from pop_ext.restore import replaced_forward
 
 LAYER, ATTENTION, MLP = "layer", "attention", "mlp"
 """What a gate may act on: a layer's whole residual branch, or that of its attention or MLP."""

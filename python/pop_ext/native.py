@@ -4,36 +4,23 @@ from __future__ import annotations
 
 import json
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pop_ext import _core, operators
+from pop_ext.cache_names import with_cache
 from pop_ext.describe import Description, describe
-from pop_ext.kv_cache import (
-    CacheTransaction,
-    check_cache,
-    check_windows,
-    has_window,
-    keeps_only_windows,
-    new_cache,
-    past_slots,
-)
+from pop_ext.families import Family, decoder_of
+from pop_ext.kv_cache import CacheTransaction, keeps_only_windows
 from pop_ext.origin import check_origin
-from pop_ext.packing import (
-    PackedBatch,
-    PerSequence,
-    check_device,
-    is_int,
-    lengths,
-    offsets,
-    pack_batch,
-    per_sequence,
-)
+from pop_ext.packing import PackedBatch, PerSequence, lengths, offsets
 from pop_ext.plan import Plan
+from pop_ext.prefill_inputs import PrefillInputs, check_ids, check_tokens, pack_tokens, prepare
 from pop_ext.presets import default_plan
 from pop_ext.restore import module_restored_on_error
+from pop_ext.vision import DecoderCall, blocks_of, mask_for, packed_features, run_around
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,6 +121,10 @@ class NativeModel:
         return self._loaded.description
 
     @property
+    def family(self) -> Family:
+        return self._loaded.description.family
+
+    @property
     def spec(self) -> _core.ModelSpec:
         return self._loaded.description.spec
 
@@ -175,6 +166,7 @@ class NativeModel:
         boundary: PerSequence | None = None,
         logits_to_keep: PerSequence = 1,
         window_only: bool = False,
+        **vision: Any,
     ) -> PrefillOutput:
         """Prefills a batch by the plan, as given.
 
@@ -183,7 +175,8 @@ class NativeModel:
             inputs_embeds: ``[batch, tokens, hidden_size]`` in the model's dtype.
             attention_mask: ``[batch, past + tokens]``, 1 for a real token. New tokens may be padded on
                 either side; past slots may be masked anywhere. None: all real.
-            position_ids: ``[batch, tokens]`` or ``[1, tokens]``. None: counted from the mask after the past.
+            position_ids: ``[batch, tokens]`` or ``[1, tokens]``, or ``[3, batch, tokens]`` (time, height, width) in
+                a family that has such. None: counted from the mask after the past, images as the family counts them.
             past_key_values: a cache whose positions are kept as they are. None: a new DynamicCache.
             boundary: last rows of each sequence that run at full depth, one int or one per sequence.
                 None: the plan's, at most the sequence's tokens.
@@ -191,6 +184,8 @@ class NativeModel:
             window_only: in omitted layers with a sliding window, leave K and V of those positions only that a
                 later token can still see. The slots before them keep what they held (new ones: zeros). Where the
                 cache keeps no more than the window in these layers it is so anyway.
+            vision: what else the ``forward`` of a vision-language model takes: ``pixel_values``, ... Where the
+                tokens of an image see each other (Gemma 3), a boundary inside of one is widened to its start.
 
         Raises:
             ValueError, TypeError: a bad argument, named with what was expected and what came.
@@ -214,6 +209,7 @@ class NativeModel:
             boundary,
             logits_to_keep,
             window_only,
+            **vision,
         )
 
     def prefill_fresh(
@@ -226,108 +222,78 @@ class NativeModel:
         boundary: PerSequence | None = None,
         logits_to_keep: PerSequence = 1,
         window_only: bool = False,
+        **vision: Any,
     ) -> PrefillOutput:
         """``prefill`` for who has just asked ``stale_weight``: of hundreds of weights that takes a millisecond."""
         if not isinstance(window_only, bool):
             raise TypeError(f"window_only: expected a bool, got {type(window_only).__name__}")
-        loaded = self._loaded
-        tokens = self._check_input(input_ids, inputs_embeds)
-        batch, columns = tokens.shape[:2]
-        if past_key_values is not None:
-            check_cache(past_key_values, self.spec.num_layers)
-        past = past_slots(past_key_values)
-        packed = pack_batch(batch, columns, past, attention_mask, self.device)
-        rows = packed.pack(tokens)
-        self._check_ids(rows)
-        keeps = per_sequence(logits_to_keep, batch, "logits_to_keep")
-        _check_at_most(keeps, packed.tokens, "logits_to_keep")
-        boundaries = self._boundaries(boundary, packed)
-        cache = new_cache(self.model.config) if past_key_values is None else past_key_values
-        check_windows(cache, self.spec.window, past + columns)
-        if packed.slot_table is not None and has_window(cache):
-            raise ValueError(
-                "attention_mask: expected consecutive real tokens in every sequence with a sliding-window cache "
-                "(it keeps the last slots, masked or not), got holes"
-            )
+        tokens = check_tokens(self, input_ids, inputs_embeds)
+        around = self.family.vision
+        unknown = sorted(set(vision) - (around.arguments if around is not None else frozenset()))
+        if unknown:
+            raise TypeError(f"{unknown[0]}: expected no such argument for a {self.family.model_type}, got one")
+        packed = pack_tokens(self, tokens, attention_mask, past_key_values)
+        rest: dict[str, Any] = {
+            "cache": past_key_values,
+            "boundary": boundary,
+            "logits_to_keep": logits_to_keep,
+        }
+        if around is None:
+            with torch.no_grad():
+                rows = packed.pack(tokens)
+                check_ids(self, rows)
+                inputs = prepare(self, rows, packed, position_ids, blocks=[], **rest)
+                return self._prefill(inputs, window_only)
+        wrapper = self.model.model
+        if input_ids is not None:
+            check_ids(self, packed.pack(tokens), also=getattr(wrapper.config, "image_token_id", None))
+        types = None if around.blocks_by is None else vision.get(around.blocks_by)
+        outputs = []
+
+        def decode(call: DecoderCall) -> tuple[torch.Tensor, Cache]:
+            outputs.append(self.prefill_decoder(call, packed, window_only=window_only, token_types=types, **rest))
+            return outputs[0].hidden_states, outputs[0].past_key_values
+
+        arguments = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": mask_for(around, attention_mask),
+            "position_ids": position_ids,
+            **with_cache(wrapper, past_key_values),
+            **vision,
+        }
         with torch.no_grad():
-            positions = self._positions(position_ids, packed)
-            shape = (batch, keeps[0], -1) if is_int(logits_to_keep) else (sum(keeps), -1)
-            hidden, logits = self._run(loaded, rows, packed, positions, cache, boundaries, keeps, window_only, shape)
-        if is_int(logits_to_keep):
-            return PrefillOutput(logits, hidden, cache)
-        return PrefillOutput(logits, hidden, cache, offsets(keeps))
+            run_around(wrapper, "language_model", decode, arguments)
+        return outputs[0]
 
-    def _check_input(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            found = "none" if input_ids is None else "both"
-            raise ValueError(f"input_ids: expected exactly one of input_ids and inputs_embeds, got {found}")
-        name, tokens = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
-        if not isinstance(tokens, torch.Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tokens).__name__}")
-        if tokens.device != self.device:
-            raise ValueError(f"{name}: expected device {self.device} like the model, got {tokens.device}")
-        if input_ids is None:
-            if tokens.ndim != 3 or tokens.shape[-1] != self.spec.hidden_size:
-                raise ValueError(
-                    f"{name}: expected shape [batch, tokens, {self.spec.hidden_size}], got {list(tokens.shape)}"
-                )
-            if tokens.dtype != self.dtype:
-                raise ValueError(f"{name}: expected dtype {self.dtype} like the model, got {tokens.dtype}")
-            return tokens
-        if tokens.ndim != 2:
-            raise ValueError(f"{name}: expected shape [batch, tokens], got {list(tokens.shape)}")
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{name}: expected int64 or int32 ids, got {tokens.dtype}")
-        return tokens
-
-    def _check_ids(self, rows: torch.Tensor) -> None:
-        """Packed rows: padding may hold any id."""
-        if rows.is_floating_point():
-            return
-        if rows.is_cuda and torch.cuda.is_current_stream_capturing():
-            return  # looking would synchronise; the operator clamps the ids, and reports them to a later call
-        low, high = torch.stack(rows.aminmax()).tolist()
-        if low < 0 or high >= self.spec.vocab_size:
-            raise ValueError(
-                f"input_ids: expected ids from 0 to {self.spec.vocab_size - 1}, got {low if low < 0 else high}"
-            )
-
-    def _boundaries(self, boundary: PerSequence | None, packed: PackedBatch) -> list[int]:
-        if boundary is None:
-            return [min(self.plan.boundary, tokens) for tokens in packed.tokens]
-        boundaries = per_sequence(boundary, packed.batch, "boundary")
-        _check_at_most(boundaries, packed.tokens, "boundary")
-        return boundaries
-
-    def _positions(self, position_ids: torch.Tensor | None, packed: PackedBatch) -> torch.Tensor:
-        if position_ids is None:
-            return packed.positions().to(self.device)
-        if not isinstance(position_ids, torch.Tensor):
-            raise TypeError(f"position_ids: expected a tensor, got {type(position_ids).__name__}")
-        if position_ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"position_ids: expected int64 or int32, got {position_ids.dtype}")
-        check_device(position_ids, self.device, "position_ids")
-        shape = tuple(position_ids.shape)
-        if shape not in ((packed.batch, packed.columns), (1, packed.columns)):
-            raise ValueError(
-                f"position_ids: expected shape [{packed.batch}, {packed.columns}] or [1, {packed.columns}], "
-                f"got {list(shape)}"
-            )
-        return packed.pack(position_ids.expand(packed.batch, packed.columns)).to(self.device)
-
-    def _run(
+    def prefill_decoder(
         self,
-        loaded: _Loaded,
-        rows: torch.Tensor,
+        call: DecoderCall,
         packed: PackedBatch,
-        positions: torch.Tensor,
-        cache: Cache,
-        boundaries: list[int],
-        keeps: list[int],
-        window_only: bool,
-        shape: tuple[int, ...],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states and logits of the wanted rows, in ``shape``. The cache changes only if all went well."""
+        *,
+        cache: Cache | None,
+        boundary: PerSequence | None,
+        logits_to_keep: PerSequence,
+        window_only: bool = False,
+        token_types: Any = None,
+    ) -> PrefillOutput:
+        """``prefill_fresh`` from where the wrapper of a vision-language model calls its language model.
+
+        Args:
+            token_types: the family's ``Vision.blocks_by`` argument.
+        """
+        around = self.family.vision
+        assert around is not None
+        blocks = blocks_of(token_types, packed, around.blocks_by or "")
+        rows = packed.pack(call.inputs_embeds)
+        inputs = prepare(self, rows, packed, call.position_ids, cache, boundary, logits_to_keep, blocks)
+        if call.feature_mask is not None and call.features:
+            inputs = replace(inputs, **packed_features(call, packed))
+        return self._prefill(inputs, window_only)
+
+    def _prefill(self, inputs: PrefillInputs, window_only: bool) -> PrefillOutput:
+        """Runs a prefill. The cache changes only if all went well."""
+        packed, cache, loaded = inputs.packed, inputs.cache, self._loaded
         like = loaded.like.new_empty((0, self.spec.num_kv_heads, 0, self.spec.head_dim))
         windowed = [layer for layer in self.plan.omit if self.spec.window[layer] > 0]
         # Where the cache drops what lies behind the window, nothing of it needs to be projected.
@@ -342,20 +308,19 @@ class NativeModel:
             packed.padding(),
             left_out=windowed if window_only else (),
         )
-        rotary = self.model.model.rotary_emb
         try:
-            with module_restored_on_error(rotary):
-                cos, sin, cos_local, sin_local = self._rope(positions)
+            with module_restored_on_error(decoder_of(self.model).rotary_emb):
+                cos, sin, cos_local, sin_local = self._rope(inputs.positions)
                 hidden = torch.ops.pop.prefill(
                     loaded.handle,
-                    rows,
+                    inputs.rows,
                     cos,
                     sin,
                     packed.cu_seqlens(),
                     lengths(packed.past),
                     lengths(packed.cache_start),
-                    lengths(boundaries),
-                    lengths(keeps),
+                    lengths(inputs.boundaries),
+                    lengths(inputs.keeps),
                     transaction.key_cache,
                     transaction.value_cache,
                     packed.slot_table,
@@ -363,22 +328,25 @@ class NativeModel:
                     window_only,
                     cos_local,
                     sin_local,
+                    torch.tensor(inputs.blocks, dtype=torch.int32, device="cpu") if inputs.blocks else None,
+                    inputs.feature_index,
+                    None if inputs.feature_index is None else list(inputs.features),
                 )
-                hidden = hidden.view(shape)
+                hidden = hidden.view(*inputs.shape, -1)
                 logits = self._logits(hidden)
                 transaction.commit()
         except BaseException:
             transaction.abort()
             raise
-        return hidden, logits
+        return PrefillOutput(logits, hidden, cache, offsets(inputs.keeps) if len(inputs.shape) == 1 else None)
 
     def _rope(self, positions: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """cos, sin, and those of layers with a RoPE of their own (or None, None): float32 [rows, rotary_dim]."""
-        rotary, kinds = self.model.model.rotary_emb, self.description.family.rope_kinds
+        rotary, kinds = decoder_of(self.model).rotary_emb, self.family.rope_kinds
         # Float32 whatever the model's dtype: the module only asks its first argument for dtype and device.
         like = torch.empty(0, dtype=torch.float32, device=self.device)
         if not kinds:
-            cos, sin = rotary(like, positions[None])
+            cos, sin = rotary(like, positions.unsqueeze(-2))  # [1, rows], or [3, 1, rows]
             return cos[0], sin[0], None, None
         tables = {kind: rotary(like, positions[None], kind) for kind in kinds if kind in rotary.layer_types}
         cos, sin = tables.get(kinds[0]) or tables[kinds[1]]  # some model may have layers of one kind only
@@ -390,15 +358,9 @@ class NativeModel:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.model.lm_head(hidden)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
-        if cap is None or not self.description.family.caps_logits:
+        if cap is None or not self.family.caps_logits:
             return logits
         return torch.tanh(logits / cap) * cap
-
-
-def _check_at_most(values: list[int], tokens: list[int], name: str) -> None:
-    for i, (value, limit) in enumerate(zip(values, tokens, strict=True)):
-        if value > limit:
-            raise ValueError(f"{name}: expected at most {limit} (the new tokens) for sequence {i}, got {value}")
 
 
 def load(model: PreTrainedModel, plan: Plan | None = None) -> NativeModel:

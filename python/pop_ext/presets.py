@@ -132,11 +132,11 @@ def preset(name: str) -> Preset:
 def supported_models() -> dict[str, Preset]:
     """Every model with a preset and a native form of its text model: Hugging Face name -> preset.
 
-    ``Plan.preset`` knows a few more, of the paper (Qwen3-VL), whose text models have no native form yet.
     ``preset.published`` tells a number of layers from the paper (POP, arXiv 2602.03295) from a default of ours; any
     other model of the same architectures runs as well, with the deepest third omitted unless told otherwise.
     """
-    return {name: preset for name, preset in PRESETS.items() if preset.config["model_type"] in FAMILIES}
+    known = {family.text_model_type for family in FAMILIES.values()}
+    return {name: preset for name, preset in PRESETS.items() if preset.config["model_type"] in known}
 
 
 def default_plan(config: Any) -> Plan:

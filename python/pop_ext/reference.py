@@ -11,19 +11,17 @@ Nothing of the native path is imported here.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, cache_utils
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers import Cache, DynamicCache
 
 from pop_ext.cache_names import cache_argument, with_cache
+from pop_ext.reference_caches import OneSequence, assemble, past_key_values_length, past_of_sequence, read_past
 from pop_ext.reference_checks import (
     Module,
     Parts,
@@ -37,34 +35,13 @@ from pop_ext.reference_checks import (
     find_parts,
     per_sequence,
 )
-from pop_ext.restore import module_restored_on_error
+from pop_ext.reference_vision import Images, Wrapped, is_wrapped, run_wrapper
+from pop_ext.restore import module_restored_on_error, replaced_forward
 
 __all__ = ["prefill"]
 
-QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)  # the first from 5.24 on
-
 # A call replaces forwards of the model's modules while it runs: two at once would put back each other's.
 _ONE_CALL_AT_A_TIME = threading.RLock()
-
-
-@dataclass(frozen=True)
-class PastLayer:
-    """One layer of the caller's cache: keys, values [batch, kv_heads, stored, head_dim], columns `first` onwards."""
-
-    keys: Tensor
-    values: Tensor
-    first: int
-
-
-@dataclass(frozen=True)
-class OneSequence:
-    """One sequence of a call, freed of its padding."""
-
-    past_columns: Tensor  # [n] cache columns of its real past positions
-    new_columns: Tensor  # [T_i] columns of its real new tokens, counted from the first new column
-    positions: Tensor  # [1, T_i] int64, for RoPE
-    boundary: int  # effective: rows at full depth
-    keep: int  # rows whose logits are wanted
 
 
 @torch.no_grad()
@@ -79,6 +56,7 @@ def prefill(
     position_ids: Tensor | None = None,
     past_key_values: Cache | None = None,
     boundary: int | Sequence[int] | Tensor | None = None,
+    **vision: Any,
 ) -> tuple[Tensor, DynamicCache]:
     """Prefill `T` new tokens a sequence, after the `P` columns that the cache holds, under `plan`.
 
@@ -96,9 +74,13 @@ def prefill(
         inputs_embeds: [batch, T, hidden], the model's dtype.
         attention_mask: bool or 0/1, [batch, P + T], real positions 1. Padding left or right of the new tokens and holes
             in the past are legal, holes in the new tokens are not. None: everything is real.
-        position_ids: int [batch, T] or [1, T]; None: real positions counted from the mask, past included.
+        position_ids: int [batch, T] or [1, T]; None: real positions counted from the mask, past included. In a
+            vision-language model as its wrapper takes them, and None: as it counts images.
         past_key_values: DynamicCache, StaticCache or QuantizedCache, read and never modified.
         boundary: overrides `plan.boundary`, an int or one per sequence (1-D); 1..T_i.
+        vision: what else the `forward` of a vision-language model takes (`pixel_values`, ...). Its wrapper runs as it
+            is; both phases are of the language model that it calls. With `token_type_ids` (Gemma 3) the tokens of an
+            image see each other, and a boundary inside of one is widened to its start.
 
     Returns:
         logits: [batch, logits_to_keep, vocab], or packed [sum(logits_to_keep), vocab] for per-sequence values.
@@ -127,7 +109,18 @@ def prefill(
 
     mask = check_mask(attention_mask, batch, past_length, new, inputs.device)
     check_ids(stock, input_ids, mask[:, past_length:])
-    positions = check_positions(position_ids, mask, past_length)
+    wrapped: Wrapped | None = None
+    if is_wrapped(stock, parts):
+        call = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids, **vision}
+        with _ONE_CALL_AT_A_TIME:
+            wrapped = run_wrapper(stock, parts, attention_mask=attention_mask, past_key_values=past_key_values, **call)
+        inputs, position_ids = wrapped.embeds, wrapped.positions
+    elif vision:
+        raise TypeError(f"{next(iter(vision))}: expected no such argument for a {type(stock).__name__}, got one")
+    if wrapped is not None and position_ids is not None:
+        positions = position_ids
+    else:
+        positions = check_positions(position_ids, mask, past_length)
     lengths = mask[:, past_length:].sum(1).tolist()
     keeps = per_sequence("logits_to_keep", logits_to_keep, lengths)
     if boundary is None:
@@ -138,20 +131,22 @@ def prefill(
     sequences = []
     for i in range(batch):
         new_columns = mask[i, past_length:].nonzero().flatten()
+        images = Images() if wrapped is None else wrapped.images(i, new_columns)
         sequences.append(
             OneSequence(
                 past_columns=mask[i, :past_length].nonzero().flatten(),
                 new_columns=new_columns,
-                positions=positions[i, new_columns][None],
-                boundary=min(lengths[i], max(boundaries[i], keeps[i])),
+                positions=positions[..., i, new_columns].unsqueeze(-2),
+                boundary=lengths[i] - images.start(max(0, lengths[i] - max(boundaries[i], keeps[i]))),
                 keep=keeps[i],
+                images=images,
             )
         )
     window = getattr(stock.config.get_text_config(), "sliding_window", None)
     caches = [past_of_sequence(past, sequence, i, window) for i, sequence in enumerate(sequences)]
 
-    name = "input_ids" if inputs_embeds is None else "inputs_embeds"
-    largest = torch.cat([sequence.positions for sequence in sequences], dim=1).max()
+    name = "input_ids" if inputs_embeds is None and wrapped is None else "inputs_embeds"
+    largest = torch.cat([sequence.positions for sequence in sequences], dim=-1).max()
     logits = []
     with _ONE_CALL_AT_A_TIME, module_restored_on_error(parts.rotary), rope_of_whole_call(parts.rotary, largest):
         for i, (sequence, cache) in enumerate(zip(sequences, caches, strict=True)):
@@ -173,21 +168,25 @@ def prefill_sequence(
     context = rows.shape[1] - sequence.boundary
 
     def call(start: int, stop: int) -> dict[str, Any]:
-        seen = len(sequence.past_columns) + stop
+        past, config = len(sequence.past_columns), model.config.get_text_config()
         return {
             name: rows[:, start:stop],
-            "attention_mask": torch.ones(1, seen, dtype=torch.long, device=rows.device),
-            "position_ids": sequence.positions[:, start:stop],
+            "attention_mask": torch.ones(1, past + stop, dtype=torch.long, device=rows.device),
+            "position_ids": sequence.positions[..., start:stop],
             "use_cache": True,
             "return_dict": True,
+            **sequence.images.arguments(start, stop, past, config, rows.dtype),
         }
 
     if context > 0:
         with omitted_layers(parts.layers, plan.omit):
             parts.decoder(**call(0, context), **with_cache(parts.decoder, cache))
+    boundary = call(context, rows.shape[1])
+    if is_wrapped(model, parts):  # the wrapper has run
+        hidden_states = parts.decoder(**boundary, **with_cache(parts.decoder, cache)).last_hidden_state
+        return model.lm_head(hidden_states[:, -sequence.keep :])[0]
     # The class's forward: the stock one, also where the instance carries a replaced `forward`.
     stock_forward = type(model).forward
-    boundary = call(context, rows.shape[1])
     return stock_forward(model, **boundary, **with_cache(model, cache), logits_to_keep=sequence.keep).logits[0]
 
 
@@ -279,109 +278,3 @@ def rope_of_whole_call(rotary: Module, largest: Tensor) -> Iterator[None]:
 
     with replaced_forward(rotary, forward):
         yield
-
-
-@contextmanager
-def replaced_forward(module: Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace the `forward` of this one instance, and put back what was there."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if before is not None:
-            module.__dict__["forward"] = before
-
-
-# Caches
-
-
-def past_key_values_length(cache: Cache | None) -> int:
-    """Columns that the cache holds."""
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-def read_past(cache: Cache | None, num_layers: int, batch: int) -> list[PastLayer]:
-    """The filled columns of each layer of `cache`; an empty list for an empty cache."""
-    if cache is None:
-        return []
-    known = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
-    for layer in getattr(cache, "layers", [None]):
-        if type(layer) not in known and not isinstance(layer, QUANTIZED):
-            raise TypeError(
-                "past_key_values: expected a DynamicCache, StaticCache or QuantizedCache of full or sliding-window "
-                f"attention layers, got {type(cache).__name__} with {type(layer).__name__}"
-            )
-    length = past_key_values_length(cache)
-    if length == 0:
-        return []
-    if len(cache.layers) != num_layers:
-        raise ValueError(f"past_key_values: expected {num_layers} layers, got {len(cache.layers)}")
-    past = []
-    layers: list[Any] = list(cache.layers)
-    for index, layer in enumerate(layers):
-        filled = int(layer.get_seq_length())
-        if filled != length:
-            raise ValueError(f"past_key_values: layer {index} has {filled} positions, layer 0 has {length}")
-        keys, values = dequantized(layer) if isinstance(layer, QUANTIZED) else (layer.keys, layer.values)
-        if keys.shape[0] != batch:
-            raise ValueError(f"past_key_values: expected batch {batch}, got {keys.shape[0]} in layer {index}")
-        stored = min(length, keys.shape[2])  # a static layer has room behind, a sliding one dropped the front
-        past.append(PastLayer(keys[:, :, :stored], values[:, :, :stored], length - stored))
-    return past
-
-
-def dequantized(layer: Any) -> tuple[Tensor, Tensor]:
-    """K and V that a quantised layer holds: what a stock call would read of them."""
-    if layer.keys.ndim == 4:  # not yet quantised, behind what is
-        nothing = layer.keys[:, :, :0]
-    else:
-        read = layer._dequantize(layer._quantized_keys)
-        nothing = read[:, :, :0].to(layer.keys.dtype)
-    # An update makes new tensors and assigns them: that of a shallow copy leaves the layer as it is.
-    keys, values = copy.copy(layer).update(nothing, nothing)
-    return keys.to(nothing.dtype), values.to(nothing.dtype)
-
-
-def past_of_sequence(past: list[PastLayer], sequence: OneSequence, index: int, window: int | None) -> DynamicCache:
-    """The real past positions of one sequence, side by side, in a cache of its own (copies)."""
-    cache = DynamicCache()
-    real = len(sequence.past_columns)
-    if real == 0:
-        return cache
-    for number, layer in enumerate(past):
-        columns = sequence.past_columns[sequence.past_columns >= layer.first]
-        dropped = real - len(columns)
-        needed = real if window is None else min(real, window - 1)
-        if dropped > 0 and len(columns) < needed:
-            raise ValueError(
-                f"past_key_values: expected the last {needed} of the {real} past "
-                f"positions of sequence {index} (sliding window {window}), but layer {number} has dropped the first "
-                f"{dropped} of them"
-            )
-        stored = columns - layer.first
-        shape = (1, layer.keys.shape[1], dropped)
-        cache.update(
-            torch.cat([layer.keys.new_zeros(*shape, layer.keys.shape[3]), layer.keys[index, None, :, stored]], dim=2),
-            torch.cat([layer.values.new_zeros(*shape, layer.values.shape[3]), layer.values[index, None, :, stored]], 2),
-            number,
-        )
-    return cache
-
-
-def assemble(caches: list[DynamicCache], sequences: list[OneSequence], past_length: int, new: int) -> DynamicCache:
-    """One batch cache with `past_length + new` columns: each position in its mask column, zeros elsewhere."""
-    result = DynamicCache()
-    for number in range(len(caches[0].layers)):
-        first: Any = caches[0].layers[number]
-        heads = first.keys.shape[1]
-        keys = first.keys.new_zeros(len(caches), heads, past_length + new, first.keys.shape[3])
-        values = first.values.new_zeros(len(caches), heads, past_length + new, first.values.shape[3])
-        for i, (cache, sequence) in enumerate(zip(caches, sequences, strict=True)):
-            columns = torch.cat([sequence.past_columns, past_length + sequence.new_columns])
-            layer: Any = cache.layers[number]
-            keys[i, :, columns] = layer.keys[0]
-            values[i, :, columns] = layer.values[0]
-        result.update(keys, values, number)
-    return result

@@ -11,14 +11,18 @@ from typing import Any
 
 from torch import nn
 
+from pop_ext.families import decoder_of, decoder_path
+
 
 def inner_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules whose forward the native loop stands for, in a fixed order. ``lm_head`` is called as a module."""
-    found: list[tuple[str, Any]] = [("model", model.model)]
+    found: list[tuple[str, Any]] = [(decoder_path(model), decoder_of(model))]
     for name, module in found:  # grows as it goes
         for child_name, child in module._modules.items():
             if child is not None:
                 found.append((f"{name}.{child_name}", child))
+    if found[0][1] is not model.model:  # what is around it runs, but not as it is (vision.py)
+        found.append(("model", model.model))
     return found
 
 

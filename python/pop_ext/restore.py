@@ -1,8 +1,8 @@
-"""What a failed call puts back: attributes of modules and cache layers, and tensors that it wrote to."""
+"""What is put back: after a failed call attributes of modules, cache layers and tensors, after any call a `forward`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,3 +64,16 @@ def cache_restored_on_error(cache: Any) -> Iterator[None]:
         for layer, before, saved in states:
             restore(layer.__dict__, before, saved)
         raise
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace the `forward` of this one instance, and put back what was there."""
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if before is not None:
+            module.__dict__["forward"] = before

@@ -1,0 +1,185 @@
+"""Tiny random vision-language models, and prompts of text and images for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from models import WINDOW, draw_weights
+from torch import Tensor
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+
+START, END, IMAGE, VIDEO = 258, 259, 260, 261
+"""Ids below TEXT are text."""
+TEXT = 258
+
+_SHAPE = {
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 263,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def qwen3_vl(dtype: torch.dtype = torch.float32, layers: int = 6, features: int = 3, **over: Any) -> Any:
+    """A Qwen3-VL: M-RoPE over time, height and width, features of `features` vision layers added after as many of its
+    first layers (DeepStack). `over` goes to the text config."""
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [12, 10, 10],
+        "mrope_interleaved": True,
+    }
+    config = Qwen3VLConfig(
+        text_config={**_SHAPE, "num_hidden_layers": layers, "rope_parameters": rope, **over},
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "out_hidden_size": 96,
+            "deepstack_visual_indexes": list(range(features)),
+            "num_position_embeddings": 64,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        tie_word_embeddings=False,
+    )
+    return _build(Qwen3VLForConditionalGeneration, config, dtype)
+
+
+def gemma3_vl(dtype: torch.dtype = torch.float32, layers: int = 6, tied: bool = True, **over: Any) -> Any:
+    """A Gemma 3 with a vision tower: 16 tokens an image, as long as the window, and they see each other."""
+    rope = {
+        "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+    }
+    text = {
+        "num_hidden_layers": layers,
+        "layer_types": ["full_attention" if i % 3 == 2 else "sliding_attention" for i in range(layers)],
+        "sliding_window": WINDOW,
+        "rope_parameters": rope,
+        "query_pre_attn_scalar": 64,
+        "tie_word_embeddings": tied,
+    }
+    config = Gemma3Config(
+        text_config={**_SHAPE, **text, **over},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 4,
+        },
+        mm_tokens_per_image=16,
+        image_token_index=IMAGE,
+        boi_token_index=START,
+        eoi_token_index=END,
+        tie_word_embeddings=tied,
+    )
+    return _build(Gemma3ForConditionalGeneration, config, dtype)
+
+
+def _build(model_class: type, config: Any, dtype: torch.dtype) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        model = model_class._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    draw_weights(model, seed=0)
+    return model.eval()
+
+
+VISION = {"qwen3_vl": qwen3_vl, "gemma3": gemma3_vl}
+
+
+@dataclass
+class Prompt:
+    """A batch: ids and mask [batch, T], padded on the left, and what else `forward` takes."""
+
+    ids: Tensor
+    mask: Tensor
+    vision: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """All but the ids."""
+        return {"attention_mask": self.mask, **self.vision}
+
+
+def prompt(model: Any, *sequences: list[int | str], seed: int = 0) -> Prompt:
+    """A batch of sequences of text (a number of tokens), "image"s and "video"s."""
+    generator = torch.Generator().manual_seed(seed)
+    build = _QwenPrompt if model.config.model_type == "qwen3_vl" else _GemmaPrompt
+    builder = build(model, generator)
+    rows = []
+    for sequence in sequences:
+        ids: list[int] = []
+        for piece in sequence:
+            if isinstance(piece, int):
+                ids += torch.randint(0, TEXT, (piece,), generator=generator).tolist()
+            else:
+                ids += builder.add(piece)
+        rows.append(ids)
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return Prompt(ids, mask, builder.arguments(ids))
+
+
+class _QwenPrompt:
+    def __init__(self, model: Any, generator: torch.Generator) -> None:
+        self._vision = model.config.vision_config
+        self._dtype, self._generator = model.dtype, generator
+        self._grids: dict[str, list[list[int]]] = {"image": [], "video": []}
+
+    def add(self, kind: str) -> list[int]:
+        number = len(self._grids[kind])
+        grid = [1 if kind == "image" else 2, 4 + 2 * (number % 2), 6]
+        self._grids[kind].append(grid)
+        frame = [START, *[IMAGE if kind == "image" else VIDEO] * (grid[1] * grid[2] // 4), END]
+        return frame * grid[0]
+
+    def arguments(self, ids: Tensor) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
+        for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            if not self._grids[kind]:
+                continue
+            grid = torch.tensor(self._grids[kind])
+            width = 3 * self._vision.temporal_patch_size * self._vision.patch_size**2
+            values = torch.randn(int(grid.prod(1).sum()), width, generator=self._generator)
+            arguments |= {pixels: values.to(self._dtype), f"{kind}_grid_thw": grid}
+        return arguments
+
+
+class _GemmaPrompt:
+    def __init__(self, model: Any, generator: torch.Generator) -> None:
+        self._config, self._dtype, self._generator, self._images = model.config, model.dtype, generator, 0
+
+    def add(self, kind: str) -> list[int]:
+        assert kind == "image"
+        self._images += 1
+        return [START, *[IMAGE] * self._config.mm_tokens_per_image, END]
+
+    def arguments(self, ids: Tensor) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"token_type_ids": (ids == IMAGE).long()}
+        if self._images:
+            size = self._config.vision_config.image_size
+            values = torch.randn(self._images, 3, size, size, generator=self._generator)
+            arguments["pixel_values"] = values.to(self._dtype)
+        return arguments
