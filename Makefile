@@ -6,6 +6,9 @@
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BUILD ?= build/dev
+# Of pytest: a test file runs in one of them.
+WORKERS ?= 2
+PYTEST = -m pytest -n $(WORKERS) --dist loadfile
 
 ifdef PYTHON
 RUN := PYTHONPATH=$(CURDIR)/python $(PYTHON)
@@ -31,7 +34,7 @@ demo: $(FOR_DEMO)
 	  --prompt-file examples/demo_model/heldout/pprint.py.txt --prompt-tokens 768 $(DEMO)
 
 test: $(FOR_TEST)
-	$(RUN) -m pytest $(TESTS)
+	$(RUN) $(PYTEST) $(TESTS)
 
 CPP_FILES = git ls-files '*.h' '*.cpp' '*.cuh' '*.cu'
 
@@ -78,7 +81,7 @@ shim: $(FOR_LINT)
 	cmake --build build/shim
 	build/shim/cuda_checks
 	build/shim/cuda_races
-	PYTHONPATH=build/shim/python $(PYTHON) -m pytest $(SHIM_TESTS)
+	PYTHONPATH=build/shim/python $(PYTHON) $(PYTEST) $(SHIM_TESTS)
 
 # The AVX-512 kernels in plain C++, for processors without them (tests/avx512_emulated).
 AVX512_TESTS ?= tests/test_cpu_kernels.py tests/test_attention_op.py tests/test_op_kernels.py \
@@ -89,7 +92,7 @@ avx512: $(FOR_LINT)
 	cmake -G Ninja -S . -B build/avx512 -DPOP_CUDA=OFF -DPOP_EMULATE_AVX512=ON \
 	  -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
 	cmake --build build/avx512
-	PYTHONPATH=build/avx512/python $(PYTHON) -m pytest -q -k 'not lesser' $(AVX512_TESTS)
+	PYTHONPATH=build/avx512/python $(PYTHON) $(PYTEST) -q -k 'not lesser' $(AVX512_TESTS)
 
 $(BUILD)/build.ninja: CMakeLists.txt
 	cmake -G Ninja -S . -B $(BUILD) -DPOP_INPLACE=ON -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
