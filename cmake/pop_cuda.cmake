@@ -9,6 +9,7 @@ set(POP_CUDA_SOURCES
   cuda/place_rows.cu
   cuda/rms_norm.cu
   cuda/rope_cache_write.cu
+  cuda/route.cu
   cuda/skinny_gemm.cu)
 set(POP_CUDA_CHECKS
   tests/cuda_shim/check_attention.cpp
@@ -21,6 +22,7 @@ set(POP_CUDA_CHECKS
   tests/cuda_shim/check_place_rows.cpp
   tests/cuda_shim/check_rms_norm.cpp
   tests/cuda_shim/check_rope_cache_write.cpp
+  tests/cuda_shim/check_route.cpp
   tests/cuda_shim/check_skinny_gemm.cpp)
 set(POP_WITH_CUDA OFF)
 set(POP_CUDA_VERSION "")

@@ -193,6 +193,38 @@ struct GatedActParams {
   const void *gate_bias, *up_bias;  // [width] or null
 };
 
+// Which experts a row goes to: those of its experts_per_row largest logits, the largest first, of equal ones the lower
+// expert. Its weights are their probabilities, softmax over all experts; with `normalise`, shares of their sum.
+struct RouteParams {
+  DType dtype;
+  int64_t rows, experts, experts_per_row;
+  bool normalise;
+  const void* logits;  // [rows, experts]
+  int32_t* expert;     // [rows, experts_per_row]
+  float* weight;       // [rows, experts_per_row]
+};
+
+// Puts pairs of a row and an expert in the order of experts, those of one expert in the order of rows.
+struct GroupRowsParams {
+  int64_t rows, experts, experts_per_row;
+  const int32_t* expert;  // [rows, experts_per_row]
+  int32_t* place;         // [rows, experts_per_row] of each pair in that order
+  int64_t* row;           // [rows * experts_per_row] of the pair at each place
+  int64_t* begin;         // [experts + 1] the first place of each expert, and the number of pairs
+  int64_t* host_begin;    // host [experts + 1]: the same
+};
+
+// out = sum over a row's pairs of weight * x at their places
+struct CombineRowsParams {
+  DType dtype;
+  int64_t rows, width, experts_per_row;
+  const void* x;         // [rows * experts_per_row, width]
+  const int32_t* place;  // [rows, experts_per_row]
+  const float* weight;   // [rows, experts_per_row]
+  void* out;             // [rows, width]
+  int64_t out_stride;
+};
+
 // Memory that the caller hands out begins at, and is cut in, multiples of this: a cache line, and
 // what the widest access wants.
 inline constexpr size_t kAlignment = 64;
@@ -226,6 +258,9 @@ class Backend {
   virtual void kv_project(const KvProjectParams&) = 0;
   virtual void attention(const AttentionParams&) = 0;
   virtual void gated_act(const GatedActParams&) = 0;
+  virtual void route(const RouteParams&) = 0;
+  virtual void group_rows(const GroupRowsParams&) = 0;  // host_begin is there when it returns: a device is waited for
+  virtual void combine_rows(const CombineRowsParams&) = 0;
 
   // Layers of a run to project in one call, so that the side line can start on the first of them;
   // `layers` where it gains nothing to wait for less than all.

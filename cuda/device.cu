@@ -157,4 +157,10 @@ void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_strid
       cudaMemcpy2DAsync(to, to_stride, from, from_stride, row_bytes, rows, cudaMemcpyDeviceToDevice, stream));
 }
 
+void copy_to_host(void* to, const void* from, size_t bytes, Stream stream, const char* why) {
+  if (is_capturing(stream)) throw std::runtime_error(std::string(why) + ": it cannot be captured into a CUDA graph");
+  check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream), "cudaMemcpyAsync");
+  check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+}
+
 }  // namespace pop::cuda

@@ -50,4 +50,8 @@ bool take_bad_id();
 void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t row_bytes, int64_t rows,
                Stream stream) noexcept;
 
+// Copies to host memory and waits until it is there. A stream that is being captured cannot be waited for: throws
+// std::runtime_error with `why` then.
+void copy_to_host(void* to, const void* from, size_t bytes, Stream stream, const char* why);
+
 }  // namespace pop::cuda

@@ -51,6 +51,11 @@ struct KvEpilogueParams {
 };
 void launch_kv_epilogue(const KvEpilogueParams&, Stream);  // rope_cache_write.cu
 
+// route.cu. group_rows fills no host_begin.
+void launch_route(const RouteParams&, Stream);
+void launch_group_rows(const GroupRowsParams&, Stream);
+void launch_combine_rows(const CombineRowsParams&, Stream);
+
 // skinny_gemm.cu: out = a . w^T for few rows, bound by the bytes of w. Columns of one to three
 // matrices that share `a` in one launch. Any m is right; from about 8 rows on a library GEMM is expected
 // to be faster (see there).

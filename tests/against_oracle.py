@@ -16,7 +16,8 @@ from tolerance import assert_close_fp32, assert_low_precision, compare_caches
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-NATIVE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "olmo2")  # families with a native form
+# Families with a native form.
+NATIVE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "olmo2", "mixtral", "qwen3_moe")
 
 # Omitted layers of a model of six.
 OMITS = {

@@ -25,6 +25,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Phi3Config,
@@ -33,6 +35,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
@@ -105,6 +109,53 @@ def olmo2(**over: Any) -> Olmo2ForCausalLM:
     return build(Olmo2ForCausalLM, Olmo2Config, over)
 
 
+def mixtral(**over: Any) -> MixtralForCausalLM:
+    """A Mixtral of 4 experts, 2 for each token; `router` as in `sparse`."""
+    return sparse(MixtralForCausalLM, MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, **over})
+
+
+def qwen3_moe(**over: Any) -> Qwen3MoeForCausalLM:
+    """A Qwen3-MoE of 8 experts, 3 for each token, with their probabilities as weights; layer 1 has an MLP instead."""
+    defaults = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 56, "mlp_only_layers": [1]}
+    return sparse(Qwen3MoeForCausalLM, Qwen3MoeConfig, {**defaults, **over})
+
+
+def sparse(model_class: type, config_class: type, over: dict[str, Any]) -> Any:
+    """A model with experts; options as in `build`, and router: "wide" (`widen_margins`) or "random"."""
+    router = over.pop("router", "wide")
+    model = build(model_class, config_class, over)
+    if router == "wide":
+        widen_margins(model, over.get("seed", 0))
+    return model
+
+
+@torch.no_grad()
+def widen_margins(model: Any, seed: int) -> None:
+    """Let the token decide which experts it goes to, far from any tie.
+
+    A row near a tie may go to another expert in bfloat16 than in float32, with good reason, and leave quite another
+    result: no tolerance tells that from a mistake. So each token belongs to a class, written into the first channels of
+    its embedding, which nothing else writes to; router logits of a class are 4 / (experts - 1) apart before the norm,
+    in an order of its own for each layer and class, and the other channels move them by a tenth.
+    """
+    experts = model.config.num_experts
+    classes = torch.arange(model.config.vocab_size, device="cpu") % experts
+    model.model.embed_tokens.weight[:, :experts] = 4.0 * torch.eye(experts, device="cpu")[classes].to(model.device)
+    model.model.norm.weight[:experts] = 0.0  # where the head is tied, a class must not choose the next token
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.o_proj.weight[:experts] = 0.0
+        layer.post_attention_layernorm.weight[:experts] = 1.0
+        if not hasattr(layer.mlp, "experts"):
+            layer.mlp.down_proj.weight[:experts] = 0.0
+            continue
+        layer.mlp.experts.down_proj[:, :experts] = 0.0
+        generator = torch.Generator().manual_seed(1000 * seed + number)
+        levels = torch.linspace(2.0, -2.0, experts, device="cpu")
+        orders = [levels[torch.randperm(experts, generator=generator, device="cpu")] for _ in range(experts)]
+        layer.mlp.gate.weight *= 0.1
+        layer.mlp.gate.weight[:, :experts] = torch.stack(orders, dim=1).to(model.device)
+
+
 def granite(**over: Any) -> GraniteForCausalLM:
     """A Granite: a Llama with multipliers, which the native runtime has no form for; options as in `build`."""
     multipliers = {"residual_multiplier": 0.8, "embedding_multiplier": 2.0, "attention_multiplier": 0.2}
@@ -120,6 +171,8 @@ FAMILIES = {
     "gemma2": gemma2,
     "gemma3": gemma3,
     "olmo2": olmo2,
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
 }
 
 
@@ -205,8 +258,9 @@ def draw_weights(model: nn.Module, seed: int) -> None:
         elif "embed_tokens" in name:
             values = values * (fan_in**-0.5 if tied else 1.0)
         else:
-            gains = {"q_proj": 1.4, "qkv_proj": 1.4, "k_proj": 1.4, "o_proj": 1.5, "down_proj": 1.5}
-            values = values * gains.get(name.split(".")[-2], 1.0) * fan_in**-0.5
+            gains = {"q_proj": 1.4, "qkv_proj": 1.4, "k_proj": 1.4, "o_proj": 1.5, "down_proj": 1.5, "experts": 2.0}
+            kind = "experts" if ".experts.down_proj" in name else name.split(".")[-2]
+            values = values * gains.get(kind, 1.0) * fan_in**-0.5
         parameter.data.copy_(values)
 
 

@@ -29,6 +29,8 @@ def spec(
 
 
 SMALL = spec(6, 24, 6, 2, 8, 40, 100, window=[0, 5, 1, 0, 5, 3])
+EXPERTS = dict(num_experts=5, experts_per_token=2, moe_intermediate_size=12)
+SPARSE = spec(6, 24, 6, 2, 8, 40, 100, window=[0, 5, 1, 0, 5, 3], sparse=[1, 0, 1, 0, 1, 1], **EXPERTS)
 LLAMA_8B = spec(32, 4096, 32, 8, 128, 14336, 128256)
 LLAMA_1B = spec(16, 2048, 32, 8, 64, 8192, 128256)
 QWEN3_VL_8B = spec(36, 4096, 32, 8, 128, 12288, 151936, qk_norm=True)
@@ -56,6 +58,9 @@ def count(model: ModelSpec, plan: Plan | None, batch: list[SequenceShape]) -> di
                 "o_proj": 2 * model.hidden_size * model.q_dim,
                 "mlp": 3 * 2 * model.hidden_size * model.intermediate_size,
             }
+            if model.sparse[layer]:
+                inner = model.experts_per_token * model.moe_intermediate_size
+                parts["mlp"] = 2 * model.hidden_size * (model.num_experts + 3 * inner)
             from_end = sequence.tokens - row
             if plan is None:
                 role = "full"
@@ -97,11 +102,21 @@ OMITTED = [(), (5,), (0,), (1, 2), (4, 5), (0, 2, 4), (1, 3, 4, 5), (0, 1, 2, 3,
 
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
 @pytest.mark.parametrize("omit", OMITTED, ids=str)
-def test_flops_of_a_plan_are_those_of_the_rows_that_run(batch, omit):
+@pytest.mark.parametrize("model", [SMALL, SPARSE], ids=["dense", "sparse"])
+def test_flops_of_a_plan_are_those_of_the_rows_that_run(model, batch, omit):
     plan = Plan(6, omit)
-    cost = plan_cost(SMALL, plan, batch)
-    assert flops(cost) == count(SMALL, plan, batch)
+    cost = plan_cost(model, plan, batch)
+    assert flops(cost) == count(model, plan, batch)
     assert cost["flops"] == sum(flops(cost).values())
+
+
+@pytest.mark.parametrize(("rows", "touched"), [(1, 2), (2, 4), (3, 5), (19, 5)])
+def test_bytes_of_a_sparse_layer_are_those_of_the_experts_that_its_rows_can_touch(rows, touched):
+    model = spec(1, 24, 6, 2, 8, 40, 100, sparse=[1], **EXPERTS)
+    batch = [SequenceShape(rows, boundary=rows, logits_to_keep=rows)]
+    router = rows * 24 + 5 * 24 + rows * 5
+    activations = 2 * rows * (24 + 2 * 12 + 12 + 24)
+    assert stock_cost(model, batch)["stages"]["mlp"]["bytes"] == 2 * (router + activations + touched * 3 * 12 * 24)
 
 
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())

@@ -13,9 +13,10 @@ import pop_ext
 import pytest
 import torch
 from enabled_models import PLAN, T, assert_same_bits, assert_same_cache, filled_cache, offload_with_accelerate
-from models import llama, mistral, qwen2, tokens
+from models import llama, mistral, mixtral, qwen2, qwen3_moe, tokens
 from torch import nn
 from transformers import AttentionInterface, DynamicCache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -74,6 +75,15 @@ def custom_attention(model: nn.Module) -> None:
     AttentionInterface.register("half", half_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register("half", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model.set_attn_implementation("half")
+
+
+def half_experts(module: nn.Module, hidden_states: Any, index: Any, weights: Any) -> Any:
+    return ALL_EXPERTS_FUNCTIONS["batched_mm"](module, hidden_states, index, weights) * 0.5
+
+
+def custom_experts(model: nn.Module) -> None:
+    ExpertsInterface.register("half", half_experts)
+    model.set_experts_implementation("half")
 
 
 @contextmanager
@@ -184,6 +194,10 @@ DECLINED = {
     ),
     "output_hidden_states": Case("output_hidden_states", keep_one(output_hidden_states=True)),
     "output_hidden_states in the config": Case("output_hidden_states", edit=set_config(output_hidden_states=True)),
+    "output_router_logits": Case("output_router_logits", keep_one(output_router_logits=True), build=mixtral),
+    "output_router_logits in the config": Case(
+        "output_router_logits", edit=set_config(output_router_logits=True), build=qwen3_moe
+    ),
     "some output_hidden_states": Case("output_hidden_states", keep_one(output_hidden_states=[1, 2])),
     "a 4-D mask that is not causal": Case("mask", keep_one(attention_mask=prefix_4d(T))),
     "a 4-D mask of a band": Case("mask", keep_one(attention_mask=banded_4d(T))),
@@ -220,6 +234,7 @@ DECLINED = {
     "a global pre-hook": Case("hooks", around=lambda: global_hook(nn.modules.module.register_module_forward_pre_hook)),
     "a custom attention implementation": Case("attention", edit=custom_attention),
     "another sdpa": Case("attention", around=another_sdpa),
+    "a custom experts implementation": Case("experts", edit=custom_experts, build=mixtral),
     "bidirectional attention": Case("attention", edit=set_config(is_causal=False)),
     "dropout in training": Case("training", edit=train_with_dropout),
     "gradient checkpointing in training": Case("training", edit=train_with_checkpointing),

@@ -9,7 +9,7 @@ import pop_ext
 import pytest
 import torch
 from enabled_models import generate, recorded
-from models import gemma2, gemma3, llama, mistral, olmo2, pad, phi3, qwen2, qwen3, tokens
+from models import gemma2, gemma3, llama, mistral, mixtral, olmo2, pad, phi3, qwen2, qwen3, qwen3_moe, tokens
 from pop_ext import Plan
 from tolerance import compare_caches
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ FAMILIES = {
     "gemma2": lambda: gemma2(tied=False),  # tied and scaled embeddings of random weights would repeat one token
     "gemma3": lambda: gemma3(tied=False),
     "olmo2": olmo2,
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
 }
 
 

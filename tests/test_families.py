@@ -9,7 +9,21 @@ import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, LAST, assert_equals_oracle, plan_of
-from models import WINDOW, gemma2, gemma3, llama, mistral, olmo2, pad, phi3, qwen2, qwen3, tokens
+from models import (
+    WINDOW,
+    gemma2,
+    gemma3,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    pad,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    tokens,
+)
 from pop_ext.describe import describe
 from pop_ext.families import FAMILIES, UnsupportedModelError
 from torch import nn
@@ -52,6 +66,17 @@ VARIANTS: dict[str, Any] = {
     "olmo2": olmo2,
     "olmo2, one head": lambda **over: olmo2(kv_heads=1, head_dim=128, **over),
     "olmo2, a head of K and V for each of Q, tied": lambda **over: olmo2(heads=3, kv_heads=3, tied=True, **over),
+    "mixtral": mixtral,
+    "mixtral, window, all experts": lambda **over: mixtral(sliding_window=WINDOW, num_experts_per_tok=4, **over),
+    "mixtral, one expert": lambda **over: mixtral(num_experts_per_tok=1, tied=True, **over),
+    "qwen3_moe": qwen3_moe,
+    "qwen3_moe, normalised, every second layer": lambda **over: qwen3_moe(
+        norm_topk_prob=True, mlp_only_layers=[], decoder_sparse_step=2, **over
+    ),
+    "qwen3_moe, biases, windows, gelu": lambda **over: qwen3_moe(
+        attention_bias=True, use_sliding_window=True, sliding_window=WINDOW, hidden_act="gelu_pytorch_tanh", **over
+    ),
+    "qwen3_moe, no experts": lambda **over: qwen3_moe(mlp_only_layers=list(range(6)), **over),
     "qwen3, windows": lambda **over: qwen3(
         use_sliding_window=True,
         sliding_window=WINDOW,
@@ -87,7 +112,45 @@ def test_a_family_with_padding_and_a_past_equals_the_oracle(name):
     )
 
 
+@pytest.mark.parametrize("build", [mixtral, qwen3_moe])
+def test_a_router_with_narrow_margins_equals_the_oracle_in_float32(build):
+    model = build(router="random")
+    assert_equals_oracle(model, plan_of(model, GAPS), tokens(model, 2, 40))
+
+
+def test_a_prefill_of_more_rows_than_a_chunk_of_the_experts_equals_the_oracle():
+    model = mixtral(layers=3)
+    assert_equals_oracle(model, plan_of(model, (1,)), tokens(model, 1, 2100))
+
+
+@torch.no_grad()
+def test_an_output_has_the_class_and_the_fields_of_the_stock_models():
+    for name in models.FAMILIES:
+        model = models.FAMILIES[name]()
+        stock = model(tokens(model, 1, 9), logits_to_keep=1)
+        with pop_ext.enabled(model, plan_of(model), strict=True):
+            output = model(tokens(model, 1, 9), logits_to_keep=1)
+        assert type(output) is type(stock)
+        assert list(output) == list(stock)
+
+
 # What a family's map refuses
+
+
+def test_experts_of_another_class_are_refused_by_name():
+    for place, expected in (("experts", "MixtralExperts"), ("gate", "MixtralTopKRouter")):
+        model = mixtral()
+        module = model.model.layers[2].mlp.get_submodule(place)
+        module.__class__ = type("Custom", (type(module),), {})
+        with pytest.raises(UnsupportedModelError, match=f"layers.2.mlp.{place}: expected a {expected}, got Custom"):
+            describe(model)
+
+
+def test_an_mlp_in_the_place_of_experts_is_refused():
+    model = qwen3_moe()
+    model.model.layers[2].mlp = model.model.layers[1].mlp
+    with pytest.raises(UnsupportedModelError, match="layers.2.mlp: expected a Qwen3MoeSparseMoeBlock, got Qwen3MoeMLP"):
+        describe(model)
 
 
 def test_a_norm_of_another_class_is_refused():

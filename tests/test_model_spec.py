@@ -53,6 +53,11 @@ def test_fields_read_back_as_given():
         attention_softcap=50.0,
         window=(0, 16),
         rope_table=(1, 0),
+        sparse=(0, 1),
+        num_experts=8,
+        experts_per_token=3,
+        moe_intermediate_size=40,
+        norm_topk=True,
     )
     made = spec(**given)
     assert {name: getattr(made, name) for name in given} == given
@@ -117,6 +122,17 @@ def test_a_flag_adds_its_own_slots_to_every_layer_and_no_others(flag, names):
     assert {name for name, _, _ in added} == {f"layers.{layer}.{name}" for layer in (0, 1) for name in names}
 
 
+def test_a_sparse_layer_has_a_router_and_experts_in_the_place_of_its_mlp():
+    slots = spec(sparse=(0, 1), num_experts=8, experts_per_token=3, moe_intermediate_size=40).weight_slots()
+    mlp = {name: shape for name, _, shape in slots if "experts" in name or "router" in name or "gate" in name}
+    assert mlp == {
+        "layers.0.gate_proj": (200, 96),
+        "layers.1.router": (8, 96),
+        "layers.1.experts_gate_up": (8, 80, 96),
+        "layers.1.experts_down": (8, 96, 40),
+    }
+
+
 def test_a_model_without_input_norms_has_no_slots_for_them():
     bare = [name for name, _, _ in spec(input_norms=False, output_norms=True).weight_slots()]
     assert not any(name.endswith((".input_norm", ".post_norm")) for name in bare)
@@ -158,6 +174,17 @@ def test_norms_over_all_heads_are_as_wide_as_the_projections():
         ],
         (dict(window=[0]), "window: expected an entry for each of 2 layers, got 1"),
         (dict(window=[0, -1]), "window: expected sizes >= 0 (0: no window), got -1"),
+        (dict(sparse=[0]), "sparse: expected an entry for each of 2 layers, got 1"),
+        (dict(sparse=[0, 2]), "sparse: expected 0 (dense) and 1 (experts), got 2"),
+        *[
+            (dict(dict(sparse=[0, 1], num_experts=8, experts_per_token=3, moe_intermediate_size=40), **changes), text)
+            for changes, text in (
+                (dict(num_experts=0), "num_experts: expected an integer >= 1, got 0"),
+                (dict(num_experts=5000), "num_experts: expected at most 4096, got 5000"),
+                (dict(moe_intermediate_size=0), "moe_intermediate_size: expected an integer >= 1, got 0"),
+                (dict(experts_per_token=9), "experts_per_token: expected 1 to num_experts (8), got 9"),
+            )
+        ],
         (dict(dtype="int8"), "dtype: expected one of float32, bfloat16, float16, got int8"),
         (dict(activation="relu"), "activation: expected one of silu, gelu_tanh, gelu, got relu"),
     ],

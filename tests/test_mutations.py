@@ -263,6 +263,24 @@ def turn_other_channels(run):
         run.call[name] = run.call[name][:, : run.spec["rotary_dim"] // 2].contiguous()
 
 
+def swap_two_experts(run):
+    for name in ("layers.0.experts_gate_up", "layers.0.experts_down"):
+        run.weights[name] = run.weights[name].flip(0)
+
+
+def swap_gate_and_up_of_experts(run):
+    name = "layers.0.experts_gate_up"
+    run.weights[name] = run.weights[name].roll(run.spec["moe_intermediate_size"], 1)
+
+
+def swap_the_routers_of_two_omitted_layers(run):
+    swap(run, "layers.4.router", "layers.5.router")
+
+
+def roll_the_router_of_a_retained_layer(run):
+    run.weights["layers.0.router"] = run.weights["layers.0.router"].roll(1, 0)
+
+
 # Mutations of what comes out
 
 
@@ -345,6 +363,16 @@ IN = {
         leave_out_the_output_norms,
     ],
     "mistral": [widen_the_window, narrow_the_window],
+    "mixtral": [set_spec(norm_topk=False), set_spec(experts_per_token=1), set_spec(experts_per_token=3)],
+    "qwen3_moe": [
+        set_spec(norm_topk=True),
+        set_spec(experts_per_token=2),
+        swap_two_experts,
+        swap_gate_and_up_of_experts,
+        swap_the_routers_of_two_omitted_layers,
+        roll_the_router_of_a_retained_layer,
+        swap_q_and_k_norm,
+    ],
 }
 OUT = [
     forget_the_boundary_kv,

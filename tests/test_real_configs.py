@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Phi3Config,
@@ -24,6 +26,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 LLAMA3_ROPE = {
@@ -126,6 +130,43 @@ REAL = {
             "vocab_size": 151936,
             "rms_norm_eps": 1e-6,
             "use_sliding_window": False,
+        },
+    ),
+    "Qwen3-30B-A3B": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "rms_norm_eps": 1e-6,
+            "use_sliding_window": False,
+        },
+    ),
+    "Mixtral-8x7B": (
+        MixtralForCausalLM,
+        MixtralConfig,
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 32000,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
         },
     ),
     "OLMo-2-7B": (
@@ -232,7 +273,15 @@ AFTER_ONLY = {
     "input_norm": None,
     "post_norm": None,
 }
+EXPERTS = {
+    **{f"{name}_proj": None for name in ("gate", "up", "down")},
+    "router": "mlp.gate.weight",
+    "experts_gate_up": "mlp.experts.gate_up_proj",
+    "experts_down": "mlp.experts.down_proj",
+}
 EXTRA = {
+    "mixtral": EXPERTS,
+    "qwen3_moe": {**EXPERTS, **QK_NORM},
     "olmo2": AFTER_ONLY,
     "llama": {},
     "mistral": {},
@@ -300,6 +349,10 @@ def test_a_real_config_gives_its_numbers(name):
     assert (spec.qkv_bias, spec.qk_norm) == (name.startswith("Qwen2"), name.startswith(("Qwen3", "Gemma-3", "OLMo")))
     assert not spec.o_bias
     assert not spec.mlp_bias
+    sizes = {"Qwen3-30B-A3B": (128, 8, 768, True), "Mixtral-8x7B": (8, 2, 14336, True)}
+    experts = (spec.num_experts, spec.experts_per_token, spec.moe_intermediate_size, spec.norm_topk)
+    assert experts == sizes.get(name, (0, 0, 0, False))
+    assert set(spec.sparse) == {int(name in sizes)}
 
 
 def test_weights_on_the_meta_device_are_mapped_but_not_run():

@@ -30,7 +30,9 @@ ModelSpec make_spec(std::string architecture, const std::string& dtype, int64_t 
                     std::optional<double> attention_scale, const std::string& activation, bool qkv_bias, bool o_bias,
                     bool mlp_bias, bool qk_norm, bool qk_norm_over_heads, double norm_weight_offset, bool input_norms,
                     bool output_norms, double embed_scale, double attention_softcap,
-                    std::optional<std::vector<int64_t>> window, std::optional<std::vector<int64_t>> rope_table) {
+                    std::optional<std::vector<int64_t>> window, std::optional<std::vector<int64_t>> rope_table,
+                    std::optional<std::vector<int64_t>> sparse, int64_t num_experts, int64_t experts_per_token,
+                    int64_t moe_intermediate_size, bool norm_topk) {
   ModelSpec spec;
   spec.architecture = std::move(architecture);
   spec.dtype = parse_dtype(dtype);
@@ -58,6 +60,11 @@ ModelSpec make_spec(std::string architecture, const std::string& dtype, int64_t 
   const std::vector<int64_t> zeros(num_layers > 0 ? num_layers : 0, 0);
   spec.window = window ? *std::move(window) : zeros;
   spec.rope_table = rope_table ? *std::move(rope_table) : zeros;
+  spec.sparse = sparse ? *std::move(sparse) : zeros;
+  spec.num_experts = num_experts;
+  spec.experts_per_token = experts_per_token;
+  spec.moe_intermediate_size = moe_intermediate_size;
+  spec.norm_topk = norm_topk;
   spec.validate();
   return spec;
 }
@@ -70,7 +77,8 @@ void bind_model_spec(py::module_& m) {
            "activation"_a = "silu", "qkv_bias"_a = false, "o_bias"_a = false, "mlp_bias"_a = false, "qk_norm"_a = false,
            "qk_norm_over_heads"_a = false, "norm_weight_offset"_a = 0.0, "input_norms"_a = true,
            "output_norms"_a = false, "embed_scale"_a = 1.0, "attention_softcap"_a = 0.0, "window"_a = py::none(),
-           "rope_table"_a = py::none())
+           "rope_table"_a = py::none(), "sparse"_a = py::none(), "num_experts"_a = 0, "experts_per_token"_a = 0,
+           "moe_intermediate_size"_a = 0, "norm_topk"_a = false)
       .def_readonly("architecture", &ModelSpec::architecture)
       .def_property_readonly("dtype", [](const ModelSpec& spec) { return to_string(spec.dtype); })
       .def_readonly("num_layers", &ModelSpec::num_layers)
@@ -95,6 +103,11 @@ void bind_model_spec(py::module_& m) {
       .def_readonly("embed_scale", &ModelSpec::embed_scale)
       .def_readonly("attention_softcap", &ModelSpec::attention_softcap)
       .def_property_readonly("rope_table", [](const ModelSpec& spec) { return as_tuple(spec.rope_table); })
+      .def_property_readonly("sparse", [](const ModelSpec& spec) { return as_tuple(spec.sparse); })
+      .def_readonly("num_experts", &ModelSpec::num_experts)
+      .def_readonly("experts_per_token", &ModelSpec::experts_per_token)
+      .def_readonly("moe_intermediate_size", &ModelSpec::moe_intermediate_size)
+      .def_readonly("norm_topk", &ModelSpec::norm_topk)
       .def_property_readonly("window", [](const ModelSpec& spec) { return as_tuple(spec.window); })
       .def_property_readonly("q_dim", &ModelSpec::q_dim)
       .def_property_readonly("kv_dim", &ModelSpec::kv_dim)

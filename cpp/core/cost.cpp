@@ -48,14 +48,14 @@ class Counter {
   void layer(int64_t index, int64_t kv_rows, Rows rows, const char* stage) {
     int64_t q_rows = 0;
     for (const SequenceShape& s : batch_) q_rows += rows(s);
-    const int64_t hidden = spec_.hidden_size, inner = spec_.intermediate_size;
+    const int64_t hidden = spec_.hidden_size;
     const int64_t q_dim = spec_.q_dim(), kv_dim = spec_.kv_dim();
     const auto to = [stage](const char* own) { return stage != nullptr ? stage : own; };
 
     add(to("qkv"), gemm(kv_rows, 2 * kv_dim, hidden) + gemm(q_rows, q_dim, hidden));
     add(to("attention"), attention(spec_.window[index], rows));
     add(to("o_proj"), gemm(q_rows, hidden, q_dim));
-    add(to("mlp"), gemm(q_rows, 2 * inner, hidden) + gemm(q_rows, hidden, inner));
+    add(to("mlp"), spec_.sparse[index] != 0 ? experts(q_rows) : mlp(q_rows, spec_.intermediate_size));
   }
 
   // The independent KV projection of a run: one product for all its layers.
@@ -81,6 +81,20 @@ class Counter {
     if (m == 0) return {};
     return Cost{2.0 * static_cast<double>(m) * static_cast<double>(n) * static_cast<double>(k), 0} +
            elements(m * k + n * k + m * n);
+  }
+
+  Cost mlp(int64_t rows, int64_t inner) const {
+    return gemm(rows, 2 * inner, spec_.hidden_size) + gemm(rows, spec_.hidden_size, inner);
+  }
+
+  // The router, and experts_per_token experts a row. Weights are those of as many experts as the rows can touch, which
+  // many rows do: which ones a few rows share is for the router to say.
+  Cost experts(int64_t rows) const {
+    if (rows == 0) return {};
+    const int64_t pairs = rows * spec_.experts_per_token, touched = std::min(spec_.num_experts, pairs);
+    const int64_t weights = 3 * spec_.moe_intermediate_size * spec_.hidden_size;
+    return gemm(rows, spec_.num_experts, spec_.hidden_size) + mlp(pairs, spec_.moe_intermediate_size) +
+           elements((touched - 1) * weights);
   }
 
   // Scores and weighted sum over visible pairs; q in, out out, and every K and V that some row sees once.

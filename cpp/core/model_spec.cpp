@@ -77,6 +77,11 @@ void visit_fields(Spec& spec, Visitor& visit) {
   visit("attention_softcap", spec.attention_softcap);
   visit("window", spec.window);
   visit("rope_table", spec.rope_table);
+  visit("sparse", spec.sparse);
+  visit("num_experts", spec.num_experts);
+  visit("experts_per_token", spec.experts_per_token);
+  visit("moe_intermediate_size", spec.moe_intermediate_size);
+  visit("norm_topk", spec.norm_topk);
 }
 
 struct FieldWriter {
@@ -145,9 +150,15 @@ std::vector<WeightSlot> ModelSpec::weight_slots() const {
     add_linear("o", hidden_size, q_dim(), o_bias);
     if (output_norms) add("attention_out_norm", {hidden_size});
     if (input_norms) add("post_norm", {hidden_size});
-    add_linear("gate", intermediate_size, hidden_size, mlp_bias);
-    add_linear("up", intermediate_size, hidden_size, mlp_bias);
-    add_linear("down", hidden_size, intermediate_size, mlp_bias);
+    if (sparse[layer] != 0) {
+      add("router", {num_experts, hidden_size});
+      add("experts_gate_up", {num_experts, 2 * moe_intermediate_size, hidden_size});
+      add("experts_down", {num_experts, hidden_size, moe_intermediate_size});
+    } else {
+      add_linear("gate", intermediate_size, hidden_size, mlp_bias);
+      add_linear("up", intermediate_size, hidden_size, mlp_bias);
+      add_linear("down", hidden_size, intermediate_size, mlp_bias);
+    }
     if (output_norms) add("mlp_out_norm", {hidden_size});
   }
   return slots;
@@ -155,6 +166,28 @@ std::vector<WeightSlot> ModelSpec::weight_slots() const {
 
 bool ModelSpec::has_local_rope() const {
   return std::find(rope_table.begin(), rope_table.end(), 1) != rope_table.end();
+}
+
+bool ModelSpec::has_experts() const { return std::find(sparse.begin(), sparse.end(), 1) != sparse.end(); }
+
+void ModelSpec::validate_experts() const {
+  if (static_cast<int64_t>(sparse.size()) != num_layers) {
+    fail("sparse", "an entry for each of " + std::to_string(num_layers) + " layers", std::to_string(sparse.size()));
+  }
+  for (const int64_t entry : sparse) {
+    if (entry != 0 && entry != 1) fail("sparse", "0 (dense) and 1 (experts)", std::to_string(entry));
+  }
+  if (!has_experts()) return;
+  positive("num_experts", num_experts);
+  positive("moe_intermediate_size", moe_intermediate_size);
+  if (experts_per_token < 1 || experts_per_token > num_experts) {
+    fail("experts_per_token", "1 to num_experts (" + std::to_string(num_experts) + ")",
+         std::to_string(experts_per_token));
+  }
+  // Rows and experts of a call are counted in 32-bit integers.
+  if (num_experts > kMaxExperts) {
+    fail("num_experts", "at most " + std::to_string(kMaxExperts), std::to_string(num_experts));
+  }
 }
 
 void ModelSpec::validate() const {
@@ -196,6 +229,7 @@ void ModelSpec::validate() const {
   for (const int64_t table : rope_table) {
     if (table != 0 && table != 1) fail("rope_table", "tables 0 and 1", std::to_string(table));
   }
+  validate_experts();
 }
 
 std::string ModelSpec::to_json() const {

@@ -20,6 +20,8 @@ enum class Activation { silu, gelu_tanh, gelu };
 const char* to_string(Activation activation);  // "silu", "gelu_tanh", "gelu"
 Activation parse_activation(const std::string& name);
 
+inline constexpr int64_t kMaxExperts = 4096;
+
 // One tensor the runtime reads. `layer` is -1 for tensors of no layer.
 struct WeightSlot {
   std::string name;  // "embed_tokens", "norm", "layers.3.k_proj", "layers.3.k_bias", ...
@@ -52,11 +54,17 @@ struct ModelSpec {
   double embed_scale = 1;        // of embedded ids, a number of `dtype`; input embeddings come scaled (Gemma)
   double attention_softcap = 0;  // scores become softcap * tanh(score / softcap); 0: as they are (Gemma 2)
   std::vector<int64_t> window;   // [num_layers]; a query sees itself and window - 1 positions before it; 0: all
-  std::vector<int64_t> rope_table;  // [num_layers]; which of a call's tables of cos and sin turns the layer: 0 or 1
+  std::vector<int64_t> rope_table;    // [num_layers]; which of a call's tables of cos and sin turns the layer: 0 or 1
+  std::vector<int64_t> sparse;        // [num_layers]; 1: a mixture of experts in the place of the MLP (Mixtral)
+  int64_t num_experts = 0;            // of a sparse layer
+  int64_t experts_per_token = 0;      // how many of them a token goes through
+  int64_t moe_intermediate_size = 0;  // of one expert
+  bool norm_topk = false;             // the weights of a token's experts sum to one; else they are probabilities
 
   int64_t q_dim() const { return num_heads * head_dim; }
   int64_t kv_dim() const { return num_kv_heads * head_dim; }
   bool has_local_rope() const;  // does some layer take table 1?
+  bool has_experts() const;     // is some layer sparse?
 
   // The tensors that `pop::load` takes, in its order.
   std::vector<WeightSlot> weight_slots() const;
@@ -66,6 +74,9 @@ struct ModelSpec {
 
   std::string to_json() const;
   static ModelSpec from_json(const std::string& text);
+
+ private:
+  void validate_experts() const;
 };
 
 }  // namespace pop

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <span>
 #include <vector>
 
@@ -126,6 +127,26 @@ class CpuBackend final : public Backend {
   void rope_cache_write(const RopeCacheWriteParams& p) override {
     const int64_t heads = (p.q == nullptr ? 0 : p.heads) + 2 * p.kv_heads;
     over_rows(table_.rope_cache_write, p, p.rows, heads * p.head_dim);
+  }
+
+  void route(const RouteParams& p) override { over_rows(table_.route, p, p.rows, p.experts * p.experts_per_row); }
+
+  void combine_rows(const CombineRowsParams& p) override {
+    over_rows(table_.combine_rows, p, p.rows, p.width * p.experts_per_row);
+  }
+
+  void group_rows(const GroupRowsParams& p) override {
+    const int64_t pairs = p.rows * p.experts_per_row;
+    std::fill_n(p.host_begin, p.experts + 1, 0);
+    for (int64_t i = 0; i < pairs; ++i) ++p.host_begin[p.expert[i] + 1];
+    std::partial_sum(p.host_begin, p.host_begin + p.experts + 1, p.host_begin);
+    std::copy_n(p.host_begin, p.experts, p.begin);  // where the next pair of each expert goes
+    for (int64_t i = 0; i < pairs; ++i) {
+      const int64_t place = p.begin[p.expert[i]]++;
+      p.place[i] = static_cast<int32_t>(place);
+      p.row[place] = i / p.experts_per_row;
+    }
+    std::copy_n(p.host_begin, p.experts + 1, p.begin);
   }
 
   void gemm(const GemmParams* products, int64_t count) override {

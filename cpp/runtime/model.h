@@ -15,6 +15,12 @@ struct Linear {
   int64_t stride = 0;
 };
 
+// Matrices [count, out_features, in_features], `matrix_stride` elements apart.
+struct LinearStack {
+  const void* data = nullptr;
+  int64_t matrix_stride = 0, stride = 0;
+};
+
 // Vectors are contiguous; a bias or norm that the spec does not have is null.
 struct LayerWeights {
   const void* input_norm = nullptr;
@@ -25,6 +31,8 @@ struct LayerWeights {
   const void *q_norm = nullptr, *k_norm = nullptr;
   Linear gate_proj, up_proj, down_proj;
   const void *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;
+  Linear router;  // of a sparse layer, which has these three in the place of the MLP's
+  LinearStack experts_gate_up, experts_down;
 };
 
 // What the independent KV projection of one run reads: all its layers' K and V weights in one

@@ -5,19 +5,12 @@
 #include <vector>
 
 #include "norm_over_heads.h"
+#include "runtime/mlp.h"
 #include "runtime/workspace.h"
 
 namespace pop {
 
 namespace {
-
-// Rows of each chunk of the MLP: of about equal chunks, since a short last one reads all weights again for little.
-int64_t mlp_chunk(int64_t rows) {
-  constexpr int64_t kTile = 128;
-  const int64_t chunks = (rows + kMlpChunkRows - 1) / kMlpChunkRows;
-  const int64_t equal = (rows + chunks - 1) / chunks;
-  return std::min(kMlpChunkRows, (equal + kTile - 1) / kTile * kTile);
-}
 
 class StageRange {
  public:
@@ -54,7 +47,7 @@ class Prefill {
   void qkv(const LayerWeights& weights, int64_t kv_begin, int64_t q_begin);
   void rope_cache_write(int64_t layer, int64_t kv_begin, int64_t q_begin);
   void attention(int64_t layer, int64_t q_begin);
-  void mlp(const LayerWeights& weights, int64_t q_begin);
+  void mlp(int64_t layer, int64_t q_begin);
   void add_features(int64_t layer);
   void final_norm();
 
@@ -243,7 +236,7 @@ void Prefill::full_layer(int64_t layer, int64_t kv_begin, int64_t q_begin) {
   qkv(weights, kv_begin, q_begin);
   rope_cache_write(layer, kv_begin, q_begin);
   attention(layer, q_begin);
-  mlp(weights, q_begin);
+  mlp(layer, q_begin);
 }
 
 void Prefill::qkv(const LayerWeights& weights, int64_t kv_begin, int64_t q_begin) {
@@ -326,29 +319,20 @@ void Prefill::attention(int64_t layer, int64_t q_begin) {
   pending_norm_ = weights.attention_out_norm;
 }
 
-void Prefill::mlp(const LayerWeights& weights, int64_t q_begin) {
+void Prefill::mlp(int64_t layer, int64_t q_begin) {
   StageRange stage(observer_, "pop::mlp");
-  const int64_t hidden = spec_.hidden_size, inner = spec_.intermediate_size, wide = work_.wide;
+  const LayerWeights& weights = model_.layers[layer];
   const Linear from = layer_input(q_begin, weights.post_norm);
-  const int64_t chunk = mlp_chunk(layout_.rows - q_begin);
-  for (int64_t begin = q_begin; begin < layout_.rows; begin += chunk) {
-    const int64_t rows = std::min(chunk, layout_.rows - begin);
-    const void* input = at(from.data, begin, from.stride);
-    void* up = work_.up(rows);
-    gemm({product(rows, inner, hidden, input, from.stride, weights.gate_proj, work_.gate, inner),
-          product(rows, inner, hidden, input, from.stride, weights.up_proj, up, inner)});
-    backend_.gated_act({.dtype = spec_.dtype,
-                        .activation = spec_.activation,
-                        .rows = rows,
-                        .width = inner,
-                        .gate = work_.gate,
-                        .gate_stride = inner,
-                        .up = up,
-                        .up_stride = inner,
-                        .gate_bias = weights.gate_bias,
-                        .up_bias = weights.up_bias});
-    gemm({product(rows, hidden, inner, work_.gate, inner, weights.down_proj, at(work_.z, begin, wide), wide)});
-  }
+  run_mlp({.spec = spec_,
+           .weights = weights,
+           .sparse = spec_.sparse[layer] != 0,
+           .rows = layout_.rows - q_begin,
+           .x = at(from.data, q_begin, from.stride),
+           .x_stride = from.stride,
+           .out = at(work_.z, q_begin, work_.wide),
+           .out_stride = work_.wide,
+           .workspace = work_.mlp},
+          backend_);
   pending_begin_ = q_begin;
   pending_bias_ = weights.down_bias;
   pending_norm_ = weights.mlp_out_norm;

@@ -9,10 +9,6 @@
 
 namespace pop {
 
-// Rows of the MLP's intermediate activations held at a time: with it, extra memory does not
-// grow with intermediate_size * prompt.
-inline constexpr int64_t kMlpChunkRows = 2048;
-
 // Told when a stage begins and ends, so that a profiler can show what ran.
 class StageObserver {
  public:

@@ -2,33 +2,10 @@
 
 #include <algorithm>
 
+#include "runtime/cutter.h"
+#include "runtime/mlp.h"
+
 namespace pop {
-
-namespace {
-
-class Cutter {
- public:
-  explicit Cutter(void* base) : base_(static_cast<char*>(base)) {}
-
-  void* take(size_t bytes) {
-    void* piece = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += aligned(bytes);
-    return piece;
-  }
-
-  template <class T>
-  T* take_array(int64_t count) {
-    return static_cast<T*>(take(count * sizeof(T)));
-  }
-
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
-
-}  // namespace
 
 Workspace::Workspace(const Model& model, const PrefillCall& call, const Backend& backend) {
   const ModelSpec& spec = model.spec;
@@ -63,9 +40,8 @@ Workspace::Workspace(const Model& model, const PrefillCall& call, const Backend&
 
   // The projection of a run and the MLP of a layer never run at once, but for the MLP of boundary rows
   // on a side line.
-  mlp_row_bytes_ = spec.intermediate_size * element;
-  const int64_t beside = backend.has_side() ? std::min(rows - layout.context_rows, kMlpChunkRows) : 0;
-  const size_t before = 2 * aligned(beside * mlp_row_bytes_);
+  const int64_t beside = backend.has_side() ? rows - layout.context_rows : 0;
+  const size_t before = mlp_workspace(spec, beside);
   size_t projection = 0;
   for (const RunWeights& run : model.runs) {
     // A run may be projected in parts, and a part of fewer layers take more rows at once.
@@ -74,9 +50,9 @@ Workspace::Workspace(const Model& model, const PrefillCall& call, const Backend&
                                                                      layers, spec.kv_dim()));
     }
   }
-  const size_t chunk = 2 * aligned(std::min(rows, kMlpChunkRows) * mlp_row_bytes_);
-  gate = cutter.take(std::max(chunk, before + projection));
-  kv_project = gate == nullptr ? nullptr : static_cast<char*>(gate) + before;
+  const size_t chunk = mlp_workspace(spec, rows);
+  mlp = cutter.take(std::max(chunk, before + projection));
+  kv_project = mlp == nullptr ? nullptr : static_cast<char*>(mlp) + before;
   bytes = cutter.used();
 }
 

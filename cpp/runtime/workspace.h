@@ -22,9 +22,9 @@ struct Workspace {
   void* z;       // [rows, wide] output of a GEMM: q, or what is to be added to x
   void* k;       // [rows, kv_dim]
   void* v;       // [rows, kv_dim]
-  // gate and up of a chunk of the MLP; with a side line, KvProjectParams::workspace lies behind those of
-  // the rows at full depth, which run beside it.
-  void* gate;  // [min(rows, kMlpChunkRows), intermediate_size]
+  // mlp_workspace bytes; with a side line, KvProjectParams::workspace lies behind those of the rows at full
+  // depth, which run beside it.
+  void* mlp;
   void* kv_project;
   float* rstd;       // [rows]
   float* cos;        // [rows, rotary_dim / 2]
@@ -33,12 +33,6 @@ struct Workspace {
   float* sin_local;
   PlaceRowsParams place_rows;
   size_t bytes;
-
-  // Where `up` of a chunk of so many rows begins: behind its `gate`.
-  void* up(int64_t rows) const { return static_cast<char*>(gate) + aligned(rows * mlp_row_bytes_); }
-
- private:
-  size_t mlp_row_bytes_;
 };
 
 }  // namespace pop

@@ -112,6 +112,17 @@ void CudaBackend::rope_cache_write(const RopeCacheWriteParams& p) { cuda::launch
 
 void CudaBackend::gated_act(const GatedActParams& p) { cuda::launch_gated_act(p, stream_); }
 
+void CudaBackend::route(const RouteParams& p) { cuda::launch_route(p, stream_); }
+
+void CudaBackend::combine_rows(const CombineRowsParams& p) { cuda::launch_combine_rows(p, stream_); }
+
+// The one place that waits for the device: how many rows each expert has decides which products there are.
+void CudaBackend::group_rows(const GroupRowsParams& p) {
+  cuda::launch_group_rows(p, stream_);
+  cuda::copy_to_host(p.host_begin, p.begin, (p.experts + 1) * sizeof(int64_t), stream_,
+                     "pop::prefill: a model with experts waits for its router in every sparse layer");
+}
+
 void CudaBackend::gemm(const GemmParams* products, int64_t count) {
   for (int64_t i = 0; i < count;) {
     if (products[i].m > options().skinny_rows) {

@@ -36,6 +36,9 @@ class CudaBackend final : public Backend {
   void kv_project(const KvProjectParams&) override;
   void attention(const AttentionParams&) override;
   void gated_act(const GatedActParams&) override;
+  void route(const RouteParams&) override;
+  void group_rows(const GroupRowsParams&) override;
+  void combine_rows(const CombineRowsParams&) override;
   int64_t kv_project_layers(int64_t rows, int64_t layers, int64_t kv_dim) const override;
   size_t kv_project_workspace(DType dtype, int64_t rows, int64_t hidden_size, int64_t layers,
                               int64_t kv_dim) const override;

@@ -130,7 +130,13 @@ void LoadedModel::set_layer(int64_t layer) {
   };
   const auto linear = [&](const char* name) -> Linear {
     const Tensor* tensor = weight(prefix + name);
+    if (tensor == nullptr) return {};
     return {tensor->const_data_ptr(), tensor->stride(0)};
+  };
+  const auto stack = [&](const char* name) -> LinearStack {
+    const Tensor* tensor = weight(prefix + name);
+    if (tensor == nullptr) return {};
+    return {tensor->const_data_ptr(), tensor->stride(0), tensor->stride(1)};
   };
   model_.layers[layer] = {.input_norm = vector("input_norm"),
                           .post_norm = vector("post_norm"),
@@ -151,7 +157,10 @@ void LoadedModel::set_layer(int64_t layer) {
                           .down_proj = linear("down_proj"),
                           .gate_bias = vector("gate_bias"),
                           .up_bias = vector("up_bias"),
-                          .down_bias = vector("down_bias")};
+                          .down_bias = vector("down_bias"),
+                          .router = linear("router"),
+                          .experts_gate_up = stack("experts_gate_up"),
+                          .experts_down = stack("experts_down")};
 }
 
 void LoadedModel::fold(LayerRange layers) {

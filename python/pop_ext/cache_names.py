@@ -13,6 +13,8 @@ from functools import lru_cache
 from typing import Any
 
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 OURS, NEW = "past_key_values", "cache"
 
@@ -30,8 +32,20 @@ def with_cache(module: nn.Module, cache: Any) -> dict[str, Any]:
 
 def field_of_cache(output: type[Any], cache: Any) -> dict[str, Any]:
     """The cache as a field of a ``ModelOutput``."""
-    names = {field.name for field in dataclasses.fields(output)}
-    return {NEW if NEW in names else OURS: cache}
+    return {NEW if NEW in names_of(output) else OURS: cache}
+
+
+def names_of(output: type[Any]) -> set[str]:
+    """The fields of a ``ModelOutput``."""
+    return {field.name for field in dataclasses.fields(output)}
+
+
+@lru_cache(maxsize=256)
+def output_class(forward: Callable[..., Any]) -> type[Any]:
+    """The ``ModelOutput`` that an unbound ``forward`` returns, as it says; else that of plain causal models."""
+    annotation: Any = inspect.signature(forward).return_annotation
+    usable = isinstance(annotation, type) and issubclass(annotation, ModelOutput) and "logits" in names_of(annotation)
+    return annotation if usable else CausalLMOutputWithPast
 
 
 def cache_of(output: Any) -> Any:

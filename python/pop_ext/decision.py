@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pop_ext.cache_names import rename_cache
@@ -38,6 +39,7 @@ _READ = {
     "labels",
     "output_attentions",
     "output_hidden_states",
+    "output_router_logits",
     "return_dict",
 }
 _HARMLESS = {"cache_position", "num_items_in_batch"}
@@ -222,7 +224,7 @@ def _check_rows(keep: Any, columns: int, cache: Any) -> None:
 def _check_outputs(model: nn.Module, arguments: dict[str, Any]) -> None:
     """Whether nothing is wanted that a pruned prefill does not have."""
     config: Any = model.config
-    for name in ("output_attentions", "output_hidden_states"):
+    for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
         wanted = arguments.get(name)
         if wanted if wanted is not None else getattr(config, name, False):
             raise _Stock(name, f"{name}: context rows have no such outputs in omitted layers")
@@ -261,6 +263,10 @@ def _check_attention(config: Any) -> None:
         home = getattr(registered, "__module__", None) or type(registered).__module__
         if not home.startswith("transformers."):
             raise _Stock("attention", f"attention implementation {attention}: expected transformers' own, got {home}'s")
+    experts = getattr(config, "_experts_implementation", None) or "eager"
+    registered = ALL_EXPERTS_FUNCTIONS.get(experts)
+    if registered is not None and not registered.__module__.startswith("transformers."):
+        raise _Stock("experts", f"experts implementation {experts}: expected transformers' own")
     if not getattr(config, "is_causal", True):
         raise _Stock("attention", "config.is_causal=False: the native prefill is causal")
 

@@ -18,6 +18,9 @@ from pop_ext.families import FAMILIES, Family, UnsupportedModelError, decoder_of
 # What a family without the module leaves out of its spec.
 _OPTIONAL = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "o_bias", "gate_bias", "up_bias", "down_bias")
 
+# Slots of a sparse layer -> what the names of their modules' classes end with.
+_EXPERTS = {"router": "TopKRouter", "experts_gate_up": "Experts", "experts_down": "Experts"}
+
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -90,12 +93,13 @@ def map_weights(model: Any) -> Description:
     for index, layer in enumerate(layers):
         _check_class(layer, f"{family.prefix}DecoderLayer", f"{root}.layers.{index}")
         _check_class(layer.self_attn, f"{family.prefix}Attention", f"{root}.layers.{index}.self_attn")
-        _check_class(layer.mlp, f"{family.prefix}MLP", f"{root}.layers.{index}.mlp")
+        kind = "SparseMoeBlock" if family.is_sparse(config, index) else "MLP"
+        _check_class(layer.mlp, f"{family.prefix}{kind}", f"{root}.layers.{index}.mlp")
     _check_class(decoder.norm, f"{family.prefix}RMSNorm", f"{root}.norm")
     _check_class(decoder.rotary_emb, f"{family.prefix}RotaryEmbedding", f"{root}.rotary_emb")
     places = {"embed_tokens": f"{root}.embed_tokens.weight", "norm": f"{root}.norm.weight"}
     for index in range(len(layers)):
-        for slot, path in family.layer.items():
+        for slot, path in family.paths(config, index).items():
             places[f"layers.{index}.{slot}"] = f"{root}.layers.{index}.{path}"
     refs = {slot: ref for slot, path in places.items() if (ref := _ref(slot, model, path, family)) is not None}
     spec = _spec(family, model, refs)
@@ -156,6 +160,8 @@ def _ref(slot: str, model: nn.Module, path: str, family: Family) -> WeightRef | 
         module = getattr(module, parent)
     if slot == "embed_tokens":
         _check_class(module, family.embedding, path.rpartition(".")[0])
+    elif slot.rpartition(".")[2] in _EXPERTS:
+        _check_class(module, f"{family.prefix}{_EXPERTS[slot.rpartition('.')[2]]}", path.rpartition(".")[0])
     elif not slot.endswith(("_proj", "_bias")):
         _check_class(module, f"{family.prefix}RMSNorm", path.rpartition(".")[0])
     elif type(module) is not nn.Linear:
@@ -239,7 +245,7 @@ def _spec(family: Family, model: Any, refs: dict[str, WeightRef]) -> _core.Model
         activation=activation,
         qkv_bias="layers.0.q_bias" in refs,
         o_bias="layers.0.o_bias" in refs,
-        mlp_bias="layers.0.gate_bias" in refs,
+        mlp_bias=any(slot.endswith(".gate_bias") for slot in refs),
         qk_norm="layers.0.q_norm" in refs,
         qk_norm_over_heads=family.norms_over_heads,
         norm_weight_offset=family.norm_weight_offset,
@@ -249,7 +255,22 @@ def _spec(family: Family, model: Any, refs: dict[str, WeightRef]) -> _core.Model
         attention_softcap=(config.attn_logit_softcapping or 0.0) if family.caps_scores else 0.0,
         window=[family.window(config, layer) for layer in layers],
         rope_table=[_rope_table(family, config, layer) for layer in layers],
+        **_experts(family, config),
     )
+
+
+def _experts(family: Family, config: Any) -> dict[str, Any]:
+    """What the spec says of sparse layers; nothing without any."""
+    layers = range(config.num_hidden_layers)
+    if family.experts is None or not any(family.is_sparse(config, layer) for layer in layers):
+        return {}
+    return {
+        "sparse": [int(family.is_sparse(config, layer)) for layer in layers],
+        "num_experts": config.num_experts,
+        "experts_per_token": config.num_experts_per_tok,
+        "moe_intermediate_size": getattr(config, family.experts.inner_size),
+        "norm_topk": family.experts.norm_topk(config),
+    }
 
 
 def _embed_scale(embedding: Any, dtype: torch.dtype) -> float:

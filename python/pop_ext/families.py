@@ -43,6 +43,44 @@ def _window_by_layer_type(config: Any, layer: int) -> int:
     return (config.sliding_window or 0) if config.layer_types[layer] == "sliding_attention" else 0
 
 
+# In the place of gate_proj, up_proj and down_proj in a sparse layer.
+_SPARSE_MLP = {
+    "router": "mlp.gate.weight",
+    "experts_gate_up": "mlp.experts.gate_up_proj",
+    "experts_down": "mlp.experts.down_proj",
+}
+
+
+def _every_layer(config: Any, layer: int) -> bool:
+    return True
+
+
+def _always(config: Any) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixtures of experts that a family has in the place of some layers' MLPs.
+
+    Attributes:
+        inner_size: the config's name for the intermediate size of one expert.
+        sparse: whether a layer has one.
+        norm_topk: whether the weights of a token's experts are normalised to a sum of one.
+        layer: runtime weight name -> path inside a sparse layer.
+    """
+
+    inner_size: str
+    sparse: Callable[[Any, int], bool] = _every_layer
+    norm_topk: Callable[[Any], bool] = _always
+    layer: dict[str, str] = field(default_factory=lambda: dict(_SPARSE_MLP))
+
+
+def _sparse_by_step(config: Any, layer: int) -> bool:
+    sparse = config.num_experts > 0 and (layer + 1) % config.decoder_sparse_step == 0
+    return sparse and layer not in config.mlp_only_layers
+
+
 @dataclass(frozen=True)
 class Vision:
     """What surrounds the language model of a vision-language family, and stays transformers' own.
@@ -84,6 +122,7 @@ class Family:
             empty: one table for all layers, and no such argument.
         caps_scores: whether its config's ``attn_logit_softcapping`` acts on attention scores.
         caps_logits: whether its config's ``final_logit_softcapping`` acts on logits.
+        experts: its mixtures of experts; None without.
     """
 
     model_type: str
@@ -100,6 +139,7 @@ class Family:
     decoder: str = "model"
     vision: Vision | None = None
     model_class: str | None = None
+    experts: Experts | None = None
 
     @property
     def has_axes(self) -> bool:
@@ -111,6 +151,18 @@ class Family:
         """``model_type`` of the config that describes the language model."""
         return self.model_type if self.vision is None else self.vision.text_model_type
 
+    def is_sparse(self, config: Any, layer: int) -> bool:
+        """Whether a layer has experts in the place of its MLP."""
+        return self.experts is not None and self.experts.sparse(config, layer)
+
+    def paths(self, config: Any, layer: int) -> dict[str, str]:
+        """Runtime weight name -> path inside this layer."""
+        if self.experts is None or not self.experts.sparse(config, layer):
+            return self.layer
+        return {**{slot: path for slot, path in self.layer.items() if slot not in _MLP}, **self.experts.layer}
+
+
+_MLP = {f"{name}_{kind}" for name in ("gate", "up", "down") for kind in ("proj", "bias")}
 
 _QK_NORMS = {"q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight"}
 
@@ -152,6 +204,14 @@ FAMILIES = {
             "Qwen3",
             layer={**_LLAMA_LAYER, **_QK_NORMS},
             window=_window_by_layer_type,
+        ),
+        Family("mixtral", "Mixtral", window=_window_everywhere, experts=Experts("intermediate_size")),
+        Family(
+            "qwen3_moe",
+            "Qwen3Moe",
+            layer={**_LLAMA_LAYER, **_QK_NORMS},
+            window=_window_everywhere,
+            experts=Experts("moe_intermediate_size", _sparse_by_step, lambda config: config.norm_topk_prob),
         ),
         Family("olmo2", "Olmo2", layer=_OLMO_LAYER, norms_over_heads=True),
         Family(

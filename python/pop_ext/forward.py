@@ -18,10 +18,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pop_ext import reference
-from pop_ext.cache_names import field_of_cache
+from pop_ext.cache_names import field_of_cache, output_class
 from pop_ext.decision import Call, Decision, bind, decide, is_decode, text_config
 from pop_ext.families import UnsupportedModelError, family_of
 from pop_ext.kv_cache import check_windows, new_cache
@@ -198,7 +197,8 @@ class PrefillForward:
         else:
             logits, cache = self._run_oracle(call, inputs, rows)
         self.last_call = decision
-        output = CausalLMOutputWithPast(logits=logits, **field_of_cache(CausalLMOutputWithPast, cache))
+        made = output_class(type(self.model).forward)
+        output = made(logits=logits, **field_of_cache(made, cache))
         return_dict = arguments.get("return_dict")
         if return_dict is None:
             return_dict = getattr(self.model.config, "return_dict", True)

@@ -45,6 +45,7 @@ def _preset(
     heads: tuple[int, int],
     vocab: int,
     published: int | None = None,
+    **more: int,
 ) -> Preset:
     config = {
         "model_type": model_type,
@@ -54,6 +55,7 @@ def _preset(
         "num_attention_heads": heads[0],
         "num_key_value_heads": heads[1],
         "vocab_size": vocab,
+        **more,
     }
     source = "pop_ext's default, the deepest third" if published is None else _PAPER
     return Preset(names, config, Plan.last(layers, count=published), published is not None, source)
@@ -94,6 +96,19 @@ _PRESETS = (
     _preset(("Qwen/Qwen3-4B",), "qwen3", 36, 2560, 9728, (32, 8), 151936),
     _preset(("Qwen/Qwen3-8B",), "qwen3", 36, 4096, 12288, (32, 8), 151936),
     _preset(("Qwen/Qwen3-14B",), "qwen3", 40, 5120, 17408, (40, 8), 151936),
+    _preset(
+        tuple(f"Qwen/Qwen3-30B-A3B{suffix}" for suffix in ("", "-Base", "-Instruct-2507", "-Thinking-2507")),
+        *("qwen3_moe", 48, 2048, 6144, (32, 4), 151936),
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    ),
+    _preset(
+        ("mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
+        *("mixtral", 32, 4096, 14336, (32, 8), 32000),
+        num_experts=8,
+        num_experts_per_tok=2,
+    ),
     _preset(_qwen3_vl("4B"), "qwen3_vl_text", 36, 2560, 9728, (32, 8), 151936),
     _preset(_qwen3_vl("8B"), "qwen3_vl_text", 36, 4096, 12288, (32, 8), 151936, published=12),
     _preset(_gemma3("1b"), "gemma3_text", 26, 1152, 6912, (4, 1), 262144),

@@ -36,4 +36,6 @@ void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_strid
   }
 }
 
+void copy_to_host(void* to, const void* from, size_t bytes, Stream, const char*) { std::memcpy(to, from, bytes); }
+
 }  // namespace pop::cuda

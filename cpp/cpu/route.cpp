@@ -1,0 +1,68 @@
+// A token's way to its experts and back: which of them and with what weights, and the weighted sum of what they return.
+#include "route_math.h"
+
+#include "cpu/row_kernels.h"
+#include "cpu/vec.h"
+
+namespace pop::cpu::POP_ISA {
+namespace {
+
+POP_INLINE float value_of(const float* from) { return *from; }
+POP_INLINE float value_of(const BFloat16* from) { return bf16_value<float>(from->bits); }
+POP_INLINE float value_of(const Float16* from) { return f16_value<float>(from->bits); }
+
+template <class T>
+void route_row(const RouteParams& p, const T* logits, int32_t* expert, float* weight) {
+  Choice chosen = before_all();
+  float largest = 0.0f, chosen_sum = 0.0f, all = 0.0f;
+  for (int64_t pass = 0; pass < p.experts_per_row; ++pass) {
+    Choice best = after_all();
+    for (int64_t e = 0; e < p.experts; ++e) {
+      best = better(chosen, best, {value_of(logits + e), static_cast<int32_t>(e)});
+    }
+    chosen = best;
+    if (pass == 0) largest = chosen.logit;
+    expert[pass] = expert_of(chosen, pass);
+    weight[pass] = softmax_part(chosen.logit, largest);
+    chosen_sum += weight[pass];
+  }
+  for (int64_t e = 0; e < p.experts; ++e) all += softmax_part(value_of(logits + e), largest);
+  const float scale = route_scale(all, chosen_sum, p.normalise);
+  for (int64_t pass = 0; pass < p.experts_per_row; ++pass) weight[pass] *= scale;
+}
+
+template <class T>
+void combine_row(const CombineRowsParams& p, int64_t row) {
+  const T* x = static_cast<const T*>(p.x);
+  const int32_t* place = p.place + row * p.experts_per_row;
+  const float* weight = p.weight + row * p.experts_per_row;
+  T* out = static_cast<T*>(p.out) + row * p.out_stride;
+  for (int64_t i = 0; i < p.width; i += kLanes) {
+    Vec sum{};
+    for (int64_t j = 0; j < p.experts_per_row; ++j) {
+      sum += load_upto(x + place[j] * p.width + i, p.width - i) * weight[j];
+    }
+    store_upto(out + i, sum, p.width - i);
+  }
+}
+
+}  // namespace
+
+void route(const RouteParams& p, int64_t begin, int64_t end) {
+  with_element(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    const T* logits = static_cast<const T*>(p.logits);
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t pairs = row * p.experts_per_row;
+      route_row(p, logits + row * p.experts, p.expert + pairs, p.weight + pairs);
+    }
+  });
+}
+
+void combine_rows(const CombineRowsParams& p, int64_t begin, int64_t end) {
+  with_element(p.dtype, [&](auto element) {
+    for (int64_t row = begin; row < end; ++row) combine_row<decltype(element)>(p, row);
+  });
+}
+
+}  // namespace pop::cpu::POP_ISA

@@ -1,0 +1,174 @@
+#include "runtime/experts.h"
+
+#include <vector>
+
+#include "runtime/cutter.h"
+
+namespace pop {
+
+namespace {
+
+// A pair is a row and one of its experts. Pairs lie side by side by expert, so that an expert's are rows of a product.
+struct ExpertsWorkspace {
+  ExpertsWorkspace(const ExpertsShape& shape, int64_t rows, void* base) {
+    Cutter cutter(base);
+    const int64_t pairs = rows * shape.experts_per_row, element = element_size(shape.dtype);
+    logits = cutter.take(rows * shape.experts * element);
+    expert = cutter.take_array<int32_t>(pairs);
+    weight = cutter.take_array<float>(pairs);
+    place = cutter.take_array<int32_t>(pairs);
+    row = cutter.take_array<int64_t>(pairs);
+    begin = cutter.take_array<int64_t>(shape.experts + 1);
+    x = cutter.take(pairs * shape.hidden_size * element);
+    gate_up = cutter.take(pairs * 2 * shape.inner_size * element);
+    bytes = cutter.used();
+  }
+
+  void* logits;     // [rows, experts]
+  int32_t* expert;  // [rows, experts_per_row]
+  float* weight;    // [rows, experts_per_row]
+  int32_t* place;   // [rows, experts_per_row]
+  int64_t* row;     // [pairs]
+  int64_t* begin;   // [experts + 1]
+  void* x;          // [pairs, hidden_size]: what experts read, then what they return
+  void* gate_up;    // [pairs, 2 * inner_size]
+  size_t bytes;
+};
+
+class Experts {
+ public:
+  Experts(const ExpertsCall& call, Backend& backend)
+      : call_(call),
+        shape_(call.shape),
+        backend_(backend),
+        work_(call.shape, call.rows, call.workspace),
+        begin_(call.shape.experts + 1) {}
+
+  void run() {
+    route();
+    gather();
+    products(work_.x, shape_.hidden_size, call_.gate_up, work_.gate_up, 2 * shape_.inner_size);
+    act();
+    products(work_.gate_up, shape_.inner_size, call_.down, work_.x, shape_.hidden_size);
+    backend_.combine_rows({.dtype = shape_.dtype,
+                           .rows = call_.rows,
+                           .width = shape_.hidden_size,
+                           .experts_per_row = shape_.experts_per_row,
+                           .x = work_.x,
+                           .place = work_.place,
+                           .weight = work_.weight,
+                           .out = call_.out,
+                           .out_stride = call_.out_stride});
+  }
+
+ private:
+  int64_t pairs() const { return call_.rows * shape_.experts_per_row; }
+
+  void* at(void* buffer, int64_t index) const {
+    return static_cast<char*>(buffer) + index * element_size(shape_.dtype);
+  }
+
+  void route() {
+    const GemmParams logits{.dtype = shape_.dtype,
+                            .m = call_.rows,
+                            .n = shape_.experts,
+                            .k = shape_.hidden_size,
+                            .a = call_.x,
+                            .a_stride = call_.x_stride,
+                            .w = call_.router.data,
+                            .w_stride = call_.router.stride,
+                            .out = work_.logits,
+                            .out_stride = shape_.experts};
+    backend_.gemm(&logits, 1);
+    backend_.route({.dtype = shape_.dtype,
+                    .rows = call_.rows,
+                    .experts = shape_.experts,
+                    .experts_per_row = shape_.experts_per_row,
+                    .normalise = shape_.normalise,
+                    .logits = work_.logits,
+                    .expert = work_.expert,
+                    .weight = work_.weight});
+    backend_.group_rows({.rows = call_.rows,
+                         .experts = shape_.experts,
+                         .experts_per_row = shape_.experts_per_row,
+                         .expert = work_.expert,
+                         .place = work_.place,
+                         .row = work_.row,
+                         .begin = work_.begin,
+                         .host_begin = begin_.data()});
+  }
+
+  void gather() {
+    backend_.embed({.dtype = shape_.dtype,
+                    .rows = pairs(),
+                    .width = shape_.hidden_size,
+                    .vocab_size = 0,
+                    .ids = nullptr,
+                    .row_source = work_.row,
+                    .table = call_.x,
+                    .table_stride = call_.x_stride,
+                    .out = work_.x});
+  }
+
+  // Each expert's pairs with its own matrix [n, k]; rows of `a` and `out` lie where those of x and gate_up do.
+  void products(void* a, int64_t k, const LinearStack& w, void* out, int64_t n) {
+    const int64_t a_stride = a == work_.x ? shape_.hidden_size : 2 * shape_.inner_size;
+    std::vector<GemmParams> products;
+    for (int64_t expert = 0; expert < shape_.experts; ++expert) {
+      const int64_t first = begin_[expert], rows = begin_[expert + 1] - first;
+      if (rows == 0) continue;
+      products.push_back({.dtype = shape_.dtype,
+                          .m = rows,
+                          .n = n,
+                          .k = k,
+                          .a = at(a, first * a_stride),
+                          .a_stride = a_stride,
+                          .w = static_cast<const char*>(w.data) + expert * w.matrix_stride * element_size(shape_.dtype),
+                          .w_stride = w.stride,
+                          .out = at(out, first * n),
+                          .out_stride = n});
+    }
+    backend_.gemm(products.data(), static_cast<int64_t>(products.size()));
+  }
+
+  void act() {
+    backend_.gated_act({.dtype = shape_.dtype,
+                        .activation = shape_.activation,
+                        .rows = pairs(),
+                        .width = shape_.inner_size,
+                        .gate = work_.gate_up,
+                        .gate_stride = 2 * shape_.inner_size,
+                        .up = at(work_.gate_up, shape_.inner_size),
+                        .up_stride = 2 * shape_.inner_size,
+                        .gate_bias = nullptr,
+                        .up_bias = nullptr});
+  }
+
+  const ExpertsCall& call_;
+  const ExpertsShape& shape_;
+  Backend& backend_;
+  ExpertsWorkspace work_;
+  std::vector<int64_t> begin_;  // [experts + 1] first pair of each expert
+};
+
+}  // namespace
+
+ExpertsShape experts_shape(const ModelSpec& spec) {
+  return {.dtype = spec.dtype,
+          .activation = spec.activation,
+          .hidden_size = spec.hidden_size,
+          .inner_size = spec.moe_intermediate_size,
+          .experts = spec.num_experts,
+          .experts_per_row = spec.experts_per_token,
+          .normalise = spec.norm_topk};
+}
+
+size_t experts_workspace(const ExpertsShape& shape, int64_t rows) {
+  return ExpertsWorkspace(shape, rows, nullptr).bytes;
+}
+
+void run_experts(const ExpertsCall& call, Backend& backend) {
+  if (call.rows > 0) Experts(call, backend).run();
+}
+
+}  // namespace pop

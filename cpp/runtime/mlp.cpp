@@ -1,0 +1,98 @@
+#include "runtime/mlp.h"
+
+#include <algorithm>
+#include <array>
+
+#include "runtime/experts.h"
+
+namespace pop {
+
+namespace {
+
+// Rows of each chunk: of about equal chunks, since a short last one reads all weights again for little.
+int64_t chunk_rows(int64_t rows) {
+  constexpr int64_t kTile = 128;
+  const int64_t chunks = (rows + kMlpChunkRows - 1) / kMlpChunkRows;
+  const int64_t equal = (rows + chunks - 1) / chunks;
+  return std::min(kMlpChunkRows, (equal + kTile - 1) / kTile * kTile);
+}
+
+size_t inner_bytes(const ModelSpec& spec, int64_t rows) {
+  return aligned(rows * spec.intermediate_size * element_size(spec.dtype));
+}
+
+void dense(const MlpCall& call, Backend& backend) {
+  const ModelSpec& spec = call.spec;
+  const int64_t hidden = spec.hidden_size, inner = spec.intermediate_size;
+  void* gate = call.workspace;
+  void* up = static_cast<char*>(call.workspace) + inner_bytes(spec, call.rows);
+  const auto product = [&](int64_t n, int64_t k, const void* a, int64_t a_stride, const Linear& w, void* out,
+                           int64_t out_stride) -> GemmParams {
+    return {.dtype = spec.dtype,
+            .m = call.rows,
+            .n = n,
+            .k = k,
+            .a = a,
+            .a_stride = a_stride,
+            .w = w.data,
+            .w_stride = w.stride,
+            .out = out,
+            .out_stride = out_stride};
+  };
+  const std::array products{product(inner, hidden, call.x, call.x_stride, call.weights.gate_proj, gate, inner),
+                            product(inner, hidden, call.x, call.x_stride, call.weights.up_proj, up, inner)};
+  backend.gemm(products.data(), static_cast<int64_t>(products.size()));
+  backend.gated_act({.dtype = spec.dtype,
+                     .activation = spec.activation,
+                     .rows = call.rows,
+                     .width = inner,
+                     .gate = gate,
+                     .gate_stride = inner,
+                     .up = up,
+                     .up_stride = inner,
+                     .gate_bias = call.weights.gate_bias,
+                     .up_bias = call.weights.up_bias});
+  const GemmParams down = product(hidden, inner, gate, inner, call.weights.down_proj, call.out, call.out_stride);
+  backend.gemm(&down, 1);
+}
+
+void sparse(const MlpCall& call, Backend& backend) {
+  run_experts({.shape = experts_shape(call.spec),
+               .rows = call.rows,
+               .x = call.x,
+               .x_stride = call.x_stride,
+               .router = call.weights.router,
+               .gate_up = call.weights.experts_gate_up,
+               .down = call.weights.experts_down,
+               .out = call.out,
+               .out_stride = call.out_stride,
+               .workspace = call.workspace},
+              backend);
+}
+
+}  // namespace
+
+size_t mlp_workspace(const ModelSpec& spec, int64_t rows) {
+  const int64_t chunk = std::min(rows, kMlpChunkRows);
+  const size_t bytes = 2 * inner_bytes(spec, chunk);
+  return spec.has_experts() ? std::max(bytes, experts_workspace(experts_shape(spec), chunk)) : bytes;
+}
+
+void run_mlp(const MlpCall& call, Backend& backend) {
+  if (call.rows == 0) return;
+  const int64_t element = element_size(call.spec.dtype), chunk = chunk_rows(call.rows);
+  for (int64_t begin = 0; begin < call.rows; begin += chunk) {
+    const MlpCall part{.spec = call.spec,
+                       .weights = call.weights,
+                       .sparse = call.sparse,
+                       .rows = std::min(chunk, call.rows - begin),
+                       .x = static_cast<const char*>(call.x) + begin * call.x_stride * element,
+                       .x_stride = call.x_stride,
+                       .out = static_cast<char*>(call.out) + begin * call.out_stride * element,
+                       .out_stride = call.out_stride,
+                       .workspace = call.workspace};
+    call.sparse ? sparse(part, backend) : dense(part, backend);
+  }
+}
+
+}  // namespace pop

@@ -1,0 +1,31 @@
+// The MLP of a layer, dense or sparse, a chunk of rows at a time.
+#pragma once
+
+#include <cstddef>
+
+#include "backend.h"
+#include "runtime/model.h"
+
+namespace pop {
+
+// Rows of the MLP's intermediate activations held at a time: with it, extra memory does not
+// grow with intermediate_size * prompt.
+inline constexpr int64_t kMlpChunkRows = 2048;
+
+struct MlpCall {
+  const ModelSpec& spec;
+  const LayerWeights& weights;
+  bool sparse;
+  int64_t rows;
+  const void* x;  // [rows, hidden_size]
+  int64_t x_stride;
+  void* out;  // [rows, hidden_size]; down_bias is left to who adds it to the residual stream
+  int64_t out_stride;
+  void* workspace;  // mlp_workspace(spec, rows) bytes
+};
+
+size_t mlp_workspace(const ModelSpec& spec, int64_t rows);
+
+void run_mlp(const MlpCall& call, Backend& backend);
+
+}  // namespace pop

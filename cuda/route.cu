@@ -1,0 +1,149 @@
+// A token's way to its experts and back: which of them and with what weights (route), the order in which each expert
+// has its rows side by side (group_rows), and the weighted sum of what a row's experts return (combine_rows).
+//
+// Floor: route reads rows * experts logits; group_rows reads its pairs once an expert, from L2; combine_rows reads
+// rows * experts_per_row * width elements and writes rows * width.
+#include "route_math.h"
+
+#include <algorithm>
+
+#include "cuda/elements.cuh"
+#include "cuda/launch.cuh"
+
+namespace pop::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kRowsOfBlock = kThreads / kWarp;
+
+// The earliest choice of a warp, in every lane.
+__device__ __forceinline__ Choice warp_earliest(Choice choice) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const Choice other{__shfl_xor_sync(kAllLanes, choice.logit, offset),
+                       __shfl_xor_sync(kAllLanes, choice.expert, offset)};
+    if (comes_before(other, choice)) choice = other;
+  }
+  return choice;
+}
+
+// A warp a row: a pass over its logits for each expert that it chooses.
+template <class T>
+__global__ void __launch_bounds__(kThreads) route_kernel(const RouteParams p) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsOfBlock + threadIdx.x / kWarp;
+  if (row >= p.rows) return;
+  const int lane = threadIdx.x % kWarp;
+  const T* logits = static_cast<const T*>(p.logits) + row * p.experts;
+  int32_t* expert = p.expert + row * p.experts_per_row;
+  float* weight = p.weight + row * p.experts_per_row;
+  Choice chosen = before_all();
+  float largest = 0.0f, chosen_sum = 0.0f, all = 0.0f;
+  for (int64_t pass = 0; pass < p.experts_per_row; ++pass) {
+    Choice best = after_all();
+    for (int64_t e = lane; e < p.experts; e += kWarp) {
+      best = better(chosen, best, {to_float(logits[e]), static_cast<int32_t>(e)});
+    }
+    chosen = warp_earliest(best);
+    if (pass == 0) largest = chosen.logit;
+    const float part = softmax_part(chosen.logit, largest);
+    chosen_sum += part;
+    if (lane == 0) {
+      expert[pass] = expert_of(chosen, pass);
+      weight[pass] = part;
+    }
+  }
+  for (int64_t e = lane; e < p.experts; e += kWarp) all += softmax_part(to_float(logits[e]), largest);
+  const float scale = route_scale(warp_sum(all), chosen_sum, p.normalise);
+  __syncwarp();  // lane 0 wrote the parts
+  for (int64_t pass = lane; pass < p.experts_per_row; pass += kWarp) weight[pass] *= scale;
+}
+
+// A block an expert. It counts the pairs of experts before its own, and places its own behind them: each thread those
+// of a range of pairs, so that rows stay in order whatever the schedule.
+__global__ void __launch_bounds__(kThreads) group_rows_kernel(const GroupRowsParams p) {
+  __shared__ int32_t before[kThreads], own[kThreads];
+  const int32_t expert = static_cast<int32_t>(blockIdx.x);
+  const int64_t pairs = p.rows * p.experts_per_row;
+  const int64_t range = ceil_div(pairs, kThreads);
+  const int64_t first = threadIdx.x * range, last = first + range < pairs ? first + range : pairs;
+  int32_t lower = 0, equal = 0;
+  for (int64_t i = first; i < last; ++i) {
+    lower += p.expert[i] < expert;
+    equal += p.expert[i] == expert;
+  }
+  before[threadIdx.x] = lower;
+  own[threadIdx.x] = equal;
+  __syncthreads();
+  int64_t start = 0, place = 0;
+  for (int thread = 0; thread < kThreads; ++thread) {
+    start += before[thread];
+    if (thread < static_cast<int>(threadIdx.x)) place += own[thread];
+  }
+  if (threadIdx.x == 0) {
+    p.begin[expert] = start;
+    if (expert == p.experts - 1) p.begin[p.experts] = pairs;
+  }
+  place += start;
+  for (int64_t i = first; i < last; ++i) {
+    if (p.expert[i] != expert) continue;
+    p.place[i] = static_cast<int32_t>(place);
+    p.row[place] = i / p.experts_per_row;
+    ++place;
+  }
+}
+
+// `count` neighbouring elements a thread; a block column a row.
+template <class T, int count>
+__global__ void __launch_bounds__(kThreads) combine_rows_kernel(const CombineRowsParams p) {
+  const int64_t row = blockIdx.x;
+  const int64_t i = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * count;
+  if (i >= p.width) return;
+  const int32_t* place = p.place + row * p.experts_per_row;
+  const float* weight = p.weight + row * p.experts_per_row;
+  float sum[count] = {};
+  for (int64_t j = 0; j < p.experts_per_row; ++j) {
+    float value[count];
+    load(static_cast<const T*>(p.x) + place[j] * p.width + i, value);
+#pragma unroll
+    for (int e = 0; e < count; ++e) sum[e] += value[e] * weight[j];
+  }
+  store(static_cast<T*>(p.out) + row * p.out_stride + i, sum);
+}
+
+template <class T, int count>
+void launch_combine_of(const CombineRowsParams& p, Stream stream) {
+  const int64_t pieces = p.width / count, blocks = ceil_div(pieces, kThreads);
+  const int64_t threads = ceil_div(ceil_div(pieces, blocks), kWarp) * kWarp;
+  const dim3 grid(static_cast<unsigned>(p.rows), static_cast<unsigned>(blocks));
+  launch("combine_rows", combine_rows_kernel<T, count>, grid, dim3(static_cast<unsigned>(threads)), 0, stream, p);
+}
+
+}  // namespace
+
+void launch_route(const RouteParams& p, Stream stream) {
+  if (p.rows == 0) return;
+  with_element(p.dtype, [&](auto element) {
+    launch("route", route_kernel<decltype(element)>, dim3(static_cast<unsigned>(ceil_div(p.rows, kRowsOfBlock))),
+           dim3(kThreads), 0, stream, p);
+  });
+}
+
+void launch_group_rows(const GroupRowsParams& p, Stream stream) {
+  if (p.rows == 0) return;
+  launch("group_rows", group_rows_kernel, dim3(static_cast<unsigned>(p.experts)), dim3(kThreads), 0, stream, p);
+}
+
+void launch_combine_rows(const CombineRowsParams& p, Stream stream) {
+  if (p.rows == 0 || p.width == 0) return;
+  with_element(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    const int64_t size = sizeof(T);
+    const bool in_packs =
+        is_aligned(p.x, p.width, size) && is_aligned(p.out, p.out_stride, size) && p.width % kPack<T> == 0;
+    if (in_packs) return launch_combine_of<T, kPack<T>>(p, stream);
+    launch_combine_of<T, 1>(p, stream);
+  });
+}
+
+}  // namespace pop::cuda

@@ -1,0 +1,165 @@
+#include <algorithm>
+#include <numeric>
+
+#include "checks.h"
+#include "cuda/kernels.h"
+
+namespace {
+
+using namespace pop;
+using checks::Buffer;
+
+void expect(bool ok, const std::string& what) {
+  if (!ok) throw std::runtime_error(what);
+}
+
+void run_route(DType dtype, int64_t rows, int64_t experts, int64_t per_row, bool normalise, bool ties) {
+  const std::string name = "route " + checks::name_of(dtype) + " " + std::to_string(rows) + "x" +
+                           std::to_string(experts) + " " + std::to_string(per_row) + (normalise ? " normalise" : "") +
+                           (ties ? " ties" : "");
+  std::mt19937 random(static_cast<unsigned>(rows * 31 + experts));
+  Buffer logits(dtype, rows * experts);
+  logits.fill_random(random, 2.0f);
+  if (ties) {
+    for (int64_t i = 0; i < logits.count(); ++i) logits.set(i, std::round(logits.get(i)));
+  }
+  checks::Vector<int32_t> expert(rows * per_row + 1, -7);
+  Buffer weight(DType::f32, rows * per_row);
+  cuda::launch_route({.dtype = dtype,
+                      .rows = rows,
+                      .experts = experts,
+                      .experts_per_row = per_row,
+                      .normalise = normalise,
+                      .logits = logits.data(),
+                      .expert = expert.data(),
+                      .weight = static_cast<float*>(weight.data())},
+                     nullptr);
+  checks::finish();
+  std::vector<float> expected;
+  for (int64_t row = 0; row < rows; ++row) {
+    std::vector<int32_t> order(experts);
+    std::iota(order.begin(), order.end(), 0);
+    const auto logit = [&](int32_t e) { return static_cast<double>(logits.get(row * experts + e)); };
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return logit(a) > logit(b); });
+    double all = 0, chosen = 0;
+    for (int32_t e = 0; e < experts; ++e) all += std::exp(logit(e));
+    for (int64_t j = 0; j < per_row; ++j) chosen += std::exp(logit(order[j]));
+    for (int64_t j = 0; j < per_row; ++j) {
+      expect(expert[row * per_row + j] == order[j], name + ": expert of row " + std::to_string(row));
+      expected.push_back(static_cast<float>(std::exp(logit(order[j])) / (normalise ? chosen : all)));
+    }
+  }
+  expect(expert.back() == -7, name + ": wrote past the experts");
+  checks::expect_close(name, weight, expected, 1e-7f, 1e-5f);
+}
+
+// NaN reaches every weight of its row and no other, and the experts are still ones that exist.
+void run_route_of_nan(bool normalise) {
+  constexpr int64_t kExperts = 5, kPerRow = 4;
+  Buffer logits(DType::f32, 2 * kExperts), weight(DType::f32, 2 * kPerRow);
+  for (int64_t i = 0; i < logits.count(); ++i) logits.set(i, i % 3 == 0 && i < kExperts ? NAN : 1.0f);
+  checks::Vector<int32_t> expert(2 * kPerRow, -7);
+  cuda::launch_route({.dtype = DType::f32,
+                      .rows = 2,
+                      .experts = kExperts,
+                      .experts_per_row = kPerRow,
+                      .normalise = normalise,
+                      .logits = logits.data(),
+                      .expert = expert.data(),
+                      .weight = static_cast<float*>(weight.data())},
+                     nullptr);
+  checks::finish();
+  for (int64_t i = 0; i < 2 * kPerRow; ++i) {
+    expect(expert[i] >= 0 && expert[i] < kExperts, "route NaN: expert");
+    expect(std::isnan(weight.get(i)) == (i < kPerRow), "route NaN: weight");
+  }
+}
+
+void run_group(int64_t rows, int64_t experts, int64_t per_row) {
+  const std::string name = "group_rows " + std::to_string(rows) + "x" + std::to_string(experts);
+  std::mt19937 random(static_cast<unsigned>(rows + experts));
+  const int64_t pairs = rows * per_row;
+  checks::Vector<int32_t> expert(pairs), place(pairs + 1, -7);
+  checks::Vector<int64_t> row(pairs + 1, -7), begin(experts + 2, -7);
+  // Experts that nobody chooses, among them the last one.
+  for (int32_t& e : expert) e = static_cast<int32_t>(random() % (experts > 2 ? experts - 1 : experts) / 2 * 2);
+  cuda::launch_group_rows({.rows = rows,
+                           .experts = experts,
+                           .experts_per_row = per_row,
+                           .expert = expert.data(),
+                           .place = place.data(),
+                           .row = row.data(),
+                           .begin = begin.data(),
+                           .host_begin = nullptr},
+                          nullptr);
+  checks::finish();
+  int64_t next = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    expect(begin[e] == next, name + ": begin");
+    for (int64_t i = 0; i < pairs; ++i) {
+      if (expert[i] != e) continue;
+      expect(place[i] == next, name + ": place");
+      expect(row[next++] == i / per_row, name + ": row");
+    }
+  }
+  expect(begin[experts] == pairs, name + ": number of pairs");
+  expect(place.back() == -7 && row.back() == -7 && begin.back() == -7, name + ": wrote past its tables");
+}
+
+void run_combine(DType dtype, int64_t rows, int64_t width, int64_t per_row, int64_t extra_stride) {
+  const std::string name = "combine_rows " + checks::name_of(dtype) + " " + std::to_string(rows) + "x" +
+                           std::to_string(width) + " stride +" + std::to_string(extra_stride);
+  std::mt19937 random(static_cast<unsigned>(rows * 7 + width));
+  const int64_t pairs = rows * per_row, stride = width + extra_stride;
+  Buffer x(dtype, pairs * width), out(dtype, rows * stride);
+  x.fill_random(random);
+  checks::Vector<int32_t> place(pairs);
+  std::iota(place.begin(), place.end(), 0);
+  std::shuffle(place.begin(), place.end(), random);
+  checks::Vector<float> weight(pairs);
+  for (float& w : weight) w = std::uniform_real_distribution<float>(0.0f, 1.0f)(random);
+  cuda::launch_combine_rows({.dtype = dtype,
+                             .rows = rows,
+                             .width = width,
+                             .experts_per_row = per_row,
+                             .x = x.data(),
+                             .place = place.data(),
+                             .weight = weight.data(),
+                             .out = out.data(),
+                             .out_stride = stride},
+                            nullptr);
+  checks::finish();
+  std::vector<float> expected(out.count(), Buffer::kSentinel);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < width; ++i) {
+      double sum = 0;
+      for (int64_t j = row * per_row; j < (row + 1) * per_row; ++j) sum += weight[j] * x.get(place[j] * width + i);
+      expected[row * stride + i] = static_cast<float>(sum);
+    }
+  }
+  checks::expect_close(name, out, expected, 1e-5f, checks::rounding(dtype) / 2 + 1e-5f);
+}
+
+void run() {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    run_route(dtype, 9, 8, 2, false, false);  // more rows than a block takes
+    run_route(dtype, 2, 128, 8, true, true);
+    run_combine(dtype, 3, 96, 2, 0);
+    run_combine(dtype, 2, 2104, 3, 8);  // more than a block a row
+    run_combine(dtype, 5, 19, 1, 3);
+    run_combine(dtype, 0, 96, 2, 0);
+  }
+  run_route(DType::f32, 2, 33, 33, true, false);  // all of them
+  run_route(DType::f32, 2, 33, 4, false, true);
+  run_route(DType::f32, 1, 1, 1, true, false);
+  run_route(DType::f32, 0, 8, 2, true, false);
+  for (const bool normalise : {false, true}) run_route_of_nan(normalise);
+  run_group(1, 4, 2);
+  run_group(19, 8, 3);
+  run_group(300, 5, 4);  // more pairs than threads
+  run_group(7, 1, 1);
+}
+
+const checks::Check check("route", run);
+
+}  // namespace
