@@ -270,6 +270,20 @@ def test_a_chunked_prefill_prunes_each_chunk_as_the_oracle(family, size):
     assert [d.tokens for d in decisions] == [(n,) for n in chunks if n > 1]
 
 
+def test_generation_that_asks_for_hidden_states_keeps_the_stock_prefill():
+    model = llama()
+    ids = tokens(model, 1, T)
+    how = {"output_hidden_states": True, "return_dict_in_generate": True}
+    expected = generate(model, ids, **how)
+    pop_ext.enable(model, PLAN)
+    with pytest.warns(UserWarning, match="output_hidden_states"):
+        actual = generate(model, ids, **how)
+    assert pop_ext.last_call(model).rule == "output_hidden_states"
+    assert torch.equal(actual.sequences, expected.sequences)
+    for step, stock in zip(actual.hidden_states, expected.hidden_states, strict=True):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(step, stock, strict=True))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_assisted_generation_gives_the_tokens_of_plain_greedy_decoding(family):
     model = pop_ext.enable(FAMILIES[family](), PLAN, strict=True)
