@@ -1,13 +1,15 @@
 """Where the time of a native prefill goes, stage by stage: ``python bench/run.py --profile``.
 
-``pop::prefill`` opens a profiler range for each stage of each layer. torch.profiler gives their times: on CUDA those of
-the kernels that were launched inside, on a CPU those of the ranges. The whole call is timed without the profiler.
+``pop::prefill`` opens a profiler range for each stage of each layer, and the head gets one here. torch.profiler gives
+their times: on CUDA those of the kernels that were launched inside, on a CPU those of the ranges. The whole call is
+timed without the profiler.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from pop_ext import _core
 from pop_ext.native import NativeModel, load
 from pop_ext.plan import Plan
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.arms import NATIVE_FULL, plan_name, sequence_shapes
 from bench.measure import WallClock, interleave
@@ -24,10 +26,11 @@ from bench.report import table
 
 LAYER_STAGES = ("qkv", "rope_cache_write", "attention", "o_proj", "mlp")
 """What each layer does, in this order."""
-ONCE_STAGES = ("place_rows", "embed", "kv_project", "final_norm")
-STAGES = ("place_rows", "embed", *LAYER_STAGES, "kv_project", "boundary", "final_norm")
+HEAD = "lm_head"
+ONCE_STAGES = ("place_rows", "embed", "kv_project", "final_norm", HEAD)
+STAGES = ("place_rows", "embed", *LAYER_STAGES, "kv_project", "boundary", "final_norm", HEAD)
 REST = "rest"
-"""Outside of the operator's stages: checks, cache, the head, on CUDA also the time that no kernel of a stage runs."""
+"""Outside of the stages: checks, cache, on CUDA also the time that no kernel of a stage runs."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Stage:
 
     Attributes:
         seconds: median over the profiled calls.
-        flops, bytes: by the cost model; None where it counts none.
+        flops, bytes: by the cost model, where it knows none by ``moved_bytes``; None where neither does.
     """
 
     name: str
@@ -105,15 +108,28 @@ def profile_prefill(
     seconds = statistics.median(clock.time(call) for _ in range(calls))
     samples = [_stage_seconds(call, native) for _ in range(calls)]
     cost = _core.plan_cost(native.spec, native.plan, sequence_shapes(batch, tokens, native.plan))["stages"]
+    moved = moved_bytes(native.spec, native.plan, batch * tokens, native.dtype.itemsize)
     result = StageProfile(name, batch, tokens, native.plan, seconds, peak=peak, bandwidth=bandwidth)
     for stage in STAGES:
         taken = statistics.median(sample.get(stage, 0.0) for sample in samples)
         if taken > 0:
             counted = cost.get(stage, {})
-            result.stages.append(Stage(stage, taken, counted.get("flops"), counted.get("bytes")))
+            result.stages.append(Stage(stage, taken, counted.get("flops"), counted.get("bytes", moved.get(stage))))
     rest = seconds - sum(stage.seconds for stage in result.stages)
     result.stages.append(Stage(REST, max(0.0, rest)))
     return result
+
+
+def moved_bytes(spec: _core.ModelSpec, plan: Plan, rows: int, element: int) -> dict[str, float]:
+    """Bytes that stages without products read and write, each operand once, for ``rows`` rows without a past.
+
+    Omitted layers and the last one write their caches in the stage kv_project; of their few other rows none is counted.
+    """
+    through = set(range(spec.num_layers - 1)) - set(plan.omit)
+    return {
+        "embed": 2.0 * rows * spec.hidden_size * element,
+        "rope_cache_write": 2.0 * rows * len(through) * (spec.q_dim + 2 * spec.kv_dim) * element,
+    }
 
 
 def profile_plans(model: Any, input_ids: torch.Tensor, plans: Sequence[Plan]) -> list[StageProfile]:
@@ -140,7 +156,7 @@ def _stage_seconds(call: Callable[[], Any], native: NativeModel) -> dict[str, fl
     """Stage -> seconds of one call; all that omitted layers do for boundary rows is the stage "boundary"."""
     on_gpu = native.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as seen:
+    with profile(activities=activities) as seen, _head_as_a_stage(native.model):
         call()
         if on_gpu:
             torch.cuda.synchronize(native.device)
@@ -151,6 +167,27 @@ def _stage_seconds(call: Callable[[], Any], native: NativeModel) -> dict[str, fl
         ((event.name.removeprefix("pop::"), _microseconds(event, on_gpu) / 1e6) for event in ranges),
         native.plan,
     )
+
+
+@contextmanager
+def _head_as_a_stage(model: Any) -> Iterator[None]:
+    """A range of the profiler around the head, which Python calls after the operator."""
+    ranges: list[record_function] = []
+
+    def begin(*_: Any) -> None:
+        ranges.append(record_function(f"pop::{HEAD}"))
+        ranges[-1].__enter__()
+
+    def end(*_: Any) -> None:
+        ranges.pop().__exit__(None, None, None)
+
+    head = model.lm_head
+    hooks = [head.register_forward_pre_hook(begin), head.register_forward_hook(end)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def stage_sums(ranges: Iterable[tuple[str, float]], plan: Plan) -> dict[str, float]:
@@ -205,10 +242,12 @@ def _cells(found: StageProfile, stage: Stage) -> list[str]:
 
 def _rate(found: StageProfile, stage: Stage) -> tuple[float | None, str]:
     """GFLOP/s, or GB/s for a stage that memory bounds."""
-    if not stage.flops or stage.seconds <= 0:
+    flops, moved = stage.flops or 0.0, stage.bytes or 0.0
+    if stage.seconds <= 0 or not (flops or moved):
         return None, ""
-    moves = stage.bytes and found.peak and found.bandwidth and stage.bytes / found.bandwidth > stage.flops / found.peak
-    return ((stage.bytes or 0.0) if moves else stage.flops) / stage.seconds, "GB/s" if moves else "GFLOP/s"
+    bound = found.peak and found.bandwidth and moved / found.bandwidth > flops / found.peak
+    in_bytes = bound or not flops
+    return (moved if in_bytes else flops) / stage.seconds, "GB/s" if in_bytes else "GFLOP/s"
 
 
 def profile_json(model: str, dtype: str, found: Sequence[StageProfile]) -> list[dict[str, Any]]:

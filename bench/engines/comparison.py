@@ -1,0 +1,255 @@
+"""Starts the engines, checks that they compute the same thing, and times them in turn."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pop_ext
+import torch
+from pop_ext import _core
+from pop_ext.plan import Plan
+
+from bench.arms import HF_EAGER, plan_flops, plan_name, stock_flops
+from bench.engines.catalogue import HERE, PEERS, Peer
+from bench.engines.environments import InstallError, venv_python
+from bench.engines.process import Child, ChildError
+from bench.measure import MIN_REPEATS, Timed, interleave
+from bench.memory import available_bytes
+from bench.progress import Progress
+
+KEPT = 20
+"""Log-probabilities that are compared: of the tokens that an engine finds most probable."""
+LARGEST_ERROR = 0.1  # of full depth, see ``logits_error``; rounding stays far below
+_HERE = Peer(HERE, "bench.engines.here", (), memory=1.5)
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Engines:
+    """What is to be compared.
+
+    Attributes:
+        options: the command line's.
+        model: its name.
+        origin: of the weights.
+        spec: its shape.
+        plans: of the pruned arms.
+        home: folder of the saved weights and of what engines make of them.
+        size: bytes of the weights.
+        cpus: that every engine may use, one thread on each.
+    """
+
+    options: argparse.Namespace
+    model: str
+    origin: str
+    spec: _core.ModelSpec
+    plans: tuple[Plan, ...]
+    home: Path
+    size: int
+    cpus: list[int]
+
+
+@dataclass(kw_only=True)
+class PeerArm(Timed):
+    """One way to prefill.
+
+    Attributes:
+        peer: the engine that it belongs to.
+        what: how it is called.
+        flops: of one prefill, by the cost model.
+        full_depth: whether it is to compute what the stock model does.
+        warmup: seconds of the prefills before the timed ones; the first may compile.
+        error: ``logits_error`` against hf-eager.
+        same_token: whether its most probable token is hf-eager's.
+        peak: most bytes that its process held during a prefill.
+    """
+
+    peer: str
+    what: str
+    flops: float
+    full_depth: bool
+    warmup: tuple[float, ...] = ()
+    error: float | None = None
+    same_token: bool | None = None
+    peak: int | None = None
+
+
+@dataclass
+class Started:
+    """An engine that has loaded the weights.
+
+    Attributes:
+        arms: name -> how it is called.
+        versions: of its packages.
+        resident: bytes that it held after loading.
+        seconds: that loading took, conversion included.
+    """
+
+    peer: str
+    child: Child
+    arms: dict[str, str]
+    versions: dict[str, str]
+    resident: int | None
+    seconds: float
+
+
+@dataclass
+class PeerCase:
+    """All arms at one length; ``missing``: engine -> why it has none."""
+
+    engines: Engines
+    tokens: int
+    arms: list[PeerArm]
+    started: list[Started]
+    missing: dict[str, str]
+    rounds: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+
+class Reported:
+    """The clock of items whose call returns the seconds that it took."""
+
+    def time(self, call: Callable[[], Any]) -> float:
+        return float(call())
+
+
+def run_peers(
+    engines: Engines, lengths: Sequence[int], repeats: int, warmup: int, budget: float | None = None
+) -> list[PeerCase]:
+    """Starts every engine once, and runs the arms of all of them in turn, at one length after the other."""
+    cases: list[PeerCase] = []
+    with ExitStack() as stack:
+        started, missing = _start_all(engines, stack)
+        for tokens in lengths:
+            case = PeerCase(engines, tokens, _arms(engines, started, tokens), started, missing)
+            run_case(case, repeats, warmup, budget)
+            cases.append(case)
+    return cases
+
+
+def _start_all(engines: Engines, stack: ExitStack) -> tuple[list[Started], dict[str, str]]:
+    """What runs, and why the rest does not."""
+    started: list[Started] = []
+    missing: dict[str, str] = {}
+    for peer in (_HERE, *(PEERS[name] for name in engines.options.peers)):
+        try:
+            started.append(_start(engines, peer, stack))
+        except (InstallError, ChildError, OSError) as error:
+            missing[peer.name] = " ".join(str(error).split())
+            _say(engines, f"{peer.name}: not measured: {missing[peer.name]}")
+    return started, missing
+
+
+def _start(engines: Engines, peer: Peer, stack: ExitStack) -> Started:
+    options = engines.options
+    say = partial(_say, engines)
+    if peer is _HERE:
+        python, path = Path(sys.executable), str(Path(pop_ext.__file__).resolve().parent.parent)
+    else:
+        python, path = venv_python(peer, options.folder.resolve(), torch.__version__, options.install, say), None
+    needed, free = peer.memory * engines.size, available_bytes(_CPU)
+    if free is not None and needed > free:
+        raise ChildError(f"it takes about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
+    work = engines.home.resolve() / peer.name
+    work.mkdir(parents=True, exist_ok=True)
+    say(f"{peer.name}: loading")
+    begin = time.monotonic()
+    child = Child(python, peer.module, engines.cpus, work / "log.txt", path)
+    stack.callback(child.close)
+    answer = child.ask(
+        options.timeout,
+        op="load",
+        weights=str(engines.home.resolve() / "weights"),
+        work=str(work),
+        dtype=options.dtype,
+        threads=len(engines.cpus),
+        max_tokens=max(options.lengths),
+        options={
+            "plans": [plan.to_json() for plan in engines.plans],
+            "compile_mode": options.compile_mode if options.compile else None,
+        },
+    )
+    seconds = time.monotonic() - begin
+    return Started(peer.name, child, answer["arms"], answer["versions"], answer["resident"], seconds)
+
+
+def _arms(engines: Engines, started: Sequence[Started], tokens: int) -> list[PeerArm]:
+    spec = engines.spec
+    plans = {plan_name(plan): plan for plan in engines.plans}
+    arms = []
+    for engine in started:
+        for name, what in engine.arms.items():
+            plan = plans.get(name, Plan(spec.num_layers, ()))
+            native = engine.peer == HERE and not name.startswith("hf-")
+            flops = plan_flops(spec, plan, 1, tokens) if native else stock_flops(spec, 1, tokens)
+            full = set(plan.omit) <= {spec.num_layers - 1}
+            arms.append(PeerArm(name=name, peer=engine.peer, what=what, flops=flops, full_depth=full))
+    return arms
+
+
+def run_case(case: PeerCase, repeats: int, warmup: int, budget: float | None) -> None:
+    """Warms up, checks and times every arm of a case."""
+    engines = case.engines
+    vocabulary, generator = engines.spec.vocab_size, torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (case.tokens,), generator=generator).tolist()
+    children = {engine.peer: engine.child for engine in case.started}
+    deadline = None if budget is None else time.monotonic() + budget
+    title = f"{engines.model}, {case.tokens} tokens"
+    with Progress(title, len(case.arms) * (1 + repeats), engines.options.quiet) as bar:
+        reference: dict[int, float] | None = None
+        for arm in case.arms:
+            ask = partial(children[arm.peer].ask, engines.options.timeout, arm=arm.name, ids=ids)
+            arm.call = lambda ask=ask: ask(op="time")["seconds"]
+            found = arm.attempt(partial(_warm_up, arm, ask, warmup))
+            if arm.name == HF_EAGER:
+                reference = found
+            elif found is not None and reference is not None:
+                _check(arm, found, reference)
+            bar.step(f"{arm.name}, warm-up")
+            if arm.failed:
+                bar.say(f"  {arm.name} failed: {arm.failed}")
+        case.rounds = interleave(case.arms, Reported(), repeats, deadline, step=lambda item: bar.step(item.name))
+    if case.rounds < MIN_REPEATS:
+        case.warnings.append(f"only {case.rounds} repeats, fewer than {MIN_REPEATS}: indicative figures")
+    if reference is None:
+        case.warnings.append(f"{HF_EAGER} has failed: nothing was checked against it")
+
+
+def _warm_up(arm: PeerArm, ask: Callable[..., dict[str, Any]], calls: int) -> dict[int, float]:
+    """Runs an arm before its figures count; returns its log-probabilities."""
+    for _ in range(calls):
+        arm.warmup = (*arm.warmup, ask(op="time")["seconds"])
+    answer = ask(op="check", keep=None if arm.name == HF_EAGER else KEPT)
+    arm.peak = answer["peak"]
+    return {int(token): float(value) for token, value in answer["log_probs"]}
+
+
+def _check(arm: PeerArm, found: dict[int, float], reference: dict[int, float]) -> None:
+    """A fast arm that computes something else is a failed arm."""
+    arm.error = logits_error(found, reference)
+    arm.same_token = max(found, key=found.__getitem__) == max(reference, key=reference.__getitem__)
+    if arm.full_depth and not arm.error <= LARGEST_ERROR:
+        arm.failed = f"its log-probabilities differ from {HF_EAGER}'s by {100 * arm.error:.1f} % (RMS), at full depth"
+
+
+def logits_error(found: dict[int, float], reference: dict[int, float]) -> float:
+    """RMS difference of log-probabilities over the tokens of ``found``, by the standard deviation of all of the
+    reference's: 0 for the same logits, about 1 or more for those of another model."""
+    mean = sum(reference.values()) / len(reference)
+    variance = sum((value - mean) ** 2 for value in reference.values()) / len(reference)
+    squares = [(value - reference[token]) ** 2 for token, value in found.items()]
+    return math.sqrt(sum(squares) / len(squares) / variance)
+
+
+def _say(engines: Engines, text: str) -> None:
+    if not engines.options.quiet:
+        print(text, file=sys.stderr, flush=True)

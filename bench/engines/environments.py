@@ -1,0 +1,64 @@
+"""A venv for each peer, made once: peers pin other releases of the same packages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.engines.catalogue import Peer
+
+_DONE = "installed.txt"  # holds what was installed; another text, and the venv is made again
+
+
+class InstallError(RuntimeError):
+    """A venv that could not be made; the text says why in a line."""
+
+
+def venv_python(peer: Peer, folder: Path, torch: str, install: bool, say: Callable[[str], None]) -> Path:
+    """The interpreter of a peer's venv, made where it is missing or older than its requirements.
+
+    Args:
+        peer: whose.
+        folder: where venvs are kept, one folder for each.
+        torch: the version that the bench runs on.
+        install: make it where it is missing; this uses the network and may take minutes.
+        say: told what is going on.
+
+    Raises:
+        InstallError: no venv, or pip has failed.
+    """
+    if sys.version_info[:2] < peer.python:
+        raise InstallError(f"expected Python {'.'.join(map(str, peer.python))} or newer, got {sys.version.split()[0]}")
+    home = folder / peer.name
+    python = home / "bin" / "python"
+    calls = [[part.format(torch=torch) for part in call] for call in peer.requirements]
+    wanted = "\n".join(" ".join(call) for call in [*calls, ["without", *peer.uninstall]])
+    done = home / _DONE
+    if done.is_file() and done.read_text() == wanted and python.exists():
+        return python
+    if not install:
+        raise InstallError(f"no venv in {home}, and --no-install was given")
+    say(f"{peer.name}: making its venv in {home} (log: {home}.pip.log)")
+    log = folder / f"{peer.name}.pip.log"
+    folder.mkdir(parents=True, exist_ok=True)
+    log.write_text("")
+    _run([sys.executable, "-m", "venv", "--clear", str(home)], log)
+    for call in calls:
+        _run([str(python), "-m", "pip", "install", *call], log)
+    if peer.uninstall:
+        _run([str(python), "-m", "pip", "uninstall", "-y", *peer.uninstall], log)
+    done.write_text(wanted)
+    return python
+
+
+def _run(command: list[str], log: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with log.open("a") as out:
+        result = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+    if result.returncode:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        why = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no output")
+        raise InstallError(f"{' '.join(command[2:5])} ... failed: {why}"[:300])

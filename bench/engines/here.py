@@ -1,0 +1,62 @@
+"""Hugging Face and pop_ext, in the environment that runs the bench: the arms of `bench/run.py` on shared weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from pop_ext.describe import describe
+from pop_ext.plan import Plan
+
+from bench.arms import Arm, make_arms
+from bench.engines.log_probs import log_probs_of
+
+_ALL_LENGTHS = [[0, 0]]  # what an arm is called does not depend on the prompt
+
+
+class Engine:
+    """Job options: ``plans`` (JSON texts of the pruned arms) and ``compile_mode`` (None: no hf-compile)."""
+
+    def load(self, job: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+        torch.set_num_threads(job["threads"])
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        dtype = getattr(torch, job["dtype"])
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            job["weights"], dtype=dtype, attn_implementation="sdpa"
+        )
+        self._model = model.eval()
+        self._spec = describe(model).spec
+        self._plans = [Plan.from_json(text) for text in job["options"]["plans"]]
+        self._compile_mode = job["options"]["compile_mode"]
+        self._arms: dict[str, Arm] = {}
+        self._prompt: list[int] = []
+        named = self._make(torch.tensor(_ALL_LENGTHS))
+        return {arm.name: arm.what for arm in named}, ["torch", "transformers"]
+
+    def prefill(self, arm: str, ids: list[int]) -> Any:
+        return self._arm(arm, ids).run()
+
+    def log_probs(self, arm: str, ids: list[int], keep: int | None) -> dict[int, float]:
+        logits = self.prefill(arm, ids).logits
+        return log_probs_of(logits[0, -1].float().numpy(), keep)
+
+    def _arm(self, name: str, ids: list[int]) -> Arm:
+        """The arm, made for that prompt; those of the prompt before it are let go.
+
+        Raises:
+            RuntimeError: it cannot be made.
+        """
+        if ids != self._prompt:
+            self._arms = {arm.name: arm for arm in self._make(torch.tensor([ids]))}
+            self._prompt = ids
+        arm = self._arms[name]
+        if arm.call is None:
+            arm.prepare()
+        if arm.failed is not None:
+            raise RuntimeError(arm.failed)
+        return arm
+
+    def _make(self, input_ids: torch.Tensor) -> list[Arm]:
+        return make_arms(self._model, self._spec, input_ids, self._plans, self._compile_mode)

@@ -1,0 +1,21 @@
+"""Logits as what engines are compared by; needs numpy alone, which every engine brings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def log_probs_of(logits: Any, keep: int | None) -> dict[int, float]:
+    """Token -> log-probability of the ``keep`` most probable tokens, or of all.
+
+    Args:
+        logits: ``[vocab]``, anything that numpy reads.
+        keep: how many; None for all.
+    """
+    row = np.asarray(logits, dtype=np.float64)
+    shifted = row - row.max()
+    values = shifted - np.log(np.exp(shifted).sum())
+    order = np.arange(len(values)) if keep is None else np.argsort(-values)[:keep]
+    return {int(token): float(values[token]) for token in order}

@@ -1,0 +1,151 @@
+#!/usr/bin/env python
+"""Times the prefill of other CPU engines beside pop_ext, in one run: ``python bench/peers.py``; see bench/README.md."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # the directory of this file would come before installed modules of the same names
+if find_spec("pop_ext") is None:
+    sys.path.insert(1, str(ROOT / "python"))  # built in place by `make dev`
+
+import torch  # noqa: E402
+from pop_ext import _core  # noqa: E402
+from pop_ext.describe import describe  # noqa: E402
+from pop_ext.plan import Plan  # noqa: E402
+from pop_ext.presets import default_plan  # noqa: E402
+
+from bench.engines.catalogue import PEERS  # noqa: E402
+from bench.engines.comparison import Engines, PeerCase, run_peers  # noqa: E402
+from bench.environment import environment  # noqa: E402
+from bench.memory import release_memory  # noqa: E402
+from bench.peer_report import case_json, case_text  # noqa: E402
+from bench.report import SCHEMA, environment_text, write_json  # noqa: E402
+from bench.shapes import SHAPES, load_model  # noqa: E402
+
+CPU = torch.device("cpu")
+FOLDER = ROOT / "build" / "peers"
+RESULTS = ROOT / "bench" / "results"
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every option, with its default."""
+    p = argparse.ArgumentParser(prog="bench/peers.py", description="Times prefill by other CPU engines and by pop_ext.")
+    p.add_argument("--model", default="llama-3.2-1b", help=f"a shape (demo, {', '.join(SHAPES)}) or a directory")
+    p.add_argument("--random-weights", action="store_true", help="read only the config of --model")
+    p.add_argument("--lengths", nargs="+", type=int, default=[512, 2048], help="tokens")
+    p.add_argument("--dtype", default="bfloat16", choices=_DTYPES, help="of the weights")
+    p.add_argument("--threads", type=int, help="of every engine (default: one for each core that may be used)")
+    p.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="engines beside these (default: all)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="the hf-compile arm")
+    p.add_argument("--compile-mode", default="default", help="mode of torch.compile (default: default)")
+    p.add_argument("--plan", nargs="+", type=Path, default=[], help="plan files (Plan.save)")
+    p.add_argument("--count", nargs="+", type=int, default=[], help="how many of the deepest layers; each a plan")
+    p.add_argument("--repeats", type=int, default=7, help="rounds (default: 7)")
+    p.add_argument("--warmup", type=int, default=2, help="prefills of each arm before them (default: 2)")
+    p.add_argument("--budget", type=float, help="seconds of each length's rounds; fewer rounds rather than more time")
+    p.add_argument("--timeout", type=float, default=1200, help="seconds that one answer may take (default: 1200)")
+    p.add_argument("--install", action=argparse.BooleanOptionalAction, default=True, help="make venvs that are missing")
+    p.add_argument("--fresh", action="store_true", help="convert the weights again")
+    p.add_argument("--folder", type=Path, default=FOLDER, help="of venvs and weights (default: build/peers)")
+    p.add_argument("--json", type=Path, help="where to save (default: bench/results/local-peers-<time>.json)")
+    p.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the comparison. Returns 0, 1 when an arm or a peer has no figure, 2 for bad arguments."""
+    argv = sys.argv[1:] if arguments is None else list(arguments)
+    options = parser().parse_args(argv)
+    problem = _problem(options)
+    if problem:
+        print(f"bench/peers.py: error: {problem}", file=sys.stderr)
+        return 2
+    started = time.monotonic()
+    cpus = sorted(os.sched_getaffinity(0))[: options.threads]
+    facts = environment(CPU) | {"threads": len(cpus)}
+    print(environment_text(facts))
+    engines = prepared(options, cpus)
+    cases = run_peers(engines, options.lengths, options.repeats, options.warmup, options.budget)
+    for case in cases:
+        print("\n" + case_text(case), flush=True)
+    report = {
+        "schema": SCHEMA,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "arguments": argv,
+        "environment": facts,
+        "cases": [],
+        "peers": [case_json(case) for case in cases],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    path = options.json or RESULTS / f"local-peers-{datetime.now().strftime('%Y%m%d-%H%M%S')}.json"
+    write_json(path, report)
+    print(f"\n{report['seconds']:.0f} s; every sample is in {path}")
+    return 1 if any(_has_gap(case) for case in cases) else 0
+
+
+def _problem(options: argparse.Namespace) -> str | None:
+    if not hasattr(os, "sched_setaffinity"):
+        return "this needs Linux: engines are held to the same cores"
+    if any(tokens < 2 for tokens in options.lengths):
+        return f"--lengths: expected integers from 2, got {options.lengths}"
+    cores = len(os.sched_getaffinity(0))
+    for name, most in (("repeats", None), ("warmup", None), ("threads", cores)):
+        value = getattr(options, name)
+        if value is not None and (value < 1 or (most is not None and value > most)):
+            return f"--{name}: expected at least 1{f' and at most {most}' if most else ''}, got {value}"
+    return None
+
+
+def _has_gap(case: PeerCase) -> bool:
+    return bool(case.missing) or any(arm.failed for arm in case.arms)
+
+
+def prepared(options: argparse.Namespace, cpus: list[int]) -> Engines:
+    """Saves the weights that all engines read, and says what is to be run on them."""
+    model = load_model(options.model, _DTYPES[options.dtype], CPU, options.random_weights)
+    config = model.model.config
+    depth = config.num_hidden_layers
+    plans = [Plan.load(path) for path in options.plan] + [Plan.last(depth, count=count) for count in options.count]
+    plans = [plan.replace(min_tokens=0) for plan in plans or [default_plan(config)]]
+    spec = describe(model.model).spec
+    home = options.folder / "models" / f"{Path(options.model).name}-{options.dtype}"
+    weights = home / "weights"
+    if options.fresh or not _holds(weights, spec, model.model):
+        shutil.rmtree(home, ignore_errors=True)
+        model.model.save_pretrained(weights, max_shard_size="1TB")
+        (home / "spec.json").write_text(_fingerprint(spec, model.model))
+    size = sum(path.stat().st_size for path in weights.glob("*.safetensors"))
+    found = Engines(options, model.name, model.weights, spec, tuple(plans), home, size, cpus)
+    model.model = None
+    gc.collect()
+    release_memory(CPU)
+    return found
+
+
+def _holds(weights: Path, spec: _core.ModelSpec, model: Any) -> bool:
+    path = weights.parent / "spec.json"
+    return path.is_file() and path.read_text() == _fingerprint(spec, model)
+
+
+def _fingerprint(spec: _core.ModelSpec, model: Any) -> str:
+    """What tells weights of one name apart: the shape, and a few numbers of every tensor."""
+    sums = [float(p.detach().view(-1)[:: max(1, p.numel() // 64)].double().sum()) for p in model.parameters()]
+    return f"{spec.to_json()}\n{sums}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""An engine as bench/peers.py starts them: Hugging Face under other names, right, wrong and dying."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+class Engine:
+    """Arms "right", "wrong" (other logits) and "raises"; of the peer named "dying" the arm "dies"."""
+
+    def load(self, job: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        print("a line that is no answer")
+        torch.set_num_threads(job["threads"])
+        self._model = AutoModelForCausalLM.from_pretrained(job["weights"], dtype=getattr(torch, job["dtype"])).eval()
+        arms = ("dies",) if job["work"].endswith("dying") else ("right", "wrong", "raises")
+        return dict.fromkeys(arms, "a call"), ["torch", "no-such-package"]
+
+    def prefill(self, arm: str, ids: list[int]) -> Any:
+        import torch
+
+        if arm == "dies":
+            os._exit(3)
+        if arm == "raises":
+            raise RuntimeError("no such kernel")
+        with torch.no_grad():
+            return self._model(torch.tensor([ids]), use_cache=True, logits_to_keep=1).logits[0, -1]
+
+    def log_probs(self, arm: str, ids: list[int], keep: int | None) -> dict[int, float]:
+        from bench.engines.log_probs import log_probs_of
+
+        logits = self.prefill(arm, ids)
+        return log_probs_of(logits.roll(1) if arm == "wrong" else logits, keep)
