@@ -11,7 +11,7 @@ from against_oracle import plan_of, run_native, run_oracle
 from enabled_models import PLAN, enabled_twin, generate
 from models import llama, pad, tokens
 from pop_ext.kv_cache import CacheTransaction
-from pop_ext.reference import dequantized
+from pop_ext.reference_caches import dequantized
 from tolerance import assert_close_fp32
 from transformers import DynamicCache, QuantizedCache, cache_utils
 
