@@ -124,7 +124,7 @@ class Prompt:
 
 def prompt(model: Any, *sequences: list[int | str], seed: int = 0) -> Prompt:
     """A batch of sequences of text (a number of tokens), "image"s and "video"s."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     build = _QwenPrompt if model.config.model_type == "qwen3_vl" else _GemmaPrompt
     builder = build(model, generator)
     rows = []
@@ -132,7 +132,7 @@ def prompt(model: Any, *sequences: list[int | str], seed: int = 0) -> Prompt:
         ids: list[int] = []
         for piece in sequence:
             if isinstance(piece, int):
-                ids += torch.randint(0, TEXT, (piece,), generator=generator).tolist()
+                ids += torch.randint(0, TEXT, (piece,), generator=generator, device="cpu").tolist()
             else:
                 ids += builder.add(piece)
         rows.append(ids)
@@ -162,8 +162,8 @@ class _QwenPrompt:
                 continue
             grid = torch.tensor(self._grids[kind])
             width = 3 * self._vision.temporal_patch_size * self._vision.patch_size**2
-            values = torch.randn(int(grid.prod(1).sum()), width, generator=self._generator)
-            arguments |= {pixels: values.to(self._dtype), f"{kind}_grid_thw": grid}
+            values = torch.randn(int(grid.prod(1).sum()), width, generator=self._generator, device="cpu")
+            arguments |= {pixels: values.to(ids.device, self._dtype), f"{kind}_grid_thw": grid}
         return arguments
 
 
@@ -180,6 +180,6 @@ class _GemmaPrompt:
         arguments: dict[str, Any] = {"token_type_ids": (ids == IMAGE).long()}
         if self._images:
             size = self._config.vision_config.image_size
-            values = torch.randn(self._images, 3, size, size, generator=self._generator)
-            arguments["pixel_values"] = values.to(self._dtype)
+            values = torch.randn(self._images, 3, size, size, generator=self._generator, device="cpu")
+            arguments["pixel_values"] = values.to(ids.device, self._dtype)
         return arguments
