@@ -2,12 +2,13 @@
 
 #include <algorithm>
 #include <cctype>
+#include <charconv>
 #include <cmath>
 #include <cstdio>
 #include <limits>
-#include <locale>
-#include <sstream>
 #include <stdexcept>
+
+#include "core/text.h"
 
 namespace pop::json {
 
@@ -161,12 +162,11 @@ class Parser {
       if (!accept('+')) accept('-');
       digits("a digit");
     }
-    std::istringstream in(text_.substr(begin, at_ - begin));
-    in.imbue(std::locale::classic());
+    const char *first = text_.data() + begin, *last = text_.data() + at_;
     int64_t integer = 0;
     double number = 0;
-    integral ? in >> integer : in >> number;
-    if (in.fail() || !std::isfinite(number)) {
+    const auto read = integral ? std::from_chars(first, last, integer) : std::from_chars(first, last, number);
+    if (read.ec != std::errc() || read.ptr != last) {
       at_ = begin;
       fail(integral ? "an integer of 64 bits" : "a finite number");
     }
@@ -226,19 +226,7 @@ std::string quoted(const std::string& text) {
 
 // The shortest text that reads back as the same double, never that of an integer.
 std::string number_text(double value) {
-  std::string text;
-  for (int precision = 15; precision <= 17; ++precision) {
-    std::ostringstream out;
-    out.imbue(std::locale::classic());
-    out.precision(precision);
-    out << value;
-    text = out.str();
-    std::istringstream in(text);
-    in.imbue(std::locale::classic());
-    double back = 0;
-    in >> back;
-    if (back == value) break;
-  }
+  const std::string text = to_text(value);  // the shortest that reads back as the same number
   return text.find_first_of(".e") == std::string::npos ? text + ".0" : text;
 }
 

@@ -2,12 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <sstream>
 #include <stdexcept>
 #include <type_traits>
 #include <utility>
 
 #include "core/json.h"
+#include "core/text.h"
 
 namespace pop {
 
@@ -36,16 +36,12 @@ void positive(const char* field, int64_t value) {
 
 void positive(const char* field, double value) {
   if (value > 0 && std::isfinite(value)) return;
-  std::ostringstream got;
-  got << value;
-  fail(field, "a finite number > 0", got.str());
+  fail(field, "a finite number > 0", rounded(value));
 }
 
 void not_negative(const char* field, double value) {
   if (value >= 0 && std::isfinite(value)) return;
-  std::ostringstream got;
-  got << value;
-  fail(field, "a finite number >= 0", got.str());
+  fail(field, "a finite number >= 0", rounded(value));
 }
 
 // The JSON form: every field is required and no other is known, since a field that is passed

@@ -49,11 +49,9 @@ bool same_strides(const std::vector<Dim>& a, const std::vector<Dim>& b) {
 }  // namespace
 
 std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text << (d == 0 ? "" : ", ") << tensor.size(d);
-  text << "]";
-  return text.str();
+  std::string text = "[";
+  for (int64_t d = 0; d < tensor.dim(); ++d) text += join(d == 0 ? "" : ", ", tensor.size(d));
+  return text + "]";
 }
 
 std::string device_of(const Tensor& tensor) {
@@ -113,16 +111,11 @@ void check_shape(const Tensor& tensor, const std::vector<int64_t>& shape, const 
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
   for (int64_t d = 0; same && d < tensor.dim(); ++d) same = shape[d] == -1 || tensor.size(d) == shape[d];
   if (same) return;
-  std::ostringstream expected;
+  std::string expected;
   for (size_t d = 0; d < shape.size(); ++d) {
-    expected << (d == 0 ? "" : ", ");
-    if (shape[d] == -1) {
-      expected << "*";
-    } else {
-      expected << shape[d];
-    }
+    expected += join(d == 0 ? "" : ", ", shape[d] == -1 ? "*" : to_text(shape[d]));
   }
-  throw std::runtime_error(join(name, ": expected shape [", expected.str(), "], got ", shape_of(tensor)));
+  throw std::runtime_error(join(name, ": expected shape [", expected, "], got ", shape_of(tensor)));
 }
 
 void check_head_dim(int64_t head_dim, const std::string& name) {

@@ -6,24 +6,17 @@
 
 #include <cstdint>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "backend.h"
+#include "core/text.h"
 
 namespace pop {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-template <typename... Args>
-std::string join(const Args&... args) {
-  std::ostringstream text;
-  (text << ... << args);
-  return text.str();
-}
 
 template <typename... Args>
 void check(bool ok, const Args&... message) {
