@@ -68,7 +68,7 @@ def with_layers(spec: _core.ModelSpec, layers: Sequence[int]) -> _core.ModelSpec
     """The spec of a model that has only these layers, in this order."""
     facts = json.loads(spec.to_json())
     facts["num_layers"] = len(layers)
-    for name in ("window", "rope_table"):
+    for name in ("window", "rope_table", "sparse"):
         facts[name] = [facts[name][layer] for layer in layers]
     return _core.ModelSpec.from_json(json.dumps(facts))
 
