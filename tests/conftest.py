@@ -22,6 +22,7 @@ NEEDS_GPU = "needs an NVIDIA GPU"
 ON_THE_CPU = {
     "test_arguments",
     "test_bench",
+    "test_bench_peers",
     "test_build",
     "test_cli",
     "test_comparisons",

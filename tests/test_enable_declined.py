@@ -152,8 +152,12 @@ class Case:
 
 def keep_one(**call: Any) -> Callable[[nn.Module], dict[str, Any]]:
     def on_device(model: nn.Module) -> dict[str, Any]:
-        moved = {name: x.to(model.device) if isinstance(x, torch.Tensor) else x for name, x in call.items()}
-        return {"logits_to_keep": 1, **moved}
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: moved(inner) for name, inner in value.items()}
+            return value.to(model.device) if isinstance(value, torch.Tensor) else value
+
+        return {"logits_to_keep": 1, **moved(call)}
 
     return on_device
 

@@ -252,7 +252,7 @@ class _State:
         self.config = model.config
         self.origin = origin_of(model, "gates")
         self.continuation, self.seed, self.kinds = continuation, seed, kinds(branches)
-        self.mean = torch.zeros(len(self.kinds), 2, depth, dtype=torch.float64)
+        self.mean = torch.zeros(len(self.kinds), 2, depth, dtype=torch.float64, device="cpu")
         self.deviations = torch.zeros_like(self.mean)
         self.samples = 0
         self.digest = ""
@@ -272,10 +272,10 @@ class _State:
         scores = [before.gates()[kind] for kind in self.kinds]
         means = [[score.prefill, score.decode] for score in scores]
         errors = [[score.prefill_error, score.decode_error] for score in scores]
-        self.mean = torch.tensor(means, dtype=torch.float64)
+        self.mean = torch.tensor(means, dtype=torch.float64, device="cpu")
         self.taken, self.expected = before.samples, before.digest
         self.samples = self.taken
-        spread = torch.tensor(errors, dtype=torch.float64) ** 2 * self.taken * (self.taken - 1)
+        spread = torch.tensor(errors, dtype=torch.float64, device="cpu") ** 2 * self.taken * (self.taken - 1)
         self.deviations = spread.nan_to_num(0.0)
 
     def draw(self, batch: int, rows: int) -> Tensor:

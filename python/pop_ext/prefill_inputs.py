@@ -23,7 +23,7 @@ class PrefillInputs:
 
     Attributes:
         rows: ``[rows]`` ids or ``[rows, hidden_size]`` embeddings.
-        positions: ``[rows]`` int64, or ``[3, rows]`` for time, height and width.
+        positions: ``[rows]`` int64, or ``[3, rows]`` for time, height and width where the family has such.
         boundaries, keeps: per sequence, rows at full depth and rows whose logits are wanted.
         shape: of the hidden states that come back, but for the last dimension.
         blocks: of tokens that see each other.
@@ -123,6 +123,8 @@ def prepare(
             "(it keeps the last slots, masked or not), got holes"
         )
     positions = _positions(native, position_ids, packed)
+    if native.family.has_axes:  # text has one position on all of them
+        positions = positions.expand(3, -1)
     shape = (packed.batch, keeps[0]) if is_int(logits_to_keep) else (sum(keeps),)
     return PrefillInputs(rows, packed, positions, cache, boundaries, keeps, shape, blocks)
 
