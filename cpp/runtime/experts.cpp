@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "runtime/cutter.h"
+#include "runtime/product.h"
 
 namespace pop {
 
@@ -69,16 +70,8 @@ class Experts {
   }
 
   void route() {
-    const GemmParams logits{.dtype = shape_.dtype,
-                            .m = call_.rows,
-                            .n = shape_.experts,
-                            .k = shape_.hidden_size,
-                            .a = call_.x,
-                            .a_stride = call_.x_stride,
-                            .w = call_.router.data,
-                            .w_stride = call_.router.stride,
-                            .out = work_.logits,
-                            .out_stride = shape_.experts};
+    const GemmParams logits = product(shape_.dtype, call_.rows, shape_.experts, shape_.hidden_size, call_.x,
+                                      call_.x_stride, call_.router, work_.logits, shape_.experts);
     backend_.gemm(&logits, 1);
     backend_.route({.dtype = shape_.dtype,
                     .rows = call_.rows,
@@ -117,16 +110,10 @@ class Experts {
     for (int64_t expert = 0; expert < shape_.experts; ++expert) {
       const int64_t first = begin_[expert], rows = begin_[expert + 1] - first;
       if (rows == 0) continue;
-      products.push_back({.dtype = shape_.dtype,
-                          .m = rows,
-                          .n = n,
-                          .k = k,
-                          .a = at(a, first * a_stride),
-                          .a_stride = a_stride,
-                          .w = static_cast<const char*>(w.data) + expert * w.matrix_stride * element_size(shape_.dtype),
-                          .w_stride = w.stride,
-                          .out = at(out, first * n),
-                          .out_stride = n});
+      const int64_t offset = expert * w.matrix_stride * element_size(shape_.dtype);
+      const Linear matrix{static_cast<const char*>(w.data) + offset, w.stride};
+      products.push_back(
+          product(shape_.dtype, rows, n, k, at(a, first * a_stride), a_stride, matrix, at(out, first * n), n));
     }
     backend_.gemm(products.data(), static_cast<int64_t>(products.size()));
   }

@@ -4,6 +4,7 @@
 #include <array>
 
 #include "runtime/experts.h"
+#include "runtime/product.h"
 
 namespace pop {
 
@@ -26,21 +27,10 @@ void dense(const MlpCall& call, Backend& backend) {
   const int64_t hidden = spec.hidden_size, inner = spec.intermediate_size;
   void* gate = call.workspace;
   void* up = static_cast<char*>(call.workspace) + inner_bytes(spec, call.rows);
-  const auto product = [&](int64_t n, int64_t k, const void* a, int64_t a_stride, const Linear& w, void* out,
-                           int64_t out_stride) -> GemmParams {
-    return {.dtype = spec.dtype,
-            .m = call.rows,
-            .n = n,
-            .k = k,
-            .a = a,
-            .a_stride = a_stride,
-            .w = w.data,
-            .w_stride = w.stride,
-            .out = out,
-            .out_stride = out_stride};
+  const auto from_x = [&](const Linear& w, void* out) {
+    return product(spec.dtype, call.rows, inner, hidden, call.x, call.x_stride, w, out, inner);
   };
-  const std::array products{product(inner, hidden, call.x, call.x_stride, call.weights.gate_proj, gate, inner),
-                            product(inner, hidden, call.x, call.x_stride, call.weights.up_proj, up, inner)};
+  const std::array products{from_x(call.weights.gate_proj, gate), from_x(call.weights.up_proj, up)};
   backend.gemm(products.data(), static_cast<int64_t>(products.size()));
   backend.gated_act({.dtype = spec.dtype,
                      .activation = spec.activation,
@@ -52,7 +42,8 @@ void dense(const MlpCall& call, Backend& backend) {
                      .up_stride = inner,
                      .gate_bias = call.weights.gate_bias,
                      .up_bias = call.weights.up_bias});
-  const GemmParams down = product(hidden, inner, gate, inner, call.weights.down_proj, call.out, call.out_stride);
+  const GemmParams down =
+      product(spec.dtype, call.rows, hidden, inner, gate, inner, call.weights.down_proj, call.out, call.out_stride);
   backend.gemm(&down, 1);
 }
 

@@ -6,6 +6,7 @@
 
 #include "norm_over_heads.h"
 #include "runtime/mlp.h"
+#include "runtime/product.h"
 #include "runtime/workspace.h"
 
 namespace pop {
@@ -56,8 +57,6 @@ class Prefill {
   void gemm(std::initializer_list<GemmParams> products) {
     backend_.gemm(products.begin(), static_cast<int64_t>(products.size()));
   }
-  GemmParams product(int64_t rows, int64_t n, int64_t k, const void* a, int64_t a_stride, const Linear& w, void* out,
-                     int64_t out_stride) const;
 
   void* at(void* buffer, int64_t row, int64_t stride) const {
     return static_cast<char*>(buffer) + row * stride * element_;
@@ -244,11 +243,13 @@ void Prefill::qkv(const LayerWeights& weights, int64_t kv_begin, int64_t q_begin
   const Linear input = layer_input(kv_begin, weights.input_norm);
   const int64_t kv_rows = layout_.rows - kv_begin, q_rows = layout_.rows - q_begin;
   const int64_t hidden = spec_.hidden_size, q_dim = spec_.q_dim(), kv_dim = spec_.kv_dim(), wide = work_.wide;
+  const DType dtype = spec_.dtype;
   const void* kv_input = at(input.data, kv_begin, input.stride);
   void *q = at(work_.z, q_begin, wide), *k = at(work_.k, kv_begin, kv_dim), *v = at(work_.v, kv_begin, kv_dim);
-  gemm({product(kv_rows, kv_dim, hidden, kv_input, input.stride, weights.k_proj, k, kv_dim),
-        product(kv_rows, kv_dim, hidden, kv_input, input.stride, weights.v_proj, v, kv_dim),
-        product(q_rows, q_dim, hidden, at(input.data, q_begin, input.stride), input.stride, weights.q_proj, q, wide)});
+  gemm({product(dtype, kv_rows, kv_dim, hidden, kv_input, input.stride, weights.k_proj, k, kv_dim),
+        product(dtype, kv_rows, kv_dim, hidden, kv_input, input.stride, weights.v_proj, v, kv_dim),
+        product(dtype, q_rows, q_dim, hidden, at(input.data, q_begin, input.stride), input.stride, weights.q_proj, q,
+                wide)});
   if (!spec_.qk_norm_over_heads) return;
   const float offset = static_cast<float>(spec_.norm_weight_offset), eps = static_cast<float>(spec_.rms_norm_eps);
   norm_over_heads(backend_, spec_.dtype, q, q_rows, q_dim, wide, weights.q_norm, offset, eps);
@@ -312,7 +313,7 @@ void Prefill::attention(int64_t layer, int64_t q_begin) {
                         .address = batch_.address});
   }
   StageRange stage(observer_, "pop::o_proj");
-  gemm({product(layout_.rows - q_begin, spec_.hidden_size, spec_.q_dim(), at(work_.y, q_begin, wide), wide,
+  gemm({product(spec_.dtype, layout_.rows - q_begin, spec_.hidden_size, spec_.q_dim(), at(work_.y, q_begin, wide), wide,
                 weights.o_proj, at(work_.z, q_begin, wide), wide)});
   pending_begin_ = q_begin;
   pending_bias_ = weights.o_bias;
@@ -393,20 +394,6 @@ void Prefill::norm(int64_t begin, int64_t end, const void* weight, void* out, in
   norm_rows(begin, split, false);
   norm_rows(split, end, true);
   pending_begin_ = std::max(pending_begin_, end);
-}
-
-GemmParams Prefill::product(int64_t rows, int64_t n, int64_t k, const void* a, int64_t a_stride, const Linear& w,
-                            void* out, int64_t out_stride) const {
-  return {.dtype = spec_.dtype,
-          .m = rows,
-          .n = n,
-          .k = k,
-          .a = a,
-          .a_stride = a_stride,
-          .w = w.data,
-          .w_stride = w.stride,
-          .out = out,
-          .out_stride = out_stride};
 }
 
 }  // namespace
