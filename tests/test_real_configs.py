@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from pop_ext.describe import describe, map_weights
@@ -299,6 +301,16 @@ def real(name: str) -> nn.Module:
         return model_class._from_config(config_class(**numbers), dtype=torch.bfloat16, attn_implementation="eager")
 
 
+def assert_shapes(spec: Any, numbers: dict[str, Any]) -> None:
+    """A spec has the sizes of a config.json's members."""
+    assert spec.num_layers == numbers["num_hidden_layers"]
+    assert spec.hidden_size == numbers["hidden_size"]
+    assert spec.num_heads == numbers["num_attention_heads"]
+    assert spec.num_kv_heads == numbers["num_key_value_heads"]
+    assert spec.intermediate_size == numbers["intermediate_size"]
+    assert spec.vocab_size == numbers["vocab_size"]
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_a_real_config_maps_name_by_name(name):
     model = real(name)
@@ -326,12 +338,7 @@ def test_a_real_config_gives_its_numbers(name):
     numbers = REAL[name][2]
     spec = map_weights(real(name)).spec
     head_dim = numbers.get("head_dim", numbers["hidden_size"] // numbers["num_attention_heads"])
-    assert spec.num_layers == numbers["num_hidden_layers"]
-    assert spec.hidden_size == numbers["hidden_size"]
-    assert spec.num_heads == numbers["num_attention_heads"]
-    assert spec.num_kv_heads == numbers["num_key_value_heads"]
-    assert spec.intermediate_size == numbers["intermediate_size"]
-    assert spec.vocab_size == numbers["vocab_size"]
+    assert_shapes(spec, numbers)
     assert spec.head_dim == spec.rotary_dim == head_dim
     assert spec.rms_norm_eps == pytest.approx(numbers["rms_norm_eps"])
     assert spec.attention_scale == pytest.approx(head_dim**-0.5)

@@ -11,7 +11,7 @@ from pop_ext import Plan
 from pop_ext.describe import map_weights
 from pop_ext.families import FAMILIES
 from pop_ext.presets import default_plan
-from test_real_configs import LAYER, QK_NORM, SANDWICH
+from test_real_configs import LAYER, QK_NORM, SANDWICH, assert_shapes
 from torch import nn
 from transformers import (
     Gemma3Config,
@@ -127,12 +127,7 @@ def test_a_real_config_maps_name_by_name(name):
 def test_a_real_config_gives_its_numbers(name):
     numbers = REAL[name][2]["text_config"]
     spec = map_weights(real(name)).spec
-    assert spec.num_layers == numbers["num_hidden_layers"]
-    assert spec.hidden_size == numbers["hidden_size"]
-    assert spec.num_heads == numbers["num_attention_heads"]
-    assert spec.num_kv_heads == numbers["num_key_value_heads"]
-    assert spec.intermediate_size == numbers["intermediate_size"]
-    assert spec.vocab_size == numbers["vocab_size"]
+    assert_shapes(spec, numbers)
     assert spec.head_dim == spec.rotary_dim == numbers["head_dim"]
     assert spec.qk_norm
     gemma = name.startswith("google")

@@ -7,7 +7,7 @@ docs/semantics.md: pruning never changes what a call means.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,13 +16,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pop_ext.cache_names import rename_cache
-from pop_ext.families import Vision, dropped_softcap, family_of
+from pop_ext.families import Vision, dropped_softcap, vision_of
 from pop_ext.kv_cache import check_cache, has_window, past_slots
 from pop_ext.masks import padding_mask
 from pop_ext.packing import PackedBatch, is_int, pack_batch
 from pop_ext.plan import Plan
 from pop_ext.replaced import foreign_code, inner_modules
-from pop_ext.vision import blocks_of, widened
+from pop_ext.vision import Blocks, blocks_of, widened
 
 if TYPE_CHECKING:
     from pop_ext.native import NativeModel
@@ -89,15 +89,16 @@ class Call:
 
     Attributes:
         mask: 2-D mask of padding, whatever form it came in. None: no padding.
-        past, slots: cache slots before the call, and after it.
+        packed: the real new tokens. None for a call that the stock forward runs.
+        blocks: of them, those that see each other.
         native: what runs it, for the "native" backend.
     """
 
     arguments: dict[str, Any]
     decision: Decision
     mask: torch.Tensor | None = None
-    past: int = 0
-    slots: int = 0
+    packed: PackedBatch | None = None
+    blocks: Blocks = field(default_factory=list)
     native: NativeModel | None = None
 
 
@@ -135,26 +136,17 @@ def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, 
 def decide(model: nn.Module, plan: Plan, backend: str, arguments: dict[str, Any]) -> Call:
     """Classifies a bound call of an enabled model."""
     try:
-        mask, packed = _check_prefill(model, backend, arguments)
+        mask, packed, blocks = _check_prefill(model, backend, arguments)
     except _Stock as stock:
         return Call(arguments, Decision("stock", stock.rule, stock.reason, stock.declined, plan))
     keep = arguments["logits_to_keep"]
     # Judged per sequence, so that batch mates never change a result.
     boundaries = [t if t < plan.min_tokens else min(max(plan.boundary, keep), t) for t in packed.tokens]
-    around = _vision_of(model)
-    if around is not None and around.blocks_by is not None:
-        blocks = blocks_of(arguments.get(around.blocks_by), packed, around.blocks_by)
-        boundaries = widened(boundaries, packed.tokens, blocks)
-    boundary = tuple(boundaries)
+    boundary = tuple(widened(boundaries, packed.tokens, blocks))
     full = all(t == b for t, b in zip(packed.tokens, boundary, strict=True))
     reason = "every row runs at full depth" if full or not plan.omit else "a prefill"
     decision = Decision(backend, "prefill", reason, False, plan, tuple(packed.tokens), boundary, keep)
-    return Call(arguments, decision, mask, packed.past_slots, packed.past_slots + packed.columns)
-
-
-def _vision_of(model: nn.Module) -> Vision | None:
-    family = family_of(getattr(model, "config", None))
-    return None if family is None else family.vision
+    return Call(arguments, decision, mask, packed, blocks)
 
 
 def text_config(model: nn.Module) -> Any:
@@ -165,7 +157,7 @@ def text_config(model: nn.Module) -> Any:
 
 def _check_prefill(
     model: nn.Module, backend: str, arguments: dict[str, Any]
-) -> tuple[torch.Tensor | None, PackedBatch]:
+) -> tuple[torch.Tensor | None, PackedBatch, Blocks]:
     config = text_config(model)
     tokens = _new_tokens(arguments)
     columns = tokens.shape[1]
@@ -184,15 +176,17 @@ def _check_prefill(
         foreign = foreign_code(inner_modules(model))
         if foreign is not None:
             raise _Stock("hooks", f"{foreign}: the native loop would not run them")
-    around = _vision_of(model)
-    mask, packed = _check_mask_and_cache(config, tokens, arguments, around)
+    around = vision_of(model)
+    mask, packed = _check_mask_and_cache(config, tokens, arguments)
+    blocks = [] if around is None else _check_blocks(around, arguments, packed)
+    _check_positions(_text_positions(around, arguments), tokens, arguments.get("attention_mask") is None)
     keep, short = arguments["logits_to_keep"], min(packed.tokens)
     if keep > short:
         raise _Stock(
             "logits_to_keep",
             f"logits_to_keep={keep}: a sequence has only {short} new tokens, the stock forward adds padding's logits",
         )
-    return mask, packed
+    return mask, packed, blocks
 
 
 def _new_tokens(arguments: dict[str, Any]) -> torch.Tensor:
@@ -231,7 +225,7 @@ def _check_outputs(model: nn.Module, arguments: dict[str, Any]) -> None:
     use_cache = arguments.get("use_cache")
     if not (use_cache if use_cache is not None else getattr(config, "use_cache", True)):
         raise _Stock("use_cache", "use_cache=False: a pruned prefill is of use only with its cache")
-    around = _vision_of(model)
+    around = vision_of(model)
     known = _READ | _HARMLESS | (around.arguments if around is not None else frozenset())
     unknown = sorted(name for name, value in arguments.items() if value is not None and name not in known)
     if unknown:
@@ -272,7 +266,7 @@ def _check_attention(config: Any) -> None:
 
 
 def _check_mask_and_cache(
-    config: Any, tokens: torch.Tensor, arguments: dict[str, Any], around: Vision | None
+    config: Any, tokens: torch.Tensor, arguments: dict[str, Any]
 ) -> tuple[torch.Tensor | None, PackedBatch]:
     batch, columns = tokens.shape[:2]
     cache = arguments.get("past_key_values")
@@ -300,29 +294,32 @@ def _check_mask_and_cache(
         )
     if packed.slot_table is not None and window:
         raise _Stock("mask", "holes in the mask of a sliding-window model: the stock window counts masked slots")
-    if around is not None and around.blocks_by is not None:
-        _check_token_types(arguments.get(around.blocks_by), packed, around.blocks_by)
-    positions = arguments.get("position_ids")
-    if around is not None and around.has_axes and isinstance(positions, torch.Tensor) and positions.ndim == 3:
-        if len(positions) == 3:
-            return mask, packed
-        positions = positions[0]  # of text: the others count images
-    _check_positions(positions, tokens, arguments.get("attention_mask") is None)
     return mask, packed
 
 
-def _check_token_types(types: Any, packed: PackedBatch, name: str) -> None:
-    """Whether they say which new tokens belong to images: the stock mask counts columns from the cache's first."""
+def _check_blocks(around: Vision, arguments: dict[str, Any], packed: PackedBatch) -> Blocks:
+    """New tokens that see each other, where it is clear which: the stock mask counts columns from the cache's first."""
+    name = around.blocks_by or ""
     try:
-        blocks = blocks_of(types, packed, name)
+        blocks = blocks_of(around, arguments, packed)
     except (ValueError, TypeError) as error:
         raise _Stock(name, str(error)) from error
-    if blocks and types.shape[1] == packed.columns and packed.past_slots > 0:
+    if blocks and arguments[name].shape[1] == packed.columns and packed.past_slots > 0:
         raise _Stock(
             name,
             f"{name}: expected one for each of {packed.past_slots + packed.columns} columns, those of the cache "
             f"before the new ones, got {packed.columns}: the stock mask would take them for others",
         )
+    return blocks
+
+
+def _text_positions(around: Vision | None, arguments: dict[str, Any]) -> Any:
+    """Positions of text as the call gives them; None where it gives none, or those of time, height and width alone."""
+    positions: Any = arguments.get("position_ids")
+    with_axes = around is not None and around.has_axes and isinstance(positions, torch.Tensor) and positions.ndim == 3
+    if not with_axes:
+        return positions
+    return None if len(positions) == 3 else positions[0]
 
 
 def _check_positions(positions: Any, tokens: torch.Tensor, without_mask: bool) -> None:

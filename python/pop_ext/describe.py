@@ -155,13 +155,14 @@ def _check_class(module: nn.Module, expected: str, place: str) -> None:
 
 def _ref(slot: str, model: nn.Module, path: str, family: Family) -> WeightRef | None:
     *parents, name = path.split(".")
+    kind = slot.rpartition(".")[2]
     module = model
     for parent in parents:
         module = getattr(module, parent)
     if slot == "embed_tokens":
         _check_class(module, family.embedding, path.rpartition(".")[0])
-    elif slot.rpartition(".")[2] in _EXPERTS:
-        _check_class(module, f"{family.prefix}{_EXPERTS[slot.rpartition('.')[2]]}", path.rpartition(".")[0])
+    elif kind in _EXPERTS:
+        _check_class(module, f"{family.prefix}{_EXPERTS[kind]}", path.rpartition(".")[0])
     elif not slot.endswith(("_proj", "_bias")):
         _check_class(module, f"{family.prefix}RMSNorm", path.rpartition(".")[0])
     elif type(module) is not nn.Linear:
@@ -171,7 +172,7 @@ def _ref(slot: str, model: nn.Module, path: str, family: Family) -> WeightRef | 
             "(merge adapters into the weights, merge_and_unload of PEFT, and load unquantised weights)"
         )
     if module._parameters.get(name) is None:
-        if slot.rpartition(".")[2] in _OPTIONAL:
+        if kind in _OPTIONAL:
             return None
         raise UnsupportedModelError(f"{slot}: expected a parameter {path}, got none (parametrised or fused weights)")
     return WeightRef(slot, weakref.ref(model), (*parents, name))

@@ -7,7 +7,7 @@ shapes come from the modules themselves (``describe.py``). To add one, add a ``F
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
@@ -67,13 +67,11 @@ class Experts:
         inner_size: the config's name for the intermediate size of one expert.
         sparse: whether a layer has one.
         norm_topk: whether the weights of a token's experts are normalised to a sum of one.
-        layer: runtime weight name -> path inside a sparse layer.
     """
 
     inner_size: str
     sparse: Callable[[Any, int], bool] = _every_layer
     norm_topk: Callable[[Any], bool] = _always
-    layer: dict[str, str] = field(default_factory=lambda: dict(_SPARSE_MLP))
 
 
 def _sparse_by_step(config: Any, layer: int) -> bool:
@@ -157,9 +155,9 @@ class Family:
 
     def paths(self, config: Any, layer: int) -> dict[str, str]:
         """Runtime weight name -> path inside this layer."""
-        if self.experts is None or not self.experts.sparse(config, layer):
+        if not self.is_sparse(config, layer):
             return self.layer
-        return {**{slot: path for slot, path in self.layer.items() if slot not in _MLP}, **self.experts.layer}
+        return {**{slot: path for slot, path in self.layer.items() if slot not in _MLP}, **_SPARSE_MLP}
 
 
 _MLP = {f"{name}_{kind}" for name in ("gate", "up", "down") for kind in ("proj", "bias")}
@@ -190,6 +188,18 @@ _OLMO_LAYER = {
     "attention_out_norm": "post_attention_layernorm.weight",
     "mlp_out_norm": "post_feedforward_layernorm.weight",
 }
+
+_GEMMA3 = Family(
+    "gemma3_text",
+    "Gemma3",
+    layer={**_GEMMA_LAYER, **_QK_NORMS},
+    window=_window_by_layer_type,
+    activation="hidden_activation",
+    norm_weight_offset=1.0,
+    embedding="Gemma3TextScaledWordEmbedding",
+    rope_kinds=("full_attention", "sliding_attention"),
+    caps_logits=True,
+)
 
 
 FAMILIES = {
@@ -225,26 +235,11 @@ FAMILIES = {
             caps_scores=True,
             caps_logits=True,
         ),
-        Family(
-            "gemma3_text",
-            "Gemma3",
-            layer={**_GEMMA_LAYER, **_QK_NORMS},
-            window=_window_by_layer_type,
-            activation="hidden_activation",
-            norm_weight_offset=1.0,
-            embedding="Gemma3TextScaledWordEmbedding",
-            rope_kinds=("full_attention", "sliding_attention"),
-            caps_logits=True,
-        ),
-        Family(
-            "gemma3",
-            "Gemma3",
-            layer={**_GEMMA_LAYER, **_QK_NORMS},
-            window=_window_by_layer_type,
-            activation="hidden_activation",
-            norm_weight_offset=1.0,
-            embedding="Gemma3TextScaledWordEmbedding",
-            rope_kinds=("full_attention", "sliding_attention"),
+        _GEMMA3,
+        replace(
+            _GEMMA3,
+            model_type="gemma3",
+            caps_logits=False,
             decoder="model.language_model",
             model_class="Gemma3ForConditionalGeneration",
             vision=Vision(
@@ -283,6 +278,12 @@ FAMILIES = {
 def family_of(config: Any) -> Family | None:
     """The family of a model's config; None without a native form."""
     return FAMILIES.get(getattr(config, "model_type", None) or "")
+
+
+def vision_of(model: Any) -> Vision | None:
+    """What surrounds the language model of a model; None for one of text, or without a native form."""
+    family = family_of(getattr(model, "config", None))
+    return None if family is None else family.vision
 
 
 def decoder_path(model: Any) -> str:

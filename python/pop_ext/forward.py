@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from pop_ext import reference
 from pop_ext.cache_names import field_of_cache, output_class
 from pop_ext.decision import Call, Decision, bind, decide, is_decode, text_config
-from pop_ext.families import UnsupportedModelError, family_of
+from pop_ext.families import UnsupportedModelError, vision_of
 from pop_ext.kv_cache import check_windows, new_cache
 from pop_ext.native import NativeModel, check_plan
 from pop_ext.plan import Plan
@@ -122,8 +122,8 @@ class PrefillForward:
             try:
                 call.native = self.bind_native()
                 cache = call.arguments.get("past_key_values")
-                if cache is not None:
-                    check_windows(cache, call.native.spec.window, call.slots)
+                if cache is not None and call.packed is not None:
+                    check_windows(cache, call.native.spec.window, call.packed.slots)
             except UnsupportedModelError as error:
                 reason = str(error)
             except ValueError as error:
@@ -179,13 +179,13 @@ class PrefillForward:
             self.last_call = decision
             return output
         inputs: dict[str, Any] = {name: arguments.get(name) for name in ("input_ids", "inputs_embeds", "position_ids")}
-        family = family_of(self.model.config)
-        around = None if family is None else family.vision
+        packed, around = call.packed, vision_of(self.model)
+        assert packed is not None  # decided for a prefill
         inputs |= {name: arguments[name] for name in around.arguments & arguments.keys()} if around else {}
         if inputs["position_ids"] is None and around is None:
             # As the stock forward counts them: by column, masked or not.
             tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
-            inputs["position_ids"] = torch.arange(call.past, call.slots, device=tokens.device)[None]
+            inputs["position_ids"] = torch.arange(packed.past_slots, packed.slots, device=tokens.device)[None]
         inputs["attention_mask"] = call.mask
         inputs["past_key_values"] = arguments.get("past_key_values")
         rows: dict[str, Any] = {"boundary": list(decision.boundary), "logits_to_keep": decision.logits_to_keep}
@@ -195,7 +195,7 @@ class PrefillForward:
             prefilled = call.native.prefill_fresh(**inputs, **rows)  # classify has just bound it
             logits, cache = prefilled.logits, prefilled.past_key_values
         else:
-            logits, cache = self._run_oracle(call, inputs, rows)
+            logits, cache = self._run_oracle(inputs, rows, packed.columns)
         self.last_call = decision
         made = output_class(type(self.model).forward)
         output = made(logits=logits, **field_of_cache(made, cache))
@@ -204,14 +204,13 @@ class PrefillForward:
             return_dict = getattr(self.model.config, "return_dict", True)
         return output if return_dict else output.to_tuple()
 
-    def _run_oracle(self, call: Call, inputs: dict[str, Any], rows: dict[str, Any]) -> tuple[torch.Tensor, Cache]:
+    def _run_oracle(self, inputs: dict[str, Any], rows: dict[str, Any], columns: int) -> tuple[torch.Tensor, Cache]:
         model = self.model
         with self.stock_inside():
             logits, filled = reference.prefill(model, plan=self.plan, **inputs, **rows)
         # The oracle reads the caller's cache and returns another: the new columns go where the call said.
         given = inputs["past_key_values"]
         cache = new_cache(model.config) if given is None else given
-        columns = call.slots - call.past
         layers: list[Any] = filled.layers
         with cache_restored_on_error(cache):
             for index, layer in enumerate(layers):

@@ -20,7 +20,7 @@ from pop_ext.plan import Plan
 from pop_ext.prefill_inputs import PrefillInputs, check_ids, check_tokens, pack_tokens, prepare
 from pop_ext.presets import default_plan
 from pop_ext.restore import module_restored_on_error
-from pop_ext.vision import DecoderCall, blocks_of, mask_for, packed_features, run_around
+from pop_ext.vision import Blocks, DecoderCall, blocks_of, mask_for, packed_features, run_around
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -247,11 +247,11 @@ class NativeModel:
         wrapper = self.model.model
         if input_ids is not None:
             check_ids(self, packed.pack(tokens), also=getattr(wrapper.config, "image_token_id", None))
-        types = None if around.blocks_by is None else vision.get(around.blocks_by)
+        blocks = blocks_of(around, vision, packed)
         outputs = []
 
         def decode(call: DecoderCall) -> tuple[torch.Tensor, Cache]:
-            outputs.append(self.prefill_decoder(call, packed, window_only=window_only, token_types=types, **rest))
+            outputs.append(self.prefill_decoder(call, packed, blocks, window_only=window_only, **rest))
             return outputs[0].hidden_states, outputs[0].past_key_values
 
         arguments = {
@@ -270,21 +270,14 @@ class NativeModel:
         self,
         call: DecoderCall,
         packed: PackedBatch,
+        blocks: Blocks,
         *,
         cache: Cache | None,
         boundary: PerSequence | None,
         logits_to_keep: PerSequence,
         window_only: bool = False,
-        token_types: Any = None,
     ) -> PrefillOutput:
-        """``prefill_fresh`` from where the wrapper of a vision-language model calls its language model.
-
-        Args:
-            token_types: the family's ``Vision.blocks_by`` argument.
-        """
-        around = self.family.vision
-        assert around is not None
-        blocks = blocks_of(token_types, packed, around.blocks_by or "")
+        """``prefill_fresh`` from where the wrapper of a vision-language model calls its language model."""
         rows = packed.pack(call.inputs_embeds)
         inputs = prepare(self, rows, packed, call.position_ids, cache, boundary, logits_to_keep, blocks)
         if call.feature_mask is not None and call.features:

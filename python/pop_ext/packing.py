@@ -39,6 +39,11 @@ class PackedBatch:
     slot_table: torch.Tensor | None
 
     @property
+    def slots(self) -> int:
+        """Cache slots after the call, padding included."""
+        return self.past_slots + self.columns
+
+    @property
     def rows(self) -> int:
         return sum(self.tokens)
 

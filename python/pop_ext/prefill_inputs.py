@@ -116,7 +116,7 @@ def prepare(
         boundaries = widened(full_depth, packed.tokens, blocks)
     if cache is None:
         cache = new_cache(native.model.config)
-    check_windows(cache, native.spec.window, packed.past_slots + packed.columns)
+    check_windows(cache, native.spec.window, packed.slots)
     if packed.slot_table is not None and has_window(cache):
         raise ValueError(
             "attention_mask: expected consecutive real tokens in every sequence with a sliding-window cache "

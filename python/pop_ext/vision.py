@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pop_ext.cache_names import field_of_cache, with_cache
 from pop_ext.families import Vision
-from pop_ext.packing import PackedBatch, pack_batch
+from pop_ext.packing import PackedBatch
 from pop_ext.shells import shell_of
 
 if TYPE_CHECKING:
@@ -100,21 +100,23 @@ Blocks = list[tuple[int, int, int]]
 """(sequence, begin, end) of real new tokens that see each other, in ascending order."""
 
 
-def blocks_of(token_types: Any, packed: PackedBatch, name: str) -> Blocks:
-    """Runs of ones in ``token_types``, ``[batch, columns]`` or ``[batch, past + columns]``.
+def blocks_of(around: Vision, arguments: dict[str, Any], packed: PackedBatch) -> Blocks:
+    """Runs of ones in the argument ``around.blocks_by``, ``[batch, columns]`` or ``[batch, past + columns]``.
 
     Raises:
         TypeError, ValueError: not an integer tensor of one of these shapes.
     """
+    name = around.blocks_by
+    token_types = None if name is None else arguments.get(name)
     if token_types is None:
         return []
     if not isinstance(token_types, torch.Tensor) or token_types.is_floating_point():
         found = token_types.dtype if isinstance(token_types, torch.Tensor) else type(token_types).__name__
         raise TypeError(f"{name}: expected an integer tensor, got {found}")
     batch, columns = packed.batch, packed.columns
-    if tuple(token_types.shape) not in ((batch, columns), (batch, packed.past_slots + columns)):
+    if tuple(token_types.shape) not in ((batch, columns), (batch, packed.slots)):
         raise ValueError(
-            f"{name}: expected shape [{batch}, {columns}] or [{batch}, {packed.past_slots + columns}] (with the past), "
+            f"{name}: expected shape [{batch}, {columns}] or [{batch}, {packed.slots}] (with the past), "
             f"got {list(token_types.shape)}"
         )
     rows = packed.pack(token_types[:, -columns:]).cpu() == 1
@@ -164,31 +166,28 @@ class _Head(nn.Module):
 
 def prefill_around(model: nn.Module, call: Call) -> Any:
     """A call of a vision-language model's ``forward``: what that returns, with a native prefill inside."""
-    native, arguments, decision = call.native, dict(call.arguments), call.decision
+    native, packed, decision = call.native, call.packed, call.decision
     assert native is not None
     assert native.family.vision is not None
-    around = native.family.vision
-    tokens = arguments["input_ids"] if arguments.get("inputs_embeds") is None else arguments["inputs_embeds"]
-    batch, columns = tokens.shape[:2]
-    packed = pack_batch(batch, columns, call.past, call.mask, tokens.device)
+    assert packed is not None
     outputs: list[Any] = []
 
     def decode(decoder: DecoderCall) -> tuple[torch.Tensor, Any]:
         if decoder.position_ids is None:  # as the stock model counts them: by column, masked or not
-            by_column = torch.arange(call.past, call.slots, device=tokens.device)[None]
+            by_column = torch.arange(packed.past_slots, packed.slots, device=native.device)[None]
             decoder = replace(decoder, position_ids=by_column)
         output = native.prefill_decoder(
             decoder,
             packed,
-            cache=arguments.get("past_key_values"),
+            call.blocks,
+            cache=call.arguments.get("past_key_values"),
             boundary=list(decision.boundary),
             logits_to_keep=decision.logits_to_keep,
-            token_types=None if around.blocks_by is None else arguments.get(around.blocks_by),
         )
         outputs.append(output)
         return output.hidden_states, output.past_key_values
 
-    stock = {**arguments, "attention_mask": mask_for(around, call.mask)}
+    stock = {**call.arguments, "attention_mask": mask_for(native.family.vision, call.mask)}
     if "past_key_values" in stock:
         stock |= with_cache(model, stock.pop("past_key_values"))
     return run_around(model, native.family.decoder, decode, stock, lm_head=_Head(outputs))
