@@ -33,6 +33,8 @@ from pop_ext.packing import (
 )
 from pop_ext.plan import Plan
 from pop_ext.presets import default_plan
+from pop_ext.projections import check_fit
+from pop_ext.reference_checks import find_parts
 from pop_ext.restore import module_restored_on_error
 
 if TYPE_CHECKING:
@@ -80,8 +82,9 @@ class _Loaded:
 
     def __init__(self, description: Description, plan: Plan) -> None:
         weights = [ref.tensor for ref in description.weights]
+        projections = _projections_of(plan, weights[0])
         with torch.no_grad():
-            self.handle = torch.ops.pop.load(description.spec.to_json(), plan.to_json(), weights)
+            self.handle = torch.ops.pop.load(description.spec.to_json(), plan.to_json(), weights, projections)
         weakref.finalize(self, torch.ops.pop.unload, self.handle)
         self.description = description
         self.like = weights[0].detach()
@@ -93,6 +96,13 @@ class _Loaded:
             if not stamp.matches(ref.find()):
                 return ref.slot
         return torch.ops.pop.stale_weight(self.handle) or None
+
+
+def _projections_of(plan: Plan, like: torch.Tensor) -> list[torch.Tensor] | None:
+    """The fitted matrices of the omitted layers, in the dtype and on the device of ``like``; None: there are none."""
+    if plan.projections is None:
+        return None
+    return [plan.projections.matrices[layer].to(like.device, like.dtype) for layer in plan.omit]
 
 
 def check_plan(plan: Plan, num_layers: int, config: Any) -> Plan:
@@ -118,6 +128,7 @@ class NativeModel:
         self.model = model
         chosen = default_plan(model.config) if plan is None else plan
         self.plan = check_plan(chosen, description.spec.num_layers, model.config)
+        check_fit(self.plan, find_parts(model).layers)
         self._loaded = _Loaded(description, self.plan)
 
     def __repr__(self) -> str:
@@ -155,8 +166,12 @@ class NativeModel:
 
         Raises:
             UnsupportedModelError: the model has become one that cannot run natively; what was loaded stays.
+            FitMismatch (a ValueError): the plan's projections were fitted on the weights as they were; what was
+                loaded stays.
         """
-        self._loaded = _Loaded(describe(self.model), self.plan)
+        description = describe(self.model)
+        check_fit(self.plan, find_parts(self.model).layers)
+        self._loaded = _Loaded(description, self.plan)
 
     def stale_weight(self) -> str | None:
         """The name of a weight that was changed, moved or reassigned since it was loaded; None if none was.
