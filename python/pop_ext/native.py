@@ -82,9 +82,9 @@ class _Loaded:
 
     def __init__(self, description: Description, plan: Plan) -> None:
         weights = [ref.tensor for ref in description.weights]
-        projections = _projections_of(plan, weights[0])
+        fitted = None if plan.projections is None else plan.projections.stack_rows(weights[0])
         with torch.no_grad():
-            self.handle = torch.ops.pop.load(description.spec.to_json(), plan.to_json(), weights, projections)
+            self.handle = torch.ops.pop.load(description.spec.to_json(), plan.to_json(), weights, fitted)
         weakref.finalize(self, torch.ops.pop.unload, self.handle)
         self.description = description
         self.like = weights[0].detach()
@@ -96,13 +96,6 @@ class _Loaded:
             if not stamp.matches(ref.find()):
                 return ref.slot
         return torch.ops.pop.stale_weight(self.handle) or None
-
-
-def _projections_of(plan: Plan, like: torch.Tensor) -> list[torch.Tensor] | None:
-    """The fitted matrices of the omitted layers, in the dtype and on the device of ``like``; None: there are none."""
-    if plan.projections is None:
-        return None
-    return [plan.projections.matrices[layer].to(like.device, like.dtype) for layer in plan.omit]
 
 
 def check_plan(plan: Plan, num_layers: int, config: Any) -> Plan:

@@ -123,9 +123,8 @@ class Plan(_core.Plan):
         Other layers are of nobody's choosing: of the origin, the model alone is left, and of a fit nothing. A plan
         that gives its projections up has not been fitted.
         """
-        same = all(name not in changes for name in ("num_layers", "omit"))
         plan = type(self)(**{**self._arguments(), "origin": self.origin, **changes})
-        same = same or plan.omit == self.omit and plan.num_layers == self.num_layers
+        same = (plan.num_layers, plan.omit) == (self.num_layers, self.omit)
         if same and "projections" not in changes:
             plan._projections = self.projections
         if "origin" in changes or self.origin is None:

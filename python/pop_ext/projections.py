@@ -123,6 +123,10 @@ class Projections:
     def dtype(self) -> torch.dtype:
         return next(iter(self.matrices.values())).dtype
 
+    def stack_rows(self, like: Tensor) -> list[Tensor]:
+        """The matrices by layer, in the dtype and on the device of ``like``: what ``pop::load`` takes."""
+        return [self.matrices[layer].to(like.device, like.dtype) for layer in self.layers]
+
     def __eq__(self, other: object) -> bool:
         """Equal if they compute the same; how they were made does not count."""
         if not isinstance(other, Projections):

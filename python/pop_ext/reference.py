@@ -207,7 +207,7 @@ def project_kv(
         plain = without_gamma(layer, hidden_states).to(hidden_states.dtype)
         keys, values = (plain @ fitted.to(plain).T).chunk(2, dim=-1)
         biases = key_value_weights(attention)
-        if biases.k_bias is not None:
+        if biases.k_bias is not None and biases.v_bias is not None:
             keys, values = keys + biases.k_bias, values + biases.v_bias
     elif hasattr(attention, "qkv_proj"):  # Phi-3
         kv_dim = attention.config.num_key_value_heads * attention.head_dim
