@@ -170,7 +170,7 @@ class _Reader:
         if self.held is None:
             return ids
         out = torch.tensor([number % HOLD_EVERY == HOLD_EVERY - 1 for number in seen], device=ids.device)
-        self.held.extend(ids[out].split(1))
+        self.held.extend(sequence[None] for sequence in ids[out])
         return ids[~out]
 
     def _add(self, ids: Tensor) -> None:
@@ -263,7 +263,7 @@ def original_projection(layer: Any) -> Tensor:
     gamma = normed[0] / plain[0]
     if not torch.allclose(plain[1] * gamma, normed[1], rtol=1e-3, atol=1e-4, equal_nan=True):
         raise ValueError(f"model: expected an RMSNorm before K and V, got {type(norm).__name__}")
-    return stacked * gamma
+    return (stacked * gamma).detach()
 
 
 def _dtype(model: Any) -> torch.dtype:
