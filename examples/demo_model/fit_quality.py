@@ -14,13 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pop_ext
 import torch
 from data import SourceFile, split, stdlib_files
+from pop_ext import Plan
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import pop_ext
-from pop_ext import Plan
 
 MODEL = Path(__file__).parent / "model"
 HOLDOUT_FILES = 8  # of the training files every eighth chooses lambda
@@ -94,7 +93,9 @@ def main() -> int:
                 "difference": mean_and_error(fit - pop),
             }
             report["rows"].append(cells)
-            shown = [f"{mean:+.4f} ({error:.4f})" for mean, error in (cells[k] for k in ("pop", "fitted", "difference"))]
+            shown = [
+                f"{mean:+.4f} ({error:.4f})" for mean, error in (cells[k] for k in ("pop", "fitted", "difference"))
+            ]
             won = 1 - float(fit.mean() / pop.mean())
             ridge = fitted.projections.report.ridge
             print(f"| {count}/{depth} | {boundary} | {ridge:g} | {' | '.join(shown)} | {won:.0%} |", flush=True)
