@@ -93,8 +93,9 @@ def generate() -> str:
 
 
 def shown(error: Exception) -> str:
-    """Type and first line of a message, as a table cell; handles are numbers that depend on what ran before."""
+    """Type and first line of a message, as a table cell; handles and digests depend on what ran before, and where."""
     text = re.sub(r"(not freed, got) \d+", r"\1 *n*", str(error).splitlines()[0])
+    text = re.sub(r"\b[0-9a-f]{64}\b", "*digest*", text)
     return f"`{type(error).__name__}`: {text}".replace("|", "\\|")
 
 

@@ -4,8 +4,9 @@
 
 STABLE_TORCH_LIBRARY(pop, m) {
   // A model: weights are shared, not copied; only the K/V weights of omitted layers are folded
-  // into new memory. The handle is freed by `unload`, and never reused.
-  m.def("load(str spec, str plan, Tensor[] weights) -> int");
+  // into new memory. `projections` stand in for those of the plan's omitted layers, in its order. The handle is freed
+  // by `unload`, and never reused.
+  m.def("load(str spec, str plan, Tensor[] weights, Tensor[]? projections=None) -> int");
   m.def("unload(int model) -> ()");
   m.def("info(int model) -> str");
   // Name of a weight whose memory, dtype or (where it was folded) values changed since `load`; "" for none.

@@ -17,9 +17,10 @@ namespace {
 
 constexpr const char* kOp = "pop::prefill";
 
-int64_t load(std::string spec, std::string plan, std::vector<Tensor> weights) try {
+int64_t load(std::string spec, std::string plan, std::vector<Tensor> weights,
+             std::optional<std::vector<Tensor>> projections) try {
   const ModelSpec parsed = ModelSpec::from_json(spec);
-  return register_model(std::make_shared<LoadedModel>(parsed, Plan::from_json(plan), std::move(weights)));
+  return register_model(std::make_shared<LoadedModel>(parsed, Plan::from_json(plan), std::move(weights), projections));
 } catch (const std::invalid_argument& error) {
   throw std::runtime_error(join("pop::load: ", error.what()));
 }

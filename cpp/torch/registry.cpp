@@ -89,7 +89,8 @@ Tensor fold_kv(const std::vector<Tensor>& k_proj, const std::vector<Tensor>& v_p
   return stack;
 }
 
-LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Tensor> weights)
+LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Tensor> weights,
+                         const std::optional<std::vector<Tensor>>& projections)
     : slots_(spec.weight_slots()), weights_(std::move(weights)) {
   check(plan.num_layers == spec.num_layers, "pop::load: plan: expected num_layers ", spec.num_layers,
         " like the model, got ", plan.num_layers);
@@ -113,6 +114,7 @@ LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Te
   model_.layers.resize(spec.num_layers);
   for (int64_t layer = 0; layer < spec.num_layers; ++layer) set_layer(layer);
   for (const LayerRange& layers : plan.projected_runs()) fold(layers);
+  if (projections.has_value()) place_projections(*projections);
   stamps_.reserve(slots_.size());
   for (size_t i = 0; i < slots_.size(); ++i) stamps_.push_back(stamp_of(i));
 }
@@ -180,6 +182,26 @@ void LoadedModel::fold(LayerRange layers) {
   extra_bytes_ += stack.numel() * element_size(model_.spec.dtype);
   stacks_.push_back(stack);
   model_.runs.push_back(std::move(run));
+}
+
+// Over the folded rows of their layers. What was folded is watched all the same: a fit belongs to those weights.
+void LoadedModel::place_projections(const std::vector<Tensor>& projections) {
+  const std::vector<int64_t>& omit = model_.plan.omit;
+  const int64_t rows = 2 * model_.spec.kv_dim();
+  check(projections.size() == omit.size(), "pop::load: projections: expected ", omit.size(),
+        " matrices (one an omitted layer), got ", projections.size());
+  for (size_t i = 0; i < omit.size(); ++i) {
+    const std::string name = join("pop::load: projections[", i, "]");
+    check_dtype(projections[i], model_.spec.dtype, name);
+    check_shape(projections[i], {rows, model_.spec.hidden_size}, name);
+    check_same_device(projections[i], weights_.front(), name);
+    for (size_t run = 0; run < model_.runs.size(); ++run) {
+      const LayerRange& layers = model_.runs[run].layers;
+      if (omit[i] < layers.begin || omit[i] >= layers.end) continue;
+      Tensor place = torch::stable::narrow(stacks_[run], 0, (omit[i] - layers.begin) * rows, rows);
+      torch::stable::copy_(place, aten::detach(projections[i]));
+    }
+  }
 }
 
 LoadedModel::Stamp LoadedModel::stamp_of(size_t index) const {

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -18,7 +19,9 @@ using torch::stable::Tensor;
 // Keeps the weights alive, shared with whoever passed them, and owns the folded stacks.
 class LoadedModel {
  public:
-  LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Tensor> weights);
+  // `projections`: fitted [2 * kv_dim, hidden_size] of each omitted layer, copied; none: the layers' own.
+  LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Tensor> weights,
+              const std::optional<std::vector<Tensor>>& projections);
 
   const Model& model() const { return model_; }
   const Tensor& embed_tokens() const { return weights_.front(); }
@@ -42,6 +45,7 @@ class LoadedModel {
   const Tensor* weight(const std::string& name) const;
   void set_layer(int64_t layer);
   void fold(LayerRange layers);
+  void place_projections(const std::vector<Tensor>& projections);
 
   std::vector<WeightSlot> slots_;
   std::unordered_map<std::string, size_t> index_;  // of a slot's name

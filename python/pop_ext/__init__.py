@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pop_ext.decision import Decision
     from pop_ext.evaluate import score
     from pop_ext.families import UnsupportedModelError
+    from pop_ext.fitting import fit
     from pop_ext.forward import PrefillDeclined, disable, enable, enabled, explain, last_call
     from pop_ext.latency import BudgetedPlan, plan_within, shortest_paying
     from pop_ext.layer_importance import Importance, importance
@@ -41,6 +42,7 @@ __all__ = [
     "enable",
     "enabled",
     "explain",
+    "fit",
     "importance",
     "last_call",
     "load",
@@ -66,6 +68,7 @@ _LAZY = {
     "enable": "pop_ext.forward",
     "enabled": "pop_ext.forward",
     "explain": "pop_ext.forward",
+    "fit": "pop_ext.fitting",
     "importance": "pop_ext.layer_importance",
     "last_call": "pop_ext.forward",
     "load": "pop_ext.native",

@@ -27,6 +27,7 @@ from pop_ext.kv_cache import check_windows, new_cache
 from pop_ext.native import NativeModel, check_plan
 from pop_ext.plan import Plan
 from pop_ext.presets import default_plan
+from pop_ext.projections import FitMismatch, check_fit
 from pop_ext.reference_checks import find_parts
 from pop_ext.replaced import inner_modules, is_own_forward, is_patched
 from pop_ext.restore import cache_restored_on_error
@@ -124,10 +125,15 @@ class PrefillForward:
                 cache = call.arguments.get("past_key_values")
                 if cache is not None and call.packed is not None:
                     check_windows(cache, call.native.spec.window, call.packed.slots)
-            except UnsupportedModelError as error:
+            except (UnsupportedModelError, FitMismatch) as error:
                 reason = str(error)
             except ValueError as error:
                 rule, reason = "cache", str(error)
+        elif self.plan.projections is not None:
+            try:
+                check_fit(self.plan, find_parts(model).layers)
+            except FitMismatch as error:
+                reason = str(error)
         if reason is not None:
             call.decision = Decision("stock", rule, reason, True, self.plan)
         return call
@@ -284,8 +290,9 @@ def enable(model: Model, plan: Plan | None = None, strict: bool = False, backend
     if backend == "native":
         forward.bind_native()
     else:
-        find_parts(inner)
+        layers = find_parts(inner).layers
         check_plan(forward.plan, config.num_hidden_layers, config)
+        check_fit(forward.plan, layers)
     inner.forward = forward
     return model
 

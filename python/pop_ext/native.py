@@ -19,6 +19,8 @@ from pop_ext.packing import PackedBatch, PerSequence, lengths, offsets
 from pop_ext.plan import Plan
 from pop_ext.prefill_inputs import PrefillInputs, check_ids, check_tokens, pack_tokens, prepare
 from pop_ext.presets import default_plan
+from pop_ext.projections import check_fit
+from pop_ext.reference_checks import find_parts
 from pop_ext.restore import module_restored_on_error
 from pop_ext.vision import Blocks, DecoderCall, blocks_of, mask_for, packed_features, run_around
 
@@ -67,8 +69,9 @@ class _Loaded:
 
     def __init__(self, description: Description, plan: Plan) -> None:
         weights = [ref.tensor for ref in description.weights]
+        fitted = None if plan.projections is None else plan.projections.stack_rows(weights[0])
         with torch.no_grad():
-            self.handle = torch.ops.pop.load(description.spec.to_json(), plan.to_json(), weights)
+            self.handle = torch.ops.pop.load(description.spec.to_json(), plan.to_json(), weights, fitted)
         weakref.finalize(self, torch.ops.pop.unload, self.handle)
         self.description = description
         self.like = weights[0].detach()
@@ -105,6 +108,7 @@ class NativeModel:
         self.model = model
         chosen = default_plan(model.config) if plan is None else plan
         self.plan = check_plan(chosen, description.spec.num_layers, model.config)
+        check_fit(self.plan, find_parts(model).layers)
         self._loaded = _Loaded(description, self.plan)
 
     def __repr__(self) -> str:
@@ -146,8 +150,12 @@ class NativeModel:
 
         Raises:
             UnsupportedModelError: the model has become one that cannot run natively; what was loaded stays.
+            FitMismatch (a ValueError): the plan's projections were fitted on the weights as they were; what was
+                loaded stays.
         """
-        self._loaded = _Loaded(describe(self.model), self.plan)
+        description = describe(self.model)
+        check_fit(self.plan, find_parts(self.model).layers)
+        self._loaded = _Loaded(description, self.plan)
 
     def stale_weight(self) -> str | None:
         """The name of a weight that was changed, moved or reassigned since it was loaded; None if none was.

@@ -29,12 +29,16 @@ class Origin:
         config_hash: ``config_hash`` of the model; None: not known, any model of the plan's depth will do.
         method: how the layers were chosen, in words.
         samples: how many calibration sequences chose them.
+        fit: how the K/V projections of the omitted layers were fitted, in words; None: they were not.
+        fit_samples: on how many sequences.
     """
 
     model: str | None = None
     config_hash: str | None = None
     method: str | None = None
     samples: int | None = None
+    fit: str | None = None
+    fit_samples: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Members that are known, for JSON."""
@@ -50,7 +54,8 @@ class Origin:
         if not isinstance(members, dict):
             raise ValueError(f"origin: expected an object, got {type(members).__name__}")
         known: dict[str, Any] = {}
-        for name, kind in (("model", str), ("config_hash", str), ("method", str), ("samples", int)):
+        kinds = {"model": str, "config_hash": str, "method": str, "samples": int, "fit": str, "fit_samples": int}
+        for name, kind in kinds.items():
             value = members.get(name)
             if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
                 raise ValueError(f"origin.{name}: expected {kind.__name__}, got {type(value).__name__} {value!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import operator
@@ -12,6 +13,7 @@ from typing import Any, SupportsIndex
 
 from pop_ext import _core
 from pop_ext.origin import Origin
+from pop_ext.projections import FitReport, Projections, load_matrices, save_matrices
 
 
 class Plan(_core.Plan):
@@ -26,6 +28,8 @@ class Plan(_core.Plan):
         min_tokens: prompts of fewer new tokens run at full depth. Only ``pop_ext.enable`` reads it.
         origin: the model and the method that chose the layers; where it has a ``config_hash``, models of another one
             refuse the plan. It does not count in ``==`` and ``hash``: plans are equal if they compute the same.
+        projections: K/V projections fitted for these layers, which context rows take in place of the layers' own;
+            ``pop_ext.fit`` makes them.
 
     Attributes:
         omit: sorted tuple.
@@ -35,7 +39,7 @@ class Plan(_core.Plan):
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
 
-    __slots__ = ("_origin",)
+    __slots__ = ("_origin", "_projections")
 
     def __init__(
         self,
@@ -45,6 +49,7 @@ class Plan(_core.Plan):
         min_tokens: SupportsIndex = 0,
         *,
         origin: Origin | None = None,
+        projections: Projections | None = None,
     ) -> None:
         if isinstance(omit, (str, bytes)) or not isinstance(omit, Iterable):
             raise TypeError(f"omit: expected an iterable of integers, got {omit!r}")
@@ -57,11 +62,23 @@ class Plan(_core.Plan):
         if origin is not None and not isinstance(origin, Origin):
             raise TypeError(f"origin: expected a pop_ext.origin.Origin, got {type(origin).__name__}")
         self._origin = origin
+        if projections is not None and not isinstance(projections, Projections):
+            raise TypeError(f"projections: expected what pop_ext.fit makes, got {type(projections).__name__}")
+        if projections is not None and projections.layers != self.omit:
+            raise ValueError(
+                f"projections: expected matrices of layers {self.omit}, those of omit, got {projections.layers}"
+            )
+        self._projections = projections
 
     @property
     def origin(self) -> Origin | None:
         """The model and the method that chose the layers; None: a plan for any model of that depth."""
         return self._origin
+
+    @property
+    def projections(self) -> Projections | None:
+        """Fitted K/V projections of the omitted layers; None: their own."""
+        return self._projections
 
     @classmethod
     def last(
@@ -103,49 +120,93 @@ class Plan(_core.Plan):
     def replace(self, **changes: Any) -> Plan:
         """The same plan with some arguments changed: ``plan.replace(boundary=32)``.
 
-        Other layers are of nobody's choosing: of the origin, the model alone is left.
+        Other layers are of nobody's choosing: of the origin, the model alone is left, and of a fit nothing. A plan
+        that gives its projections up has not been fitted.
         """
         plan = type(self)(**{**self._arguments(), "origin": self.origin, **changes})
-        if plan.omit != self.omit and "origin" not in changes and self.origin is not None:
+        same = (plan.num_layers, plan.omit) == (self.num_layers, self.omit)
+        if same and "projections" not in changes:
+            plan._projections = self.projections
+        if "origin" in changes or self.origin is None:
+            return plan
+        if not same:
             plan._origin = Origin(self.origin.model, self.origin.config_hash)
+        elif plan.projections is None:
+            plan._origin = dataclasses.replace(self.origin, fit=None, fit_samples=None)
         return plan
 
     def to_json(self) -> str:
-        """The plan as JSON text: its arguments and, where it has one, its origin."""
-        text = super().to_json()
-        if self.origin is None:
-            return text
-        return json.dumps({**json.loads(text), "origin": self.origin.to_dict()})
+        """The plan as JSON text: its arguments and, where it has one, its origin.
+
+        Of fitted projections it says how they were made; the matrices are not in it, and ``from_json`` refuses such
+        a text. ``save`` keeps both.
+        """
+        return self._to_json({})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """The plan that ``to_json`` wrote. Members that it does not know are ignored.
 
         Raises:
-            ValueError: not JSON, a missing member or one of another type, or values that make no plan.
+            ValueError: not JSON, a missing member or one of another type, values that make no plan, or the text of a
+                fitted plan: its matrices are in a file that ``load`` finds.
         """
-        plan = _core.Plan.from_json(text)
-        origin = json.loads(text).get("origin")
-        arguments = (plan.num_layers, plan.omit, plan.boundary, plan.min_tokens)
-        return cls(*arguments, origin=None if origin is None else Origin.from_dict(origin))
+        return cls._from_json(text, None)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes the plan to a file as JSON."""
-        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        """Writes the plan to a file as JSON and, beside it, fitted projections as ``<stem>.safetensors``.
+
+        The JSON names that file and its SHA-256.
+        """
+        path, names = Path(path), {}
+        if self.projections is not None:
+            beside = path.with_suffix(".safetensors")
+            if beside == path:
+                raise ValueError(f"path: expected another ending than .safetensors for a plan, got {path}")
+            names = {"file": beside.name, "sha256": save_matrices(self.projections, beside)}
+        path.write_text(self._to_json(names) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
         """Reads what ``save`` wrote.
 
         Raises:
-            OSError: the file cannot be read.
-            ValueError: as in ``from_json``; the text starts with the path.
+            OSError: the file, or that of its fitted projections, cannot be read.
+            ValueError: as in ``from_json``, or projections other than those it was saved with; the text starts with
+                the path.
         """
         text = Path(path).read_text(encoding="utf-8")
         try:
-            return cls.from_json(text)
+            return cls._from_json(text, Path(path).parent)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+    def _to_json(self, names: dict[str, str]) -> str:
+        """``names``: of the file that has the matrices."""
+        text = super().to_json()
+        if self.origin is None and self.projections is None:
+            return text
+        members = json.loads(text)
+        if self.origin is not None:
+            members["origin"] = self.origin.to_dict()
+        if self.projections is not None:
+            members["projections"] = {**names, **self.projections.report.to_dict()}
+        return json.dumps(members)
+
+    @classmethod
+    def _from_json(cls, text: str, folder: Path | None) -> Plan:
+        plan = _core.Plan.from_json(text)
+        members = json.loads(text)
+        origin, fitted = members.get("origin"), members.get("projections")
+        projections = None if fitted is None else _projections_of(fitted, plan.omit, folder)
+        return cls(
+            plan.num_layers,
+            plan.omit,
+            plan.boundary,
+            plan.min_tokens,
+            origin=None if origin is None else Origin.from_dict(origin),
+            projections=projections,
+        )
 
     def _arguments(self) -> dict[str, Any]:
         return {
@@ -156,21 +217,42 @@ class Plan(_core.Plan):
         }
 
     def __eq__(self, other: object) -> bool:
-        return self._arguments() == other._arguments() if isinstance(other, Plan) else NotImplemented
+        if not isinstance(other, Plan):
+            return NotImplemented
+        return self._arguments() == other._arguments() and self.projections == other.projections
 
     def __hash__(self) -> int:
         return hash(tuple(self._arguments().values()))
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self._arguments().items())
+        if self.projections is not None:
+            arguments += f", projections={self.projections!r}"
         return f"{type(self).__name__}({arguments})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), {**self._arguments(), "origin": self.origin})
+        more = {"origin": self.origin, "projections": self.projections}
+        return _rebuild, (type(self), {**self._arguments(), **more})
 
 
 def _rebuild(cls: type[Plan], arguments: dict[str, Any]) -> Plan:
     return cls(**arguments)
+
+
+def _projections_of(members: Any, omit: Iterable[int], folder: Path | None) -> Projections:
+    """What a member ``projections`` names, from the folder of its plan; None: there is only a text."""
+    if not isinstance(members, dict):
+        raise ValueError(f"projections: expected an object, got {type(members).__name__}")
+    report = FitReport.from_dict(members)
+    file, sha256 = members.get("file"), members.get("sha256")
+    if folder is None or (file is None and sha256 is None):
+        raise ValueError(
+            "projections: expected a plan file that Plan.save wrote, with its matrices beside it, got a text that "
+            "lacks them"
+        )
+    if not isinstance(file, str) or Path(file).name != file or not isinstance(sha256, str):
+        raise ValueError(f"projections: expected a file beside the plan and its SHA-256, got {file!r} and {sha256!r}")
+    return load_matrices(folder / file, sha256, omit, report)
 
 
 def _integer(name: str, value: Any) -> int:

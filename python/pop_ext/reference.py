@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from pop_ext.cache_names import cache_argument, with_cache
+from pop_ext.projections import Projections, key_value_weights, without_gamma
 from pop_ext.reference_caches import OneSequence, assemble, past_key_values_length, past_of_sequence, read_past
 from pop_ext.reference_checks import (
     Module,
@@ -101,7 +102,7 @@ def prefill(
         from pop_ext.presets import default_plan
 
         plan = default_plan(stock.config)
-    check_plan(plan, len(parts.layers), stock.config)
+    check_plan(plan, parts.layers, stock.config)
     inputs = check_inputs(stock, input_ids, inputs_embeds)
     batch, new = inputs.shape[:2]
     past = read_past(past_key_values, len(parts.layers), batch)
@@ -179,7 +180,7 @@ def prefill_sequence(
         }
 
     if context > 0:
-        with omitted_layers(parts.layers, plan.omit):
+        with omitted_layers(parts.layers, plan):
             parts.decoder(**call(0, context), **with_cache(parts.decoder, cache))
     boundary = call(context, rows.shape[1])
     if is_wrapped(model, parts):  # the wrapper has run
@@ -190,16 +191,24 @@ def prefill_sequence(
     return stock_forward(model, **boundary, **with_cache(model, cache), logits_to_keep=sequence.keep).logits[0]
 
 
-def project_kv(layer: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def project_kv(
+    layer: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor, fitted: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The independent KV projection: K = rope(k_norm?(Wk . norm(h))), V = Wv . norm(h).
 
-    hidden_states [1, rows, hidden]; cos, sin as the model's rotary module returns them. Returns K, V [1, kv_heads,
-    rows, head_dim].
+    hidden_states [1, rows, hidden]; cos, sin as the model's rotary module returns them; fitted [2 * kv_dim, hidden]
+    stands for [Wk; Wv] and reads norm(h) without the norm's weight. Returns K, V [1, kv_heads, rows, head_dim].
     """
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden_states) if hasattr(layer, "input_layernorm") else hidden_states
     heads = (*normed.shape[:-1], -1, attention.head_dim)
-    if hasattr(attention, "qkv_proj"):  # Phi-3
+    if fitted is not None:
+        plain = without_gamma(layer, hidden_states).to(hidden_states.dtype)
+        keys, values = (plain @ fitted.to(plain).T).chunk(2, dim=-1)
+        biases = key_value_weights(attention)
+        if biases.k_bias is not None and biases.v_bias is not None:
+            keys, values = keys + biases.k_bias, values + biases.v_bias
+    elif hasattr(attention, "qkv_proj"):  # Phi-3
         kv_dim = attention.config.num_key_value_heads * attention.head_dim
         keys, values = attention.qkv_proj(normed)[..., -2 * kv_dim :].split(kv_dim, dim=-1)
     else:
@@ -246,22 +255,25 @@ def check_projection(layer: Module, row: Tensor, cos: Tensor, sin: Tensor) -> No
 
 
 @contextmanager
-def omitted_layers(layers: Sequence[Module], omit: Sequence[int]) -> Iterator[None]:
+def omitted_layers(layers: Sequence[Module], plan: PlanLike) -> Iterator[None]:
     """Inside: a layer of `omit` writes its projected K/V into the cache and passes its input by unchanged."""
 
-    def omitted_forward(layer: Module) -> Callable[..., Tensor]:
+    fitted: Projections | None = getattr(plan, "projections", None)
+
+    def omitted_forward(layer: Module, matrix: Tensor | None) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, *_: Any, **kwargs: Any) -> Tensor:
             cos, sin = kwargs["position_embeddings"]
             check_projection(layer, hidden_states[:, -1:], cos[..., -1:, :], sin[..., -1:, :])
-            keys, values = project_kv(layer, hidden_states, cos, sin)
+            keys, values = project_kv(layer, hidden_states, cos, sin, matrix)
             kwargs[cache_argument(type(layer).forward)].update(keys, values, layer.self_attn.layer_idx)
             return hidden_states
 
         return forward
 
     with ExitStack() as stack:
-        for index in omit:
-            stack.enter_context(replaced_forward(layers[index], omitted_forward(layers[index])))
+        for index in plan.omit:
+            matrix = None if fitted is None else fitted.matrices[index]
+            stack.enter_context(replaced_forward(layers[index], omitted_forward(layers[index], matrix)))
         yield
 
 

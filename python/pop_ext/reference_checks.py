@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pop_ext.origin import check_origin
+from pop_ext.projections import check_fit
 
 Module = Any
 """A Hugging Face module: an nn.Module whose submodules and attributes no type checker can know."""
@@ -75,7 +76,8 @@ def family_function(attention: Module, name: str) -> Callable[..., Any]:
     return function
 
 
-def check_plan(plan: PlanLike, num_layers: int, config: Any) -> None:
+def check_plan(plan: PlanLike, layers: Sequence[Module], config: Any) -> None:
+    num_layers = len(layers)
     if not all(hasattr(plan, name) for name in ("num_layers", "omit", "boundary")):
         raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
     if plan.num_layers != num_layers:
@@ -85,6 +87,7 @@ def check_plan(plan: PlanLike, num_layers: int, config: Any) -> None:
     if plan.boundary < 1:
         raise ValueError(f"plan: expected boundary >= 1, got {plan.boundary}")
     check_origin(getattr(plan, "origin", None), config, "plan")
+    check_fit(plan, layers)
 
 
 def check_inputs(model: Module, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

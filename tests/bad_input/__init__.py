@@ -2,6 +2,7 @@
 
 from bad_input.blocks import BLOCKS
 from bad_input.enabling import ENABLED, SCORE
+from bad_input.fitting import FIT
 from bad_input.loading import LOAD, PLAN
 from bad_input.op import OP
 from bad_input.prefill import PREFILL
@@ -12,6 +13,7 @@ __all__ = ["SECTIONS", "Case", "World"]
 SECTIONS = {
     "`pop_ext.Plan`": PLAN,
     "`pop_ext.load` and `pop_ext.enable`": LOAD,
+    "`pop_ext.fit`, and plans that carry a fit": FIT,
     "An enabled model": ENABLED,
     "`native.prefill`": PREFILL,
     "`torch.ops.pop.prefill`, `load` and `unload`": OP,

@@ -1,0 +1,108 @@
+"""How much of pruning's loss `pop_ext.fit` wins back on this model: ``python examples/demo_model/fit_quality.py``.
+
+Calibration and the choice of lambda take windows of training files, lambda's from files of its own; the loss is that
+of the held-out files, which neither the model nor the fit has seen. Each window is a prompt and its continuation; the
+continuation's loss is compared with that at full depth, window by window.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pop_ext
+import torch
+from data import SourceFile, split, stdlib_files
+from pop_ext import Plan
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+MODEL = Path(__file__).parent / "model"
+HOLDOUT_FILES = 8  # of the training files every eighth chooses lambda
+
+
+def windows(files: list[SourceFile], tokenizer: Any, length: int, limit: int | None) -> Tensor:
+    """[windows, length] int64: every file from its start, cut into windows; of all of them a fixed random choice."""
+    found: list[Tensor] = []
+    for file in files:
+        ids = torch.tensor([tokenizer.bos_token_id, *tokenizer(file.text, verbose=False)["input_ids"]])
+        if len(ids) >= length:
+            found += ids.unfold(0, length, length)
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()
+    return torch.stack([found[i] for i in order[:limit]])
+
+
+@torch.no_grad()
+def losses(model: Any, plan: Plan, ids: Tensor, continuation: int) -> Tensor:
+    """[windows] float64: nats a token of each window's continuation, under the plan."""
+    with pop_ext.enabled(model, plan):
+        scores = pop_ext.score(model, list(ids[:, :-continuation]), list(ids[:, -continuation:]))
+    return -torch.tensor([score.log_likelihood for score in scores], dtype=torch.float64) / continuation
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    return float(values.mean()), float(values.std()) / math.sqrt(len(values))
+
+
+def main() -> int:
+    """Prints the table, and writes it as JSON on request."""
+    parser = argparse.ArgumentParser(description="Loss of POP on the demo model, fitted and not.")
+    parser.add_argument("--tokens", type=int, default=512, help="of a window, continuation included")
+    parser.add_argument("--continuation", type=int, default=64)
+    parser.add_argument("--calibration", type=int, default=256, help="windows to fit on")
+    parser.add_argument("--holdout", type=int, default=64, help="windows to choose lambda by")
+    parser.add_argument("--windows", type=int, default=None, help="held-out windows; by default all")
+    parser.add_argument("--omit", type=int, nargs="+", default=[4, 6], help="how many of the deepest layers")
+    parser.add_argument("--boundary", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    train, held_out, _ = split(stdlib_files())
+    train = [file for file in train if file.weight == 1.0]
+    chosen = [file for number, file in enumerate(train) if number % HOLDOUT_FILES == 0]
+    fitted_on = [file for number, file in enumerate(train) if number % HOLDOUT_FILES]
+    calibration = windows(fitted_on, tokenizer, options.tokens, options.calibration).split(8)
+    holdout = windows(chosen, tokenizer, options.tokens, options.holdout).split(8)
+    ids = windows(held_out, tokenizer, options.tokens, options.windows)
+
+    depth = model.config.num_hidden_layers
+    full = losses(model, Plan(depth, ()), ids, options.continuation)
+    report: dict[str, Any] = {"options": {name: str(value) for name, value in vars(options).items()}}
+    report |= {"windows": len(ids), "full": mean_and_error(full), "rows": []}
+    print(f"{len(ids)} windows; at full depth {full.mean():.4f} nats a token")
+    print("| omitted | boundary | lambda | POP | fitted | fitted less POP | won back |\n|---|---|---|---|---|---|---|")
+    for count in options.omit:
+        plan = Plan.last(depth, count)
+        fitted = pop_ext.fit(model, plan, calibration, holdout=holdout, progress=sys.stderr.isatty())
+        assert fitted.projections is not None
+        for boundary in options.boundary:
+            pop = losses(model, plan.replace(boundary=boundary), ids, options.continuation) - full
+            fit = losses(model, fitted.replace(boundary=boundary), ids, options.continuation) - full
+            cells = {
+                "omitted": count,
+                "boundary": boundary,
+                "fit": fitted.projections.report.to_dict(),
+                "pop": mean_and_error(pop),
+                "fitted": mean_and_error(fit),
+                "difference": mean_and_error(fit - pop),
+            }
+            report["rows"].append(cells)
+            shown = [
+                f"{mean:+.4f} ({error:.4f})" for mean, error in (cells[k] for k in ("pop", "fitted", "difference"))
+            ]
+            won = 1 - float(fit.mean() / pop.mean())
+            ridge = fitted.projections.report.ridge
+            print(f"| {count}/{depth} | {boundary} | {ridge:g} | {' | '.join(shown)} | {won:.0%} |", flush=True)
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,326 @@
+"""``pop_ext.fit``: least-squares K/V projections for the layers that a plan omits (docs/fitting.md)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pop_ext import reference
+from pop_ext.calibration import Batches, checked, count_sequences, hidden_states_of, stock_model, undisturbed
+from pop_ext.least_squares import RunMoments, RunSolution
+from pop_ext.origin import origin_of
+from pop_ext.plan import Plan
+from pop_ext.progress import Progress, reporting
+from pop_ext.projections import FitReport, Projections, key_value_weights, sample_of, without_gamma
+from pop_ext.reference_checks import check_plan, find_parts
+from pop_ext.restore import replaced_forward
+
+LAMBDAS = (0.01, 0.1, 1.0, 10.0, math.inf)
+"""Ridges that are tried unless told otherwise; inf: the original projections."""
+
+HOLD_EVERY = 8
+"""Of the batches' sequences every eighth is held out to choose lambda by, where no ``holdout`` is given."""
+
+CONTINUATION = 64
+"""At most so many last tokens of a held-out sequence are what its loss is of; never more than a quarter of it."""
+
+
+def fit(
+    model: Any,
+    plan: Plan,
+    batches: Batches,
+    *,
+    holdout: Batches | None = None,
+    lambdas: Sequence[float] | None = None,
+    progress: Progress = False,
+) -> Plan:
+    """The plan with K/V projections fitted for its omitted layers: a better first token at the same cost.
+
+    An omitted layer's context rows project K and V from the hidden state ``h`` of the last retained layer, which is
+    not what its weights were trained on. For each omitted layer this solves a ridge regression, on calibration
+    prompts, from the normalised ``h`` of the pruned model to the K (before its norm and RoPE) and V that the full
+    model has there; it pulls towards the layer's own projection. All layers of a run share one Gram matrix. Lambda is
+    chosen by the next-token loss of held-out prompts' continuations after the plan's boundary.
+
+    Args:
+        model: a Hugging Face decoder that projects K and V apart, enabled or not; float32, bfloat16 or float16, on
+            any device. As before afterwards.
+        plan: omits at least one layer; projections that it has are not looked at.
+        batches: an iterable of input_ids, int [batch, T], without padding; read once. One forward a batch, two if
+            the plan has several runs.
+        holdout: likewise, of sequences that are not in ``batches``. None: every eighth sequence of the batches is
+            held out, and not fitted on.
+        lambdas: ridges to choose from, relative to the mean diagonal of the Gram matrix, > 0; inf stands for the
+            original projections. None: ``LAMBDAS``. A single one is taken as it is, and nothing held out.
+        progress: True for a bar, or a callback told (steps done, all of them or None): sequences read, and held-out
+            ones scored, once a lambda.
+
+    Returns:
+        the plan, with ``projections`` in the model's dtype and an origin that says how they were made.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named; a plan that omits nothing; no sequence, none to hold out, or
+            none longer than the boundary; hidden states, K or V that are not finite; a model whose K and V are no
+            plain projections. The model is as before.
+
+    Source: docs/fitting.md; POP (arXiv 2602.03295) for the independent KV projection.
+    """
+    model, ridges = stock_model(model), _check_lambdas(lambdas)
+    layers = find_parts(model).layers
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a pop_ext.Plan, got {type(plan).__name__}")
+    plan = plan.replace(projections=None)
+    check_plan(plan, layers, model.config)
+    if not plan.omit:
+        raise ValueError("plan: expected at least one omitted layer to fit, got none")
+    held: list[Tensor] = []
+    if holdout is not None:
+        held = [ids for batch in checked(holdout, model, least=4) for ids in batch.split(1)]
+    split = holdout is None and len(ridges) > 1
+    count = count_sequences(batches)
+    kept = len(held) or (count // HOLD_EVERY if split and count is not None else 0)
+    total = None if count is None else count + (kept * len(ridges) if len(ridges) > 1 else 0)
+    with undisturbed(model), torch.no_grad(), reporting(progress, "fit", total) as advance:
+        reader = _Reader(model, plan, held if split else None, advance)
+        reader.read(batches)
+        moments, samples = reader.moments, {layer: sample_of(layers[layer]) for layer in plan.omit}
+        losses: list[tuple[float, float, float]] = []
+        if len(ridges) > 1:
+            held = _check_held(held, plan, reader.sequences)
+
+        def solved(ridge: float) -> tuple[Plan, list[RunSolution]]:
+            solutions = [run.solve(ridge) for run in moments]
+            matrices = {
+                layer: (run.layers[layer].original.double() + change).to(_dtype(model)).cpu().contiguous()
+                for run, solution in zip(moments, solutions, strict=True)
+                for layer, change in solution.changes.items()
+            }
+            report = FitReport(ridge, reader.sequences, moments[0].rows)
+            return plan.replace(projections=Projections(matrices, samples, report)), solutions
+
+        for ridge in ridges if len(ridges) > 1 else ():
+            losses.append((ridge, *_held_out_loss(model, solved(ridge)[0], held, advance)))
+        best = min(losses, key=lambda row: row[1])[0] if losses else ridges[0]
+        return _finished(model, *solved(best), moments, losses, len(held) if losses else 0)
+
+
+def _finished(
+    model: Any,
+    plan: Plan,
+    solutions: list[RunSolution],
+    moments: list[RunMoments],
+    losses: list[tuple[float, float, float]],
+    held: int,
+) -> Plan:
+    """The fitted plan, with what is to be known of how it was made."""
+    assert plan.projections is not None
+    report = dataclasses.replace(
+        plan.projections.report,
+        condition=tuple(solution.condition for solution in solutions),
+        losses=tuple(losses),
+        holdout=held,
+        residuals={
+            layer: run.residuals(layer, change)
+            for run, solution in zip(moments, solutions, strict=True)
+            for layer, change in solution.changes.items()
+        },
+    )
+    found, known = origin_of(model, ""), plan.origin
+    origin = dataclasses.replace(found, method=None) if known is None else known
+    origin = dataclasses.replace(
+        origin, config_hash=found.config_hash, fit=report.method(), fit_samples=report.sequences
+    )
+    return plan.replace(origin=origin, projections=dataclasses.replace(plan.projections, report=report))
+
+
+class _Reader:
+    """Calibration batches, summed up: one RunMoments a run of the plan."""
+
+    def __init__(self, model: Any, plan: Plan, held: list[Tensor] | None, advance: Callable[[int], None]) -> None:
+        self.model, self.plan, self.held, self.advance = model, plan, held, advance
+        self.layers = find_parts(model).layers
+        self.moments = [RunMoments({i: original_projection(self.layers[i]) for i in run}) for run in plan.runs]
+        self.sequences = 0
+        self._seen = 0
+
+    def read(self, batches: Batches) -> None:
+        for number, ids in enumerate(checked(batches, self.model, least=2)):
+            if self._seen == 0:  # refuses, by name, what projects K and V in another way
+                reference.prefill(self.model, ids[:1, :2], self.plan)
+            fitted = self._hold_back(ids)
+            if len(fitted):
+                self._add(fitted)
+                self.advance(len(fitted))
+            self.sequences += len(fitted)
+            if not all(run.is_finite() for run in self.moments):
+                raise ValueError(f"batches: expected finite hidden states, K and V, got others from number {number}")
+        if self.sequences == 0:
+            raise ValueError("batches: expected at least one sequence to fit on, got none")
+
+    def _hold_back(self, ids: Tensor) -> Tensor:
+        """Keeps every eighth sequence for later, and returns the others."""
+        seen = range(self._seen, self._seen + len(ids))
+        self._seen += len(ids)
+        if self.held is None:
+            return ids
+        out = torch.tensor([number % HOLD_EVERY == HOLD_EVERY - 1 for number in seen], device=ids.device)
+        self.held.extend(sequence[None] for sequence in ids[out])
+        return ids[~out]
+
+    def _add(self, ids: Tensor) -> None:
+        targets = self._full_forward(ids)
+        for run, moments in zip(self.plan.runs, self.moments, strict=True):
+            x = self._read_by[run.start]
+            moments.add(x, {layer: targets[layer] for layer in run})
+
+    def _full_forward(self, ids: Tensor) -> dict[int, Tensor]:
+        """K and V of the full model without their biases, of each omitted layer, [rows, 2 * kv_dim] float32."""
+        outputs: dict[int, list[Tensor]] = {layer: [] for layer in self.plan.omit}
+        self._read_by: dict[int, Tensor] = {}
+        with ExitStack() as stack:
+            for index in self.plan.omit:
+                for handle in _watch_key_values(self.layers[index], outputs[index].append):
+                    stack.callback(handle.remove)
+            stack.enter_context(self._watch_hidden_states(self.plan.runs[0].start))
+            self._forward(ids)
+        later = [run.start for run in self.plan.runs[1:]]
+        if later:  # what they read has passed by the runs before
+            with ExitStack() as stack:
+                for index in self.plan.omit:
+                    stack.enter_context(replaced_forward(self.layers[index], _pass_by))
+                for index in later:
+                    stack.enter_context(self._watch_hidden_states(index))
+                self._forward(ids)
+        return {layer: torch.cat(parts, dim=-1) for layer, parts in outputs.items()}
+
+    def _forward(self, ids: Tensor) -> None:
+        decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.model
+        decoder(input_ids=ids, use_cache=False)
+
+    @contextmanager
+    def _watch_hidden_states(self, index: int) -> Iterator[None]:
+        """Inside: what layer ``index`` is called with goes, normalised, to ``_read_by``."""
+        layer = self.layers[index]
+        called = layer.forward  # of the instance: a layer that passes its input by is watched, too
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = hidden_states_of(args, kwargs)
+            self._read_by[index] = without_gamma(layer, hidden).flatten(0, 1)
+            return called(*args, **kwargs)
+
+        with replaced_forward(layer, forward):
+            yield
+
+
+def _pass_by(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
+
+
+def _watch_key_values(layer: Any, keep: Callable[[Tensor], None]) -> list[Any]:
+    """Hooks that hand over the K and then the V of a layer, less their biases, [rows, kv_dim] float32."""
+    attention, weights = layer.self_attn, key_value_weights(layer.self_attn)
+
+    def less(bias: Tensor | None, output: Tensor) -> Tensor:
+        rows = output.float().flatten(0, 1)
+        return rows if bias is None else rows - bias.float()
+
+    if hasattr(attention, "qkv_proj"):
+        kv_dim = len(weights.k)
+
+        def fused(module: Any, args: Any, output: Tensor) -> None:
+            keep(less(weights.k_bias, output[..., -2 * kv_dim : -kv_dim]))
+            keep(less(weights.v_bias, output[..., -kv_dim:]))
+
+        return [attention.qkv_proj.register_forward_hook(fused)]
+    return [
+        attention.k_proj.register_forward_hook(lambda module, args, output: keep(less(weights.k_bias, output))),
+        attention.v_proj.register_forward_hook(lambda module, args, output: keep(less(weights.v_bias, output))),
+    ]
+
+
+def original_projection(layer: Any) -> Tensor:
+    """``[Wk; Wv]`` times the weight of the norm before it, [2 * kv_dim, hidden] float32: what a fit starts from.
+
+    Raises:
+        ValueError: a norm that is no RMSNorm with a weight a channel.
+    """
+    weights = key_value_weights(layer.self_attn)
+    stacked = torch.cat([weights.k, weights.v]).float()
+    norm = getattr(layer, "input_layernorm", None)
+    if norm is None:
+        return stacked
+    # By what it does to a vector, since families store their weights in different ways (Gemma: less 1).
+    exact = copy.deepcopy(norm).float()
+    generator = torch.Generator("cpu").manual_seed(0)
+    probe = torch.randn(2, stacked.shape[1], generator=generator, device="cpu").to(stacked.device)
+    plain, normed = without_gamma(layer, probe), exact(probe)
+    gamma = normed[0] / plain[0]
+    if not torch.allclose(plain[1] * gamma, normed[1], rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise ValueError(f"model: expected an RMSNorm before K and V, got {type(norm).__name__}")
+    return (stacked * gamma).detach()
+
+
+def _dtype(model: Any) -> torch.dtype:
+    dtype: torch.dtype = model.get_input_embeddings().weight.dtype
+    return dtype
+
+
+# Choosing lambda
+
+
+def _held_out_loss(model: Any, plan: Plan, held: list[Tensor], advance: Callable[[int], None]) -> tuple[float, float]:
+    """Mean loss in nats a token of the sequences' continuations under a plan, and its standard error."""
+    found = []
+    for ids in held:
+        rows = _continuation(ids)
+        boundary = plan.boundary - 1 + rows
+        logits, _ = reference.prefill(model, ids[:, :-1], plan, rows, boundary=boundary)
+        log_p = logits[0].float().log_softmax(-1)
+        found.append(-log_p.gather(-1, ids[0, -rows:, None]).mean())
+        advance(1)
+    losses = torch.stack(found).double()
+    error = losses.std() / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
+    return float(losses.mean()), float(error)
+
+
+def _continuation(ids: Tensor) -> int:
+    return max(1, min(CONTINUATION, ids.shape[1] // 4))
+
+
+def _check_held(held: list[Tensor], plan: Plan, fitted: int) -> list[Tensor]:
+    """Those sequences that have context rows."""
+    if not held:
+        raise ValueError(
+            f"holdout: expected sequences to choose lambda by (or a single lambda), got none of {fitted} sequences: "
+            f"without a holdout every {HOLD_EVERY}th of the batches' is taken"
+        )
+    longer = [ids for ids in held if ids.shape[1] - 1 > plan.boundary - 1 + _continuation(ids)]
+    if not longer:
+        longest = max(ids.shape[1] for ids in held)
+        raise ValueError(
+            f"holdout: expected sequences longer than the boundary {plan.boundary} and a continuation, got at most "
+            f"{longest} tokens"
+        )
+    return longer
+
+
+def _check_lambdas(lambdas: Sequence[float] | None) -> tuple[float, ...]:
+    if lambdas is None:
+        return LAMBDAS
+    if isinstance(lambdas, (str, bytes)) or not isinstance(lambdas, Sequence):
+        raise TypeError(f"lambdas: expected a sequence of numbers, got {type(lambdas).__name__}")
+    for value in lambdas:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"lambdas: expected numbers, got {type(value).__name__} {value!r}")
+        if not value > 0:
+            raise ValueError(f"lambdas: expected numbers > 0, got {value!r}")
+    if not lambdas:
+        raise ValueError("lambdas: expected at least one number, got none")
+    return tuple(float(value) for value in lambdas)

@@ -1,0 +1,422 @@
+"""pop_ext.fit: the ridge regression itself, what it reads of a model, how lambda is chosen, and what it refuses."""
+
+from __future__ import annotations
+
+import functools
+import math
+from contextlib import ExitStack
+
+import pop_ext
+import pytest
+import torch
+from against_oracle import GAPS, LAST, NATIVE, assert_equals_oracle, plan_of, run_native
+from models import FAMILIES, granite, llama, shared, tokens
+from pop_ext import Plan
+from pop_ext.fitting import HOLD_EVERY, original_projection
+from pop_ext.least_squares import RunMoments, condition
+from pop_ext.projections import Projections, without_gamma
+from third_form import assert_equals_third_form, context_rows, held_back_forward
+from tolerance import assert_close_fp32, compare_caches
+
+INF = math.inf
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def batches(model, count=2, batch=3, length=40, seed=10):
+    return [tokens(model, batch, length, seed=seed + i) for i in range(count)]
+
+
+@functools.cache
+def fitted(family, dtype=torch.float32, omit=GAPS, boundary=3, ridge=0.1):
+    model = FAMILIES[family](dtype=dtype)
+    return model, pop_ext.fit(model, plan_of(model, omit, boundary), batches(model), lambdas=[ridge])
+
+
+# The regression
+
+
+def test_the_moments_recover_a_linear_map():
+    generator = torch.Generator().manual_seed(0)
+    original, wanted = torch.randn(2, 6, 5, generator=generator)
+    moments = RunMoments({3: original})
+    for _ in range(4):
+        x = torch.randn(20, 5, generator=generator)
+        moments.add(x, {3: x @ wanted.T})
+    found = original.double() + moments.solve(1e-9).changes[3]
+    assert_close_fp32(found, wanted, "W", 1e-5)
+    before_k, after_k, before_v, after_v = moments.residuals(3, found - original)
+    assert min(before_k, before_v) > 0.1
+    assert max(after_k, after_v) < 1e-6
+
+
+def test_a_solution_is_that_of_the_stacked_least_squares():
+    generator = torch.Generator().manual_seed(1)
+    original, x, y = (torch.randn(*shape, generator=generator) for shape in ((6, 5), (30, 5), (30, 6)))
+    moments = RunMoments({0: original})
+    moments.add(x[:11], {0: y[:11]})
+    moments.add(x[11:], {0: y[11:]})
+    for ridge in (0.01, 1.0, 30.0):
+        scale = math.sqrt(ridge * float((x.T @ x).diagonal().mean()))
+        rows = torch.cat([x, scale * torch.eye(5)]).double()
+        expected = torch.linalg.lstsq(rows, torch.cat([y, scale * original.T]).double()).solution.T
+        assert_close_fp32(original + moments.solve(ridge).changes[0], expected, f"ridge {ridge}", 1e-5)
+
+
+def test_the_condition_is_the_ratio_of_the_eigenvalues():
+    x = torch.randn(60, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    x[:, 0] *= 20
+    gram = x.T @ x
+    values = torch.linalg.eigvalsh(gram)
+    found = condition(gram, torch.linalg.cholesky(gram), steps=200)
+    assert found == pytest.approx(float(values[-1] / values[0]), rel=0.02)
+
+
+def read_and_wanted(model, ids, layer, omit):
+    """What layer `layer` reads in the pruned model, normalised, and the full model's K and V there, without biases."""
+    decoder, seen = model.model, {}
+    with ExitStack() as stack:
+
+        def keep(name):
+            return lambda _module, args, kwargs, output=None: seen.__setitem__(
+                name, output if output is not None else (args[0] if args else kwargs["hidden_states"])
+            )
+
+        attention = decoder.layers[layer].self_attn
+        for name in ("k_proj", "v_proj"):
+            hook = getattr(attention, name).register_forward_hook(
+                lambda _module, _args, output, name=name: seen.__setitem__(name, output)
+            )
+            stack.callback(hook.remove)
+        decoder(ids)
+        wanted = [
+            seen[f"{n}_proj"] - (getattr(attention, f"{n}_proj").bias if attention.k_proj.bias is not None else 0)
+            for n in "kv"
+        ]
+        for index in omit:
+            hook = decoder.layers[index].register_forward_hook(lambda _module, args, _output: args[0])
+            stack.callback(hook.remove)
+        stack.callback(decoder.layers[layer].register_forward_pre_hook(keep("h"), with_kwargs=True).remove)
+        decoder(ids)
+    h = seen["h"]
+    norm = getattr(decoder.layers[layer], "input_layernorm", None)
+    x = h if norm is None else h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5)
+    return x.flatten(0, 1).double(), torch.cat(wanted, -1).flatten(0, 1).double()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "olmo2"])
+@torch.no_grad()
+def test_a_fit_maps_what_the_pruned_model_reads_to_what_the_full_one_has(family):
+    model, plan = fitted(family)
+    for layer in GAPS:
+        parts = [read_and_wanted(model, ids, layer, GAPS) for ids in batches(model)]
+        x, y = (torch.cat(rows) for rows in zip(*parts, strict=True))
+        original = original_projection(model.model.layers[layer]).double()
+        scale = math.sqrt(0.1 * float((x.T @ x).diagonal().mean()))
+        rows = torch.cat([x, scale * torch.eye(x.shape[1])])
+        expected = torch.linalg.lstsq(rows, torch.cat([y, scale * original.T])).solution.T
+        assert_close_fp32(plan.projections.matrices[layer], expected, f"layer {layer}", 1e-4)
+        energy, before, after = (part.square().sum(0) for part in (y, y - x @ original.T, y - x @ expected.T))
+        found = plan.projections.report.residuals[layer]
+        for half, name in enumerate("KV"):
+            total, first, last = (part.chunk(2)[half].sum() for part in (energy, before, after))
+            assert found[2 * half] == pytest.approx(float(first / total), rel=1e-3, abs=1e-6), name
+            assert found[2 * half + 1] == pytest.approx(float(last / total), rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("family", NATIVE)
+@torch.no_grad()
+def test_the_original_projection_is_what_the_layer_computes(family):
+    model = shared(family)
+    layer = model.model.layers[2]
+    h = 3 * torch.randn(7, 96)
+    attention = layer.self_attn
+    normed = layer.input_layernorm(h) if hasattr(layer, "input_layernorm") else h
+    if family == "phi3":
+        expected = attention.qkv_proj(normed)[:, -256:]
+    else:
+        biases = 0 if attention.k_proj.bias is None else torch.cat([attention.k_proj.bias, attention.v_proj.bias])
+        expected = torch.cat([attention.k_proj(normed), attention.v_proj(normed)], -1) - biases
+    assert_close_fp32(without_gamma(layer, h) @ original_projection(layer).T, expected, "K, V", 1e-4)
+
+
+def test_the_first_layer_of_a_run_keeps_its_projection_and_those_after_it_change():
+    model, plan = fitted("llama", omit=LAST)
+    first, second = (original_projection(model.model.layers[layer]) for layer in LAST)
+    matrices = plan.projections.matrices
+    assert_close_fp32(matrices[LAST[0]], first, "the first layer, which reads what it was trained on", 1e-4)
+    assert (matrices[LAST[1]] - second).norm() > 0.1 * second.norm()
+
+
+def test_layers_that_add_nothing_leave_the_fit_nothing_to_do():
+    model = llama()
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        model.model.layers[4].get_submodule(name).weight.data.zero_()
+    plan = pop_ext.fit(model, plan_of(model, LAST), batches(model), lambdas=[1e-4])
+    assert_close_fp32(plan.projections.matrices[5], original_projection(model.model.layers[5]), "layer 5", 1e-3)
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_an_infinite_lambda_equals_the_unfitted_plan(family):
+    model, plan = fitted(family, ridge=INF)
+    ids = tokens(model, 2, 23)
+    ours, theirs = run_native(model, plan, ids), run_native(model, plan_of(model, GAPS, 3), ids)
+    assert_close_fp32(ours.logits, theirs.logits, "logits", 1e-5)
+    compare_caches(ours.cache, theirs.cache, atol=1e-5)
+
+
+def test_a_large_lambda_comes_near_it_and_a_small_one_does_not():
+    model = shared("llama")
+    original = original_projection(model.model.layers[5])
+    off = {}
+    for ridge in (1e-3, 1.0, 1e6):
+        plan = pop_ext.fit(model, plan_of(model, LAST), batches(model), lambdas=[ridge])
+        off[ridge] = float((plan.projections.matrices[5] - original).norm() / original.norm())
+    assert off[1e6] < 1e-5 < 0.05 < off[1.0] < off[1e-3]
+
+
+# Executed
+
+
+@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_fitted_plan_runs_as_the_oracle(family, dtype):
+    model, plan = fitted(family, dtype)
+    assert plan.projections.dtype == dtype
+    assert_equals_oracle(model, plan, tokens(model, 2, 37, seed=5))
+
+
+@pytest.mark.parametrize("boundary", [1, 2, 17, 36, 37])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_a_fitted_plan_runs_as_the_oracle_at_any_boundary(boundary, dtype):
+    model, plan = fitted("qwen3", dtype, LAST)
+    assert_equals_oracle(model, plan, tokens(model, 1, 37, seed=6), boundary=boundary)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1), (8, 1)])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_a_fitted_plan_with_any_grouping_of_heads_runs_as_the_oracle(heads, dtype):
+    model = llama(heads=heads[0], kv_heads=heads[1], dtype=dtype, head_dim=80)
+    plan = pop_ext.fit(model, plan_of(model, GAPS), batches(model), lambdas=[0.3])
+    assert_equals_oracle(model, plan, tokens(model, 2, 19))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_a_second_turn_after_a_fitted_prefill_runs_as_the_oracle(family):
+    model, plan = fitted(family)
+    first = run_native(model, plan, tokens(model, 2, 21, seed=7))
+    assert_equals_oracle(model, plan, tokens(model, 2, 18, seed=8), past=first.cache)
+
+
+def test_a_retained_last_layer_keeps_its_own_projection():
+    # The runtime projects it together with the run before it.
+    model = llama()
+    plan = pop_ext.fit(model, plan_of(model, (3, 4)), batches(model), lambdas=[0.1])
+    assert_equals_oracle(model, plan, tokens(model, 2, 30))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "olmo2"])
+@pytest.mark.parametrize("boundary", [1, 5])
+def test_the_oracle_of_a_fitted_plan_equals_the_third_form(family, boundary):
+    model, plan = fitted(family)
+    ids = tokens(model, 2, 19, seed=3)
+    is_context = (torch.arange(19) < 19 - boundary)[None, :, None]
+    with ExitStack() as stack:
+        for index in GAPS:
+            layer = model.model.layers[index]
+            norm = getattr(layer, "input_layernorm", None)
+            matrices = dict(zip(("k_proj", "v_proj"), plan.projections.matrices[index].chunk(2), strict=True))
+            for name, matrix in matrices.items():
+
+                def on_context_rows(module, args, output, matrix=matrix, norm=norm):
+                    x = args[0] if norm is None else args[0] / norm.weight
+                    ours = torch.nn.functional.linear(x, matrix, module.bias)
+                    return torch.where(is_context, ours, output)
+
+                hook = getattr(layer.self_attn, name).register_forward_hook(on_context_rows)
+                stack.callback(hook.remove)
+        expected = third_form_logits_and_cache(model, ids, boundary)
+    assert_close_to_third_form(model, plan, ids, boundary, expected)
+
+
+def third_form_logits_and_cache(model, ids, boundary):
+    return held_back_forward(model, ids, GAPS, context_rows(torch.ones_like(ids), [boundary] * len(ids)))
+
+
+def assert_close_to_third_form(model, plan, ids, boundary, expected):
+    logits, cache = pop_ext.reference.prefill(model, ids, plan, boundary, boundary=boundary)
+    assert_close_fp32(logits, expected[0][:, -boundary:], "logits")
+    compare_caches(cache, expected[1])
+
+
+def test_the_third_form_tells_a_fitted_plan_from_an_unfitted_one():
+    model, plan = fitted("llama")
+    ids = tokens(model, 2, 19, seed=3)
+    assert_equals_third_form(model, ids, GAPS)
+    with pytest.raises(AssertionError, match="worst at"):
+        assert_close_to_third_form(model, plan, ids, 1, third_form_logits_and_cache(model, ids, 1))
+
+
+# Mistakes
+
+
+def swap_k_and_v(matrices):
+    k, v = matrices[4].chunk(2)
+    matrices[4] = torch.cat([v, k])
+
+
+def swap_two_layers(matrices):
+    matrices[3], matrices[4] = matrices[4], matrices[3]
+
+
+def forget_one(matrices):
+    matrices[4] = original_projection(fitted("llama")[0].model.layers[4])
+
+
+def multiply_by_gamma_again(matrices):
+    matrices[4] = matrices[4] * fitted("llama")[0].model.layers[4].input_layernorm.weight.detach()
+
+
+@pytest.mark.parametrize("mutate", [swap_k_and_v, swap_two_layers, forget_one, multiply_by_gamma_again])
+def test_a_mistake_in_what_the_operator_is_given_is_caught(mutate, monkeypatch):
+    model, plan = fitted("llama")
+
+    def stack_rows(self, like):
+        matrices = dict(self.matrices)
+        mutate(matrices)
+        return [matrices[layer] for layer in self.layers]
+
+    monkeypatch.setattr(Projections, "stack_rows", stack_rows)
+    with pytest.raises(AssertionError, match="worst at"):
+        assert_equals_oracle(model, plan, tokens(model, 1, 30))
+
+
+# Choosing lambda
+
+
+def test_lambda_is_the_one_of_the_lowest_held_out_loss():
+    model = FAMILIES["mistral"]()
+    held = [tokens(model, 4, 33, seed=70)]
+    plan = pop_ext.fit(model, plan_of(model, LAST, 2), batches(model), holdout=held, lambdas=[0.01, 1, INF])
+    report = plan.projections.report
+    assert [row[0] for row in report.losses] == [0.01, 1.0, INF]
+    assert report.ridge == min(report.losses, key=lambda row: row[1])[0]
+    assert report.holdout == 4
+    pop_ext.enable(model, pop_ext.fit(model, plan_of(model, LAST, 2), batches(model), lambdas=[1]))
+    scores = pop_ext.score(model, list(held[0][:, :25]), list(held[0][:, 25:]))
+    expected = -torch.tensor([score.log_likelihood for score in scores]) / 8
+    assert report.losses[1][1] == pytest.approx(float(expected.mean()), abs=1e-4)
+    assert report.losses[1][2] == pytest.approx(float(expected.std() / 2), abs=1e-4)
+
+
+def test_every_eighth_sequence_is_held_out_where_no_other_is_given():
+    model = shared("llama")
+    whole = tokens(model, 20, 24, seed=4)
+    out = torch.arange(20) % HOLD_EVERY == HOLD_EVERY - 1
+    plan = plan_of(model, LAST)
+    ours = pop_ext.fit(model, plan, whole.split(3), lambdas=[0.1, 10])
+    theirs = pop_ext.fit(model, plan, [whole[~out]], holdout=[whole[out]], lambdas=[0.1, 10])
+    for layer in LAST:
+        assert_close_fp32(ours.projections.matrices[layer], theirs.projections.matrices[layer], "W", 1e-4)
+    assert ours.projections.report.holdout == theirs.projections.report.holdout == 2
+    assert ours.projections.report.sequences == 18
+    for one, other in zip(ours.projections.report.losses, theirs.projections.report.losses, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_a_single_lambda_needs_no_holdout():
+    model = shared("llama")
+    report = pop_ext.fit(model, plan_of(model, LAST), [tokens(model, 1, 9)], lambdas=[0.5]).projections.report
+    assert (report.ridge, report.holdout, report.losses, report.sequences, report.tokens) == (0.5, 0, (), 1, 9)
+
+
+def test_fewer_rows_than_channels_are_enough_for_a_ridge():
+    model = shared("llama")
+    plan = pop_ext.fit(model, plan_of(model, LAST), [tokens(model, 1, 2)], lambdas=[0.1])
+    assert plan.projections.matrices[5].isfinite().all()
+    assert plan.projections.report.condition[0] == pytest.approx(1 + 96 / 0.1, rel=0.3)
+
+
+def test_how_sequences_are_grouped_does_not_matter():
+    model = shared("qwen2")
+    whole, plan = tokens(model, 6, 24, seed=4), plan_of(shared("qwen2"), GAPS)
+    one, other = (pop_ext.fit(model, plan, whole.split(n), lambdas=[0.1]).projections for n in (6, 1))
+    for layer in GAPS:
+        assert_close_fp32(one.matrices[layer], other.matrices[layer], f"layer {layer}", 1e-4)
+    again = pop_ext.fit(model, plan, whole.split(6), lambdas=[0.1])
+    assert again.projections == one
+
+
+def test_batches_may_have_different_lengths_and_come_from_a_generator():
+    model = shared("llama")
+    given = [tokens(model, 2, n, seed=n) for n in (9, 30)]
+    plan = plan_of(model, LAST)
+    once = pop_ext.fit(model, plan, (ids for ids in given), lambdas=[0.1])
+    assert once.projections == pop_ext.fit(model, plan, given, lambdas=[0.1]).projections
+    assert once.projections.report.tokens == 2 * 39
+
+
+# The model
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_an_enabled_model_in_training_mode_is_fitted_as_the_stock_one_and_left_as_it_was(backend):
+    model = llama()
+    expected = pop_ext.fit(model, plan_of(model, GAPS), batches(model), lambdas=[0.1])
+    pop_ext.enable(model, plan_of(model, (0, 1, 2)), backend=backend)
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    forward = model.forward
+    assert pop_ext.fit(model, plan_of(model, GAPS), batches(model), lambdas=[0.1]).projections == expected.projections
+    assert model.training
+    assert model.forward is forward
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in model.model.modules())
+
+
+def test_a_decoder_without_a_native_form_is_fitted_for_the_oracle():
+    model = granite()
+    plan = pop_ext.fit(model, plan_of(model, LAST), batches(model), lambdas=[0.1])
+    ids = tokens(model, 1, 20)
+    ours, _ = pop_ext.reference.prefill(model, ids, plan)
+    plain, _ = pop_ext.reference.prefill(model, ids, plan_of(model, LAST))
+    assert not torch.allclose(ours, plain, atol=1e-3)
+
+
+def test_a_projection_of_another_kind_is_refused_by_name():
+    model = llama()
+    attention = model.model.layers[5].self_attn
+    forward = attention.forward
+    attention.forward = lambda hidden_states, **call: forward(2 * hidden_states, **call)
+    with pytest.raises(ValueError, match="model: expected .* but LlamaAttention of layer 5 computes something else"):
+        pop_ext.fit(model, plan_of(model, LAST), batches(model), lambdas=[0.1])
+
+
+def test_a_norm_that_is_no_rms_norm_is_refused_by_name():
+    model = llama()
+    norm = torch.nn.LayerNorm(96)
+    norm.weight.data.uniform_(0.5, 2)
+    model.model.layers[5].input_layernorm = norm
+    with pytest.raises(ValueError, match="model: expected an RMSNorm before K and V, got LayerNorm"):
+        pop_ext.fit(model, plan_of(model, LAST), batches(model), lambdas=[0.1])
+
+
+def test_progress_counts_the_sequences_read_and_those_scored():
+    model, told = shared("llama"), []
+    held = [tokens(model, 3, 20, seed=1)]
+    pop_ext.fit(
+        model, plan_of(model, LAST), batches(model), holdout=held, lambdas=[1, 2], progress=lambda *x: told.append(x)
+    )
+    assert told == [(3, 12), (6, 12), *((n, 12) for n in range(7, 13))]
+
+
+def test_an_origin_says_how_a_plan_was_fitted():
+    model = shared("llama")
+    chosen = pop_ext.block_influence(model, batches(model)).plan(count=2)
+    plan = pop_ext.fit(model, chosen, batches(model), lambdas=[0.25])
+    assert (plan.origin.method, plan.origin.samples) == (chosen.origin.method, chosen.origin.samples)
+    assert plan.origin.fit == "ridge towards the original projections, lambda 0.25"
+    assert plan.origin.fit_samples == 6
+    by_hand = pop_ext.fit(model, Plan(6, LAST), batches(model), lambdas=[0.25])
+    assert by_hand.origin.method is None
+    assert by_hand.origin.config_hash == plan.origin.config_hash
