@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import typer
 
+from pop_ext.commands.evaluate import evaluate
 from pop_ext.commands.generate import generate
 from pop_ext.commands.info import info
-from pop_ext.commands.shared import parse_layers
+from pop_ext.commands.shared import ManyValues
+from pop_ext.layer_ranges import parse_layers
 
 __all__ = ["app", "parse_layers"]
 
@@ -18,3 +20,4 @@ app = typer.Typer(
 )
 for command in (generate, info):
     app.command()(command)
+app.command("eval", cls=ManyValues)(evaluate)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,12 +15,23 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from typer.core import TyperCommand
 
 from pop_ext import info as facts
+from pop_ext.layer_ranges import parse_layers
 from pop_ext.plan import Plan
 from pop_ext.presets import default_plan
 
 ModelOption = Annotated[str, typer.Option(help="Folder or Hugging Face name of a causal language model.")]
+ModelArgument = Annotated[str, typer.Argument(help="Folder or Hugging Face name of a causal language model.")]
+TextOption = Annotated[
+    list[Path],
+    typer.Option(help="Texts: plain, or .jsonl with an object of prompt and continuation a line.", show_default=False),
+]
+OutFolderOption = Annotated[Path, typer.Option("--out", "-o", help="Folder of the results; made where it is not.")]
+BoundariesOption = Annotated[
+    str | None, typer.Option(help="Last rows of a prompt at full depth, like 1,16,64: each a plan.")
+]
 PlanOption = Annotated[Path | None, typer.Option(help="Plan to read, as Plan.save wrote it.")]
 OmitOption = Annotated[str | None, typer.Option(help="Layers to omit, like 22-31 or 8,9,11.")]
 CountOption = Annotated[int | None, typer.Option(help="How many of the deepest layers to omit.")]
@@ -32,20 +42,42 @@ ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads; by 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
 
 
-def parse_layers(text: str) -> list[int]:
-    """``"3,5-7"`` -> ``[3, 5, 6, 7]``; "" is no layer.
+def parse_numbers(option: str, text: str) -> list[int]:
+    """``"1-3,8"`` -> ``[1, 2, 3, 8]``; "" is none.
 
     Raises:
         ValueError: anything else.
     """
-    layers: list[int] = []
-    for part in text.split(",") if text else []:
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last:
-            raise ValueError(f"--omit: expected layers like 22-31 or 8,9,11, got {text!r}")
-        layers.extend(range(first, last + 1))
-    return layers
+    try:
+        return parse_layers(text.strip())
+    except ValueError:
+        raise ValueError(f"{option}: expected numbers like 1,2,4 or 1-6, got {text!r}") from None
+
+
+class ManyValues(TyperCommand):
+    """A command whose ``--text`` and ``--plan`` take all words up to the next option, as a shell's ``*.txt`` gives."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        option = None
+        for word in args:
+            if word.startswith("-"):
+                option, named = (word if word in ("--text", "--plan") else None), True
+            else:
+                if option is not None and not named:
+                    spread.append(option)
+                named = False
+            spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
+def draw(drawing: Any, *arguments: Any) -> list[str]:
+    """The paths of what was drawn; where matplotlib is missing none, and a line that says so."""
+    try:
+        return list(drawing(*arguments))
+    except ImportError as error:
+        print(f"pop-ext: no figures: {error}", file=sys.stderr)
+        return []
 
 
 def choose_plan(config: Any, path: Path | None, omit: str | None, count: int | None, boundary: int | None) -> Plan:
