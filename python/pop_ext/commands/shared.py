@@ -28,6 +28,7 @@ TextOption = Annotated[
     list[Path],
     typer.Option(help="Texts: plain, or .jsonl with an object of prompt and continuation a line.", show_default=False),
 ]
+WindowOption = Annotated[int, typer.Option(min=4, help="Tokens of each sequence of a calibration.")]
 OutFolderOption = Annotated[Path, typer.Option("--out", "-o", help="Folder of the results; made where it is not.")]
 BoundariesOption = Annotated[
     str | None, typer.Option(help="Last rows of a prompt at full depth, like 1,16,64: each a plan.")

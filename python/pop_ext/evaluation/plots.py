@@ -119,11 +119,12 @@ def draw_frontier(result: Evaluation, path: Path_) -> bool:
     for x, y, row in points:
         side = -1 if (x, y.value) in best else 1  # labels of the frontier below the points, others above
         text = f"{len(row['omit'])}"
-        offset = {"xytext": (0, 6 * side), "textcoords": "offset points"}
+        shift = 5 * (boundaries.index(row["boundary"]) - (len(boundaries) - 1) / 2)  # equal points stay readable
+        offset = {"xytext": (shift, 6 * side), "textcoords": "offset points"}
         ax.annotate(text, (x, y.value), fontsize=7, ha="center", va="top" if side < 0 else "bottom", **offset)
     ax.set_xlabel(f"times as fast as the native full prefill, {tokens} tokens, measured")
     _loss_axis(ax, "loss above full depth, nats a token")
-    _title(figure, result, "number at a point: omitted layers")
+    _title(figure, result, "quality against speed; the number at a point: omitted layers")
     _legend(figure)
     figure.savefig(path)
     return True
@@ -242,12 +243,12 @@ def _length_axis(ax: Any, lengths: Iterable[int]) -> None:
 
 def _title(figure: Any, result: Evaluation, what: str) -> None:
     name = str(result.facts["model"] or "model").rstrip("/")
-    figure.suptitle(f"{name}: {what}", fontsize=10)
+    figure.suptitle(f"{name}: {what}", fontsize=10, x=0.01, ha="left")
 
 
 def _legend(figure: Any, ax: Any = None) -> None:
     handles, labels = (ax or figure.axes[0]).get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
 
 
 def _of_length(row: Row) -> str:
