@@ -145,7 +145,7 @@ def test_eval_takes_saved_plans_and_refuses_a_folder_of_other_prompts(folder, fi
     ],
 )
 def test_bad_options_of_eval_are_one_line_and_status_2(folder, files, tmp_path, options, message):
-    result = run("eval", folder, "--text", files[1], "-o", tmp_path / "out", "--recall", "", *options)
+    result = run("eval", folder, "--text", files[1], "-o", tmp_path / "out", "--recall", "", "--lengths", 24, *options)
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.output

@@ -11,14 +11,17 @@ from pathlib import Path
 import pop_ext
 import pytest
 import torch
+from model_folder import save_tiny_llama
+from pop_ext import Plan
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytest.importorskip("lm_eval", reason="needs lm-eval")
+
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
-from model_folder import save_tiny_llama
-from pop_ext import Plan
 from pop_ext.harness import PopLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TASKS = {
     "choice": {

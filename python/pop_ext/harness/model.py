@@ -12,6 +12,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from pop_ext.evaluate import score
 from pop_ext.evaluation.ablations import group_by_shape, stock_logits
@@ -176,17 +177,29 @@ class PopLM(TemplateLM):
                     name: value for name, value in options.items() if name not in ("temperature", "top_p", "top_k")
                 }
             ids = torch.tensor([self.tok_encode(context)[-(self.max_length - new_tokens) :]], device=self.model.device)
-            options |= {"stop_strings": stops, "tokenizer": self.tokenizer} if stops else {}
+            written = StoppingCriteriaList([_Written(self.tokenizer, stops, ids.shape[1])])
             with torch.no_grad():
-                made = self.model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, **options
-                )
+                options |= {"attention_mask": torch.ones_like(ids), "stopping_criteria": written}
+                made = self.model.generate(ids, max_new_tokens=new_tokens, **options)
             text = str(self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
             for stop in stops:
                 text = text.partition(stop)[0] if stop else text
             found.append(text)
             self.cache_hook.add_partial("generate_until", request.args, text)
         return found
+
+
+class _Written(StoppingCriteria):
+    """Ends a generation at the first of the stop texts: transformers' own needs more of a tokenizer than to decode."""
+
+    def __init__(self, tokenizer: Any, stops: list[str], prompt: int) -> None:
+        self.tokenizer, self.stops, self.prompt = tokenizer, [stop for stop in stops if stop], prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Whether each sequence is to end, [batch]."""
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt :], skip_special_tokens=True)
+        ended = [any(stop in text for stop in self.stops) for text in texts]
+        return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
 
 
 def _plan(config: Any, plan: str | Plan | None, omit: Any, count: Any, boundary: Any) -> Plan:
