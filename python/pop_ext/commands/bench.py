@@ -22,16 +22,16 @@ def bench(context: typer.Context, as_json: JsonOption = False) -> None:
     lies in its source tree, else that of the working directory.
     """
     with shared.errors():
-        script = _script()
-        if not as_json:
-            raise typer.Exit(subprocess.run([sys.executable, str(script), *context.args], check=False).returncode)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "report.json"
-            command = [sys.executable, str(script), *context.args, "--json", str(path)]
-            status = subprocess.run(command, check=False, stdout=sys.stderr).returncode
-            if path.exists():
-                print(path.read_text(encoding="utf-8"))
-        raise typer.Exit(status)
+        command = [sys.executable, str(_script()), *context.args]
+    if not as_json:
+        raise typer.Exit(subprocess.run(command, check=False).returncode)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "report.json"
+        # What it prints is for people: to standard error, so that standard output is JSON and nothing else.
+        status = subprocess.run([*command, "--json", str(path)], check=False, stdout=2).returncode
+        if path.exists():
+            print(path.read_text(encoding="utf-8"))
+    raise typer.Exit(status)
 
 
 def _script() -> Path:
