@@ -78,6 +78,7 @@ def plot_importance(importance: Importance, path: str | PathLike[str]) -> None:
 def plot_stages(profiles: Sequence[dict[str, Any]], path: str | PathLike[str] | IO[bytes]) -> None:
     """Where the time of prefills goes: a bar a profile of ``bench/run.py --profile``, a colour a stage."""
     names = list(dict.fromkeys(stage["name"] for item in profiles for stage in item["stages"]))
+    names.sort(key=lambda name: name == "rest")  # last
     figure, [ax] = new_figure(1, width=8.0, height=1.6 + 0.42 * len(profiles))
     ax.grid(visible=False)
     left = [0.0] * len(profiles)

@@ -35,6 +35,7 @@ figure { margin: 1.2rem 0; } img { max-width: 100%; background: #fff; border-rad
 
 # File names without ending -> what the figure shows; others get their name.
 _CAPTIONS = {
+    "importance": "How much each layer matters for encoding a prompt and for what follows: squared gate derivatives.",
     "cost": "What each arm costs, by the number of omitted layers: loss above full depth, with standard errors.",
     "frontier": "Quality against measured speed, a point a plan. Down and to the right is better.",
     "lengths": "What each arm costs, by the length of the prompt.",
@@ -83,7 +84,7 @@ def make_page(folder: Path) -> Page:
 
 def _order(stem: str) -> int:
     known = [*_CAPTIONS]
-    return known.index(stem) if stem in known else -1
+    return known.index(stem) if stem in known else -1  # what calibrate draws comes first
 
 
 def _section(path: Path) -> str | None:
@@ -201,23 +202,27 @@ def _bench(members: dict[str, Any], name: str) -> str:
 def _stages(item: dict[str, Any]) -> str:
     rows = []
     for stage in item["stages"]:
-        rate = stage["flops"] / stage["seconds"] / 1e9 if stage.get("flops") and stage["seconds"] else None
         peak = stage.get("share_of_peak")
-        rows.append(
-            [
-                _text(stage["name"]),
-                f"{1e3 * stage['seconds']:.2f}",
-                f"{100 * stage['share']:.1f} %",
-                "-" if rate is None else f"{rate:.1f}",
-                "-" if peak is None else f"{100 * peak:.0f} %",
-            ]
-        )
-    return _table(["stage", "ms", "share", "GFLOP/s", "of peak"], rows)
+        times = [f"{1e3 * stage['seconds']:.2f}", f"{100 * stage['share']:.1f} %"]
+        rows.append([_text(stage["name"]), *times, _rate(item, stage), "-" if peak is None else f"{100 * peak:.0f} %"])
+    return _table(["stage", "ms", "share", "rate", "of peak"], rows)
+
+
+def _rate(item: dict[str, Any], stage: dict[str, Any]) -> str:
+    """GFLOP/s, or GB/s of a stage that memory bounds."""
+    flops, moved, seconds = stage.get("flops"), stage.get("bytes"), stage["seconds"]
+    if not flops or not seconds:
+        return "-"
+    peak, bandwidth = item.get("gemm_peak_flop_per_s"), item.get("bandwidth_bytes_per_s")
+    if moved and peak and bandwidth and moved / bandwidth > flops / peak:
+        return f"{moved / seconds / 1e9:.1f} GB/s"
+    return f"{flops / seconds / 1e9:.1f} GFLOP/s"
 
 
 def _figure(png: bytes, stem: str) -> str:
     data = base64.b64encode(png).decode()
-    caption = _text(_CAPTIONS.get(stem, stem))
+    known = "importance" if stem.endswith(".importance") else stem
+    caption = _text(_CAPTIONS.get(known, stem))
     return (
         f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
     )

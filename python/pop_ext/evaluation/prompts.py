@@ -42,7 +42,7 @@ class PromptSet:
         found = hashlib.sha256(f"{self.kind} {self.length}".encode())
         for context, continuation in self.pairs:
             for ids in (context, continuation):
-                found.update(f" {len(ids)} ".encode() + ids.numpy().astype("<i8").tobytes())
+                found.update(f" {len(ids)} ".encode() + ids.cpu().numpy().astype("<i8").tobytes())
         return found.hexdigest()
 
 
@@ -195,11 +195,12 @@ def _check_lengths(lengths: Sequence[int], after: int, limit: int | None) -> Non
 
 def _encode(tokenizer: Any, text: str) -> Tensor:
     # `verbose`: a text is longer than the model takes before it is cut into windows.
-    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 def _beginning(tokenizer: Any) -> Tensor:
     """The token that the tokenizer puts before every text, [1] or [0]: many models are lost without it."""
     ids = tokenizer("a")["input_ids"]
     begins = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-    return torch.tensor(ids[:1] if begins else [], dtype=torch.int64)
+    return torch.tensor(ids[:1] if begins else [], dtype=torch.int64, device="cpu")
