@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib
 import json
 import os
@@ -91,6 +92,10 @@ def test_every_line_of_pop_ext_runs(line, form, tmp_path, monkeypatch):
         pop_ext.Plan.last(12).save(path)
     places = {"NAME": str(DEMO / "model"), "FILE": str(prompt), "PLAN.json": str(tmp_path / "plan.json")}
     words = [places.get(word, re.sub("^DIR", str(folder), word)) for word in CLI_LINES[line]]
+    monkeypatch.chdir(ROOT)
+    words = [
+        found for word in words for found in (sorted(glob.glob(word)) if "*" in word else [word])
+    ]  # as a shell does
     words += QUICK.get(words[0], "").split()
     result = CliRunner().invoke(app, [*words, "--json"] if form == "json" else words)
     assert result.exit_code == 0, result.output
