@@ -16,8 +16,8 @@ import pytest
 import torch
 import transformers
 from model_folder import save_tiny_llama
-from pop_ext import cli, commands
-from pop_ext.commands import app, parse_layers
+from pop_ext import cli
+from pop_ext.commands import app, parse_layers, shared
 from pop_ext.compare import compare, count_steps, split_prompt
 from pop_ext.info import ceilings
 from rich.console import Console
@@ -150,7 +150,7 @@ def test_a_failure_is_one_line_and_status_1(folder, prompt_file, monkeypatch):
     def fail(*_):
         raise RuntimeError("planted failure")
 
-    monkeypatch.setattr(commands, "_load_model", fail)
+    monkeypatch.setattr(shared, "load_model", fail)
     for result in (generate(folder, prompt_file), run("info", "--model", folder)):
         assert result.exit_code == 1
         assert result.stderr == "pop-ext: planted failure\n"
@@ -172,8 +172,8 @@ def test_the_spinner_turns_while_a_model_loads(monkeypatch):
 
     terminal = Terminal()
     console = functools.partial(Console, file=terminal, force_terminal=True, _environ={"TERM": "xterm"})
-    monkeypatch.setattr(commands, "Console", lambda stderr: console())
-    with commands._loading(quiet=False):
+    monkeypatch.setattr(shared, "Console", lambda stderr: console())
+    with shared.loading(quiet=False):
         time.sleep(0.5)
     frames = set(re.findall("[\u2800-\u28ff]", terminal.getvalue()))
     assert len(frames) >= 2

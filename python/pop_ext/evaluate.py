@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,22 @@ def score(
         ValueError, TypeError: a model that is not enabled, an empty sequence, lists of different length,
             ids that are no integers or outside the vocabulary.
     """
+    scores: list[Score] = []
+    for row, continuation in continuation_logits(model, context_ids, continuation_ids, batch_size):
+        log_p = row.float().log_softmax(-1)
+        likelihood = float(log_p.gather(1, continuation[:, None]).sum())
+        scores.append(Score(likelihood, bool((log_p.argmax(-1) == continuation).all())))
+    return scores
+
+
+def continuation_logits(
+    model: nn.Module, context_ids: Sequence[Ids], continuation_ids: Sequence[Ids], batch_size: int = 8
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each pair the logits [n, vocab] that predict its continuation's n tokens, and those tokens, as ``score`` does.
+
+    Raises:
+        ValueError, TypeError: as ``score``.
+    """
     forward = require_enabled(model)
     inner: Any = forward.model
     if isinstance(batch_size, bool) or not isinstance(batch_size, int):
@@ -51,7 +67,6 @@ def score(
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     pairs = _pairs(context_ids, continuation_ids, inner.get_input_embeddings().weight.shape[0])
-    scores: list[Score] = []
     for begin in range(0, len(pairs), batch_size):
         batch = pairs[begin : begin + batch_size]
         # The last token of a continuation predicts nothing that is asked for.
@@ -71,16 +86,8 @@ def score(
             # What was bound, not ``forward.native``: another thread may bind anew, or a disable free it.
             native = forward.bind_native()
             logits = native.prefill_fresh(ids, attention_mask=mask, boundary=boundary, logits_to_keep=keeps).logits
-        rows = logits.float().log_softmax(-1).split(keeps)
-        for row, (_, continuation) in zip(rows, batch, strict=True):
-            target = continuation.to(row.device)
-            scores.append(
-                Score(
-                    float(row.gather(1, target[:, None]).sum()),
-                    bool((row.argmax(-1) == target).all()),
-                )
-            )
-    return scores
+        for row, (_, continuation) in zip(logits.split(keeps), batch, strict=True):
+            yield row, continuation.to(row.device)
 
 
 def _pairs(

@@ -52,7 +52,7 @@ def gate_derivatives(
             for layer in layers:
                 stack.enter_context(replaced_forward(layer, partial(_checkpointed, layer.forward)))
         with _gates(model, layers, ids.shape[1] - loss_rows, found):
-            loss = _sampled_loss(_last_logits(model, ids, loss_rows), uniforms)
+            loss = _sampled_loss(last_logits(model, ids, loss_rows), uniforms)
         loss.backward()
     derivatives = {}
     for kind, rows in found.items():
@@ -129,7 +129,7 @@ def _norm_between(layer: Any, index: int) -> nn.Module:
     return middle
 
 
-def _last_logits(model: Any, ids: Tensor, rows: int) -> Tensor:
+def last_logits(model: Any, ids: Tensor, rows: int) -> Tensor:
     """[batch, rows, vocab] of the last rows."""
     takes_keep = "logits_to_keep" in inspect.signature(type(model).forward).parameters
     keep = {"logits_to_keep": rows} if takes_keep else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,6 +91,17 @@ def ceilings(spec: _core.ModelSpec, plan: Plan, tokens: int) -> dict[str, float]
         "pop_over_native_full": full / pruned,
         "native_full_over_stock": stock / full,
     }
+
+
+def processor() -> str:
+    """Name of the processor."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def _version_of(package: str) -> str | None:

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pop_ext.layer_importance import Importance
 
 # Two hues that differ in lightness, too, so that they stay apart in grey and for the colour-blind.
 PREFILL, DECODE = "#0b6fb8", "#e0842b"
+STAGE_COLOURS = (
+    "#0b4f86",
+    "#1f7fc4",
+    "#6db3e8",
+    "#b9dcf5",
+    "#e0842b",
+    "#f2b36b",
+    "#2f9e4f",
+    "#7cc98a",
+    "#8e5fb5",
+    "#c4a5dd",
+    "#bbbbbb",
+)
 
 
 def new_figure(columns: int, width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
@@ -59,3 +73,22 @@ def plot_importance(importance: Importance, path: str | PathLike[str]) -> None:
     name = str(importance.origin.model or "model").rstrip("/")
     figure.suptitle(f"{name}, {importance.samples} samples", fontsize=10)
     figure.savefig(path)
+
+
+def plot_stages(profiles: Sequence[dict[str, Any]], path: str | PathLike[str] | IO[bytes]) -> None:
+    """Where the time of prefills goes: a bar a profile of ``bench/run.py --profile``, a colour a stage."""
+    names = list(dict.fromkeys(stage["name"] for item in profiles for stage in item["stages"]))
+    names.sort(key=lambda name: name == "rest")  # last
+    figure, [ax] = new_figure(1, width=8.0, height=1.6 + 0.42 * len(profiles))
+    ax.grid(visible=False)
+    left = [0.0] * len(profiles)
+    labels = [f"{item['arm']}, {item['tokens']} tokens" for item in profiles]
+    for number, name in enumerate(names):
+        widths = [1e3 * sum(s["seconds"] for s in item["stages"] if s["name"] == name) for item in profiles]
+        ax.barh(labels, widths, left=left, color=STAGE_COLOURS[number % len(STAGE_COLOURS)], label=name, height=0.62)
+        left = [begin + width for begin, width in zip(left, widths, strict=True)]
+    ax.invert_yaxis()
+    ax.set_xlabel("ms")
+    figure.suptitle(f"{profiles[0]['model']}, {profiles[0]['dtype']}: stages of a prefill", fontsize=10)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.savefig(path, format="png")

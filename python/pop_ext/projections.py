@@ -123,6 +123,13 @@ class Projections:
     def dtype(self) -> torch.dtype:
         return next(iter(self.matrices.values())).dtype
 
+    def digest(self) -> str:
+        """SHA-256 of layers and matrices: of projections that compute the same, the same."""
+        found = hashlib.sha256(repr((self.layers, self.dtype)).encode())
+        for layer in self.layers:
+            found.update(self.matrices[layer].contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
     def stack_rows(self, like: Tensor) -> list[Tensor]:
         """The matrices by layer, in the dtype and on the device of ``like``: what ``pop::load`` takes."""
         return [self.matrices[layer].to(like.device, like.dtype) for layer in self.layers]

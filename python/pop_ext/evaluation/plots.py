@@ -1,0 +1,255 @@
+"""Figures of an evaluation (extra ``plot``). Each returns False where the result has nothing for it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from os import PathLike
+from typing import Any
+
+from pop_ext.evaluation.ablations import DROPPED, NO_BOUNDARY, NO_KV
+from pop_ext.evaluation.arms import FITTED, FULL, POP
+from pop_ext.evaluation.results import Evaluation, Mean
+from pop_ext.evaluation.timing import NATIVE_FULL, STOCK, plan_arm, speedup
+from pop_ext.plots import new_figure
+
+Path_ = str | PathLike[str]
+Row = dict[str, Any]
+
+# By kind, boundaries from light to dark; apart in grey, too.
+_SHADES = {
+    POP: ("#6db3e8", "#1f7fc4", "#0b4f86", "#06304f"),
+    FITTED: ("#7cc98a", "#2f9e4f", "#176b30", "#0c421c"),
+    NO_KV: ("#f2b36b", "#e0842b", "#a85a10", "#6b3705"),
+    NO_BOUNDARY: ("#8e5fb5",),
+    DROPPED: ("#666666",),
+}
+_MARKERS = {POP: "o", FITTED: "^", NO_KV: "s", NO_BOUNDARY: "D", DROPPED: "x"}
+_LINEAR_BELOW = 0.01  # nats a token: below it the axis of losses is linear, so that zero and noise have a place
+
+
+def draw_cost(result: Evaluation, path: Path_) -> bool:
+    """What each arm costs, by the number of omitted layers: difference in loss to full depth."""
+    rows = _widest_set(result, "text")
+    lines = _lines(rows, lambda row: len(row["omit"]), "delta_loss")
+    if not any(len(points) > 1 for points in lines.values()):
+        return False
+    figure, [ax] = new_figure(1, width=7.6, height=4.6)
+    _draw_lines(ax, lines)
+    _loss_axis(ax, "loss above full depth, nats a token")
+    ax.set_xlabel("omitted layers")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    _title(figure, result, f"{rows[0]['prompts']} prompts{_of_length(rows[0])}")
+    _legend(figure)
+    figure.savefig(path)
+    return True
+
+
+def draw_recall(result: Evaluation, path: Path_) -> bool:
+    """How often the definition of a prompt's first line is found again, by the number of omitted layers."""
+    rows = _widest_set(result, "recall")
+    lines = _lines(rows, lambda row: len(row["omit"]), "exact")
+    if not any(len(points) > 1 for points in lines.values()):
+        return False
+    figure, [ax] = new_figure(1, width=7.6, height=4.4)
+    _draw_lines(ax, lines)
+    for row in rows:
+        if row["kind"] == FULL:
+            ax.axhline(row["exact"].value, color="black", linewidth=1, linestyle=":", label="full depth")
+    ax.set_ylim(-0.03, 1.03)
+    ax.set_ylabel("share of exact answers")
+    ax.set_xlabel("omitted layers")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    _title(figure, result, f"{rows[0]['prompts']} recall prompts{_of_length(rows[0])}")
+    _legend(figure)
+    figure.savefig(path)
+    return True
+
+
+def draw_lengths(result: Evaluation, path: Path_) -> bool:
+    """What each arm costs, by the length of the prompt."""
+    rows = [row for row in result.summary() if row["set"] == "text" and row["length"] is not None]
+    by_plan: dict[tuple[int, ...], list[Row]] = {}
+    for row in rows:
+        if row["kind"] != FULL:
+            by_plan.setdefault(tuple(row["omit"]), []).append(row)
+    by_plan = {omit: own for omit, own in by_plan.items() if len({row["length"] for row in own}) > 1}
+    chosen = sorted(by_plan, key=len)[:3]
+    if not chosen:
+        return False
+    figure, axes = new_figure(len(chosen), width=1.6 + 4.6 * len(chosen), height=4.4)
+    low, high = math.inf, -math.inf
+    for ax, omit in zip(axes, chosen, strict=True):
+        _draw_lines(ax, _lines(by_plan[omit], lambda row: row["length"], "delta_loss"))
+        _loss_axis(ax, "loss above full depth, nats a token" if ax is axes[0] else "")
+        low, high = min(low, ax.get_ylim()[0]), max(high, ax.get_ylim()[1])
+        ax.set_title(f"{len(omit)} of {result.facts['num_layers']} layers omitted", fontsize=10)
+        _length_axis(ax, {row["length"] for row in by_plan[omit]})
+    for ax in axes:
+        ax.set_ylim(low, high)
+    _title(figure, result, f"{by_plan[chosen[0]][0]['prompts']} prompts of each length")
+    _legend(figure, axes[0])
+    figure.savefig(path)
+    return True
+
+
+def draw_frontier(result: Evaluation, path: Path_) -> bool:
+    """Quality against measured speed, a point a plan; what no other plan beats in both is joined by a line."""
+    rows = [row for row in _widest_set(result, "text") if row["kind"] in (POP, FITTED)]
+    tokens = max((timing["tokens"] for timing in result.timings), default=0)
+    points = []
+    for row in rows:
+        gain = speedup(result.timings, plan_arm(row["omit"], row["boundary"]), tokens)
+        if gain is not None:
+            points.append((gain, row["delta_loss"], row))
+    if len(points) < 2:
+        return False
+    figure, [ax] = new_figure(1, width=8.0, height=5.2)
+    _style = {"fmt": "none", "ecolor": "#bbbbbb", "elinewidth": 0.8, "zorder": 1}
+    ax.errorbar([x for x, _, _ in points], [y.value for _, y, _ in points], [y.error for _, y, _ in points], **_style)
+    boundaries = sorted({row["boundary"] for _, _, row in points})
+    for kind, boundary in sorted({(row["kind"], row["boundary"]) for _, _, row in points}):
+        own = [(x, y) for x, y, row in points if (row["kind"], row["boundary"]) == (kind, boundary)]
+        colour = _shade(kind, boundaries.index(boundary))
+        label = f"{_kind_text(kind)}, boundary {boundary}"
+        ax.scatter(*zip(*[(x, y.value) for x, y in own], strict=True), color=colour, marker=_MARKERS[kind], label=label)
+    best = _frontier([(x, y.value) for x, y, _ in points])
+    ax.plot(*zip(*best, strict=True), color="#999999", linewidth=1, linestyle="--", zorder=0, label="frontier")
+    for x, y, row in points:
+        side = -1 if (x, y.value) in best else 1  # labels of the frontier below the points, others above
+        text = f"{len(row['omit'])}"
+        shift = 5 * (boundaries.index(row["boundary"]) - (len(boundaries) - 1) / 2)  # equal points stay readable
+        offset = {"xytext": (shift, 6 * side), "textcoords": "offset points"}
+        ax.annotate(text, (x, y.value), fontsize=7, ha="center", va="top" if side < 0 else "bottom", **offset)
+    ax.set_xlabel(f"times as fast as the native full prefill, {tokens} tokens, measured")
+    _loss_axis(ax, "loss above full depth, nats a token")
+    _title(figure, result, "quality against speed; the number at a point: omitted layers")
+    _legend(figure)
+    figure.savefig(path)
+    return True
+
+
+def draw_ttft(result: Evaluation, path: Path_) -> bool:
+    """Time to first token by length, of the stock model, native full, and plans of the narrowest boundary."""
+    lengths = {timing["tokens"] for timing in result.timings}
+    if len(lengths) < 2:
+        return False
+    pruned = [timing for timing in result.timings if timing.get("omit")]
+    narrowest = min((timing["boundary"] for timing in pruned), default=1)
+    counts = sorted({len(timing["omit"]) for timing in pruned})
+    shown = {counts[len(counts) // 2], counts[-1]} if counts else set()
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for timing in result.timings:
+        if timing.get("omit") and (timing["boundary"] != narrowest or len(timing["omit"]) not in shown):
+            continue
+        lines.setdefault(timing["arm"], []).append((timing["tokens"], 1e3 * statistics.median(timing["seconds"])))
+    figure, [ax] = new_figure(1, width=7.2, height=4.4)
+    colours = {STOCK: "#666666", NATIVE_FULL: "#e0842b"}
+    shades = iter(_SHADES[POP])
+    for name, points in lines.items():
+        points.sort()
+        ax.plot(*zip(*points, strict=True), "o-", markersize=4, color=colours.get(name) or next(shades), label=name)
+    _length_axis(ax, lengths)
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.set_ylabel("time to first token, ms")
+    _title(figure, result, "medians, batch 1")
+    _legend(figure)
+    figure.savefig(path)
+    return True
+
+
+FIGURES: dict[str, Callable[[Evaluation, Path_], bool]] = {
+    "cost": draw_cost,
+    "frontier": draw_frontier,
+    "lengths": draw_lengths,
+    "recall": draw_recall,
+    "ttft": draw_ttft,
+}
+"""Name of the file, without its ending -> what draws it."""
+
+
+def _widest_set(result: Evaluation, kind: str) -> list[Row]:
+    """Rows of the set of that kind with the most arms, of several the longest prompts."""
+    sets: dict[Any, list[Row]] = {}
+    for row in result.summary():
+        if row["set"] == kind:
+            sets.setdefault(row["length"], []).append(row)
+    if not sets:
+        return []
+    return max(sets.items(), key=lambda item: (len(item[1]), item[0] or 0))[1]
+
+
+def _lines(rows: Iterable[Row], x: Callable[[Row], int], value: str) -> dict[tuple[str, int | None], list[Any]]:
+    """(kind, boundary) -> points (x, Mean), by x."""
+    lines: dict[tuple[str, int | None], list[tuple[int, Mean]]] = {}
+    for row in rows:
+        if row["kind"] != FULL:
+            lines.setdefault((row["kind"], row["boundary"]), []).append((x(row), row[value]))
+    for points in lines.values():
+        points.sort()
+    return lines
+
+
+def _draw_lines(ax: Any, lines: dict[tuple[str, int | None], list[Any]]) -> None:
+    boundaries = sorted({boundary for _, boundary in lines if boundary is not None})
+    for (kind, boundary), points in lines.items():
+        xs, means = zip(*points, strict=True)
+        label = _kind_text(kind) + ("" if boundary is None else f", boundary {boundary}")
+        colour = _shade(kind, boundaries.index(boundary) if boundary is not None else 0)
+        style = {"marker": _MARKERS[kind], "markersize": 4, "linewidth": 1.3, "capsize": 2, "color": colour}
+        errors = [mean.error for mean in means]
+        ax.errorbar(xs, [mean.value for mean in means], yerr=errors, label=label, **style)
+
+
+def _frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no other point beats in speed (larger) and in loss (smaller)."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points, key=lambda p: (-p[0], p[1])):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
+
+
+def _shade(kind: str, index: int) -> str:
+    shades = _SHADES[kind]
+    return shades[min(index, len(shades) - 1)]
+
+
+def _kind_text(kind: str) -> str:
+    names = {POP: "POP", FITTED: "POP, fitted", NO_KV: "no KV projection", NO_BOUNDARY: "no boundary handling"}
+    return names.get(kind, "dropped in both stages")
+
+
+def _loss_axis(ax: Any, label: str) -> None:
+    ax.set_yscale("symlog", linthresh=_LINEAR_BELOW, linscale=0.5)
+    ticks = [-0.1, -0.01, 0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10]
+    low, high = ax.get_ylim()
+    ax.set_yticks([tick for tick in ticks if low <= tick <= high])
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.minorticks_off()
+    ax.axhline(0, color="black", linewidth=0.7)
+    ax.set_ylabel(label)
+
+
+def _length_axis(ax: Any, lengths: Iterable[int]) -> None:
+    ax.set_xscale("log", base=2)
+    ordered = sorted(lengths)
+    ax.set_xticks(ordered, [str(length) for length in ordered])
+    ax.minorticks_off()
+    ax.set_xlabel("tokens of the prompt")
+
+
+def _title(figure: Any, result: Evaluation, what: str) -> None:
+    name = str(result.facts["model"] or "model").rstrip("/")
+    figure.suptitle(f"{name}: {what}", fontsize=10, x=0.01, ha="left")
+
+
+def _legend(figure: Any, ax: Any = None) -> None:
+    handles, labels = (ax or figure.axes[0]).get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+
+
+def _of_length(row: Row) -> str:
+    return "" if row["length"] is None else f" of {row['length']} tokens"

@@ -1,0 +1,135 @@
+"""What an evaluation found: samples by set and arm, their means with standard errors, and the file that keeps them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pop_ext.evaluation.arms import FULL, Arm
+
+SCHEMA = "pop_ext evaluation 1"
+
+
+class Mean(NamedTuple):
+    """A mean and its standard error over prompts; NaN for a single one."""
+
+    value: float
+    error: float
+
+
+def mean_of(samples: Sequence[float]) -> Mean:
+    """Mean and standard error."""
+    count = len(samples)
+    value = math.fsum(samples) / count
+    spread = math.fsum((sample - value) ** 2 for sample in samples)
+    return Mean(value, math.sqrt(spread / (count * (count - 1))) if count > 1 else math.nan)
+
+
+@dataclass
+class Evaluation:
+    """What ``pop_ext.evaluation.evaluate`` returns.
+
+    Attributes:
+        facts: model, versions, hardware, sets of prompts.
+        cells: one a set and arm: ``set`` (index into ``facts["sets"]``), ``arm``, ``kind``, ``omit``, ``boundary``,
+            ``plan``, ``fit`` (digest of its projections) and ``samples``, lists with a value a prompt:
+            ``loss``, ``first``: nats a token of the true continuation, and of its first token;
+            ``agreement``: leading share of the full model's greedy continuation that is kept; 1: exact match;
+            ``exact``: of recall, 1 where every token of the answer is the most probable one.
+        timings: of ``time_plans``.
+    """
+
+    facts: dict[str, Any]
+    cells: list[dict[str, Any]] = field(default_factory=list)
+    timings: list[dict[str, Any]] = field(default_factory=list)
+
+    def find(self, number: int, name: str) -> dict[str, Any] | None:
+        """The cell of a set and an arm."""
+        return next((cell for cell in self.cells if cell["set"] == number and cell["arm"] == name), None)
+
+    def has(self, number: int, arm: Arm) -> bool:
+        """Whether an arm has its cell, and that is of the projections which the arm has now."""
+        cell = self.find(number, arm.name)
+        return cell is not None and cell.get("fit") == arm.fit
+
+    def add(self, number: int, arm: Arm, samples: dict[str, list[float]]) -> None:
+        """Keeps what was measured of an arm, in place of what an older fit measured."""
+        self.cells = [cell for cell in self.cells if (cell["set"], cell["arm"]) != (number, arm.name)]
+        self.cells.append(
+            {
+                "set": number,
+                "arm": arm.name,
+                "kind": arm.kind,
+                "omit": list(arm.plan.omit),
+                "boundary": arm.boundary,
+                "plan": json.loads(arm.plan.to_json()),
+                "fit": arm.fit,
+                "samples": samples,
+            }
+        )
+
+    def take(self, before: Evaluation, path: str) -> None:
+        """Goes on from a file.
+
+        Raises:
+            ValueError: of another model or other prompts.
+        """
+        for name in ("config_hash", "dtype", "digest"):
+            found, wanted = before.facts.get(name), self.facts[name]
+            if found != wanted:
+                raise ValueError(f"resume: expected {name} {wanted} in {path}, got {found}")
+        self.cells, self.timings = before.cells, before.timings
+
+    def summary(self) -> list[dict[str, Any]]:
+        """A row a cell: kind, length and arm, means and standard errors, and the mean difference to full depth.
+
+        ``delta_loss`` and ``delta_first`` are of paired differences: the same prompts in both arms.
+        """
+        rows = []
+        for cell in self.cells:
+            samples, prompts = cell["samples"], self.facts["sets"][cell["set"]]
+            full = self.find(cell["set"], FULL)
+            row: dict[str, Any] = {"set": prompts["kind"], "length": prompts["length"], "prompts": prompts["prompts"]}
+            row |= {name: cell[name] for name in ("arm", "kind", "omit", "boundary")}
+            row |= {name: mean_of(values) for name, values in samples.items()}
+            if "agreement" in samples:
+                row["match"] = mean_of([float(value == 1) for value in samples["agreement"]])
+            for name in ("loss", "first"):
+                if full is None:
+                    break
+                pairs = zip(samples[name], full["samples"][name], strict=True)
+                row[f"delta_{name}"] = mean_of([mine - its for mine, its in pairs])
+            rows.append(row)
+        return rows
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes it as JSON, a line a cell, all or nothing."""
+        whole = Path(path)
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        lists = {name: ",\n".join(json.dumps(item) for item in getattr(self, name)) for name in ("cells", "timings")}
+        parts = [f'"facts": {json.dumps(self.facts, indent=1)}', *(f'"{k}": [\n{v}\n]' for k, v in lists.items())]
+        part = whole.with_name(whole.name + ".part")
+        part.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
+        os.replace(part, whole)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Evaluation:
+        """Reads what ``save`` wrote.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is not what ``save`` writes.
+        """
+        try:
+            members = json.loads(Path(path).read_text(encoding="utf-8"))
+            if members["facts"]["schema"] != SCHEMA:
+                raise ValueError(members["facts"]["schema"])
+            return cls(members["facts"], list(members["cells"]), list(members["timings"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected an evaluation as Evaluation.save writes it ({error!r})") from None

@@ -1,0 +1,143 @@
+"""Runs every arm over every set of prompts, and keeps what came of each prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pop_ext import info
+from pop_ext.calibration import stock_model, undisturbed
+from pop_ext.evaluation.arms import FULL, KINDS, Arm, arm_logits, backend_of, make_arms
+from pop_ext.evaluation.prompts import RECALL, Pair, PromptSet
+from pop_ext.evaluation.results import SCHEMA, Evaluation
+from pop_ext.origin import config_hash
+from pop_ext.plan import Plan
+from pop_ext.progress import Progress, reporting
+
+DIGITS = 5  # of the samples that are kept
+
+
+def evaluate(
+    model: Any,
+    sets: Sequence[PromptSet],
+    plans: Sequence[Plan],
+    *,
+    kinds: Sequence[str] = KINDS,
+    greedy_tokens: int = 16,
+    batch_size: int = 8,
+    resume: str | PathLike[str] | None = None,
+    progress: Progress = False,
+) -> Evaluation:
+    """Measures what each plan, and each of its ablations, costs on prompts with a known continuation.
+
+    Of every prompt: the loss of its continuation, mean and of its first token, and how many leading tokens are those of
+    the full model's greedy continuation. That is found without generating: an arm's greedy continuation is the full
+    model's as long as each of its tokens is the most probable one after the tokens before it. Plans are executed as
+    given, whatever their ``min_tokens``.
+
+    Args:
+        model: a Hugging Face causal language model with eager or sdpa attention, enabled or not; as before afterwards.
+            One without a native form runs ``pop`` by the reference.
+        sets: of ``text_sets`` and ``recall_sets``.
+        plans: each makes an arm of every kind.
+        kinds: of ``KINDS``; the full model is measured anyway.
+        greedy_tokens: length of the greedy continuations; 0: none.
+        batch_size: prompts per forward; it changes memory, not results.
+        resume: a JSON file that takes the state after each arm of each set. What it has is not measured again.
+        progress: True for a bar, or a callback told (arms of sets done, all of them).
+
+    Raises:
+        ValueError, TypeError: a bad argument, named; a file of another model, other prompts or greedy tokens.
+    """
+    model = stock_model(model)
+    if not sets:
+        raise ValueError("sets: expected at least one set of prompts, got none")
+    if isinstance(greedy_tokens, bool) or not isinstance(greedy_tokens, int) or greedy_tokens < 0:
+        raise ValueError(f"greedy_tokens: expected an int from 0, got {greedy_tokens!r}")
+    arms = make_arms(plans, kinds)
+    backend = backend_of(model)
+    evaluation = Evaluation(_facts(model, sets, greedy_tokens, backend))
+    if resume is not None and Path(resume).exists():
+        evaluation.take(Evaluation.load(resume), str(resume))
+    with reporting(progress, "evaluating", len(sets) * len(arms)) as advance:
+        for number, prompts in enumerate(sets):
+            greedy: list[Tensor] = []
+            for arm in arms:
+                if not evaluation.has(number, arm):
+                    if not greedy and prompts.kind != RECALL and greedy_tokens:
+                        greedy = _greedy(model, prompts.pairs, greedy_tokens)
+                    measured = _measure(model, arm, prompts, greedy, batch_size, backend)
+                    evaluation.add(number, arm, measured)
+                    if resume is not None:
+                        evaluation.save(resume)
+                advance(1)
+    return evaluation
+
+
+def _facts(model: Any, sets: Sequence[PromptSet], greedy_tokens: int, backend: str) -> dict[str, Any]:
+    installed = info.installation()
+    digest = hashlib.sha256(" ".join([*(prompts.digest for prompts in sets), str(greedy_tokens)]).encode())
+    return {
+        "schema": SCHEMA,
+        "model": getattr(model.config, "_name_or_path", None) or None,
+        "config_hash": config_hash(model.config),
+        "num_layers": model.config.get_text_config().num_hidden_layers,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "backend": backend,
+        "environment": {
+            "processor": info.processor(),
+            "system": platform.system(),
+            "threads": torch.get_num_threads(),
+            **{name: installed[name] for name in ("pop_ext", "torch", "transformers", "python", "cpu_isa")},
+        },
+        "greedy_tokens": greedy_tokens,
+        "digest": digest.hexdigest(),
+        "sets": [{"kind": s.kind, "length": s.length, "prompts": len(s.pairs)} for s in sets],
+    }
+
+
+def _greedy(model: Any, pairs: Sequence[Pair], tokens: int) -> list[Tensor]:
+    """The full model's greedy continuation of every prompt, up to its end-of-sequence token."""
+    found = []
+    device = model.get_input_embeddings().weight.device
+    with undisturbed(model), torch.no_grad():
+        for context, _ in pairs:
+            ids = context[None].to(device)
+            options = {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1, "return_dict_in_generate": False}
+            made = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+            found.append(made[0, len(context) :].cpu())
+    return found
+
+
+def _measure(
+    model: Any, arm: Arm, prompts: PromptSet, greedy: list[Tensor], batch_size: int, backend: str
+) -> dict[str, list[float]]:
+    """Of each prompt, in their order: "loss" and "first" in nats a token, "exact" or "agreement"."""
+    count = len(prompts.pairs)
+    loss, first, exact, agreement = ([0.0] * count for _ in range(4))
+    for index, rows in arm_logits(model, arm, prompts.pairs, batch_size, backend):
+        target = prompts.pairs[index][1].to(rows.device)
+        log_p = rows.float().log_softmax(-1)
+        losses = -log_p.gather(1, target[:, None])[:, 0].double()
+        loss[index], first[index] = round(float(losses.mean()), DIGITS), round(float(losses[0]), DIGITS)
+        exact[index] = float((log_p.argmax(-1) == target).all())
+    if prompts.kind == RECALL:
+        return {"loss": loss, "first": first, "exact": exact}
+    if not greedy:
+        return {"loss": loss, "first": first}
+    if arm.kind == FULL:  # its own greedy continuation, by definition
+        return {"loss": loss, "first": first, "agreement": [1.0] * count}
+    pairs = [(context, continuation) for (context, _), continuation in zip(prompts.pairs, greedy, strict=True)]
+    for index, rows in arm_logits(model, arm, pairs, batch_size, backend):
+        same = (rows.argmax(-1).cpu() == pairs[index][1]).tolist()
+        leading = same.index(False) if False in same else len(same)
+        agreement[index] = round(leading / len(same), DIGITS)
+    return {"loss": loss, "first": first, "agreement": agreement}

@@ -1,0 +1,120 @@
+"""How long prefills take: the stock model, native at full depth, and each plan, in turn."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from pop_ext import _core
+from pop_ext.calibration import stock_model, undisturbed
+from pop_ext.evaluation.arms import POP, Arm, make_arms
+from pop_ext.native import NativeModel, load
+from pop_ext.plan import Plan
+from pop_ext.progress import Progress, reporting
+
+STOCK, NATIVE_FULL = "Hugging Face full", "native full"
+WARM_UPS = 2
+
+
+def time_plans(
+    model: Any, plans: Sequence[Plan], lengths: Sequence[int], *, repeats: int = 7, progress: Progress = False
+) -> list[dict[str, Any]]:
+    """Time to first token by length, of the stock model, of the native full prefill, and of each plan.
+
+    Arms run in turn within each round. Prompts are random ids at batch 1.
+
+    Args:
+        model: a model of a native family.
+        plans: those that compute the same are timed once.
+        lengths: tokens of the prompts.
+        repeats: rounds, after two to warm up.
+        progress: True for a bar, or a callback told (rounds done, all of them).
+
+    Returns:
+        a dict an arm and length: ``arm``, ``tokens``, ``omit``, ``boundary``, ``plan``, ``seconds`` (a value a round),
+        ``flops``, ``extra_bytes`` (folded weights).
+
+    Raises:
+        UnsupportedModelError (a ValueError): the model has no native form.
+    """
+    model = stock_model(model)
+    arms = [arm for arm in make_arms(plans) if arm.kind == POP]  # projections change weights, not work
+    full = load(model, Plan(plans[0].num_layers, ()))
+    device = model.get_input_embeddings().weight.device
+    found = []
+    with (
+        undisturbed(model),
+        torch.no_grad(),
+        reporting(progress, "timing", len(lengths) * (WARM_UPS + repeats)) as advance,
+    ):
+        for tokens in lengths:
+            generator = torch.Generator("cpu").manual_seed(0)
+            ids = torch.randint(0, full.spec.vocab_size, (1, tokens), generator=generator, device="cpu").to(device)
+            calls: list[tuple[dict[str, Any], Callable[[], Any]]] = [
+                (_facts(STOCK, tokens, None, _stock_flops(full.spec, tokens)), partial(_stock, model, ids)),
+            ]
+            for name, plan in [(NATIVE_FULL, full.plan), *((arm.name, arm.plan) for arm in arms)]:
+                native = full if plan is full.plan else load(model, plan)
+                facts = _facts(name, tokens, plan, _flops(full.spec, plan, tokens))
+                facts["extra_bytes"] = native.extra_bytes
+                calls.append((facts, partial(_native, native, ids)))
+            for number in range(WARM_UPS + repeats):
+                for facts, call in calls:
+                    seconds = _seconds(call)
+                    if number >= WARM_UPS:
+                        facts["seconds"].append(round(seconds, 7))
+                advance(1)
+            found += [facts for facts, _ in calls]
+    return found
+
+
+def speedup(timings: Sequence[dict[str, Any]], arm: str, tokens: int, baseline: str = NATIVE_FULL) -> float | None:
+    """Median of the ratios within each round, baseline by arm; None where one of them was not timed."""
+    both = [next((t for t in timings if t["arm"] == name and t["tokens"] == tokens), None) for name in (baseline, arm)]
+    if both[0] is None or both[1] is None:
+        return None
+    ratios = [theirs / ours for theirs, ours in zip(both[0]["seconds"], both[1]["seconds"], strict=True)]
+    return statistics.median(ratios)
+
+
+def plan_arm(omit: Sequence[int], boundary: int) -> str:
+    """Name of the arm that ``time_plans`` gives a plan."""
+    return Arm(POP, Plan(max(omit, default=0) + 2, omit, boundary)).name
+
+
+def _facts(name: str, tokens: int, plan: Plan | None, flops: float) -> dict[str, Any]:
+    members: dict[str, Any] = {"arm": name, "tokens": tokens, "seconds": [], "flops": flops}
+    if plan is not None:
+        members |= {"omit": list(plan.omit), "boundary": plan.boundary, "plan": json.loads(plan.to_json())}
+    return members
+
+
+def _stock(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids=ids, use_cache=True, logits_to_keep=1).logits[0, -1]
+    return logits
+
+
+def _native(native: NativeModel, ids: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = native.prefill(ids).logits[0, -1]
+    return logits
+
+
+def _stock_flops(spec: Any, tokens: int) -> float:
+    return float(_core.stock_cost(spec, [_core.SequenceShape(tokens, boundary=1)])["flops"])
+
+
+def _flops(spec: Any, plan: Plan, tokens: int) -> float:
+    rows = [_core.SequenceShape(tokens, boundary=min(plan.boundary, tokens))]
+    return float(_core.plan_cost(spec, plan, rows)["flops"])
+
+
+def _seconds(call: Callable[[], torch.Tensor]) -> float:
+    start = time.perf_counter()
+    call().argmax().item()  # waits for a GPU
+    return time.perf_counter() - start

@@ -1,0 +1,301 @@
+"""pop_ext.evaluation: prompts of texts, what is measured of each arm, means with errors, runs that go on."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import models
+import pop_ext
+import pytest
+import torch
+from model_folder import save_tiny_llama
+from models import shared, tokens
+from pop_ext import Plan
+from pop_ext.evaluation import (
+    Evaluation,
+    PromptSet,
+    calibration_batches,
+    evaluate,
+    make_arms,
+    plots,
+    read_texts,
+    recall_sets,
+    text_sets,
+    time_plans,
+)
+from pop_ext.evaluation import run as running
+from pop_ext.evaluation.results import mean_of
+from pop_ext.evaluation.timing import NATIVE_FULL, STOCK, speedup
+from transformers import AutoTokenizer
+
+PLAN = Plan(6, (1, 4, 5), boundary=2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return AutoTokenizer.from_pretrained(save_tiny_llama(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def texts(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("".join(chr(97 + i % 26) for i in range(300)))
+    (tmp_path / "b.txt").write_text("B" * 90)
+    return read_texts([tmp_path / "a.txt", tmp_path / "b.txt"], tokenizer)
+
+
+def prompt_sets(model, prompts=3):
+    pairs = [(tokens(model, 24, seed=i), tokens(model, 6, seed=20 + i)) for i in range(prompts)]
+    return [PromptSet("text", 24, tuple(pairs)), PromptSet("recall", 24, tuple(pairs[:2]))]
+
+
+# Prompts
+
+
+def test_windows_share_continuations_that_do_not_overlap_and_shorter_prompts_are_ends_of_longer_ones(texts, tokenizer):
+    short, long = text_sets(texts, tokenizer, [40, 16], 8, 100)
+    assert (short.length, long.length) == (16, 40)
+    assert len(short.pairs) == len(long.pairs) == (300 - 40) // 8 + (90 - 40) // 8
+    for (a, after), (b, same) in zip(short.pairs, long.pairs, strict=True):
+        assert torch.equal(after, same)
+        assert torch.equal(a, b[-16:])
+        assert len(b) == 40
+    flat = torch.cat([after for _, after in long.pairs[:10]])
+    assert torch.equal(flat, texts.plain[0][40 : 40 + 80])
+    assert [len(s.pairs) for s in text_sets(texts, tokenizer, [40], 8, 7)] == [7]
+    assert any(int(after[0]) == ord("B") - 32 for _, after in text_sets(texts, tokenizer, [40], 8, 7)[0].pairs)
+
+
+def test_json_lines_are_taken_as_they_are_and_lose_their_beginning_where_the_model_takes_less(tmp_path, tokenizer):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "abcdef", "continuation": "gh"}\n\n{"prompt": "x", "continuation": "yz!"}\n')
+    [found] = text_sets(read_texts([path], tokenizer), tokenizer, [], 8, 10)
+    assert found.length is None
+    assert [tokenizer.decode(ids).replace(" ", "") for pair in found.pairs for ids in pair] == [
+        "abcdef",
+        "gh",
+        "x",
+        "yz!",
+    ]
+    [cut] = text_sets(read_texts([path], tokenizer), tokenizer, [], 8, 10, limit=5)
+    assert [len(context) for context, _ in cut.pairs] == [3, 1]
+    path.write_text('{"prompt": "abc"}\n')
+    with pytest.raises(ValueError, match=r'p.jsonl, line 1: expected an object with "prompt" and "continuation"'):
+        read_texts([path], tokenizer)
+    path.write_text('{"prompt": "abc", "continuation": ""}\n')
+    with pytest.raises(ValueError, match="line 1: expected at least one token of each, got 3 and 0"):
+        read_texts([path], tokenizer)
+
+
+def test_recall_asks_in_the_last_line_for_what_the_first_one_defines(texts, tokenizer):
+    [found] = recall_sets(texts, tokenizer, [60], 9)
+    names = set()
+    for context, answer in found.pairs:
+        text, asked = ("".join(tokenizer.convert_ids_to_tokens(ids.tolist())) for ids in (context, answer))
+        name = text[1:6]
+        assert len(context) == 60
+        assert text.startswith(f"\n{name} ={asked}\n")
+        assert text.endswith(f"\n{name} =")
+        assert name.isupper()
+        assert 100 <= int(asked) <= 999
+        names.add(name)
+    assert len(names) == len(found.pairs) == 9
+    assert found.digest == recall_sets(texts, tokenizer, [60], 9)[0].digest
+    assert found.digest != recall_sets(texts, tokenizer, [60], 9, seed=1)[0].digest
+    with pytest.raises(ValueError, match=r"lengths: expected at least 22 tokens, to define and to ask, got 20"):
+        recall_sets(texts, tokenizer, [20], 9)
+
+
+def test_calibration_sequences_do_not_overlap(texts, tokenizer):
+    batches = calibration_batches(texts, tokenizer, 50, 100, batch=4)
+    assert [list(batch.shape) for batch in batches] == [[4, 50], [3, 50]]
+    assert torch.equal(torch.cat(batches)[:6].flatten(), texts.plain[0][:300])
+
+
+def test_texts_and_lengths_that_make_no_prompt_are_named(texts, tokenizer):
+    with pytest.raises(ValueError, match="text: expected one of at least 508 tokens, got 300"):
+        text_sets(texts, tokenizer, [500], 8, 4)
+    with pytest.raises(ValueError, match=r"lengths: expected at most 56 \(the model takes 64\), got 60"):
+        text_sets(texts, tokenizer, [60], 8, 4, limit=64)
+
+
+# Arms
+
+
+def test_each_kind_of_each_plan_is_an_arm_once():
+    plans = [Plan(6, (4, 5), boundary) for boundary in (1, 16)]
+    names = [arm.name for arm in make_arms(plans)]
+    assert names == [
+        "full",
+        "pop 4-5 b1",
+        "pop 4-5 b16",
+        "no-kv 4-5 b1",
+        "no-kv 4-5 b16",
+        "no-boundary 4-5",
+        "dropped 4-5",
+    ]
+    assert [arm.name for arm in make_arms([Plan(6, (1, 4, 5), min_tokens=9)], ["pop"])] == ["full", "pop 1,4-5 b1"]
+    assert make_arms([Plan(6, (1,), min_tokens=9)], ["pop"])[1].plan.min_tokens == 0
+
+
+def test_a_plan_with_fitted_projections_has_an_arm_with_and_one_without_them():
+    model = shared("llama")
+    ids = torch.randint(0, model.config.vocab_size, (8, 24), generator=torch.Generator().manual_seed(2))
+    fitted = pop_ext.fit(model, PLAN, [ids], lambdas=[0.1])
+    arms = {arm.kind: arm for arm in make_arms([fitted])}
+    assert arms["pop-fitted"].plan == fitted
+    assert arms["pop"].plan == PLAN
+    assert arms["pop"].plan.origin.fit is None
+    result = evaluate(model, prompt_sets(model), [fitted])
+    losses = {kind: result.find(0, arm.name)["samples"]["loss"] for kind, arm in arms.items()}
+    assert losses["pop-fitted"] != losses["pop"] != losses["full"]
+
+
+def test_a_run_goes_on_with_what_it_has_but_measures_a_new_fit_again(tmp_path):
+    model, path = shared("llama"), tmp_path / "evaluation.json"
+    ids = torch.randint(0, model.config.vocab_size, (8, 24), generator=torch.Generator().manual_seed(2))
+    first, second = (pop_ext.fit(model, PLAN, [ids], lambdas=[ridge]) for ridge in (0.1, 0.01))
+    with pytest.raises(ValueError, match="plans: expected one fit of layers 1,4-5, got two"):
+        make_arms([first, second])
+    before = evaluate(model, prompt_sets(model), [first], resume=path)
+    after = evaluate(model, prompt_sets(model), [second], resume=path)
+    assert len(after.cells) == len(before.cells)
+    fresh = evaluate(model, prompt_sets(model), [second])
+    name = next(arm.name for arm in make_arms([second]) if arm.kind == "pop-fitted")
+    assert after.find(0, name)["samples"] == fresh.find(0, name)["samples"] != before.find(0, name)["samples"]
+
+
+@pytest.mark.parametrize(
+    ("plans", "kinds", "text"),
+    [
+        ([], ["pop"], r"plans: expected at least one, all of one depth, got depths \[\]"),
+        ([Plan(6, ()), Plan(5, ())], ["pop"], r"got depths \[5, 6\]"),
+        ([Plan(6, ())], ["full", "none"], "kinds: expected of full, pop, .*, got 'none'"),
+    ],
+)
+def test_arms_that_make_no_comparison_are_named(plans, kinds, text):
+    with pytest.raises(ValueError, match=text):
+        make_arms(plans, kinds)
+
+
+# Measuring
+
+
+def test_losses_are_those_of_score_and_agreement_is_that_of_generate():
+    model = shared("llama")
+    sets = prompt_sets(model)
+    told = []
+    result = evaluate(model, sets, [PLAN], greedy_tokens=5, progress=lambda *done: told.append(done))
+    assert told == [(i, 10) for i in range(1, 11)]
+    full, pruned = (result.find(0, name)["samples"] for name in ("full", "pop 1,4-5 b2"))
+    for index, (context, continuation) in enumerate(sets[0].pairs):
+        with torch.no_grad():
+            rows = model(torch.cat([context, continuation])[None]).logits[0, 23:-1].log_softmax(-1)
+        assert full["loss"][index] == pytest.approx(-float(rows.gather(1, continuation[:, None]).mean()), abs=1e-4)
+        assert full["first"][index] == pytest.approx(-float(rows[0, continuation[0]]), abs=1e-4)
+        how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        stock = model.generate(context[None], **how)[0, 24:].tolist()
+        with pop_ext.enabled(model, PLAN, strict=True):
+            [score] = pop_ext.score(model, [context], [continuation])
+            made = model.generate(context[None], **how)[0, 24:].tolist()
+        assert pruned["loss"][index] == pytest.approx(-score.log_likelihood / 6, abs=1e-4)
+        leading = next((i for i, (a, b) in enumerate(zip(stock, made, strict=True)) if a != b), 5)
+        assert pruned["agreement"][index] == pytest.approx(leading / 5)
+    assert full["agreement"] == [1.0] * 3
+    assert result.find(1, "full")["samples"].keys() == {"loss", "first", "exact"}
+
+
+def test_a_summary_has_paired_differences_with_standard_errors():
+    model = shared("llama")
+    result = evaluate(model, prompt_sets(model), [PLAN], kinds=["pop"], greedy_tokens=5)
+    rows = {(row["set"], row["kind"]): row for row in result.summary()}
+    full, pruned = (result.find(0, name)["samples"]["loss"] for name in ("full", "pop 1,4-5 b2"))
+    differences = torch.tensor(pruned).double() - torch.tensor(full).double()
+    found = rows["text", "pop"]["delta_loss"]
+    assert found.value == pytest.approx(float(differences.mean()), abs=1e-6)
+    assert found.error == pytest.approx(float(differences.std() / math.sqrt(3)), abs=1e-6)
+    assert rows["text", "full"]["delta_loss"] == (0.0, 0.0)
+    agreement = result.find(0, "pop 1,4-5 b2")["samples"]["agreement"]
+    assert rows["text", "pop"]["match"].value == pytest.approx(sum(share == 1 for share in agreement) / 3)
+    assert mean_of([2.0]).value == 2.0
+    assert math.isnan(mean_of([2.0]).error)
+
+
+def test_a_model_without_a_native_form_runs_by_the_reference():
+    model = models.granite()
+    result = evaluate(model, prompt_sets(model, 2), [Plan(6, (4, 5))], kinds=["pop"], greedy_tokens=0)
+    assert result.facts["backend"] == "reference"
+    assert result.find(0, "pop 4-5 b1")["samples"]["loss"][0] > 0
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    model = shared("llama")
+    sets, path = prompt_sets(model), tmp_path / "deep" / "evaluation.json"
+    whole = evaluate(model, sets, [PLAN], greedy_tokens=5)
+    measured = []
+    original = running._measure
+
+    def stopping(model, arm, *rest):
+        if len(measured) == 4:
+            raise RuntimeError("planted")
+        measured.append(arm.name)
+        return original(model, arm, *rest)
+
+    monkeypatch.setattr(running, "_measure", stopping)
+    with pytest.raises(RuntimeError, match="planted"):
+        evaluate(model, sets, [PLAN], greedy_tokens=5, resume=path)
+    monkeypatch.setattr(
+        running, "_measure", lambda model, arm, *rest: measured.append("") or original(model, arm, *rest)
+    )
+    found = evaluate(model, sets, [PLAN], greedy_tokens=5, resume=path)
+    assert len(measured) == 10
+    assert found.cells == whole.cells == Evaluation.load(path).cells
+    with pytest.raises(ValueError, match="resume: expected digest"):
+        evaluate(model, sets, [PLAN], greedy_tokens=4, resume=path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"evaluation.json: expected an evaluation as Evaluation.save writes it"):
+        evaluate(model, sets, [PLAN], resume=path)
+
+
+def test_a_result_says_on_what_it_was_measured(tmp_path):
+    model = shared("llama")
+    result = evaluate(model, prompt_sets(model), [PLAN], kinds=["pop"], greedy_tokens=0)
+    result.save(tmp_path / "e.json")
+    members = json.loads((tmp_path / "e.json").read_text())
+    assert members["facts"]["environment"]["torch"] == torch.__version__
+    assert members["facts"]["sets"] == [
+        {"kind": "text", "length": 24, "prompts": 3},
+        {"kind": "recall", "length": 24, "prompts": 2},
+    ]
+    plan = members["cells"][1]["plan"]
+    assert (plan["omit"], plan["boundary"]) == ([1, 4, 5], 2)
+
+
+# Timing and figures
+
+
+def test_times_are_of_the_stock_model_native_full_and_each_plan_in_turn():
+    model = shared("llama")
+    found = time_plans(model, [PLAN, PLAN.replace(boundary=1)], [16, 32], repeats=3)
+    assert [timing["arm"] for timing in found[:4]] == [STOCK, NATIVE_FULL, "pop 1,4-5 b2", "pop 1,4-5 b1"]
+    assert {timing["tokens"] for timing in found} == {16, 32}
+    assert all(len(timing["seconds"]) == 3 and min(timing["seconds"]) > 0 for timing in found)
+    assert found[2]["flops"] < found[1]["flops"] < found[0]["flops"]
+    fake = [{"arm": NATIVE_FULL, "tokens": 8, "seconds": [2, 4, 9]}, {"arm": "a", "tokens": 8, "seconds": [1, 4, 3]}]
+    assert speedup(fake, "a", 8) == 2
+    assert speedup(fake, "b", 8) is None
+
+
+def test_every_figure_is_drawn_where_there_is_data_and_none_where_there_is_not(tmp_path):
+    model = shared("llama")
+    long = prompt_sets(model)
+    short = PromptSet("text", 12, tuple((context[-12:], after) for context, after in long[0].pairs))
+    plans = [Plan.last(6, count, boundary=boundary) for count in (1, 2) for boundary in (1, 4)]
+    result = evaluate(model, [*long, short], plans, greedy_tokens=0)
+    result.timings = time_plans(model, plans, [12, 24], repeats=3)
+    for name, draw in plots.FIGURES.items():
+        assert draw(result, tmp_path / f"{name}.png"), name
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    empty = evaluate(model, long, [PLAN], kinds=["full"], greedy_tokens=0)
+    assert not any(draw(empty, tmp_path / f"no-{name}.png") for name, draw in plots.FIGURES.items())
+    assert plots._frontier([(1.0, 0.1), (1.2, 0.1), (1.4, 0.3), (1.3, 0.4)]) == [(1.4, 0.3), (1.2, 0.1)]
