@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         default=[],
-        help='options of the CUDA backend, such as "overlap=1" or "overlap=1,cudnn=1"; each makes its own arms',
+        help='options of the CUDA backend, such as "overlap=1" or "overlap=1,sdpa_rows=0"; each makes its own arms',
     )
     p.add_argument("--profile", action="store_true", help="where a native prefill's time goes, stage by stage")
     p.add_argument("--kernels", action=argparse.BooleanOptionalAction, default=None, help="the kernel table")
@@ -369,7 +369,7 @@ def parse_layers(text: str) -> list[int]:
 
 
 def parse_options(text: str) -> dict[str, int]:
-    """``"overlap=1,cudnn=1"`` -> ``{"overlap": 1, "cudnn": 1}``.
+    """``"overlap=1,sdpa_rows=0"`` -> ``{"overlap": 1, "sdpa_rows": 0}``.
 
     Raises:
         ValueError: anything else.
@@ -378,6 +378,6 @@ def parse_options(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, sign, value = part.strip().partition("=")
         if not name or not sign or not value.isdigit():
-            raise ValueError(f'--tune: expected options such as "overlap=1,cudnn=1", got {text!r}')
+            raise ValueError(f'--tune: expected options such as "overlap=1,sdpa_rows=0", got {text!r}')
         options[name] = int(value)
     return options

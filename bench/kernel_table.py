@@ -140,7 +140,7 @@ def kernel_rows(native: NativeModel, operands: Operands) -> list[Row]:
     on_gpu = native.device.type == "cuda"
     if on_gpu:
         rows += [
-            _row("attention, cudnn=1", operands, _under(_attention, cudnn=1), attention, beside="torch sdpa"),
+            _row("attention, flash", operands, _under(_attention, sdpa_rows=0), attention, beside="torch sdpa"),
             _row("attention, own", operands, _under(_attention, library_attention=0), attention, beside="torch sdpa"),
         ]
     run = max(native.plan.runs, key=len, default=None)

@@ -277,7 +277,7 @@ def test_a_model_that_cannot_be_loaded_fails_alone(config_dir, tmp_path, capsys,
         (["--lengths", "1"], "--lengths: expected integers from 2, got [1]"),
         (["--repeats", "0"], "--repeats: expected at least 1, got 0"),
         (["--device", "tpu"], "--device: expected cpu or cuda, got tpu"),
-        (["--tune", "overlap"], '--tune: expected options such as "overlap=1,cudnn=1", got'),
+        (["--tune", "overlap"], '--tune: expected options such as "overlap=1,sdpa_rows=0", got'),
         (["--tune", "overlap=1"], "--tune: expected --device cuda, whose backend has options"),
     ],
 )

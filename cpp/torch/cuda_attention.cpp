@@ -102,18 +102,6 @@ void flash_attention_2(const AttentionParams& p, DenseBatch& b) {
   torch::stable::copy_(b.out, result);
 }
 
-void torch_cudnn(const AttentionParams& p, DenseBatch& b) {
-  // [batch, heads, rows, head_dim]
-  const auto heads_first = [](Tensor& tensor) { return from(torch::stable::transpose(tensor, 1, 2)); };
-  std::array stack{heads_first(b.q), heads_first(b.k), heads_first(b.v), from(std::nullopt),
-                   from(false),  // compute_log_sumexp
-                   from(0.0),        from(b.causal),   from(false),      from(std::optional<double>(p.scale))};
-  call("aten::_scaled_dot_product_cudnn_attention", "", stack);
-  Tensor result = to<Tensor>(stack[0]);
-  for (int i : {1, 2, 3, 6, 7, 8}) to<Tensor>(stack[i]);
-  torch::stable::copy_(b.out, torch::stable::transpose(result, 1, 2));
-}
-
 void torch_flash(const AttentionParams& p, DenseBatch& b) {
   const StableIValue none = from(std::nullopt);
   const auto optional_window = [&](int64_t value) {
@@ -139,10 +127,37 @@ void torch_flash(const AttentionParams& p, DenseBatch& b) {
   torch::stable::copy_(b.out, result);
 }
 
-enum class Provider { none, flash_attention_3, flash_attention_2, torch_cudnn, torch_flash };
+// Rows [begin, end) of every sequence, and the keys up to the last of them.
+DenseBatch some_rows(const DenseBatch& b, int64_t begin, int64_t end) {
+  DenseBatch part = b;
+  part.rows = end - begin;
+  part.keys = b.keys - (b.rows - end);
+  part.q = torch::stable::narrow(part.q, 1, begin, part.rows);
+  part.out = torch::stable::narrow(part.out, 1, begin, part.rows);
+  part.k = torch::stable::narrow(part.k, 1, 0, part.keys);
+  part.v = torch::stable::narrow(part.v, 1, 0, part.keys);
+  return part;
+}
 
-// head_dim up to which cuDNN's causal kernels are used.
-constexpr int64_t kCudnnHeadDim = 128;
+// torch's choice among its kernels: on Hopper and Blackwell cuDNN's, twice as fast as its flash kernel there. Square
+// and causal only: cuDNN aligns causality at the start.
+void torch_sdpa(const AttentionParams& p, DenseBatch& b) {
+  // [batch, heads, rows, head_dim]
+  const auto heads_first = [](Tensor& tensor) { return from(torch::stable::transpose(tensor, 1, 2)); };
+  std::array stack{heads_first(b.q),
+                   heads_first(b.k),
+                   heads_first(b.v),
+                   from(std::nullopt),
+                   from(0.0),
+                   from(true),
+                   from(std::optional<double>(p.scale)),
+                   from(p.heads != p.kv_heads)};
+  call("aten::scaled_dot_product_attention", "", stack);
+  Tensor result = to<Tensor>(stack[0]);
+  torch::stable::copy_(b.out, torch::stable::transpose(result, 1, 2));
+}
+
+enum class Provider { none, flash_attention_3, flash_attention_2, torch_sdpa, torch_flash };
 
 // The libraries move 16 bytes at a time.
 bool is_aligned(const AttentionParams& p) {
@@ -156,7 +171,7 @@ bool is_aligned(const AttentionParams& p) {
          aligned(p.cache.key, {k.batch, k.head, k.slot}) && aligned(p.cache.value, {v.batch, v.head, v.slot});
 }
 
-std::atomic<int64_t> prefer_cudnn{0};
+std::atomic<int64_t> sdpa_rows{512};
 
 Provider choose(const AttentionParams& p, int compute_capability) {
   const bool ampere = compute_capability >= 80, hopper = compute_capability == 90;
@@ -170,13 +185,32 @@ Provider choose(const AttentionParams& p, int compute_capability) {
   // Windows count from the last key: rows that stop short of the positions they see are not at the end.
   const Segment& first = p.segments[0];
   if (p.window > 0 && first.sees_to >= first.first_position + first.rows) return Provider::none;
-  // cuDNN aligns causality at the start: right only where there is no past.
-  const bool square = p.window == 0 && (first.first_position == 0 || sees_ahead(first));
-  if (prefer_cudnn != 0 && compute_capability >= 90 && square && p.head_dim <= kCudnnHeadDim &&
-      foreign::variant_of("aten::_scaled_dot_product_cudnn_attention") >= 0) {
-    return Provider::torch_cudnn;
+  const int64_t multiple = sdpa_rows;
+  const bool square = p.window == 0 && first.first_position == 0 && !sees_ahead(first);
+  if (multiple > 0 && first.rows >= multiple && square && compute_capability >= 90 &&
+      foreign::variant_of("aten::scaled_dot_product_attention") >= 0 &&
+      foreign::variant_of("aten::_flash_attention_forward") >= 0) {
+    return Provider::torch_sdpa;
   }
   return foreign::variant_of("aten::_flash_attention_forward") >= 0 ? Provider::torch_flash : Provider::none;
+}
+
+// As many rows as are a multiple of `sdpa_rows` by the kernel that needs a plan for every shape, the others by the one
+// that needs none.
+void sdpa_then_flash(const AttentionParams& p, DenseBatch& b) {
+  const int64_t multiple = std::max<int64_t>(1, sdpa_rows);
+  int64_t done = b.rows - b.rows % multiple;
+  DenseBatch squares = some_rows(b, 0, done);
+  try {
+    torch_sdpa(p, squares);
+  } catch (const std::runtime_error& error) {
+    // A shape that none of torch's kernels has a plan for: nothing has been written yet.
+    foreign::set_variant("aten::scaled_dot_product_attention", -1, error.what());
+    done = 0;
+  }
+  if (done == b.rows) return;
+  DenseBatch rest = some_rows(b, done, b.rows);
+  torch_flash(p, rest);
 }
 
 }  // namespace
@@ -192,14 +226,8 @@ bool library_attention(const AttentionParams& p, int device, int compute_capabil
     case Provider::flash_attention_2:
       flash_attention_2(p, batch);
       break;
-    case Provider::torch_cudnn:
-      try {
-        torch_cudnn(p, batch);
-      } catch (const std::runtime_error& error) {
-        // A torch without cuDNN's attention, or a shape that it has no plan for: nothing has been written yet.
-        foreign::set_variant("aten::_scaled_dot_product_cudnn_attention", -1, error.what());
-        return library_attention(p, device, compute_capability);
-      }
+    case Provider::torch_sdpa:
+      sdpa_then_flash(p, batch);
       break;
     default:
       torch_flash(p, batch);
@@ -207,7 +235,7 @@ bool library_attention(const AttentionParams& p, int device, int compute_capabil
   return true;
 }
 
-int64_t set_prefer_cudnn(int64_t value) { return prefer_cudnn.exchange(value); }
+int64_t set_sdpa_rows(int64_t value) { return sdpa_rows.exchange(value); }
 
 const char* library_attention_provider(const AttentionParams& p, int compute_capability) {
   switch (choose(p, compute_capability)) {
@@ -217,8 +245,8 @@ const char* library_attention_provider(const AttentionParams& p, int compute_cap
       return "flash_attn_3::fwd";
     case Provider::flash_attention_2:
       return "flash_attn::_flash_attn_forward";
-    case Provider::torch_cudnn:
-      return "aten::_scaled_dot_product_cudnn_attention";
+    case Provider::torch_sdpa:
+      return "aten::scaled_dot_product_attention";
     case Provider::torch_flash:
       return "aten::_flash_attention_forward";
   }

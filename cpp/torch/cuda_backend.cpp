@@ -51,10 +51,11 @@ int64_t CudaBackend::tune(const std::string& option, int64_t value) {
   if (option == "skinny_rows") return options().skinny_rows.exchange(std::clamp<int64_t>(value, 0, cuda::kSkinnyRows));
   if (option == "overlap") return options().overlap.exchange(value);
   if (option == "library_attention") return options().library_attention.exchange(value);
-  if (option == "cudnn") return set_prefer_cudnn(value);
+  if (option == "sdpa_rows") return set_sdpa_rows(value);
   if (option == "fused_kv_project") return options().fused.exchange(value);
   throw std::runtime_error(
-      "pop::tune: option: expected skinny_rows, overlap, library_attention, cudnn or fused_kv_project, got " + option);
+      "pop::tune: option: expected skinny_rows, overlap, library_attention, sdpa_rows or fused_kv_project, got " +
+      option);
 }
 
 void CudaBackend::check_reported_ids(int device) {
@@ -273,6 +274,7 @@ void CudaBackend::attention(const AttentionParams& p) {
     AttentionParams part = p;
     part.segments = p.segments + begin;
     part.num_segments = end - begin;
+    if (part.window >= first.first_position + first.rows) part.window = 0;  // nothing lies behind it
     const bool to_library = first.rows > kFewRows && options().library_attention != 0;
     if (to_library && library_attention(part, device_, capability)) continue;
     own.insert(own.end(), p.segments + begin, p.segments + end);

@@ -96,8 +96,8 @@ def attention_providers() -> dict[str, str]:
         names = {
             "flash_attn_3::fwd": "FlashAttention 3",
             "flash_attn::_flash_attn_forward": "FlashAttention 2",
+            "aten::scaled_dot_product_attention": "torch's sdpa (no past, compute capability 9.0 up)",
             "aten::_flash_attention_forward": "torch's flash",
-            "aten::_scaled_dot_product_cudnn_attention": "torch's cuDNN (on request)",
         }
         found = [text for name, text in names.items() if name not in FOREIGN_UNKNOWN]
         providers["cuda"] = ", ".join([*found, "pop::attention (own kernel: float32, few rows, slot tables)"])
