@@ -1,4 +1,4 @@
-"""pop_ext.fit: the ridge regression itself, what it reads of a model, how lambda is chosen, and what it refuses."""
+"""pop_ext.fit: what it reads of a model, how lambda is chosen, and what it refuses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from against_oracle import GAPS, LAST, NATIVE, assert_equals_oracle, plan_of, ru
 from models import FAMILIES, granite, llama, shared, tokens
 from pop_ext import Plan
 from pop_ext.fitting import HOLD_EVERY, original_projection
-from pop_ext.least_squares import RunMoments, condition
 from pop_ext.projections import Projections, without_gamma
 from third_form import assert_equals_third_form, context_rows, held_back_forward
 from tolerance import assert_close_fp32, compare_caches
@@ -27,48 +26,13 @@ def batches(model, count=2, batch=3, length=40, seed=10):
 
 
 @functools.cache
-def fitted(family, dtype=torch.float32, omit=GAPS, boundary=3, ridge=0.1):
+def fitted(family, dtype=torch.float32, omit=GAPS, boundary=3, ridge=0.1, weighting="attention"):
     model = FAMILIES[family](dtype=dtype)
-    return model, pop_ext.fit(model, plan_of(model, omit, boundary), batches(model), lambdas=[ridge])
+    plan = plan_of(model, omit, boundary)
+    return model, pop_ext.fit(model, plan, batches(model), lambdas=[ridge], weighting=weighting)
 
 
-# The regression
-
-
-def test_the_moments_recover_a_linear_map():
-    generator = torch.Generator().manual_seed(0)
-    original, wanted = torch.randn(2, 6, 5, generator=generator)
-    moments = RunMoments({3: original})
-    for _ in range(4):
-        x = torch.randn(20, 5, generator=generator)
-        moments.add(x, {3: x @ wanted.T})
-    found = original.double() + moments.solve(1e-9).changes[3]
-    assert_close_fp32(found, wanted, "W", 1e-5)
-    before_k, after_k, before_v, after_v = moments.residuals(3, found - original)
-    assert min(before_k, before_v) > 0.1
-    assert max(after_k, after_v) < 1e-6
-
-
-def test_a_solution_is_that_of_the_stacked_least_squares():
-    generator = torch.Generator().manual_seed(1)
-    original, x, y = (torch.randn(*shape, generator=generator) for shape in ((6, 5), (30, 5), (30, 6)))
-    moments = RunMoments({0: original})
-    moments.add(x[:11], {0: y[:11]})
-    moments.add(x[11:], {0: y[11:]})
-    for ridge in (0.01, 1.0, 30.0):
-        scale = math.sqrt(ridge * float((x.T @ x).diagonal().mean()))
-        rows = torch.cat([x, scale * torch.eye(5)]).double()
-        expected = torch.linalg.lstsq(rows, torch.cat([y, scale * original.T]).double()).solution.T
-        assert_close_fp32(original + moments.solve(ridge).changes[0], expected, f"ridge {ridge}", 1e-5)
-
-
-def test_the_condition_is_the_ratio_of_the_eigenvalues():
-    x = torch.randn(60, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    x[:, 0] *= 20
-    gram = x.T @ x
-    values = torch.linalg.eigvalsh(gram)
-    found = condition(gram, torch.linalg.cholesky(gram), steps=200)
-    assert found == pytest.approx(float(values[-1] / values[0]), rel=0.02)
+# What is solved
 
 
 def read_and_wanted(model, ids, layer, omit):
@@ -103,13 +67,31 @@ def read_and_wanted(model, ids, layer, omit):
     return x.flatten(0, 1).double(), torch.cat(wanted, -1).flatten(0, 1).double()
 
 
+def paid_by_the_last_rows(model, ids, run, queries):
+    """[rows]: what the last `queries` rows pay to each row before them, mean of the layers of a run, 1 on the mean."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = "eager"
+    attentions = model(ids, output_attentions=True).attentions
+    model.config._attn_implementation = before
+    paid = torch.stack([attentions[layer][:, :, -queries:].sum(2).mean(1) for layer in run]).mean(0).double()
+    paid[:, -queries:] = 0
+    return (paid / paid.mean(1, keepdim=True)).flatten()
+
+
+@pytest.mark.parametrize("weighting", ["attention", "uniform"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "olmo2"])
 @torch.no_grad()
-def test_a_fit_maps_what_the_pruned_model_reads_to_what_the_full_one_has(family):
-    model, plan = fitted(family)
+def test_a_fit_maps_what_the_pruned_model_reads_to_what_the_full_one_has(family, weighting):
+    model, plan = fitted(family, weighting=weighting)
+    assert model.config._attn_implementation == "sdpa"
+    assert plan.projections.report.weighting == weighting
     for layer in GAPS:
+        run = next(run for run in plan.runs if layer in run)
         parts = [read_and_wanted(model, ids, layer, GAPS) for ids in batches(model)]
         x, y = (torch.cat(rows) for rows in zip(*parts, strict=True))
+        if weighting == "attention":  # of 40 rows a quarter stands for what follows
+            root = torch.cat([paid_by_the_last_rows(model, ids, run, 10) for ids in batches(model)]).sqrt()[:, None]
+            x, y = x * root, y * root
         original = original_projection(model.model.layers[layer]).double()
         scale = math.sqrt(0.1 * float((x.T @ x).diagonal().mean()))
         rows = torch.cat([x, scale * torch.eye(x.shape[1])])
@@ -401,6 +383,17 @@ def test_a_norm_that_is_no_rms_norm_is_refused_by_name():
         pop_ext.fit(model, plan_of(model, LAST), batches(model), lambdas=[0.1])
 
 
+def test_an_attention_that_hands_out_no_weights_is_refused_by_name(monkeypatch):
+    model = llama()
+    attention = type(model.model.layers[4].self_attn)
+    forward = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda self, *args, **kwargs: (forward(self, *args, **kwargs)[0], None))
+    with pytest.raises(ValueError, match="weighting: expected attention weights from LlamaAttention of layer 4, got"):
+        pop_ext.fit(model, Plan.last(6, 2), batches(model), lambdas=[0.1])
+    assert model.config._attn_implementation == "sdpa"
+    pop_ext.fit(model, Plan.last(6, 2), batches(model), lambdas=[0.1], weighting="uniform")
+
+
 def test_progress_counts_the_sequences_read_and_those_scored():
     model, told = shared("llama"), []
     held = [tokens(model, 3, 20, seed=1)]
@@ -415,7 +408,7 @@ def test_an_origin_says_how_a_plan_was_fitted():
     chosen = pop_ext.block_influence(model, batches(model)).plan(count=2)
     plan = pop_ext.fit(model, chosen, batches(model), lambdas=[0.25])
     assert (plan.origin.method, plan.origin.samples) == (chosen.origin.method, chosen.origin.samples)
-    assert plan.origin.fit == "ridge towards the original projections, lambda 0.25"
+    assert plan.origin.fit == "ridge towards the original projections, lambda 0.25, rows weighted by attention"
     assert plan.origin.fit_samples == 6
     by_hand = pop_ext.fit(model, Plan(6, LAST), batches(model), lambdas=[0.25])
     assert by_hand.origin.method is None

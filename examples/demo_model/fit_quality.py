@@ -18,6 +18,7 @@ import pop_ext
 import torch
 from data import SourceFile, split, stdlib_files
 from pop_ext import Plan
+from pop_ext.projections import FitReport
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,6 +49,17 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), float(values.std()) / math.sqrt(len(values))
 
 
+def row(plan: Plan, report: FitReport, pop: Tensor, fitted: Tensor) -> dict[str, Any]:
+    """One line of the table, printed, and what the JSON has of it; losses less those at full depth."""
+    values = {"pop": pop, "fitted": fitted, "difference": fitted - pop}
+    found = {name: mean_and_error(value) for name, value in values.items()}
+    shown = " | ".join(f"{mean:+.4f} ({error:.4f})" for mean, error in found.values())
+    omitted = f"{len(plan.omit)}/{plan.num_layers} | {plan.boundary}"
+    won = 1 - float(fitted.mean() / pop.mean())
+    print(f"| {omitted} | {report.weighting} | {report.ridge:g} | {shown} | {won:.0%} |", flush=True)
+    return {"omitted": len(plan.omit), "boundary": plan.boundary, "fit": report.to_dict(), **found}
+
+
 def main() -> int:
     """Prints the table, and writes it as JSON on request."""
     parser = argparse.ArgumentParser(description="Loss of POP on the demo model, fitted and not.")
@@ -58,6 +70,7 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=None, help="held-out windows; by default all")
     parser.add_argument("--omit", type=int, nargs="+", default=[4, 6], help="how many of the deepest layers")
     parser.add_argument("--boundary", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--weighting", nargs="+", default=["attention", "uniform"], help="of calibration rows")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
 
@@ -76,29 +89,18 @@ def main() -> int:
     report: dict[str, Any] = {"options": {name: str(value) for name, value in vars(options).items()}}
     report |= {"windows": len(ids), "full": mean_and_error(full), "rows": []}
     print(f"{len(ids)} windows; at full depth {full.mean():.4f} nats a token")
-    print("| omitted | boundary | lambda | POP | fitted | fitted less POP | won back |\n|---|---|---|---|---|---|---|")
+    print("| omitted | boundary | rows by | lambda | POP | fitted | fitted less POP | won back |")
+    print("|---|---|---|---|---|---|---|---|")
     for count in options.omit:
-        plan = Plan.last(depth, count)
-        fitted = pop_ext.fit(model, plan, calibration, holdout=holdout, progress=sys.stderr.isatty())
-        assert fitted.projections is not None
-        for boundary in options.boundary:
-            pop = losses(model, plan.replace(boundary=boundary), ids, options.continuation) - full
-            fit = losses(model, fitted.replace(boundary=boundary), ids, options.continuation) - full
-            cells = {
-                "omitted": count,
-                "boundary": boundary,
-                "fit": fitted.projections.report.to_dict(),
-                "pop": mean_and_error(pop),
-                "fitted": mean_and_error(fit),
-                "difference": mean_and_error(fit - pop),
-            }
-            report["rows"].append(cells)
-            shown = [
-                f"{mean:+.4f} ({error:.4f})" for mean, error in (cells[k] for k in ("pop", "fitted", "difference"))
-            ]
-            won = 1 - float(fit.mean() / pop.mean())
-            ridge = fitted.projections.report.ridge
-            print(f"| {count}/{depth} | {boundary} | {ridge:g} | {' | '.join(shown)} | {won:.0%} |", flush=True)
+        plans = [Plan.last(depth, count, boundary=boundary) for boundary in options.boundary]
+        unfitted = [losses(model, plan, ids, options.continuation) - full for plan in plans]
+        for weighting in options.weighting:
+            how = {"holdout": holdout, "weighting": weighting, "progress": sys.stderr.isatty()}
+            projections = pop_ext.fit(model, plans[0], calibration, **how).projections
+            assert projections is not None
+            for plan, pop in zip(plans, unfitted, strict=True):
+                fit = losses(model, plan.replace(projections=projections), ids, options.continuation) - full
+                report["rows"].append(row(plan, projections.report, pop, fit))
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -29,7 +29,10 @@ HOLD_EVERY = 8
 """Of the batches' sequences every eighth is held out to choose lambda by, where no ``holdout`` is given."""
 
 CONTINUATION = 64
-"""At most so many last tokens of a held-out sequence are what its loss is of; never more than a quarter of it."""
+"""At most so many last tokens of a sequence stand for what follows a prompt; never more than a quarter of it. The loss
+of a held-out sequence is of them, and it is their attention that weighs the rows before."""
+
+WEIGHTINGS = ("attention", "uniform")
 
 
 def fit(
@@ -39,6 +42,7 @@ def fit(
     *,
     holdout: Batches | None = None,
     lambdas: Sequence[float] | None = None,
+    weighting: str = "attention",
     progress: Progress = False,
 ) -> Plan:
     """The plan with K/V projections fitted for its omitted layers: a better first token at the same cost.
@@ -46,8 +50,9 @@ def fit(
     An omitted layer's context rows project K and V from the hidden state ``h`` of the last retained layer, which is
     not what its weights were trained on. For each omitted layer this solves a ridge regression, on calibration
     prompts, from the normalised ``h`` of the pruned model to the K (before its norm and RoPE) and V that the full
-    model has there; it pulls towards the layer's own projection. All layers of a run share one Gram matrix. Lambda is
-    chosen by the next-token loss of held-out prompts' continuations after the plan's boundary.
+    model has there; it pulls towards the layer's own projection. A row counts as much as later rows attend to it. All
+    layers of a run share one Gram matrix. Lambda is chosen by the next-token loss of held-out prompts' continuations
+    after the plan's boundary.
 
     Args:
         model: a Hugging Face decoder that projects K and V apart, enabled or not; float32, bfloat16 or float16, on
@@ -59,6 +64,9 @@ def fit(
             held out, and not fitted on.
         lambdas: ridges to choose from, relative to the mean diagonal of the Gram matrix, > 0; inf stands for the
             original projections. None: ``LAMBDAS``. A single one is taken as it is, and nothing held out.
+        weighting: "attention": each row counts by the attention that the sequence's last tokens (``CONTINUATION``) pay
+            to it in the run's layers of the full model, which runs eager for that: heads * T^2 attention weights of
+            one layer at a time. "uniform": all rows count alike.
         progress: True for a bar, or a callback told (steps done, all of them or None): sequences read, and held-out
             ones scored, once a lambda.
 
@@ -68,7 +76,7 @@ def fit(
     Raises:
         TypeError, ValueError: a bad argument, named; a plan that omits nothing; no sequence, none to hold out, or
             none longer than the boundary; hidden states, K or V that are not finite; a model whose K and V are no
-            plain projections. The model is as before.
+            plain projections, or whose eager attention hands out no weights. The model is as before.
 
     Source: docs/fitting.md; POP (arXiv 2602.03295) for the independent KV projection.
     """
@@ -76,6 +84,8 @@ def fit(
     layers = find_parts(model).layers
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a pop_ext.Plan, got {type(plan).__name__}")
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     plan = plan.replace(projections=None)
     check_plan(plan, layers, model.config)
     if not plan.omit:
@@ -88,7 +98,7 @@ def fit(
     kept = len(held) or (count // HOLD_EVERY if split and count is not None else 0)
     total = None if count is None else count + (kept * len(ridges) if len(ridges) > 1 else 0)
     with undisturbed(model), torch.no_grad(), reporting(progress, "fit", total) as advance:
-        reader = _Reader(model, plan, held if split else None, advance)
+        reader = _Reader(model, plan, held if split else None, weighting, advance)
         reader.read(batches)
         moments, samples = reader.moments, {layer: sample_of(layers[layer]) for layer in plan.omit}
         losses: list[tuple[float, float, float]] = []
@@ -102,7 +112,7 @@ def fit(
                 for run, solution in zip(moments, solutions, strict=True)
                 for layer, change in solution.changes.items()
             }
-            report = FitReport(ridge, reader.sequences, moments[0].rows)
+            report = FitReport(ridge, reader.sequences, moments[0].rows, weighting=weighting)
             return plan.replace(projections=Projections(matrices, samples, report)), solutions
 
         for ridge in ridges if len(ridges) > 1 else ():
@@ -143,8 +153,11 @@ def _finished(
 class _Reader:
     """Calibration batches, summed up: one RunMoments a run of the plan."""
 
-    def __init__(self, model: Any, plan: Plan, held: list[Tensor] | None, advance: Callable[[int], None]) -> None:
+    def __init__(
+        self, model: Any, plan: Plan, held: list[Tensor] | None, weighting: str, advance: Callable[[int], None]
+    ) -> None:
         self.model, self.plan, self.held, self.advance = model, plan, held, advance
+        self.by_attention = weighting == "attention"
         self.layers = find_parts(model).layers
         self.moments = [RunMoments({i: original_projection(self.layers[i]) for i in run}) for run in plan.runs]
         self.sequences = 0
@@ -178,13 +191,25 @@ class _Reader:
         targets = self._full_forward(ids)
         for run, moments in zip(self.plan.runs, self.moments, strict=True):
             x = self._read_by[run.start]
-            moments.add(x, {layer: targets[layer] for layer in run})
+            moments.add(x, {layer: targets[layer] for layer in run}, self._weights_of(run))
+
+    def _weights_of(self, run: range) -> Tensor | None:
+        """[rows] float32, 1 on the mean of a sequence, by the attention of all the run's layers: one Gram matrix."""
+        if not self.by_attention:
+            return None
+        mass = torch.stack([self._attention[layer] for layer in run]).mean(0)
+        return (mass / mass.mean(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)).flatten()
 
     def _full_forward(self, ids: Tensor) -> dict[int, Tensor]:
         """K and V of the full model without their biases, of each omitted layer, [rows, 2 * kv_dim] float32."""
         outputs: dict[int, list[Tensor]] = {layer: [] for layer in self.plan.omit}
         self._read_by: dict[int, Tensor] = {}
+        self._attention: dict[int, Tensor] = {}
         with ExitStack() as stack:
+            if self.by_attention:
+                stack.enter_context(_eager(self._decoder.config))
+                for index in self.plan.omit:
+                    stack.callback(self._watch_attention(index, _continuation(ids)).remove)
             for index in self.plan.omit:
                 for handle in _watch_key_values(self.layers[index], outputs[index].append):
                     stack.callback(handle.remove)
@@ -200,9 +225,28 @@ class _Reader:
                 self._forward(ids)
         return {layer: torch.cat(parts, dim=-1) for layer, parts in outputs.items()}
 
+    @property
+    def _decoder(self) -> Any:
+        return self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.model
+
     def _forward(self, ids: Tensor) -> None:
-        decoder = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.model
-        decoder(input_ids=ids, use_cache=False)
+        self._decoder(input_ids=ids, use_cache=False)
+
+    def _watch_attention(self, index: int, queries: int) -> Any:
+        """A hook: what the last ``queries`` rows pay to each row before them, [batch, T] float32, to ``_attention``."""
+
+        def keep(module: Any, args: Any, output: Any) -> None:
+            weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            if not isinstance(weights, Tensor) or weights.ndim != 4:
+                raise ValueError(
+                    f"weighting: expected attention weights from {type(module).__name__} of layer {index}, got none; "
+                    'weighting="uniform" needs none'
+                )
+            paid = weights[:, :, -queries:].float().sum(2).mean(1)
+            paid[:, -queries:] = 0.0  # they are not of the prompt
+            self._attention[index] = paid
+
+        return self.layers[index].self_attn.register_forward_hook(keep)
 
     @contextmanager
     def _watch_hidden_states(self, index: int) -> Iterator[None]:
@@ -217,6 +261,17 @@ class _Reader:
 
         with replaced_forward(layer, forward):
             yield
+
+
+@contextmanager
+def _eager(config: Any) -> Iterator[None]:
+    """Inside: the attention whose modules hand out their weights."""
+    before = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def _pass_by(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:

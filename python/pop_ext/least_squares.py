@@ -16,7 +16,8 @@ class LayerMoments:
     Attributes:
         original: W0 ``[2 * kv_dim, hidden]`` float32, the folded projection.
         cross: ``X^T (Y - X W0^T)``, ``[hidden, 2 * kv_dim]`` float64.
-        error: squared error of the original projection, of each output, ``[2 * kv_dim]`` float64.
+        error: squared error of the original projection, of each output, ``[2 * kv_dim]`` float64. All sums are over
+            rows, each as often as it weighs.
         energy: ``Y^2``, likewise.
     """
 
@@ -46,16 +47,21 @@ class RunMoments:
         self.gram = torch.zeros(first.shape[1], first.shape[1], dtype=torch.float64, device=first.device)
         self.rows = 0
 
-    def add(self, x: Tensor, targets: dict[int, Tensor]) -> None:
-        """Rows ``x`` [rows, hidden] float32 and what each layer's K and V are, [rows, 2 * kv_dim] float32."""
-        self.gram += (x.T @ x).double()
+    def add(self, x: Tensor, targets: dict[int, Tensor], weights: Tensor | None = None) -> None:
+        """Rows ``x`` [rows, hidden] float32 and what each layer's K and V are, [rows, 2 * kv_dim] float32.
+
+        weights: [rows] float32 from 0 on, how much each row counts; None: 1.
+        """
+        weights = torch.ones(len(x), device=x.device) if weights is None else weights
+        weighted, each = (x * weights[:, None]).T, weights.double()
+        self.gram += (weighted @ x).double()
         self.rows += len(x)
         for layer, y in targets.items():
             moments = self.layers[layer]
             residual = y - x @ moments.original.T
-            moments.cross += (x.T @ residual).double()
-            moments.error += residual.square().sum(0).double()
-            moments.energy += y.square().sum(0).double()
+            moments.cross += (weighted @ residual).double()
+            moments.error += each @ residual.double().square()
+            moments.energy += each @ y.double().square()
 
     def is_finite(self) -> bool:
         """Whether no NaN and no infinity came in."""

@@ -37,6 +37,7 @@ class FitReport:
         losses: of each lambda that was tried, (lambda, mean, standard error) of the held-out loss in nats a token;
             empty where nothing was held out.
         holdout: how many held-out sequences chose lambda.
+        weighting: of rows, as ``pop_ext.fit`` takes it.
         residuals: of each layer, error energy of K and V over their own, before and after the fit, on what it saw:
             layer -> (K before, K after, V before, V after).
     """
@@ -48,10 +49,12 @@ class FitReport:
     losses: tuple[tuple[float, float, float], ...] = ()
     holdout: int = 0
     residuals: Mapping[int, tuple[float, float, float, float]] = field(default_factory=dict)
+    weighting: str = "uniform"
 
     def method(self) -> str:
         """In words, for the origin of a plan."""
-        return f"ridge towards the original projections, lambda {self.ridge:g}"
+        rows = ", rows weighted by attention" if self.weighting == "attention" else ""
+        return f"ridge towards the original projections, lambda {self.ridge:g}{rows}"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which knows no infinity: None stands for it."""
@@ -62,6 +65,7 @@ class FitReport:
             "condition": list(self.condition),
             "losses": [[_finite(value) for value in row] for row in self.losses],
             "holdout": self.holdout,
+            "weighting": self.weighting,
             "residuals": {str(layer): list(values) for layer, values in self.residuals.items()},
         }
 
@@ -79,6 +83,7 @@ class FitReport:
                     for ridge, loss, error in members["losses"]
                 ),
                 holdout=int(members["holdout"]),
+                weighting=str(members["weighting"]),
                 residuals={int(layer): tuple(values) for layer, values in members["residuals"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:

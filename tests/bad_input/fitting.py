@@ -115,6 +115,12 @@ FIT = [
         ValueError,
         "holdout: expected sequences longer than the boundary 8 and a continuation, got at most 8 tokens",
     ),
+    Case(
+        '`weighting="rows"`',
+        lambda w: fit(w, weighting="rows"),
+        ValueError,
+        "weighting: expected one of attention, uniform, got 'rows'",
+    ),
     Case("`lambdas=[0]`", lambda w: fit(w, lambdas=[0]), ValueError, "lambdas: expected numbers > 0, got 0"),
     Case("`lambdas=[]`", lambda w: fit(w, lambdas=[]), ValueError, "lambdas: expected at least one number, got none"),
     Case(

@@ -31,6 +31,9 @@ def fit(
     samples: Annotated[int, typer.Option(min=2, help="Sequences at most, those held out included.")] = 200,
     tokens: WindowOption = 256,
     holdout: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of them that chooses the pull.")] = 0.2,
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="All rows count alike, not as much as later rows attend to them.")
+    ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
@@ -54,7 +57,8 @@ def fit(
         batches = calibration_batches(read_texts(text, tokenizer), tokenizer, tokens, samples, batch=1)
         kept = min(len(batches) - 1, round(holdout * len(batches)))
         used, held = batches[: len(batches) - kept], batches[len(batches) - kept :]
-        fitted = pop_ext.fit(loaded, before, used, holdout=held or None, progress=not as_json)
+        weighting = "uniform" if uniform else "attention"
+        fitted = pop_ext.fit(loaded, before, used, holdout=held or None, weighting=weighting, progress=not as_json)
         out.parent.mkdir(parents=True, exist_ok=True)
         fitted.save(out)
     assert fitted.projections is not None  # fit's result
