@@ -122,11 +122,11 @@ def _print(result: Evaluation) -> None:
             cells = [_mean(row["loss"]), _mean(row["delta_loss"], "+"), _mean(row["delta_first"], "+")]
             table.add_row(row["arm"], *cells, *(_mean(row[name], digits=2) if name in row else "-" for name in shares))
         console.print(table)
-    for note in (
-        "To full, first token: difference to full depth, of all tokens and of the first one. As full: leading share of",
-        "the full model's greedy continuation; match: all of it. Exact: the definition of the first line was found.",
-    ):
-        console.print(Text(note, style="dim"))
+    note = (
+        "To full, first token: difference to full depth, of all tokens and of the first one. As full: leading share of "
+        "the full model's greedy continuation; match: all of it. Exact: the definition of the first line was found."
+    )
+    console.print(Text(note, style="dim"))
 
 
 def _mean(mean: Any, sign: str = "", digits: int = 3) -> str:
