@@ -143,11 +143,14 @@ def test_logits_and_cache_of_generate_are_returned_as_before():
 # Caches
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_a_static_cache_is_prefilled_natively(family, padded, attention):
-    model = {"llama": llama, "qwen2": qwen2}[family](attn_implementation=attention)
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [*((name, "eager") for name in FAMILIES), *((name, "sdpa") for name in FAMILIES if name != "gemma2")],
+)
+def test_a_static_cache_is_prefilled_natively(family, attention, padded):
+    model = FAMILIES[family]()
+    model.set_attn_implementation(attention)
     ids, mask = pad([tokens(model, n, seed=n) for n in ((5, T) if padded else (T, T))], "left")
     twin = pop_ext.enable(model, PLAN, strict=True)
     expected = generate(twin, ids, attention_mask=mask)
@@ -158,6 +161,15 @@ def test_a_static_cache_is_prefilled_natively(family, padded, attention):
     assert [d.backend for d in decisions] == ["native"]
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_a_static_cache_no_longer_than_the_prompt_is_prefilled_natively(family):
+    model = pop_ext.enable(FAMILIES[family](), PLAN, strict=True)
+    for length in (9, T):  # within the window, for which transformers may make no mask, and beyond it
+        ids = tokens(model, 2, length)
+        assert torch.equal(generate(model, ids, 1, cache_implementation="static"), generate(model, ids, 1))
+        assert pop_ext.last_call(model).tokens == (length, length)
+
+
 def test_a_static_cache_is_used_again_for_another_prompt():
     model = pop_ext.enable(llama(), PLAN, strict=True)
     cache = StaticCache(config=model.config, max_cache_len=64)
@@ -166,16 +178,6 @@ def test_a_static_cache_is_used_again_for_another_prompt():
         cache.reset()
         actual = generate(model, ids, attention_mask=mask, past_key_values=cache)
         assert torch.equal(actual, generate(model, ids, attention_mask=mask))
-
-
-def test_the_windows_of_a_static_cache_leave_the_prefill_to_the_stock_model():
-    model = mistral()
-    ids = tokens(model, 1, T)
-    expected = generate(model, ids, cache_implementation="static")
-    twin = pop_ext.enable(copy.deepcopy(model), PLAN)
-    with pytest.warns(match="sliding window"):
-        actual = generate(twin, ids, cache_implementation="static")
-    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("with_config", [False, True])
@@ -211,8 +213,9 @@ def test_a_second_turn_generates_as_the_oracle(family, padded):
     assert all(d.native and d.boundary == (1, 1) for d in decisions)
 
 
-def test_a_second_turn_in_a_static_cache_generates_as_in_a_dynamic_one():
-    model = pop_ext.enable(llama(), PLAN, strict=True)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_second_turn_in_a_static_cache_generates_as_in_a_dynamic_one(family):
+    model = pop_ext.enable(FAMILIES[family](), PLAN, strict=True)
     first, mask = pad([tokens(model, n, seed=n) for n in (11, T)], "left")
     second = tokens(model, 2, 13, seed=9)
     expected = two_turns(model, first, mask, second)
@@ -257,14 +260,15 @@ def test_a_cropped_cache_serves_another_prompt_with_the_same_prefix():
 # Ways to prefill and to decode
 
 
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
 @pytest.mark.parametrize("size", [7, 16, 29])  # 29 leaves a chunk of one token
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_chunked_prefill_prunes_each_chunk_as_the_oracle(family, size):
+def test_a_chunked_prefill_prunes_each_chunk_as_the_oracle(family, size, cache):
     model = FAMILIES[family]()
     ids = tokens(model, 1, T)
     native, oracle = native_and_oracle(model)
     decisions = recorded(native)
-    actual, expected = (generate(twin, ids, prefill_chunk_size=size) for twin in (native, oracle))
+    actual, expected = (generate(twin, ids, prefill_chunk_size=size, **cache) for twin in (native, oracle))
     assert torch.equal(actual, expected)
     chunks = [min(size, T - begin) for begin in range(0, T, size)]
     assert [d.tokens for d in decisions] == [(n,) for n in chunks if n > 1]
