@@ -81,6 +81,19 @@ def test_the_verification_of_candidates_in_a_static_cache_never_warns_or_raises(
     assert_silent_stock(model, "verification", tokens(model, 1, 4), **with_cache(model, cache), logits_to_keep=4)
 
 
+@torch.no_grad()
+def test_a_call_of_the_first_layers_only_never_warns_or_raises():
+    model = llama()
+    model.config.num_hidden_layers = 3  # as generate sets it for drafts by early exit
+    expected = model(tokens(model, 1, T), logits_to_keep=1)
+    model.config.num_hidden_layers = LAYERS
+    twin = enabled_twin(model, strict=True)
+    twin.config.num_hidden_layers = 3
+    assert pop_ext.explain(twin, tokens(model, 1, T), logits_to_keep=1).rule == "early_exit"
+    assert_same_bits(twin(tokens(model, 1, T), logits_to_keep=1), expected)
+    assert pop_ext.last_call(twin) is None
+
+
 # What is harmless
 
 

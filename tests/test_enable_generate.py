@@ -288,44 +288,6 @@ def test_generation_that_asks_for_hidden_states_keeps_the_stock_prefill():
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(step, stock, strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_assisted_generation_gives_the_tokens_of_plain_greedy_decoding(family):
-    model = pop_ext.enable(FAMILIES[family](), PLAN, strict=True)
-    assistant = FAMILIES[family]()
-    for parameter in assistant.model.layers[5].parameters():
-        parameter.data.mul_(0.9)  # right often, not always
-    ids = tokens(model, 1, T)
-    expected = generate(model, ids, 24)
-    decisions = recorded(model)
-    assert torch.equal(generate(model, ids, 24, assistant_model=assistant), expected)
-    # The prompt is pruned, the candidates that come with it are not; verifications are no prefill.
-    (decision,) = decisions
-    candidates = decision.tokens[0] - T
-    assert candidates > 0
-    assert decision.boundary == (candidates + 1,)
-
-
-def test_an_enabled_assistant_is_prefilled_natively():
-    model = pop_ext.enable(llama(), PLAN, strict=True)
-    assistant = pop_ext.enable(llama(layers=2), Plan(2, (1,)), strict=True)
-    ids = tokens(model, 1, T)
-    expected = generate(model, ids, 24)
-    decisions = recorded(assistant)
-    assert torch.equal(generate(model, ids, 24, assistant_model=assistant), expected)
-    assert decisions[0].tokens == (T,)
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_prompt_lookup_gives_the_tokens_of_plain_greedy_decoding(family):
-    model = pop_ext.enable(FAMILIES[family](), PLAN, strict=True)
-    ids = tokens(model, 1, 12).repeat(1, 3)
-    expected = generate(model, ids, 24)
-    decisions = recorded(model)
-    assert torch.equal(generate(model, ids, 24, prompt_lookup_num_tokens=4), expected)
-    assert decisions[0].native
-    assert decisions[0].boundary == (decisions[0].tokens[0] - 36 + 1,)
-
-
 @pytest.mark.parametrize("length", [15, 16, 17, 40])
 def test_prompts_around_and_beyond_the_sliding_window_generate_as_the_oracle(length):
     model = mistral()

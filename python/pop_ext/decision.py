@@ -136,7 +136,7 @@ def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, 
 def decide(model: nn.Module, plan: Plan, backend: str, arguments: dict[str, Any]) -> Call:
     """Classifies a bound call of an enabled model."""
     try:
-        mask, packed, blocks = _check_prefill(model, backend, arguments)
+        mask, packed, blocks = _check_prefill(model, plan, backend, arguments)
     except _Stock as stock:
         return Call(arguments, Decision("stock", stock.rule, stock.reason, stock.declined, plan))
     keep = arguments["logits_to_keep"]
@@ -156,13 +156,20 @@ def text_config(model: nn.Module) -> Any:
 
 
 def _check_prefill(
-    model: nn.Module, backend: str, arguments: dict[str, Any]
+    model: nn.Module, plan: Plan, backend: str, arguments: dict[str, Any]
 ) -> tuple[torch.Tensor | None, PackedBatch, Blocks]:
     config = text_config(model)
     tokens = _new_tokens(arguments)
     columns = tokens.shape[1]
     if columns == 1:
         raise _Stock("decode", "one new token: a decode step, or a prompt of one token", declined=False)
+    if config.num_hidden_layers != plan.num_layers:
+        # No error under strict: transformers puts the config back only where all went well.
+        raise _Stock(
+            "early_exit",
+            f"the first {config.num_hidden_layers} of {plan.num_layers} layers are wanted: a draft by early exit",
+            declined=False,
+        )
     if arguments.get("labels") is not None:
         raise _Stock("labels", "labels: a loss needs every row at full depth")
     _check_rows(arguments.get("logits_to_keep", 0), columns, arguments.get("past_key_values"))

@@ -190,7 +190,9 @@ def _check_placement(weights: list[WeightRef]) -> None:
         if type(tensor) not in (nn.Parameter, torch.Tensor):
             raise UnsupportedModelError(f"weight {ref.slot}: expected a plain tensor, got {type(tensor).__name__}")
         if tensor.device.type == "meta":
-            raise UnsupportedModelError(f"weight {ref.slot}: expected loaded weights, got the meta device (offloaded)")
+            raise UnsupportedModelError(
+                f"weight {ref.slot}: expected loaded weights, got the meta device (offloaded by a device_map?)"
+            )
         if tensor.device.type not in _devices():
             raise UnsupportedModelError(
                 f"weight {ref.slot}: expected a device of {', '.join(_devices())} (what this build has kernels for; "

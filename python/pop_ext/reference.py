@@ -37,7 +37,7 @@ from pop_ext.reference_checks import (
     per_sequence,
 )
 from pop_ext.reference_vision import Images, Wrapped, is_wrapped, run_wrapper
-from pop_ext.restore import module_restored_on_error, replaced_forward
+from pop_ext.restore import forward_place, module_restored_on_error, replaced_forward
 
 __all__ = ["prefill"]
 
@@ -273,7 +273,8 @@ def omitted_layers(layers: Sequence[Module], plan: PlanLike) -> Iterator[None]:
     with ExitStack() as stack:
         for index in plan.omit:
             matrix = None if fitted is None else fitted.matrices[index]
-            stack.enter_context(replaced_forward(layers[index], omitted_forward(layers[index], matrix)))
+            layer = layers[index]
+            stack.enter_context(replaced_forward(layer, omitted_forward(layer, matrix), forward_place(layer)))
         yield
 
 
@@ -281,12 +282,13 @@ def omitted_layers(layers: Sequence[Module], plan: PlanLike) -> Iterator[None]:
 def rope_of_whole_call(rotary: Module, largest: Tensor) -> Iterator[None]:
     """Inside: each call of `rotary` also sees the position `largest`, so that frequencies which depend on the length
     ("dynamic", "longrope") are those that one stock call over the whole batch would use."""
-    original = rotary.forward
+    place = forward_place(rotary)
+    original = getattr(rotary, place)
 
     def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         extended = torch.cat([position_ids, largest.expand(*position_ids.shape[:-1], 1)], dim=-1)
         cos, sin = original(x, extended, *args, **kwargs)
         return cos[..., :-1, :], sin[..., :-1, :]
 
-    with replaced_forward(rotary, forward):
+    with replaced_forward(rotary, forward, place):
         yield
