@@ -28,6 +28,8 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 
+_MERGE = "merge adapters into the weights, merge_and_unload of PEFT"
+
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -149,8 +151,13 @@ def _family_of(model: Any) -> Family:
 
 def _check_class(module: nn.Module, expected: str, place: str) -> None:
     # Subclasses in user code may compute something else, generated ones (FSDP, PEFT) do.
-    if type(module).__name__ != expected:
-        raise UnsupportedModelError(f"{place}: expected a {expected}, got {type(module).__name__}")
+    found = type(module)
+    if found.__module__.startswith("peft."):
+        raise UnsupportedModelError(
+            f"{place}: expected a {expected}, got {found.__module__}.{found.__name__} ({_MERGE})"
+        )
+    if found.__name__ != expected:
+        raise UnsupportedModelError(f"{place}: expected a {expected}, got {found.__name__}")
 
 
 def _ref(slot: str, model: nn.Module, path: str, family: Family) -> WeightRef | None:
@@ -168,8 +175,7 @@ def _ref(slot: str, model: nn.Module, path: str, family: Family) -> WeightRef | 
     elif type(module) is not nn.Linear:
         found = f"{type(module).__module__}.{type(module).__name__}"
         raise UnsupportedModelError(
-            f"{slot}: expected a plain torch.nn.Linear, got {found} "
-            "(merge adapters into the weights, merge_and_unload of PEFT, and load unquantised weights)"
+            f"{slot}: expected a plain torch.nn.Linear, got {found} ({_MERGE}, and load unquantised weights)"
         )
     if module._parameters.get(name) is None:
         if kind in _OPTIONAL:
