@@ -78,8 +78,9 @@ def test_a_map_that_offloads_a_part_is_refused_and_the_reference_backend_runs_it
     assert_the_oracle_runs(model)
 
 
-def test_the_reference_backend_runs_a_model_whose_weights_come_and_go():
-    assert_the_oracle_runs(cpu_offload(llama(), execution_device="cpu"))
+@pytest.mark.parametrize("at_once", [None, ["LlamaDecoderLayer"]], ids=["by module", "by layer"])
+def test_the_reference_backend_runs_a_model_whose_weights_come_and_go(at_once):
+    assert_the_oracle_runs(cpu_offload(llama(), execution_device="cpu", preload_module_classes=at_once))
 
 
 @torch.no_grad()

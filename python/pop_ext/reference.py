@@ -282,13 +282,12 @@ def omitted_layers(layers: Sequence[Module], plan: PlanLike) -> Iterator[None]:
 def rope_of_whole_call(rotary: Module, largest: Tensor) -> Iterator[None]:
     """Inside: each call of `rotary` also sees the position `largest`, so that frequencies which depend on the length
     ("dynamic", "longrope") are those that one stock call over the whole batch would use."""
-    place = forward_place(rotary)
-    original = getattr(rotary, place)
+    original = rotary.forward
 
     def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         extended = torch.cat([position_ids, largest.expand(*position_ids.shape[:-1], 1)], dim=-1)
         cos, sin = original(x, extended, *args, **kwargs)
         return cos[..., :-1, :], sin[..., :-1, :]
 
-    with replaced_forward(rotary, forward, place):
+    with replaced_forward(rotary, forward):
         yield
