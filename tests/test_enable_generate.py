@@ -10,8 +10,8 @@ import pytest
 import torch
 from enabled_models import generate, recorded
 from models import gemma2, gemma3, llama, mistral, mixtral, olmo2, pad, phi3, qwen2, qwen3, qwen3_moe, tokens
-from pop_ext import Plan
-from tolerance import compare_caches
+from pop_ext import Plan, reference
+from tolerance import assert_close_fp32, compare_caches
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache, pipeline
 from transformers.generation.streamers import BaseStreamer
@@ -243,6 +243,25 @@ def test_a_copied_cache_serves_several_prompts_with_one_prefix():
     assert not torch.equal(results[0][0, -16:], results[0][1, -16:])
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@torch.no_grad()
+def test_a_full_depth_turn_over_a_pruned_one_keeps_both_depths(family):
+    model = FAMILIES[family]()
+    first, second = tokens(model, 2, T), tokens(model, 2, 13, seed=9)
+    _, expected = reference.prefill(model, first, PLAN)
+    cache = DynamicCache()  # keeps every position, so that each can be compared
+    with pop_ext.enabled(model, PLAN, strict=True):
+        model(first, past_key_values=cache, logits_to_keep=1)
+    pruned = copy.deepcopy(cache)
+    compare_caches(pruned, expected)
+    ours = model(second, past_key_values=cache, logits_to_keep=1).logits
+    theirs = model(second, past_key_values=expected, logits_to_keep=1).logits
+    assert_close_fp32(ours, theirs, "logits")
+    compare_caches(cache, expected)
+    cache.crop(-13)
+    compare_caches(cache, pruned, atol=0.0)
+
+
 @torch.no_grad()
 def test_a_cropped_cache_serves_another_prompt_with_the_same_prefix():
     model = llama()
@@ -361,3 +380,17 @@ def test_generate_with_what_a_pruned_prefill_lacks_gives_the_stock_tokens(how):
     if how.get("return_dict_in_generate"):
         actual, expected = actual.sequences, expected.sequences
     assert torch.equal(actual, expected)
+
+
+def test_guidance_prunes_the_prompt_and_keeps_the_stock_prefill_of_a_negative_one():
+    model = llama()
+    ids, negative = tokens(model, 1, T), tokens(model, 1, 9, seed=4)
+    how = {"guidance_scale": 1.5, "negative_prompt_ids": negative}
+    outputs = []
+    for backend in ("native", "reference"):
+        twin = pop_ext.enable(copy.deepcopy(model), PLAN, backend=backend)
+        decisions = recorded(twin)
+        with pytest.warns(match="logits_to_keep=0"):
+            outputs.append(generate(twin, ids, **how))
+        assert [(d.backend, d.rule) for d in decisions] == [(backend, "prefill"), ("stock", "logits_to_keep")]
+    assert torch.equal(*outputs)
