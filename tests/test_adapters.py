@@ -8,10 +8,11 @@ from typing import Any
 import pop_ext
 import pytest
 import torch
-from enabled_models import PLAN, T, assert_enabled_equals_oracle, generate
-from models import llama, tokens
+from enabled_models import LAYERS, PLAN, T, assert_enabled_equals_oracle, generate
+from models import llama, mixtral, pad, phi3, qwen3_moe, tokens
 from pop_ext import reference
 from pop_ext.families import UnsupportedModelError
+from pop_ext.plan import Plan
 from tolerance import assert_close_fp32, compare_caches
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
@@ -35,6 +36,66 @@ def test_an_adapter_on_any_projection_is_refused_with_its_class(target):
         with pytest.raises(UnsupportedModelError, match=rf"{target}: .*peft.*merge_and_unload.*backend=.reference."):
             pop_ext.enable(given, PLAN)
     assert "forward" not in model.get_base_model().__dict__
+
+
+# Adapters beside the projections of a Llama: what carries them, and the weights that they are added to.
+ELSEWHERE: dict[str, Any] = {
+    "experts of Mixtral": (mixtral, {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
+    "experts of Qwen3-MoE": (qwen3_moe, {"target_parameters": ["mlp.experts.down_proj"]}),
+    "a router": (mixtral, {"target_parameters": ["mlp.gate.weight"]}),
+    "fused matrices": (phi3, {"target_modules": ["qkv_proj", "gate_up_proj"]}),
+    "embeddings": (llama, {"target_modules": ["embed_tokens"]}),
+    "a norm beside an adapter": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["norm"]}),
+    "magnitudes beside directions": (llama, {"target_modules": ["v_proj"], "use_dora": True}),
+}
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+@torch.no_grad()
+def test_an_adapter_elsewhere_is_refused_by_name_and_runs_merged_and_by_the_oracle(where):
+    build, targets = ELSEWHERE[where]
+    model = peft.get_peft_model(build(), peft.LoraConfig(r=2, init_lora_weights=False, **targets)).eval()
+    ids = tokens(model.get_base_model(), 1, T)
+    with pytest.raises(UnsupportedModelError, match=r"got peft\..*merge_and_unload.*backend=.reference."):
+        pop_ext.enable(model, PLAN)
+    with pop_ext.enabled(model, PLAN, strict=True, backend="reference"):
+        expected = model(input_ids=ids, logits_to_keep=1).logits
+        assert pop_ext.last_call(model).backend == "reference"
+    merged = pop_ext.enable(model.merge_and_unload(), PLAN, strict=True)
+    assert_close_fp32(merged(ids, logits_to_keep=1).logits, expected, "logits")
+    assert pop_ext.last_call(merged).native
+    plain = pop_ext.enable(build(), PLAN)(ids, logits_to_keep=1).logits
+    assert (where == "a norm beside an adapter") or (plain - expected).abs().max() > 0.1, "an adapter of nothing"
+
+
+@torch.no_grad()
+def test_an_adapter_on_the_head_runs_natively():
+    model = peft.get_peft_model(llama(), lora("lm_head")).eval()
+    ids = tokens(model.get_base_model(), 1, T)
+    expected = reference.prefill(model.get_base_model(), ids, PLAN)[0]
+    pop_ext.enable(model, PLAN, strict=True)
+    assert_close_fp32(model(input_ids=ids, logits_to_keep=1).logits, expected, "logits")
+    assert (reference.prefill(llama(), ids, PLAN)[0] - expected).abs().max() > 0.1
+
+
+# Before padding, virtual tokens of the prompt leave a hole behind them; those of the cache do not.
+@pytest.mark.parametrize(("kind", "padding"), [("PromptTuningConfig", 0), ("PrefixTuningConfig", 4)])
+@torch.no_grad()
+def test_virtual_tokens_before_the_prompt_run_natively(kind, padding):
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(llama(), config).eval()
+    ids, mask = pad([tokens(model.get_base_model(), n, seed=n) for n in (T, T - padding)], "left")
+    call = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": 1}
+    expected = model(**call).logits
+    with pop_ext.enabled(model, Plan(LAYERS, (LAYERS - 1,)), strict=True):
+        assert_close_fp32(model(**call).logits, expected, "logits")
+        assert pop_ext.last_call(model).native
+    pruned = []
+    for backend in ("native", "reference"):
+        with pop_ext.enabled(model, PLAN, strict=True, backend=backend):
+            pruned.append(model(**call).logits)
+    assert_close_fp32(*pruned, "logits")
+    assert (pruned[0] - expected).abs().max() > 0.1
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ from against_oracle import GAPS, assert_equals_oracle, plan_of, run_native, run_
 from models import FAMILIES, WINDOW, offloaded_cache, pad, tokens
 from pop_ext.kv_cache import CacheTransaction
 from tolerance import assert_close_fp32, compare_caches
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 KINDS = ("DynamicCache()", "DynamicCache(config)", "StaticCache")
 MODELS = ("llama", "mistral", "qwen2 mixed")
@@ -329,9 +330,10 @@ def test_a_call_without_grad_mode_off_leaves_no_graph_in_the_cache():
     [
         (lambda model: EncoderDecoderCache(DynamicCache(), DynamicCache()), "past_key_values: expected"),
         (offloaded_cache, "past_key_values: .* offloaded"),
+        (lambda model: Cache(layers=[DynamicLayer()]), "past_key_values: expected 6 layers like the model, got 1"),
         (lambda model: [(torch.zeros(1, 2, 3, 64),) * 2], "past_key_values: expected a transformers Cache, got list"),
     ],
-    ids=["encoder-decoder", "offloaded", "a list of tensors"],
+    ids=["encoder-decoder", "offloaded", "too few layers", "a list of tensors"],
 )
 def test_a_cache_of_an_unknown_kind_is_named(make, message):
     model = shared("llama")

@@ -20,7 +20,7 @@ from enabled_models import (
     filled_cache,
     offload_with_accelerate,
 )
-from models import llama, mistral, pad, qwen2, tokens
+from models import llama, mistral, offloaded_cache, pad, qwen2, tokens
 from pop_ext import reference
 from pop_ext.cache_names import with_cache
 from pop_ext.replaced import foreign_code, inner_modules
@@ -79,6 +79,29 @@ def test_the_verification_of_candidates_in_a_static_cache_never_warns_or_raises(
     cache = StaticCache(config=model.config, max_cache_len=32)
     model(tokens(model, 1, 7), past_key_values=cache, logits_to_keep=1)
     assert_silent_stock(model, "verification", tokens(model, 1, 4), **with_cache(model, cache), logits_to_keep=4)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@torch.no_grad()
+def test_an_offloaded_cache_is_left_to_the_stock_forward(backend):
+    model = pop_ext.enable(llama(), PLAN, backend=backend)
+    # Not run: on a CPU transformers has no stream to offload with.
+    decision = pop_ext.explain(model, tokens(model, 1, T), past_key_values=offloaded_cache(model), logits_to_keep=1)
+    assert (decision.backend, decision.rule, decision.declined) == ("stock", "cache", True)
+    assert "an offloaded one" in decision.reason
+
+
+@torch.no_grad()
+def test_a_call_of_the_first_layers_only_never_warns_or_raises():
+    model = llama()
+    model.config.num_hidden_layers = 3  # as generate sets it for drafts by early exit
+    expected = model(tokens(model, 1, T), logits_to_keep=1)
+    model.config.num_hidden_layers = LAYERS
+    twin = enabled_twin(model, strict=True)
+    twin.config.num_hidden_layers = 3
+    assert pop_ext.explain(twin, tokens(model, 1, T), logits_to_keep=1).rule == "early_exit"
+    assert_same_bits(twin(tokens(model, 1, T), logits_to_keep=1), expected)
+    assert pop_ext.last_call(twin) is None
 
 
 # What is harmless

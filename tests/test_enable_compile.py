@@ -10,7 +10,7 @@ import pop_ext
 import pytest
 import torch
 from enabled_models import T, generate, prefill
-from models import llama, tokens
+from models import gemma3, llama, mistral, tokens
 from pop_ext import Plan
 from tolerance import assert_close_fp32
 from torch import Tensor, nn
@@ -124,8 +124,9 @@ def test_generate_of_a_compiled_model_prefills_natively():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_generate_that_compiles_decode_for_a_static_cache_prefills_natively():
-    model = pop_ext.enable(tiny(), TINY_PLAN, strict=True)
+@pytest.mark.parametrize("build", [llama, mistral, gemma3])
+def test_generate_that_compiles_decode_for_a_static_cache_prefills_natively(build):
+    model = pop_ext.enable(build(layers=3), Plan(3, (1,)), strict=True)
     ids = tokens(model, 1, T)
     expected = generate(model, ids, 4)
     config = CompileConfig(backend="eager", mode=None)

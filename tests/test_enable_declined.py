@@ -317,14 +317,15 @@ def test_a_declined_call_is_an_error_under_strict(declined):
         assert pop_ext.explain(model, ids, **call).reason in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["flex_attention", "paged|sdpa", "paged|flash_attention_2"])
 @torch.no_grad()
-def test_flex_attention_is_declined():
+def test_flex_attention_and_that_of_continuous_batching_are_declined(name):
     model = llama()
     pop_ext.enable(model, PLAN)
-    model.config._attn_implementation = "flex_attention"  # not run: it would compile
+    model.config._attn_implementation = name  # not run: it would compile
     decision = pop_ext.explain(model, tokens(model, 1, T), logits_to_keep=1)
     assert (decision.rule, decision.declined) == ("attention", True)
-    assert "flex_attention" in str(decision)
+    assert name in str(decision)
 
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "eager", "sdpa"])

@@ -10,8 +10,8 @@ import pytest
 import torch
 from enabled_models import generate, recorded
 from models import gemma2, gemma3, llama, mistral, mixtral, olmo2, pad, phi3, qwen2, qwen3, qwen3_moe, tokens
-from pop_ext import Plan
-from tolerance import compare_caches
+from pop_ext import Plan, reference
+from tolerance import assert_close_fp32, compare_caches
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache, pipeline
 from transformers.generation.streamers import BaseStreamer
@@ -143,11 +143,14 @@ def test_logits_and_cache_of_generate_are_returned_as_before():
 # Caches
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_a_static_cache_is_prefilled_natively(family, padded, attention):
-    model = {"llama": llama, "qwen2": qwen2}[family](attn_implementation=attention)
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [*((name, "eager") for name in FAMILIES), *((name, "sdpa") for name in FAMILIES if name != "gemma2")],
+)
+def test_a_static_cache_is_prefilled_natively(family, attention, padded):
+    model = FAMILIES[family]()
+    model.set_attn_implementation(attention)
     ids, mask = pad([tokens(model, n, seed=n) for n in ((5, T) if padded else (T, T))], "left")
     twin = pop_ext.enable(model, PLAN, strict=True)
     expected = generate(twin, ids, attention_mask=mask)
@@ -158,6 +161,15 @@ def test_a_static_cache_is_prefilled_natively(family, padded, attention):
     assert [d.backend for d in decisions] == ["native"]
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+def test_a_static_cache_no_longer_than_the_prompt_is_prefilled_natively(family):
+    model = pop_ext.enable(FAMILIES[family](), PLAN, strict=True)
+    for length in (9, T):  # within the window, for which transformers may make no mask, and beyond it
+        ids = tokens(model, 2, length)
+        assert torch.equal(generate(model, ids, 1, cache_implementation="static"), generate(model, ids, 1))
+        assert pop_ext.last_call(model).tokens == (length, length)
+
+
 def test_a_static_cache_is_used_again_for_another_prompt():
     model = pop_ext.enable(llama(), PLAN, strict=True)
     cache = StaticCache(config=model.config, max_cache_len=64)
@@ -166,16 +178,6 @@ def test_a_static_cache_is_used_again_for_another_prompt():
         cache.reset()
         actual = generate(model, ids, attention_mask=mask, past_key_values=cache)
         assert torch.equal(actual, generate(model, ids, attention_mask=mask))
-
-
-def test_the_windows_of_a_static_cache_leave_the_prefill_to_the_stock_model():
-    model = mistral()
-    ids = tokens(model, 1, T)
-    expected = generate(model, ids, cache_implementation="static")
-    twin = pop_ext.enable(copy.deepcopy(model), PLAN)
-    with pytest.warns(match="sliding window"):
-        actual = generate(twin, ids, cache_implementation="static")
-    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("with_config", [False, True])
@@ -211,8 +213,9 @@ def test_a_second_turn_generates_as_the_oracle(family, padded):
     assert all(d.native and d.boundary == (1, 1) for d in decisions)
 
 
-def test_a_second_turn_in_a_static_cache_generates_as_in_a_dynamic_one():
-    model = pop_ext.enable(llama(), PLAN, strict=True)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_second_turn_in_a_static_cache_generates_as_in_a_dynamic_one(family):
+    model = pop_ext.enable(FAMILIES[family](), PLAN, strict=True)
     first, mask = pad([tokens(model, n, seed=n) for n in (11, T)], "left")
     second = tokens(model, 2, 13, seed=9)
     expected = two_turns(model, first, mask, second)
@@ -240,6 +243,25 @@ def test_a_copied_cache_serves_several_prompts_with_one_prefix():
     assert not torch.equal(results[0][0, -16:], results[0][1, -16:])
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@torch.no_grad()
+def test_a_full_depth_turn_over_a_pruned_one_keeps_both_depths(family):
+    model = FAMILIES[family]()
+    first, second = tokens(model, 2, T), tokens(model, 2, 13, seed=9)
+    _, expected = reference.prefill(model, first, PLAN)
+    cache = DynamicCache()  # keeps every position, so that each can be compared
+    with pop_ext.enabled(model, PLAN, strict=True):
+        model(first, past_key_values=cache, logits_to_keep=1)
+    pruned = copy.deepcopy(cache)
+    compare_caches(pruned, expected)
+    ours = model(second, past_key_values=cache, logits_to_keep=1).logits
+    theirs = model(second, past_key_values=expected, logits_to_keep=1).logits
+    assert_close_fp32(ours, theirs, "logits")
+    compare_caches(cache, expected)
+    cache.crop(-13)
+    compare_caches(cache, pruned, atol=0.0)
+
+
 @torch.no_grad()
 def test_a_cropped_cache_serves_another_prompt_with_the_same_prefix():
     model = llama()
@@ -257,14 +279,15 @@ def test_a_cropped_cache_serves_another_prompt_with_the_same_prefix():
 # Ways to prefill and to decode
 
 
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
 @pytest.mark.parametrize("size", [7, 16, 29])  # 29 leaves a chunk of one token
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_chunked_prefill_prunes_each_chunk_as_the_oracle(family, size):
+def test_a_chunked_prefill_prunes_each_chunk_as_the_oracle(family, size, cache):
     model = FAMILIES[family]()
     ids = tokens(model, 1, T)
     native, oracle = native_and_oracle(model)
     decisions = recorded(native)
-    actual, expected = (generate(twin, ids, prefill_chunk_size=size) for twin in (native, oracle))
+    actual, expected = (generate(twin, ids, prefill_chunk_size=size, **cache) for twin in (native, oracle))
     assert torch.equal(actual, expected)
     chunks = [min(size, T - begin) for begin in range(0, T, size)]
     assert [d.tokens for d in decisions] == [(n,) for n in chunks if n > 1]
@@ -282,44 +305,6 @@ def test_generation_that_asks_for_hidden_states_keeps_the_stock_prefill():
     assert torch.equal(actual.sequences, expected.sequences)
     for step, stock in zip(actual.hidden_states, expected.hidden_states, strict=True):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(step, stock, strict=True))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_assisted_generation_gives_the_tokens_of_plain_greedy_decoding(family):
-    model = pop_ext.enable(FAMILIES[family](), PLAN, strict=True)
-    assistant = FAMILIES[family]()
-    for parameter in assistant.model.layers[5].parameters():
-        parameter.data.mul_(0.9)  # right often, not always
-    ids = tokens(model, 1, T)
-    expected = generate(model, ids, 24)
-    decisions = recorded(model)
-    assert torch.equal(generate(model, ids, 24, assistant_model=assistant), expected)
-    # The prompt is pruned, the candidates that come with it are not; verifications are no prefill.
-    (decision,) = decisions
-    candidates = decision.tokens[0] - T
-    assert candidates > 0
-    assert decision.boundary == (candidates + 1,)
-
-
-def test_an_enabled_assistant_is_prefilled_natively():
-    model = pop_ext.enable(llama(), PLAN, strict=True)
-    assistant = pop_ext.enable(llama(layers=2), Plan(2, (1,)), strict=True)
-    ids = tokens(model, 1, T)
-    expected = generate(model, ids, 24)
-    decisions = recorded(assistant)
-    assert torch.equal(generate(model, ids, 24, assistant_model=assistant), expected)
-    assert decisions[0].tokens == (T,)
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_prompt_lookup_gives_the_tokens_of_plain_greedy_decoding(family):
-    model = pop_ext.enable(FAMILIES[family](), PLAN, strict=True)
-    ids = tokens(model, 1, 12).repeat(1, 3)
-    expected = generate(model, ids, 24)
-    decisions = recorded(model)
-    assert torch.equal(generate(model, ids, 24, prompt_lookup_num_tokens=4), expected)
-    assert decisions[0].native
-    assert decisions[0].boundary == (decisions[0].tokens[0] - 36 + 1,)
 
 
 @pytest.mark.parametrize("length", [15, 16, 17, 40])
@@ -395,3 +380,17 @@ def test_generate_with_what_a_pruned_prefill_lacks_gives_the_stock_tokens(how):
     if how.get("return_dict_in_generate"):
         actual, expected = actual.sequences, expected.sequences
     assert torch.equal(actual, expected)
+
+
+def test_guidance_prunes_the_prompt_and_keeps_the_stock_prefill_of_a_negative_one():
+    model = llama()
+    ids, negative = tokens(model, 1, T), tokens(model, 1, 9, seed=4)
+    how = {"guidance_scale": 1.5, "negative_prompt_ids": negative}
+    outputs = []
+    for backend in ("native", "reference"):
+        twin = pop_ext.enable(copy.deepcopy(model), PLAN, backend=backend)
+        decisions = recorded(twin)
+        with pytest.warns(match="logits_to_keep=0"):
+            outputs.append(generate(twin, ids, **how))
+        assert [(d.backend, d.rule) for d in decisions] == [(backend, "prefill"), ("stock", "logits_to_keep")]
+    assert torch.equal(*outputs)

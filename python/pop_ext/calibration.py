@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pop_ext.forward import PrefillForward
+from pop_ext.restore import forward_place
 
 Batches = Iterable[Tensor]
 """Sequences of a calibration: int [batch, T] each, without padding; T may differ between batches."""
@@ -56,7 +57,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             raise ValueError(f"model: expected parameters made outside inference mode, got {name} made within")
     training = [module for module in model.modules() if module.training]
     wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    forward = model.__dict__.get("forward")
+    forward = model.__dict__.get(forward_place(model))
     try:
         model.eval()
         for parameter in wanting:

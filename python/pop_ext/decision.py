@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from pop_ext.cache_names import rename_cache
 from pop_ext.families import Vision, dropped_softcap, vision_of
 from pop_ext.kv_cache import check_cache, has_window, past_slots
-from pop_ext.masks import padding_mask
+from pop_ext.masks import SLIDING_ATTENTION, LayerKind, check_pattern, kinds_of, padding_mask
 from pop_ext.packing import PackedBatch, is_int, pack_batch
 from pop_ext.plan import Plan
 from pop_ext.replaced import foreign_code, inner_modules
@@ -136,7 +136,7 @@ def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, 
 def decide(model: nn.Module, plan: Plan, backend: str, arguments: dict[str, Any]) -> Call:
     """Classifies a bound call of an enabled model."""
     try:
-        mask, packed, blocks = _check_prefill(model, backend, arguments)
+        mask, packed, blocks = _check_prefill(model, plan, backend, arguments)
     except _Stock as stock:
         return Call(arguments, Decision("stock", stock.rule, stock.reason, stock.declined, plan))
     keep = arguments["logits_to_keep"]
@@ -156,13 +156,20 @@ def text_config(model: nn.Module) -> Any:
 
 
 def _check_prefill(
-    model: nn.Module, backend: str, arguments: dict[str, Any]
+    model: nn.Module, plan: Plan, backend: str, arguments: dict[str, Any]
 ) -> tuple[torch.Tensor | None, PackedBatch, Blocks]:
     config = text_config(model)
     tokens = _new_tokens(arguments)
     columns = tokens.shape[1]
     if columns == 1:
         raise _Stock("decode", "one new token: a decode step, or a prompt of one token", declined=False)
+    if config.num_hidden_layers != plan.num_layers:
+        # No error under strict: transformers puts the config back only where all went well.
+        raise _Stock(
+            "early_exit",
+            f"the first {config.num_hidden_layers} of {plan.num_layers} layers are wanted: a draft by early exit",
+            declined=False,
+        )
     if arguments.get("labels") is not None:
         raise _Stock("labels", "labels: a loss needs every row at full depth")
     _check_rows(arguments.get("logits_to_keep", 0), columns, arguments.get("past_key_values"))
@@ -177,8 +184,12 @@ def _check_prefill(
         if foreign is not None:
             raise _Stock("hooks", f"{foreign}: the native loop would not run them")
     around = vision_of(model)
-    mask, packed = _check_mask_and_cache(config, tokens, arguments)
+    mask, packed, kinds = _check_mask_and_cache(config, tokens, arguments)
     blocks = [] if around is None else _check_blocks(around, arguments, packed)
+    try:
+        check_pattern(arguments.get("attention_mask"), mask, blocks, columns, packed.past_slots, kinds)
+    except ValueError as error:
+        raise _Stock("mask", str(error)) from error
     _check_positions(_text_positions(around, arguments), tokens, arguments.get("attention_mask") is None)
     keep, short = arguments["logits_to_keep"], min(packed.tokens)
     if keep > short:
@@ -267,7 +278,8 @@ def _check_attention(config: Any) -> None:
 
 def _check_mask_and_cache(
     config: Any, tokens: torch.Tensor, arguments: dict[str, Any]
-) -> tuple[torch.Tensor | None, PackedBatch]:
+) -> tuple[torch.Tensor | None, PackedBatch, list[LayerKind]]:
+    """The real tokens, if the mask says no more than which they are: that is still to be found out."""
     batch, columns = tokens.shape[:2]
     cache = arguments.get("past_key_values")
     if cache is not None:
@@ -276,14 +288,9 @@ def _check_mask_and_cache(
         except (ValueError, TypeError) as error:
             raise _Stock("cache", str(error)) from error
     past = past_slots(cache)
-    layer_types = tuple(getattr(config, "layer_types", None) or ())
-    window = "sliding_attention" in layer_types if layer_types else bool(getattr(config, "sliding_window", None))
-    window = window or (cache is not None and has_window(cache))
-    mask = arguments.get("attention_mask")
+    kinds = kinds_of(config, cache, columns)
     try:
-        if isinstance(mask, torch.Tensor) and mask.ndim == 4 and window:
-            raise ValueError("attention_mask: expected a 2-D mask of padding for a sliding window, got a 4-D one")
-        mask = padding_mask(mask, batch, columns, past, layer_types)
+        mask = padding_mask(arguments.get("attention_mask"), batch, columns, past, kinds)
         packed = pack_batch(batch, columns, past, mask, tokens.device)
     except (ValueError, TypeError) as error:
         raise _Stock("mask", str(error)) from error
@@ -292,9 +299,10 @@ def _check_mask_and_cache(
             "right_padding",
             "the last column is masked (right padding): the stock forward returns the padding's logits there",
         )
+    window = any(kind.name == SLIDING_ATTENTION for kind in kinds) or (cache is not None and has_window(cache))
     if packed.slot_table is not None and window:
         raise _Stock("mask", "holes in the mask of a sliding-window model: the stock window counts masked slots")
-    return mask, packed
+    return mask, packed, kinds
 
 
 def _check_blocks(around: Vision, arguments: dict[str, Any], packed: PackedBatch) -> Blocks:

@@ -28,6 +28,8 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 
+_MERGE = "merge adapters into the weights, merge_and_unload of PEFT"
+
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -149,8 +151,13 @@ def _family_of(model: Any) -> Family:
 
 def _check_class(module: nn.Module, expected: str, place: str) -> None:
     # Subclasses in user code may compute something else, generated ones (FSDP, PEFT) do.
-    if type(module).__name__ != expected:
-        raise UnsupportedModelError(f"{place}: expected a {expected}, got {type(module).__name__}")
+    found = type(module)
+    if found.__module__.startswith("peft."):
+        raise UnsupportedModelError(
+            f"{place}: expected a {expected}, got {found.__module__}.{found.__name__} ({_MERGE})"
+        )
+    if found.__name__ != expected:
+        raise UnsupportedModelError(f"{place}: expected a {expected}, got {found.__name__}")
 
 
 def _ref(slot: str, model: nn.Module, path: str, family: Family) -> WeightRef | None:
@@ -168,8 +175,7 @@ def _ref(slot: str, model: nn.Module, path: str, family: Family) -> WeightRef | 
     elif type(module) is not nn.Linear:
         found = f"{type(module).__module__}.{type(module).__name__}"
         raise UnsupportedModelError(
-            f"{slot}: expected a plain torch.nn.Linear, got {found} "
-            "(merge adapters into the weights, merge_and_unload of PEFT, and load unquantised weights)"
+            f"{slot}: expected a plain torch.nn.Linear, got {found} ({_MERGE}, and load unquantised weights)"
         )
     if module._parameters.get(name) is None:
         if kind in _OPTIONAL:
@@ -190,7 +196,9 @@ def _check_placement(weights: list[WeightRef]) -> None:
         if type(tensor) not in (nn.Parameter, torch.Tensor):
             raise UnsupportedModelError(f"weight {ref.slot}: expected a plain tensor, got {type(tensor).__name__}")
         if tensor.device.type == "meta":
-            raise UnsupportedModelError(f"weight {ref.slot}: expected loaded weights, got the meta device (offloaded)")
+            raise UnsupportedModelError(
+                f"weight {ref.slot}: expected loaded weights, got the meta device (offloaded by a device_map?)"
+            )
         if tensor.device.type not in _devices():
             raise UnsupportedModelError(
                 f"weight {ref.slot}: expected a device of {', '.join(_devices())} (what this build has kernels for; "

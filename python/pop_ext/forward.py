@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -30,7 +31,7 @@ from pop_ext.presets import default_plan
 from pop_ext.projections import FitMismatch, check_fit
 from pop_ext.reference_checks import find_parts
 from pop_ext.replaced import inner_modules, is_own_forward, is_patched
-from pop_ext.restore import cache_restored_on_error
+from pop_ext.restore import cache_restored_on_error, forward_place
 from pop_ext.shells import shell_of
 from pop_ext.vision import prefill_around
 
@@ -245,7 +246,8 @@ def _inner(model: nn.Module) -> nn.Module:
 def _forward_of(model: nn.Module) -> PrefillForward | None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
-    forward = _inner(model).__dict__.get("forward")
+    inner = _inner(model)
+    forward = inner.__dict__.get(forward_place(inner))
     if isinstance(forward, PrefillForward):
         return forward
     below = forward
@@ -285,7 +287,8 @@ def enable(model: Model, plan: Plan | None = None, strict: bool = False, backend
     if config is None:
         raise TypeError(f"model: expected a Hugging Face model with a config, got {type(inner).__name__}")
     previous = _forward_of(model)
-    replaced = previous.replaced if previous is not None else inner.__dict__.get("forward")
+    place = forward_place(inner)
+    replaced = previous.replaced if previous is not None else inner.__dict__.get(place)
     forward = PrefillForward(inner, default_plan(config) if plan is None else plan, strict, backend, replaced)
     if backend == "native":
         forward.bind_native()
@@ -293,7 +296,7 @@ def enable(model: Model, plan: Plan | None = None, strict: bool = False, backend
         layers = find_parts(inner).layers
         check_plan(forward.plan, config.num_hidden_layers, config)
         check_fit(forward.plan, layers)
-    inner.forward = forward
+    setattr(inner, place, forward)
     return model
 
 
@@ -309,7 +312,7 @@ def disable(model: Model) -> Model:
 def enabled(model: Model, plan: Plan | None = None, strict: bool = False, backend: str = "native") -> Iterator[Model]:
     """``enable`` for the length of a ``with`` block; afterwards the model is as it was before, enabled or not."""
     inner = _inner(model)
-    before = inner.__dict__.get("forward")
+    before = inner.__dict__.get(forward_place(inner))
     enable(model, plan, strict, backend)
     try:
         yield model
@@ -318,9 +321,12 @@ def enabled(model: Model, plan: Plan | None = None, strict: bool = False, backen
 
 
 def _restore(model: nn.Module, forward: Any) -> None:
-    model.__dict__.pop("forward", None)
+    place = forward_place(model)
+    model.__dict__.pop(place, None)
+    if forward is None and place != "forward":  # hooks came after enable, and call it
+        forward = MethodType(type(model).forward, model)
     if forward is not None:
-        model.forward = forward
+        setattr(model, place, forward)
 
 
 def explain(model: nn.Module, *args: Any, **call: Any) -> Decision:

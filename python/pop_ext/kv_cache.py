@@ -183,6 +183,8 @@ _QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)
 
 def _handler_of(layer: Any) -> type | None:
     """What takes a layer class through a call; None: nothing does."""
+    if layer is None:  # a cache that makes no layers by itself
+        return None
     if issubclass(layer, _QUANTIZED) and layer.update.__module__ == cache_utils.__name__:
         return _Quantized  # whatever quantises: Quanto, HQQ, FP8
     return _HANDLERS.get(layer)
@@ -223,7 +225,9 @@ def check_cache(cache: Any, num_layers: int) -> None:
     if len(cache.layers) > num_layers:
         raise ValueError(f"past_key_values: expected {num_layers} layers like the model, got {len(cache.layers)}")
     if len(cache.layers) < num_layers and _handler_of(cache.layer_class_to_replicate) is None:
-        raise UnsupportedCacheError(f"past_key_values: expected {num_layers} layers, got {len(cache.layers)}")
+        raise UnsupportedCacheError(
+            f"past_key_values: expected {num_layers} layers like the model, got {len(cache.layers)}"
+        )
 
 
 def check_windows(cache: Cache, windows: Sequence[int], positions: int) -> None:

@@ -37,7 +37,7 @@ from pop_ext.reference_checks import (
     per_sequence,
 )
 from pop_ext.reference_vision import Images, Wrapped, is_wrapped, run_wrapper
-from pop_ext.restore import module_restored_on_error, replaced_forward
+from pop_ext.restore import forward_place, module_restored_on_error, replaced_forward
 
 __all__ = ["prefill"]
 
@@ -273,7 +273,8 @@ def omitted_layers(layers: Sequence[Module], plan: PlanLike) -> Iterator[None]:
     with ExitStack() as stack:
         for index in plan.omit:
             matrix = None if fitted is None else fitted.matrices[index]
-            stack.enter_context(replaced_forward(layers[index], omitted_forward(layers[index], matrix)))
+            layer = layers[index]
+            stack.enter_context(replaced_forward(layer, omitted_forward(layer, matrix), forward_place(layer)))
         yield
 
 

@@ -45,6 +45,9 @@ def foreign_code(modules: list[tuple[str, nn.Module]]) -> str | None:
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 if not all(_is_idle(hook) for hook in hooks.values()):
                     return f"hooks on {name}"
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None:
+            return f"a hook of accelerate ({type(hook).__name__}) on {name}"
         if "forward" in module.__dict__ and not is_own_forward(module, module.__dict__["forward"]):
             return f"a replaced forward on {name}"
         if is_patched(type(module)):

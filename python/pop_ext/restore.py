@@ -66,14 +66,23 @@ def cache_restored_on_error(cache: Any) -> Iterator[None]:
         raise
 
 
+def forward_place(module: nn.Module) -> str:
+    """The attribute of an instance that holds its own ``forward``, or what stands for it.
+
+    accelerate puts another in the place of ``forward``, which moves arguments and weights and calls the one that was
+    there: what goes below it has its arguments on the right device, and its weights loaded.
+    """
+    return "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in module.__dict__ else "forward"
+
+
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace the `forward` of this one instance, and put back what was there."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
+def replaced_forward(module: nn.Module, forward: Callable[..., Any], place: str = "forward") -> Iterator[None]:
+    """Replace the `forward` of this one instance, or what is in another ``place``, and put back what was there."""
+    before = module.__dict__.get(place)
+    module.__dict__[place] = forward
     try:
         yield
     finally:
-        del module.__dict__["forward"]
+        del module.__dict__[place]
         if before is not None:
-            module.__dict__["forward"] = before
+            module.__dict__[place] = before
