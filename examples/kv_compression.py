@@ -44,8 +44,8 @@ class KeyNormPress:
         return output
 
 
-class HiddenShape:
-    """The shape of hidden states that nobody kept. A press that reads more of them is told what to do."""
+class NotKept:
+    """In the place of hidden states that nobody kept: their shape. A press that reads more is told what to do."""
 
     def __init__(self, *shape: int) -> None:
         self.shape = torch.Size(shape)
@@ -57,7 +57,7 @@ class HiddenShape:
             'backend="reference" and say hidden_states=True'
         )
 
-    __getattr__ = __getitem__ = __torch_function__ = _refuse
+    __getattr__ = __getitem__ = __iter__ = __torch_function__ = _refuse
 
 
 class Press:
@@ -79,7 +79,7 @@ class Press:
                 layer.self_attn.__dict__.pop("masked_key_indices", None)
 
     def record(self, index: int) -> Callable[..., None]:
-        """A hook of a layer, which the oracle calls for context rows and for boundary rows, also where it is omitted."""
+        """A pre-hook of a layer: the oracle calls it for context rows and for boundary rows, omitted or not."""
 
         def before(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.read[index].append(args[0] if args else kwargs["hidden_states"])
@@ -107,7 +107,7 @@ class Press:
             self._press(layer, index, cache, batch, length)
 
     def _press(self, layer: Any, index: int, cache: Any, batch: int, length: int) -> None:
-        hidden_states, rope = HiddenShape(batch, length, self.model.config.hidden_size), None
+        hidden_states, rope = NotKept(batch, length, self.model.config.hidden_size), NotKept()
         if self.read[index]:
             # The oracle computes sequence by sequence; the stock forward all in one call.
             rows = torch.cat(self.read[index], dim=1).view(batch, length, -1)

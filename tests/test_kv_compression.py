@@ -166,17 +166,21 @@ def test_the_model_is_as_before_and_stays_bound_natively(example):
 
 
 class Scoring(Watching):
-    def __init__(self, read: Callable[[Any], Any]) -> None:
+    def __init__(self, read: Callable[[Any, Any], Any]) -> None:
         super().__init__()
         self.read = read
 
     def forward_hook(self, module: Any, _input: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        self.read(kwargs["hidden_states"])
+        self.read(kwargs["hidden_states"], kwargs["position_embeddings"])
         return output
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("read", [lambda h: h[:, -4:], lambda h: torch.relu(h), lambda h: h.norm(dim=-1)])
+@pytest.mark.parametrize(
+    "read",
+    [lambda h, _: h[:, -4:], lambda h, _: torch.relu(h), lambda h, _: h.norm(dim=-1), lambda _, rope: (*rope,)],
+    ids=["slice", "function", "method", "rope"],
+)
 def test_a_press_that_reads_hidden_states_which_nobody_kept_is_told_so(example, read):
     model = llama()
     with (
