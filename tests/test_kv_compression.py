@@ -248,3 +248,32 @@ def test_presses_of_kvpress_run_after_a_pruned_prefill(press, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert ("reference" if "hidden" in press else "native") + " prefill" in run.stdout
+
+
+@torch.no_grad()
+def test_a_later_turn_over_a_compressed_cache_runs_natively_at_the_positions_it_is_given(example):
+    model, press = llama(), example["KeyNormPress"](compression_ratio=0.5)
+    more = tokens(model, 1, 9, seed=1)
+    positions = torch.arange(T, T + 9, device=model.device)[None]
+    logits, caches = [], []
+    for plan in (pop_ext.Plan(LAYERS, ()), None):
+        with enabled(model, "native"), example["pressed"](model, press):
+            cache = cache_of(model(tokens(model, 1, T), logits_to_keep=1, use_cache=True))
+        with nullcontext() if plan is None else pop_ext.enabled(model, plan, strict=True):
+            call = {"position_ids": positions, "logits_to_keep": 1, "use_cache": True, **with_cache(model, cache)}
+            logits.append(model(more, **call).logits)
+        caches.append(cache)
+    assert_close_fp32(logits[0], logits[1], "logits")
+    compare_caches(caches[0], caches[1])
+
+
+@torch.no_grad()
+def test_layers_that_hold_different_numbers_of_positions_are_left_to_the_stock_forward(example):
+    model = llama()
+    with pop_ext.enabled(model, PLAN):
+        cache = cache_of(model(tokens(model, 1, T), logits_to_keep=1, use_cache=True))
+        for layer in cache.layers[1:]:  # PyramidKV gives deeper layers less
+            layer.keys, layer.values = layer.keys[:, :, ::2], layer.values[:, :, ::2]
+        call = {"past_key_values": cache, "logits_to_keep": 1}
+        decision = pop_ext.explain(model, tokens(model, 1, 9), **call)
+    assert (decision.backend, decision.rule) == ("stock", "cache")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from pop_ext.attention_names import foreign_attention
@@ -268,6 +269,10 @@ def _check_mask_and_cache(
             check_cache(cache, config.num_hidden_layers)
         except (ValueError, TypeError) as error:
             raise _Stock("cache", str(error)) from error
+        # Compression may leave each layer another share (PyramidKV).
+        held = {layer.keys.shape[2] for layer in cache.layers if type(layer) is DynamicLayer and layer.get_seq_length()}
+        if len(held) > 1:
+            raise _Stock("cache", f"past_key_values: expected as many positions in every layer, got {sorted(held)}")
     past = past_slots(cache)
     layer_types = tuple(getattr(config, "layer_types", None) or ())
     window = "sliding_attention" in layer_types if layer_types else bool(getattr(config, "sliding_window", None))
