@@ -77,6 +77,46 @@ def custom_attention(model: nn.Module) -> None:
     model.set_attn_implementation("half")
 
 
+def attention_of_one_layer(model: nn.Module) -> None:
+    """A config of its own for one layer, as one gives retained layers another attention."""
+    AttentionInterface.register("half", half_attention)
+    attention = model.model.layers[3].self_attn
+    attention.config = copy.deepcopy(attention.config)
+    attention.config._attn_implementation = "half"
+
+
+def attention_named_like_flash(model: nn.Module) -> None:
+    AttentionInterface.register("flash_half", half_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("flash_half", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.config._attn_implementation = "flash_half"
+
+
+@contextmanager
+def another_mask() -> Iterator[None]:
+    original = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+    def banded(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **{**kwargs, "allow_is_causal_skip": False}).triu(-4)
+
+    ALL_MASK_ATTENTION_FUNCTIONS.register("sdpa", banded)
+    try:
+        yield
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS.register("sdpa", original)
+
+
+@contextmanager
+def another_eager() -> Iterator[None]:
+    from transformers.models.llama import modeling_llama
+
+    original = modeling_llama.eager_attention_forward
+    modeling_llama.eager_attention_forward = half_attention
+    try:
+        yield
+    finally:
+        modeling_llama.eager_attention_forward = original
+
+
 def half_experts(module: nn.Module, hidden_states: Any, index: Any, weights: Any) -> Any:
     return ALL_EXPERTS_FUNCTIONS["batched_mm"](module, hidden_states, index, weights) * 0.5
 
@@ -237,7 +277,13 @@ DECLINED = {
     "a global hook": Case("hooks", around=lambda: global_hook(nn.modules.module.register_module_forward_hook)),
     "a global pre-hook": Case("hooks", around=lambda: global_hook(nn.modules.module.register_module_forward_pre_hook)),
     "a custom attention implementation": Case("attention", edit=custom_attention),
+    "a custom attention of one layer": Case("attention", edit=attention_of_one_layer),
+    "a custom attention whose name begins with flash": Case("attention", edit=attention_named_like_flash),
     "another sdpa": Case("attention", around=another_sdpa),
+    "another mask for sdpa": Case("attention", around=another_mask),
+    "another eager attention": Case(
+        "attention", around=another_eager, build=lambda: llama(attn_implementation="eager")
+    ),
     "a custom experts implementation": Case("experts", edit=custom_experts, build=mixtral),
     "bidirectional attention": Case("attention", edit=set_config(is_causal=False)),
     "dropout in training": Case("training", edit=train_with_dropout),

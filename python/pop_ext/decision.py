@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pop_ext.attention_names import foreign_attention
 from pop_ext.cache_names import rename_cache
 from pop_ext.families import Vision, dropped_softcap, vision_of
 from pop_ext.kv_cache import check_cache, has_window, past_slots
@@ -175,11 +176,10 @@ def _check_prefill(
     _check_rows(arguments.get("logits_to_keep", 0), columns, arguments.get("past_key_values"))
     _check_outputs(model, arguments)
     _check_inference(model, tokens.device.type)
-    _check_attention(config)
+    if not getattr(config, "is_causal", True):
+        raise _Stock("attention", "config.is_causal=False: a pruned prefill is causal")
     if backend == "native":
-        dropped = dropped_softcap(config)
-        if dropped is not None:
-            raise _Stock("attention", dropped)
+        _check_attention(model, config)
         foreign = foreign_code(inner_modules(model))
         if foreign is not None:
             raise _Stock("hooks", f"{foreign}: the native loop would not run them")
@@ -259,21 +259,15 @@ def _check_inference(model: nn.Module, device: str) -> None:
             raise _Stock("training", "training mode with gradient checkpointing keeps no cache: call model.eval()")
 
 
-def _check_attention(config: Any) -> None:
-    attention = getattr(config, "_attn_implementation", None) or "eager"
-    if attention not in ("eager", "sdpa") and not attention.startswith("flash"):
-        raise _Stock("attention", f"attention implementation {attention}: expected eager, sdpa or flash attention")
-    registered = ALL_ATTENTION_FUNCTIONS.get(attention)
-    if attention in ("eager", "sdpa") and registered is not None:
-        home = getattr(registered, "__module__", None) or type(registered).__module__
-        if not home.startswith("transformers."):
-            raise _Stock("attention", f"attention implementation {attention}: expected transformers' own, got {home}'s")
+def _check_attention(model: nn.Module, config: Any) -> None:
+    """Whether the native attention and experts compute what the stock ones would."""
+    reason = dropped_softcap(config) or foreign_attention(model)
+    if reason is not None:
+        raise _Stock("attention", reason)
     experts = getattr(config, "_experts_implementation", None) or "eager"
     registered = ALL_EXPERTS_FUNCTIONS.get(experts)
     if registered is not None and not registered.__module__.startswith("transformers."):
         raise _Stock("experts", f"experts implementation {experts}: expected transformers' own")
-    if not getattr(config, "is_causal", True):
-        raise _Stock("attention", "config.is_causal=False: the native prefill is causal")
 
 
 def _check_mask_and_cache(
@@ -287,6 +281,10 @@ def _check_mask_and_cache(
             check_cache(cache, config.num_hidden_layers)
         except (ValueError, TypeError) as error:
             raise _Stock("cache", str(error)) from error
+        # Compression may leave each layer another share (PyramidKV).
+        held = {layer.keys.shape[2] for layer in cache.layers if type(layer) is DynamicLayer and layer.get_seq_length()}
+        if len(held) > 1:
+            raise _Stock("cache", f"past_key_values: expected as many positions in every layer, got {sorted(held)}")
     past = past_slots(cache)
     kinds = kinds_of(config, cache, columns)
     try:

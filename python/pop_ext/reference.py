@@ -22,7 +22,14 @@ from transformers import Cache, DynamicCache
 
 from pop_ext.cache_names import cache_argument, with_cache
 from pop_ext.projections import Projections, key_value_weights, without_gamma
-from pop_ext.reference_caches import OneSequence, assemble, past_key_values_length, past_of_sequence, read_past
+from pop_ext.reference_caches import (
+    OneSequence,
+    assemble,
+    check_filled,
+    past_key_values_length,
+    past_of_sequence,
+    read_past,
+)
 from pop_ext.reference_checks import (
     Module,
     Parts,
@@ -90,7 +97,8 @@ def prefill(
             Sliding layers are kept at full length: the stock model masks them by itself when it decodes.
 
     Raises:
-        ValueError: an argument does not fit; the text names it, what was expected and what came.
+        ValueError: an argument does not fit; the text names it, what was expected and what came. Or hooks of the
+            model's attentions shortened the cache on the way: both phases are calls of them.
         TypeError: an argument is of the wrong kind.
 
     RoPE frequencies that depend on the length ("dynamic", "longrope") follow the largest position of the whole call, as
@@ -153,6 +161,7 @@ def prefill(
         for i, (sequence, cache) in enumerate(zip(sequences, caches, strict=True)):
             rows = inputs[i : i + 1, sequence.new_columns]
             logits.append(prefill_sequence(stock, parts, plan, name, rows, sequence, cache))
+            check_filled(cache, len(sequence.past_columns) + rows.shape[1])
     packed = torch.cat(logits)
     if isinstance(logits_to_keep, int):
         packed = packed.view(batch, logits_to_keep, packed.shape[-1])
@@ -182,6 +191,7 @@ def prefill_sequence(
     if context > 0:
         with omitted_layers(parts.layers, plan):
             parts.decoder(**call(0, context), **with_cache(parts.decoder, cache))
+        check_filled(cache, len(sequence.past_columns) + context)
     boundary = call(context, rows.shape[1])
     if is_wrapped(model, parts):  # the wrapper has run
         hidden_states = parts.decoder(**boundary, **with_cache(parts.decoder, cache)).last_hidden_state

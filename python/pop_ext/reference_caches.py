@@ -110,6 +110,18 @@ def past_of_sequence(past: list[PastLayer], sequence: OneSequence, index: int, w
     return cache
 
 
+def check_filled(cache: DynamicCache, length: int) -> None:
+    """Raise unless every layer holds `length` positions: what hooks of attentions took away, later rows would miss."""
+    layers: list[Any] = list(cache.layers)
+    for number, layer in enumerate(layers):
+        stored = int(layer.get_seq_length())
+        if stored != length:
+            raise ValueError(
+                f"model: expected hooks that leave the cache as it is until the prefill is through, got {stored} of "
+                f"{length} positions in layer {number}: compress the cache that the prefill returns"
+            )
+
+
 def assemble(caches: list[DynamicCache], sequences: list[OneSequence], past_length: int, new: int) -> DynamicCache:
     """One batch cache with `past_length + new` columns: each position in its mask column, zeros elsewhere."""
     result = DynamicCache()
