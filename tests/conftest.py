@@ -27,6 +27,7 @@ ON_THE_CPU = {
     "test_cli",
     "test_commands",
     "test_comparisons",
+    "test_composition",
     "test_cost",
     "test_cpu_kernels",
     "test_default_device",

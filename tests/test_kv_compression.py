@@ -219,14 +219,16 @@ def hooked_attentions(model: Any):
 
 
 @torch.no_grad()
-def test_hooks_that_compress_within_the_call_are_never_run_halfway(example):
+@pytest.mark.parametrize("boundary", [1, 3, T])
+def test_hooks_that_compress_within_the_call_are_never_run_halfway(example, boundary):
     model = llama()
     ids = tokens(model, 1, T)
     with hooked_attentions(model):
         expected = model(ids, logits_to_keep=1, use_cache=True)
-        with enabled(model, "reference"), pytest.raises(ValueError, match="hooks that leave the cache as it is"):
+        plan = PLAN.replace(boundary=boundary)
+        with enabled(model, "reference", plan), pytest.raises(ValueError, match="hooks that leave the cache as it is"):
             model(ids, logits_to_keep=1, use_cache=True)
-        with pop_ext.enabled(model, PLAN), pytest.warns(UserWarning, match="hooks on model.layers.0.self_attn"):
+        with pop_ext.enabled(model, plan), pytest.warns(UserWarning, match="hooks on model.layers.0.self_attn"):
             actual = model(ids, logits_to_keep=1, use_cache=True)
     assert torch.equal(actual.logits, expected.logits)
     assert {layer.keys.shape[2] for layer in cache_of(actual).layers} == {T // 2}

@@ -282,7 +282,7 @@ def _check_mask_and_cache(
         except (ValueError, TypeError) as error:
             raise _Stock("cache", str(error)) from error
         # Compression may leave each layer another share (PyramidKV).
-        held = {layer.keys.shape[2] for layer in cache.layers if type(layer) is DynamicLayer and layer.get_seq_length()}
+        held = {int(layer.get_seq_length()) for layer in cache.layers if type(layer) is DynamicLayer} - {0}
         if len(held) > 1:
             raise _Stock("cache", f"past_key_values: expected as many positions in every layer, got {sorted(held)}")
     past = past_slots(cache)
