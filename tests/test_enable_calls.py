@@ -18,7 +18,9 @@ from enabled_models import (
     assert_same_cache,
     enabled_twin,
     filled_cache,
+    generate,
     offload_with_accelerate,
+    recorded,
 )
 from models import llama, mistral, offloaded_cache, pad, qwen2, tokens
 from pop_ext import reference
@@ -89,6 +91,23 @@ def test_an_offloaded_cache_is_left_to_the_stock_forward(backend):
     decision = pop_ext.explain(model, tokens(model, 1, T), past_key_values=offloaded_cache(model), logits_to_keep=1)
     assert (decision.backend, decision.rule, decision.declined) == ("stock", "cache", True)
     assert "an offloaded one" in decision.reason
+
+
+def test_a_chunk_that_is_all_padding_for_a_sequence_runs_the_stock_forward():
+    model = llama()
+    ids, mask = pad([tokens(model, n, seed=n) for n in (5, T)], "left")
+    outputs = []
+    for backend in ("native", "reference"):
+        twin = enabled_twin(model, backend=backend)
+        decisions = recorded(twin)
+        with pytest.warns(match="expected at least one new token for sequence 0"):
+            outputs.append(generate(twin, ids, 12, attention_mask=mask, prefill_chunk_size=7))
+        assert [(d.backend, d.rule) for d in decisions] == [
+            ("stock", "mask"),
+            ("stock", "mask"),
+            (backend, "prefill"),
+        ]
+    assert torch.equal(*outputs)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from models import llama, tokens
 from pop_ext import Plan
 from test_enable_generate import FAMILIES, PLAN, T
 from tolerance import compare_caches
+from transformers import StaticCache, cache_utils
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -48,6 +49,22 @@ def test_prompt_lookup_gives_the_tokens_of_plain_greedy_decoding(family):
     assert torch.equal(generate(model, ids, 24, prompt_lookup_num_tokens=4), expected)
     assert decisions[0].native
     assert decisions[0].boundary == (decisions[0].tokens[0] - 36 + 1,)
+
+
+@pytest.mark.skipif(
+    not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="transformers 5.17 has no static cache for it"
+)
+@pytest.mark.parametrize("how", ["assistant", "prompt lookup"])
+def test_candidates_in_a_static_cache_with_room_for_them_give_the_tokens_of_plain_greedy_decoding(how):
+    model = pop_ext.enable(llama(), PLAN, strict=True)
+    ids = tokens(model, 1, 12).repeat(1, 3)
+    options = {"assistant_model": llama()} if how == "assistant" else {"prompt_lookup_num_tokens": 4}
+    expected = generate(model, ids, 24)
+    cache = StaticCache(config=model.config, max_cache_len=96)  # one that generate makes is too short for the last ones
+    decisions = recorded(model)
+    assert torch.equal(generate(model, ids, 24, past_key_values=cache, **options), expected)
+    assert decisions[-1].native
+    assert decisions[-1].boundary == (decisions[-1].tokens[0] - 36 + 1,)
 
 
 def test_drafts_by_early_exit_give_the_tokens_of_plain_greedy_decoding():
