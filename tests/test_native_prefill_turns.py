@@ -67,8 +67,9 @@ def test_a_second_turn_equals_the_oracle(family, past):
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_a_second_turn_equals_the_oracle_in_low_precision(dtype):
-    model = shared("llama", dtype=dtype)
+@pytest.mark.parametrize("family", NATIVE)
+def test_a_second_turn_equals_the_oracle_in_low_precision(family, dtype):
+    model = shared(family, dtype=dtype)
     cache = run_oracle(model, plan_of(model), tokens(model, 2, 23, seed=1)).cache
     assert_equals_oracle(model, plan_of(model, GAPS, 2), tokens(model, 2, 19), past=cache)
 
