@@ -82,13 +82,11 @@ def test_the_readme_shows_both_commands_on_a_model():
 @pytest.mark.parametrize("form", ["text", "json"])
 @pytest.mark.parametrize("line", CLI_LINES)
 def test_every_line_of_pop_ext_runs(line, form, tmp_path, monkeypatch):
-    # Fitting has tests of its own; this line is about the words of the command.
-    monkeypatch.setattr(pop_ext, "fit", lambda model, plan, batches, **how: plan, raising=False)
     prompt = tmp_path / "prompt.txt"
     prompt.write_text((DEMO / "heldout" / "pprint.py.txt").read_text()[:1500])
     folder = tmp_path / "results"
     folder.mkdir()
-    for path in (tmp_path / "plan.json", folder / "plan.json"):
+    for path in (tmp_path / "plan.json", folder / "plan.json", folder / "fitted.json"):
         pop_ext.Plan.last(12).save(path)
     places = {"NAME": str(DEMO / "model"), "FILE": str(prompt), "PLAN.json": str(tmp_path / "plan.json")}
     words = [places.get(word, re.sub("^DIR", str(folder), word)) for word in CLI_LINES[line]]

@@ -30,7 +30,9 @@ def fit(
     out: Annotated[Path, typer.Option("--out", "-o", help="The fitted plan, as JSON; matrices go beside it.")],
     samples: Annotated[int, typer.Option(min=2, help="Sequences at most, those held out included.")] = 200,
     tokens: WindowOption = 256,
-    holdout: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of them that chooses the pull.")] = 0.2,
+    holdout: Annotated[
+        float, typer.Option(min=0.01, max=0.9, help="Share of them, one at least, that chooses the pull.")
+    ] = 0.2,
     uniform: Annotated[
         bool, typer.Option("--uniform", help="All rows count alike, not as much as later rows attend to them.")
     ] = False,
@@ -55,7 +57,7 @@ def fit(
         from pop_ext.evaluation import calibration_batches, read_texts
 
         batches = calibration_batches(read_texts(text, tokenizer), tokenizer, tokens, samples, batch=1)
-        kept = min(len(batches) - 1, round(holdout * len(batches)))
+        kept = min(len(batches) - 1, max(1, round(holdout * len(batches))))
         used, held = batches[: len(batches) - kept], batches[len(batches) - kept :]
         weighting = "uniform" if uniform else "attention"
         fitted = pop_ext.fit(loaded, before, used, holdout=held or None, weighting=weighting, progress=not as_json)
