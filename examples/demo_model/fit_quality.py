@@ -86,7 +86,7 @@ def main() -> int:
 
     depth = model.config.num_hidden_layers
     full = losses(model, Plan(depth, ()), ids, options.continuation)
-    report: dict[str, Any] = {"options": {name: str(value) for name, value in vars(options).items()}}
+    report: dict[str, Any] = {"options": {name: str(value) for name, value in vars(options).items() if name != "json"}}
     report |= {"windows": len(ids), "full": mean_and_error(full), "rows": []}
     print(f"{len(ids)} windows; at full depth {full.mean():.4f} nats a token")
     print("| omitted | boundary | rows by | lambda | POP | fitted | fitted less POP | won back |")
