@@ -56,8 +56,8 @@ class Arm(Timed):
 
 
 def sequence_shapes(batch: int, tokens: int, plan: Plan | None = None) -> list[_core.SequenceShape]:
-    """The batch as the cost model wants it: no past, one row of logits a sequence."""
-    boundary = 1 if plan is None else min(plan.boundary, tokens)
+    """The batch as the cost model wants it: no past, one row of logits a sequence; min_tokens as under ``enable``."""
+    boundary = 1 if plan is None else tokens if tokens < plan.min_tokens else min(plan.boundary, tokens)
     return [_core.SequenceShape(tokens, boundary=boundary, logits_to_keep=1)] * batch
 
 

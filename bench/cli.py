@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from pop_ext.describe import describe
+from pop_ext.latency import shortest_paying
+from pop_ext.layer_ranges import parse_layers
 from pop_ext.native import load
 from pop_ext.plan import Plan
 from pop_ext.presets import default_plan
 
 from bench import report
-from bench.arms import VIA, make_arms, plan_flops, stock_flops
+from bench.arms import VIA, layers_text, make_arms, plan_flops, stock_flops
 from bench.cases import Case, Settings, failed_model, run_case
 from bench.environment import environment
 from bench.kernel_table import measure_kernels
@@ -64,6 +66,9 @@ def parser() -> argparse.ArgumentParser:
         "--count", nargs="+", action="extend", type=int, default=[], help="how many of the deepest layers; each a plan"
     )
     p.add_argument("--boundary", nargs="+", type=int, help="rows at full depth; each makes its own arms")
+    p.add_argument(
+        "--calibrate", action="store_true", help="first find each plan's min_tokens among --lengths, and keep it"
+    )
     p.add_argument("--via", choices=VIA, default="enable", help="how native arms are called (default: enable)")
     p.add_argument("--repeats", type=int, default=11, help="rounds (default: 11)")
     p.add_argument("--warmup", type=int, default=2, help="calls of each arm before them (default: 2)")
@@ -122,6 +127,8 @@ def _problem(options: argparse.Namespace) -> str | None:
             parse_options(text)
     except ValueError as error:
         return str(error)
+    if options.calibrate and (options.via != "enable" or options.model is None):
+        return "--calibrate: expected --model, and --via enable, which alone looks at min_tokens"
     if options.tune and not options.device.startswith("cuda"):
         return "--tune: expected --device cuda, whose backend has options"
     return None
@@ -137,6 +144,7 @@ class Run:
         self.dtype = _DTYPES[_SHORT.get(options.dtype, options.dtype)]
         self.failed = False
         self._rate: float | None = None
+        self._paying: dict[tuple[str, Plan], int] = {}
         facts = environment(self.device)
         print(report.environment_text(facts))
         self.report: dict[str, Any] = {
@@ -183,6 +191,7 @@ class Run:
                 if self.fits(model, batch, tokens, budget):
                     self.case(model, batch, tokens, mode, budget)
                 to_do -= 1
+            print("\n" + report.length_text(self.report["cases"], model.name), flush=True)
             self.release(model)
 
     def auto(self) -> None:
@@ -249,7 +258,18 @@ class Run:
         plans = plans or [default_plan(config)]
         if options.boundary:
             plans = [plan.replace(boundary=boundary) for plan in plans for boundary in options.boundary]
+        if options.calibrate:
+            return [plan.replace(min_tokens=self.paying(model, plan)) for plan in plans]
         return [plan.replace(min_tokens=0) for plan in plans]  # a bench times the plan at every length
+
+    def paying(self, model: BenchModel, plan: Plan) -> int:
+        """From which of the lengths on a plan pays, timed once; past the longest where it does not."""
+        if (model.name, plan) not in self._paying:
+            batch, longest = min(self.options.batch), max(self.options.lengths)
+            found = shortest_paying(model.model, plan, self.options.lengths, batch=batch)
+            self._paying[model.name, plan] = longest + 1 if found is None else found
+            print(f"{model.name}, {layers_text(plan)}: min_tokens {self._paying[model.name, plan]}", flush=True)
+        return self._paying[model.name, plan]
 
     def case(self, model: BenchModel, batch: int, tokens: int, compiled: str | None, budget: float | None) -> None:
         """Runs one case, prints it and keeps its figures."""
@@ -351,21 +371,6 @@ class Run:
 
 def _has_failure(case: Case) -> bool:
     return any(arm.failed is not None for arm in case.arms)
-
-
-def parse_layers(text: str) -> list[int]:
-    """``"8,9,12-15"`` -> ``[8, 9, 12, 13, 14, 15]``.
-
-    Raises:
-        ValueError: anything else.
-    """
-    layers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError(f'--omit: expected layers such as "11-15" or "8,9,12-15", got {text!r}')
-        layers += range(int(first), int(last or first) + 1)
-    return layers
 
 
 def parse_options(text: str) -> dict[str, int]:

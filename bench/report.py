@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -67,6 +68,27 @@ def case_text(case: Case) -> str:
     lines += ["", *_comparison_lines(case, baseline), *_memory_lines(case), _gemm_line(case)]
     lines += [f"{arm.name}: {arm.what}" for arm in case.arms]
     return "\n".join(lines)
+
+
+def length_text(cases: Sequence[dict[str, Any]], model: str) -> str:
+    """By length and batch: median of hf-eager, and how many times as fast each other arm is, paired. From the JSON."""
+    of_model = [case for case in cases if case["model"] == model]
+    names = list(dict.fromkeys(arm["name"] for case in of_model for arm in case["arms"]))
+    rows = []
+    for case in sorted(of_model, key=lambda case: (case["batch"], case["tokens"])):
+        arms = {arm["name"]: arm for arm in case["arms"] if not arm["failed"]}
+        stock = arms.get(names[0])
+        cells = [f"{case['batch']} x {case['tokens']}"]
+        for name in names:
+            if stock is None or name not in arms:
+                cells.append("-")
+            elif name == names[0]:
+                cells.append(f"{1e3 * statistics.median(stock['samples_s']):.1f} ms")
+            else:
+                pairs = zip(stock["samples_s"], arms[name]["samples_s"], strict=True)
+                cells.append(f"{statistics.median(theirs / ours for theirs, ours in pairs):.2f}x")
+        rows.append(cells)
+    return table(["batch x tokens", *names], rows)
 
 
 def _arm_cells(case: Case, arm: Arm, baseline: Arm | None) -> list[str]:

@@ -260,6 +260,30 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):
         load_model("llama-3.1-8b", torch.bfloat16, CPU)
 
 
+@pytest.mark.parametrize(("paying", "expected"), [(32, 32), (None, 33)])
+def test_plans_keep_the_min_tokens_that_calibration_finds(
+    paying, expected, config_dir, tmp_path, capsys, small_reference, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(cli, "shortest_paying", lambda model, plan, lengths, batch: asked.append(lengths) or paying)
+    path = tmp_path / "report.json"
+    options = ["--model", str(config_dir), "--lengths", "16", "32", "--count", "2", "--calibrate", "--repeats", "3"]
+    assert cli.main([*options, "--quiet", "--json", str(path)]) == 0
+    assert asked == [[16, 32]]
+    cases = {case["tokens"]: case for case in json.loads(path.read_text())["cases"]}
+    arms = {tokens: {arm["name"]: arm for arm in case["arms"]} for tokens, case in cases.items()}
+    pruned = {tokens: by_name["pop 2/6"] for tokens, by_name in arms.items()}
+    assert {arm["plan"]["min_tokens"] for arm in pruned.values()} == {expected}
+    full = {tokens: by_name["native-full"]["flops"] for tokens, by_name in arms.items()}
+    assert pruned[16]["flops"] == full[16]  # shorter prompts run at full depth
+    assert (pruned[32]["flops"] < full[32]) == (paying is not None)
+    printed = capsys.readouterr().out
+    assert f"min_tokens {expected}" in printed
+    ratios = [a / b for a, b in zip(*(arms[32][name]["samples_s"] for name in ("hf-eager", "pop 2/6")), strict=True)]
+    [line] = [line for line in printed.splitlines() if line.startswith("1 x 32 ")]
+    assert line.endswith(f"{sorted(ratios)[1]:.2f}x")
+
+
 def test_a_model_that_cannot_be_loaded_fails_alone(config_dir, tmp_path, capsys, small_reference):
     path = tmp_path / "report.json"
     models = ["--model", str(tmp_path / "missing"), str(config_dir)]
@@ -278,18 +302,14 @@ def test_a_model_that_cannot_be_loaded_fails_alone(config_dir, tmp_path, capsys,
         (["--repeats", "0"], "--repeats: expected at least 1, got 0"),
         (["--device", "tpu"], "--device: expected cpu or cuda, got tpu"),
         (["--tune", "overlap"], '--tune: expected options such as "overlap=1,sdpa_rows=0", got'),
+        (["--calibrate"], "--calibrate: expected --model, and --via enable, which alone looks at min_tokens"),
+        (["--model", "demo", "--calibrate", "--via", "prefill"], "--calibrate: expected --model, and --via enable"),
         (["--tune", "overlap=1"], "--tune: expected --device cuda, whose backend has options"),
     ],
 )
 def test_bad_arguments_are_named(arguments, text, capsys):
     assert cli.main(arguments) == 2
     assert text in capsys.readouterr().err
-
-
-def test_layers_are_read_as_lists_and_ranges():
-    assert cli.parse_layers("8,9,12-15") == [8, 9, 12, 13, 14, 15]
-    with pytest.raises(ValueError, match="--omit: expected layers"):
-        cli.parse_layers("8..9")
 
 
 def test_plans_are_named_by_what_they_omit():
