@@ -275,6 +275,11 @@ def tokens(model: nn.Module, *shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, model.config.vocab_size, shape, generator=generator, device="cpu").to(model.device)
 
 
+def batches(model, count: int = 2, batch: int = 3, length: int = 40, seed: int = 10) -> list[Tensor]:
+    """Calibration batches of random tokens."""
+    return [tokens(model, batch, length, seed=seed + i) for i in range(count)]
+
+
 def offloaded_cache(model: nn.Module) -> DynamicCache:
     """A cache that keeps its layers elsewhere. Making one opens a stream, which a CUDA torch refuses without a GPU."""
     can_open_a_stream = torch.cuda.is_available() or torch.version.cuda is None

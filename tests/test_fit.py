@@ -10,19 +10,14 @@ import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, LAST, NATIVE, assert_equals_oracle, plan_of, run_native
-from models import FAMILIES, granite, llama, shared, tokens
-from pop_ext import Plan
-from pop_ext.fitting import HOLD_EVERY, original_projection
+from models import FAMILIES, batches, llama, shared, tokens
+from pop_ext.fitting import original_projection
 from pop_ext.projections import Projections, without_gamma
 from third_form import assert_equals_third_form, context_rows, held_back_forward
 from tolerance import assert_close_fp32, compare_caches
 
 INF = math.inf
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def batches(model, count=2, batch=3, length=40, seed=10):
-    return [tokens(model, batch, length, seed=seed + i) for i in range(count)]
 
 
 @functools.cache
@@ -270,146 +265,3 @@ def test_a_mistake_in_what_the_operator_is_given_is_caught(mutate, monkeypatch):
     monkeypatch.setattr(Projections, "stack_rows", stack_rows)
     with pytest.raises(AssertionError, match="worst at"):
         assert_equals_oracle(model, plan, tokens(model, 1, 30))
-
-
-# Choosing lambda
-
-
-def test_lambda_is_the_one_of_the_lowest_held_out_loss():
-    model = FAMILIES["mistral"]()
-    held = [tokens(model, 4, 33, seed=70)]
-    plan = pop_ext.fit(model, plan_of(model, LAST, 2), batches(model), holdout=held, lambdas=[0.01, 1, INF])
-    report = plan.projections.report
-    assert [row[0] for row in report.losses] == [0.01, 1.0, INF]
-    assert report.ridge == min(report.losses, key=lambda row: row[1])[0]
-    assert report.holdout == 4
-    pop_ext.enable(model, pop_ext.fit(model, plan_of(model, LAST, 2), batches(model), lambdas=[1]))
-    scores = pop_ext.score(model, list(held[0][:, :25]), list(held[0][:, 25:]))
-    expected = -torch.tensor([score.log_likelihood for score in scores]) / 8
-    assert report.losses[1][1] == pytest.approx(float(expected.mean()), abs=1e-4)
-    assert report.losses[1][2] == pytest.approx(float(expected.std() / 2), abs=1e-4)
-
-
-def test_every_eighth_sequence_is_held_out_where_no_other_is_given():
-    model = shared("llama")
-    whole = tokens(model, 20, 24, seed=4)
-    out = torch.arange(20) % HOLD_EVERY == HOLD_EVERY - 1
-    plan = plan_of(model, LAST)
-    ours = pop_ext.fit(model, plan, whole.split(3), lambdas=[0.1, 10])
-    theirs = pop_ext.fit(model, plan, [whole[~out]], holdout=[whole[out]], lambdas=[0.1, 10])
-    for layer in LAST:
-        assert_close_fp32(ours.projections.matrices[layer], theirs.projections.matrices[layer], "W", 1e-4)
-    assert ours.projections.report.holdout == theirs.projections.report.holdout == 2
-    assert ours.projections.report.sequences == 18
-    for one, other in zip(ours.projections.report.losses, theirs.projections.report.losses, strict=True):
-        assert one == pytest.approx(other, abs=1e-4)
-
-
-def test_a_single_lambda_needs_no_holdout():
-    model = shared("llama")
-    report = pop_ext.fit(model, plan_of(model, LAST), [tokens(model, 1, 9)], lambdas=[0.5]).projections.report
-    assert (report.ridge, report.holdout, report.losses, report.sequences, report.tokens) == (0.5, 0, (), 1, 9)
-
-
-def test_fewer_rows_than_channels_are_enough_for_a_ridge():
-    model = shared("llama")
-    plan = pop_ext.fit(model, plan_of(model, LAST), [tokens(model, 1, 2)], lambdas=[0.1])
-    assert plan.projections.matrices[5].isfinite().all()
-    assert plan.projections.report.condition[0] == pytest.approx(1 + 96 / 0.1, rel=0.3)
-
-
-def test_how_sequences_are_grouped_does_not_matter():
-    model = shared("qwen2")
-    whole, plan = tokens(model, 6, 24, seed=4), plan_of(shared("qwen2"), GAPS)
-    one, other = (pop_ext.fit(model, plan, whole.split(n), lambdas=[0.1]).projections for n in (6, 1))
-    for layer in GAPS:
-        assert_close_fp32(one.matrices[layer], other.matrices[layer], f"layer {layer}", 1e-4)
-    again = pop_ext.fit(model, plan, whole.split(6), lambdas=[0.1])
-    assert again.projections == one
-
-
-def test_batches_may_have_different_lengths_and_come_from_a_generator():
-    model = shared("llama")
-    given = [tokens(model, 2, n, seed=n) for n in (9, 30)]
-    plan = plan_of(model, LAST)
-    once = pop_ext.fit(model, plan, (ids for ids in given), lambdas=[0.1])
-    assert once.projections == pop_ext.fit(model, plan, given, lambdas=[0.1]).projections
-    assert once.projections.report.tokens == 2 * 39
-
-
-# The model
-
-
-@pytest.mark.parametrize("backend", ["native", "reference"])
-def test_an_enabled_model_in_training_mode_is_fitted_as_the_stock_one_and_left_as_it_was(backend):
-    model = llama()
-    expected = pop_ext.fit(model, plan_of(model, GAPS), batches(model), lambdas=[0.1])
-    pop_ext.enable(model, plan_of(model, (0, 1, 2)), backend=backend)
-    model.train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    forward = model.forward
-    assert pop_ext.fit(model, plan_of(model, GAPS), batches(model), lambdas=[0.1]).projections == expected.projections
-    assert model.training
-    assert model.forward is forward
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in model.model.modules())
-
-
-def test_a_decoder_without_a_native_form_is_fitted_for_the_oracle():
-    model = granite()
-    plan = pop_ext.fit(model, plan_of(model, LAST), batches(model), lambdas=[0.1])
-    ids = tokens(model, 1, 20)
-    ours, _ = pop_ext.reference.prefill(model, ids, plan)
-    plain, _ = pop_ext.reference.prefill(model, ids, plan_of(model, LAST))
-    assert not torch.allclose(ours, plain, atol=1e-3)
-
-
-def test_a_projection_of_another_kind_is_refused_by_name():
-    model = llama()
-    attention = model.model.layers[5].self_attn
-    forward = attention.forward
-    attention.forward = lambda hidden_states, **call: forward(2 * hidden_states, **call)
-    with pytest.raises(ValueError, match="model: expected .* but LlamaAttention of layer 5 computes something else"):
-        pop_ext.fit(model, plan_of(model, LAST), batches(model), lambdas=[0.1])
-
-
-def test_a_norm_that_is_no_rms_norm_is_refused_by_name():
-    model = llama()
-    norm = torch.nn.LayerNorm(96)
-    norm.weight.data.uniform_(0.5, 2)
-    model.model.layers[5].input_layernorm = norm
-    with pytest.raises(ValueError, match="model: expected an RMSNorm before K and V, got LayerNorm"):
-        pop_ext.fit(model, plan_of(model, LAST), batches(model), lambdas=[0.1])
-
-
-def test_an_attention_that_hands_out_no_weights_is_refused_by_name(monkeypatch):
-    model = llama()
-    attention = type(model.model.layers[4].self_attn)
-    forward = attention.forward
-    monkeypatch.setattr(attention, "forward", lambda self, *args, **kwargs: (forward(self, *args, **kwargs)[0], None))
-    with pytest.raises(ValueError, match="weighting: expected attention weights from LlamaAttention of layer 4, got"):
-        pop_ext.fit(model, Plan.last(6, 2), batches(model), lambdas=[0.1])
-    assert model.config._attn_implementation == "sdpa"
-    pop_ext.fit(model, Plan.last(6, 2), batches(model), lambdas=[0.1], weighting="uniform")
-
-
-def test_progress_counts_the_sequences_read_and_those_scored():
-    model, told = shared("llama"), []
-    held = [tokens(model, 3, 20, seed=1)]
-    pop_ext.fit(
-        model, plan_of(model, LAST), batches(model), holdout=held, lambdas=[1, 2], progress=lambda *x: told.append(x)
-    )
-    assert told == [(3, 12), (6, 12), *((n, 12) for n in range(7, 13))]
-
-
-def test_an_origin_says_how_a_plan_was_fitted():
-    model = shared("llama")
-    chosen = pop_ext.block_influence(model, batches(model)).plan(count=2)
-    plan = pop_ext.fit(model, chosen, batches(model), lambdas=[0.25])
-    assert (plan.origin.method, plan.origin.samples) == (chosen.origin.method, chosen.origin.samples)
-    assert plan.origin.fit == "ridge towards the original projections, lambda 0.25, rows weighted by attention"
-    assert plan.origin.fit_samples == 6
-    by_hand = pop_ext.fit(model, Plan(6, LAST), batches(model), lambdas=[0.25])
-    assert by_hand.origin.method is None
-    assert by_hand.origin.config_hash == plan.origin.config_hash

@@ -65,6 +65,20 @@ def test_a_file_names_its_matrices_and_their_digest(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["some.plan.json", "some.plan.safetensors"]
 
 
+def test_a_plan_is_not_saved_over_a_models_weights(tmp_path):
+    weights = tmp_path / "model.safetensors"
+    save_file({"lm_head.weight": torch.zeros(2)}, weights, {"format": "pt"})
+    before = weights.read_bytes()
+    for content in (before, b"no safetensors"):
+        weights.write_bytes(content)
+        with pytest.raises(ValueError, match="projections: expected no other file in the place of .*model.safetensors"):
+            fitted().save(tmp_path / "model.json")
+        assert weights.read_bytes() == content
+        assert not (tmp_path / "model.json").exists()
+    fitted().save(tmp_path / "plan.json")
+    fitted().save(tmp_path / "plan.json")  # over its own
+
+
 def test_both_files_may_move_together(tmp_path):
     (tmp_path / "a").mkdir()
     fitted().save(tmp_path / "a" / "plan.json")

@@ -364,6 +364,17 @@ def test_a_file_of_another_model_is_refused(tmp_path):
         pop_ext.importance(other, batches(other), resume=path)
 
 
+def test_a_file_of_a_model_tuned_from_this_one_is_refused(tmp_path):
+    path, model = tmp_path / "importance.json", FAMILIES["llama"]()
+    pop_ext.importance(model, batches(model), resume=path)
+    before = path.read_bytes()
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.mul_(1.01)
+    with pytest.raises(ValueError, match="resume: expected weights '.*' in .*importance.json, got '"):
+        pop_ext.importance(model, batches(model), resume=path)
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"gates": {"layer": {"prefill": 3}}}'])
 def test_a_file_that_is_no_importance_is_named(tmp_path, text):
     path = tmp_path / "importance.json"

@@ -93,32 +93,50 @@ def fit(
     held: list[Tensor] = []
     if holdout is not None:
         held = [ids for batch in checked(holdout, model, least=4) for ids in batch.split(1)]
-    split = holdout is None and len(ridges) > 1
+    chooses = len(ridges) > 1
+    split = holdout is None and chooses
     count = count_sequences(batches)
-    kept = len(held) or (count // HOLD_EVERY if split and count is not None else 0)
-    total = None if count is None else count + (kept * len(ridges) if len(ridges) > 1 else 0)
+    inner = count // HOLD_EVERY if split and count is not None else 0
+    total = None if count is None else count - inner + ((len(held) or inner) * len(ridges) if chooses else 0)
     with undisturbed(model), torch.no_grad(), reporting(progress, "fit", total) as advance:
         reader = _Reader(model, plan, held if split else None, weighting, advance)
         reader.read(batches)
-        moments, samples = reader.moments, {layer: sample_of(layers[layer]) for layer in plan.omit}
+        samples = {layer: sample_of(layers[layer]) for layer in plan.omit}
         losses: list[tuple[float, float, float]] = []
-        if len(ridges) > 1:
+        if chooses:
             held = _check_held(held, plan, reader.sequences)
+            for ridge in ridges:
+                losses.append((ridge, *_held_out_loss(model, _solved(reader, ridge, samples)[0], held, advance)))
+        best = _best(losses) if losses else ridges[0]
+        solved = _solved(reader, best, samples)
+        return _finished(model, *solved, reader.moments, losses, len(held) if losses else 0)
 
-        def solved(ridge: float) -> tuple[Plan, list[RunSolution]]:
-            solutions = [run.solve(ridge) for run in moments]
-            matrices = {
-                layer: (run.layers[layer].original.double() + change).to(_dtype(model)).cpu().contiguous()
-                for run, solution in zip(moments, solutions, strict=True)
-                for layer, change in solution.changes.items()
-            }
-            report = FitReport(ridge, reader.sequences, moments[0].rows, weighting=weighting)
-            return plan.replace(projections=Projections(matrices, samples, report)), solutions
 
-        for ridge in ridges if len(ridges) > 1 else ():
-            losses.append((ridge, *_held_out_loss(model, solved(ridge)[0], held, advance)))
-        best = min(losses, key=lambda row: row[1])[0] if losses else ridges[0]
-        return _finished(model, *solved(best), moments, losses, len(held) if losses else 0)
+def _solved(reader: _Reader, ridge: float, samples: dict[int, Tensor]) -> tuple[Plan, list[RunSolution]]:
+    """The plan with the projections of one ridge, in the model's dtype."""
+    solutions, dtype = [run.solve(ridge) for run in reader.moments], _dtype(reader.model)
+    matrices = {
+        layer: (run.layers[layer].original.double() + change).to(dtype).cpu().contiguous()
+        for run, solution in zip(reader.moments, solutions, strict=True)
+        for layer, change in solution.changes.items()
+    }
+    for layer, matrix in matrices.items():
+        if not matrix.isfinite().all():
+            raise ValueError(
+                f"lambdas: expected a ridge whose projections {str(dtype).removeprefix('torch.')} can hold, got "
+                f"{ridge:g} (layer {layer})"
+            )
+    weighting = "attention" if reader.by_attention else "uniform"
+    report = FitReport(ridge, reader.sequences, reader.moments[0].rows, weighting=weighting)
+    return reader.plan.replace(projections=Projections(matrices, samples, report)), solutions
+
+
+def _best(losses: list[tuple[float, float, float]]) -> float:
+    """The ridge of the lowest loss."""
+    finite = [row for row in losses if math.isfinite(row[1])]
+    if not finite:
+        raise ValueError(f"holdout: expected finite losses, got {', '.join(f'{loss:g}' for _, loss, _ in losses)}")
+    return min(finite, key=lambda row: row[1])[0]
 
 
 def _finished(
@@ -166,7 +184,7 @@ class _Reader:
     def read(self, batches: Batches) -> None:
         for number, ids in enumerate(checked(batches, self.model, least=2)):
             if self._seen == 0:  # refuses, by name, what projects K and V in another way
-                reference.prefill(self.model, ids[:1, :2], self.plan)
+                reference.prefill(self.model, ids[:1, :2], self.plan, boundary=1)
             fitted = self._hold_back(ids)
             if len(fitted):
                 self._add(fitted)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pop_ext.calibration import Batches, checked, count_sequences, stock_model, undisturbed
 from pop_ext.gates import ATTENTION, LAYER, MLP, gate_derivatives, kinds
-from pop_ext.origin import Origin, check_origin, origin_of
+from pop_ext.origin import Origin, check_origin, origin_of, weights_hash
 from pop_ext.plan import Plan
 from pop_ext.progress import Progress, reporting
 from pop_ext.selection import ranked_plan
@@ -50,6 +50,7 @@ class Importance:
         continuation: loss rows of each sample as they were asked for; None: the default.
         seed: of the targets.
         digest: SHA-256 over the samples' ids, so that a run goes on with the samples that it began with.
+        weights: ``pop_ext.origin.weights_hash`` of the model, so that it goes on with the same model.
     """
 
     layer: GateScores
@@ -59,6 +60,7 @@ class Importance:
     continuation: int | None
     seed: int
     digest: str
+    weights: str
 
     @property
     def prefill(self) -> tuple[float, ...]:
@@ -136,6 +138,7 @@ class Importance:
             "continuation": self.continuation,
             "seed": self.seed,
             "digest": self.digest,
+            "weights": self.weights,
             "gates": gates,
         }
         whole = Path(path)
@@ -165,6 +168,7 @@ class Importance:
                 continuation=members["continuation"],
                 seed=members["seed"],
                 digest=members["digest"],
+                weights=members["weights"],
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: expected an importance as Importance.save writes it ({error!r})") from None
@@ -202,8 +206,9 @@ def importance(
         progress: True for a bar, or a callback told (sequences done, all of them or None).
 
     Raises:
-        TypeError, ValueError: a bad argument, named; a file of another model, seed, continuation or other sequences;
-            a model whose derivatives are not finite (float16 overflows). The model is as before.
+        TypeError, ValueError: a bad argument, named; a file of another model or other weights, of another seed or
+            continuation, or of other sequences; a model whose derivatives are not finite (float16 overflows). The model
+            is as before.
 
     Source: POP (arXiv 2602.03295), section 3.
     """
@@ -250,7 +255,7 @@ class _State:
     def __init__(self, model: Any, continuation: int | None, seed: int, branches: bool) -> None:
         depth = model.config.get_text_config().num_hidden_layers
         self.config = model.config
-        self.origin = origin_of(model, "gates")
+        self.origin, self.weights = origin_of(model, "gates"), weights_hash(model)
         self.continuation, self.seed, self.kinds = continuation, seed, kinds(branches)
         self.mean = torch.zeros(len(self.kinds), 2, depth, dtype=torch.float64, device="cpu")
         self.deviations = torch.zeros_like(self.mean)
@@ -265,6 +270,7 @@ class _State:
         for name, found, wanted in (
             ("continuation", before.continuation, self.continuation),
             ("seed", before.seed, self.seed),
+            ("weights", before.weights, self.weights),
             ("gates", tuple(before.gates()), self.kinds),
         ):
             if found != wanted:
@@ -323,9 +329,8 @@ class _State:
             for kind, mean, error in zip(self.kinds, self.mean, errors, strict=True)
         }
         origin = Origin(self.origin.model, self.origin.config_hash, self.origin.method, self.samples)
-        return Importance(
-            scores[LAYER], scores.get(ATTENTION), scores.get(MLP), origin, self.continuation, self.seed, self.digest
-        )
+        gates = (scores[LAYER], scores.get(ATTENTION), scores.get(MLP))
+        return Importance(*gates, origin, self.continuation, self.seed, self.digest, self.weights)
 
 
 def _to_json(values: tuple[float, ...]) -> list[float | None]:

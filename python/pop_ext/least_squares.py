@@ -55,7 +55,7 @@ class RunMoments:
         weights = torch.ones(len(x), device=x.device) if weights is None else weights
         weighted, each = (x * weights[:, None]).T, weights.double()
         self.gram += (weighted @ x).double()
-        self.rows += len(x)
+        self.rows += int((weights > 0).sum())
         for layer, y in targets.items():
             moments = self.layers[layer]
             residual = y - x @ moments.original.T
@@ -71,9 +71,8 @@ class RunMoments:
         """W = W0 + argmin ``|X D^T - (Y - X W0^T)|^2 + ridge * mean(diag(X^T X)) * |D|^2``, by Cholesky in float64."""
         if math.isinf(ridge):
             return RunSolution({layer: torch.zeros_like(m.original) for layer, m in self.layers.items()}, 1.0)
-        regular = self.gram + ridge * self.gram.diagonal().mean() * torch.eye(
-            len(self.gram), dtype=torch.float64, device=self.gram.device
-        )
+        regular = self.gram.clone()
+        regular.diagonal().add_(ridge * self.gram.diagonal().mean())
         factor, failed = torch.linalg.cholesky_ex(regular)
         if failed:
             raise ValueError(

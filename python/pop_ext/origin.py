@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 # What makes a choice of layers meaningless in another model. Not among them: paths, dtype, RoPE, special tokens.
 _HASHED = (
     "model_type",
@@ -67,6 +69,21 @@ def origin_of(model: Any, method: str, samples: int | None = None) -> Origin:
     """The origin of what is made with a Hugging Face model."""
     name = getattr(model.config, "_name_or_path", None) or None
     return Origin(name, config_hash(model.config), method, samples)
+
+
+def weights_hash(model: Any) -> str:
+    """16 hexadecimal digits of the SHA-256 of a few values of every parameter, and of its name, shape and dtype.
+
+    A base model and what was tuned from it have one ``config_hash``, but not this. Values are spread over each
+    parameter; a change between them goes unseen.
+    """
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach().flatten()
+        at = torch.linspace(0, max(0, values.numel() - 1), min(8, values.numel()), dtype=torch.float64, device="cpu")
+        some = values[at.long().to(values.device)].double().cpu()
+        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def config_hash(config: Any) -> str:

@@ -19,6 +19,9 @@ from torch import Tensor
 SAMPLE = 16
 """Values of each weight that a fit remembers, to know the weights it was made for."""
 
+FORMAT = "pop_ext fitted projections"
+"""What the file of a plan's projections says of itself."""
+
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -32,7 +35,7 @@ class FitReport:
 
     Attributes:
         ridge: lambda, relative to the mean diagonal of a run's Gram matrix; inf: the original projections.
-        sequences, tokens: that the least squares saw.
+        sequences, tokens: that the least squares saw; tokens of weight 0 do not count.
         condition: of each run's Gram matrix with its ridge; 1 at an infinite one.
         losses: of each lambda that was tried, (lambda, mean, standard error) of the held-out loss in nats a token;
             empty where nothing was held out.
@@ -233,15 +236,32 @@ def check_fit(plan: Any, layers: Sequence[Any]) -> None:
 
 
 def save_matrices(projections: Projections, path: Path) -> str:
-    """Writes matrices and samples as safetensors, all or nothing; the SHA-256 of the file."""
+    """Writes matrices and samples as safetensors, all or nothing; the SHA-256 of the file.
+
+    Raises:
+        ValueError: the file is there and holds something else, such as a model's weights.
+    """
     save = _safetensors().save
+    if path.exists() and _format_of(path) != FORMAT:
+        raise ValueError(f"projections: expected no other file in the place of {path}, got one that no plan wrote")
     tensors = {f"layers.{layer}.kv": matrix.contiguous() for layer, matrix in projections.matrices.items()}
     tensors |= {f"layers.{layer}.sample": sample for layer, sample in projections.samples.items()}
-    data: bytes = save(tensors, {"format": "pop_ext fitted projections"})
+    data: bytes = save(tensors, {"format": FORMAT})
     part = path.with_name(path.name + ".part")
     part.write_bytes(data)
     os.replace(part, path)
     return hashlib.sha256(data).hexdigest()
+
+
+def _format_of(path: Path) -> str | None:
+    """What a safetensors file says of itself; None: it is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format")
+    except SafetensorError:
+        return None
 
 
 def load_matrices(path: Path, sha256: str, layers: Iterable[int], report: FitReport) -> Projections:
