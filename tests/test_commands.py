@@ -177,6 +177,9 @@ def test_a_report_is_one_page_with_every_table_and_figure_and_needs_no_network(f
     profile = {"model": "m", "dtype": "float32", "arm": "pop 2/6", "tokens": 64, "seconds": 0.004, "stages": [stage]}
     (out / "bench.json").write_text(json.dumps({"cases": [], "profiles": [profile]}))
     (out / "other.json").write_text("[1]")
+    fitting = ("--text", *files[0], "-o", out / "fitted.json", "--samples", 10, "--tokens", 32)
+    assert run("fit", folder, out / "plan.json", *fitting).exit_code == 0
+    fitted = Plan.load(out / "fitted.json").projections.report
     result = run("report", out, "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
@@ -193,6 +196,10 @@ def test_a_report_is_one_page_with_every_table_and_figure_and_needs_no_network(f
         "first token, to full depth",
         "<small>(",
         "Importance of layers",
+        "Fitted projections: ridge towards the original projections, lambda",
+        f"{fitted.sequences} sequences, {fitted.tokens} tokens",
+        "original projections</td>",
+        f"{fitted.residuals[5][1]:.1%}",
         "500.0 GFLOP/s",
         "80 %",
     ):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from pop_ext.evaluation.results import Evaluation, Mean
 from pop_ext.evaluation.timing import NATIVE_FULL, speedup
 from pop_ext.plots import plot_stages
+from pop_ext.projections import FitReport
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --line: #d0d0d0; --soft: #666; --band: #f4f6f8; }
@@ -165,8 +166,31 @@ def _plan(members: dict[str, Any], name: str) -> str:
     return (
         f"<h2>Plan: {_text(name)}</h2><p>Omits layers {members['omit']} of {members['num_layers']}; boundary "
         f"{members.get('boundary', 1)}; prompts from {members.get('min_tokens', 0)} tokens on. "
-        f"{_text(origin.get('method') or '')}</p>"
+        f"{_text(origin.get('method') or '')}</p>{_fit(members.get('projections'))}"
     )
+
+
+def _fit(members: Any) -> str:
+    """How a plan's projections were fitted; "" for a plan without."""
+    if not isinstance(members, dict):
+        return ""
+    found = FitReport.from_dict(members)
+    losses = [
+        [_ridge(ridge), f"{loss:.4f} <small>({error:.4f})</small>", "chosen" if ridge == found.ridge else ""]
+        for ridge, loss, error in found.losses
+    ]
+    residuals = [
+        [str(layer), *(f"{share:.1%}" for share in shares)] for layer, shares in sorted(found.residuals.items())
+    ]
+    text = f"Fitted projections: {_text(found.method())}; {found.sequences} sequences, {found.tokens} tokens"
+    parts = [f"<p>{text}; {found.holdout} held-out sequences chose lambda.</p>"]
+    parts += [_table(["lambda", "loss of what follows held-out prompts", ""], losses)] if losses else []
+    parts += [_table(["layer", "error of K, before", "after", "of V, before", "after"], residuals)]
+    return "".join(parts)
+
+
+def _ridge(value: float) -> str:
+    return "original projections" if math.isinf(value) else f"{value:g}"
 
 
 def _bench(members: dict[str, Any], name: str) -> str:
