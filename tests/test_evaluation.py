@@ -299,3 +299,44 @@ def test_every_figure_is_drawn_where_there_is_data_and_none_where_there_is_not(t
     empty = evaluate(model, long, [PLAN], kinds=["full"], greedy_tokens=0)
     assert not any(draw(empty, tmp_path / f"no-{name}.png") for name, draw in plots.FIGURES.items())
     assert plots._frontier([(1.0, 0.1), (1.2, 0.1), (1.4, 0.3), (1.3, 0.4)]) == [(1.4, 0.3), (1.2, 0.1)]
+
+
+def drawn(monkeypatch, draw, result, tmp_path):
+    """The axes that a figure was drawn on."""
+    made, original = [], plots.new_figure
+
+    def watched(*args, **kwargs):
+        figure, axes = original(*args, **kwargs)
+        made.extend(axes)
+        return figure, axes
+
+    monkeypatch.setattr(plots, "new_figure", watched)
+    assert draw(result, tmp_path / "figure.png")
+    return made[0]
+
+
+def made_result(plans, length, rates):
+    """A result of two prompts of ``length`` tokens, and of times: (arm, tokens) -> how often as fast as native full."""
+    facts = {"model": "m", "num_layers": 6, "sets": [{"kind": "text", "length": length, "prompts": 2}]}
+    result = Evaluation(facts)
+    for number, arm in enumerate(make_arms(plans, ["pop"])):
+        result.add(0, arm, {"loss": [1.0 + number, 1.1 + number], "first": [1.0, 1.0]})
+    result.timings = [
+        {"arm": arm, "tokens": tokens, "seconds": [1 / rate] * 3} for (arm, tokens), rate in rates.items()
+    ]
+    return result
+
+
+def test_the_frontier_has_speed_and_loss_of_one_length_and_the_layers_at_each_point(tmp_path, monkeypatch):
+    plans = [Plan(6, (1, 4, 5)), Plan(6, (5,))]
+    slow, fast = {"pop 1,4-5 b1": 1.5, "pop 5 b1": 1.2}, {"pop 1,4-5 b1": 3.0, "pop 5 b1": 2.0}
+    rates = {(NATIVE_FULL, 24): 1.0, (NATIVE_FULL, 96): 1.0}
+    rates |= {(arm, 24): rate for arm, rate in slow.items()} | {(arm, 96): rate for arm, rate in fast.items()}
+    ax = drawn(monkeypatch, plots.draw_frontier, made_result(plans, 24, rates), tmp_path)
+    assert {text.get_text(): round(text.xy[0], 3) for text in ax.texts} == {"1,4-5": 1.5, "5": 1.2}
+    assert "24 tokens" in ax.get_xlabel()
+    assert "24 tokens" in ax.get_ylabel()
+    ax = drawn(monkeypatch, plots.draw_frontier, made_result(plans, 32, rates), tmp_path)
+    assert {text.get_text(): round(text.xy[0], 3) for text in ax.texts} == {"1,4-5": 3.0, "5": 2.0}
+    assert "96 tokens" in ax.get_xlabel()
+    assert "32 tokens" in ax.get_ylabel()
