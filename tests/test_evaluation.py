@@ -27,7 +27,7 @@ from pop_ext.evaluation import (
 from pop_ext.evaluation import run as running
 from pop_ext.evaluation.results import mean_of
 from pop_ext.evaluation.timing import NATIVE_FULL, STOCK, speedup
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 PLAN = Plan(6, (1, 4, 5), boundary=2)
 
@@ -203,6 +203,22 @@ def test_losses_are_those_of_score_and_agreement_is_that_of_generate():
         assert pruned["agreement"][index] == pytest.approx(leading / 5)
     assert full["agreement"] == [1.0] * 3
     assert result.find(1, "full")["samples"].keys() == {"loss", "first", "exact"}
+
+
+def test_greedy_is_the_most_probable_token_whatever_the_checkpoint_says_of_generation(monkeypatch):
+    model = shared("llama")
+    own = GenerationConfig(eos_token_id=2, repetition_penalty=1.3, suppress_tokens=[5], min_new_tokens=2)
+    monkeypatch.setattr(model, "generation_config", own)
+    sets = prompt_sets(model)[:1]
+    [greedy] = running._greedy(model, sets[0].pairs[:1], 6)
+    ids = sets[0].pairs[0][0]
+    for token in greedy:
+        with torch.no_grad():
+            assert int(model(ids[None]).logits[0, -1].argmax()) == int(token)
+        ids = torch.cat([ids, token[None]])
+    assert model.generation_config is own
+    result = evaluate(model, sets, [Plan(6, (5,))], kinds=["pop"], greedy_tokens=8)
+    assert result.find(0, "pop 5 b1")["samples"]["agreement"] == [1.0] * 3
 
 
 def test_a_summary_has_paired_differences_with_standard_errors():
