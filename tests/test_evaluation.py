@@ -23,6 +23,7 @@ from pop_ext.evaluation import (
     recall_sets,
     text_sets,
     time_plans,
+    timing,
 )
 from pop_ext.evaluation import run as running
 from pop_ext.evaluation.results import mean_of
@@ -300,6 +301,20 @@ def test_times_are_of_the_stock_model_native_full_and_each_plan_in_turn():
     fake = [{"arm": NATIVE_FULL, "tokens": 8, "seconds": [2, 4, 9]}, {"arm": "a", "tokens": 8, "seconds": [1, 4, 3]}]
     assert speedup(fake, "a", 8) == 2
     assert speedup(fake, "b", 8) is None
+
+
+def test_plans_are_loaded_once_for_all_boundaries_and_lengths_and_run_with_their_own_boundary(monkeypatch):
+    model = shared("llama")
+    loaded, boundaries = [], []
+    load, native = timing.load, timing._native
+    monkeypatch.setattr(timing, "load", lambda model, plan: loaded.append(plan.omit) or load(model, plan))
+    monkeypatch.setattr(timing, "_native", lambda of, ids, rows: boundaries.append(rows) or native(of, ids, rows))
+    plans = [Plan(6, omit, boundary) for omit in ((4, 5), (5,)) for boundary in (1, 20)]
+    found = time_plans(model, plans, [16, 32], repeats=1)
+    assert sorted(loaded) == [(), (4, 5), (5,)]
+    assert boundaries[:5] == [1, 1, 16, 1, 16]
+    assert boundaries[-5:] == [1, 1, 20, 1, 20]
+    assert found[2]["extra_bytes"] == found[3]["extra_bytes"] > found[4]["extra_bytes"] > 0
 
 
 def test_every_figure_is_drawn_where_there_is_data_and_none_where_there_is_not(tmp_path):
