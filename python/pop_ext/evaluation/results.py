@@ -11,7 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pop_ext.evaluation.arms import FULL, Arm
+from pop_ext.evaluation.arms import FITTED, FULL, POP, Arm
+from pop_ext.plan import Plan
 
 SCHEMA = "pop_ext evaluation 1"
 
@@ -52,6 +53,12 @@ class Evaluation:
     def find(self, number: int, name: str) -> dict[str, Any] | None:
         """The cell of a set and an arm."""
         return next((cell for cell in self.cells if cell["set"] == number and cell["arm"] == name), None)
+
+    def plans(self) -> list[Plan]:
+        """Every plan that has a cell with its boundary, each once, without its fit."""
+        cells = [cell for cell in self.cells if cell["kind"] in (POP, FITTED)]
+        found = [Plan(self.facts["num_layers"], cell["omit"], cell["boundary"]) for cell in cells]
+        return list({(plan.omit, plan.boundary): plan for plan in found}.values())
 
     def has(self, number: int, arm: Arm) -> bool:
         """Whether an arm has its cell, and that is of the projections which the arm has now."""
