@@ -26,7 +26,7 @@ from pop_ext.evaluation import (
     timing,
 )
 from pop_ext.evaluation import run as running
-from pop_ext.evaluation.results import mean_of
+from pop_ext.evaluation.results import SCHEMA, mean_of
 from pop_ext.evaluation.timing import NATIVE_FULL, STOCK, speedup
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -286,6 +286,16 @@ def test_a_result_says_on_what_it_was_measured(tmp_path):
     ]
     plan = members["cells"][1]["plan"]
     assert (plan["omit"], plan["boundary"]) == ([1, 4, 5], 2)
+
+
+def test_a_sample_that_is_not_finite_is_saved_as_null_and_read_as_nan(tmp_path):
+    result = Evaluation({"schema": SCHEMA, "sets": []})
+    result.add(0, make_arms([PLAN])[0], {"loss": [math.nan, 1.5, math.inf]})
+    result.save(tmp_path / "e.json")
+    text = (tmp_path / "e.json").read_text()
+    assert '"loss": [null, 1.5, null]' in text
+    loss = Evaluation.load(tmp_path / "e.json").cells[0]["samples"]["loss"]
+    assert [math.isnan(value) for value in loss] == [True, False, True]
 
 
 # Timing and figures
