@@ -36,6 +36,7 @@ ON_THE_CPU = {
     "test_documented_commands",
     "test_enable_compile",
     "test_evaluation",
+    "test_evaluation_prompts",
     "test_families",
     "test_gpu_check",
     "test_harness",

@@ -147,6 +147,27 @@ def test_eval_takes_saved_plans_and_refuses_a_folder_of_other_prompts(folder, fi
     assert "resume: expected digest" in other.stderr
 
 
+def test_eval_of_a_single_prompt_has_null_for_its_standard_errors(folder, files, tmp_path):
+    options = ("--samples", 1, "--counts", 1, "--recall", "", "--time-lengths", "", "--kinds", "pop", "--json")
+    result = evaluate(folder, files, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    [value, error] = json.loads(result.stdout, parse_constant=pytest.fail)["rows"][0]["loss"]
+    assert value > 0
+    assert error is None
+
+
+def test_eval_times_the_plans_of_earlier_calls_again_with_its_own(folder, files, tmp_path):
+    out = tmp_path / "out"
+    for count, lengths in ((1, "16,32"), (2, "16")):
+        options = ("--counts", count, "--boundary", 1, "--time-lengths", lengths, "--kinds", "pop", "--json")
+        assert evaluate(folder, files, out, *options).exit_code == 0
+    timed = [(time["arm"], time["tokens"]) for time in json.loads((out / "evaluation.json").read_text())["timings"]]
+    assert sorted(timed) == sorted(
+        [(arm, 16) for arm in ("Hugging Face full", "native full", "pop 5 b1", "pop 4-5 b1")]
+        + [(arm, 32) for arm in ("Hugging Face full", "native full", "pop 5 b1")]
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,4 +1,4 @@
-"""pop_ext.evaluation: prompts of texts, what is measured of each arm, means with errors, runs that go on."""
+"""pop_ext.evaluation: arms, what is measured of each, means with errors, runs that go on."""
 
 from __future__ import annotations
 
@@ -9,114 +9,28 @@ import models
 import pop_ext
 import pytest
 import torch
-from model_folder import save_tiny_llama
 from models import shared, tokens
 from pop_ext import Plan
 from pop_ext.evaluation import (
     Evaluation,
     PromptSet,
-    calibration_batches,
     evaluate,
     make_arms,
     plots,
-    read_texts,
-    recall_sets,
-    text_sets,
     time_plans,
+    timing,
 )
 from pop_ext.evaluation import run as running
-from pop_ext.evaluation.results import mean_of
+from pop_ext.evaluation.results import SCHEMA, mean_of
 from pop_ext.evaluation.timing import NATIVE_FULL, STOCK, speedup
-from transformers import AutoTokenizer
+from transformers import GenerationConfig
 
 PLAN = Plan(6, (1, 4, 5), boundary=2)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return AutoTokenizer.from_pretrained(save_tiny_llama(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture
-def texts(tmp_path, tokenizer):
-    (tmp_path / "a.txt").write_text("".join(chr(97 + i % 26) for i in range(300)))
-    (tmp_path / "b.txt").write_text("B" * 90)
-    return read_texts([tmp_path / "a.txt", tmp_path / "b.txt"], tokenizer)
 
 
 def prompt_sets(model, prompts=3):
     pairs = [(tokens(model, 24, seed=i), tokens(model, 6, seed=20 + i)) for i in range(prompts)]
     return [PromptSet("text", 24, tuple(pairs)), PromptSet("recall", 24, tuple(pairs[:2]))]
-
-
-# Prompts
-
-
-def test_windows_share_continuations_that_do_not_overlap_and_shorter_prompts_are_ends_of_longer_ones(texts, tokenizer):
-    short, long = text_sets(texts, tokenizer, [40, 16], 8, 100)
-    assert (short.length, long.length) == (16, 40)
-    assert len(short.pairs) == len(long.pairs) == (300 - 40) // 8 + (90 - 40) // 8
-    for (a, after), (b, same) in zip(short.pairs, long.pairs, strict=True):
-        assert torch.equal(after, same)
-        assert torch.equal(a, b[-16:])
-        assert len(b) == 40
-    flat = torch.cat([after for _, after in long.pairs[:10]])
-    assert torch.equal(flat, texts.plain[0][40 : 40 + 80])
-    assert [len(s.pairs) for s in text_sets(texts, tokenizer, [40], 8, 7)] == [7]
-    assert any(int(after[0]) == ord("B") - 32 for _, after in text_sets(texts, tokenizer, [40], 8, 7)[0].pairs)
-
-
-def test_json_lines_are_taken_as_they_are_and_lose_their_beginning_where_the_model_takes_less(tmp_path, tokenizer):
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "abcdef", "continuation": "gh"}\n\n{"prompt": "x", "continuation": "yz!"}\n')
-    [found] = text_sets(read_texts([path], tokenizer), tokenizer, [], 8, 10)
-    assert found.length is None
-    assert [tokenizer.decode(ids).replace(" ", "") for pair in found.pairs for ids in pair] == [
-        "abcdef",
-        "gh",
-        "x",
-        "yz!",
-    ]
-    [cut] = text_sets(read_texts([path], tokenizer), tokenizer, [], 8, 10, limit=5)
-    assert [len(context) for context, _ in cut.pairs] == [3, 1]
-    path.write_text('{"prompt": "abc"}\n')
-    with pytest.raises(ValueError, match=r'p.jsonl, line 1: expected an object with "prompt" and "continuation"'):
-        read_texts([path], tokenizer)
-    path.write_text('{"prompt": "abc", "continuation": ""}\n')
-    with pytest.raises(ValueError, match="line 1: expected at least one token of each, got 3 and 0"):
-        read_texts([path], tokenizer)
-
-
-def test_recall_asks_in_the_last_line_for_what_the_first_one_defines(texts, tokenizer):
-    [found] = recall_sets(texts, tokenizer, [60], 9)
-    names = set()
-    for context, answer in found.pairs:
-        text, asked = ("".join(tokenizer.convert_ids_to_tokens(ids.tolist())) for ids in (context, answer))
-        name = text[1:6]
-        assert len(context) == 60
-        assert text.startswith(f"\n{name} ={asked}\n")
-        assert text.endswith(f"\n{name} =")
-        assert name.isupper()
-        assert 100 <= int(asked) <= 999
-        names.add(name)
-    assert len(names) == len(found.pairs) == 9
-    assert found.digest == recall_sets(texts, tokenizer, [60], 9)[0].digest
-    assert found.digest != recall_sets(texts, tokenizer, [60], 9, seed=1)[0].digest
-    with pytest.raises(ValueError, match=r"lengths: expected at least 22 tokens, to define and to ask, got 20"):
-        recall_sets(texts, tokenizer, [20], 9)
-
-
-def test_calibration_sequences_do_not_overlap(texts, tokenizer):
-    batches = calibration_batches(texts, tokenizer, 50, 100, batch=4)
-    assert [list(batch.shape) for batch in batches] == [[4, 50], [3, 50]]
-    assert torch.equal(torch.cat(batches)[:6].flatten(), texts.plain[0][:300])
-
-
-def test_texts_and_lengths_that_make_no_prompt_are_named(texts, tokenizer):
-    with pytest.raises(ValueError, match="text: expected one of at least 508 tokens, got 300"):
-        text_sets(texts, tokenizer, [500], 8, 4)
-    with pytest.raises(ValueError, match=r"lengths: expected at most 56 \(the model takes 64\), got 60"):
-        text_sets(texts, tokenizer, [60], 8, 4, limit=64)
 
 
 # Arms
@@ -205,6 +119,22 @@ def test_losses_are_those_of_score_and_agreement_is_that_of_generate():
     assert result.find(1, "full")["samples"].keys() == {"loss", "first", "exact"}
 
 
+def test_greedy_is_the_most_probable_token_whatever_the_checkpoint_says_of_generation(monkeypatch):
+    model = shared("llama")
+    own = GenerationConfig(eos_token_id=2, repetition_penalty=1.3, suppress_tokens=[5], min_new_tokens=2)
+    monkeypatch.setattr(model, "generation_config", own)
+    sets = prompt_sets(model)[:1]
+    [greedy] = running._greedy(model, sets[0].pairs[:1], 6)
+    ids = sets[0].pairs[0][0]
+    for token in greedy:
+        with torch.no_grad():
+            assert int(model(ids[None]).logits[0, -1].argmax()) == int(token)
+        ids = torch.cat([ids, token[None]])
+    assert model.generation_config is own
+    result = evaluate(model, sets, [Plan(6, (5,))], kinds=["pop"], greedy_tokens=8)
+    assert result.find(0, "pop 5 b1")["samples"]["agreement"] == [1.0] * 3
+
+
 def test_a_summary_has_paired_differences_with_standard_errors():
     model = shared("llama")
     result = evaluate(model, prompt_sets(model), [PLAN], kinds=["pop"], greedy_tokens=5)
@@ -271,6 +201,16 @@ def test_a_result_says_on_what_it_was_measured(tmp_path):
     assert (plan["omit"], plan["boundary"]) == ([1, 4, 5], 2)
 
 
+def test_a_sample_that_is_not_finite_is_saved_as_null_and_read_as_nan(tmp_path):
+    result = Evaluation({"schema": SCHEMA, "sets": []})
+    result.add(0, make_arms([PLAN])[0], {"loss": [math.nan, 1.5, math.inf]})
+    result.save(tmp_path / "e.json")
+    text = (tmp_path / "e.json").read_text()
+    assert '"loss": [null, 1.5, null]' in text
+    loss = Evaluation.load(tmp_path / "e.json").cells[0]["samples"]["loss"]
+    assert [math.isnan(value) for value in loss] == [True, False, True]
+
+
 # Timing and figures
 
 
@@ -286,6 +226,20 @@ def test_times_are_of_the_stock_model_native_full_and_each_plan_in_turn():
     assert speedup(fake, "b", 8) is None
 
 
+def test_plans_are_loaded_once_for_all_boundaries_and_lengths_and_run_with_their_own_boundary(monkeypatch):
+    model = shared("llama")
+    loaded, boundaries = [], []
+    load, native = timing.load, timing._native
+    monkeypatch.setattr(timing, "load", lambda model, plan: loaded.append(plan.omit) or load(model, plan))
+    monkeypatch.setattr(timing, "_native", lambda of, ids, rows: boundaries.append(rows) or native(of, ids, rows))
+    plans = [Plan(6, omit, boundary) for omit in ((4, 5), (5,)) for boundary in (1, 20)]
+    found = time_plans(model, plans, [16, 32], repeats=1)
+    assert sorted(loaded) == [(), (4, 5), (5,)]
+    assert boundaries[:5] == [1, 1, 16, 1, 16]
+    assert boundaries[-5:] == [1, 1, 20, 1, 20]
+    assert found[2]["extra_bytes"] == found[3]["extra_bytes"] > found[4]["extra_bytes"] > 0
+
+
 def test_every_figure_is_drawn_where_there_is_data_and_none_where_there_is_not(tmp_path):
     model = shared("llama")
     long = prompt_sets(model)
@@ -299,3 +253,44 @@ def test_every_figure_is_drawn_where_there_is_data_and_none_where_there_is_not(t
     empty = evaluate(model, long, [PLAN], kinds=["full"], greedy_tokens=0)
     assert not any(draw(empty, tmp_path / f"no-{name}.png") for name, draw in plots.FIGURES.items())
     assert plots._frontier([(1.0, 0.1), (1.2, 0.1), (1.4, 0.3), (1.3, 0.4)]) == [(1.4, 0.3), (1.2, 0.1)]
+
+
+def drawn(monkeypatch, draw, result, tmp_path):
+    """The axes that a figure was drawn on."""
+    made, original = [], plots.new_figure
+
+    def watched(*args, **kwargs):
+        figure, axes = original(*args, **kwargs)
+        made.extend(axes)
+        return figure, axes
+
+    monkeypatch.setattr(plots, "new_figure", watched)
+    assert draw(result, tmp_path / "figure.png")
+    return made[0]
+
+
+def made_result(plans, length, rates):
+    """A result of two prompts of ``length`` tokens, and of times: (arm, tokens) -> how often as fast as native full."""
+    facts = {"model": "m", "num_layers": 6, "sets": [{"kind": "text", "length": length, "prompts": 2}]}
+    result = Evaluation(facts)
+    for number, arm in enumerate(make_arms(plans, ["pop"])):
+        result.add(0, arm, {"loss": [1.0 + number, 1.1 + number], "first": [1.0, 1.0]})
+    result.timings = [
+        {"arm": arm, "tokens": tokens, "seconds": [1 / rate] * 3} for (arm, tokens), rate in rates.items()
+    ]
+    return result
+
+
+def test_the_frontier_has_speed_and_loss_of_one_length_and_the_layers_at_each_point(tmp_path, monkeypatch):
+    plans = [Plan(6, (1, 4, 5)), Plan(6, (5,))]
+    slow, fast = {"pop 1,4-5 b1": 1.5, "pop 5 b1": 1.2}, {"pop 1,4-5 b1": 3.0, "pop 5 b1": 2.0}
+    rates = {(NATIVE_FULL, 24): 1.0, (NATIVE_FULL, 96): 1.0}
+    rates |= {(arm, 24): rate for arm, rate in slow.items()} | {(arm, 96): rate for arm, rate in fast.items()}
+    ax = drawn(monkeypatch, plots.draw_frontier, made_result(plans, 24, rates), tmp_path)
+    assert {text.get_text(): round(text.xy[0], 3) for text in ax.texts} == {"1,4-5": 1.5, "5": 1.2}
+    assert "24 tokens" in ax.get_xlabel()
+    assert "24 tokens" in ax.get_ylabel()
+    ax = drawn(monkeypatch, plots.draw_frontier, made_result(plans, 32, rates), tmp_path)
+    assert {text.get_text(): round(text.xy[0], 3) for text in ax.texts} == {"1,4-5": 3.0, "5": 2.0}
+    assert "96 tokens" in ax.get_xlabel()
+    assert "32 tokens" in ax.get_ylabel()

@@ -18,6 +18,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from pop_ext import info as facts
+from pop_ext.json_values import finite
 from pop_ext.layer_ranges import parse_layers
 from pop_ext.plan import Plan
 from pop_ext.presets import default_plan
@@ -170,7 +171,8 @@ def stepwise(quiet: bool) -> Progress:
 
 
 def print_json(report: dict[str, Any]) -> None:
-    print(json.dumps(report, indent=2))
+    """Prints a report; what is not finite, as the error of a single prompt, is null."""
+    print(json.dumps(finite(report), indent=2, allow_nan=False))
 
 
 def new_table(*headings: str) -> Table:

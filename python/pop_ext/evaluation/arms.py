@@ -61,6 +61,11 @@ class Arm:
         return None if self.plan.projections is None else self.plan.projections.digest()
 
 
+def omitted_text(omit: Sequence[int]) -> str:
+    """ "3,11-15"; "none"."""
+    return layers_text(Plan(max(omit, default=0) + 2, omit))
+
+
 def layers_text(plan: Plan) -> str:
     """ "3,11-15"."""
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in plan.runs) or "none"

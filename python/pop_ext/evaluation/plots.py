@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from typing import Any
 
 from pop_ext.evaluation.ablations import DROPPED, NO_BOUNDARY, NO_KV
-from pop_ext.evaluation.arms import FITTED, FULL, POP
+from pop_ext.evaluation.arms import FITTED, FULL, POP, omitted_text
 from pop_ext.evaluation.results import Evaluation, Mean
 from pop_ext.evaluation.timing import NATIVE_FULL, STOCK, plan_arm, speedup
 from pop_ext.plots import new_figure
@@ -95,9 +95,15 @@ def draw_lengths(result: Evaluation, path: Path_) -> bool:
 
 
 def draw_frontier(result: Evaluation, path: Path_) -> bool:
-    """Quality against measured speed, a point a plan; what no other plan beats in both is joined by a line."""
+    """Quality against measured speed, a point a plan; what no other plan beats in both is joined by a line.
+
+    The speed is that of prompts as long as those of the loss, where they were timed: a wider boundary costs a short
+    prompt more. Else that of the longest timed ones.
+    """
     rows = [row for row in _widest_set(result, "text") if row["kind"] in (POP, FITTED)]
-    tokens = max((timing["tokens"] for timing in result.timings), default=0)
+    timed: set[int] = {timing["tokens"] for timing in result.timings}
+    length: int | None = rows[0]["length"] if rows else None
+    tokens = length if length is not None and length in timed else max(timed, default=0)
     points = []
     for row in rows:
         gain = speedup(result.timings, plan_arm(row["omit"], row["boundary"]), tokens)
@@ -105,7 +111,7 @@ def draw_frontier(result: Evaluation, path: Path_) -> bool:
             points.append((gain, row["delta_loss"], row))
     if len(points) < 2:
         return False
-    figure, [ax] = new_figure(1, width=8.0, height=5.2)
+    figure, [ax] = new_figure(1, width=9.0, height=5.6)
     _style = {"fmt": "none", "ecolor": "#bbbbbb", "elinewidth": 0.8, "zorder": 1}
     ax.errorbar([x for x, _, _ in points], [y.value for _, y, _ in points], [y.error for _, y, _ in points], **_style)
     boundaries = sorted({row["boundary"] for _, _, row in points})
@@ -116,18 +122,24 @@ def draw_frontier(result: Evaluation, path: Path_) -> bool:
         ax.scatter(*zip(*[(x, y.value) for x, y in own], strict=True), color=colour, marker=_MARKERS[kind], label=label)
     best = _frontier([(x, y.value) for x, y, _ in points])
     ax.plot(*zip(*best, strict=True), color="#999999", linewidth=1, linestyle="--", zorder=0, label="frontier")
-    for x, y, row in points:
-        side = -1 if (x, y.value) in best else 1  # labels of the frontier below the points, others above
-        text = f"{len(row['omit'])}"
-        shift = 5 * (boundaries.index(row["boundary"]) - (len(boundaries) - 1) / 2)  # equal points stay readable
-        offset = {"xytext": (shift, 6 * side), "textcoords": "offset points"}
-        ax.annotate(text, (x, y.value), fontsize=7, ha="center", va="top" if side < 0 else "bottom", **offset)
-    ax.set_xlabel(f"times as fast as the native full prefill, {tokens} tokens, measured")
-    _loss_axis(ax, "loss above full depth, nats a token")
-    _title(figure, result, "quality against speed; the number at a point: omitted layers")
+    _loss_axis(ax, f"loss above full depth, nats a token{_after_prompts(length)}")
+    _label_plans(ax, points)
+    ax.set_xlabel(f"times as fast as the native full prefill, prompts of {tokens} tokens, measured")
+    _title(figure, result, "quality against speed; at a point: the omitted layers")
     _legend(figure)
     figure.savefig(path)
     return True
+
+
+def _label_plans(ax: Any, points: Sequence[tuple[float, Mean, Row]]) -> None:
+    """The omitted layers at each point; a plan with and without its fit, equally fast, shares a label above both."""
+    highest: dict[tuple[tuple[int, ...], int], tuple[float, float]] = {}
+    for x, y, row in points:
+        plan = tuple(row["omit"]), row["boundary"]
+        highest[plan] = max(highest.get(plan, (x, y.value)), (x, y.value))
+    for (omit, _), at in highest.items():
+        offset = {"xytext": (2, 4), "textcoords": "offset points", "rotation": 45}
+        ax.annotate(omitted_text(omit), at, fontsize=7, ha="left", va="bottom", **offset)
 
 
 def draw_ttft(result: Evaluation, path: Path_) -> bool:
@@ -249,6 +261,10 @@ def _title(figure: Any, result: Evaluation, what: str) -> None:
 def _legend(figure: Any, ax: Any = None) -> None:
     handles, labels = (ax or figure.axes[0]).get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+
+
+def _after_prompts(length: int | None) -> str:
+    return ", after prompts of their own lengths" if length is None else f", after prompts of {length} tokens"
 
 
 def _of_length(row: Row) -> str:

@@ -101,7 +101,8 @@ def text_sets(
         lengths: tokens of prompts.
         continuation: tokens after each.
         samples: windows at most, spread evenly over all texts.
-        limit: how many tokens the model takes; JSON lines' prompts lose their beginning beyond it.
+        limit: how many tokens the model takes; beyond it JSON lines' prompts lose what comes first, but not the token
+            that the tokenizer puts before every text.
 
     Raises:
         ValueError: a length that the model does not take, or texts too short for a single window.
@@ -116,7 +117,8 @@ def text_sets(
             pairs = [(torch.cat([beginning, text[at - own : at]]), text[at : at + continuation]) for text, at in ends]
             sets.append(PromptSet(TEXT, length, tuple(pairs)))
     if texts.pairs:
-        fitting = [(_end_of(ids, limit, after), after) for ids, after in texts.pairs]
+        begin = len(_beginning(tokenizer))
+        fitting = [(_end_of(ids, begin, limit, after), after) for ids, after in texts.pairs]
         sets.append(PromptSet(TEXT, None, tuple(fitting[:samples])))
     return sets
 
@@ -154,26 +156,30 @@ def recall_sets(
 
 
 def calibration_batches(texts: Texts, tokenizer: Any, tokens: int, samples: int, batch: int = 4) -> list[Tensor]:
-    """Sequences [batch, tokens] of the plain texts, for ``pop_ext.importance`` and ``fit``; they do not overlap.
+    """Sequences [batch, tokens] for ``pop_ext.importance`` and ``fit``; they do not overlap.
+
+    They are of the plain texts, and of prompt and continuation of each JSON line, which are a text.
 
     Raises:
         ValueError: texts too short for a single one.
     """
     beginning = _beginning(tokenizer)
     own = tokens - len(beginning)
+    whole = [*texts.plain, *(torch.cat([context[len(beginning) :], after]) for context, after in texts.pairs)]
     rows = torch.stack(
-        [torch.cat([beginning, text[at : at + own]]) for text, at in _window_ends(texts.plain, 0, own, samples)]
+        [torch.cat([beginning, text[at : at + own]]) for text, at in _window_ends(whole, 0, own, samples)]
     )
     return list(rows.split(batch))
 
 
-def _end_of(context: Tensor, limit: int | None, after: Tensor) -> Tensor:
-    """What of a prompt the model takes beside its continuation."""
+def _end_of(context: Tensor, begin: int, limit: int | None, after: Tensor) -> Tensor:
+    """What of a prompt the model takes beside its continuation: its first ``begin`` tokens, and its end."""
     if limit is None or len(context) + len(after) <= limit:
         return context
     if len(after) >= limit:
         raise ValueError(f"continuation: expected fewer tokens than the {limit} that the model takes, got {len(after)}")
-    return context[len(context) + len(after) - limit :]
+    own = limit - len(after) - begin
+    return torch.cat([context[:begin], context[len(context) - own :]])
 
 
 def _window_ends(texts: Sequence[Tensor], before: int, after: int, samples: int) -> list[tuple[Tensor, int]]:

@@ -11,7 +11,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pop_ext.evaluation.arms import FULL, Arm
+from pop_ext.evaluation.arms import FITTED, FULL, POP, Arm
+from pop_ext.json_values import finite
+from pop_ext.plan import Plan
 
 SCHEMA = "pop_ext evaluation 1"
 
@@ -52,6 +54,12 @@ class Evaluation:
     def find(self, number: int, name: str) -> dict[str, Any] | None:
         """The cell of a set and an arm."""
         return next((cell for cell in self.cells if cell["set"] == number and cell["arm"] == name), None)
+
+    def plans(self) -> list[Plan]:
+        """Every plan that has a cell with its boundary, each once, without its fit."""
+        cells = [cell for cell in self.cells if cell["kind"] in (POP, FITTED)]
+        found = [Plan(self.facts["num_layers"], cell["omit"], cell["boundary"]) for cell in cells]
+        return list({(plan.omit, plan.boundary): plan for plan in found}.values())
 
     def has(self, number: int, arm: Arm) -> bool:
         """Whether an arm has its cell, and that is of the projections which the arm has now."""
@@ -109,10 +117,13 @@ class Evaluation:
         return rows
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes it as JSON, a line a cell, all or nothing."""
+        """Writes it as JSON, a line a cell, all or nothing; a sample that is not finite is null."""
         whole = Path(path)
         whole.parent.mkdir(parents=True, exist_ok=True)
-        lists = {name: ",\n".join(json.dumps(item) for item in getattr(self, name)) for name in ("cells", "timings")}
+        lists = {
+            name: ",\n".join(json.dumps(finite(item), allow_nan=False) for item in getattr(self, name))
+            for name in ("cells", "timings")
+        }
         parts = [f'"facts": {json.dumps(self.facts, indent=1)}', *(f'"{k}": [\n{v}\n]' for k, v in lists.items())]
         part = whole.with_name(whole.name + ".part")
         part.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
@@ -130,6 +141,10 @@ class Evaluation:
             members = json.loads(Path(path).read_text(encoding="utf-8"))
             if members["facts"]["schema"] != SCHEMA:
                 raise ValueError(members["facts"]["schema"])
-            return cls(members["facts"], list(members["cells"]), list(members["timings"]))
-        except (ValueError, KeyError, TypeError) as error:
+            found = cls(members["facts"], list(members["cells"]), list(members["timings"]))
+            for cell in found.cells:
+                for name, values in cell["samples"].items():
+                    cell["samples"][name] = [math.nan if value is None else value for value in values]
+            return found
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: expected an evaluation as Evaluation.save writes it ({error!r})") from None

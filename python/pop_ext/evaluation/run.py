@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from pop_ext import info
 from pop_ext.calibration import stock_model, undisturbed
@@ -108,13 +110,29 @@ def _greedy(model: Any, pairs: Sequence[Pair], tokens: int) -> list[Tensor]:
     """The full model's greedy continuation of every prompt, up to its end-of-sequence token."""
     found = []
     device = model.get_input_embeddings().weight.device
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad(), _plain_generation(model):
         for context, _ in pairs:
             ids = context[None].to(device)
             options = {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1, "return_dict_in_generate": False}
             made = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
             found.append(made[0, len(context) :].cpu())
     return found
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Inside, nothing of the checkpoint's generation config but its special tokens.
+
+    A penalty, a suppressed token or a least length makes another text than the most probable tokens, and ``generate``
+    takes from the model's config whatever a config that it is given leaves open.
+    """
+    own = model.generation_config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in names})
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _measure(

@@ -31,7 +31,7 @@ def time_plans(
 
     Args:
         model: a model of a native family.
-        plans: those that compute the same are timed once.
+        plans: those that compute the same are timed once; fitted projections change weights, not work.
         lengths: tokens of the prompts.
         repeats: rounds, after two to warm up.
         progress: True for a bar, or a callback told (rounds done, all of them).
@@ -44,8 +44,13 @@ def time_plans(
         UnsupportedModelError (a ValueError): the model has no native form.
     """
     model = stock_model(model)
-    arms = [arm for arm in make_arms(plans) if arm.kind == POP]  # projections change weights, not work
+    arms = [arm for arm in make_arms([plan.replace(projections=None) for plan in plans], [POP]) if arm.kind == POP]
     full = load(model, Plan(plans[0].num_layers, ()))
+    timed = [(NATIVE_FULL, full.plan), *((arm.name, arm.plan) for arm in arms)]
+    natives = {full.plan.omit: full}  # plans that differ in their boundary alone share their folded weights
+    for _, plan in timed:
+        if plan.omit not in natives:
+            natives[plan.omit] = load(model, plan)
     device = model.get_input_embeddings().weight.device
     found = []
     with (
@@ -59,11 +64,11 @@ def time_plans(
             calls: list[tuple[dict[str, Any], Callable[[], Any]]] = [
                 (_facts(STOCK, tokens, None, _stock_flops(full.spec, tokens)), partial(_stock, model, ids)),
             ]
-            for name, plan in [(NATIVE_FULL, full.plan), *((arm.name, arm.plan) for arm in arms)]:
-                native = full if plan is full.plan else load(model, plan)
+            for name, plan in timed:
+                native = natives[plan.omit]
                 facts = _facts(name, tokens, plan, _flops(full.spec, plan, tokens))
                 facts["extra_bytes"] = native.extra_bytes
-                calls.append((facts, partial(_native, native, ids)))
+                calls.append((facts, partial(_native, native, ids, min(plan.boundary, tokens))))
             for number in range(WARM_UPS + repeats):
                 for facts, call in calls:
                     seconds = _seconds(call)
@@ -100,8 +105,8 @@ def _stock(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _native(native: NativeModel, ids: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = native.prefill(ids).logits[0, -1]
+def _native(native: NativeModel, ids: torch.Tensor, boundary: int) -> torch.Tensor:
+    logits: torch.Tensor = native.prefill(ids, boundary=boundary).logits[0, -1]
     return logits
 
 
