@@ -144,7 +144,7 @@ def test_eval_takes_saved_plans_and_refuses_a_folder_of_other_prompts(folder, fi
     assert [row["arm"] for row in json.loads(result.stdout)["rows"]] == ["full", "pop 1-2 b1", "pop 3 b1"]
     other = run(*base, *how[:-1], 5)
     assert other.exit_code == 2
-    assert "resume: expected digest" in other.stderr
+    assert "resume: expected texts and continuations (--text, --continuation)" in other.stderr
 
 
 def test_eval_of_a_single_prompt_has_null_for_its_standard_errors(folder, files, tmp_path):
@@ -236,6 +236,16 @@ def test_a_folder_without_results_is_named(tmp_path):
     result = run("report", tmp_path)
     assert result.exit_code == 2
     assert "expected results of calibrate, eval or bench, got none" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [('{"facts": ', "expected JSON"), ('{"gates": {}, "origin": 1}', "expected a result as")]
+)
+def test_a_file_that_a_report_cannot_read_is_named(tmp_path, text, said):
+    (tmp_path / "broken.json").write_text(text)
+    result = run("report", tmp_path)
+    assert result.exit_code == 2
+    assert f"{tmp_path / 'broken.json'}: {said}" in result.stderr
 
 
 def test_bench_hands_its_arguments_to_the_bench_of_the_checkout(monkeypatch, tmp_path):

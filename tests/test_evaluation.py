@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -180,11 +181,26 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
     found = evaluate(model, sets, [PLAN], greedy_tokens=5, resume=path)
     assert len(measured) == 10
     assert found.cells == whole.cells == Evaluation.load(path).cells
-    with pytest.raises(ValueError, match="resume: expected digest"):
-        evaluate(model, sets, [PLAN], greedy_tokens=4, resume=path)
     path.write_text("{}")
     with pytest.raises(ValueError, match=r"evaluation.json: expected an evaluation as Evaluation.save writes it"):
         evaluate(model, sets, [PLAN], resume=path)
+
+
+def test_what_keeps_a_run_from_going_on_is_said_in_words(tmp_path):
+    model, path = shared("llama"), tmp_path / "evaluation.json"
+    sets, how = prompt_sets(model), {"kinds": ["pop"], "resume": path}
+    evaluate(model, sets, [PLAN], greedy_tokens=2, **how)
+    with pytest.raises(ValueError, match=r"greedy tokens \(--greedy\) 4 in .*evaluation.json, got 2; .*another file"):
+        evaluate(model, sets, [PLAN], greedy_tokens=4, **how)
+    with pytest.raises(ValueError, match=r"--samples.* 3 text of 24 tokens in .*, got 3 text of 24 tokens, 2 recall"):
+        evaluate(model, sets[:1], [PLAN], greedy_tokens=2, **how)
+    others = [PromptSet(s.kind, s.length, s.pairs[::-1]) for s in sets]
+    with pytest.raises(ValueError, match=r"texts and continuations \(--text, --continuation\) of digest"):
+        evaluate(model, others, [PLAN], greedy_tokens=2, **how)
+    with pytest.raises(ValueError, match=r"expected dtype \(--dtype\) bfloat16 in .*, got float32"):
+        evaluate(copy.deepcopy(model).bfloat16(), sets, [PLAN], greedy_tokens=2, **how)
+    with pytest.raises(ValueError, match="expected a model of config hash"):
+        evaluate(models.qwen3(), sets, [PLAN], greedy_tokens=2, **how)
 
 
 def test_a_result_says_on_what_it_was_measured(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -138,6 +139,35 @@ def test_a_context_loses_its_beginning_where_the_model_takes_less(folder):
     assert long == short
     with pytest.raises(ValueError, match=r"continuation: expected at most 8 tokens \(max_length\), got 9"):
         model.loglikelihood(requests("loglikelihood", ("a", "b" * 9)), disable_tqdm=True)
+
+
+def test_a_context_keeps_its_end_however_many_tokens_are_to_be_written(folder, monkeypatch):
+    model, seen = PopLM(str(folder), count=2, max_length=8), []
+    generate = model.model.generate
+    monkeypatch.setattr(
+        model.model, "generate", lambda ids, **how: seen.append(ids[0].tolist()) or generate(ids, **how)
+    )
+    wanted = model.tok_encode("abcdefghij")
+    for new, room in ((3, 5), (8, 1), (9, 1)):
+        how = {"until": [], "max_gen_toks": new}
+        model.generate_until(requests("generate_until", ("abcdefghij", how)), disable_tqdm=True)
+        assert seen.pop() == wanted[-room:]
+
+
+def test_a_gpu_that_somebody_asked_for_is_not_replaced_by_the_cpu(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"device: expected cpu \(torch finds no CUDA device\), got 'cuda'"):
+        PopLM(str(folder), count=2, device="cuda")
+    with pytest.warns(UserWarning, match="the CPU instead of cuda:0"):  # what the harness asks for unasked
+        assert PopLM(str(folder), count=2, device="cuda:0").model.device.type == "cpu"
+
+
+def test_the_longest_input_is_that_of_the_text_config(folder, monkeypatch):
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    text = copy.deepcopy(loaded.config)
+    monkeypatch.setattr(type(loaded.config), "get_text_config", lambda self, *args, **kwargs: text)
+    text.max_position_embeddings = 77
+    assert PopLM(loaded, AutoTokenizer.from_pretrained(folder), count=2).max_length == 77
 
 
 def test_two_plans_or_an_unknown_dtype_are_refused(folder):

@@ -58,14 +58,17 @@ def make_page(folder: Path) -> Page:
 
     Raises:
         OSError: the folder cannot be read.
-        ValueError: it holds none of these.
+        ValueError: it holds none of these, or a .json that is none or that no command wrote so.
     """
     sections: list[str] = []
     sources: list[str] = []
     for path in sorted(folder.iterdir()):
         if path.suffix != ".json":
             continue
-        section = _section(path)
+        try:
+            section = _section(path)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: expected a result as one of the commands writes it ({error!r})") from None
         if section:
             sections.append(section)
             sources.append(path.name)
@@ -90,7 +93,10 @@ def _order(stem: str) -> int:
 
 def _section(path: Path) -> str | None:
     """Of a JSON file that one of the commands wrote; None for any other."""
-    members = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        members = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON ({error})") from None
     if not isinstance(members, dict):
         return None
     if "facts" in members and "cells" in members:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -16,6 +16,22 @@ from pop_ext.json_values import finite
 from pop_ext.plan import Plan
 
 SCHEMA = "pop_ext evaluation 1"
+
+
+def _sets_text(facts: dict[str, Any]) -> str:
+    """ "48 text of 256 tokens, 48 recall of 128 tokens"."""
+    sets = facts.get("sets", [])
+    return ", ".join(f"{s['prompts']} {s['kind']} of {s['length'] or 'their own'} tokens" for s in sets)
+
+
+# What a run that goes on must share, from what tells most to what tells least.
+_COMPARED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a model of config hash": lambda facts: facts.get("config_hash"),
+    "dtype (--dtype)": lambda facts: facts.get("dtype"),
+    "greedy tokens (--greedy)": lambda facts: facts.get("greedy_tokens"),
+    "prompts (--lengths, --samples, --recall)": _sets_text,
+    "texts and continuations (--text, --continuation) of digest": lambda facts: facts.get("digest"),
+}
 
 
 class Mean(NamedTuple):
@@ -88,10 +104,13 @@ class Evaluation:
         Raises:
             ValueError: of another model or other prompts.
         """
-        for name in ("config_hash", "dtype", "digest"):
-            found, wanted = before.facts.get(name), self.facts[name]
+        for what, fact in _COMPARED.items():
+            found, wanted = fact(before.facts), fact(self.facts)
             if found != wanted:
-                raise ValueError(f"resume: expected {name} {wanted} in {path}, got {found}")
+                raise ValueError(
+                    f"resume: expected {what} {wanted} in {path}, got {found}; "
+                    "what differs goes into another file (--out)"
+                )
         self.cells, self.timings = before.cells, before.timings
 
     def summary(self) -> list[dict[str, Any]]:

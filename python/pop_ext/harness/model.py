@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pop_ext.plan import Plan
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _OF_SAMPLING = ("temperature", "top_p", "top_k")
+_HARNESS_DEFAULT = "cuda:0"  # what its command line passes where nobody asked for a device
 _LONGEST = 2048  # where a config does not say
 
 
@@ -40,7 +42,8 @@ class PopLM(TemplateLM):
             deepest. None of them: the model's default plan. ``count=0`` is full depth.
         boundary: last rows of a context at full depth.
         backend: "native" or "reference".
-        dtype, device, batch_size, max_length: as for other models of the harness.
+        dtype, device, batch_size, max_length: as for other models of the harness. Its command line asks for ``cuda:0``
+            where it is told no device: then the CPU serves where there is no GPU, with a warning.
     """
 
     def __init__(
@@ -68,9 +71,7 @@ class PopLM(TemplateLM):
             batch_size = 8
         self.batch_size = int(batch_size)
         self.max_gen_toks = int(max_gen_toks)
-        # The harness asks for cuda where nobody asked for anything.
-        at_hand = device is not None and (not device.startswith("cuda") or torch.cuda.is_available())
-        self._device = torch.device(device if device is not None and at_hand else "cpu")
+        self._device = _device(device)
         if isinstance(pretrained, str):
             loaded: Any = AutoModelForCausalLM.from_pretrained(pretrained, dtype=_DTYPES[dtype])
             pretrained = loaded.to(self._device).eval()
@@ -78,7 +79,8 @@ class PopLM(TemplateLM):
         name = tokenizer or pretrained.config._name_or_path
         self.tokenizer: Any = AutoTokenizer.from_pretrained(name) if isinstance(name, str) else name
         self.plan = _plan(self.model.config, plan, omit, count, boundary).replace(min_tokens=0)
-        self.max_length: int = max_length or getattr(self.model.config, "max_position_embeddings", None) or _LONGEST
+        text_config = self.model.config.get_text_config()
+        self.max_length: int = max_length or getattr(text_config, "max_position_embeddings", None) or _LONGEST
         enable(self.model, self.plan, backend=backend)
 
     @property
@@ -173,10 +175,9 @@ class PopLM(TemplateLM):
             new_tokens = int(options.pop("max_gen_toks", options.pop("max_new_tokens", self.max_gen_toks)))
             options.setdefault("do_sample", False)
             if not options["do_sample"]:  # transformers warns of what greedy decoding does not read
-                options = {
-                    name: value for name, value in options.items() if name not in ("temperature", "top_p", "top_k")
-                }
-            ids = torch.tensor([self.tok_encode(context)[-(self.max_length - new_tokens) :]], device=self.model.device)
+                options = {name: value for name, value in options.items() if name not in _OF_SAMPLING}
+            room = max(1, self.max_length - new_tokens)
+            ids = torch.tensor([self.tok_encode(context)[-room:]], device=self.model.device)
             written = StoppingCriteriaList([_Written(self.tokenizer, stops, ids.shape[1])])
             with torch.no_grad():
                 options |= {"attention_mask": torch.ones_like(ids), "stopping_criteria": written}
@@ -200,6 +201,23 @@ class _Written(StoppingCriteria):
         texts = self.tokenizer.batch_decode(input_ids[:, self.prompt :], skip_special_tokens=True)
         ended = [any(stop in text for stop in self.stops) for text in texts]
         return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of that name; the CPU for none, and for the harness's default where torch finds no GPU.
+
+    Raises:
+        ValueError: another CUDA device where torch finds none.
+    """
+    if name is None:
+        return torch.device("cpu")
+    device = torch.device(name)
+    if device.type != "cuda" or torch.cuda.is_available():
+        return device
+    if name != _HARNESS_DEFAULT:
+        raise ValueError(f"device: expected cpu (torch finds no CUDA device), got {name!r}")
+    warnings.warn(f"device: torch finds no CUDA device; the CPU instead of {name}", stacklevel=3)
+    return torch.device("cpu")
 
 
 def _plan(config: Any, plan: str | Plan | None, omit: Any, count: Any, boundary: Any) -> Plan:
