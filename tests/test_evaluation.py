@@ -197,6 +197,11 @@ def test_what_keeps_a_run_from_going_on_is_said_in_words(tmp_path):
     others = [PromptSet(s.kind, s.length, s.pairs[::-1]) for s in sets]
     with pytest.raises(ValueError, match=r"texts and continuations \(--text, --continuation\) of digest"):
         evaluate(model, others, [PLAN], greedy_tokens=2, **how)
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned.model.layers[1].self_attn.v_proj.weight.mul_(1.01)
+    with pytest.raises(ValueError, match=r"expected weights of hash .* in .*evaluation.json, got .*another file"):
+        evaluate(tuned, sets, [PLAN], greedy_tokens=2, **how)
     with pytest.raises(ValueError, match=r"expected dtype \(--dtype\) bfloat16 in .*, got float32"):
         evaluate(copy.deepcopy(model).bfloat16(), sets, [PLAN], greedy_tokens=2, **how)
     with pytest.raises(ValueError, match="expected a model of config hash"):

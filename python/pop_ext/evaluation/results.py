@@ -28,6 +28,7 @@ def _sets_text(facts: dict[str, Any]) -> str:
 _COMPARED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a model of config hash": lambda facts: facts.get("config_hash"),
     "dtype (--dtype)": lambda facts: facts.get("dtype"),
+    "weights of hash": lambda facts: facts.get("weights"),
     "greedy tokens (--greedy)": lambda facts: facts.get("greedy_tokens"),
     "prompts (--lengths, --samples, --recall)": _sets_text,
     "texts and continuations (--text, --continuation) of digest": lambda facts: facts.get("digest"),

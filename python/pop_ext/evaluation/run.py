@@ -19,7 +19,7 @@ from pop_ext.calibration import stock_model, undisturbed
 from pop_ext.evaluation.arms import FULL, KINDS, Arm, arm_logits, backend_of, make_arms
 from pop_ext.evaluation.prompts import RECALL, Pair, PromptSet
 from pop_ext.evaluation.results import SCHEMA, Evaluation
-from pop_ext.origin import config_hash
+from pop_ext.origin import config_hash, weights_hash
 from pop_ext.plan import Plan
 from pop_ext.progress import Progress, reporting
 
@@ -90,6 +90,7 @@ def _facts(model: Any, sets: Sequence[PromptSet], greedy_tokens: int, backend: s
         "schema": SCHEMA,
         "model": getattr(model.config, "_name_or_path", None) or None,
         "config_hash": config_hash(model.config),
+        "weights": weights_hash(model),
         "num_layers": model.config.get_text_config().num_hidden_layers,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
