@@ -52,27 +52,27 @@ def test_each_rope_scaling_differs_visibly_from_the_default_one(kind):
 # Planted mutations: the comparison must notice each of them
 
 
-def without_rope(layer, hidden_states, cos, sin):
+def without_rope(layer, hidden_states, cos, sin, fitted=None):
     return original_projection(layer, hidden_states, torch.ones_like(cos), torch.zeros_like(sin))
 
 
-def rope_one_position_late(layer, hidden_states, cos, sin):
+def rope_one_position_late(layer, hidden_states, cos, sin, fitted=None):
     return original_projection(layer, hidden_states, cos.roll(1, dims=1), sin.roll(1, dims=1))
 
 
-def without_gamma(layer, hidden_states, cos, sin):
+def without_gamma(layer, hidden_states, cos, sin, fitted=None):
     bare = copy.deepcopy(layer)
     bare.input_layernorm.weight.data.fill_(1.0)
     return original_projection(bare, hidden_states, cos, sin)
 
 
-def gamma_of_the_wrong_norm(layer, hidden_states, cos, sin):
+def gamma_of_the_wrong_norm(layer, hidden_states, cos, sin, fitted=None):
     other = copy.copy(layer)
     other._modules = {**layer._modules, "input_layernorm": layer.post_attention_layernorm}
     return original_projection(other, hidden_states, cos, sin)
 
 
-def values_from_the_unnormalised_state(layer, hidden_states, cos, sin):
+def values_from_the_unnormalised_state(layer, hidden_states, cos, sin, fitted=None):
     keys, values = original_projection(layer, hidden_states, cos, sin)
     raw = layer.self_attn.v_proj(hidden_states).view(1, hidden_states.shape[1], -1, values.shape[-1])
     return keys, raw.transpose(1, 2)
