@@ -24,6 +24,7 @@ from pop_ext.evaluation import (
 from pop_ext.evaluation import run as running
 from pop_ext.evaluation.results import SCHEMA, mean_of
 from pop_ext.evaluation.timing import NATIVE_FULL, STOCK, speedup
+from pop_ext.origin import origin_of
 from transformers import GenerationConfig
 
 PLAN = Plan(6, (1, 4, 5), boundary=2)
@@ -150,6 +151,16 @@ def test_a_summary_has_paired_differences_with_standard_errors():
     assert rows["text", "pop"]["match"].value == pytest.approx(sum(share == 1 for share in agreement) / 3)
     assert mean_of([2.0]).value == 2.0
     assert math.isnan(mean_of([2.0]).error)
+
+
+@pytest.mark.parametrize("kinds", [["dropped", "no-kv"], ["pop"]])
+def test_a_plan_of_another_model_is_refused_by_ablations_too(kinds):
+    model = shared("llama")
+    other = Plan(6, (5,), origin=origin_of(shared("qwen3"), "by hand"))
+    with pytest.raises(ValueError, match="plan: expected one made with a model of config hash"):
+        evaluate(model, prompt_sets(model), [Plan(6, (5,)), other], kinds=kinds)
+    with pytest.raises(ValueError, match="plan: expected num_layers=6 like the model, got 5"):
+        evaluate(model, prompt_sets(model), [Plan(5, (4,))], kinds=kinds)
 
 
 def test_a_model_without_a_native_form_runs_by_the_reference():
