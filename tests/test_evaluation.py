@@ -321,3 +321,11 @@ def test_the_frontier_has_speed_and_loss_of_one_length_and_the_layers_at_each_po
     assert {text.get_text(): round(text.xy[0], 3) for text in ax.texts} == {"1,4-5": 3.0, "5": 2.0}
     assert "96 tokens" in ax.get_xlabel()
     assert "32 tokens" in ax.get_ylabel()
+
+
+def test_a_line_joins_no_plans_of_other_layers(tmp_path, monkeypatch):
+    plans = [Plan(6, omit) for omit in ((5,), (4, 5), (1, 2), (3, 4, 5), (1, 2, 3))]
+    ax = drawn(monkeypatch, plots.draw_cost, made_result(plans, 24, {}), tmp_path)
+    lines = [list(container[0].get_xdata()) for container in ax.containers]
+    assert lines == [[1, 2, 3], [2, 3]]
+    assert len(ax.get_legend_handles_labels()[1]) == 1
