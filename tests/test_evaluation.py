@@ -24,6 +24,7 @@ from pop_ext.evaluation import (
 from pop_ext.evaluation import run as running
 from pop_ext.evaluation.results import SCHEMA, mean_of
 from pop_ext.evaluation.timing import NATIVE_FULL, STOCK, speedup
+from pop_ext.origin import origin_of
 from transformers import GenerationConfig
 
 PLAN = Plan(6, (1, 4, 5), boundary=2)
@@ -150,6 +151,16 @@ def test_a_summary_has_paired_differences_with_standard_errors():
     assert rows["text", "pop"]["match"].value == pytest.approx(sum(share == 1 for share in agreement) / 3)
     assert mean_of([2.0]).value == 2.0
     assert math.isnan(mean_of([2.0]).error)
+
+
+@pytest.mark.parametrize("kinds", [["dropped", "no-kv"], ["pop"]])
+def test_a_plan_of_another_model_is_refused_by_ablations_too(kinds):
+    model = shared("llama")
+    other = Plan(6, (5,), origin=origin_of(shared("qwen3"), "by hand"))
+    with pytest.raises(ValueError, match="plan: expected one made with a model of config hash"):
+        evaluate(model, prompt_sets(model), [Plan(6, (5,)), other], kinds=kinds)
+    with pytest.raises(ValueError, match="plan: expected num_layers=6 like the model, got 5"):
+        evaluate(model, prompt_sets(model), [Plan(5, (4,))], kinds=kinds)
 
 
 def test_a_model_without_a_native_form_runs_by_the_reference():
@@ -315,3 +326,11 @@ def test_the_frontier_has_speed_and_loss_of_one_length_and_the_layers_at_each_po
     assert {text.get_text(): round(text.xy[0], 3) for text in ax.texts} == {"1,4-5": 3.0, "5": 2.0}
     assert "96 tokens" in ax.get_xlabel()
     assert "32 tokens" in ax.get_ylabel()
+
+
+def test_a_line_joins_no_plans_of_other_layers(tmp_path, monkeypatch):
+    plans = [Plan(6, omit) for omit in ((5,), (4, 5), (1, 2), (3, 4, 5), (1, 2, 3))]
+    ax = drawn(monkeypatch, plots.draw_cost, made_result(plans, 24, {}), tmp_path)
+    lines = [list(container[0].get_xdata()) for container in ax.containers]
+    assert lines == [[1, 2, 3], [2, 3]]
+    assert len(ax.get_legend_handles_labels()[1]) == 1

@@ -194,11 +194,11 @@ def _widest_set(result: Evaluation, kind: str) -> list[Row]:
 
 
 def _lines(rows: Iterable[Row], x: Callable[[Row], int], value: str) -> dict[tuple[str, int | None], list[Any]]:
-    """(kind, boundary) -> points (x, Mean), by x."""
-    lines: dict[tuple[str, int | None], list[tuple[int, Mean]]] = {}
+    """(kind, boundary) -> points (x, Mean, omitted layers), by x."""
+    lines: dict[tuple[str, int | None], list[tuple[int, Mean, tuple[int, ...]]]] = {}
     for row in rows:
         if row["kind"] != FULL:
-            lines.setdefault((row["kind"], row["boundary"]), []).append((x(row), row[value]))
+            lines.setdefault((row["kind"], row["boundary"]), []).append((x(row), row[value], tuple(row["omit"])))
     for points in lines.values():
         points.sort()
     return lines
@@ -207,12 +207,25 @@ def _lines(rows: Iterable[Row], x: Callable[[Row], int], value: str) -> dict[tup
 def _draw_lines(ax: Any, lines: dict[tuple[str, int | None], list[Any]]) -> None:
     boundaries = sorted({boundary for _, boundary in lines if boundary is not None})
     for (kind, boundary), points in lines.items():
-        xs, means = zip(*points, strict=True)
         label = _kind_text(kind) + ("" if boundary is None else f", boundary {boundary}")
         colour = _shade(kind, boundaries.index(boundary) if boundary is not None else 0)
         style = {"marker": _MARKERS[kind], "markersize": 4, "linewidth": 1.3, "capsize": 2, "color": colour}
-        errors = [mean.error for mean in means]
-        ax.errorbar(xs, [mean.value for mean in means], yerr=errors, label=label, **style)
+        for number, chain in enumerate(_chains(points)):
+            xs, means, _ = zip(*chain, strict=True)
+            errors = [mean.error for mean in means]
+            ax.errorbar(xs, [mean.value for mean in means], yerr=errors, label=label if number == 0 else None, **style)
+
+
+def _chains(points: Sequence[Any]) -> list[list[Any]]:
+    """What a line may join: points in the order of x, each of which omits all that the one before it omits."""
+    chains: list[list[Any]] = []
+    for point in points:
+        fitting = [chain for chain in chains if chain[-1][0] < point[0] and {*chain[-1][2]} <= {*point[2]}]
+        if fitting:
+            max(fitting, key=lambda chain: chain[-1][0]).append(point)
+        else:
+            chains.append([point])
+    return chains
 
 
 def _frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -19,6 +19,7 @@ from pop_ext.calibration import stock_model, undisturbed
 from pop_ext.evaluation.arms import FULL, KINDS, Arm, arm_logits, backend_of, make_arms
 from pop_ext.evaluation.prompts import RECALL, Pair, PromptSet
 from pop_ext.evaluation.results import SCHEMA, Evaluation
+from pop_ext.native import check_plan
 from pop_ext.origin import config_hash, weights_hash
 from pop_ext.plan import Plan
 from pop_ext.progress import Progress, reporting
@@ -56,7 +57,8 @@ def evaluate(
         progress: True for a bar, or a callback told (arms of sets done, all of them).
 
     Raises:
-        ValueError, TypeError: a bad argument, named; a file of another model, other prompts or greedy tokens.
+        ValueError, TypeError: a bad argument, named; a plan of another model; a file of another model, other prompts or
+            greedy tokens.
     """
     model = stock_model(model)
     if not sets:
@@ -64,6 +66,8 @@ def evaluate(
     if isinstance(greedy_tokens, bool) or not isinstance(greedy_tokens, int) or greedy_tokens < 0:
         raise ValueError(f"greedy_tokens: expected an int from 0, got {greedy_tokens!r}")
     arms = make_arms(plans, kinds)
+    for plan in plans:  # the ablations are plain PyTorch, which would run any
+        check_plan(plan, model.config.get_text_config().num_hidden_layers, model.config)
     backend = backend_of(model)
     evaluation = Evaluation(_facts(model, sets, greedy_tokens, backend))
     if resume is not None and Path(resume).exists():
