@@ -176,7 +176,8 @@ class _Reader:
     ) -> None:
         self.model, self.plan, self.held, self.advance = model, plan, held, advance
         self.by_attention = weighting == "attention"
-        self.layers = find_parts(model).layers
+        parts = find_parts(model)
+        self.decoder, self.layers = parts.decoder, parts.layers
         self.moments = [RunMoments({i: original_projection(self.layers[i]) for i in run}) for run in plan.runs]
         self.sequences = 0
         self._seen = 0
@@ -225,7 +226,7 @@ class _Reader:
         self._attention: dict[int, Tensor] = {}
         with ExitStack() as stack:
             if self.by_attention:
-                stack.enter_context(_eager(self._decoder.config))
+                stack.enter_context(_eager(self.decoder.config))
                 for index in self.plan.omit:
                     stack.callback(self._watch_attention(index, _continuation(ids)).remove)
             for index in self.plan.omit:
@@ -243,12 +244,8 @@ class _Reader:
                 self._forward(ids)
         return {layer: torch.cat(parts, dim=-1) for layer, parts in outputs.items()}
 
-    @property
-    def _decoder(self) -> Any:
-        return self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model.model
-
     def _forward(self, ids: Tensor) -> None:
-        self._decoder(input_ids=ids, use_cache=False)
+        self.decoder(input_ids=ids, use_cache=False)
 
     def _watch_attention(self, index: int, queries: int) -> Any:
         """A hook: what the last ``queries`` rows pay to each row before them, [batch, T] float32, to ``_attention``."""

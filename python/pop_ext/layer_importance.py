@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pop_ext.calibration import Batches, checked, count_sequences, stock_model, undisturbed
 from pop_ext.gates import ATTENTION, LAYER, MLP, gate_derivatives, kinds
+from pop_ext.json_values import finite
 from pop_ext.origin import Origin, check_origin, origin_of, weights_hash
 from pop_ext.plan import Plan
 from pop_ext.progress import Progress, reporting
@@ -132,7 +133,7 @@ class Importance:
 
     def save(self, path: Path_) -> None:
         """Writes it as JSON, all or nothing."""
-        gates = {kind: {name: _to_json(values) for name, values in vars(s).items()} for kind, s in self.gates().items()}
+        gates = {kind: finite(vars(scores)) for kind, scores in self.gates().items()}
         members = {
             "origin": self.origin.to_dict(),
             "continuation": self.continuation,
@@ -331,10 +332,6 @@ class _State:
         origin = Origin(self.origin.model, self.origin.config_hash, self.origin.method, self.samples)
         gates = (scores[LAYER], scores.get(ATTENTION), scores.get(MLP))
         return Importance(*gates, origin, self.continuation, self.seed, self.digest, self.weights)
-
-
-def _to_json(values: tuple[float, ...]) -> list[float | None]:
-    return [None if math.isnan(value) else value for value in values]  # JSON has no NaN
 
 
 def _from_json(values: list[float | None]) -> tuple[float, ...]:

@@ -79,11 +79,15 @@ def weights_hash(model: Any) -> str:
     """
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        values = parameter.detach().reshape(-1) if parameter.is_contiguous() else parameter.detach().flatten()
-        at = torch.linspace(0, max(0, values.numel() - 1), min(8, values.numel()), dtype=torch.float64, device="cpu")
-        some = values[at.long().to(values.device)].double().cpu()
+        some = spread_values(parameter.detach(), min(8, parameter.numel()))
         found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def spread_values(tensor: torch.Tensor, count: int) -> torch.Tensor:
+    """``count`` values spread over a tensor, its first and last among them: float64, on the CPU."""
+    at = torch.linspace(0, max(0, tensor.numel() - 1), count, dtype=torch.float64, device="cpu").long()
+    return tensor[torch.unravel_index(at.to(tensor.device), tensor.shape)].double().cpu()
 
 
 def config_hash(config: Any) -> str:

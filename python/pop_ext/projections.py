@@ -10,11 +10,15 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from pop_ext.json_values import finite
+from pop_ext.origin import spread_values
 
 SAMPLE = 16
 """Values of each weight that a fit remembers, to know the weights it was made for."""
@@ -59,14 +63,19 @@ class FitReport:
         rows = ", rows weighted by attention" if self.weighting == "attention" else ""
         return f"ridge towards the original projections, lambda {self.ridge:g}{rows}"
 
+    @staticmethod
+    def ridge_text(ridge: float) -> str:
+        """A lambda as tables of what was tried show it."""
+        return "original projections" if math.isinf(ridge) else f"{ridge:g}"
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which knows no infinity: None stands for it."""
         return {
-            "ridge": _finite(self.ridge),
+            "ridge": finite(self.ridge),
             "sequences": self.sequences,
             "tokens": self.tokens,
             "condition": list(self.condition),
-            "losses": [[_finite(value) for value in row] for row in self.losses],
+            "losses": finite(self.losses),
             "holdout": self.holdout,
             "weighting": self.weighting,
             "residuals": {str(layer): list(values) for layer, values in self.residuals.items()},
@@ -131,6 +140,7 @@ class Projections:
     def dtype(self) -> torch.dtype:
         return next(iter(self.matrices.values())).dtype
 
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of layers and matrices: of projections that compute the same, the same."""
         found = hashlib.sha256(repr((self.layers, self.dtype)).encode())
@@ -198,12 +208,7 @@ def sample_of(layer: Any) -> Tensor:
     tensors = [weights.k, weights.v]
     if hasattr(layer, "input_layernorm"):
         tensors.append(layer.input_layernorm.weight.detach())
-    found = []
-    for tensor in tensors:
-        at = torch.linspace(0, tensor.numel() - 1, SAMPLE, dtype=torch.float64, device="cpu").long().to(tensor.device)
-        row, column = (at, None) if tensor.ndim == 1 else (at // tensor.shape[1], at % tensor.shape[1])
-        found.append((tensor[row] if column is None else tensor[row, column]).float().cpu())
-    return torch.cat(found)
+    return torch.cat([spread_values(tensor, SAMPLE).float() for tensor in tensors])
 
 
 def check_fit(plan: Any, layers: Sequence[Any]) -> None:
@@ -295,10 +300,6 @@ def _safetensors() -> Any:
             "projections: a file of fitted projections needs safetensors: pip install 'pop_ext[hf]'", name=error.name
         ) from None
     return safetensors.torch
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _number(value: float | None, missing: float) -> float:

@@ -182,7 +182,7 @@ def _fit(members: Any) -> str:
         return ""
     found = FitReport.from_dict(members)
     losses = [
-        [_ridge(ridge), f"{loss:.4f} <small>({error:.4f})</small>", "chosen" if ridge == found.ridge else ""]
+        [found.ridge_text(ridge), f"{loss:.4f} <small>({error:.4f})</small>", "chosen" if ridge == found.ridge else ""]
         for ridge, loss, error in found.losses
     ]
     residuals = [
@@ -193,10 +193,6 @@ def _fit(members: Any) -> str:
     parts += [_table(["lambda", "loss of what follows held-out prompts", ""], losses)] if losses else []
     parts += [_table(["layer", "error of K, before", "after", "of V, before", "after"], residuals)]
     return "".join(parts)
-
-
-def _ridge(value: float) -> str:
-    return "original projections" if math.isinf(value) else f"{value:g}"
 
 
 def _bench(members: dict[str, Any], name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -86,10 +85,10 @@ def calibrate(
         "min_tokens": chosen.min_tokens,
         "origin": chosen.origin.to_dict() if chosen.origin else None,
         "budget": None if budget is None else {"seconds": budget.budget, "measured_seconds": budget.measured},
-        "prefill": _finite(scores.prefill),
-        "prefill_error": _finite(scores.prefill_error),
-        "decode": _finite(scores.decode),
-        "decode_error": _finite(scores.decode_error),
+        "prefill": list(scores.prefill),
+        "prefill_error": list(scores.prefill_error),
+        "decode": list(scores.decode),
+        "decode_error": list(scores.decode_error),
     }
     if as_json:
         shared.print_json(report)
@@ -126,10 +125,6 @@ def _with_min_tokens(model: Any, plan: Plan, lengths: list[int], bar: bool) -> P
 def _draw(scores: Importance, path: Path) -> list[str]:
     scores.plot(path)
     return [str(path)]
-
-
-def _finite(values: tuple[float, ...]) -> list[float | None]:
-    return [None if math.isnan(value) else value for value in values]  # JSON has no NaN
 
 
 def _print(scores: Importance, plan: Plan, report: dict[str, Any]) -> None:

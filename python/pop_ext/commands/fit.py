@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -89,8 +88,9 @@ def _print(found: FitReport) -> None:
     if found.losses:
         table = shared.new_table("pull (lambda)", "loss after held-out prompts", "")
         for ridge, loss, error in found.losses:
-            name = "original projections" if math.isinf(ridge) else f"{ridge:g}"
-            table.add_row(name, f"{loss:.4f} ({error:.4f})", "chosen" if ridge == found.ridge else "")
+            table.add_row(
+                found.ridge_text(ridge), f"{loss:.4f} ({error:.4f})", "chosen" if ridge == found.ridge else ""
+            )
         console.print(table)
     table = shared.new_table("layer", "error of K, before", "after", "of V, before", "after")
     for layer, shares in sorted(found.residuals.items()):

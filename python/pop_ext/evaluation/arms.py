@@ -58,7 +58,7 @@ class Arm:
     @property
     def fit(self) -> str | None:
         """The digest of its fitted projections, of the kind that has some."""
-        return None if self.plan.projections is None else self.plan.projections.digest()
+        return None if self.plan.projections is None else self.plan.projections.digest
 
 
 def omitted_text(omit: Sequence[int]) -> str:
