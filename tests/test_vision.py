@@ -15,17 +15,10 @@ from pop_ext.vision import widened
 from third_form import context_rows, held_back_forward
 from tolerance import assert_close_fp32, compare_caches
 from transformers import DynamicCache
-from vision_models import IMAGE, VISION, Prompt, gemma3_vl, prompt, qwen3_vl
+from vision_models import BATCHES, IMAGE, VISION, Prompt, gemma3_vl, prompt, qwen3_vl
 
 LAYERS = 6
 FAMILIES = sorted(VISION)
-# Sequences of a batch with no image, with one, and with several, at the start and at the end.
-BATCHES = {
-    "no image": ([20], [7]),
-    "one image": ([7, "image", 5],),
-    "an image first and last": (["image", 6], [9, "image", 1]),
-    "0, 1 and 2 images": ([30], [7, "image", 5], [3, "image", 4, "image", 9]),
-}
 
 
 def plan_of(omit: tuple[int, ...] = LAST, boundary: int = 1) -> Plan:

@@ -14,17 +14,11 @@ from pop_ext import Plan
 from pop_ext.cache_names import NEW, cache_argument
 from torch import Tensor
 from transformers import DynamicCache, Gemma3ForConditionalGeneration, StaticCache
-from vision_models import VISION, Prompt, prompt
+from vision_models import BATCHES, VISION, Prompt, prompt
 
 LAYERS = 6
 PLAN = Plan(LAYERS, GAPS)
 FAMILIES = sorted(VISION)
-BATCHES = {
-    "no image": ([20], [7]),
-    "one image": ([7, "image", 5],),
-    "an image first and last": (["image", 6], [9, "image", 1]),
-    "0, 1 and 2 images": ([30], [7, "image", 5], [3, "image", 4, "image", 9]),
-}
 ENCODES_FIRST = cache_argument(Gemma3ForConditionalGeneration.forward) == NEW
 """transformers 5.24: `generate` encodes images before it calls the model, and may split a prompt behind them."""
 

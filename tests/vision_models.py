@@ -183,3 +183,12 @@ class _GemmaPrompt:
             values = torch.randn(self._images, 3, size, size, generator=self._generator, device="cpu")
             arguments["pixel_values"] = values.to(ids.device, self._dtype)
         return arguments
+
+
+# Sequences of a batch with no image, with one, and with several, at the start and at the end.
+BATCHES = {
+    "no image": ([20], [7]),
+    "one image": ([7, "image", 5],),
+    "an image first and last": (["image", 6], [9, "image", 1]),
+    "0, 1 and 2 images": ([30], [7, "image", 5], [3, "image", 4, "image", 9]),
+}
