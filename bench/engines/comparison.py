@@ -29,7 +29,8 @@ from bench.progress import Progress
 KEPT = 20
 """Log-probabilities that are compared: of the tokens that an engine finds most probable."""
 LARGEST_ERROR = 0.1  # of full depth, see ``logits_error``; rounding stays far below
-_HERE = Peer(HERE, "bench.engines.here", (), memory=1.5)
+_HERE = Peer(HERE, "bench.engines.here", (), memory=1.5, pop_ext=True)
+_OURS = {HERE, *(name for name, peer in PEERS.items() if peer.pop_ext)}
 _CPU = torch.device("cpu")
 
 
@@ -152,10 +153,11 @@ def _start_all(engines: Engines, stack: ExitStack) -> tuple[list[Started], dict[
 def _start(engines: Engines, peer: Peer, stack: ExitStack) -> Started:
     options = engines.options
     say = partial(_say, engines)
+    path = str(Path(pop_ext.__file__).resolve().parent.parent) if peer.pop_ext else None
     if peer is _HERE:
-        python, path = Path(sys.executable), str(Path(pop_ext.__file__).resolve().parent.parent)
+        python = Path(sys.executable)
     else:
-        python, path = venv_python(peer, options.folder.resolve(), torch.__version__, options.install, say), None
+        python = venv_python(peer, options.folder.resolve(), torch.__version__, options.install, say)
     needed, free = peer.memory * engines.size, available_bytes(_CPU)
     if free is not None and needed > free:
         raise ChildError(f"it takes about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
@@ -188,9 +190,9 @@ def _arms(engines: Engines, started: Sequence[Started], tokens: int) -> list[Pee
     arms = []
     for engine in started:
         for name, what in engine.arms.items():
-            plan = plans.get(name, Plan(spec.num_layers, ()))
-            native = engine.peer == HERE and not name.startswith("hf-")
-            flops = plan_flops(spec, plan, 1, tokens) if native else stock_flops(spec, 1, tokens)
+            plan = plans.get(name.removeprefix("vllm "), Plan(spec.num_layers, ()))
+            ours = engine.peer in _OURS and not name.startswith("hf-")
+            flops = plan_flops(spec, plan, 1, tokens) if ours else stock_flops(spec, 1, tokens)
             full = set(plan.omit) <= {spec.num_layers - 1}
             arms.append(PeerArm(name=name, peer=engine.peer, what=what, flops=flops, full_depth=full))
     return arms

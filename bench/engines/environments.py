@@ -32,7 +32,7 @@ def venv_python(peer: Peer, folder: Path, torch: str, install: bool, say: Callab
     """
     if sys.version_info[:2] < peer.python:
         raise InstallError(f"expected Python {'.'.join(map(str, peer.python))} or newer, got {sys.version.split()[0]}")
-    home = folder / peer.name
+    home = folder / (peer.venv or peer.name)
     python = home / "bin" / "python"
     calls = [[part.format(torch=torch) for part in call] for call in peer.requirements]
     wanted = "\n".join(" ".join(call) for call in [*calls, ["without", *peer.uninstall]])
@@ -42,7 +42,7 @@ def venv_python(peer: Peer, folder: Path, torch: str, install: bool, say: Callab
     if not install:
         raise InstallError(f"no venv in {home}, and --no-install was given")
     say(f"{peer.name}: making its venv in {home} (log: {home}.pip.log)")
-    log = folder / f"{peer.name}.pip.log"
+    log = folder / f"{home.name}.pip.log"
     folder.mkdir(parents=True, exist_ok=True)
     log.write_text("")
     _run([sys.executable, "-m", "venv", "--clear", str(home)], log)

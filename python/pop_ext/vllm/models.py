@@ -1,0 +1,121 @@
+"""vLLM's models, with prefills that omit layers.
+
+A step that brings no context rows (decoding, verification of drafts, a prompt that the boundary covers) is vLLM's own,
+compiled and replayed from graphs as ever. A step that prefills goes through the same layers here, one by one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.forward_context import ForwardContext, get_forward_context, override_forward_context
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+
+from pop_ext.vllm.attention import boundary_backend
+from pop_ext.vllm.projection import RunProjection
+from pop_ext.vllm.settings import engine_boundary, engine_plan
+
+
+class PrunedPrefill:
+    """What makes a model of vLLM prune its prefills; comes before the model's class among the bases."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **more: Any) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **more)
+        self.pop_plan = engine_plan(vllm_config)
+        boundary = engine_boundary(vllm_config, self.pop_plan)
+        layers = self.model.layers
+        # The last layer of a prefill has nothing to do for context rows but K and V, omitted or not.
+        self.pop_runs = _runs({*self.pop_plan.omit, self.pop_plan.num_layers - 1})
+        self.pop_projections = torch.nn.ModuleList(
+            RunProjection([layers[number] for number in run], run.start, self.pop_plan.projections)
+            for run in self.pop_runs
+        )
+        attentions = [layers[number].self_attn.attn for run in self.pop_runs for number in run]
+        for attention in attentions:
+            attention.attn_backend = boundary_backend(attention.attn_backend, boundary, self.pop_plan.min_tokens)
+        self._run_layer_names = [attention.layer_name for attention in attentions]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **more: Any,
+    ) -> torch.Tensor:
+        context = get_forward_context()
+        # Runs that the engine makes for its own sake come without metadata.
+        described = context.attn_metadata
+        rows = getattr(described[self._run_layer_names[0]], "boundary", None) if described else None
+        if rows is None:
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **more)
+        hidden_states = self.model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        return self._prefill(hidden_states, positions, rows, context)
+
+    def _prefill(
+        self, hidden_states: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, context: ForwardContext
+    ) -> torch.Tensor:
+        """``[rows of the step, hidden_size]`` after the final norm; NaN in rows that no layer has seen to the end."""
+        layers, of_boundary = self.model.layers, _context_of(context, self._run_layer_names, rows)
+        residual, next_layer = None, 0
+        for run, projection in zip(self.pop_runs, self.pop_projections, strict=True):
+            for layer in layers[next_layer : run.start]:
+                hidden_states, residual = layer(positions, hidden_states, residual)
+            stream = hidden_states if residual is None else hidden_states + residual
+            projection.write(stream, positions, context.slot_mapping)
+            hidden_states, residual = stream[rows], None
+            with override_forward_context(of_boundary):
+                for number in run:
+                    hidden_states, residual = layers[number](positions[rows], hidden_states, residual)
+            next_layer = run.stop
+            if next_layer < len(layers):
+                stream[rows] = hidden_states + residual
+                hidden_states, residual = stream, None
+        hidden_states, _ = self.model.norm(hidden_states, residual)
+        out = hidden_states.new_full((len(positions), hidden_states.shape[-1]), torch.nan)
+        out[rows] = hidden_states
+        return out
+
+
+def _runs(numbers: set[int]) -> list[range]:
+    runs: list[range] = []
+    for number in sorted(numbers):
+        if runs and runs[-1].stop == number:
+            runs[-1] = range(runs[-1].start, number + 1)
+        else:
+            runs.append(range(number, number + 1))
+    return runs
+
+
+def _context_of(context: ForwardContext, names: list[str], rows: torch.Tensor) -> ForwardContext:
+    """The engine's context of a step, for boundary rows in layers of these names: where their K and V go."""
+    taken: dict[int, torch.Tensor] = {}  # layers of a group share a tensor
+    slots = dict(context.slot_mapping)
+    for name in names:
+        slot = slots[name]
+        if id(slot) not in taken:
+            taken[id(slot)] = slot[rows]
+        slots[name] = taken[id(slot)]
+    return replace(context, slot_mapping=slots, cudagraph_runtime_mode=CUDAGraphMode.NONE, batch_descriptor=None)
+
+
+class POPLlamaForCausalLM(PrunedPrefill, LlamaForCausalLM):
+    pass
+
+
+class POPMistralForCausalLM(PrunedPrefill, MistralForCausalLM):
+    pass
+
+
+class POPQwen2ForCausalLM(PrunedPrefill, Qwen2ForCausalLM):
+    pass
+
+
+class POPQwen3ForCausalLM(PrunedPrefill, Qwen3ForCausalLM):
+    pass

@@ -1,0 +1,200 @@
+"""The independent KV projection of a run of omitted layers, into the engine's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+from pop_ext.origin import spread_values
+from pop_ext.projections import SAMPLE, FitMismatch, Projections
+
+CHUNK_ROWS = 2048
+"""Rows of a prompt that are projected at once: what bounds the memory of their K and V."""
+
+
+class RunProjection(torch.nn.Module):
+    """K and V of consecutive layers that read one hidden state: one product, then RoPE (``pop::kv_project``).
+
+    The folded weights are the only new memory, ``[layers * 2 * kv_dim, hidden_size]``; the engine's own writer puts K
+    and V into the cache, whatever its layout.
+
+    Args:
+        layers: decoder layers of the run, in their order.
+        first: index of the first of them in the model.
+        fitted: projections that some of the layers take in place of their own (``Plan.projections``).
+
+    Raises:
+        ValueError: layers whose K and V this does not compute, naming what was expected and found.
+    """
+
+    def __init__(self, layers: Sequence[Any], first: int, fitted: Projections | None) -> None:
+        super().__init__()
+        attentions = [layer.self_attn for layer in layers]
+        for number, attention in enumerate(attentions, first):
+            _check_attention(attention, number)
+        self.first = first
+        self.attentions = tuple(attentions)  # not submodules: they are the model's
+        self.rotary = attentions[0].rotary_emb
+        self.eps = layers[0].input_layernorm.variance_epsilon
+        self.kv_heads, self.head_dim = attentions[0].num_kv_heads, attentions[0].head_dim
+        self.fitted = fitted
+        kv_dim, hidden_size = self.kv_heads * self.head_dim, attentions[0].hidden_size
+        weight = attentions[0].qkv_proj.weight
+        stack = torch.empty(len(layers) * 2 * kv_dim, hidden_size, dtype=weight.dtype, device=weight.device)
+        self.register_buffer("stack", stack, persistent=False)
+        self.k_bias: list[torch.Tensor] | None = None
+        self.v_bias: list[torch.Tensor] | None = None
+        self.k_norm: list[torch.Tensor] | None = None
+        if attentions[0].qkv_proj.bias is not None:
+            self.k_bias = [stack.new_empty(kv_dim) for _ in layers]
+            self.v_bias = [stack.new_empty(kv_dim) for _ in layers]
+        if hasattr(attentions[0], "k_norm"):
+            self.k_norm = [attention.k_norm.weight.data for attention in attentions]
+        for at, layer in enumerate(layers):
+            linear = layer.self_attn.qkv_proj
+            linear.quant_method = _FoldsFirst(linear.quant_method, self, at, layer.input_layernorm)
+
+    def fold(self, at: int, linear: Any, norm: Any) -> None:
+        """Takes the K and V rows of layer ``at`` of the run from its loaded weights.
+
+        Raises:
+            FitMismatch: the fitted projections were made for other weights.
+        """
+        kv_dim = self.kv_heads * self.head_dim
+        k, v = linear.weight.data[-2 * kv_dim :].split(kv_dim)
+        if self.fitted is not None and self.first + at in self.fitted.matrices:
+            part = _TensorParallelPart(linear)
+            _check_sample(self.fitted, self.first + at, part, k, v, norm.weight.data)
+            block = part.of_stack(self.fitted.matrices[self.first + at]).to(k.device, k.dtype)
+        else:
+            block = torch.ops.pop.fold_kv([k.contiguous()], [v.contiguous()], [norm.weight.data])
+        self.stack[at * 2 * kv_dim : (at + 1) * 2 * kv_dim].copy_(block)
+        if self.k_bias is not None and self.v_bias is not None:
+            k_bias, v_bias = linear.bias.data[-2 * kv_dim :].split(kv_dim)
+            self.k_bias[at].copy_(k_bias)
+            self.v_bias[at].copy_(v_bias)
+
+    def write(self, hidden_states: torch.Tensor, positions: torch.Tensor, slots: dict[str, torch.Tensor]) -> None:
+        """Writes K and V of all rows of a step to the cache of every layer of the run.
+
+        Args:
+            hidden_states: ``[rows, hidden_size]``, what the run's layers read, before any norm.
+            positions: ``[rows]``.
+            slots: layer name -> ``[rows]`` cache slots, -1 for rows that have none.
+        """
+        cache = self.rotary.cos_sin_cache
+        if cache.device != positions.device:
+            cache = cache.to(positions.device)
+        for begin in range(0, len(hidden_states), CHUNK_ROWS):
+            chunk = slice(begin, begin + CHUNK_ROWS)
+            cos, sin = (half.repeat(1, 2) for half in cache[positions[chunk]].float().chunk(2, dim=-1))
+            keys, values = self.project(hidden_states[chunk], cos, sin)
+            for attention, key, value in zip(self.attentions, keys, values, strict=True):
+                layer = attention.attn
+                layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots[layer.layer_name][chunk])
+
+    def project(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """``[2, layers, rows, kv_heads, head_dim]``: K, then V, of ``hidden_states [rows, hidden_size]``."""
+        rows = len(hidden_states)
+        out = hidden_states.new_empty(2, len(self.attentions), rows, self.kv_heads, self.head_dim)
+        # To the operator, one sequence whose cache is the result: [1, kv_heads, rows, head_dim] a layer.
+        keys, values = ([layer.transpose(0, 1)[None] for layer in part] for part in out)
+        host = dict(dtype=torch.int32, device="cpu")
+        lengths = torch.tensor([0, rows], **host), torch.zeros(1, **host), torch.zeros(1, **host)
+        torch.ops.pop.kv_project(
+            *(hidden_states, self.stack, cos, sin, *lengths, self.eps, keys, values),
+            *(self.k_bias, self.v_bias, self.k_norm),
+        )
+        return out
+
+
+class _FoldsFirst(UnquantizedLinearMethod):
+    """Of a layer's QKV matrix: hands K and V to the run once the weights are loaded, then does what was done before.
+
+    That is the last moment: a CPU engine packs its weights into a form of its own.
+    """
+
+    def __init__(self, inner: UnquantizedLinearMethod, run: RunProjection, at: int, norm: Any) -> None:
+        super().__init__()
+        self._inner, self._run, self._at, self._norm = inner, run, at, norm
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self._run.fold(self._at, layer, self._norm)
+        self._inner.process_weights_after_loading(layer)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self._inner.apply(layer, x, bias)
+
+
+class _TensorParallelPart:
+    """Which heads of K and V this rank of a tensor-parallel engine has, by its QKV layer."""
+
+    def __init__(self, linear: Any) -> None:
+        self.heads, self.head_dim = linear.num_kv_heads, linear.head_size
+        self.total = linear.total_num_kv_heads
+        self.first = get_tensor_model_parallel_rank() // linear.num_kv_head_replicas * self.heads
+
+    def rows(self) -> slice:
+        return slice(self.first * self.head_dim, (self.first + self.heads) * self.head_dim)
+
+    def of_stack(self, matrix: torch.Tensor) -> torch.Tensor:
+        """``[2 * total kv_dim, hidden_size]``, K and then V -> this rank's."""
+        return torch.cat([part[self.rows()] for part in matrix.chunk(2)])
+
+
+def _check_sample(
+    fitted: Projections, number: int, part: _TensorParallelPart, k: torch.Tensor, v: torch.Tensor, norm: torch.Tensor
+) -> None:
+    """Raises FitMismatch unless a layer's matrix has this shape and its sample is of these weights.
+
+    The sample is spread over the whole of K and V: of a rank's part, what falls into it is compared.
+    """
+    matrix, then = fitted.matrices[number], fitted.samples[number]
+    full = (part.total * part.head_dim, k.shape[1])
+    if tuple(matrix.shape) != (2 * full[0], full[1]):
+        raise FitMismatch(
+            f"plan.projections: expected a matrix {[2 * full[0], full[1]]} for layer {number} of this model, got "
+            f"{list(matrix.shape)}"
+        )
+    found = []
+    for own in (k, v):
+        whole = own.new_full(full, torch.nan)
+        whole[part.rows()] = own
+        found.append(spread_values(whole, SAMPLE))
+    now = torch.cat([*found, spread_values(norm, SAMPLE)]).float()
+    there = ~now.isnan()
+    close = dict(rtol=0.0, atol=0.0) if k.dtype == fitted.dtype else dict(rtol=2**-7, atol=1e-7)
+    if now.shape != then.shape or not torch.allclose(now[there], then[there], **close):
+        raise FitMismatch(
+            f"plan.projections: expected a fit on the weights that the model has, got one on others (layer {number}, "
+            "k_proj, v_proj or its norm): fit again, or take a plan without projections"
+        )
+
+
+def _check_attention(attention: Any, number: int) -> None:
+    """Raises ValueError for what a run's projection does not compute."""
+    method = attention.qkv_proj.quant_method
+    if type(method) is not UnquantizedLinearMethod:
+        raise ValueError(
+            f"model: expected unquantised K and V weights in layer {number}, which its KV projection folds, got "
+            f"{type(method).__name__}"
+        )
+    rotary = attention.rotary_emb
+    plain = isinstance(rotary, RotaryEmbedding) and type(rotary).forward_native is RotaryEmbedding.forward_native
+    if not plain or not rotary.is_neox_style:
+        raise ValueError(
+            f"model: expected rotary embeddings of halves, from one table of positions, in layer {number}, got "
+            f"{type(rotary).__name__}"
+        )
+    if hasattr(attention, "k_norm") and attention.k_norm.variance_epsilon != attention.q_norm.variance_epsilon:
+        raise ValueError(f"model: expected one epsilon in layer {number}, got several")
+    backend = attention.attn.attn_backend
+    if backend.forward_includes_kv_cache_update:
+        raise ValueError(
+            f"attention backend: expected one whose cache is written apart from attention, got {backend.get_name()}"
+        )

@@ -1,0 +1,49 @@
+"""Refuses requests that a pruned prefill has no answer to; logits pass through. One class for each runner of vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.sample import logits_processor as v1
+from vllm.v1.worker.gpu.sample.logits_processor import interface as v2
+
+
+def _check(params: Any) -> None:
+    if params.prompt_logprobs is not None:
+        raise VLLMValidationError(
+            "prompt_logprobs: expected None with pruned prefills, which compute no logits of prompt tokens, got "
+            f"{params.prompt_logprobs}",
+            parameter="prompt_logprobs",
+        )
+
+
+class NoPromptLogprobsV1(v1.LogitsProcessor):
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        pass
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        _check(sampling_params)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def update_state(self, batch_update: Any) -> None:
+        pass
+
+
+class NoPromptLogprobsV2(v2.LogitsProcessor):
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        _check(sampling_params)
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        return False
+
+    def apply(self, logits: torch.Tensor, ctx: Any) -> torch.Tensor:
+        return logits

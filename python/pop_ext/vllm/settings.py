@@ -1,0 +1,92 @@
+"""What an engine is told about pruning, and which of its configurations cannot have it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from pop_ext.native import check_plan
+from pop_ext.plan import Plan
+from pop_ext.presets import default_plan
+from pop_ext.vllm import SECTION
+
+# Drafts of the others come from hidden states of every row of a prompt, or from a model that would have to be pruned.
+_DRAFTS = ("ngram", "ngram_gpu", "suffix")
+
+
+def engine_plan(vllm_config: Any) -> Plan:
+    """The plan of an engine: ``additional_config["pop_ext"]["plan"]``, or its model's default.
+
+    Raises:
+        ValueError, TypeError, OSError: no such plan, another model's, or settings that nobody reads.
+    """
+    settings = vllm_config.additional_config.get(SECTION, {})
+    if not isinstance(settings, dict) or settings.keys() - {"plan"}:
+        raise ValueError(
+            f"additional_config[{SECTION!r}]: expected an object with member 'plan' alone, got {settings!r}"
+        )
+    config = vllm_config.model_config.hf_text_config
+    path = settings.get("plan")
+    if path is None:
+        return default_plan(config)
+    if not isinstance(path, str):
+        raise TypeError(f"additional_config[{SECTION!r}]['plan']: expected the path of a saved plan, got {path!r}")
+    plan = check_plan(Plan.load(path), config.num_hidden_layers, config)
+    if plan.projections is not None and Path(path).resolve().parent == Path(vllm_config.model_config.model).resolve():
+        raise ValueError(
+            f"additional_config[{SECTION!r}]['plan']: expected a fitted plan outside the model's folder, where vLLM "
+            f"takes every .safetensors for weights of the model, got {path}"
+        )
+    return plan
+
+
+def engine_boundary(vllm_config: Any, plan: Plan) -> int:
+    """How many last rows of a chunk run at full depth: the plan's, and all of a request whose drafts are verified."""
+    speculative = vllm_config.speculative_config
+    return max(plan.boundary, 1 if speculative is None else 1 + speculative.num_speculative_tokens)
+
+
+class PrunedConfig(VerifyAndUpdateConfig):
+    """vLLM asks it about every engine whose model is one of ours, before there are workers."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        _check(vllm_config)
+        engine_plan(vllm_config)
+        _refuse_prompt_logprobs(vllm_config)
+
+
+def _check(vllm_config: Any) -> None:
+    """Raises ValueError for what would compute something else than it says."""
+    parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+    refused = {
+        "pipeline_parallel_size": (parallel.pipeline_parallel_size, 1),
+        "decode_context_parallel_size": (parallel.decode_context_parallel_size, 1),
+        "prefill_context_parallel_size": (parallel.prefill_context_parallel_size, 1),
+        "enable_dbo": (parallel.enable_dbo, False),
+        "enable_lora": (vllm_config.lora_config is not None, False),
+        "kv_transfer_config": (vllm_config.kv_transfer_config, None),
+        "runner": (vllm_config.model_config.runner_type, "generate"),
+    }
+    for name, (got, expected) in refused.items():
+        if got != expected:
+            raise ValueError(f"{name}: expected {expected!r} with pruned prefills, got {got!r}")
+    if speculative is not None and speculative.method not in _DRAFTS:
+        raise ValueError(
+            f"speculative_config.method: expected one of {', '.join(_DRAFTS)} with pruned prefills, got "
+            f"{speculative.method!r}"
+        )
+
+
+def _refuse_prompt_logprobs(vllm_config: Any) -> None:
+    """Has requests for log-probabilities of prompt tokens, whose rows are pruned, refused at the front.
+
+    Where the engine takes no logits processors (drafts), such a request gets NaN.
+    """
+    if vllm_config.speculative_config is not None:
+        return
+    kind = "V2" if vllm_config.use_v2_model_runner else "V1"
+    model = vllm_config.model_config
+    model.logits_processors = [*(model.logits_processors or ()), f"pop_ext.vllm.requests:NoPromptLogprobs{kind}"]

@@ -1,0 +1,117 @@
+"""An engine of vLLM in this process, and what it wrote into its cache."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the tests look into the model
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+)
+
+
+@dataclass
+class Engine:
+    """What the tests ask of an engine.
+
+    Attributes:
+        llm: vLLM's.
+        written: layer -> slot of the cache -> (K, V), ``[kv_heads, head_dim]`` each, the last that was written there.
+        slots: of all rows, in the order in which layer 0, which no plan here omits, computed them.
+    """
+
+    llm: Any
+    written: dict[int, dict[int, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    slots: list[int] = field(default_factory=list)
+
+    def generate(self, prompts: list[Tensor], count: int = 1, **sampling: Any) -> list[tuple[list[int], Tensor | None]]:
+        """Greedy continuations: of each prompt ``[T]`` its tokens and the log-probabilities ``[count, vocab]``."""
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(
+            **dict(max_tokens=count, temperature=0.0, logprobs=-1, detokenize=False, ignore_eos=True) | sampling
+        )
+        asked = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
+        outputs = [output.outputs[0] for output in self.llm.generate(asked, parameters, use_tqdm=False)]
+        return [(list(output.token_ids), _table(output.logprobs)) for output in outputs]
+
+    def positions(self) -> list[int]:
+        """Of the only prompt so far: those that are in the cache still. Slots that a window has left are used again."""
+        last = {slot: position for position, slot in enumerate(self.slots)}
+        return sorted(last.values())
+
+    def cache(self, layer: int, positions: list[int]) -> tuple[Tensor, Tensor]:
+        """K and V ``[1, kv_heads, len(positions), head_dim]`` that a layer has of these positions."""
+        keys, values = zip(*(self.written[layer][self.slots[position]] for position in positions), strict=True)
+        return torch.stack(keys, 1)[None], torch.stack(values, 1)[None]
+
+    def model(self) -> Any:
+        return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
+    def watch(self) -> None:
+        """From here on, keeps what every layer writes into its cache."""
+        for number, layer in enumerate(self.model().model.layers):
+            self._watch(layer.self_attn.attn.impl, number)
+
+    def _watch(self, implementation: Any, number: int) -> None:
+        write = implementation.do_kv_cache_update
+        kept = self.written.setdefault(number, {})
+
+        def and_keep(layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+            write(layer, key, value, kv_cache, slot_mapping)
+            for slot, k, v in zip(slot_mapping.tolist(), key.clone(), value.clone(), strict=False):
+                if number == 0:
+                    self.slots.append(slot)
+                kept[slot] = k, v
+
+        implementation.do_kv_cache_update = and_keep
+
+
+@contextlib.contextmanager
+def engine(model: Any, folder: Any, plan: Any, **options: Any) -> Any:
+    """An engine on a Hugging Face model, saved to a folder, that prunes by a plan; None: vLLM's own model."""
+    import pop_ext.vllm
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    pop_ext.vllm.register()
+    weights = folder / "model"
+    model.save_pretrained(weights)
+    more = {}
+    if plan is not None:
+        plan.save(folder / "plan.json")
+        more = pop_ext.vllm.engine_arguments(weights, folder / "plan.json")
+    defaults = dict(
+        dtype=str(model.dtype).removeprefix("torch."),
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        max_model_len=128,
+        block_size=32,
+        max_logprobs=-1,
+        kv_cache_memory_bytes=16 << 20,  # vLLM frees no cache of an engine before the process ends
+    )
+    found = Engine(LLM(str(weights), **{**defaults, **more, **options}))
+    try:
+        found.watch()
+        yield found
+    finally:
+        del found
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def _table(logprobs: list[dict[int, Any]] | None) -> Tensor | None:
+    return (
+        None
+        if logprobs is None
+        else torch.tensor([[step[token].logprob for token in range(len(step))] for step in logprobs])
+    )
