@@ -6,6 +6,11 @@ Needs vLLM (0.32, here its CPU build): `make vllm`.
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
 
 import models
 import pop_ext
@@ -173,6 +178,21 @@ def test_log_probabilities_of_the_prompt_are_refused(tmp_path):
         with pytest.raises(VLLMValidationError, match="prompt_logprobs: expected None"):
             found.generate([prompt(20)], prompt_logprobs=1)
         assert found.generate([prompt(20)])[0][0] == turns(models.shared("llama"), GAPS, [prompt(20)])[0]
+
+
+@pytest.mark.skipif(not entry_points(group="vllm.general_plugins", name="pop_ext"), reason="needs vllm (make vllm)")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_engine_of_several_processes_finds_the_plugin(ranks, tmp_path):
+    """By its entry point, in the engine's process and in those of its ranks; each takes its heads of the fit."""
+    model, ids = models.shared("llama"), torch.arange(61) * 7 % VOCAB
+    plan = pop_ext.fit(model, GAPS, [prompt(60, seed)[None] for seed in range(4)], lambdas=[0.1])
+    model.save_pretrained(tmp_path / "model")
+    plan.save(tmp_path / "plan.json")
+    script = Path(__file__).parent / "vllm_ranks.py"
+    command = [sys.executable, script, tmp_path / "model", tmp_path / "plan.json", str(ranks)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert_close_fp32(torch.tensor(json.loads(run.stdout.splitlines()[-1])), turns(model, plan, [ids])[1][0], "logits")
 
 
 def test_drafts_from_the_prompt_change_no_token(tmp_path):
