@@ -152,6 +152,17 @@ class Projections:
         """The matrices by layer, in the dtype and on the device of ``like``: what ``pop::load`` takes."""
         return [self.matrices[layer].to(like.device, like.dtype) for layer in self.layers]
 
+    def check_weights(self, layer: int, sample: Tensor, dtype: torch.dtype) -> None:
+        """Raises FitMismatch unless ``sample`` (``sample_of``) of a layer's weights in ``dtype`` is that of the fit."""
+        then = self.samples[layer]
+        # The same dtype: the same values. Another one: those that rounding to it may have made of them.
+        rtol, atol = (0.0, 0.0) if dtype == self.dtype else (2**-7, 1e-7)
+        if sample.shape != then.shape or not torch.allclose(sample, then, rtol, atol, equal_nan=True):
+            raise FitMismatch(
+                f"plan.projections: expected a fit on the weights that the model has, got one on others (layer "
+                f"{layer}, k_proj, v_proj or its norm): fit again, or take plan.replace(projections=None)"
+            )
+
     def __eq__(self, other: object) -> bool:
         """Equal if they compute the same; how they were made does not count."""
         if not isinstance(other, Projections):
@@ -226,15 +237,7 @@ def check_fit(plan: Any, layers: Sequence[Any]) -> None:
                 f"plan.projections: expected a matrix {list(shape)} for layer {index} of this model, got "
                 f"{list(matrix.shape)}"
             )
-        now, then = sample_of(layers[index]), projections.samples[index]
-        # The same dtype: the same values. Another one: those that rounding to it may have made of them.
-        same = weights.k.dtype == projections.dtype
-        close = dict(rtol=0.0, atol=0.0) if same else dict(rtol=2**-7, atol=1e-7)
-        if now.shape != then.shape or not torch.allclose(now, then, **close, equal_nan=True):
-            raise FitMismatch(
-                f"plan.projections: expected a fit on the weights that the model has, got one on others (layer "
-                f"{index}, k_proj, v_proj or its norm): fit again, or take plan.replace(projections=None)"
-            )
+        projections.check_weights(index, sample_of(layers[index]), weights.k.dtype)
 
 
 # Files

@@ -38,7 +38,7 @@ def boundary_backend(underlying: type[AttentionBackend], boundary: int, min_toke
             index = async_tensor_h2d(rows.index, device=common_attn_metadata.slot_mapping.device)
             metadata = super().build(0, _of_rows(common_attn_metadata, rows, index), fast_build)
             carrier = copy.copy(metadata)
-            carrier.__class__ = _carrier(type(metadata))
+            carrier.__class__ = _carrier(type(metadata))  # type: ignore[arg-type]
             carrier.boundary = index
             return carrier
 

@@ -17,13 +17,19 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
+from pop_ext.plan import Plan
 from pop_ext.vllm.attention import boundary_backend
 from pop_ext.vllm.projection import RunProjection
 from pop_ext.vllm.settings import engine_boundary, engine_plan
 
 
-class PrunedPrefill:
+class PrunedPrefill(torch.nn.Module):
     """What makes a model of vLLM prune its prefills; comes before the model's class among the bases."""
+
+    model: Any
+    pop_plan: Plan
+    pop_runs: list[range]
+    pop_projections: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **more: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **more)
@@ -55,7 +61,8 @@ class PrunedPrefill:
         rows = getattr(described[self._run_layer_names[0]], "boundary", None) if described else None
         if rows is None:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **more)
-        hidden_states = self.model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        # The engine's own buffer is left as it is.
+        hidden_states = self.model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds.clone()
         return self._prefill(hidden_states, positions, rows, context)
 
     def _prefill(
@@ -63,7 +70,9 @@ class PrunedPrefill:
     ) -> torch.Tensor:
         """``[rows of the step, hidden_size]`` after the final norm; NaN in rows that no layer has seen to the end."""
         layers, of_boundary = self.model.layers, _context_of(context, self._run_layer_names, rows)
-        residual, next_layer = None, 0
+        boundary_positions = positions[rows]
+        residual: Any = None
+        next_layer = 0
         for run, projection in zip(self.pop_runs, self.pop_projections, strict=True):
             for layer in layers[next_layer : run.start]:
                 hidden_states, residual = layer(positions, hidden_states, residual)
@@ -72,7 +81,7 @@ class PrunedPrefill:
             hidden_states, residual = stream[rows], None
             with override_forward_context(of_boundary):
                 for number in run:
-                    hidden_states, residual = layers[number](positions[rows], hidden_states, residual)
+                    hidden_states, residual = layers[number](boundary_positions, hidden_states, residual)
             next_layer = run.stop
             if next_layer < len(layers):
                 stream[rows] = hidden_states + residual

@@ -37,6 +37,7 @@ class RunProjection(torch.nn.Module):
         attentions = [layer.self_attn for layer in layers]
         for number, attention in enumerate(attentions, first):
             _check_attention(attention, number)
+        self.stack: torch.Tensor
         self.first = first
         self.attentions = tuple(attentions)  # not submodules: they are the model's
         self.rotary = attentions[0].rotary_emb
@@ -104,8 +105,8 @@ class RunProjection(torch.nn.Module):
         out = hidden_states.new_empty(2, len(self.attentions), rows, self.kv_heads, self.head_dim)
         # To the operator, one sequence whose cache is the result: [1, kv_heads, rows, head_dim] a layer.
         keys, values = ([layer.transpose(0, 1)[None] for layer in part] for part in out)
-        host = dict(dtype=torch.int32, device="cpu")
-        lengths = torch.tensor([0, rows], **host), torch.zeros(1, **host), torch.zeros(1, **host)
+        zero = torch.zeros(1, dtype=torch.int32, device="cpu")
+        lengths = torch.tensor([0, rows], dtype=torch.int32, device="cpu"), zero, zero
         torch.ops.pop.kv_project(
             *(hidden_states, self.stack, cos, sin, *lengths, self.eps, keys, values),
             *(self.k_bias, self.v_bias, self.k_norm),
@@ -154,26 +155,22 @@ def _check_sample(
 
     The sample is spread over the whole of K and V: of a rank's part, what falls into it is compared.
     """
-    matrix, then = fitted.matrices[number], fitted.samples[number]
+    matrix = fitted.matrices[number]
     full = (part.total * part.head_dim, k.shape[1])
     if tuple(matrix.shape) != (2 * full[0], full[1]):
         raise FitMismatch(
             f"plan.projections: expected a matrix {[2 * full[0], full[1]]} for layer {number} of this model, got "
             f"{list(matrix.shape)}"
         )
-    found = []
+    parts = []
     for own in (k, v):
         whole = own.new_full(full, torch.nan)
         whole[part.rows()] = own
-        found.append(spread_values(whole, SAMPLE))
-    now = torch.cat([*found, spread_values(norm, SAMPLE)]).float()
-    there = ~now.isnan()
-    close = dict(rtol=0.0, atol=0.0) if k.dtype == fitted.dtype else dict(rtol=2**-7, atol=1e-7)
-    if now.shape != then.shape or not torch.allclose(now[there], then[there], **close):
-        raise FitMismatch(
-            f"plan.projections: expected a fit on the weights that the model has, got one on others (layer {number}, "
-            "k_proj, v_proj or its norm): fit again, or take a plan without projections"
-        )
+        parts.append(spread_values(whole, SAMPLE))
+    sample = torch.cat([*parts, spread_values(norm, SAMPLE)]).float()
+    elsewhere = sample.isnan()
+    sample[elsewhere] = fitted.samples[number][elsewhere]
+    fitted.check_weights(number, sample, k.dtype)
 
 
 def _check_attention(attention: Any, number: int) -> None:
