@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,19 @@ from models import llama, tokens
 from pop_ext import UnsupportedModelError, reference
 from tolerance import assert_close_fp32, compare_caches
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 PLACES = ("model.embed_tokens", *(f"model.layers.{i}" for i in range(6)), "model.norm", "model.rotary_emb", "lm_head")
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """A device mesh of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture
@@ -152,3 +163,26 @@ def test_a_model_that_is_moved_as_a_whole_for_each_call_runs_natively():
     assert pop_ext.last_call(model).native
     hook.offload()
     assert torch.equal(generate(model, ids, 8), generate(pop_ext.enable(llama(), PLAN), ids, 8))
+
+
+def shard(linear: nn.Linear, mesh: Any) -> None:
+    """As tensor parallelism leaves a projection: each process holds some of its rows."""
+    linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Shard(0)]))
+
+
+def test_a_tensor_parallel_model_is_refused_by_name_and_left_alone(mesh):
+    model = llama()
+    shard(model.model.layers[4].self_attn.k_proj, mesh)
+    for refuse in (pop_ext.load, pop_ext.enable):
+        with pytest.raises(UnsupportedModelError, match=r"layers.4.k_proj: .*DTensor.*tensor-parallel.*\"reference\""):
+            refuse(model, PLAN)
+    assert "forward" not in model.__dict__
+
+
+@torch.no_grad()
+def test_a_model_that_becomes_tensor_parallel_is_left_to_the_stock_forward(mesh):
+    model = pop_ext.enable(llama(), PLAN)
+    shard(model.model.layers[4].self_attn.k_proj, mesh)
+    decision = pop_ext.explain(model, tokens(model, 1, T), logits_to_keep=1)
+    assert (decision.backend, decision.rule) == ("stock", "model")
+    assert "DTensor" in decision.reason

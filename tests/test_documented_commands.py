@@ -28,10 +28,11 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 DEMO = ROOT / "examples" / "demo_model"
 # The last of an option given twice counts.
 QUICK = {
-    "generate": "--repeats 3 --max-new-tokens 4",
+    "generate": "--prompt-tokens 64 --repeats 3 --max-new-tokens 4",
     "calibrate": "--samples 2 --tokens 32 --pays-from 16",
     "fit": "--samples 2 --tokens 32",
-    "eval": "--samples 2 --counts 2 --lengths 24 --continuation 4 --greedy 2 --recall 32 --time-lengths 16 --repeats 3",
+    "eval": "--dtype float32 --samples 2 --counts 2 --lengths 24 --continuation 4 --greedy 2 --recall 32 "
+    "--time-lengths 16 --repeats 3",
     "bench": "--lengths 32 --no-cases --quiet",
 }
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -213,6 +213,9 @@ def test_a_saved_plan_loads_and_a_bad_file_is_named(tmp_path):
     (tmp_path / "bad.json").write_text("nothing")
     with pytest.raises(ValueError, match=r"bad\.json: plan: not JSON"):
         Plan.load(tmp_path / "bad.json")
+    (tmp_path / "other.bin").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"other\.bin: 'utf-8' codec can't decode byte 0xff"):
+        Plan.load(tmp_path / "other.bin")
     with pytest.raises(FileNotFoundError):
         Plan.load(tmp_path / "none.json")
 

@@ -48,6 +48,11 @@ bool same_strides(const std::vector<Dim>& a, const std::vector<Dim>& b) {
 
 }  // namespace
 
+// Python's None in a tensor's place comes as an undefined tensor.
+void check_given(const Tensor& tensor, const std::string& name) {
+  check(tensor.defined(), name, ": expected a tensor, got None");
+}
+
 std::string shape_of(const Tensor& tensor) {
   std::string text = "[";
   for (int64_t d = 0; d < tensor.dim(); ++d) text += join(d == 0 ? "" : ", ", tensor.size(d));
@@ -55,7 +60,9 @@ std::string shape_of(const Tensor& tensor) {
 }
 
 std::string device_of(const Tensor& tensor) {
-  return tensor.is_cpu() ? "cpu" : join(tensor.is_cuda() ? "cuda:" : "device ", tensor.get_device_index());
+  if (tensor.is_cpu()) return "cpu";
+  if (tensor.is_cuda()) return join("cuda:", tensor.get_device_index());
+  return tensor.device().type() == torch::headeronly::DeviceType::Meta ? "meta" : "another kind of device";
 }
 
 std::string dtype_name(const Tensor& tensor) {
@@ -80,6 +87,7 @@ std::string dtype_name(const Tensor& tensor) {
 }
 
 DType dtype_of(const Tensor& tensor, const std::string& name) {
+  check_given(tensor, name);
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
       return DType::f32;
@@ -98,6 +106,7 @@ void check_dtype(const Tensor& tensor, DType dtype, const std::string& name) {
 }
 
 void check_same_device(const Tensor& tensor, const Tensor& like, const std::string& name) {
+  check_given(tensor, name);
   const bool same = tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index();
   check(same, name, ": expected device ", device_of(like), " like the rest of the call, got ", device_of(tensor));
 }
@@ -130,6 +139,7 @@ void check_last_dim_contiguous(const Tensor& tensor, const std::string& name) {
 }
 
 std::vector<int64_t> read_lengths(const Tensor& tensor, int64_t count, const std::string& name) {
+  check_given(tensor, name);
   check(tensor.is_cpu(), name, ": expected a tensor on the CPU (the operator never synchronises), got ",
         device_of(tensor));
   check(tensor.scalar_type() == ScalarType::Int, name, ": expected dtype int32, got ", dtype_name(tensor));

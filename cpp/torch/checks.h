@@ -28,6 +28,7 @@ std::string device_of(const Tensor& tensor);
 std::string dtype_name(const Tensor& tensor);                   // "int64"
 DType dtype_of(const Tensor& tensor, const std::string& name);  // float32, bfloat16 or float16
 
+void check_given(const Tensor& tensor, const std::string& name);  // not None
 void check_dtype(const Tensor& tensor, DType dtype, const std::string& name);
 void check_same_device(const Tensor& tensor, const Tensor& like, const std::string& name);
 void check_like(const Tensor& tensor, const Tensor& like, const std::string& name);  // of its dtype, on its device

@@ -10,6 +10,7 @@ namespace {
 
 std::vector<SequenceCall> read_sequences(const std::string& op, const Lengths& lengths, int64_t rows,
                                          const Tensor* boundary, const Tensor* logits_to_keep) {
+  check_given(lengths.cu_seqlens, op + ": cu_seqlens");
   check(lengths.cu_seqlens.dim() == 1 && lengths.cu_seqlens.size(0) >= 2, op,
         ": cu_seqlens: expected shape [batch + 1] with batch >= 1, got ", shape_of(lengths.cu_seqlens));
   const int64_t batch = lengths.cu_seqlens.size(0) - 1;

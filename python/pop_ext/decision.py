@@ -207,6 +207,8 @@ def _new_tokens(arguments: dict[str, Any]) -> torch.Tensor:
     tokens = embeds if ids is None else ids
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != (3 if ids is None else 2):
         raise _Stock("inputs", "input_ids or inputs_embeds is not a padded batch")
+    if 0 in tokens.shape[:2]:
+        raise _Stock("inputs", f"input_ids or inputs_embeds: expected at least one token, got {list(tokens.shape)}")
     if tokens.device.type == "meta":
         raise _Stock("inputs", "input_ids or inputs_embeds: expected a tensor with data, got one on the meta device")
     return tokens

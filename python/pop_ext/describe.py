@@ -75,7 +75,10 @@ def describe(model: Any) -> Description:
 
     Raises:
         UnsupportedModelError: architecture, module, dtype or placement the native runtime has no form for.
+        TypeError: no model at all.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
     description = map_weights(model)
     _check_placement(description.weights)
     return description
@@ -194,7 +197,10 @@ def _check_placement(weights: list[WeightRef]) -> None:
     for ref in weights:
         tensor = ref.tensor
         if type(tensor) not in (nn.Parameter, torch.Tensor):
-            raise UnsupportedModelError(f"weight {ref.slot}: expected a plain tensor, got {type(tensor).__name__}")
+            raise UnsupportedModelError(
+                f"weight {ref.slot}: expected a plain tensor, got {type(tensor).__name__} (of a tensor-parallel or "
+                "quantised model?)"
+            )
         if tensor.device.type == "meta":
             raise UnsupportedModelError(
                 f"weight {ref.slot}: expected loaded weights, got the meta device (offloaded by a device_map?)"

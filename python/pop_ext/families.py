@@ -319,5 +319,6 @@ class UnsupportedModelError(ValueError):
     def __init__(self, reason: str) -> None:
         # The command line shows it, too, and has no such option: name the function.
         super().__init__(
-            f'{reason}. pop_ext.enable with backend="reference" works for any decoder with K/V projections.'
+            f'{reason}. pop_ext.enable with backend="reference" works for any causal language model with K/V '
+            "projections."
         )

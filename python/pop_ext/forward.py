@@ -275,13 +275,15 @@ def enable(model: Model, plan: Plan | None = None, strict: bool = False, backend
 
     Raises:
         UnsupportedModelError (a ValueError): no native form; ``backend="reference"`` works.
-        ValueError, TypeError: a bad plan, backend or model. The model is as before.
+        ValueError, TypeError: a bad plan, strict, backend or model. The model is as before.
         RuntimeError: an enabled model whose forward something else has wrapped since.
     """
     if backend not in _BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(_BACKENDS)}, got {backend!r}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
+    if not isinstance(strict, bool):
+        raise TypeError(f"strict: expected a bool, got {type(strict).__name__}")
     inner = _inner(model)
     config = text_config(inner)
     if config is None:

@@ -373,6 +373,6 @@ def load(model: PreTrainedModel, plan: Plan | None = None) -> NativeModel:
 
     Raises:
         UnsupportedModelError (a ValueError): architecture or weights without a native form.
-        ValueError, TypeError: a plan for another depth or made with another model, or no plan.
+        ValueError, TypeError: a plan for another depth or made with another model, no plan, or no model.
     """
     return NativeModel(model, plan)

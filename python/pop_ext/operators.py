@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,14 +114,33 @@ def require_aten() -> None:
         )
 
 
+# Where one of several tensors is on the meta device, the fake kernel is called for all, and the checks of the kernels
+# see none of them: what they say of devices is said here, too. (A FakeTensor has the device it stands for.)
+
+
 def _named(name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
     return {f"{name}[{index}]": tensor for index, tensor in enumerate(tensors)}
 
 
-def _check_devices(tensors: dict[str, Tensor], input: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.device != input.device:
-            raise RuntimeError(f"pop::prefill: {name}: expected device {input.device} like input, got {tensor.device}")
+def _check_devices(op: str, **tensors: Tensor | list[Tensor] | None) -> None:
+    """Raises RuntimeError unless all tensors, and those of lists, are on the device of the first one."""
+    places: dict[str, Tensor | None] = {}
+    for name, value in tensors.items():
+        places |= _named(name, value) if isinstance(value, list) else {name: value}
+    given = {place: tensor for place, tensor in places.items() if tensor is not None}
+    like, device = next((place, tensor.device) for place, tensor in given.items())
+    for place, tensor in given.items():
+        if tensor.device != device:
+            raise RuntimeError(f"pop::{op}: {place}: expected device {device} like {like}, got {tensor.device}")
+
+
+def _check_lengths(op: str, **lengths: Tensor | None) -> None:
+    for name, tensor in lengths.items():
+        if tensor is not None and tensor.device.type != "cpu":
+            raise RuntimeError(
+                f"pop::{op}: {name}: expected a tensor on the CPU (the operator never synchronises), "
+                f"got {tensor.device}"
+            )
 
 
 @torch.library.register_fake("pop::prefill")
@@ -147,11 +165,28 @@ def _(
     feature_index: Tensor | None = None,
     features: list[Tensor] | None = None,
 ) -> Tensor:
-    # Where one of several tensors is on the meta device this is called for all: the kernels' checks see none of them.
-    caches = {**_named("key_cache", key_cache), **_named("value_cache", value_cache)}
-    options = {"cos_local": cos_local, "sin_local": sin_local, "feature_index": feature_index}
-    given = {name: tensor for name, tensor in options.items() if tensor is not None}
-    _check_devices({"cos": cos, "sin": sin, **given, **_named("features", features or []), **caches}, input)
+    _check_devices(
+        "prefill",
+        input=input,
+        cos=cos,
+        sin=sin,
+        cos_local=cos_local,
+        sin_local=sin_local,
+        feature_index=feature_index,
+        features=features,
+        key_cache=key_cache,
+        value_cache=value_cache,
+    )
+    _check_lengths(
+        "prefill",
+        cu_seqlens=cu_seqlens,
+        past_lens=past_lens,
+        cache_start=cache_start,
+        boundary=boundary,
+        logits_to_keep=logits_to_keep,
+        slot_table=slot_table,
+        blocks=blocks,
+    )
     hidden_size = json.loads(torch.ops.pop.info(model))["spec"]["hidden_size"]
     wanted = torch.library.get_ctx().new_dynamic_size(min=1)
     return key_cache[0].new_empty((wanted, hidden_size))
@@ -159,35 +194,142 @@ def _(
 
 @torch.library.register_fake("pop::rms_norm")
 def _(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
+    _check_devices("rms_norm", x=x, weight=weight)
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("pop::add_rms_norm")
-def _(x: Tensor, delta: Tensor, weight: Tensor, eps: float, *rest: Any, **options: Any) -> Tensor:
+def _(
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    eps: float,
+    delta_bias: Tensor | None = None,
+    delta_norm: Tensor | None = None,
+    weight_offset: float = 0.0,
+) -> Tensor:
+    _check_devices("add_rms_norm", x=x, delta=delta, weight=weight, delta_bias=delta_bias, delta_norm=delta_norm)
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("pop::gated_act")
-def _(gate: Tensor, up: Tensor, *rest: Any, **options: Any) -> Tensor:
+def _(
+    gate: Tensor,
+    up: Tensor,
+    activation: str = "silu",
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+) -> Tensor:
+    _check_devices("gated_act", gate=gate, up=up, gate_bias=gate_bias, up_bias=up_bias)
     return gate.new_empty(gate.shape)
 
 
 @torch.library.register_fake("pop::attention")
-def _(query: Tensor, *rest: Any, **options: Any) -> Tensor:
+def _(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cu_seqlens: Tensor,
+    past_lens: Tensor,
+    cache_start: Tensor,
+    scale: float,
+    window: int = 0,
+    slot_table: Tensor | None = None,
+    softcap: float = 0.0,
+    blocks: Tensor | None = None,
+) -> Tensor:
+    _check_devices("attention", query=query, key_cache=key_cache, value_cache=value_cache)
+    _check_lengths(
+        "attention",
+        cu_seqlens=cu_seqlens,
+        past_lens=past_lens,
+        cache_start=cache_start,
+        slot_table=slot_table,
+        blocks=blocks,
+    )
     return query.new_empty(query.shape)
 
 
 @torch.library.register_fake("pop::fold_kv")
 def _(k_proj: list[Tensor], v_proj: list[Tensor], input_norm: list[Tensor], norm_offset: float = 0.0) -> Tensor:
+    _check_devices("fold_kv", k_proj=k_proj, v_proj=v_proj, input_norm=input_norm)
     kv_dim, hidden_size = k_proj[0].shape
     return k_proj[0].new_empty((2 * len(k_proj) * kv_dim, hidden_size))
 
 
 @torch.library.register_fake("pop::rope_cache_write")
-def _(*arguments: Any, **options: Any) -> None:
-    return None
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor,
+    past_lens: Tensor,
+    cache_start: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    slot_table: Tensor | None = None,
+    norm_offset: float = 0.0,
+) -> None:
+    _check_devices(
+        "rope_cache_write",
+        query=query,
+        key=key,
+        value=value,
+        cos=cos,
+        sin=sin,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        q_norm=q_norm,
+        k_norm=k_norm,
+    )
+    _check_lengths(
+        "rope_cache_write",
+        cu_seqlens=cu_seqlens,
+        past_lens=past_lens,
+        cache_start=cache_start,
+        slot_table=slot_table,
+    )
 
 
 @torch.library.register_fake("pop::kv_project")
-def _(*arguments: Any, **options: Any) -> None:
-    return None
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor,
+    past_lens: Tensor,
+    cache_start: Tensor,
+    eps: float,
+    key_cache: list[Tensor],
+    value_cache: list[Tensor],
+    k_bias: list[Tensor] | None = None,
+    v_bias: list[Tensor] | None = None,
+    k_norm: list[Tensor] | None = None,
+    slot_table: Tensor | None = None,
+    norm_offset: float = 0.0,
+) -> None:
+    _check_devices(
+        "kv_project",
+        hidden=hidden,
+        weight=weight,
+        cos=cos,
+        sin=sin,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        k_bias=k_bias,
+        v_bias=v_bias,
+        k_norm=k_norm,
+    )
+    _check_lengths(
+        "kv_project",
+        cu_seqlens=cu_seqlens,
+        past_lens=past_lens,
+        cache_start=cache_start,
+        slot_table=slot_table,
+    )

@@ -150,7 +150,10 @@ class Plan(_core.Plan):
         Raises:
             ValueError: not JSON, a missing member or one of another type, values that make no plan, or the text of a
                 fitted plan: its matrices are in a file that ``load`` finds.
+            TypeError: no text.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"text: expected a str of JSON, got {type(text).__name__}")
         return cls._from_json(text, None)
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -175,9 +178,8 @@ class Plan(_core.Plan):
             ValueError: as in ``from_json``, or projections other than those it was saved with; the text starts with
                 the path.
         """
-        text = Path(path).read_text(encoding="utf-8")
         try:
-            return cls._from_json(text, Path(path).parent)
+            return cls._from_json(Path(path).read_text(encoding="utf-8"), Path(path).parent)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -47,7 +47,7 @@ def find_parts(model: Module) -> Parts:
     def require(owner: Any, attribute: str, where: str) -> Any:
         value = getattr(owner, attribute, None)
         if value is None:
-            raise ValueError(f"model: expected {where}{attribute} in a decoder-only model, {name} has none")
+            raise ValueError(f"model: expected a decoder-only model that has {where}{attribute}, got {name} without it")
         return value
 
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None

@@ -64,6 +64,24 @@ BLOCKS = [
         "pop::rms_norm: weight: expected dtype float32, got float16",
     ),
     Case(
+        "`rms_norm` with a weight on another device",
+        lambda w: pop.rms_norm(torch.zeros(3, 8), torch.zeros(8, device="meta"), 1e-5),
+        RuntimeError,
+        "pop::rms_norm: weight: expected device cpu like x, got meta",
+    ),
+    Case(
+        "`rms_norm` without a weight",
+        lambda w: pop.rms_norm(torch.zeros(3, 8), None, 1e-5),
+        RuntimeError,
+        "pop::rms_norm: weight: expected a tensor, got None",
+    ),
+    Case(
+        "`add_rms_norm` with a bias on another device",
+        lambda w: pop.add_rms_norm(*torch.zeros(2, 3, 8), torch.zeros(8), 1e-5, torch.zeros(8, device="meta")),
+        RuntimeError,
+        "pop::add_rms_norm: delta_bias: expected device cpu like x, got meta",
+    ),
+    Case(
         "`add_rms_norm` with a delta of another shape",
         lambda w: pop.add_rms_norm(torch.zeros(3, 8), torch.zeros(2, 8), torch.zeros(8), 1e-5),
         RuntimeError,
@@ -86,6 +104,24 @@ BLOCKS = [
         lambda w: pop.rope_cache_write(**written_caches(key_cache=SAME, value_cache=SAME)),
         RuntimeError,
         "pop::rope_cache_write: value_cache: expected memory of its own, got memory shared with key_cache",
+    ),
+    Case(
+        "`gated_act` with up on another device",
+        lambda w: pop.gated_act(torch.zeros(3, 8), torch.zeros(3, 8, device="meta")),
+        RuntimeError,
+        "pop::gated_act: up: expected device cpu like gate, got meta",
+    ),
+    Case(
+        "`rope_cache_write` with sin on another device",
+        lambda w: pop.rope_cache_write(**written_caches(sin=torch.zeros(3, 64, device="meta"))),
+        RuntimeError,
+        "pop::rope_cache_write: sin: expected device cpu like query, got meta",
+    ),
+    Case(
+        "`rope_cache_write` with lengths on another device",
+        lambda w: pop.rope_cache_write(**written_caches(past_lens=int32([0]).to("meta"))),
+        RuntimeError,
+        "pop::rope_cache_write: past_lens: expected a tensor on the CPU .*, got meta",
     ),
     Case(
         "`rope_cache_write` with tables wider than a head",
@@ -134,6 +170,30 @@ BLOCKS = [
         r"pop::kv_project: weight: expected shape \[512, 9\], got \[256, 9\]",
     ),
     Case(
+        "`attention` over a cache on another device",
+        lambda w: pop.attention(**attended(key_cache=torch.zeros(1, 2, 3, 64, device="meta"))),
+        RuntimeError,
+        "pop::attention: key_cache: expected device cpu like query, got meta",
+    ),
+    Case(
+        "`attention` with lengths on another device",
+        lambda w: pop.attention(**attended(cu_seqlens=int32([0, 3]).to("meta"))),
+        RuntimeError,
+        "pop::attention: cu_seqlens: expected a tensor on the CPU .*, got meta",
+    ),
+    Case(
+        "`kv_project` with a bias on another device",
+        lambda w: pop.kv_project(**kv_projected(v_bias=[torch.zeros(128), torch.zeros(128, device="meta")])),
+        RuntimeError,
+        "pop::kv_project: v_bias: expected device cpu like the rest of the call, got meta",
+    ),
+    Case(
+        "`kv_project` with lengths on another device",
+        lambda w: pop.kv_project(**kv_projected(cache_start=int32([0]).to("meta"))),
+        RuntimeError,
+        "pop::kv_project: cache_start: expected a tensor on the CPU .*, got meta",
+    ),
+    Case(
         "`kv_project` with two layers in one memory",
         lambda w: pop.kv_project(**kv_projected(key_cache=[SAME, SAME])),
         RuntimeError,
@@ -144,6 +204,12 @@ BLOCKS = [
         lambda w: pop.kv_project(**kv_projected(k_bias=[torch.zeros(128)])),
         RuntimeError,
         r"pop::kv_project: k_bias: expected 2 tensors \(one a layer\), got 1",
+    ),
+    Case(
+        "`fold_kv` with a norm on another device",
+        lambda w: pop.fold_kv([torch.zeros(4, 8)], [torch.zeros(4, 8)], [torch.zeros(8, device="meta")]),
+        RuntimeError,
+        r"pop::fold_kv: input_norm\[0\]: expected device cpu like k_proj\[0\], got meta",
     ),
     Case(
         "`fold_kv` with norms too few",

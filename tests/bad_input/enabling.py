@@ -62,6 +62,13 @@ ENABLED = [
         strictly,
     ),
     Case(
+        "an empty prompt under `strict=True`",
+        lambda w: forward(w, input_ids=w.ids[:, :0]),
+        pop_ext.PrefillDeclined,
+        r"input_ids or inputs_embeds: expected at least one token, got \[2, 0\]",
+        strictly,
+    ),
+    Case(
         "a right-padded batch under `strict=True`",
         lambda w: forward(w, attention_mask=ones(r0c12=0)[:, PAST:]),
         pop_ext.PrefillDeclined,

@@ -190,6 +190,6 @@ FIT = [
         "a projection on another device, to `pop::load`",
         lambda w: load_op(w, matrix(256, 32, device="meta"), matrix(256, 32)),
         RuntimeError,
-        r"pop::load: projections\[0\]: expected device cpu",
+        r"pop::load: projections\[0\]: expected device cpu like the rest of the call, got meta",
     ),
 ]

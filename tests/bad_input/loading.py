@@ -30,6 +30,7 @@ PLAN = [
         "count, fraction: expected one of them",
     ),
     Case("JSON that is none", lambda w: Plan.from_json("{"), ValueError, "plan"),
+    Case("a dict, to `Plan.from_json`", lambda w: Plan.from_json({}), TypeError, "text: expected a str .*, got dict"),
 ]
 
 
@@ -38,7 +39,7 @@ class Adapter(nn.Linear):
 
 
 class Subclass(Tensor):
-    """A stand-in for DTensor (tensor parallelism) and quantised tensors."""
+    """A stand-in for quantised tensors; DTensor itself is in test_device_maps.py."""
 
 
 def load(w: World, plan: Any = None) -> Any:
@@ -98,10 +99,10 @@ LOAD = [
         replace_projection,
     ),
     Case(
-        "a weight that is a tensor subclass (DTensor, quantised)",
+        "a weight that is a tensor subclass (DTensor of tensor parallelism, quantised)",
         load,
         UnsupportedModelError,
-        "weight layers.0.up_proj: expected a plain tensor, got Subclass",
+        "weight layers.0.up_proj: expected a plain tensor, got Subclass .*tensor-parallel",
         subclass_weight,
     ),
     Case(
@@ -174,6 +175,24 @@ LOAD = [
         lambda w: pop_ext.enable(w.model, backend="x"),
         ValueError,
         "backend: expected one of native, reference, got 'x'",
+    ),
+    Case(
+        "a model without its head",
+        lambda w: pop_ext.load(w.model.model),
+        UnsupportedModelError,
+        "model: expected a LlamaForCausalLM, got LlamaModel.*works for any causal language model",
+    ),
+    Case(
+        "no model, to `load`",
+        lambda w: pop_ext.load("meta-llama/Llama-3.1-8B"),
+        TypeError,
+        "model: expected a Hugging Face model, got str",
+    ),
+    Case(
+        "`enable(model, strict='yes')`",
+        lambda w: pop_ext.enable(w.model, strict="yes"),
+        TypeError,
+        "strict: expected a bool, got str",
     ),
     Case(
         "no Hugging Face model, to `enable`",

@@ -43,6 +43,8 @@ def freed(w: World) -> int:
     return pop_ext.load(w.model, w.plan).handle  # nothing keeps the model: freed at once
 
 
+LENGTHS = ("cu_seqlens", "past_lens", "cache_start", "boundary", "logits_to_keep")
+
 OP = [
     Case(
         "a freed handle",
@@ -118,6 +120,24 @@ OP = [
         RuntimeError,
         "cos: expected float32, bfloat16 or float16, got int32",
     ),
+    *[
+        Case(
+            f"{name} on another device",
+            lambda w, name=name: w.run_op(**{name: w.op[name].to("meta")}),
+            RuntimeError,
+            rf"pop::prefill: {name}: expected a tensor on the CPU \(the operator never synchronises\), got meta",
+        )
+        for name in LENGTHS
+    ],
+    *[
+        Case(
+            f"None as {name}",
+            lambda w, name=name: w.run_op(**{name: None}),
+            RuntimeError,
+            f"pop::prefill: {name}: expected a tensor, got None",
+        )
+        for name in ("input", "sin", *LENGTHS[:2])
+    ],
     Case(
         "cu_seqlens in int64",
         lambda w: w.run_op(cu_seqlens=w.op["cu_seqlens"].long()),
@@ -267,6 +287,12 @@ OP = [
         lambda w: w.run_op(slot_table=table().long()),
         RuntimeError,
         "slot_table: expected int32 on cpu, got int64 on cpu",
+    ),
+    Case(
+        "a slot table on another device",
+        lambda w: w.run_op(slot_table=table().to("meta")),
+        RuntimeError,
+        "pop::prefill: slot_table: expected a tensor on the CPU .*, got meta",
     ),
     Case(
         "a slot table for another batch",

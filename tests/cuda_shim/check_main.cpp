@@ -1,4 +1,5 @@
 // Runs every registered check, or those named on the command line; prints a line each, returns 1 if one failed.
+// With --list it prints their names and runs none.
 #include <algorithm>
 #include <cstdio>
 
@@ -25,6 +26,10 @@ Check::Check(const char* name, void (*run)()) { entries().push_back({name, run})
 }  // namespace checks
 
 int main(int count, char** names) {
+  if (count == 2 && std::string(names[1]) == "--list") {
+    for (const auto& entry : checks::entries()) std::printf("%s\n", entry.name);
+    return 0;
+  }
   int failed = 0, ran = 0;
   for (const auto& entry : checks::entries()) {
     const auto named = [&](const char* name) { return std::string(name) == entry.name; };

@@ -145,7 +145,7 @@ struct Given {
   float norm_offset = 0.0f;
 };
 
-void run_rope(const Shape& s, int64_t heads, const Given& given) {
+void check_rope(const Shape& s, int64_t heads, const Given& given) {
   std::mt19937 random(static_cast<unsigned>(s.rows * 131 + s.head_dim));
   const Rows rows(s, random);
   const int64_t kv_dim = s.kv_heads * s.head_dim, q_dim = heads * s.head_dim;
@@ -218,7 +218,7 @@ void run_rope(const Shape& s, int64_t heads, const Given& given) {
 
 // Every second layer without its norm and bias, as a run may mix layers. With `local_every`, every so many
 // layers take the first table of RoPE and the others the second one, and norms have an offset.
-void run_epilogue(const Shape& s, int64_t layers, bool vectors, bool with_rstd, int64_t local_every = 0) {
+void check_epilogue(const Shape& s, int64_t layers, bool vectors, bool with_rstd, int64_t local_every = 0) {
   std::mt19937 random(static_cast<unsigned>(s.rows * 131 + layers));
   const Rows rows(s, random);
   const int64_t kv_dim = s.kv_heads * s.head_dim, stride = layers * 2 * kv_dim + s.kv_pad;
@@ -320,12 +320,16 @@ std::vector<Shape> shapes(DType dtype) {
 
 void rope() {
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    checks::Turns turns(dtype);
+    const auto run_rope = [&](const Shape& shape, int64_t heads, const Given& given) {
+      if (turns.next()) check_rope(shape, heads, given);
+    };
     for (const Shape& shape : shapes(dtype)) {
       run_rope(shape, 5, {});
       run_rope(shape, 2, {.bias = false, .q_norm = false, .k_norm = false, .row_scale = false});
     }
     const Shape one = {.dtype = dtype, .rows = 2, .kv_heads = 2, .head_dim = 64, .rotary_dim = 64, .first_row = 1};
-    for (int given = 0; given < 64; ++given) {
+    for (int given = 0; given < 64; given += checks::kRaces ? 21 : 1) {
       const auto bit = [&](int i) { return (given >> i & 1) != 0; };
       run_rope(one, 4, {bit(0), bit(1), bit(2), bit(3), bit(4), bit(5)});
     }
@@ -334,15 +338,18 @@ void rope() {
     none.rows = 0;
     run_rope(none, 4, {});
   }
-#if !defined(POP_CUDA_SHIM_THREADS)  // host threads would take minutes for so many
+  if (checks::kRaces) return;  // host threads would take minutes for so many
   // Enough to fill a device, so that a group takes several heads in turn.
-  run_rope({.dtype = DType::f32, .rows = 257, .kv_heads = 1, .head_dim = 40, .rotary_dim = 40}, 254, {.bias = false});
-  run_rope({.dtype = DType::bf16, .rows = 131, .kv_heads = 2, .head_dim = 19, .rotary_dim = 6}, 254, {.bias = false});
-#endif
+  check_rope({.dtype = DType::f32, .rows = 257, .kv_heads = 1, .head_dim = 40, .rotary_dim = 40}, 254, {.bias = false});
+  check_rope({.dtype = DType::bf16, .rows = 131, .kv_heads = 2, .head_dim = 19, .rotary_dim = 6}, 254, {.bias = false});
 }
 
 void epilogue() {
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    checks::Turns turns(dtype);
+    const auto run_epilogue = [&](const Shape& shape, int64_t layers, bool vectors, bool with_rstd, int64_t local = 0) {
+      if (turns.next()) check_epilogue(shape, layers, vectors, with_rstd, local);
+    };
     for (const Shape& shape : shapes(dtype)) run_epilogue(shape, 3, true, true);
     const Shape one = {.dtype = dtype, .rows = 3, .kv_heads = 2, .head_dim = 64, .rotary_dim = 64, .first_row = 1};
     for (const bool vectors : {false, true}) {
@@ -359,7 +366,7 @@ void epilogue() {
   }
 }
 
-const checks::Check check_rope("rope_cache_write", rope);
-const checks::Check check_epilogue("kv_epilogue", epilogue);
+const checks::Check rope_check("rope_cache_write", rope);
+const checks::Check epilogue_check("kv_epilogue", epilogue);
 
 }  // namespace

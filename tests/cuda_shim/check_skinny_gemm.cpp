@@ -85,7 +85,7 @@ void run_case(DType dtype, const Case& c) {
   checks::finish();
   for (size_t i = 0; i < c.n.size(); ++i) {
     expect_product(name_of(dtype, c, i), a, w[i], out[i]);
-    if (c.m > 1) expect_alone_the_same(name_of(dtype, c, i), a, w[i], out[i]);
+    if (c.m > 1 && !checks::kRaces) expect_alone_the_same(name_of(dtype, c, i), a, w[i], out[i]);
   }
 }
 
@@ -108,7 +108,10 @@ void run() {
       {.m = 3, .k = 0, .n = {5}},
   };
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
-    for (const Case& c : cases) run_case(dtype, c);
+    checks::Turns turns(dtype);
+    for (const Case& c : cases) {
+      if (turns.next()) run_case(dtype, c);
+    }
   }
 }
 

@@ -79,6 +79,24 @@ inline float round_to(pop::DType dtype, float value) {
   return value;
 }
 
+#if defined(POP_CUDA_SHIM_THREADS)
+inline constexpr bool kRaces = true;  // ThreadSanitizer watches the threads, and slows them: see Turns
+#else
+inline constexpr bool kRaces = false;
+#endif
+
+// Whether a check runs its next case in this dtype. All of them, but where races are looked for: kernels wait for
+// each other's threads in the same places in every dtype, so that there each case runs in one, in turn.
+class Turns {
+ public:
+  explicit Turns(pop::DType dtype) : turn_(static_cast<int>(dtype)) {}
+
+  bool next() { return !kRaces || count_++ % 3 == turn_; }
+
+ private:
+  int turn_, count_ = 0;
+};
+
 // An array of elements of one dtype, with sentinels before, after, and wherever nothing was written.
 class Buffer {
  public:
