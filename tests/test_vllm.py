@@ -124,6 +124,21 @@ def test_short_chunks_run_at_full_depth_by_min_tokens(tmp_path):
     assert_close_fp32(long[1], turns(model, GAPS, [prompt(40)])[1], "40 tokens")
 
 
+def test_decoding_is_compiled_where_the_engine_compiles(tmp_path):
+    model, ids = models.shared("llama"), prompt(61)
+    tokens, table, _ = turns(model, GAPS, [ids], 6)
+    with engine(model, tmp_path, GAPS, enforce_eager=False) as found:
+        [(got, log_probs)] = found.generate([ids], 6)
+    assert got == tokens
+    assert_close_fp32(log_probs, table, "log-probabilities")
+
+
+def test_other_weights_are_refused_once_the_engine_runs(tmp_path):
+    model = models.shared("llama")
+    with engine(model, tmp_path, GAPS) as found, pytest.raises(RuntimeError, match="weights: expected no others"):
+        found.model().load_weights(model.state_dict().items())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_as_good_as_the_oracles(dtype, tmp_path):
     ids, plan = prompt(61), GAPS.replace(boundary=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import reduce
 from types import SimpleNamespace
 
 import models
@@ -15,8 +16,10 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm (make vllm)"),
 ]
 if importlib.util.find_spec("vllm") is not None:
-    from pop_ext.vllm import projection
+    from pop_ext.vllm import projection, requests
     from pop_ext.vllm.settings import PrunedConfig, engine_boundary, engine_plan
+    from vllm.config import CUDAGraphMode
+    from vllm.exceptions import VLLMValidationError
 
 
 def config(**changes):
@@ -25,19 +28,34 @@ def config(**changes):
     found = SimpleNamespace(
         additional_config={},
         model_config=SimpleNamespace(
-            hf_text_config=text, model="/nowhere", runner_type="generate", logits_processors=None
+            hf_text_config=text,
+            model="/nowhere",
+            runner_type="generate",
+            logits_processors=None,
+            enable_sleep_mode=False,
+            return_sampling_mask=False,
         ),
         parallel_config=SimpleNamespace(
-            pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1, enable_dbo=False
+            pipeline_parallel_size=1,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            use_ubatching=False,
         ),
+        cache_config=SimpleNamespace(kv_offloading_size=None),
+        offload_config=SimpleNamespace(
+            uva=SimpleNamespace(cpu_offload_gb=0), prefetch=SimpleNamespace(offload_group_size=0)
+        ),
+        compilation_config=SimpleNamespace(cudagraph_mode=None),
+        optimization_level=2,
+        weight_transfer_config=None,
         speculative_config=None,
         lora_config=None,
         kv_transfer_config=None,
         use_v2_model_runner=False,
     )
     for name, value in changes.items():
-        part, _, member = name.rpartition("__")
-        setattr(getattr(found, part) if part else found, member, value)
+        *parts, member = name.split("__")
+        setattr(reduce(getattr, parts, found), member, value)
     return found
 
 
@@ -49,11 +67,19 @@ REFUSED = {
     "pipeline_parallel_size: expected 1": dict(parallel_config__pipeline_parallel_size=2),
     "decode_context_parallel_size: expected 1": dict(parallel_config__decode_context_parallel_size=2),
     "prefill_context_parallel_size: expected 1": dict(parallel_config__prefill_context_parallel_size=2),
-    "enable_dbo: expected False": dict(parallel_config__enable_dbo=True),
+    "enable_dbo, ubatch_size: expected False": dict(parallel_config__use_ubatching=True),
+    "kv_offloading_size: expected None": dict(cache_config__kv_offloading_size=4.0),
+    "cpu_offload_gb: expected 0": dict(offload_config__uva__cpu_offload_gb=2.0),
+    "offload_group_size: expected 0": dict(offload_config__prefetch__offload_group_size=8),
+    "weight_transfer_config: expected None": dict(weight_transfer_config="a transfer"),
+    "enable_sleep_mode: expected False": dict(model_config__enable_sleep_mode=True),
+    "return_sampling_mask: expected False": dict(model_config__return_sampling_mask=True),
     "enable_lora: expected False": dict(lora_config=object()),
     "kv_transfer_config: expected None": dict(kv_transfer_config="a connector"),
     "runner: expected 'generate'.*got 'pooling'": dict(model_config__runner_type="pooling"),
-    "speculative_config.method: expected one of ngram.*got 'eagle3'": dict(speculative_config=None),
+    "speculative_config.method: expected one of ngram.*got 'eagle3'": dict(
+        speculative_config=SimpleNamespace(method="eagle3", num_speculative_tokens=4)
+    ),
     "additional_config.'pop_ext'.: expected an object with member 'plan'": dict(
         additional_config={"pop_ext": {"plans": "x"}}
     ),
@@ -63,11 +89,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("text", REFUSED)
 def test_it_is_refused_by_name(text):
-    changes = REFUSED[text]
-    if "speculative" in text:
-        changes = dict(speculative_config=drafts("eagle3"))
     with pytest.raises((ValueError, TypeError), match=text):
-        PrunedConfig.verify_and_update_config(config(**changes))
+        PrunedConfig.verify_and_update_config(config(**REFUSED[text]))
 
 
 def test_without_a_plan_it_is_the_models_default():
@@ -112,10 +135,32 @@ def test_requests_for_log_probabilities_of_the_prompt_are_checked_at_the_front(r
     assert added == f"pop_ext.vllm.requests:NoPromptLogprobsV{1 + runner}"
 
 
-def test_an_engine_with_drafts_takes_no_logits_processors():
+def test_the_first_runner_takes_no_logits_processors_with_drafts():
     engine = config(speculative_config=drafts("ngram"))
     PrunedConfig.verify_and_update_config(engine)
     assert engine.model_config.logits_processors is None
+    engine = config(speculative_config=drafts("ngram"), use_v2_model_runner=True)
+    PrunedConfig.verify_and_update_config(engine)
+    assert engine.model_config.logits_processors == ["pop_ext.vllm.requests:NoPromptLogprobsV2"]
+
+
+@pytest.mark.parametrize("name", ["prompt_logprobs", "prompt_logprob_token_ids"])
+def test_both_runners_refuse_what_reads_the_rows_of_a_prompt(name):
+    nothing = dict(prompt_logprobs=None, prompt_logprob_token_ids=None)
+    for processor in (requests.NoPromptLogprobsV1, requests.NoPromptLogprobsV2):
+        processor.validate_params(SimpleNamespace(**nothing))
+        with pytest.raises(VLLMValidationError, match=f"{name}: expected None"):
+            processor.validate_params(SimpleNamespace(**nothing | {name: [1]}))
+
+
+@pytest.mark.parametrize(
+    ("asked", "level", "given"), [(None, 2, "FULL_DECODE_ONLY"), ("NONE", 2, "NONE"), (None, 0, None)]
+)
+def test_graphs_are_of_decoding_alone(asked, level, given):
+    mode = None if asked is None else CUDAGraphMode[asked]
+    engine = config(compilation_config__cudagraph_mode=mode, optimization_level=level)
+    PrunedConfig.verify_and_update_config(engine)
+    assert engine.compilation_config.cudagraph_mode == (None if given is None else CUDAGraphMode[given])
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])

@@ -153,7 +153,8 @@ def _start_all(engines: Engines, stack: ExitStack) -> tuple[list[Started], dict[
 def _start(engines: Engines, peer: Peer, stack: ExitStack) -> Started:
     options = engines.options
     say = partial(_say, engines)
-    path = str(Path(pop_ext.__file__).resolve().parent.parent) if peer.pop_ext else None
+    package = Path(pop_ext.__file__).resolve().parent
+    path = str(package.parent) if peer.pop_ext else None
     if peer is _HERE:
         python = Path(sys.executable)
     else:
@@ -163,6 +164,8 @@ def _start(engines: Engines, peer: Peer, stack: ExitStack) -> Started:
         raise ChildError(f"it takes about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
     work = engines.home.resolve() / peer.name
     work.mkdir(parents=True, exist_ok=True)
+    if peer.pop_ext and peer is not _HERE:
+        path = str(_alone(package, work / "path"))
     say(f"{peer.name}: loading")
     begin = time.monotonic()
     child = Child(python, peer.module, engines.cpus, work / "log.txt", path)
@@ -182,6 +185,15 @@ def _start(engines: Engines, peer: Peer, stack: ExitStack) -> Started:
     )
     seconds = time.monotonic() - begin
     return Started(peer.name, child, answer["arms"], answer["versions"], answer["resident"], seconds)
+
+
+def _alone(package: Path, folder: Path) -> Path:
+    """A folder with a link to the package; its own may be full of packages that another venv must not see."""
+    folder.mkdir(exist_ok=True)
+    link = folder / package.name
+    link.unlink(missing_ok=True)
+    link.symlink_to(package)
+    return folder
 
 
 def _arms(engines: Engines, started: Sequence[Started], tokens: int) -> list[PeerArm]:

@@ -9,7 +9,7 @@ from bench.engines import vllm_cpu
 
 
 class Engine(vllm_cpu.Engine):
-    """Job options: ``plans`` (JSON texts), of which an engine can have one: the first."""
+    """Job options: ``plans`` (JSON texts). An engine has one plan: more of them are refused."""
 
     def settle(self, job: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         import pop_ext.vllm
@@ -18,6 +18,8 @@ class Engine(vllm_cpu.Engine):
         from bench.arms import plan_name
 
         pop_ext.vllm.register()  # nobody has installed pop_ext here, so that vLLM finds no entry point
+        if len(job["options"]["plans"]) != 1:
+            raise ValueError(f"plans: expected one for an engine of vLLM, got {len(job['options']['plans'])}")
         plan = Plan.from_json(job["options"]["plans"][0])
         path = Path(job["work"]) / "plan.json"
         plan.save(path)

@@ -11,6 +11,7 @@ not told so. Written against vLLM 0.32; docs/vllm.md has what it means and what 
 
 from __future__ import annotations
 
+import logging
 from os import PathLike, fspath
 from typing import Any
 
@@ -27,12 +28,16 @@ def register() -> None:
     """What the entry point calls, in every process of an engine and as often as it likes.
 
     Names the model classes to vLLM, which imports them when an engine wants one, and what checks such an engine's
-    configuration.
+    configuration. With a vLLM that lacks what this is written against, it says so and leaves every engine alone.
     """
-    from vllm import ModelRegistry
-    from vllm.model_executor.models import config
+    try:
+        from vllm import ModelRegistry
+        from vllm.model_executor.models import config
 
-    from pop_ext.vllm.settings import PrunedConfig
+        from pop_ext.vllm.settings import PrunedConfig
+    except ImportError as error:
+        logging.getLogger(__name__).warning("no pruned prefills: written for vLLM 0.32, which has it all; %s", error)
+        return
 
     for name in ARCHITECTURES.values():
         if name not in ModelRegistry.get_supported_archs():
@@ -44,7 +49,7 @@ def engine_arguments(model: str | PathLike[str], plan: str | PathLike[str] | Non
     """Arguments of ``vllm.LLM`` that make it prune the prefills of a model.
 
     Args:
-        model: name or path of the model; its config says which class it is.
+        model: name or path of the model; its config.json says which class it is.
         plan: path of what ``Plan.save`` wrote, with fitted projections beside it if it has any. None: the preset whose
             config matches, else the deepest third of the layers.
 

@@ -17,7 +17,6 @@ from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
-from pop_ext.plan import Plan
 from pop_ext.vllm.attention import boundary_backend
 from pop_ext.vllm.projection import RunProjection
 from pop_ext.vllm.settings import engine_boundary, engine_plan
@@ -27,25 +26,28 @@ class PrunedPrefill(torch.nn.Module):
     """What makes a model of vLLM prune its prefills; comes before the model's class among the bases."""
 
     model: Any
-    pop_plan: Plan
     pop_runs: list[range]
     pop_projections: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **more: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **more)
-        self.pop_plan = engine_plan(vllm_config)
-        boundary = engine_boundary(vllm_config, self.pop_plan)
+        plan = engine_plan(vllm_config)
+        boundary = engine_boundary(vllm_config, plan)
         layers = self.model.layers
         # The last layer of a prefill has nothing to do for context rows but K and V, omitted or not.
-        self.pop_runs = _runs({*self.pop_plan.omit, self.pop_plan.num_layers - 1})
+        self.pop_runs = _runs({*plan.omit, plan.num_layers - 1})
         self.pop_projections = torch.nn.ModuleList(
-            RunProjection([layers[number] for number in run], run.start, self.pop_plan.projections)
-            for run in self.pop_runs
+            RunProjection([layers[number] for number in run], run.start, plan.projections) for run in self.pop_runs
         )
         attentions = [layers[number].self_attn.attn for run in self.pop_runs for number in run]
         for attention in attentions:
-            attention.attn_backend = boundary_backend(attention.attn_backend, boundary, self.pop_plan.min_tokens)
+            attention.attn_backend = boundary_backend(attention.attn_backend, boundary, plan.min_tokens)
         self._run_layer_names = [attention.layer_name for attention in attentions]
+
+    def load_weights(self, weights: Any) -> Any:
+        if any(projection.folded for projection in self.pop_projections):
+            raise RuntimeError("weights: expected no others once an engine with pruned prefills runs: start a new one")
+        return super().load_weights(weights)  # type: ignore[misc]
 
     def forward(
         self,
@@ -61,6 +63,10 @@ class PrunedPrefill(torch.nn.Module):
         rows = getattr(described[self._run_layer_names[0]], "boundary", None) if described else None
         if rows is None:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **more)
+        if more:
+            raise ValueError(
+                f"model: expected tokens or their embeddings alone in a pruned prefill, got {sorted(more)}"
+            )
         # The engine's own buffer is left as it is.
         hidden_states = self.model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds.clone()
         return self._prefill(hidden_states, positions, rows, context)
@@ -115,16 +121,16 @@ def _context_of(context: ForwardContext, names: list[str], rows: torch.Tensor) -
 
 
 class POPLlamaForCausalLM(PrunedPrefill, LlamaForCausalLM):
-    pass
+    """vLLM's Llama with pruned prefills."""
 
 
 class POPMistralForCausalLM(PrunedPrefill, MistralForCausalLM):
-    pass
+    """vLLM's Mistral with pruned prefills."""
 
 
 class POPQwen2ForCausalLM(PrunedPrefill, Qwen2ForCausalLM):
-    pass
+    """vLLM's Qwen2 and Qwen2.5 with pruned prefills."""
 
 
 class POPQwen3ForCausalLM(PrunedPrefill, Qwen3ForCausalLM):
-    pass
+    """vLLM's Qwen3 with pruned prefills."""

@@ -13,8 +13,8 @@ from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from pop_ext.origin import spread_values
 from pop_ext.projections import SAMPLE, FitMismatch, Projections
 
-CHUNK_ROWS = 2048
-"""Rows of a prompt that are projected at once: what bounds the memory of their K and V."""
+CHUNK_BYTES = 64 << 20
+"""Of K and V that are projected at once, at least 256 rows of them: what bounds the memory of a prefill for them."""
 
 
 class RunProjection(torch.nn.Module):
@@ -35,27 +35,23 @@ class RunProjection(torch.nn.Module):
     def __init__(self, layers: Sequence[Any], first: int, fitted: Projections | None) -> None:
         super().__init__()
         attentions = [layer.self_attn for layer in layers]
-        for number, attention in enumerate(attentions, first):
-            _check_attention(attention, number)
         self.stack: torch.Tensor
+        self.biases: torch.Tensor | None
         self.first = first
         self.attentions = tuple(attentions)  # not submodules: they are the model's
         self.rotary = attentions[0].rotary_emb
         self.eps = layers[0].input_layernorm.variance_epsilon
         self.kv_heads, self.head_dim = attentions[0].num_kv_heads, attentions[0].head_dim
         self.fitted = fitted
+        self.folded: set[int] = set()
+        for number, layer in enumerate(layers, first):
+            _check_layer(layer, number, self.eps)
         kv_dim, hidden_size = self.kv_heads * self.head_dim, attentions[0].hidden_size
         weight = attentions[0].qkv_proj.weight
         stack = torch.empty(len(layers) * 2 * kv_dim, hidden_size, dtype=weight.dtype, device=weight.device)
         self.register_buffer("stack", stack, persistent=False)
-        self.k_bias: list[torch.Tensor] | None = None
-        self.v_bias: list[torch.Tensor] | None = None
-        self.k_norm: list[torch.Tensor] | None = None
-        if attentions[0].qkv_proj.bias is not None:
-            self.k_bias = [stack.new_empty(kv_dim) for _ in layers]
-            self.v_bias = [stack.new_empty(kv_dim) for _ in layers]
-        if hasattr(attentions[0], "k_norm"):
-            self.k_norm = [attention.k_norm.weight.data for attention in attentions]
+        biases = None if attentions[0].qkv_proj.bias is None else stack.new_empty(len(layers), 2, kv_dim)
+        self.register_buffer("biases", biases, persistent=False)
         for at, layer in enumerate(layers):
             linear = layer.self_attn.qkv_proj
             linear.quant_method = _FoldsFirst(linear.quant_method, self, at, layer.input_layernorm)
@@ -75,10 +71,11 @@ class RunProjection(torch.nn.Module):
         else:
             block = torch.ops.pop.fold_kv([k.contiguous()], [v.contiguous()], [norm.weight.data])
         self.stack[at * 2 * kv_dim : (at + 1) * 2 * kv_dim].copy_(block)
-        if self.k_bias is not None and self.v_bias is not None:
-            k_bias, v_bias = linear.bias.data[-2 * kv_dim :].split(kv_dim)
-            self.k_bias[at].copy_(k_bias)
-            self.v_bias[at].copy_(v_bias)
+        if self.biases is not None:
+            self.biases[at].copy_(linear.bias.data[-2 * kv_dim :].view(2, kv_dim))
+        self.folded.add(at)
+        if len(self.folded) == len(self.attentions):
+            self.fitted = None  # its matrices are in the stack
 
     def write(self, hidden_states: torch.Tensor, positions: torch.Tensor, slots: dict[str, torch.Tensor]) -> None:
         """Writes K and V of all rows of a step to the cache of every layer of the run.
@@ -87,12 +84,18 @@ class RunProjection(torch.nn.Module):
             hidden_states: ``[rows, hidden_size]``, what the run's layers read, before any norm.
             positions: ``[rows]``.
             slots: layer name -> ``[rows]`` cache slots, -1 for rows that have none.
+
+        Raises:
+            RuntimeError: the weights came by a way that vLLM processes none after loading, and were not folded.
         """
+        if len(self.folded) < len(self.attentions):
+            raise RuntimeError("load_format: expected one after which vLLM processes weights, got another")
         cache = self.rotary.cos_sin_cache
         if cache.device != positions.device:
             cache = cache.to(positions.device)
-        for begin in range(0, len(hidden_states), CHUNK_ROWS):
-            chunk = slice(begin, begin + CHUNK_ROWS)
+        step = max(256, CHUNK_BYTES // (len(self.stack) * self.stack.element_size()))
+        for begin in range(0, len(hidden_states), step):
+            chunk = slice(begin, begin + step)
             cos, sin = (half.repeat(1, 2) for half in cache[positions[chunk]].float().chunk(2, dim=-1))
             keys, values = self.project(hidden_states[chunk], cos, sin)
             for attention, key, value in zip(self.attentions, keys, values, strict=True):
@@ -107,9 +110,12 @@ class RunProjection(torch.nn.Module):
         keys, values = ([layer.transpose(0, 1)[None] for layer in part] for part in out)
         zero = torch.zeros(1, dtype=torch.int32, device="cpu")
         lengths = torch.tensor([0, rows], dtype=torch.int32, device="cpu"), zero, zero
+        k_bias, v_bias = (None, None) if self.biases is None else (list(part) for part in self.biases.unbind(1))
+        k_norm = None
+        if hasattr(self.attentions[0], "k_norm"):
+            k_norm = [attention.k_norm.weight.data for attention in self.attentions]
         torch.ops.pop.kv_project(
-            *(hidden_states, self.stack, cos, sin, *lengths, self.eps, keys, values),
-            *(self.k_bias, self.v_bias, self.k_norm),
+            hidden_states, self.stack, cos, sin, *lengths, self.eps, keys, values, k_bias, v_bias, k_norm
         )
         return out
 
@@ -173,8 +179,9 @@ def _check_sample(
     fitted.check_weights(number, sample, k.dtype)
 
 
-def _check_attention(attention: Any, number: int) -> None:
+def _check_layer(layer: Any, number: int, eps: float) -> None:
     """Raises ValueError for what a run's projection does not compute."""
+    attention = layer.self_attn
     method = attention.qkv_proj.quant_method
     if type(method) is not UnquantizedLinearMethod:
         raise ValueError(
@@ -188,8 +195,10 @@ def _check_attention(attention: Any, number: int) -> None:
             f"model: expected rotary embeddings of halves, from one table of positions, in layer {number}, got "
             f"{type(rotary).__name__}"
         )
-    if hasattr(attention, "k_norm") and attention.k_norm.variance_epsilon != attention.q_norm.variance_epsilon:
-        raise ValueError(f"model: expected one epsilon in layer {number}, got several")
+    norms = [layer.input_layernorm] + ([attention.k_norm] if hasattr(attention, "k_norm") else [])
+    if any(norm.variance_epsilon != eps for norm in norms):
+        found = [norm.variance_epsilon for norm in norms]
+        raise ValueError(f"model: expected epsilon {eps} in the norms of layer {number}, got {found}")
     backend = attention.attn.attn_backend
     if backend.forward_includes_kv_cache_update:
         raise ValueError(

@@ -11,12 +11,13 @@ from vllm.v1.worker.gpu.sample.logits_processor import interface as v2
 
 
 def _check(params: Any) -> None:
-    if params.prompt_logprobs is not None:
-        raise VLLMValidationError(
-            "prompt_logprobs: expected None with pruned prefills, which compute no logits of prompt tokens, got "
-            f"{params.prompt_logprobs}",
-            parameter="prompt_logprobs",
-        )
+    for name in ("prompt_logprobs", "prompt_logprob_token_ids"):
+        value = getattr(params, name, None)
+        if value is not None:
+            raise VLLMValidationError(
+                f"{name}: expected None with pruned prefills, which compute no logits of prompt tokens, got {value}",
+                parameter=name,
+            )
 
 
 class NoPromptLogprobsV1(v1.LogitsProcessor):

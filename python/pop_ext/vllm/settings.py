@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vllm import envs
+from vllm.config import CUDAGraphMode
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from pop_ext.native import check_plan
 from pop_ext.plan import Plan
@@ -22,7 +25,8 @@ def engine_plan(vllm_config: Any) -> Plan:
     Raises:
         ValueError, TypeError, OSError: no such plan, another model's, or settings that nobody reads.
     """
-    settings = vllm_config.additional_config.get(SECTION, {})
+    more = vllm_config.additional_config
+    settings = more.get(SECTION, {}) if isinstance(more, dict) else more
     if not isinstance(settings, dict) or settings.keys() - {"plan"}:
         raise ValueError(
             f"additional_config[{SECTION!r}]: expected an object with member 'plan' alone, got {settings!r}"
@@ -56,18 +60,30 @@ class PrunedConfig(VerifyAndUpdateConfig):
         _check(vllm_config)
         engine_plan(vllm_config)
         _refuse_prompt_logprobs(vllm_config)
+        # A graph of a whole step that may prefill would go past the model's decision which rows omitted layers compute.
+        if vllm_config.optimization_level > 0 and vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+            vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
 
 
 def _check(vllm_config: Any) -> None:
     """Raises ValueError for what would compute something else than it says."""
     parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+    offload = vllm_config.offload_config
     refused = {
+        "device": (current_platform.is_cpu() or current_platform.is_cuda(), True),
+        "VLLM_BATCH_INVARIANT": (envs.VLLM_BATCH_INVARIANT, False),
         "pipeline_parallel_size": (parallel.pipeline_parallel_size, 1),
         "decode_context_parallel_size": (parallel.decode_context_parallel_size, 1),
         "prefill_context_parallel_size": (parallel.prefill_context_parallel_size, 1),
-        "enable_dbo": (parallel.enable_dbo, False),
+        "enable_dbo, ubatch_size": (parallel.use_ubatching, False),
         "enable_lora": (vllm_config.lora_config is not None, False),
         "kv_transfer_config": (vllm_config.kv_transfer_config, None),
+        "kv_offloading_size": (vllm_config.cache_config.kv_offloading_size, None),
+        "cpu_offload_gb": (offload.uva.cpu_offload_gb, 0),
+        "offload_group_size": (offload.prefetch.offload_group_size, 0),
+        "weight_transfer_config": (vllm_config.weight_transfer_config, None),
+        "enable_sleep_mode": (vllm_config.model_config.enable_sleep_mode, False),
+        "return_sampling_mask": (vllm_config.model_config.return_sampling_mask, False),
         "runner": (vllm_config.model_config.runner_type, "generate"),
     }
     for name, (got, expected) in refused.items():
@@ -83,9 +99,9 @@ def _check(vllm_config: Any) -> None:
 def _refuse_prompt_logprobs(vllm_config: Any) -> None:
     """Has requests for log-probabilities of prompt tokens, whose rows are pruned, refused at the front.
 
-    Where the engine takes no logits processors (drafts), such a request gets NaN.
+    Where the engine takes no logits processors (vLLM's first runner, with drafts), such a request gets NaN.
     """
-    if vllm_config.speculative_config is not None:
+    if vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner:
         return
     kind = "V2" if vllm_config.use_v2_model_runner else "V1"
     model = vllm_config.model_config
