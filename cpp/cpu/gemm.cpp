@@ -27,13 +27,14 @@ constexpr int64_t kGrainElements = 1 << 14;
 constexpr int64_t kSkinnyRows = 48;
 constexpr int64_t kSkinnyRowsFloat32 = 64;
 
-// A product in blocks: bytes of float32 that it holds at once of a, and each thread of w. The fewer the
-// rows, the more it pays that a block of w is still in the L2 cache when it is read; of fewer columns
-// than these the library is slower.
+// A product in blocks holds at once so many bytes of a, widened, and of each thread so many of w. The
+// columns of a block were measured on a Zen 3 with K of 2048 and 8192: the library packs all of a for
+// each block, which asks for wide ones, and w should still be in the cache when it is read.
 constexpr int64_t kBytesOfA = 32 << 20, kMostRows = 2048;
-constexpr int64_t kFewRows = 256, kBytesOfWForFewRows = 1 << 20, kBytesOfW = 2 << 20;
-constexpr int64_t kMostColumns = 256, kFewestColumns = 128, kFewestColumnsForFewRows = 64;
-constexpr int64_t kLanesTogether = 16;
+constexpr int64_t kBytesOfW = 16 << 20, kMostColumns = 384;
+constexpr int64_t kFewRows = 128, kMostColumnsForFewRows = 192;
+constexpr int64_t kFewestColumns = 64, kColumnsTogether = 16;
+constexpr int64_t kRowsTogether = 512;
 
 const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
 
@@ -67,15 +68,13 @@ Tensor as_float32(const Tensor& tensor) { return torch::stable::to(tensor, Scala
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Columns of a block for so many rows: of about equal blocks, fewer where some threads would have none.
-int64_t block_columns(const GemmParams& p, int64_t rows) {
-  const bool few = rows <= kFewRows;
-  const int64_t fitting = (few ? kBytesOfWForFewRows : kBytesOfW) / (p.k * static_cast<int64_t>(sizeof(float)));
-  const int64_t fewest = few ? kFewestColumnsForFewRows : kFewestColumns;
-  const int64_t most = p.dtype == DType::f32 ? kMostColumns : std::clamp(fitting, fewest, kMostColumns);
-  const int64_t share = std::max(kFewestColumnsForFewRows, ceil_div(p.n, torch::stable::get_num_threads()));
-  const int64_t blocks = ceil_div(p.n, std::min(most, share));
-  return ceil_div(ceil_div(p.n, blocks), kLanesTogether) * kLanesTogether;
+// Columns of a block: of about equal blocks, as many for each thread.
+int64_t block_columns(const GemmParams& p) {
+  const int64_t fitting = kBytesOfW / (p.k * static_cast<int64_t>(sizeof(float)));
+  const int64_t most = std::min(p.m <= kFewRows ? kMostColumnsForFewRows : kMostColumns, fitting);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t blocks = ceil_div(ceil_div(p.n, std::max(kFewestColumns, most)), threads) * threads;
+  return ceil_div(std::max(kFewestColumns, ceil_div(p.n, blocks)), kColumnsTogether) * kColumnsTogether;
 }
 
 // Runs `task(0)` .. `task(count - 1)`; each thread takes the next. The first exception is thrown at the end.
@@ -95,24 +94,37 @@ void over_tasks(int64_t count, const Task& task) {
   if (error) std::rethrow_exception(error);
 }
 
+// Rows [m, m + rows) and columns [n, n + columns) of out: a part of the rows at a time, since the library
+// packs them.
+void block(const GemmParams& p, Tensor a, int64_t m, int64_t rows, int64_t n, int64_t columns) {
+  const Tensor w = as_float32(view(p.dtype, p.w, n, 0, columns, p.k, p.w_stride));
+  const Tensor w_transposed = torch::stable::transpose(w, 0, 1);
+  const int64_t part = ceil_div(rows, ceil_div(rows, kRowsTogether));
+  for (int64_t begin = 0; begin < rows; begin += part) {
+    const int64_t count = std::min(part, rows - begin);
+    const Tensor a_part = torch::stable::narrow(a, 0, begin, count);
+    Tensor out = view(p.dtype, p.out, m + begin, n, count, columns, p.out_stride);
+    if (p.dtype == DType::f32) {
+      aten::mm_out(a_part, w_transposed, out);
+    } else {
+      const Tensor product = torch::stable::empty({count, columns}, ScalarType::Float);
+      aten::mm_out(a_part, w_transposed, product);
+      torch::stable::copy_(out, product);
+    }
+  }
+}
+
 // The GEMM in float32 by aten, rounded once: a block of columns is one thread's, from the widening of
 // its rows of w to its part of out. In 16 bits that is several times the speed of a plain loop.
 void gemm_in_blocks(const GemmParams& p) {
-  const bool widen = p.dtype != DType::f32;
   const int64_t fitting = kBytesOfA / (p.k * static_cast<int64_t>(sizeof(float)));
-  const int64_t block_rows = widen ? std::clamp<int64_t>(fitting, 1, kMostRows) : p.m;
+  const int64_t block_rows = p.dtype == DType::f32 ? p.m : std::clamp<int64_t>(fitting, 1, kMostRows);
+  const int64_t columns = block_columns(p);
   for (int64_t m = 0; m < p.m; m += block_rows) {
     const int64_t rows = std::min(block_rows, p.m - m);
     const Tensor a = as_float32(view(p.dtype, p.a, m, 0, rows, p.k, p.a_stride));
-    const int64_t columns = block_columns(p, rows);
-    over_tasks(ceil_div(p.n, columns), [&](int64_t i) {
-      const int64_t n = i * columns, count = std::min(columns, p.n - n);
-      const Tensor w = as_float32(view(p.dtype, p.w, n, 0, count, p.k, p.w_stride));
-      Tensor out = view(p.dtype, p.out, m, n, rows, count, p.out_stride);
-      const Tensor product = widen ? torch::stable::empty({rows, count}, ScalarType::Float) : out;
-      aten::mm_out(a, torch::stable::transpose(w, 0, 1), product);
-      if (widen) torch::stable::copy_(out, product);
-    });
+    over_tasks(ceil_div(p.n, columns),
+               [&](int64_t i) { block(p, a, m, rows, i * columns, std::min(columns, p.n - i * columns)); });
   }
 }
 
