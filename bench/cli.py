@@ -130,9 +130,9 @@ def _problem(options: argparse.Namespace) -> str | None:
     if options.calibrate and (options.via != "enable" or options.model is None):
         return "--calibrate: expected --model, and --via enable, which alone looks at min_tokens"
     if not options.device.startswith("cuda"):
-        asked = {name for text in options.tune for name in parse_options(text)}
-        if asked - {"gemm_blocks"}:
-            return f"--tune: expected gemm_blocks, or --device cuda, got {', '.join(sorted(asked))}"
+        unknown = {name for text in options.tune for name in parse_options(text)} - {"gemm_blocks"}
+        if unknown:
+            return f"--tune: expected gemm_blocks, or --device cuda, got {', '.join(sorted(unknown))}"
     return None
 
 
