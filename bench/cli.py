@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         default=[],
-        help='options of the CUDA backend, such as "overlap=1" or "overlap=1,sdpa_rows=0"; each makes its own arms',
+        help='options of the backend, such as "gemm_blocks=0" or "overlap=1,sdpa_rows=0"; each makes its own arms',
     )
     p.add_argument("--profile", action="store_true", help="where a native prefill's time goes, stage by stage")
     p.add_argument("--kernels", action=argparse.BooleanOptionalAction, default=None, help="the kernel table")
@@ -129,8 +129,10 @@ def _problem(options: argparse.Namespace) -> str | None:
         return str(error)
     if options.calibrate and (options.via != "enable" or options.model is None):
         return "--calibrate: expected --model, and --via enable, which alone looks at min_tokens"
-    if options.tune and not options.device.startswith("cuda"):
-        return "--tune: expected --device cuda, whose backend has options"
+    if not options.device.startswith("cuda"):
+        unknown = {name for text in options.tune for name in parse_options(text)} - {"gemm_blocks"}
+        if unknown:
+            return f"--tune: expected gemm_blocks, or --device cuda, got {', '.join(sorted(unknown))}"
     return None
 
 

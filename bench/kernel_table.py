@@ -201,8 +201,9 @@ def _row(name: str, operands: Operands, make: Maker, flops: float | None = None,
 
 
 def _gemm_row(gemm: Gemm, tokens: int) -> Row:
-    name = gemm.name if gemm.name.startswith("gemm") else f"gemm {gemm.name}"
-    return Row(name=name, tokens=tokens, samples=gemm.samples, failed=gemm.failed, flops=gemm.flops)
+    name = gemm.name if "gemm" in gemm.name else f"gemm {gemm.name}"
+    beside = name.removeprefix("own ") if name.startswith("own ") else None
+    return Row(name=name, tokens=tokens, samples=gemm.samples, failed=gemm.failed, flops=gemm.flops, beside=beside)
 
 
 # Each maker returns the call and the bytes that it reads and writes, every operand and result once.

@@ -151,7 +151,7 @@ def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]
 
 
 def tuned(call: Callable[[], Any], options: Mapping[str, int]) -> Callable[[], Any]:
-    """The call under options of the CUDA backend (``torch.ops.pop.tune``), which are put back after it."""
+    """The call under options of a backend (``torch.ops.pop.tune``), which are put back after it."""
     if not options:
         return call
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,21 +32,34 @@ class Gemm(Timed):
         return self.flops / Summary.of(self.samples).median if self.samples else None
 
 
-def make_gemm(name: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Gemm:
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def own_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The product that a native prefill uses, where ``F.linear`` is that of the stock model."""
+    return torch.ops.pop.linear(x, weight)
+
+
+def make_gemm(
+    name: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, product: Product = F.linear
+) -> Gemm:
     """A product on random operands; a failed allocation is its result."""
     gemm = Gemm(name=name, m=m, n=n, k=k)
 
     def make() -> object:
         x = torch.empty(m, k, dtype=dtype, device=device).normal_()
         w = torch.empty(n, k, dtype=dtype, device=device).normal_()
-        return lambda: F.linear(x, w)
+        return lambda: product(x, w)
 
     gemm.call = gemm.attempt(make)
     return gemm
 
 
 def layer_gemms(spec: _core.ModelSpec, tokens: int, dtype: torch.dtype, device: torch.device) -> list[Gemm]:
-    """A layer's products for ``tokens`` rows; those of equal shape once."""
+    """A layer's products for ``tokens`` rows; those of equal shape once. On a CPU those of a native prefill as well.
+
+    (On CUDA a native prefill asks the same library.)
+    """
     sizes = {
         "q_proj": (spec.q_dim, spec.hidden_size),
         "k_proj, v_proj": (spec.kv_dim, spec.hidden_size),
@@ -56,14 +70,19 @@ def layer_gemms(spec: _core.ModelSpec, tokens: int, dtype: torch.dtype, device: 
     names: dict[tuple[int, int], str] = {}
     for name, size in sizes.items():
         names[size] = f"{names[size]}, {name}" if size in names else name
-    return [make_gemm(f"gemm {name}", tokens, n, k, dtype, device) for (n, k), name in names.items()]
+    products: dict[str, Product] = {"gemm": F.linear} | ({"own gemm": own_product} if device.type == "cpu" else {})
+    return [
+        make_gemm(f"{kind} {name}", tokens, n, k, dtype, device, product)
+        for (n, k), name in names.items()
+        for kind, product in products.items()
+    ]
 
 
 def reference_gemms(spec: _core.ModelSpec, rows: int, dtype: torch.dtype, device: torch.device) -> list[Gemm]:
     """What a prefill of ``rows`` rows is held against: its MLP's product, and a square one.
 
-    On a CPU of 16-bit weights also a square one in float32: where the library has only a plain loop for 16 bits, the
-    kernels widen them, and reach more than that loop does.
+    On a CPU the MLP's product also as a native prefill computes it, and with 16-bit weights a square one in float32:
+    where the library has only a plain loop for 16 bits, they are widened, which reaches more than that loop does.
     """
     side = _SQUARE.get(device.type, _SQUARE["cpu"])
     inner, hidden = spec.intermediate_size, spec.hidden_size
@@ -72,6 +91,8 @@ def reference_gemms(spec: _core.ModelSpec, rows: int, dtype: torch.dtype, device
         make_gemm(f"[{rows}, {hidden}] x [{hidden}, {inner}]", rows, inner, hidden, dtype, device),
         make_gemm(square, side, side, side, dtype, device),
     ]
+    if device.type == "cpu":
+        products.insert(1, make_gemm(f"{products[0].name} (own)", rows, inner, hidden, dtype, device, own_product))
     if device.type == "cpu" and dtype.itemsize == 2:
         products.append(make_gemm(f"{square} float32", side, side, side, torch.float32, device))
     return products

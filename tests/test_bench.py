@@ -304,7 +304,7 @@ def test_a_model_that_cannot_be_loaded_fails_alone(config_dir, tmp_path, capsys,
         (["--tune", "overlap"], '--tune: expected options such as "overlap=1,sdpa_rows=0", got'),
         (["--calibrate"], "--calibrate: expected --model, and --via enable, which alone looks at min_tokens"),
         (["--model", "demo", "--calibrate", "--via", "prefill"], "--calibrate: expected --model, and --via enable"),
-        (["--tune", "overlap=1"], "--tune: expected --device cuda, whose backend has options"),
+        (["--tune", "gemm_blocks=0,overlap=1"], "--tune: expected gemm_blocks, or --device cuda, got overlap"),
     ],
 )
 def test_bad_arguments_are_named(arguments, text, capsys):

@@ -111,6 +111,7 @@ def opcheck_cases():
     for cache in (*caches.keys, *caches.values):
         cache.nan_to_num_(0.0).clamp_(-1, 1)
     return {
+        "linear": ((x, random(6, 8, seed=2)), {}),
         "rms_norm": ((x, weight, EPS), {}),
         "add_rms_norm": ((x, x * 2, weight, EPS, weight), {}),
         "gated_act": ((x, x * 2, "gelu", weight, None), {}),

@@ -1,4 +1,4 @@
-"""The switches of the CUDA backend (`torch.ops.pop.tune`), for the length of a block."""
+"""The switches of the backends (`torch.ops.pop.tune`), for the length of a block."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@
 #include <span>
 #include <vector>
 
+#include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "norm_over_heads.h"
-#include "torch/aten.h"
 
 namespace pop {
 namespace {
@@ -25,17 +25,8 @@ using torch::stable::parallel_for;
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kGrainElements = 1 << 14;
 
-// Up to so many rows skinny_gemm is used. Measured on two cores of a Zen 4 with K and N of 2048 and
-// 8192: it streams w at the speed of memory up to 6 rows and stays ahead of oneDNN (bfloat16, 4x at
-// one row, 1.1x at 48) and of MKL (float32, 2x at one row, 1.1x at 64), which pack their operands.
-constexpr int64_t kSkinnyRows = 48;
-constexpr int64_t kSkinnyRowsFloat32 = 64;
-
 // Rows of a run's KV projection that are in flight at once; they bound its workspace.
 constexpr int64_t kKvProjectRows = 1024;
-
-// Bytes of float32 that widened_gemm holds at once of each operand.
-constexpr int64_t kWidenedBytes = 16 << 20;
 
 struct AlignedDelete {
   void operator()(char* memory) const { ::operator delete(memory, std::align_val_t(kAlignment)); }
@@ -54,50 +45,6 @@ void over_rows(void (*kernel)(const Params&, int64_t, int64_t), const Params& pa
   if (rows == 0) return;
   const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, width));
   parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
-}
-
-const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
-
-// Does the library's GEMM of this dtype fall back to a plain loop on this processor?
-bool widen_first(DType dtype) {
-#if defined(__x86_64__)
-  static const bool avx512 =
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return dtype == DType::f16 || (dtype == DType::bf16 && !avx512);
-#else
-  return dtype == DType::f16;
-#endif
-}
-
-// The GEMM in float32, a block of rows of a and of w at a time: several times the speed of a plain
-// loop over 16-bit elements, and rounded once all the same.
-void widened_gemm(const GemmParams& p) {
-  using torch::stable::Tensor;
-  const int64_t element = element_size(p.dtype);
-  // The product of two blocks is kept within the same bytes: 2048 * 2048 of them.
-  const int64_t block = std::clamp<int64_t>(kWidenedBytes / (p.k * static_cast<int64_t>(sizeof(float))), 1, 2048);
-  const auto narrow = [&](const void* base, int64_t row, int64_t column, int64_t rows, int64_t columns,
-                          int64_t stride) {
-    char* data = static_cast<char*>(const_cast<void*>(base)) + (row * stride + column) * element;
-    return torch::stable::from_blob(data, {rows, columns}, {stride, 1}, kCpu, aten::scalar_type(p.dtype));
-  };
-  const auto wide = [&](int64_t rows, int64_t columns) {
-    return torch::stable::empty({rows, columns}, torch::headeronly::ScalarType::Float);
-  };
-  for (int64_t n = 0; n < p.n; n += block) {
-    const int64_t columns = std::min(block, p.n - n);
-    Tensor w = wide(columns, p.k);
-    torch::stable::copy_(w, narrow(p.w, n, 0, columns, p.k, p.w_stride));
-    for (int64_t m = 0; m < p.m; m += block) {
-      const int64_t rows = std::min(block, p.m - m);
-      Tensor a = wide(rows, p.k);
-      torch::stable::copy_(a, narrow(p.a, m, 0, rows, p.k, p.a_stride));
-      Tensor product = wide(rows, columns);
-      aten::mm_out(a, torch::stable::transpose(w, 0, 1), product);
-      Tensor out = narrow(p.out, m, n, rows, columns, p.out_stride);
-      torch::stable::copy_(out, product);
-    }
-  }
 }
 
 class CpuBackend final : public Backend {
@@ -150,7 +97,7 @@ class CpuBackend final : public Backend {
   }
 
   void gemm(const GemmParams* products, int64_t count) override {
-    for (int64_t i = 0; i < count; ++i) product(products[i]);
+    for (int64_t i = 0; i < count; ++i) cpu::gemm(products[i]);
   }
 
   void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t row_bytes,
@@ -188,18 +135,6 @@ class CpuBackend final : public Backend {
   }
 
  private:
-  void product(const GemmParams& p) {
-    if (p.m == 0 || p.n == 0) return;
-    if (p.m <= (p.dtype == DType::f32 ? kSkinnyRowsFloat32 : kSkinnyRows)) {
-      const int64_t grain = std::max<int64_t>(4, kGrainElements / std::max<int64_t>(1, p.k));
-      parallel_for(0, p.n, grain, [&](int64_t begin, int64_t end) { table_.skinny_gemm(p, begin, end); });
-    } else if (widen_first(p.dtype)) {
-      widened_gemm(p);
-    } else {
-      aten::matmul_nt(p, kCpu);
-    }
-  }
-
   // Where the parts of kv_project's workspace begin, in bytes.
   struct KvProjectLayout {
     size_t rstd, normalised, kv, bytes;
@@ -242,16 +177,16 @@ class CpuBackend final : public Backend {
                 .out_stride = p.hidden_size,
                 .rstd = normalise ? nullptr : own_rstd});
     }
-    product({.dtype = p.dtype,
-             .m = rows,
-             .n = columns,
-             .k = p.hidden_size,
-             .a = normalise ? workspace + layout.normalised : x,
-             .a_stride = normalise ? p.hidden_size : p.x_stride,
-             .w = p.weight,
-             .w_stride = p.hidden_size,
-             .out = kv,
-             .out_stride = columns});
+    cpu::gemm({.dtype = p.dtype,
+               .m = rows,
+               .n = columns,
+               .k = p.hidden_size,
+               .a = normalise ? workspace + layout.normalised : x,
+               .a_stride = normalise ? p.hidden_size : p.x_stride,
+               .w = p.weight,
+               .w_stride = p.hidden_size,
+               .out = kv,
+               .out_stride = columns});
     if (p.norm_over_heads) norm_stacked_keys(*this, p, kv, rows);
     for (int64_t layer = 0; layer < p.layers; ++layer) {
       const char* k = kv + layer * 2 * kv_dim * element;

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "cpu/cpu_backend.h"
+#include "cpu/gemm.h"
 #include "torch/checks.h"
 
 #if defined(POP_WITH_CUDA)
@@ -43,7 +44,9 @@ BackendOfCall::BackendOfCall(const Tensor& like) {
   }
 }
 
-int64_t tune(const std::string& option, int64_t value) { return CudaBackend::tune(option, value); }
+int64_t tune(const std::string& option, int64_t value) {
+  return option == "gemm_blocks" ? cpu::set_gemm_blocks(value) : CudaBackend::tune(option, value);
+}
 
 void check_reported_ids(const Tensor& like) {
   if (takes_cuda_backend(like)) CudaBackend::check_reported_ids(like.is_cuda() ? like.get_device_index() : 0);
@@ -55,8 +58,10 @@ struct BackendOfCall::Device {};
 
 BackendOfCall::BackendOfCall(const Tensor&) : backend_(&cpu_backend()) {}
 
-int64_t tune(const std::string& option, int64_t) {
-  throw std::runtime_error("pop::tune: option: expected a build with CUDA kernels, got one without (" + option + ")");
+int64_t tune(const std::string& option, int64_t value) {
+  if (option == "gemm_blocks") return cpu::set_gemm_blocks(value);
+  throw std::runtime_error("pop::tune: option: expected gemm_blocks, or a build with CUDA kernels, got one without (" +
+                           option + ")");
 }
 
 void check_reported_ids(const Tensor&) {}

@@ -28,7 +28,7 @@ class BackendOfCall {
   Backend* backend_;
 };
 
-// Switches of the CUDA backend, by name; returns the value before, or throws on an unknown name. The names
+// Switches of the backends, by name; returns the value before, or throws on an unknown name. The names
 // and their meanings are in docs/ops.md.
 int64_t tune(const std::string& option, int64_t value);
 

@@ -54,7 +54,8 @@ int64_t CudaBackend::tune(const std::string& option, int64_t value) {
   if (option == "sdpa_rows") return set_sdpa_rows(value);
   if (option == "fused_kv_project") return options().fused.exchange(value);
   throw std::runtime_error(
-      "pop::tune: option: expected skinny_rows, overlap, library_attention, sdpa_rows or fused_kv_project, got " +
+      "pop::tune: option: expected gemm_blocks, skinny_rows, overlap, library_attention, sdpa_rows or "
+      "fused_kv_project, got " +
       option);
 }
 

@@ -21,6 +21,7 @@ STABLE_TORCH_LIBRARY(pop, m) {
       "Tensor? sin_local=None, Tensor? blocks=None, Tensor? feature_index=None, Tensor[]? features=None) -> Tensor");
 
   // Building blocks.
+  m.def("linear(Tensor x, Tensor weight) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0) -> Tensor");
   m.def(
       "add_rms_norm(Tensor(a!) x, Tensor delta, Tensor weight, float eps, Tensor? delta_bias=None, "
@@ -49,6 +50,6 @@ STABLE_TORCH_LIBRARY(pop, m) {
   // The operator `name` of another library is here under its schema number `variant`, or not (-1) for that reason.
   m.def("set_foreign(str name, int variant, str reason) -> ()");
   m.def("cpu_isa() -> str");
-  // Sets an option of the CUDA backend and returns what it was, for measuring.
+  // Sets an option of a backend and returns what it was, for measuring.
   m.def("tune(str option, int value) -> int");
 }

@@ -40,6 +40,32 @@ void check_heads_contiguous(const Tensor& query, const std::string& name) {
 
 Tensor empty_like_rows(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
 
+Tensor linear(Tensor x, Tensor weight) {
+  const DType dtype = dtype_of(x, "pop::linear: x");
+  check(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "pop::linear: x: expected a last dimension of at least 1, got ",
+        shape_of(x));
+  const int64_t k = x.size(x.dim() - 1);
+  check_like(weight, x, "pop::linear: weight");
+  check_shape(weight, {-1, k}, "pop::linear: weight");
+  check_last_dim_contiguous(weight, "pop::linear: weight");
+  const Tensor rows = as_rows(x);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = weight.size(0);
+  Tensor out = torch::stable::new_empty(x, shape);
+  const GemmParams product{.dtype = dtype,
+                           .m = rows.size(0),
+                           .n = weight.size(0),
+                           .k = k,
+                           .a = rows.const_data_ptr(),
+                           .a_stride = rows.stride(0),
+                           .w = weight.const_data_ptr(),
+                           .w_stride = weight.stride(0),
+                           .out = out.mutable_data_ptr(),
+                           .out_stride = weight.size(0)};
+  BackendOfCall(x)->gemm(&product, 1);
+  return out;
+}
+
 Tensor rms_norm(Tensor x, Tensor weight, double eps, double weight_offset) {
   const DType dtype = dtype_of(x, "pop::rms_norm: x");
   check(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "pop::rms_norm: x: expected a last dimension of at least 1, got ",
@@ -367,6 +393,7 @@ STABLE_TORCH_LIBRARY_IMPL(pop, CompositeExplicitAutograd, m) { m.impl("fold_kv",
 // The same functions for every device: the backend differs.
 template <class Library>
 static void implement(Library& m) {
+  m.impl("linear", TORCH_BOX(&linear));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
   m.impl("gated_act", TORCH_BOX(&gated_act));

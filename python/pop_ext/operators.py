@@ -192,6 +192,11 @@ def _(
     return key_cache[0].new_empty((wanted, hidden_size))
 
 
+@torch.library.register_fake("pop::linear")
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 @torch.library.register_fake("pop::rms_norm")
 def _(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
     _check_devices("rms_norm", x=x, weight=weight)

@@ -1,0 +1,148 @@
+// Who computes a product is decided by processor, dtype and shape alone, so that the same call gives the
+// same bits. What was measured, and what was tried beside it, is in docs/cpu.md.
+#include "cpu/gemm.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <mutex>
+
+#include "cpu/kernels.h"
+#include "torch/aten.h"
+
+namespace pop::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Below this many elements a second thread costs more than it saves.
+constexpr int64_t kGrainElements = 1 << 14;
+
+// Up to so many rows skinny_gemm is used. Measured on two cores of a Zen 4 with K and N of 2048 and
+// 8192: it streams w at the speed of memory up to 6 rows and stays ahead of oneDNN (bfloat16, 4x at
+// one row, 1.1x at 48) and of MKL (float32, 2x at one row, 1.1x at 64), which pack their operands.
+constexpr int64_t kSkinnyRows = 48;
+constexpr int64_t kSkinnyRowsFloat32 = 64;
+
+// A product in blocks holds at once so many bytes of a, widened, and of each thread so many of w. The
+// columns of a block were measured on a Zen 3 with K of 2048 and 8192: the library packs all of a for
+// each block, which asks for wide ones, and w should still be in the cache when it is read.
+constexpr int64_t kBytesOfA = 32 << 20, kMostRows = 2048;
+constexpr int64_t kBytesOfW = 16 << 20, kMostColumns = 384;
+constexpr int64_t kFewRows = 128, kMostColumnsForFewRows = 192;
+constexpr int64_t kFewestColumns = 64, kColumnsTogether = 16;
+constexpr int64_t kRowsTogether = 512;
+
+const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
+
+// Does the library's GEMM of this dtype fall back to a plain loop on this processor?
+bool widen_first(DType dtype) {
+#if defined(__x86_64__)
+  static const bool avx512 =
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return dtype == DType::f16 || (dtype == DType::bf16 && !avx512);
+#else
+  return dtype == DType::f16;
+#endif
+}
+
+// On AMD's processors MKL loses up to half of its speed where w has many rows, and none in blocks of them.
+std::atomic<int64_t>& gemm_blocks() {
+#if defined(__x86_64__)
+  static std::atomic<int64_t> wanted{__builtin_cpu_is("amd") ? 1 : 0};
+#else
+  static std::atomic<int64_t> wanted{0};
+#endif
+  return wanted;
+}
+
+Tensor view(DType dtype, const void* base, int64_t row, int64_t column, int64_t rows, int64_t columns, int64_t stride) {
+  char* data = static_cast<char*>(const_cast<void*>(base)) + (row * stride + column) * element_size(dtype);
+  return torch::stable::from_blob(data, {rows, columns}, {stride, 1}, kCpu, aten::scalar_type(dtype));
+}
+
+Tensor as_float32(const Tensor& tensor) { return torch::stable::to(tensor, ScalarType::Float); }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Columns of a block: of about equal blocks, as many for each thread.
+int64_t block_columns(const GemmParams& p) {
+  const int64_t fitting = kBytesOfW / (p.k * static_cast<int64_t>(sizeof(float)));
+  const int64_t most = std::min(p.m <= kFewRows ? kMostColumnsForFewRows : kMostColumns, fitting);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t blocks = ceil_div(ceil_div(p.n, std::max(kFewestColumns, most)), threads) * threads;
+  return ceil_div(std::max(kFewestColumns, ceil_div(p.n, blocks)), kColumnsTogether) * kColumnsTogether;
+}
+
+// Runs `task(0)` .. `task(count - 1)`; each thread takes the next. The first exception is thrown at the end.
+template <class Task>
+void over_tasks(int64_t count, const Task& task) {
+  std::atomic<int64_t> next{0};
+  std::exception_ptr error;
+  std::once_flag failed;
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    try {
+      for (int64_t i = next++; i < count; i = next++) task(i);
+    } catch (...) {
+      std::call_once(failed, [&] { error = std::current_exception(); });
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
+
+// Rows [m, m + rows) and columns [n, n + columns) of out: a part of the rows at a time, since the library
+// packs them.
+void block(const GemmParams& p, Tensor a, int64_t m, int64_t rows, int64_t n, int64_t columns) {
+  const Tensor w = as_float32(view(p.dtype, p.w, n, 0, columns, p.k, p.w_stride));
+  const Tensor w_transposed = torch::stable::transpose(w, 0, 1);
+  const int64_t part = ceil_div(rows, ceil_div(rows, kRowsTogether));
+  for (int64_t begin = 0; begin < rows; begin += part) {
+    const int64_t count = std::min(part, rows - begin);
+    const Tensor a_part = torch::stable::narrow(a, 0, begin, count);
+    Tensor out = view(p.dtype, p.out, m + begin, n, count, columns, p.out_stride);
+    if (p.dtype == DType::f32) {
+      aten::mm_out(a_part, w_transposed, out);
+    } else {
+      const Tensor product = torch::stable::empty({count, columns}, ScalarType::Float);
+      aten::mm_out(a_part, w_transposed, product);
+      torch::stable::copy_(out, product);
+    }
+  }
+}
+
+// The GEMM in float32 by aten, rounded once: a block of columns is one thread's, from the widening of
+// its rows of w to its part of out. In 16 bits that is several times the speed of a plain loop.
+void gemm_in_blocks(const GemmParams& p) {
+  const int64_t fitting = kBytesOfA / (p.k * static_cast<int64_t>(sizeof(float)));
+  const int64_t block_rows = p.dtype == DType::f32 ? p.m : std::clamp<int64_t>(fitting, 1, kMostRows);
+  const int64_t columns = block_columns(p);
+  for (int64_t m = 0; m < p.m; m += block_rows) {
+    const int64_t rows = std::min(block_rows, p.m - m);
+    const Tensor a = as_float32(view(p.dtype, p.a, m, 0, rows, p.k, p.a_stride));
+    over_tasks(ceil_div(p.n, columns),
+               [&](int64_t i) { block(p, a, m, rows, i * columns, std::min(columns, p.n - i * columns)); });
+  }
+}
+
+}  // namespace
+
+void gemm(const GemmParams& p) {
+  if (p.m == 0 || p.n == 0) return;
+  if (p.m <= (p.dtype == DType::f32 ? kSkinnyRowsFloat32 : kSkinnyRows)) {
+    const int64_t grain = std::max<int64_t>(4, kGrainElements / std::max<int64_t>(1, p.k));
+    torch::stable::parallel_for(0, p.n, grain,
+                                [&](int64_t begin, int64_t end) { kernels().skinny_gemm(p, begin, end); });
+  } else if (widen_first(p.dtype) || (p.dtype == DType::f32 && gemm_blocks() != 0)) {
+    gemm_in_blocks(p);
+  } else {
+    aten::matmul_nt(p, kCpu);
+  }
+}
+
+int64_t set_gemm_blocks(int64_t value) { return gemm_blocks().exchange(value != 0); }
+
+}  // namespace pop::cpu

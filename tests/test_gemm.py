@@ -1,0 +1,132 @@
+"""The CPU backend's matrix product, as `torch.ops.pop.linear`, as a whole and in blocks of columns."""
+
+from __future__ import annotations
+
+import math
+
+import pop_ext  # noqa: F401  (registers torch.ops.pop)
+import pytest
+import torch
+from at_once import run_at_once
+from op_operands import DTYPES, random, strided
+from tolerance import assert_close_fp32, assert_low_precision
+from torch import Tensor
+from torch.nn import functional as F
+from tuning import tuned
+
+linear = torch.ops.pop.linear
+
+# Rows on both sides of each limit (48, 64: the kernel of few rows; 2048: a second block of rows), columns of less
+# than a block, of one and of several with a rest.
+ROWS = [1, 48, 49, 64, 65, 111, 500, 2049]
+COLUMNS = [1, 63, 64, 65, 193, 257, 700]
+WIDTHS = [1, 33, 96, 2048]
+
+
+@pytest.fixture(params=[0, 1], ids=["whole", "blocks"])
+def blocks(request):
+    with tuned(gemm_blocks=request.param):
+        yield request.param
+
+
+def operands(rows: int, columns: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return random(rows, width, dtype=dtype), random(columns, width, dtype=dtype, seed=1) / width**0.5
+
+
+def check(x: Tensor, weight: Tensor) -> None:
+    actual, exact = linear(x, weight), F.linear(x.double(), weight.double())
+    if x.dtype == torch.float32:
+        assert_close_fp32(actual, exact, "product", 2e-5)
+    else:
+        assert_low_precision(actual, F.linear(x, weight), exact, "product")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_product_of_any_number_of_rows_is_as_exact_as_torchs(rows, dtype, blocks):
+    check(*operands(rows, 500, 96, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_a_product_of_any_number_of_columns_is_as_exact_as_torchs(columns, width, dtype, blocks):
+    check(*operands(70, columns, width, dtype))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_product_wider_than_the_memory_for_its_operand_is_computed_in_parts(dtype, threads, blocks):
+    torch.set_num_threads(threads)
+    check(*operands(70, 65, 200_000, dtype))  # 41 rows of 200,000 are the 32 MiB that the operand may take
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [5, 300])
+def test_a_product_of_operands_with_gaps_between_rows_is_as_exact_as_torchs(rows, dtype, blocks):
+    x, weight = operands(rows, 257, 96, dtype)
+    check(strided(x), strided(weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_change_a_product_by_rounding_alone(dtype):
+    x, weight = operands(300, 700, 500, dtype)
+    results = []
+    for value in (0, 1):
+        with tuned(gemm_blocks=value):
+            results.append(linear(x, weight))
+    tolerance = 2e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_product_has_the_same_bits_under_each_number_of_threads(dtype, blocks):
+    x, weight = operands(300, 700, 500, dtype)
+    exact = F.linear(x.double(), weight.double())
+    for threads in (1, 2, 3, 16):
+        torch.set_num_threads(threads)
+        first = linear(x, weight)
+        assert all(torch.equal(linear(x, weight), first) for _ in range(5)), f"{threads} threads"
+        assert_close_fp32(first.float(), exact, f"{threads} threads", 2e-5 + 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_threads_at_once_get_the_bits_of_one(dtype, blocks):
+    pairs = [operands(rows, 300, 128, dtype) for rows in (70, 300)]
+    alone = [linear(*pair) for pair in pairs]
+    jobs = [lambda pair=pair: [linear(*pair) for _ in range(20)] for pair in pairs]
+    for results, expected in zip(run_at_once(*jobs), alone, strict=True):
+        assert all(torch.equal(result, expected) for result in results)
+
+
+def test_a_nan_in_a_weight_reaches_its_column_and_no_other(blocks):
+    x, weight = operands(70, 300, 64, torch.float32)
+    weight[131, 7] = math.nan
+    out = linear(x, weight)
+    assert out[:, 131].isnan().all()
+    assert out.isfinite().sum() == 70 * 299
+
+
+def test_leading_dimensions_and_empty_operands_give_the_shapes_of_torchs_linear(blocks):
+    weight = random(7, 5)
+    for shape in ((5,), (3, 5), (2, 40, 5), (0, 5)):
+        assert_close_fp32(linear(random(*shape), weight), F.linear(random(*shape), weight), str(shape), 1e-6)
+    assert linear(random(100, 5), random(0, 5)).shape == (100, 0)
+
+
+def test_a_product_refuses_operands_by_name():
+    x = random(3, 5)
+    for weight, message in (
+        (random(7, 6), r"pop::linear: weight: expected shape \[\*, 5\], got \[7, 6\]"),
+        (random(7, 5).half(), "pop::linear: weight: expected .*float32.*, got .*float16"),
+        (random(5, 7).t(), "pop::linear: weight: expected a contiguous last dimension"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            linear(x, weight)
+    with pytest.raises(RuntimeError, match="pop::linear: x: expected a last dimension of at least 1"):
+        linear(random(3, 0), random(7, 0))
+
+
+def test_an_unknown_option_is_refused_by_name():
+    with pytest.raises(RuntimeError, match=r"pop::tune: option: expected gemm_blocks.*\(?blocks"):
+        torch.ops.pop.tune("blocks", 1)
