@@ -47,5 +47,6 @@ def test_any_share_of_the_kernel_for_few_rows_gives_the_same_result(native, rows
 
 
 def test_an_unknown_option_is_refused():
-    with pytest.raises(RuntimeError, match="expected gemm_blocks, skinny_rows, overlap, library_attention, .*got speed"):
+    text = "expected gemm_blocks, skinny_rows, overlap, library_attention, .*got speed"
+    with pytest.raises(RuntimeError, match=text):
         torch.ops.pop.tune("speed", 1)
