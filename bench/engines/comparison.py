@@ -29,7 +29,7 @@ from bench.progress import Progress
 KEPT = 20
 """Log-probabilities that are compared: of the tokens that an engine finds most probable."""
 LARGEST_ERROR = 0.1  # of full depth, see ``logits_error``; rounding stays far below
-_HERE = Peer(HERE, "bench.engines.here", (), memory=1.5, pop_ext=True)
+_HERE = Peer(HERE, "bench.engines.here", (), memory=1.5)
 _OURS = {HERE, *(name for name, peer in PEERS.items() if peer.pop_ext)}
 _CPU = torch.device("cpu")
 
@@ -154,21 +154,20 @@ def _start(engines: Engines, peer: Peer, stack: ExitStack) -> Started:
     options = engines.options
     say = partial(_say, engines)
     package = Path(pop_ext.__file__).resolve().parent
-    path = str(package.parent) if peer.pop_ext else None
     if peer is _HERE:
-        python = Path(sys.executable)
+        python, path = Path(sys.executable), package.parent
     else:
-        python = venv_python(peer, options.folder.resolve(), torch.__version__, options.install, say)
+        python, path = venv_python(peer, options.folder.resolve(), torch.__version__, options.install, say), None
     needed, free = peer.memory * engines.size, available_bytes(_CPU)
     if free is not None and needed > free:
         raise ChildError(f"it takes about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
     work = engines.home.resolve() / peer.name
     work.mkdir(parents=True, exist_ok=True)
-    if peer.pop_ext and peer is not _HERE:
-        path = str(_alone(package, work / "path"))
+    if peer.pop_ext:
+        path = _alone(package, work / "path")
     say(f"{peer.name}: loading")
     begin = time.monotonic()
-    child = Child(python, peer.module, engines.cpus, work / "log.txt", path)
+    child = Child(python, peer.module, engines.cpus, work / "log.txt", path and str(path))
     stack.callback(child.close)
     answer = child.ask(
         options.timeout,

@@ -26,7 +26,7 @@ class PrunedPrefill(torch.nn.Module):
     """What makes a model of vLLM prune its prefills; comes before the model's class among the bases."""
 
     model: Any
-    pop_runs: list[range]
+    pop_runs: tuple[range, ...]
     pop_projections: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **more: Any) -> None:
@@ -34,8 +34,7 @@ class PrunedPrefill(torch.nn.Module):
         plan = engine_plan(vllm_config)
         boundary = engine_boundary(vllm_config, plan)
         layers = self.model.layers
-        # The last layer of a prefill has nothing to do for context rows but K and V, omitted or not.
-        self.pop_runs = _runs({*plan.omit, plan.num_layers - 1})
+        self.pop_runs = plan.projected_runs
         self.pop_projections = torch.nn.ModuleList(
             RunProjection([layers[number] for number in run], run.start, plan.projections) for run in self.pop_runs
         )
@@ -96,16 +95,6 @@ class PrunedPrefill(torch.nn.Module):
         out = hidden_states.new_full((len(positions), hidden_states.shape[-1]), torch.nan)
         out[rows] = hidden_states
         return out
-
-
-def _runs(numbers: set[int]) -> list[range]:
-    runs: list[range] = []
-    for number in sorted(numbers):
-        if runs and runs[-1].stop == number:
-            runs[-1] = range(runs[-1].start, number + 1)
-        else:
-            runs.append(range(number, number + 1))
-    return runs
 
 
 def _context_of(context: ForwardContext, names: list[str], rows: torch.Tensor) -> ForwardContext:
