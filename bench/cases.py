@@ -31,7 +31,8 @@ class Settings:
         warmup: calls of each arm before them; the last one is also watched for its memory.
         compile_mode: of hf-compile; None leaves that arm out.
         via: how native arms are called (``bench.arms``).
-        tunings: options of the CUDA backend that make arms of their own (``bench.arms``).
+        tunings: options of the backend that make arms of their own (``bench.arms``).
+        fp8: so do products in 8-bit floats.
         quiet: no progress bar.
     """
 
@@ -40,6 +41,7 @@ class Settings:
     compile_mode: str | None = None
     via: str = "enable"
     tunings: tuple[Mapping[str, int], ...] = ()
+    fp8: bool = False
     quiet: bool = False
 
 
@@ -144,7 +146,8 @@ def run_case(
     device = next(model.model.parameters()).device
     dtype = next(model.model.parameters()).dtype
     ids = torch.randint(0, spec.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(device)
-    arms = arms_of(model.model, spec, ids, plans, settings.compile_mode, settings.via, settings.tunings)
+    how = (settings.compile_mode, settings.via, settings.tunings, settings.fp8)
+    arms = arms_of(model.model, spec, ids, plans, *how)
     gemms = reference_gemms(spec, batch * tokens, dtype, device)
     case = Case(model, spec, batch, tokens, dtype, arms, gemms)
     timed = [*arms, *gemms]

@@ -83,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help='options of the backend, such as "gemm_blocks=0" or "overlap=1,sdpa_rows=0"; each makes its own arms',
     )
+    p.add_argument("--fp8", action="store_true", help="native arms with products in 8-bit floats, too")
     p.add_argument("--profile", action="store_true", help="where a native prefill's time goes, stage by stage")
     p.add_argument("--kernels", action=argparse.BooleanOptionalAction, default=None, help="the kernel table")
     p.add_argument("--cases", action=argparse.BooleanOptionalAction, default=True, help="the comparisons")
@@ -277,7 +278,9 @@ class Run:
         """Runs one case, prints it and keeps its figures."""
         options = self.options
         tunings = tuple(parse_options(text) for text in options.tune)
-        settings = Settings(options.repeats, options.warmup, compiled, options.via, tunings, options.quiet)
+        settings = Settings(
+            options.repeats, options.warmup, compiled, options.via, tunings, options.fp8, quiet=options.quiet
+        )
         try:
             spec, plans = describe(model.model).spec, self.plans(model)
             case = run_case(model, spec, batch, tokens, plans, settings, budget, make_arms)

@@ -7,6 +7,7 @@ set(POP_CUDA_SOURCES
   cuda/gated_act.cu
   cuda/kv_project_sm90.cu
   cuda/place_rows.cu
+  cuda/quantize_rows.cu
   cuda/rms_norm.cu
   cuda/rope_cache_write.cu
   cuda/route.cu
@@ -20,6 +21,7 @@ set(POP_CUDA_CHECKS
   tests/cuda_shim/check_kv_project_tile.cpp
   tests/cuda_shim/check_main.cpp
   tests/cuda_shim/check_place_rows.cpp
+  tests/cuda_shim/check_quantize_rows.cpp
   tests/cuda_shim/check_rms_norm.cpp
   tests/cuda_shim/check_rope_cache_write.cpp
   tests/cuda_shim/check_route.cpp

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "cache_address.h"
 #include "core/model_spec.h"
@@ -97,7 +98,18 @@ struct RmsNormParams {
   float* rstd;  // [rows] or null
 };
 
-// out = a . w^T
+// Rows in 8-bit floats (e4m3), each by a scale of its own: x = out * scale, the largest magnitude of a row 448.
+struct QuantizeRowsParams {
+  DType dtype;
+  int64_t rows, width;
+  const void* x;  // [rows, width]
+  int64_t x_stride;
+  uint8_t* out;  // [rows, width]
+  int64_t out_stride;
+  float* scale;  // [rows]
+};
+
+// out = a . w^T; with scales a and w are e4m3, and out = (a . w^T) * a_scale * w_scale^T.
 struct GemmParams {
   DType dtype;
   int64_t m, n, k;
@@ -107,6 +119,8 @@ struct GemmParams {
   int64_t w_stride;
   void* out;  // [m, n]
   int64_t out_stride;
+  const float* a_scale = nullptr;  // [m], or null
+  const float* w_scale = nullptr;  // [n], with a_scale
 };
 
 // K and V of one layer. Element [sequence, head, slot, channel]; channels are contiguous.
@@ -252,6 +266,9 @@ class Backend {
   virtual void embed(const EmbedParams&) = 0;
   virtual void add_features(const AddFeaturesParams&) = 0;
   virtual void rms_norm(const RmsNormParams&) = 0;
+  virtual void quantize_rows(const QuantizeRowsParams&) = 0;
+  // Why products of e4m3 with results of `dtype` cannot be computed here; empty if they can.
+  virtual std::string fp8_missing(DType dtype) const = 0;
   // Products that do not depend on each other: those of few rows may share a launch.
   virtual void gemm(const GemmParams* products, int64_t count) = 0;
   virtual void rope_cache_write(const RopeCacheWriteParams&) = 0;

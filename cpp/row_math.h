@@ -95,6 +95,34 @@ POP_HD F f16_value(typename LaneInts<F>::u32 bits) {
 #endif
 }
 
+// ---- 8-bit elements ------------------------------------------------------------------------
+
+inline constexpr float kE4m3Max = 448.0f;
+
+// Low 8 bits of the result: the e4m3 number ("fn": no infinity) nearest to f, ties to even; kE4m3Max from there on.
+template <class F>
+POP_HD auto e4m3_bits(F f) -> typename LaneInts<F>::u32 {
+  using U = typename LaneInts<F>::u32;
+  const U bits = lane_cast<U>(f);
+  const U sign = bits & 0x80000000u;
+  const U magnitude = bits ^ sign;
+  const F absolute = lane_cast<F>(magnitude);
+  // Below 2^-6 the fp32 adder rounds to the subnormal's grid: 2^14 has an ulp of 2^-9.
+  const U subnormal = lane_cast<U>(absolute + 16384.0f) - 0x46800000u;
+  // Otherwise move the exponent's bias from 127 to 7 and round at bit 20.
+  const U normal = (magnitude + (0xc407ffffu + ((magnitude >> 20) & 1u))) >> 20;
+  U byte = absolute < 0.015625f ? subnormal : normal;
+  byte = absolute >= kE4m3Max ? 0x7eu : byte;
+  byte = f != f ? 0x7fu : byte;
+  return byte | (sign >> 24);
+}
+
+// What a row is multiplied by before it is rounded to e4m3, so that its largest magnitude becomes kE4m3Max.
+POP_HD float e4m3_factor(float largest) { return kE4m3Max / (largest < 1e-30f ? 1e-30f : largest); }
+
+// What the rounded row is to be multiplied by afterwards.
+POP_HD float e4m3_scale(float largest) { return (largest < 1e-30f ? 1e-30f : largest) * (1.0f / kE4m3Max); }
+
 // ---- Activations ---------------------------------------------------------------------------
 
 // e^x: within 2 ulp on a host; zero below the range, infinity above, NaN kept.

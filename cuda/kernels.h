@@ -31,6 +31,9 @@ void launch_gated_act(const GatedActParams&, Stream);
 // rope_cache_write.cu
 void launch_rope_cache_write(const RopeCacheWriteParams&, Stream);
 
+// quantize_rows.cu
+void launch_quantize_rows(const QuantizeRowsParams&, Stream);
+
 // What follows the stacked GEMM of a run, for every layer in one launch.
 struct KvEpilogueParams {
   DType dtype;

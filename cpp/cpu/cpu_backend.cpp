@@ -11,6 +11,7 @@
 #include <new>
 #include <numeric>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "cpu/gemm.h"
@@ -75,6 +76,11 @@ class CpuBackend final : public Backend {
     const int64_t heads = (p.q == nullptr ? 0 : p.heads) + 2 * p.kv_heads;
     over_rows(table_.rope_cache_write, p, p.rows, heads * p.head_dim);
   }
+
+  void quantize_rows(const QuantizeRowsParams& p) override { over_rows(table_.quantize_rows, p, p.rows, p.width); }
+
+  // Through float32: for checks, not for speed.
+  std::string fp8_missing(DType) const override { return ""; }
 
   void route(const RouteParams& p) override { over_rows(table_.route, p, p.rows, p.experts * p.experts_per_row); }
 

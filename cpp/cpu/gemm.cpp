@@ -59,12 +59,22 @@ std::atomic<int64_t>& gemm_blocks() {
   return wanted;
 }
 
+Tensor as_float32(const Tensor& tensor) { return torch::stable::to(tensor, ScalarType::Float); }
+
 Tensor view(DType dtype, const void* base, int64_t row, int64_t column, int64_t rows, int64_t columns, int64_t stride) {
   char* data = static_cast<char*>(const_cast<void*>(base)) + (row * stride + column) * element_size(dtype);
   return torch::stable::from_blob(data, {rows, columns}, {stride, 1}, kCpu, aten::scalar_type(dtype));
 }
 
-Tensor as_float32(const Tensor& tensor) { return torch::stable::to(tensor, ScalarType::Float); }
+// Rows of an operand in float32; 8-bit ones times their scale.
+Tensor widened(const GemmParams& p, const void* base, const float* scale, int64_t row, int64_t rows, int64_t stride) {
+  if (scale == nullptr) return as_float32(view(p.dtype, base, row, 0, rows, p.k, stride));
+  auto* data = static_cast<uint8_t*>(const_cast<void*>(base)) + row * stride;
+  const auto e4m3 = ScalarType::Float8_e4m3fn;
+  const Tensor values = as_float32(torch::stable::from_blob(data, {rows, p.k}, {stride, 1}, kCpu, e4m3));
+  float* scales = const_cast<float*>(scale) + row;
+  return aten::mul(values, torch::stable::from_blob(scales, {rows, 1}, {1, 1}, kCpu, ScalarType::Float));
+}
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -97,7 +107,7 @@ void over_tasks(int64_t count, const Task& task) {
 // Rows [m, m + rows) and columns [n, n + columns) of out: a part of the rows at a time, since the library
 // packs them.
 void block(const GemmParams& p, Tensor a, int64_t m, int64_t rows, int64_t n, int64_t columns) {
-  const Tensor w = as_float32(view(p.dtype, p.w, n, 0, columns, p.k, p.w_stride));
+  const Tensor w = widened(p, p.w, p.w_scale, n, columns, p.w_stride);
   const Tensor w_transposed = torch::stable::transpose(w, 0, 1);
   const int64_t part = ceil_div(rows, ceil_div(rows, kRowsTogether));
   for (int64_t begin = 0; begin < rows; begin += part) {
@@ -118,11 +128,12 @@ void block(const GemmParams& p, Tensor a, int64_t m, int64_t rows, int64_t n, in
 // its rows of w to its part of out. In 16 bits that is several times the speed of a plain loop.
 void gemm_in_blocks(const GemmParams& p) {
   const int64_t fitting = kBytesOfA / (p.k * static_cast<int64_t>(sizeof(float)));
-  const int64_t block_rows = p.dtype == DType::f32 ? p.m : std::clamp<int64_t>(fitting, 1, kMostRows);
+  const int64_t block_rows =
+      p.dtype == DType::f32 && p.a_scale == nullptr ? p.m : std::clamp<int64_t>(fitting, 1, kMostRows);
   const int64_t columns = block_columns(p);
   for (int64_t m = 0; m < p.m; m += block_rows) {
     const int64_t rows = std::min(block_rows, p.m - m);
-    const Tensor a = as_float32(view(p.dtype, p.a, m, 0, rows, p.k, p.a_stride));
+    const Tensor a = widened(p, p.a, p.a_scale, m, rows, p.a_stride);
     over_tasks(ceil_div(p.n, columns),
                [&](int64_t i) { block(p, a, m, rows, i * columns, std::min(columns, p.n - i * columns)); });
   }
@@ -132,7 +143,9 @@ void gemm_in_blocks(const GemmParams& p) {
 
 void gemm(const GemmParams& p) {
   if (p.m == 0 || p.n == 0) return;
-  if (p.m <= (p.dtype == DType::f32 ? kSkinnyRowsFloat32 : kSkinnyRows)) {
+  if (p.a_scale != nullptr) {
+    gemm_in_blocks(p);
+  } else if (p.m <= (p.dtype == DType::f32 ? kSkinnyRowsFloat32 : kSkinnyRows)) {
     const int64_t grain = std::max<int64_t>(4, kGrainElements / std::max<int64_t>(1, p.k));
     torch::stable::parallel_for(0, p.n, grain,
                                 [&](int64_t begin, int64_t end) { kernels().skinny_gemm(p, begin, end); });

@@ -15,6 +15,7 @@ extern const Kernels kernels = {
     .rms_norm = rms_norm,
     .gated_act = gated_act,
     .rope_cache_write = rope_cache_write,
+    .quantize_rows = quantize_rows,
     .route = route,
     .combine_rows = combine_rows,
     .skinny_gemm = skinny_gemm,

@@ -70,8 +70,8 @@ class Experts {
   }
 
   void route() {
-    const GemmParams logits = product(shape_.dtype, call_.rows, shape_.experts, shape_.hidden_size, call_.x,
-                                      call_.x_stride, call_.router, work_.logits, shape_.experts);
+    const GemmParams logits = product(shape_.dtype, call_.rows, shape_.experts, shape_.hidden_size,
+                                      {call_.x, call_.x_stride}, call_.router, work_.logits, shape_.experts);
     backend_.gemm(&logits, 1);
     backend_.route({.dtype = shape_.dtype,
                     .rows = call_.rows,
@@ -113,7 +113,7 @@ class Experts {
       const int64_t offset = expert * w.matrix_stride * element_size(shape_.dtype);
       const Linear matrix{static_cast<const char*>(w.data) + offset, w.stride};
       products.push_back(
-          product(shape_.dtype, rows, n, k, at(a, first * a_stride), a_stride, matrix, at(out, first * n), n));
+          product(shape_.dtype, rows, n, k, {at(a, first * a_stride), a_stride}, matrix, at(out, first * n), n));
     }
     backend_.gemm(products.data(), static_cast<int64_t>(products.size()));
   }

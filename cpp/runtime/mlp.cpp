@@ -27,8 +27,10 @@ void dense(const MlpCall& call, Backend& backend) {
   const int64_t hidden = spec.hidden_size, inner = spec.intermediate_size;
   void* gate = call.workspace;
   void* up = static_cast<char*>(call.workspace) + inner_bytes(spec, call.rows);
+  const ProductRows x =
+      rows_for(backend, spec.dtype, call.weights.gate_proj, call.rows, hidden, call.x, call.x_stride, call.quantized);
   const auto from_x = [&](const Linear& w, void* out) {
-    return product(spec.dtype, call.rows, inner, hidden, call.x, call.x_stride, w, out, inner);
+    return product(spec.dtype, call.rows, inner, hidden, x, w, out, inner);
   };
   const std::array products{from_x(call.weights.gate_proj, gate), from_x(call.weights.up_proj, up)};
   backend.gemm(products.data(), static_cast<int64_t>(products.size()));
@@ -42,8 +44,10 @@ void dense(const MlpCall& call, Backend& backend) {
                      .up_stride = inner,
                      .gate_bias = call.weights.gate_bias,
                      .up_bias = call.weights.up_bias});
+  const ProductRows activated =
+      rows_for(backend, spec.dtype, call.weights.down_proj, call.rows, inner, gate, inner, call.quantized);
   const GemmParams down =
-      product(spec.dtype, call.rows, hidden, inner, gate, inner, call.weights.down_proj, call.out, call.out_stride);
+      product(spec.dtype, call.rows, hidden, inner, activated, call.weights.down_proj, call.out, call.out_stride);
   backend.gemm(&down, 1);
 }
 
@@ -69,6 +73,10 @@ size_t mlp_workspace(const ModelSpec& spec, int64_t rows) {
   return spec.has_experts() ? std::max(bytes, experts_workspace(experts_shape(spec), chunk)) : bytes;
 }
 
+size_t quantized_mlp_bytes(const ModelSpec& spec, int64_t rows) {
+  return std::min(rows, kMlpChunkRows) * std::max(spec.hidden_size, spec.intermediate_size);
+}
+
 void run_mlp(const MlpCall& call, Backend& backend) {
   if (call.rows == 0) return;
   const int64_t element = element_size(call.spec.dtype), chunk = chunk_rows(call.rows);
@@ -81,7 +89,8 @@ void run_mlp(const MlpCall& call, Backend& backend) {
                        .x_stride = call.x_stride,
                        .out = static_cast<char*>(call.out) + begin * call.out_stride * element,
                        .out_stride = call.out_stride,
-                       .workspace = call.workspace};
+                       .workspace = call.workspace,
+                       .quantized = call.quantized};
     call.sparse ? sparse(part, backend) : dense(part, backend);
   }
 }

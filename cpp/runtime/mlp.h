@@ -5,6 +5,7 @@
 
 #include "backend.h"
 #include "runtime/model.h"
+#include "runtime/product.h"
 
 namespace pop {
 
@@ -21,10 +22,14 @@ struct MlpCall {
   int64_t x_stride;
   void* out;  // [rows, hidden_size]; down_bias is left to who adds it to the residual stream
   int64_t out_stride;
-  void* workspace;  // mlp_workspace(spec, rows) bytes
+  void* workspace;          // mlp_workspace(spec, rows) bytes
+  QuantizedRows quantized;  // of quantized_mlp_bytes(spec, rows) bytes, and as many scales as a chunk has rows
 };
 
 size_t mlp_workspace(const ModelSpec& spec, int64_t rows);
+
+// Of the rows of a chunk in 8-bit floats.
+size_t quantized_mlp_bytes(const ModelSpec& spec, int64_t rows);
 
 void run_mlp(const MlpCall& call, Backend& backend);
 

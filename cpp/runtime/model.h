@@ -13,6 +13,8 @@ namespace pop {
 struct Linear {
   const void* data = nullptr;
   int64_t stride = 0;
+  // Of e4m3 data, [out_features]: a row is data * scale. Null: data is of the model's dtype.
+  const float* scale = nullptr;
 };
 
 // Matrices [count, out_features, in_features], `matrix_stride` elements apart.
@@ -50,6 +52,7 @@ struct Model {
   const void* norm = nullptr;
   std::vector<LayerWeights> layers;
   std::vector<RunWeights> runs;  // of plan.projected_runs()
+  bool fp8 = false;              // the other layers' products read e4m3 weights
 };
 
 }  // namespace pop

@@ -244,12 +244,12 @@ void Prefill::qkv(const LayerWeights& weights, int64_t kv_begin, int64_t q_begin
   const int64_t kv_rows = layout_.rows - kv_begin, q_rows = layout_.rows - q_begin;
   const int64_t hidden = spec_.hidden_size, q_dim = spec_.q_dim(), kv_dim = spec_.kv_dim(), wide = work_.wide;
   const DType dtype = spec_.dtype;
-  const void* kv_input = at(input.data, kv_begin, input.stride);
+  const ProductRows from = rows_for(backend_, dtype, weights.k_proj, kv_rows, hidden,
+                                    at(input.data, kv_begin, input.stride), input.stride, work_.quantized);
   void *q = at(work_.z, q_begin, wide), *k = at(work_.k, kv_begin, kv_dim), *v = at(work_.v, kv_begin, kv_dim);
-  gemm({product(dtype, kv_rows, kv_dim, hidden, kv_input, input.stride, weights.k_proj, k, kv_dim),
-        product(dtype, kv_rows, kv_dim, hidden, kv_input, input.stride, weights.v_proj, v, kv_dim),
-        product(dtype, q_rows, q_dim, hidden, at(input.data, q_begin, input.stride), input.stride, weights.q_proj, q,
-                wide)});
+  gemm({product(dtype, kv_rows, kv_dim, hidden, from, weights.k_proj, k, kv_dim),
+        product(dtype, kv_rows, kv_dim, hidden, from, weights.v_proj, v, kv_dim),
+        product(dtype, q_rows, q_dim, hidden, from_row(from, q_begin - kv_begin, dtype), weights.q_proj, q, wide)});
   if (!spec_.qk_norm_over_heads) return;
   const float offset = static_cast<float>(spec_.norm_weight_offset), eps = static_cast<float>(spec_.rms_norm_eps);
   norm_over_heads(backend_, spec_.dtype, q, q_rows, q_dim, wide, weights.q_norm, offset, eps);
@@ -313,8 +313,11 @@ void Prefill::attention(int64_t layer, int64_t q_begin) {
                         .address = batch_.address});
   }
   StageRange stage(observer_, "pop::o_proj");
-  gemm({product(spec_.dtype, layout_.rows - q_begin, spec_.hidden_size, spec_.q_dim(), at(work_.y, q_begin, wide), wide,
-                weights.o_proj, at(work_.z, q_begin, wide), wide)});
+  const int64_t rows = layout_.rows - q_begin;
+  const ProductRows attended = rows_for(backend_, spec_.dtype, weights.o_proj, rows, spec_.q_dim(),
+                                        at(work_.y, q_begin, wide), wide, work_.quantized);
+  gemm({product(spec_.dtype, rows, spec_.hidden_size, spec_.q_dim(), attended, weights.o_proj,
+                at(work_.z, q_begin, wide), wide)});
   pending_begin_ = q_begin;
   pending_bias_ = weights.o_bias;
   pending_norm_ = weights.attention_out_norm;
@@ -332,7 +335,8 @@ void Prefill::mlp(int64_t layer, int64_t q_begin) {
            .x_stride = from.stride,
            .out = at(work_.z, q_begin, work_.wide),
            .out_stride = work_.wide,
-           .workspace = work_.mlp},
+           .workspace = work_.mlp,
+           .quantized = work_.quantized},
           backend_);
   pending_begin_ = q_begin;
   pending_bias_ = weights.down_bias;

@@ -20,6 +20,10 @@ Workspace::Workspace(const Model& model, const PrefillCall& call, const Backend&
   z = cutter.take(rows * wide * element);
   k = cutter.take(rows * spec.kv_dim() * element);
   v = cutter.take(rows * spec.kv_dim() * element);
+  if (model.fp8) {
+    const size_t inputs = std::max<size_t>(rows * wide, quantized_mlp_bytes(spec, rows));
+    quantized = {.data = static_cast<uint8_t*>(cutter.take(inputs)), .scale = cutter.take_array<float>(rows)};
+  }
   rstd = cutter.take_array<float>(rows);
   cos = cutter.take_array<float>(rows * (spec.rotary_dim / 2));
   sin = cutter.take_array<float>(rows * (spec.rotary_dim / 2));

@@ -8,6 +8,7 @@
 #include "runtime/batch.h"
 #include "runtime/model.h"
 #include "runtime/prefill.h"
+#include "runtime/product.h"
 
 namespace pop {
 
@@ -26,10 +27,11 @@ struct Workspace {
   // depth, which run beside it.
   void* mlp;
   void* kv_project;
-  float* rstd;       // [rows]
-  float* cos;        // [rows, rotary_dim / 2]
-  float* sin;        // the same
-  float* cos_local;  // the same; null where no layer takes a second table
+  QuantizedRows quantized;  // input of the next product in a model with 8-bit weights, else null
+  float* rstd;              // [rows]
+  float* cos;               // [rows, rotary_dim / 2]
+  float* sin;               // the same
+  float* cos_local;         // the same; null where no layer takes a second table
   float* sin_local;
   PlaceRowsParams place_rows;
   size_t bytes;

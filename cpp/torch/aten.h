@@ -66,14 +66,34 @@ inline ScalarType scalar_type(DType dtype) {
   throw std::invalid_argument("DType: expected f32, bf16 or f16");
 }
 
+inline void scaled_mm_out(const Tensor& self, const Tensor& mat2, const Tensor& scale_a, const Tensor& scale_b,
+                          ScalarType out_dtype, bool use_fast_accum, const Tensor& out) {
+  using torch::stable::detail::from;
+  const std::optional<Tensor> none;
+  call_for_tensor("aten::_scaled_mm", "out",
+                  std::array{from(self), from(mat2), from(scale_a), from(scale_b), from(none), from(none),
+                             from(std::optional(out_dtype)), from(use_fast_accum), from(out)});
+}
+
 // out = a . w^T on `device`, by the library behind aten's matmul.
 inline void matmul_nt(const GemmParams& p, torch::stable::Device device) {
-  const ScalarType dtype = scalar_type(p.dtype);
-  const auto view = [&](const void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
+  const auto view = [&](const void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+                        ScalarType dtype) {
     return torch::stable::from_blob(const_cast<void*>(data), {rows, cols}, {row_stride, col_stride}, device, dtype);
   };
-  mm_out(view(p.a, p.m, p.k, p.a_stride, 1), view(p.w, p.k, p.n, 1, p.w_stride),
-         view(p.out, p.m, p.n, p.out_stride, 1));
+  const ScalarType dtype = scalar_type(p.dtype), operand = p.a_scale == nullptr ? dtype : ScalarType::Float8_e4m3fn;
+  const Tensor a = view(p.a, p.m, p.k, p.a_stride, 1, operand), w = view(p.w, p.k, p.n, 1, p.w_stride, operand);
+  const Tensor out = view(p.out, p.m, p.n, p.out_stride, 1, dtype);
+  if (p.a_scale == nullptr) return mm_out(a, w, out);
+  const Tensor a_scale = view(p.a_scale, p.m, 1, 1, 1, ScalarType::Float);
+  const Tensor w_scale = view(p.w_scale, 1, p.n, p.n, 1, ScalarType::Float);
+  // Not every library behind it writes rows with gaps between them.
+  Tensor to = p.out_stride == p.n ? out : torch::stable::new_empty(out, {p.m, p.n});
+  scaled_mm_out(a, w, a_scale, w_scale, dtype, true, to);
+  if (p.out_stride != p.n) {
+    Tensor place = out;
+    torch::stable::copy_(place, to);
+  }
 }
 
 }  // namespace pop::aten

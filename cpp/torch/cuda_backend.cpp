@@ -6,6 +6,7 @@
 #include <array>
 #include <string>
 
+#include "core/text.h"
 #include "norm_over_heads.h"
 #include "torch/aten.h"
 #include "torch/cuda_attention.h"
@@ -125,9 +126,22 @@ void CudaBackend::group_rows(const GroupRowsParams& p) {
                      "pop::prefill: a model with experts waits for its router in every sparse layer");
 }
 
+void CudaBackend::quantize_rows(const QuantizeRowsParams& p) { cuda::launch_quantize_rows(p, stream_); }
+
+// What aten::_scaled_mm asks for where every row has its scale.
+std::string CudaBackend::fp8_missing(DType dtype) const {
+  if (dtype != DType::bf16) return join("expected bfloat16 weights on a CUDA device, got ", to_string(dtype));
+  const cuda::DeviceFacts& facts = cuda::device_facts();
+  if (kDeviceType == torch::headeronly::DeviceType::CUDA && facts.major * 10 + facts.minor < 89) {
+    return join("expected a device of compute capability 8.9 or more, got ", facts.major, ".", facts.minor);
+  }
+  if (foreign::variant_of("aten::_scaled_mm.out") < 0) return "expected an aten::_scaled_mm.out of a known schema";
+  return "";
+}
+
 void CudaBackend::gemm(const GemmParams* products, int64_t count) {
   for (int64_t i = 0; i < count;) {
-    if (products[i].m > options().skinny_rows) {
+    if (products[i].m > options().skinny_rows || products[i].a_scale != nullptr) {
       library_gemm(products[i++]);
       continue;
     }

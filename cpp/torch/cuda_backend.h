@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "backend.h"
@@ -31,6 +32,8 @@ class CudaBackend final : public Backend {
   void embed(const EmbedParams&) override;
   void add_features(const AddFeaturesParams&) override;
   void rms_norm(const RmsNormParams&) override;
+  void quantize_rows(const QuantizeRowsParams&) override;
+  std::string fp8_missing(DType dtype) const override;
   void gemm(const GemmParams* products, int64_t count) override;
   void rope_cache_write(const RopeCacheWriteParams&) override;
   void kv_project(const KvProjectParams&) override;

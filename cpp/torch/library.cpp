@@ -4,9 +4,12 @@
 
 STABLE_TORCH_LIBRARY(pop, m) {
   // A model: weights are shared, not copied; only the K/V weights of omitted layers are folded
-  // into new memory. `projections` stand in for those of the plan's omitted layers, in its order. The handle is freed
-  // by `unload`, and never reused.
-  m.def("load(str spec, str plan, Tensor[] weights, Tensor[]? projections=None) -> int");
+  // into new memory. `projections` stand in for those of the plan's omitted layers, in its order. With `fp8` the
+  // products of the other layers read copies of their matrices in 8-bit floats. The handle is freed by `unload`, and
+  // never reused.
+  m.def("load(str spec, str plan, Tensor[] weights, Tensor[]? projections=None, bool fp8=False) -> int");
+  // Why `fp8` is not for a model of that spec with its weights on the device of `like`; "" if it is.
+  m.def("fp8_missing(str spec, Tensor like) -> str");
   m.def("unload(int model) -> ()");
   m.def("info(int model) -> str");
   // Name of a weight whose memory, dtype or (where it was folded) values changed since `load`; "" for none.
@@ -22,6 +25,9 @@ STABLE_TORCH_LIBRARY(pop, m) {
 
   // Building blocks.
   m.def("linear(Tensor x, Tensor weight) -> Tensor");
+  // Rows of x, and the weight's, in 8-bit floats (e4m3): the products of a prefill with `fp8`.
+  m.def("fp8_linear(Tensor x, Tensor weight, Tensor weight_scale) -> Tensor");
+  m.def("quantize_rows(Tensor x) -> (Tensor, Tensor)");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0) -> Tensor");
   m.def(
       "add_rms_norm(Tensor(a!) x, Tensor delta, Tensor weight, float eps, Tensor? delta_bias=None, "

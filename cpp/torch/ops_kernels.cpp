@@ -66,6 +66,67 @@ Tensor linear(Tensor x, Tensor weight) {
   return out;
 }
 
+// e4m3 [..., width] and the float32 scale of each row, [...].
+std::tuple<Tensor, Tensor> quantize_rows(Tensor x) {
+  const DType dtype = dtype_of(x, "pop::quantize_rows: x");
+  check(x.dim() >= 1 && x.size(x.dim() - 1) >= 1,
+        "pop::quantize_rows: x: expected a last dimension of at least 1, got ", shape_of(x));
+  const int64_t width = x.size(x.dim() - 1);
+  const Tensor rows = as_rows(x);
+  Tensor out = torch::stable::new_empty(x, x.sizes(), ScalarType::Float8_e4m3fn);
+  const std::vector<int64_t> leading(x.sizes().begin(), x.sizes().end() - 1);
+  Tensor scale = torch::stable::new_empty(x, leading, ScalarType::Float);
+  BackendOfCall(x)->quantize_rows({.dtype = dtype,
+                                   .rows = rows.size(0),
+                                   .width = width,
+                                   .x = rows.const_data_ptr(),
+                                   .x_stride = rows.stride(0),
+                                   .out = static_cast<uint8_t*>(out.mutable_data_ptr()),
+                                   .out_stride = width,
+                                   .scale = static_cast<float*>(scale.mutable_data_ptr())});
+  return {out, scale};
+}
+
+Tensor fp8_linear(Tensor x, Tensor weight, Tensor weight_scale) {
+  const std::string op = "pop::fp8_linear";
+  const DType dtype = dtype_of(x, op + ": x");
+  check(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, op, ": x: expected a last dimension of at least 1, got ",
+        shape_of(x));
+  const int64_t k = x.size(x.dim() - 1);
+  check_same_device(weight, x, op + ": weight");
+  check(weight.scalar_type() == ScalarType::Float8_e4m3fn, op, ": weight: expected dtype float8_e4m3fn, got ",
+        dtype_name(weight));
+  check_shape(weight, {-1, k}, op + ": weight");
+  check(weight.is_contiguous(), op, ": weight: expected a contiguous tensor");
+  const int64_t n = weight.size(0);
+  check_same_device(weight_scale, x, op + ": weight_scale");
+  check_dtype(weight_scale, DType::f32, op + ": weight_scale");
+  check_shape(weight_scale, {n}, op + ": weight_scale");
+  check(weight_scale.is_contiguous(), op, ": weight_scale: expected a contiguous tensor");
+  check(k % 16 == 0 && n % 16 == 0, op, ": weight: expected multiples of 16, got ", shape_of(weight));
+  const BackendOfCall backend(x);
+  const std::string missing = backend->fp8_missing(dtype);
+  check(missing.empty(), op, ": ", missing);
+  const auto [rows, scale] = quantize_rows(x);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = n;
+  Tensor out = torch::stable::new_empty(x, shape);
+  const GemmParams product{.dtype = dtype,
+                           .m = scale.numel(),
+                           .n = n,
+                           .k = k,
+                           .a = rows.const_data_ptr(),
+                           .a_stride = k,
+                           .w = weight.const_data_ptr(),
+                           .w_stride = k,
+                           .out = out.mutable_data_ptr(),
+                           .out_stride = n,
+                           .a_scale = static_cast<const float*>(scale.const_data_ptr()),
+                           .w_scale = static_cast<const float*>(weight_scale.const_data_ptr())};
+  backend->gemm(&product, 1);
+  return out;
+}
+
 Tensor rms_norm(Tensor x, Tensor weight, double eps, double weight_offset) {
   const DType dtype = dtype_of(x, "pop::rms_norm: x");
   check(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "pop::rms_norm: x: expected a last dimension of at least 1, got ",
@@ -394,6 +455,8 @@ STABLE_TORCH_LIBRARY_IMPL(pop, CompositeExplicitAutograd, m) { m.impl("fold_kv",
 template <class Library>
 static void implement(Library& m) {
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("fp8_linear", TORCH_BOX(&fp8_linear));
+  m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
   m.impl("gated_act", TORCH_BOX(&gated_act));

@@ -6,6 +6,7 @@
 #include <unordered_map>
 
 #include "torch/aten.h"
+#include "torch/backends.h"
 #include "torch/checks.h"
 
 namespace pop {
@@ -33,6 +34,24 @@ uint64_t sample_of(const Tensor& tensor) {
 bool is_folded(const std::string& name) {
   return name.ends_with(".k_proj") || name.ends_with(".v_proj") || name.ends_with(".input_norm");
 }
+
+// A layer's matrices, in 8-bit floats where they are quantised.
+struct NamedLinear {
+  const char* name;
+  Linear LayerWeights::* linear;
+};
+constexpr NamedLinear kLinears[] = {{"q_proj", &LayerWeights::q_proj},       {"k_proj", &LayerWeights::k_proj},
+                                    {"v_proj", &LayerWeights::v_proj},       {"o_proj", &LayerWeights::o_proj},
+                                    {"gate_proj", &LayerWeights::gate_proj}, {"up_proj", &LayerWeights::up_proj},
+                                    {"down_proj", &LayerWeights::down_proj}};
+
+bool is_quantized(const std::string& name) {
+  return std::ranges::any_of(kLinears,
+                             [&](const NamedLinear& linear) { return name.ends_with(join(".", linear.name)); });
+}
+
+// What products of 8-bit floats want of rows and columns.
+constexpr int64_t kFp8Multiple = 16;
 
 // What a norm multiplies with: its weight and the family's offset, in float32.
 Tensor gamma_of(const Tensor& norm, double offset) {
@@ -89,8 +108,21 @@ Tensor fold_kv(const std::vector<Tensor>& k_proj, const std::vector<Tensor>& v_p
   return stack;
 }
 
+std::string fp8_missing(const ModelSpec& spec, const Tensor& like) {
+  if (spec.has_experts()) return join("expected a model without experts, got one of ", spec.num_experts);
+  const std::pair<int64_t, const char*> sizes[] = {{spec.hidden_size, "hidden_size"},
+                                                   {spec.q_dim(), "num_heads * head_dim"},
+                                                   {spec.kv_dim(), "num_kv_heads * head_dim"},
+                                                   {spec.intermediate_size, "intermediate_size"}};
+  for (const auto& [size, name] : sizes) {
+    if (size % kFp8Multiple == 0) continue;
+    return join("expected ", name, " to be a multiple of ", kFp8Multiple, ", got ", size);
+  }
+  return BackendOfCall(like)->fp8_missing(spec.dtype);
+}
+
 LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Tensor> weights,
-                         const std::optional<std::vector<Tensor>>& projections)
+                         const std::optional<std::vector<Tensor>>& projections, bool fp8)
     : slots_(spec.weight_slots()), weights_(std::move(weights)) {
   check(plan.num_layers == spec.num_layers, "pop::load: plan: expected num_layers ", spec.num_layers,
         " like the model, got ", plan.num_layers);
@@ -115,6 +147,7 @@ LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Te
   for (int64_t layer = 0; layer < spec.num_layers; ++layer) set_layer(layer);
   for (const LayerRange& layers : plan.projected_runs()) fold(layers);
   if (projections.has_value()) place_projections(*projections);
+  if (fp8) quantize_layers();
   stamps_.reserve(slots_.size());
   for (size_t i = 0; i < slots_.size(); ++i) stamps_.push_back(stamp_of(i));
 }
@@ -204,19 +237,52 @@ void LoadedModel::place_projections(const std::vector<Tensor>& projections) {
   }
 }
 
+bool LoadedModel::is_projected(int64_t layer) const {
+  return std::ranges::any_of(
+      model_.runs, [&](const RunWeights& run) { return layer >= run.layers.begin && layer < run.layers.end; });
+}
+
+// One scale a row of a matrix. Boundary rows read the projected layers' matrices as they are.
+void LoadedModel::quantize_layers() {
+  const ModelSpec& spec = model_.spec;
+  const std::string missing = fp8_missing(spec, weights_.front());
+  check(missing.empty(), "pop::load: fp8: ", missing);
+  const BackendOfCall backend(weights_.front());
+  for (int64_t layer = 0; layer < spec.num_layers; ++layer) {
+    if (is_projected(layer)) continue;
+    for (const NamedLinear& named : kLinears) {
+      const Tensor& given = *weight(join("layers.", layer, ".", named.name));
+      const Tensor matrix = torch::stable::new_empty(given, {given.size(0), given.size(1)}, ScalarType::Float8_e4m3fn);
+      const Tensor scale = torch::stable::new_empty(given, {given.size(0)}, ScalarType::Float);
+      backend->quantize_rows({.dtype = spec.dtype,
+                              .rows = given.size(0),
+                              .width = given.size(1),
+                              .x = given.const_data_ptr(),
+                              .x_stride = given.stride(0),
+                              .out = static_cast<uint8_t*>(matrix.mutable_data_ptr()),
+                              .out_stride = given.size(1),
+                              .scale = static_cast<float*>(scale.mutable_data_ptr())});
+      model_.layers[layer].*named.linear = {.data = matrix.const_data_ptr(),
+                                            .stride = given.size(1),
+                                            .scale = static_cast<const float*>(scale.const_data_ptr())};
+      extra_bytes_ += matrix.numel() + scale.numel() * static_cast<int64_t>(sizeof(float));
+      quantized_.insert(quantized_.end(), {matrix, scale});
+    }
+  }
+  model_.fp8 = true;
+}
+
 LoadedModel::Stamp LoadedModel::stamp_of(size_t index) const {
   const Tensor& tensor = weights_[index];
-  bool folded = false;
-  for (const RunWeights& run : model_.runs) {
-    const bool in_run = slots_[index].layer >= run.layers.begin && slots_[index].layer < run.layers.end;
-    folded = folded || (in_run && is_folded(slots_[index].name));
-  }
+  const WeightSlot& slot = slots_[index];
+  const bool copied =
+      slot.layer >= 0 && (is_projected(slot.layer) ? is_folded(slot.name) : model_.fp8 && is_quantized(slot.name));
   return {.data = tensor.const_data_ptr(),
           .dtype = static_cast<int32_t>(tensor.scalar_type()),
           .sizes = {tensor.sizes().begin(), tensor.sizes().end()},
           .strides = {tensor.strides().begin(), tensor.strides().end()},
-          .folded = folded,
-          .sample = folded ? sample_of(tensor) : 0};
+          .copied = copied,
+          .sample = copied ? sample_of(tensor) : 0};
 }
 
 std::string LoadedModel::stale_weight() const {
@@ -226,7 +292,7 @@ std::string LoadedModel::stale_weight() const {
     const bool current =
         tensor.const_data_ptr() == stamp.data && static_cast<int32_t>(tensor.scalar_type()) == stamp.dtype &&
         std::ranges::equal(tensor.sizes(), stamp.sizes) && std::ranges::equal(tensor.strides(), stamp.strides) &&
-        (!stamp.folded || sample_of(tensor) == stamp.sample);
+        (!stamp.copied || sample_of(tensor) == stamp.sample);
     if (!current) return slots_[i].name;
   }
   return "";

@@ -20,15 +20,16 @@ using torch::stable::Tensor;
 class LoadedModel {
  public:
   // `projections`: fitted [2 * kv_dim, hidden_size] of each omitted layer, copied; none: the layers' own.
+  // `fp8`: the matrices of the layers that context rows pass through, in 8-bit floats, for the products of a prefill.
   LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Tensor> weights,
-              const std::optional<std::vector<Tensor>>& projections);
+              const std::optional<std::vector<Tensor>>& projections, bool fp8);
 
   const Model& model() const { return model_; }
   const Tensor& embed_tokens() const { return weights_.front(); }
-  int64_t extra_bytes() const { return extra_bytes_; }  // of the folded stacks
+  int64_t extra_bytes() const { return extra_bytes_; }  // of the folded stacks and 8-bit matrices
 
-  // Name of a weight whose memory, dtype or layout is not what it was at load, or of a folded one with
-  // a sample of its values changed; "" if there is none.
+  // Name of a weight whose memory, dtype or layout is not what it was at load, or of a folded or quantised one
+  // with a sample of its values changed; "" if there is none.
   std::string stale_weight() const;
 
  private:
@@ -37,8 +38,8 @@ class LoadedModel {
     int32_t dtype;
     std::vector<int64_t> sizes;
     std::vector<int64_t> strides;
-    bool folded;
-    uint64_t sample;  // of folded weights in host memory
+    bool copied;      // folded into a stack, or quantised
+    uint64_t sample;  // of copied weights in host memory
   };
 
   Stamp stamp_of(size_t index) const;
@@ -46,15 +47,21 @@ class LoadedModel {
   void set_layer(int64_t layer);
   void fold(LayerRange layers);
   void place_projections(const std::vector<Tensor>& projections);
+  bool is_projected(int64_t layer) const;
+  void quantize_layers();
 
   std::vector<WeightSlot> slots_;
   std::unordered_map<std::string, size_t> index_;  // of a slot's name
   std::vector<Tensor> weights_;                    // in the order of slots_
   std::vector<Tensor> stacks_;
+  std::vector<Tensor> quantized_;
   std::vector<Stamp> stamps_;
   Model model_;
   int64_t extra_bytes_ = 0;
 };
+
+// Why the products of such a model, its weights on the device of `like`, cannot be in 8-bit floats; empty if they can.
+std::string fp8_missing(const ModelSpec& spec, const Tensor& like);
 
 // Handles are never reused. A model lives on while a call that uses it runs.
 int64_t register_model(std::shared_ptr<const LoadedModel> model);

@@ -25,7 +25,7 @@ from pop_ext.cache_names import field_of_cache, output_class
 from pop_ext.decision import Call, Decision, bind, decide, is_decode, text_config
 from pop_ext.families import UnsupportedModelError, vision_of
 from pop_ext.kv_cache import check_windows, new_cache
-from pop_ext.native import NativeModel, check_plan
+from pop_ext.native import NativeModel, check_fp8, check_plan
 from pop_ext.plan import Plan
 from pop_ext.presets import default_plan
 from pop_ext.projections import FitMismatch, check_fit
@@ -52,12 +52,12 @@ class PrefillForward:
     as it shares all modules, until one of the two is enabled or disabled by itself.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, strict: bool, backend: str, replaced: Any) -> None:
-        state = {"model": model, "plan": plan, "strict": strict, "backend": backend, "replaced": replaced}
+    def __init__(self, model: nn.Module, plan: Plan, strict: bool, backend: str, replaced: Any, fp8: bool) -> None:
+        state = {"model": model, "plan": plan, "strict": strict, "backend": backend, "replaced": replaced, "fp8": fp8}
         self.__setstate__({**state, "shell": shell_of(model)})
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: getattr(self, name) for name in ("model", "plan", "strict", "backend", "replaced")}
+        state = {name: getattr(self, name) for name in ("model", "plan", "strict", "backend", "replaced", "fp8")}
         return {**state, "shell": shell_of(self.model)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -68,6 +68,7 @@ class PrefillForward:
         self.strict: bool = state["strict"]
         self.backend: str = state["backend"]
         self.replaced: Any = state["replaced"]  # what stood in forward's place before
+        self.fp8: bool = state["fp8"]
         self.native: NativeModel | None = None
         self.last_call: Decision | None = None
         self._modules: list[nn.Module] = []  # that ``native`` stands for
@@ -148,7 +149,7 @@ class PrefillForward:
         with self._lock:
             if self.native is None or self._has_changed():
                 self.native = None  # frees what was folded before as much is folded again
-                native = NativeModel(self.model, self.plan)  # type: ignore[arg-type]
+                native = NativeModel(self.model, self.plan, self.fp8)  # type: ignore[arg-type]
                 native.model = weakref.proxy(self.model)  # type: ignore[assignment]
                 self.native = native
                 self._modules = [module for _, module in inner_modules(self.model)]
@@ -261,7 +262,9 @@ def _forward_of(model: nn.Module) -> PrefillForward | None:
     return None
 
 
-def enable(model: Model, plan: Plan | None = None, strict: bool = False, backend: str = "native") -> Model:
+def enable(
+    model: Model, plan: Plan | None = None, strict: bool = False, backend: str = "native", fp8: bool = False
+) -> Model:
     """Prunes the prefill of ``model``, in place; ``generate`` and ``pipeline`` need no change.
 
     Args:
@@ -269,13 +272,14 @@ def enable(model: Model, plan: Plan | None = None, strict: bool = False, backend
         plan: what to omit. None: the preset whose config matches, else the deepest third, boundary 1.
         strict: raise ``PrefillDeclined`` where otherwise the stock forward would run with a warning.
         backend: "native", or "reference" for the plain PyTorch oracle, slow but for any decoder.
+        fp8: products of native prefills in 8-bit floats, as in ``pop_ext.load`` (docs/fp8.md).
 
     Returns:
-        The same model. Enabling again replaces plan, strict and backend.
+        The same model. Enabling again replaces plan, strict, backend and fp8.
 
     Raises:
-        UnsupportedModelError (a ValueError): no native form; ``backend="reference"`` works.
-        ValueError, TypeError: a bad plan, strict, backend or model. The model is as before.
+        UnsupportedModelError (a ValueError): no native form; ``backend="reference"`` works. Or none with ``fp8``.
+        ValueError, TypeError: a bad plan, strict, backend, fp8 or model. The model is as before.
         RuntimeError: an enabled model whose forward something else has wrapped since.
     """
     if backend not in _BACKENDS:
@@ -284,6 +288,9 @@ def enable(model: Model, plan: Plan | None = None, strict: bool = False, backend
         raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
     if not isinstance(strict, bool):
         raise TypeError(f"strict: expected a bool, got {type(strict).__name__}")
+    check_fp8(fp8)
+    if fp8 and backend != "native":
+        raise ValueError(f'fp8: expected False with backend="{backend}", which computes in full, got True')
     inner = _inner(model)
     config = text_config(inner)
     if config is None:
@@ -291,7 +298,7 @@ def enable(model: Model, plan: Plan | None = None, strict: bool = False, backend
     previous = _forward_of(model)
     place = forward_place(inner)
     replaced = previous.replaced if previous is not None else inner.__dict__.get(place)
-    forward = PrefillForward(inner, default_plan(config) if plan is None else plan, strict, backend, replaced)
+    forward = PrefillForward(inner, default_plan(config) if plan is None else plan, strict, backend, replaced, fp8)
     if backend == "native":
         forward.bind_native()
     else:
@@ -311,11 +318,13 @@ def disable(model: Model) -> Model:
 
 
 @contextmanager
-def enabled(model: Model, plan: Plan | None = None, strict: bool = False, backend: str = "native") -> Iterator[Model]:
+def enabled(
+    model: Model, plan: Plan | None = None, strict: bool = False, backend: str = "native", fp8: bool = False
+) -> Iterator[Model]:
     """``enable`` for the length of a ``with`` block; afterwards the model is as it was before, enabled or not."""
     inner = _inner(model)
     before = inner.__dict__.get(forward_place(inner))
-    enable(model, plan, strict, backend)
+    enable(model, plan, strict, backend, fp8)
     try:
         yield model
     finally:

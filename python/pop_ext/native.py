@@ -12,7 +12,7 @@ import torch
 from pop_ext import _core, operators
 from pop_ext.cache_names import with_cache
 from pop_ext.describe import Description, describe
-from pop_ext.families import Family, decoder_of
+from pop_ext.families import Family, UnsupportedModelError, decoder_of
 from pop_ext.kv_cache import CacheTransaction, keeps_only_windows
 from pop_ext.origin import check_origin
 from pop_ext.packing import PackedBatch, PerSequence, lengths, offsets
@@ -67,11 +67,15 @@ class _Stamp:
 class _Loaded:
     """What one ``pop::load`` made, freed when nobody refers to it any more: a running call does."""
 
-    def __init__(self, description: Description, plan: Plan) -> None:
+    def __init__(self, description: Description, plan: Plan, fp8: bool) -> None:
         weights = [ref.tensor for ref in description.weights]
         fitted = None if plan.projections is None else plan.projections.stack_rows(weights[0])
+        spec = description.spec.to_json()
+        missing = torch.ops.pop.fp8_missing(spec, weights[0]) if fp8 else ""
+        if missing:
+            raise UnsupportedModelError(f"fp8: {missing}; without fp8 the model runs natively")
         with torch.no_grad():
-            self.handle = torch.ops.pop.load(description.spec.to_json(), plan.to_json(), weights, fitted)
+            self.handle = torch.ops.pop.load(spec, plan.to_json(), weights, fitted, fp8)
         weakref.finalize(self, torch.ops.pop.unload, self.handle)
         self.description = description
         self.like = weights[0].detach()
@@ -98,21 +102,24 @@ def check_plan(plan: Plan, num_layers: int, config: Any) -> Plan:
 class NativeModel:
     """A causal language model whose prefill runs natively, by reference to its weights.
 
-    Only the folded K/V weights of omitted layers (and of the last layer) are new memory:
-    ``extra_bytes``. Made by ``pop_ext.load``.
+    Only the folded K/V weights of omitted layers (and of the last layer), and with ``fp8`` the other layers'
+    matrices in 8-bit floats, are new memory: ``extra_bytes``. Made by ``pop_ext.load``.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: Plan | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, plan: Plan | None = None, fp8: bool = False) -> None:
+        check_fp8(fp8)
         operators.require_aten()
         description = describe(model)
         self.model = model
         chosen = default_plan(model.config) if plan is None else plan
         self.plan = check_plan(chosen, description.spec.num_layers, model.config)
         check_fit(self.plan, find_parts(model).layers)
-        self._loaded = _Loaded(description, self.plan)
+        self.fp8 = fp8
+        self._loaded = _Loaded(description, self.plan, fp8)
 
     def __repr__(self) -> str:
-        return f"NativeModel({type(self.model).__name__}, {self.plan!r}, extra_bytes={self.extra_bytes})"
+        fp8 = ", fp8=True" if self.fp8 else ""
+        return f"NativeModel({type(self.model).__name__}, {self.plan!r}{fp8}, extra_bytes={self.extra_bytes})"
 
     @property
     def handle(self) -> int:
@@ -134,7 +141,7 @@ class NativeModel:
 
     @property
     def extra_bytes(self) -> int:
-        """Memory of the folded K/V weights, in bytes."""
+        """Memory of the folded K/V weights, and with ``fp8`` of the matrices in 8-bit floats, in bytes."""
         return self._loaded.extra_bytes
 
     @property
@@ -155,7 +162,7 @@ class NativeModel:
         """
         description = describe(self.model)
         check_fit(self.plan, find_parts(self.model).layers)
-        self._loaded = _Loaded(description, self.plan)
+        self._loaded = _Loaded(description, self.plan, self.fp8)
 
     def stale_weight(self) -> str | None:
         """The name of a weight that was changed, moved or reassigned since it was loaded; None if none was.
@@ -364,15 +371,23 @@ class NativeModel:
         return torch.tanh(logits / cap) * cap
 
 
-def load(model: PreTrainedModel, plan: Plan | None = None) -> NativeModel:
+def check_fp8(fp8: bool) -> None:
+    """Raises TypeError unless it is a bool."""
+    if not isinstance(fp8, bool):
+        raise TypeError(f"fp8: expected a bool, got {type(fp8).__name__}")
+
+
+def load(model: PreTrainedModel, plan: Plan | None = None, fp8: bool = False) -> NativeModel:
     """Makes a model's prefill run natively, without touching the model.
 
     Args:
         model: a Hugging Face causal language model of a supported family, on one device.
         plan: what to omit. None: the preset whose config matches, else the deepest third, boundary 1.
+        fp8: products of a prefill in the layers that it does not omit in 8-bit floats (e4m3): half of these layers'
+            memory again, and not quite what the stock model computes (docs/fp8.md). Decode stays as it is.
 
     Raises:
-        UnsupportedModelError (a ValueError): architecture or weights without a native form.
+        UnsupportedModelError (a ValueError): architecture or weights without a native form, or none with ``fp8``.
         ValueError, TypeError: a plan for another depth or made with another model, no plan, or no model.
     """
-    return NativeModel(model, plan)
+    return NativeModel(model, plan, fp8)

@@ -197,6 +197,17 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+@torch.library.register_fake("pop::fp8_linear")
+def _(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    _check_devices("fp8_linear", x=x, weight=weight, weight_scale=weight_scale)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("pop::quantize_rows")
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
 @torch.library.register_fake("pop::rms_norm")
 def _(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
     _check_devices("rms_norm", x=x, weight=weight)

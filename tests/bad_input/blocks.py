@@ -44,7 +44,42 @@ def kv_projected(**over: Any) -> dict[str, Any]:
 
 SAME = torch.zeros(1, 2, 3, 64)
 
+def fp8_linear(weight: Any = None, scale: Any = None) -> Any:
+    values, scales = pop.quantize_rows(torch.ones(32, 16))
+    return pop.fp8_linear(torch.zeros(3, 16), values if weight is None else weight, scales if scale is None else scale)
+
+
 BLOCKS = [
+    Case(
+        "`fp8_linear` with a weight that is not quantised",
+        lambda w: fp8_linear(weight=torch.zeros(32, 16)),
+        RuntimeError,
+        "pop::fp8_linear: weight: expected dtype float8_e4m3fn, got float32",
+    ),
+    Case(
+        "`fp8_linear` with a weight of another width",
+        lambda w: fp8_linear(weight=pop.quantize_rows(torch.ones(32, 32))[0]),
+        RuntimeError,
+        r"pop::fp8_linear: weight: expected shape \[-1, 16\], got \[32, 32\]",
+    ),
+    Case(
+        "`fp8_linear` with a weight of an odd size",
+        lambda w: pop.fp8_linear(torch.zeros(3, 8), *pop.quantize_rows(torch.ones(32, 8))),
+        RuntimeError,
+        r"pop::fp8_linear: weight: expected multiples of 16, got \[32, 8\]",
+    ),
+    Case(
+        "`fp8_linear` with one scale for all rows",
+        lambda w: fp8_linear(scale=torch.ones(1)),
+        RuntimeError,
+        r"pop::fp8_linear: weight_scale: expected shape \[32\], got \[1\]",
+    ),
+    Case(
+        "`quantize_rows` of integers",
+        lambda w: pop.quantize_rows(torch.zeros(3, 8).int()),
+        RuntimeError,
+        "pop::quantize_rows: x: expected float32, bfloat16 or float16",
+    ),
     Case(
         "`rms_norm` with a weight of another width",
         lambda w: pop.rms_norm(torch.zeros(3, 8), torch.zeros(7), 1e-5),

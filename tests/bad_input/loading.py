@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pop_ext
-from models import llama
+from models import llama, mixtral
 from pop_ext import Plan, UnsupportedModelError
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
@@ -65,6 +65,30 @@ class Headless(nn.Module):
 
 
 LOAD = [
+    Case(
+        '`fp8="yes"`',
+        lambda w: pop_ext.load(w.model, fp8="yes"),
+        TypeError,
+        "fp8: expected a bool, got str",
+    ),
+    Case(
+        "`fp8` with the oracle",
+        lambda w: pop_ext.enable(w.model, backend="reference", fp8=True),
+        ValueError,
+        'fp8: expected False with backend="reference", .* got True',
+    ),
+    Case(
+        "`fp8` of a model with experts",
+        lambda w: pop_ext.load(mixtral(layers=3), fp8=True),
+        UnsupportedModelError,
+        "fp8: expected a model without experts, got one of",
+    ),
+    Case(
+        "`fp8` of a model of odd sizes",
+        lambda w: pop_ext.enable(llama(layers=3, intermediate=150), fp8=True),
+        UnsupportedModelError,
+        "fp8: expected intermediate_size to be a multiple of 16, got 150",
+    ),
     Case(
         "an unknown architecture",
         lambda w: pop_ext.load(gpt2()),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pop_ext.calibration import undisturbed
 from pop_ext.evaluate import continuation_logits
 from pop_ext.evaluation.ablations import (
     ABLATIONS,
@@ -22,12 +23,15 @@ from pop_ext.evaluation.ablations import (
 from pop_ext.evaluation.prompts import Pair
 from pop_ext.families import UnsupportedModelError
 from pop_ext.forward import enabled
-from pop_ext.native import load
+from pop_ext.native import NativeModel, load
 from pop_ext.plan import Plan
 
 FULL, POP, FITTED = "full", "pop", "pop-fitted"
-KINDS = (FULL, POP, FITTED, NO_KV, NO_BOUNDARY, DROPPED)
+FULL_FP8, POP_FP8 = "full-fp8", "pop-fp8"
+DEFAULT_KINDS = (FULL, POP, FITTED, NO_KV, NO_BOUNDARY, DROPPED)
 """``full``: the stock model. ``pop``: the plan. ``pop-fitted``: with its fitted projections. Then the ablations."""
+KINDS = (*DEFAULT_KINDS, FULL_FP8, POP_FP8)
+"""Also ``full-fp8`` and ``pop-fp8``: prompts prefilled with products in 8-bit floats (docs/fp8.md)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Arm:
 
     Attributes:
         kind: of ``KINDS``.
-        plan: whose layers it omits; of ``full`` one that omits nothing.
+        plan: whose layers it omits; of ``full`` and ``full-fp8`` one that omits nothing.
     """
 
     kind: str
@@ -45,13 +49,13 @@ class Arm:
     @property
     def boundary(self) -> int | None:
         """Rows at full depth, of the kinds that have such rows."""
-        return self.plan.boundary if self.kind in (POP, FITTED, NO_KV) else None
+        return self.plan.boundary if self.kind in (POP, FITTED, NO_KV, POP_FP8) else None
 
     @property
     def name(self) -> str:
         """ "pop 8-11 b16": kind, omitted layers and boundary."""
-        if self.kind == FULL:
-            return FULL
+        if self.kind in (FULL, FULL_FP8):
+            return self.kind
         boundary = "" if self.boundary is None else f" b{self.boundary}"
         return f"{self.kind} {layers_text(self.plan)}{boundary}"
 
@@ -71,7 +75,7 @@ def layers_text(plan: Plan) -> str:
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in plan.runs) or "none"
 
 
-def make_arms(plans: Sequence[Plan], kinds: Sequence[str] = KINDS) -> list[Arm]:
+def make_arms(plans: Sequence[Plan], kinds: Sequence[str] = DEFAULT_KINDS) -> list[Arm]:
     """Every kind of every plan that has it, each once; the full model first.
 
     A plan without fitted projections has no ``pop-fitted``; plans that differ in their boundary alone share their
@@ -92,7 +96,8 @@ def make_arms(plans: Sequence[Plan], kinds: Sequence[str] = KINDS) -> list[Arm]:
             if kind == FITTED and plan.projections is None:
                 continue
             plan = plan.replace(min_tokens=0)  # that is about speed
-            arm = Arm(kind, plan if kind == FITTED else plan.replace(projections=None))
+            plan = plan if kind == FITTED else plan.replace(projections=None)
+            arm = Arm(kind, Plan(plan.num_layers, ()) if kind == FULL_FP8 else plan)
             if arms.setdefault(arm.name, arm).plan.projections != arm.plan.projections:
                 raise ValueError(f"plans: expected one fit of layers {layers_text(plan)}, got two")
     return list(arms.values())
@@ -107,12 +112,26 @@ def backend_of(model: Any) -> str:
     return "native"
 
 
+def prefilled_logits(native: NativeModel, context: Tensor, continuation: Tensor) -> Tensor:
+    """Logits [batch, n, vocab] that predict a continuation that the stock model reads after a native prefill.
+
+    As generation computes them, but for the continuation in one piece: no row of it meets what only a prefill does.
+    """
+    prefilled = native.prefill(context)
+    if continuation.shape[1] == 1:
+        return prefilled.logits
+    with undisturbed(native.model), torch.no_grad():
+        rest = native.model(input_ids=continuation[:, :-1], past_key_values=prefilled.past_key_values).logits
+    return torch.cat([prefilled.logits, rest], dim=1)
+
+
 def arm_logits(
     model: Any, arm: Arm, pairs: Sequence[Pair], batch_size: int, backend: str
 ) -> Iterator[tuple[int, Tensor]]:
     """(index, logits [n, vocab] that predict the n tokens of its continuation) of every pair, in any order.
 
-    ``pop`` and ``pop-fitted`` run as ``pop_ext.score`` does, by ``backend``; all others in plain PyTorch.
+    ``pop`` and ``pop-fitted`` run as ``pop_ext.score`` does, by ``backend``; those with 8-bit products natively, and
+    the stock model after their prompt; all others in plain PyTorch.
     """
     if arm.kind in (POP, FITTED):
         contexts, continuations = [context for context, _ in pairs], [continuation for _, continuation in pairs]
@@ -121,10 +140,13 @@ def arm_logits(
                 yield index, rows
         return
     device = model.get_input_embeddings().weight.device
+    native = load(model, arm.plan, fp8=True) if arm.kind in (FULL_FP8, POP_FP8) else None
     for group in group_by_shape(pairs, batch_size):
         context = torch.stack([pairs[index][0] for index in group]).to(device)
         continuation = torch.stack([pairs[index][1] for index in group]).to(device)
-        if arm.kind in ABLATIONS:
+        if native is not None:
+            logits = prefilled_logits(native, context, continuation)
+        elif arm.kind in ABLATIONS:
             logits = ablated_logits(model, arm.kind, arm.plan, context, continuation)
         else:
             ids = torch.cat([context, continuation[:, :-1]], dim=1)

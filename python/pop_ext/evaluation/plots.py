@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any
 
 from pop_ext.evaluation.ablations import DROPPED, NO_BOUNDARY, NO_KV
-from pop_ext.evaluation.arms import FITTED, FULL, POP, omitted_text
+from pop_ext.evaluation.arms import FITTED, FULL, FULL_FP8, POP, POP_FP8, omitted_text
 from pop_ext.evaluation.results import Evaluation, Mean
 from pop_ext.evaluation.timing import NATIVE_FULL, STOCK, plan_arm, speedup
 from pop_ext.plots import new_figure
@@ -24,8 +24,10 @@ _SHADES = {
     NO_KV: ("#f2b36b", "#e0842b", "#a85a10", "#6b3705"),
     NO_BOUNDARY: ("#8e5fb5",),
     DROPPED: ("#666666",),
+    FULL_FP8: ("#c2405a",),
+    POP_FP8: ("#e58fa0", "#c2405a", "#852338", "#4f1220"),
 }
-_MARKERS = {POP: "o", FITTED: "^", NO_KV: "s", NO_BOUNDARY: "D", DROPPED: "x"}
+_MARKERS = {POP: "o", FITTED: "^", NO_KV: "s", NO_BOUNDARY: "D", DROPPED: "x", FULL_FP8: "*", POP_FP8: "v"}
 _LINEAR_BELOW = 0.01  # nats a token: below it the axis of losses is linear, so that zero and noise have a place
 
 
@@ -243,8 +245,16 @@ def _shade(kind: str, index: int) -> str:
 
 
 def _kind_text(kind: str) -> str:
-    names = {POP: "POP", FITTED: "POP, fitted", NO_KV: "no KV projection", NO_BOUNDARY: "no boundary handling"}
-    return names.get(kind, "dropped in both stages")
+    names = {
+        POP: "POP",
+        FITTED: "POP, fitted",
+        NO_KV: "no KV projection",
+        NO_BOUNDARY: "no boundary handling",
+        DROPPED: "dropped in both stages",
+        FULL_FP8: "full depth, fp8",
+        POP_FP8: "POP, fp8",
+    }
+    return names[kind]
 
 
 def _loss_axis(ax: Any, label: str) -> None:

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from pop_ext import info
 from pop_ext.calibration import stock_model, undisturbed
-from pop_ext.evaluation.arms import FULL, KINDS, Arm, arm_logits, backend_of, make_arms
+from pop_ext.evaluation.arms import DEFAULT_KINDS, FULL, Arm, arm_logits, backend_of, make_arms
 from pop_ext.evaluation.prompts import RECALL, Pair, PromptSet
 from pop_ext.evaluation.results import SCHEMA, Evaluation
 from pop_ext.native import check_plan
@@ -32,7 +32,7 @@ def evaluate(
     sets: Sequence[PromptSet],
     plans: Sequence[Plan],
     *,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = DEFAULT_KINDS,
     greedy_tokens: int = 16,
     batch_size: int = 8,
     resume: str | PathLike[str] | None = None,

@@ -1,0 +1,51 @@
+"""What a prefill with fp8 computes, in plain torch: the stock modules with their operands rounded to e4m3."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from pop_ext import Plan
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LARGEST = 448.0
+
+
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 rows and their scales, float32 ``[..., 1]``."""
+    largest = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    factor = torch.full_like(largest, LARGEST) / largest  # of a number torch would take the reciprocal
+    return (x.float() * factor).to(torch.float8_e4m3fn), largest * (1 / LARGEST)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """What is left of x, float32."""
+    values, scale = quantized(x)
+    return values.float() * scale
+
+
+class RoundedLinear(nn.Module):
+    """A Linear whose weight and input are rounded to e4m3 row by row, computed in float32."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.linear.bias is None else self.linear.bias.float()
+        return F.linear(rounded(x), rounded(self.linear.weight), bias).to(x.dtype)
+
+
+def rounded_twin(model: Any, plan: Plan) -> Any:
+    """A copy whose layers round where the native prefill does: all that context rows pass through."""
+    twin = copy.deepcopy(model)
+    for index, layer in enumerate(twin.model.layers):
+        if index in plan.omit or index == plan.num_layers - 1:
+            continue
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, nn.Linear):
+                parent = layer.get_submodule(name.rpartition(".")[0])
+                setattr(parent, name.rpartition(".")[2], RoundedLinear(module))
+    return twin

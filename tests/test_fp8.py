@@ -1,0 +1,233 @@
+"""Prefill with products in 8-bit floats: the rounding bit by bit, the product, and a whole prefill against the oracle
+whose operands are rounded alike."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pop_ext
+import pytest
+import torch
+from against_oracle import GAPS, LAST, plan_of, run_oracle
+from fp8_oracle import quantized, rounded, rounded_twin
+from models import float32_twin, llama, shared, tokens
+from op_operands import random, strided
+from pop_ext import UnsupportedModelError
+from tolerance import assert_low_precision, compare_caches, rms, stored_layers
+
+pop = torch.ops.pop
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "olmo2")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def bits(x):
+    return x.view(torch.uint8)
+
+
+# quantize_rows
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 96), (19, 111), (2, 5, 129), (7, 4104)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_are_rounded_as_torch_rounds_them(dtype, shape):
+    x = 3 * random(*shape, dtype=dtype)
+    expected, expected_scale = quantized(x)
+    for given in (x, strided(x)):
+        values, scale = pop.quantize_rows(given)
+        assert values.shape == x.shape
+        assert torch.equal(bits(values), bits(expected))
+        torch.testing.assert_close(scale, expected_scale.squeeze(-1), rtol=1e-6, atol=0)
+
+
+def test_every_number_of_16_bits_is_rounded_to_the_nearest_ties_to_even():
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = every[every.float().abs() <= 448]  # 448 is among them: the factor is 1
+    assert torch.equal(bits(pop.quantize_rows(x)[0]), bits(x.to(torch.float8_e4m3fn)))
+
+
+def test_rows_of_zeros_stay_zeros_and_tiny_ones_finite():
+    values, scale = pop.quantize_rows(torch.tensor([[0.0, -0.0], [1e-38, -1e-39]]))
+    assert torch.equal(values.float(), torch.zeros(2, 2))
+    assert torch.isfinite(scale).all()
+
+
+def test_a_nan_stays_one_and_leaves_other_rows_alone():
+    x = random(3, 40)
+    x[1, 7] = torch.nan
+    values, _ = pop.quantize_rows(x)
+    assert values.float()[1, 7].isnan()
+    for row in (0, 2):
+        assert torch.equal(bits(values[row]), bits(pop.quantize_rows(x[row])[0]))
+
+
+# fp8_linear
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (3, 96), (65, 160), (2, 19, 2080)], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.cpu), torch.bfloat16], ids=str)
+def test_a_product_is_that_of_the_rounded_operands(dtype, shape):
+    x, weight = random(*shape, dtype=dtype), random(48, shape[-1], dtype=dtype, seed=1)
+    values, scale = pop.quantize_rows(weight)
+    expected = rounded(x).double() @ rounded(weight).double().T
+    out = pop.fp8_linear(strided(x), values, scale)
+    assert out.dtype == dtype
+    tolerance = expected.abs().max().item() * 4 * torch.finfo(dtype).eps + 1e-5
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
+
+
+# A whole prefill
+
+
+@pytest.mark.parametrize("omit", [(), LAST, GAPS], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.cpu  # CUDA devices take bfloat16 alone
+def test_a_prefill_equals_the_oracle_of_rounded_operands(family, omit):
+    """But for rounding that tips over, more of it in each layer: a part of what rounding does, a small one at first."""
+    model = shared(family)
+    plan, ids = plan_of(model, omit, 2), tokens(model, 2, 40)
+    exact, expected = (run_oracle(m, plan, ids, logits_to_keep=2) for m in (model, rounded_twin(model, plan)))
+    actual = pop_ext.load(model, plan, fp8=True).prefill(ids, logits_to_keep=2)
+    assert rms(actual.logits - expected.logits) < 0.5 * rms(exact.logits - expected.logits)
+    layers = zip(*(stored_layers(cache) for cache in (actual.past_key_values, expected.cache, exact.cache)), strict=True)
+    for index, stored in enumerate(layers):
+        first = max(layer.first for layer in stored)
+        part = 1e-4 if index == 0 else 0.1 if index == 1 else 0.5
+        for kind in ("keys", "values"):
+            ours, theirs, without = (getattr(layer, kind)[:, :, first - layer.first :] for layer in stored)
+            assert rms(ours - theirs) <= part * rms(without - theirs) + 1e-6, f"layer {index}: {kind}"
+
+
+@pytest.mark.parametrize("omit", [(), GAPS], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_bfloat16_it_is_as_close_to_that_oracle_in_float32_as_that_oracle_in_bfloat16(family, omit):
+    model = shared(family, dtype=torch.bfloat16)
+    plan, ids = plan_of(model, omit, 3), tokens(model, 2, 40)
+    truth = run_oracle(rounded_twin(float32_twin(model), plan), plan, ids, logits_to_keep=2)
+    same_dtype = run_oracle(rounded_twin(model, plan), plan, ids, logits_to_keep=2)
+    actual = pop_ext.load(model, plan, fp8=True).prefill(ids, logits_to_keep=2)
+    assert_low_precision(actual.logits, same_dtype.logits, truth.logits, "logits")
+    compare_caches(actual.past_key_values, same_dtype.cache, oracle_fp32=truth.cache)
+
+
+def test_it_is_another_result_than_without_and_close_to_it():
+    model = shared(dtype=torch.bfloat16)
+    plan, ids = plan_of(model), tokens(model, 1, 40)
+    exact = pop_ext.load(model, plan).prefill(ids).logits
+    fp8 = pop_ext.load(model, plan, fp8=True).prefill(ids).logits
+    assert 0.001 < rms(fp8 - exact) / rms(exact) < 0.3
+
+
+def test_projected_layers_read_their_own_weights():
+    """With every layer but the first omitted, boundary rows meet 8-bit products in the first layer alone."""
+    model = shared(dtype=torch.bfloat16)
+    plan = plan_of(model, (1, 2, 3, 4, 5))
+    native = pop_ext.load(model, plan, fp8=True)
+    config = model.config
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    rows = heads * config.head_dim + config.hidden_size + 2 * config.intermediate_size
+    attention = (heads + config.num_attention_heads) * config.head_dim * config.hidden_size
+    matrices = attention + 3 * config.hidden_size * config.intermediate_size
+    scales = 4 * (rows + config.hidden_size)
+    assert native.extra_bytes == pop_ext.load(model, plan).extra_bytes + matrices + scales
+
+
+def test_a_sequence_does_not_depend_on_its_batch_mates():
+    model = shared(dtype=torch.bfloat16)
+    native = pop_ext.load(model, plan_of(model), fp8=True)
+    ids = tokens(model, 3, 70)
+    together = native.prefill(ids).logits
+    alone = torch.cat([native.prefill(row[None]).logits for row in ids])
+    assert rms(together - alone) < 0.02 * rms(together)
+
+
+def test_the_same_call_gives_the_same_bits():
+    model = shared(dtype=torch.bfloat16)
+    native = pop_ext.load(model, plan_of(model), fp8=True)
+    ids = tokens(model, 2, 70)
+    assert torch.equal(native.prefill(ids).logits, native.prefill(ids).logits)
+
+
+# Around it
+
+
+def test_an_enabled_model_prefills_in_8_bits_and_keeps_doing_so_in_copies():
+    model = llama(dtype=torch.bfloat16)
+    plan, ids = plan_of(model), tokens(model, 1, 40)
+    expected = pop_ext.load(model, plan, fp8=True).prefill(ids).logits
+    pop_ext.enable(model, plan, strict=True, fp8=True)
+    with torch.no_grad():
+        assert torch.equal(model(ids, logits_to_keep=1).logits, expected)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(twin(ids, logits_to_keep=1).logits, expected)
+        with pop_ext.enabled(model, plan):
+            assert not torch.equal(model(ids, logits_to_keep=1).logits, expected)
+        assert torch.equal(model(ids, logits_to_keep=1).logits, expected)
+
+
+def test_generation_decodes_with_the_stock_model():
+    model = llama(dtype=torch.bfloat16)
+    ids = tokens(model, 1, 40)
+    native = pop_ext.load(model, plan_of(model), fp8=True)
+    out = native.prefill(ids)
+    first = out.logits[:, -1].argmax(-1, keepdim=True)
+    with torch.no_grad():
+        second = model(first, past_key_values=out.past_key_values).logits[:, -1].argmax(-1, keepdim=True)
+    pop_ext.enable(model, plan_of(model), strict=True, fp8=True)
+    generated = model.generate(ids, max_new_tokens=2, do_sample=False)
+    assert torch.equal(generated[:, 40:], torch.cat([first, second], 1))
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"])
+def test_a_changed_weight_is_noticed_and_quantised_again(name):
+    model = llama(dtype=torch.bfloat16)
+    native = pop_ext.load(model, plan_of(model), fp8=True)
+    ids = tokens(model, 1, 19)
+    with torch.no_grad():
+        model.model.layers[1].get_submodule(name).weight.mul_(-1)
+    with pytest.raises(RuntimeError, match=f"{name.split('.')[1]}.*refresh"):
+        native.prefill(ids)
+    native.refresh()
+    assert torch.equal(native.prefill(ids).logits, pop_ext.load(model, plan_of(model), fp8=True).prefill(ids).logits)
+
+
+@pytest.mark.cpu  # values are sampled in host memory
+def test_a_change_through_data_is_noticed():
+    model = llama(dtype=torch.bfloat16)
+    native = pop_ext.load(model, plan_of(model), fp8=True)
+    model.model.layers[0].mlp.gate_proj.weight.data.mul_(2)
+    assert native.stale_weight() == "layers.0.gate_proj"
+
+
+def test_a_fitted_plan_goes_with_it():
+    model = llama(dtype=torch.bfloat16)
+    plan = pop_ext.fit(model, plan_of(model), [tokens(model, 2, 40, seed=seed) for seed in range(8)])
+    ids = tokens(model, 1, 40)
+    fitted, own = (pop_ext.load(model, p, fp8=True).prefill(ids) for p in (plan, plan.replace(projections=None)))
+    for index, (a, b) in enumerate(zip(fitted.past_key_values.layers, own.past_key_values.layers, strict=True)):
+        assert torch.equal(a.values[:, :, :-1], b.values[:, :, :-1]) == (index not in plan.omit)
+
+
+# What it is not for
+
+
+def test_models_with_experts_are_refused_and_run_without():
+    model = shared("mixtral", dtype=torch.bfloat16)
+    with pytest.raises(UnsupportedModelError, match="fp8: expected a model without experts, got one of 4"):
+        pop_ext.load(model, fp8=True)
+    pop_ext.load(model)
+
+
+def test_odd_sizes_are_refused_by_name():
+    model = llama(dtype=torch.bfloat16, intermediate=150)
+    with pytest.raises(UnsupportedModelError, match="fp8: expected intermediate_size to be a multiple of 16, got 150"):
+        pop_ext.enable(model, fp8=True)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_other_dtypes_are_refused_on_a_gpu(dtype):
+    model = llama(dtype=dtype).cuda()
+    with pytest.raises(UnsupportedModelError, match="fp8: expected bfloat16 weights on a CUDA device"):
+        pop_ext.load(model, fp8=True)
