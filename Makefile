@@ -72,7 +72,7 @@ core: $(BUILD)/build.ninja
 
 # The CUDA kernels as C++ on the CPU: each against serial arithmetic, again under ThreadSanitizer, and the tests of the
 # operators and of a whole prefill over them (tests/cuda_shim).
-SHIM_TESTS ?= tests/test_op_kernels.py tests/test_op_prefill.py tests/test_window_only.py \
+SHIM_TESTS ?= tests/test_op_kernels.py tests/test_op_prefill.py tests/test_window_only.py tests/test_fp8.py \
   tests/cuda_shim/options.py
 
 shim: export PATH := $(dir $(shell command -v $(PYTHON))):$(PATH)
@@ -81,12 +81,12 @@ shim: $(FOR_LINT)
 	cmake --build build/shim
 	build/shim/cuda_checks
 	build/shim/cuda_checks --list | xargs -d '\n' -n 1 -P $(WORKERS) build/shim/cuda_races
-	PYTHONPATH=build/shim/python $(PYTHON) $(PYTEST) $(SHIM_TESTS)
+	PYTHONPATH=build/shim/python $(PYTHON) $(PYTEST) -m 'not cpu' $(SHIM_TESTS)
 
 # The AVX-512 kernels in plain C++, for processors without them (tests/avx512_emulated); not what other tables of RoPE,
 # schemas and the kernels of lesser processors do, which the tests themselves have shown.
 AVX512_TESTS ?= tests/test_cpu_kernels.py tests/test_attention_op.py tests/test_op_kernels.py \
-  tests/test_op_norms_and_caps.py tests/test_op_prefill.py tests/test_native_prefill.py
+  tests/test_op_norms_and_caps.py tests/test_op_prefill.py tests/test_native_prefill.py tests/test_fp8.py
 
 avx512: export PATH := $(dir $(shell command -v $(PYTHON))):$(PATH)
 avx512: $(FOR_LINT)

@@ -140,6 +140,9 @@ def kernel_rows(native: NativeModel, operands: Operands) -> list[Row]:
     on_gpu = native.device.type == "cuda"
     if on_gpu:
         rows += [
+            _row("quantize_rows", operands, _quantize_rows(operands.spec.hidden_size)),
+            _row("quantize_rows, mlp", operands, _quantize_rows(operands.spec.intermediate_size)),
+            *_fp8_rows(operands),
             _row("attention, flash", operands, _under(_attention, sdpa_rows=0), attention, beside="torch sdpa"),
             _row("attention, own", operands, _under(_attention, library_attention=0), attention, beside="torch sdpa"),
         ]
@@ -157,6 +160,15 @@ def kernel_rows(native: NativeModel, operands: Operands) -> list[Row]:
         fused = _under(_kv_project(len(run)), fused_kv_project=1)
         rows.append(_row(f"kv_project fused, {layers}", operands, fused, projected, beside=bare.name))
     return [*rows, *(_boundary_row(native, run, tokens, count) for count in ((1, 8, 64) if on_gpu else (1,)))]
+
+
+def _fp8_rows(operands: Operands) -> list[Row]:
+    """The MLP's product as a prefill with fp8 computes it, with the rounding of its rows; where it can."""
+    spec = operands.spec
+    if torch.ops.pop.fp8_missing(spec.to_json(), operands.rows()):
+        return []
+    flops = 2.0 * operands.tokens * spec.hidden_size * spec.intermediate_size
+    return [_row("fp8 linear, gate_proj, up_proj", operands, _fp8_linear, flops, beside="gemm gate_proj, up_proj")]
 
 
 def _boundary_row(native: NativeModel, run: range, tokens: int, count: int) -> Row:
@@ -220,6 +232,20 @@ def _add_rms_norm(operands: Operands) -> tuple[Callable[[], Any], int]:
     delta.zero_()  # the sum stays where it is however often it is formed
     eps = operands.spec.rms_norm_eps
     return lambda: torch.ops.pop.add_rms_norm(x, delta, gamma, eps), 4 * x.nbytes
+
+
+def _quantize_rows(width: int) -> Maker:
+    def make(operands: Operands) -> tuple[Callable[[], Any], int]:
+        x = operands.rand(operands.tokens, width)
+        return lambda: torch.ops.pop.quantize_rows(x), x.nbytes + x.numel()
+
+    return make
+
+
+def _fp8_linear(operands: Operands) -> tuple[Callable[[], Any], int]:
+    spec = operands.spec
+    x, quantized = operands.rows(), torch.ops.pop.quantize_rows(operands.rand(spec.intermediate_size, spec.hidden_size))
+    return lambda: torch.ops.pop.fp8_linear(x, *quantized), 0
 
 
 def _gated_act(operands: Operands) -> tuple[Callable[[], Any], int]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from against_oracle import GAPS, LAST, plan_of, run_oracle
 from fp8_oracle import quantized, rounded, rounded_twin
+from instruction_sets import assert_lesser_sets_pass
 from models import float32_twin, llama, shared, tokens
 from op_operands import random, strided
 from pop_ext import UnsupportedModelError
@@ -62,6 +63,11 @@ def test_a_nan_stays_one_and_leaves_other_rows_alone():
         assert torch.equal(bits(values[row]), bits(pop.quantize_rows(x[row])[0]))
 
 
+@pytest.mark.cpu
+def test_lesser_instruction_sets_round_alike():
+    assert_lesser_sets_pass(__file__, "rounded_as_torch or every_number or zeros or nan")
+
+
 # fp8_linear
 
 
@@ -90,8 +96,8 @@ def test_a_prefill_equals_the_oracle_of_rounded_operands(family, omit):
     exact, expected = (run_oracle(m, plan, ids, logits_to_keep=2) for m in (model, rounded_twin(model, plan)))
     actual = pop_ext.load(model, plan, fp8=True).prefill(ids, logits_to_keep=2)
     assert rms(actual.logits - expected.logits) < 0.5 * rms(exact.logits - expected.logits)
-    layers = zip(*(stored_layers(cache) for cache in (actual.past_key_values, expected.cache, exact.cache)), strict=True)
-    for index, stored in enumerate(layers):
+    caches = (actual.past_key_values, expected.cache, exact.cache)
+    for index, stored in enumerate(zip(*map(stored_layers, caches), strict=True)):
         first = max(layer.first for layer in stored)
         part = 1e-4 if index == 0 else 0.1 if index == 1 else 0.5
         for kind in ("keys", "values"):

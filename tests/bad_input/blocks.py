@@ -44,6 +44,7 @@ def kv_projected(**over: Any) -> dict[str, Any]:
 
 SAME = torch.zeros(1, 2, 3, 64)
 
+
 def fp8_linear(weight: Any = None, scale: Any = None) -> Any:
     values, scales = pop.quantize_rows(torch.ones(32, 16))
     return pop.fp8_linear(torch.zeros(3, 16), values if weight is None else weight, scales if scale is None else scale)

@@ -36,7 +36,7 @@ def evaluate(
     plan: Annotated[list[Path] | None, typer.Option(help="Plans to read, as Plan.save wrote them.")] = None,
     counts: Annotated[str | None, typer.Option(help="Numbers of the deepest layers, like 1-6: each a plan.")] = None,
     boundary: BoundariesOption = None,
-    kinds: Annotated[str, typer.Option(help="Arms: of pop, pop-fitted, no-kv, no-boundary, dropped, full-fp8, pop-fp8.")] = (
+    kinds: Annotated[str, typer.Option(help="Of pop, pop-fitted, no-kv, no-boundary, dropped, full-fp8, pop-fp8.")] = (
         "pop,pop-fitted,no-kv,no-boundary,dropped"
     ),
     lengths: Annotated[str, typer.Option(help="Tokens of prompts, like 128,256,512.")] = "256",
