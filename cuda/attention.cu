@@ -32,6 +32,8 @@ namespace {
 template <class T, int kQueries>
 __global__ void __launch_bounds__(kThreads, blocks_an_sm(kQueries))
     attention_kernel(const __grid_constant__ AttentionLaunch p) {
+  let_kernel_behind_start();
+  wait_for_kernels_in_front();
   using C = Tile<T, kQueries>;
   const C tile(dynamic_shared<float>(), p.head_dim, p.pitch);
   if (threadIdx.x == 0) *tile.work = work_of(p, static_cast<int>(blockIdx.x));
@@ -78,6 +80,8 @@ __global__ void __launch_bounds__(kThreads, blocks_an_sm(kQueries))
 // A block a (row, head): the sum of its partial outputs, each brought to the overall maximum.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) merge_kernel(const __grid_constant__ AttentionLaunch p) {
+  let_kernel_behind_start();
+  wait_for_kernels_in_front();
   int which = 0, item = static_cast<int>(blockIdx.x);
   while (item >= p.parts[which].end_merge) ++which;
   if (which > 0) item -= p.parts[which - 1].end_merge;
@@ -202,7 +206,7 @@ void launch_tiles(AttentionLaunch args, Stream stream) {
   args.key_shares = kThreads / (args.head_dim / C::kChannels) / C::kSides;
   const size_t shared_bytes = C(nullptr, args.head_dim, args.pitch).bytes;
   const auto blocks = static_cast<unsigned>(args.parts[args.count - 1].end_block);
-  launch("attention", attention_kernel<T, kQueries>, dim3(blocks), dim3(kThreads), shared_bytes, stream, args);
+  launch_early("attention", attention_kernel<T, kQueries>, dim3(blocks), dim3(kThreads), shared_bytes, stream, args);
 }
 
 size_t workspace_floats(const AttentionLaunch& launch) {
@@ -242,7 +246,7 @@ void launch_attention(const AttentionParams& p, void* workspace, Stream stream) 
           launch_tiles<T, 32>(args, stream);
       }
       const auto merges = static_cast<unsigned>(args.parts[args.count - 1].end_merge);
-      if (merges > 0) launch("attention", merge_kernel<T>, dim3(merges), dim3(kThreads), 0, stream, args);
+      if (merges > 0) launch_early("attention", merge_kernel<T>, dim3(merges), dim3(kThreads), 0, stream, args);
     });
   });
 }

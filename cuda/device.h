@@ -21,6 +21,24 @@ void set_device(int device);
 // Of the current device.
 const DeviceFacts& device_facts();
 
+// While one lives, this thread's launches of kernels made for it start early (launch.cuh). What such kernels load
+// before those in front have ended must have been there before one that starts as others do.
+class EarlyLaunches {
+ public:
+  EarlyLaunches() : before_(wanted()) { wanted() = true; }
+  ~EarlyLaunches() { wanted() = before_; }
+  EarlyLaunches(const EarlyLaunches&) = delete;
+  EarlyLaunches& operator=(const EarlyLaunches&) = delete;
+
+  static bool& wanted() {
+    static thread_local bool value = false;
+    return value;
+  }
+
+ private:
+  bool before_;
+};
+
 // A second stream of the current device, at a higher priority than the caller's, and the events that order
 // the two. Taken from a pool, returned by the destructor: what is still in the stream then goes on.
 class SideLine {

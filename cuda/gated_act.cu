@@ -31,6 +31,8 @@ __device__ __forceinline__ void add_bias(float (&value)[count], const void* bias
 // `count` neighbouring elements a thread; `blocks_a_row` blocks follow each other along a row.
 template <class T, int count, Activation activation>
 __global__ void __launch_bounds__(kMaxThreads) gated_act_kernel(const GatedActParams p, unsigned blocks_a_row) {
+  let_kernel_behind_start();
+  wait_for_kernels_in_front();
   const int64_t row = blockIdx.x / blocks_a_row;
   const int64_t i = (static_cast<int64_t>(blockIdx.x % blocks_a_row) * blockDim.x + threadIdx.x) * count;
   if (i >= p.width) return;
@@ -51,8 +53,8 @@ void launch_gated_act_of(const GatedActParams& p, Stream stream) {
   const int64_t blocks_a_row = ceil_div(pieces, kMaxThreads);
   const int64_t threads = ceil_div(ceil_div(pieces, blocks_a_row), kWarp) * kWarp;
   const auto run = [&](auto kernel) {
-    launch("gated_act", kernel, dim3(static_cast<unsigned>(p.rows * blocks_a_row)),
-           dim3(static_cast<unsigned>(threads)), 0, stream, p, static_cast<unsigned>(blocks_a_row));
+    launch_early("gated_act", kernel, dim3(static_cast<unsigned>(p.rows * blocks_a_row)),
+                 dim3(static_cast<unsigned>(threads)), 0, stream, p, static_cast<unsigned>(blocks_a_row));
   };
   switch (p.activation) {
     case Activation::silu:

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/device.h"
 #include "cuda/kernels.h"
 
 namespace pop::cuda {
@@ -22,11 +23,37 @@ inline bool is_aligned(const void* base, int64_t stride, int64_t element_bytes, 
   return reinterpret_cast<uintptr_t>(base) % bytes == 0 && stride * element_bytes % bytes == 0;
 }
 
+// ---- Kernels that start before the one in front of them has ended -----------------------------
+//
+// On compute capability 9.0 and up, by launch_early (programmatic dependent launch): the blocks of such a kernel start
+// when those of the kernel in front are all running or done, instead of when its memory is flushed, and load what no
+// kernel of a prefill writes, weights, in the meantime. A test sees to it that these kernels call what is here.
+
+// What kernels in front have written is there, and what they read may be overwritten, only after this.
+__device__ __forceinline__ void wait_for_kernels_in_front() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The kernel behind may start as soon as every block of this one has come here.
+__device__ __forceinline__ void let_kernel_behind_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 #if defined(POP_CUDA_SHIM)
 
 template <class... P, class... A>
 void launch(const char*, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream, A... args) {
   cuda_shim::run(grid, block, shared_bytes, [&] { kernel(args...); });
+}
+
+template <class... P, class... A>
+void launch_early(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
+                  A... args) {
+  launch(name, kernel, grid, block, shared_bytes, stream, args...);
 }
 
 template <class T>
@@ -46,8 +73,8 @@ inline constexpr size_t kSharedWithoutAsking = 48 << 10;
 
 // `name` is for the error text.
 template <class... P, class... A>
-void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
-            A... args) {
+void launch_with(bool early, const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                 Stream stream, A... args) {
   if (shared_bytes > kSharedWithoutAsking) {
     const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), limit, static_cast<int>(shared_bytes)), name);
@@ -57,7 +84,25 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, args...), name);
+}
+
+template <class... P, class... A>
+void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
+            A... args) {
+  launch_with(false, name, kernel, grid, block, shared_bytes, stream, args...);
+}
+
+// For kernels whose threads all call wait_for_kernels_in_front.
+template <class... P, class... A>
+void launch_early(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
+                  A... args) {
+  launch_with(EarlyLaunches::wanted(), name, kernel, grid, block, shared_bytes, stream, args...);
 }
 
 template <class T>

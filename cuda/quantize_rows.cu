@@ -46,6 +46,8 @@ __device__ __forceinline__ uint32_t e4m3_word(const float* value, float factor) 
 template <class T, int count>
 __global__ void __launch_bounds__(kMaxThreads) quantize_rows_kernel(const QuantizeRowsParams p) {
   __shared__ float partial[kWarp];
+  let_kernel_behind_start();
+  wait_for_kernels_in_front();
   const T* x = static_cast<const T*>(p.x) + blockIdx.x * p.x_stride;
   uint8_t* out = p.out + blockIdx.x * p.out_stride;
   const int64_t first = threadIdx.x * count, step = static_cast<int64_t>(blockDim.x) * count;
@@ -78,8 +80,8 @@ template <class T, int count>
 void launch_quantize_rows_of(const QuantizeRowsParams& p, Stream stream) {
   const int64_t pieces = ceil_div(p.width, count);
   const auto threads = static_cast<unsigned>(std::min<int64_t>(ceil_div(pieces, kWarp) * kWarp, kMaxThreads));
-  launch("quantize_rows", quantize_rows_kernel<T, count>, dim3(static_cast<unsigned>(p.rows)), dim3(threads), 0, stream,
-         p);
+  launch_early("quantize_rows", quantize_rows_kernel<T, count>, dim3(static_cast<unsigned>(p.rows)), dim3(threads), 0,
+               stream, p);
 }
 
 }  // namespace

@@ -78,6 +78,8 @@ __device__ __forceinline__ void normalise(float (&delta)[count], float rstd, con
 template <class T, int packs>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormParams p) {
   __shared__ float partial[kWarp], partial_delta[kWarp];
+  let_kernel_behind_start();
+  wait_for_kernels_in_front();
   const Row<T> row(p);
   const int width = static_cast<int>(p.width);
   const int first = threadIdx.x * kPack<T>, step = blockDim.x * kPack<T>;
@@ -145,6 +147,8 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormPara
 template <class T, int count>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_loop_kernel(const RmsNormParams p) {
   __shared__ float partial[kWarp], partial_delta[kWarp];
+  let_kernel_behind_start();
+  wait_for_kernels_in_front();
   const Row<T> row(p);
   const int64_t first = threadIdx.x * count, step = static_cast<int64_t>(blockDim.x) * count;
   float delta_rstd = 0.0f;
@@ -207,7 +211,7 @@ template <class T>
 void launch_rms_norm_of(const RmsNormParams& p, Stream stream) {
   const dim3 grid(static_cast<unsigned>(p.rows));
   const auto run = [&](auto kernel, int64_t pieces, int64_t a_thread) {
-    launch("rms_norm", kernel, grid, dim3(threads_for(pieces, a_thread)), 0, stream, p);
+    launch_early("rms_norm", kernel, grid, dim3(threads_for(pieces, a_thread)), 0, stream, p);
   };
   if (!in_packs(p, sizeof(T))) return run(rms_norm_loop_kernel<T, 1>, p.width, 1);
   const int64_t packs = p.width / kPack<T>;

@@ -207,6 +207,8 @@ __device__ __forceinline__ float squares(const Runs<count>& runs) {
 template <class T, int count, int max_layers>
 __global__ void __launch_bounds__(kThreads, kBlocksToFit)
     heads_kernel(const __grid_constant__ HeadsWork<max_layers> p) {
+  let_kernel_behind_start();
+  wait_for_kernels_in_front();
   const int total = p.heads + p.layers * 2 * p.kv_heads;
   const int items = (p.head_dim + 2 * count - 1) / (2 * count);
   const int lane = threadIdx.x, lanes = blockDim.x, groups = blockDim.y;
@@ -276,7 +278,7 @@ void launch_with(HeadsWork<max_layers> work, int64_t rows, Stream stream) {
   const int64_t threads = std::min<int64_t>(ceil_div(ceil_div(lanes, in_turn), kWarp) * kWarp, kThreads);
   const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>(ceil_div(lanes, in_turn * threads)));
   const dim3 block(static_cast<unsigned>(group), static_cast<unsigned>(threads / group));
-  launch("rope_cache_write", heads_kernel<T, count, max_layers>, grid, block, 0, stream, work);
+  launch_early("rope_cache_write", heads_kernel<T, count, max_layers>, grid, block, 0, stream, work);
 }
 
 template <int max_layers>

@@ -76,7 +76,8 @@ __device__ __forceinline__ void multiply(const Product& p, int row, int64_t colu
       w[c] += step;
     }
   };
-  if (k < end) load_ahead();
+  if (k < end) load_ahead();  // of w, which no kernel writes
+  wait_for_kernels_in_front();
 #pragma unroll 1
   for (; k < end; k += step, a += step) {
     float w_here[kColumns][kCount];
@@ -132,6 +133,7 @@ template <class T, int kRows, int kCount>
 __global__ void __launch_bounds__(kThreads, blocks_an_sm(kRows))
     skinny_gemm_kernel(const __grid_constant__ ProductList list) {
   constexpr int kValues = kRows * kColumns;
+  let_kernel_behind_start();
   const int block = static_cast<int>(blockIdx.x);
   int which = 0;
   while (block >= list.products[which].end_block) ++which;
@@ -195,7 +197,7 @@ void launch_tiles(const GemmParams* products, int64_t count, bool is_wide, Strea
   }
   if (blocks == 0) return;
   const auto kernel = is_wide ? skinny_gemm_kernel<T, kRows, kPack<T>> : skinny_gemm_kernel<T, kRows, 1>;
-  launch("skinny_gemm", kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, list);
+  launch_early("skinny_gemm", kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, list);
 }
 
 }  // namespace

@@ -120,6 +120,17 @@ def test_files_compiled_per_instruction_set_leave_no_inline_function_to_the_link
     assert weak == []
 
 
+def test_kernels_that_start_early_wait_for_those_in_front():
+    """Each kernel of a file that launches early; one that did not wait would read what is not there yet, on a GPU alone."""
+    early = [path for path in sources("cuda") if "launch_early(" in path.read_text(encoding="utf-8")]
+    assert len(early) == 6
+    for path in early:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"[^_]launch\(\"", text), f"{path.name}: some kernel starts as others do"
+        for call in ("wait_for_kernels_in_front();", "let_kernel_behind_start();"):
+            assert text.count(call) == text.count("__global__"), f"{path.name}: {call}"
+
+
 def test_every_source_is_listed():
     text = (ROOT / "CMakeLists.txt").read_text() + "".join(path.read_text() for path in (ROOT / "cmake").iterdir())
     unlisted = [path for path in sources("cpp", "cuda") if path.suffix in (".cpp", ".cu")]

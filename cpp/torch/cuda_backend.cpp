@@ -38,6 +38,7 @@ struct Options {
   std::atomic<int64_t> skinny_rows{8};        // products of up to so many rows take cuda/skinny_gemm.cu
   std::atomic<int64_t> overlap{0};            // boundary rows on a second stream, beside the projection
   std::atomic<int64_t> library_attention{1};  // 0: all attention by cuda/attention.cu
+  std::atomic<int64_t> early_launch{0};       // kernels start before those in front have ended (cuda/launch.cuh)
   std::atomic<int64_t> fused{0};              // runs by cuda/kv_project_sm90.cu, where it serves them
 };
 
@@ -53,10 +54,11 @@ int64_t CudaBackend::tune(const std::string& option, int64_t value) {
   if (option == "overlap") return options().overlap.exchange(value);
   if (option == "library_attention") return options().library_attention.exchange(value);
   if (option == "sdpa_rows") return set_sdpa_rows(value);
+  if (option == "early_launch") return options().early_launch.exchange(value);
   if (option == "fused_kv_project") return options().fused.exchange(value);
   throw std::runtime_error(
-      "pop::tune: option: expected gemm_blocks, skinny_rows, overlap, library_attention, sdpa_rows or "
-      "fused_kv_project, got " +
+      "pop::tune: option: expected gemm_blocks, skinny_rows, overlap, library_attention, sdpa_rows, "
+      "early_launch or fused_kv_project, got " +
       option);
 }
 
@@ -103,7 +105,11 @@ void CudaBackend::end_side() {
   side_->wait(main_, side_->record(side_->stream()));
 }
 
-void CudaBackend::place_rows(const PlaceRowsParams& p) { cuda::launch_place_rows(p, stream_); }
+// It waits for all that is in the stream, weights that were just written as well; what follows need not.
+void CudaBackend::place_rows(const PlaceRowsParams& p) {
+  cuda::launch_place_rows(p, stream_);
+  if (options().early_launch != 0 && cuda::device_facts().major >= 9) early_launches_.emplace();
+}
 
 void CudaBackend::embed(const EmbedParams& p) { cuda::launch_embed(p, cuda::bad_id_flag(), stream_); }
 

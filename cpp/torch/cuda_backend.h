@@ -62,6 +62,7 @@ class CudaBackend final : public Backend {
   cuda::Stream main_;
   std::optional<cuda::SideLine> side_;  // where boundary rows run beside the projection
   std::optional<StreamScope> on_side_;
+  std::optional<cuda::EarlyLaunches> early_launches_;
 };
 
 }  // namespace pop
