@@ -121,7 +121,7 @@ def test_files_compiled_per_instruction_set_leave_no_inline_function_to_the_link
 
 
 def test_kernels_that_start_early_wait_for_those_in_front():
-    """Each kernel of a file that launches early; one that did not wait would read what is not there yet, on a GPU alone."""
+    """All of a file that launches early: one that did not wait would read what is not there yet, on a GPU alone."""
     early = [path for path in sources("cuda") if "launch_early(" in path.read_text(encoding="utf-8")]
     assert len(early) == 6
     for path in early:

@@ -121,6 +121,25 @@ def test_losses_are_those_of_score_and_agreement_is_that_of_generate():
     assert result.find(1, "full")["samples"].keys() == {"loss", "first", "exact"}
 
 
+def test_arms_with_8_bit_products_prefill_by_them_and_decode_as_stock():
+    model = shared("llama")
+    sets = prompt_sets(model)
+    result = evaluate(model, sets, [PLAN, PLAN.replace(boundary=3)], kinds=["full-fp8", "pop-fp8"], greedy_tokens=0)
+    names = [cell["arm"] for cell in result.cells if cell["set"] == 0]
+    assert names == ["full", "full-fp8", "pop-fp8 1,4-5 b2", "pop-fp8 1,4-5 b3"]
+    for name, plan in (("full-fp8", Plan(6, ())), ("pop-fp8 1,4-5 b2", PLAN)):
+        native = pop_ext.load(model, plan, fp8=True)
+        losses = result.find(0, name)["samples"]["loss"]
+        for loss, (context, continuation) in zip(losses, sets[0].pairs, strict=True):
+            out = native.prefill(context[None])
+            rows = [out.logits[0, -1]]
+            for token in continuation[:-1]:
+                with torch.no_grad():
+                    rows.append(model(token.view(1, 1), past_key_values=out.past_key_values).logits[0, -1])
+            found = torch.stack(rows).log_softmax(-1).gather(1, continuation[:, None])
+            assert loss == pytest.approx(-float(found.mean()), abs=2e-3)
+
+
 def test_greedy_is_the_most_probable_token_whatever_the_checkpoint_says_of_generation(monkeypatch):
     model = shared("llama")
     own = GenerationConfig(eos_token_id=2, repetition_penalty=1.3, suppress_tokens=[5], min_new_tokens=2)
