@@ -159,7 +159,11 @@ def kernel_rows(native: NativeModel, operands: Operands) -> list[Row]:
     if on_gpu:
         fused = _under(_kv_project(len(run)), fused_kv_project=1)
         rows.append(_row(f"kv_project fused, {layers}", operands, fused, projected, beside=bare.name))
-    return [*rows, *(_boundary_row(native, run, tokens, count) for count in ((1, 8, 64) if on_gpu else (1,)))]
+    rows.append(_boundary_row(native, run, tokens, 1))
+    if on_gpu:
+        rows.append(_boundary_row(native, run, tokens, 1, early_launch=1))
+        rows += [_boundary_row(native, run, tokens, count) for count in (8, 64)]
+    return rows
 
 
 def _fp8_rows(operands: Operands) -> list[Row]:
@@ -171,11 +175,12 @@ def _fp8_rows(operands: Operands) -> list[Row]:
     return [_row("fp8 linear, gate_proj, up_proj", operands, _fp8_linear, flops, beside="gemm gate_proj, up_proj")]
 
 
-def _boundary_row(native: NativeModel, run: range, tokens: int, count: int) -> Row:
+def _boundary_row(native: NativeModel, run: range, tokens: int, count: int, **options: int) -> Row:
     layers = "1 layer" if len(run) == 1 else f"{len(run)} layers"
-    row = Row(name=f"boundary step, {layers}" + ("" if count == 1 else f", {count} rows"), tokens=tokens)
+    parts = ["boundary step", layers, *([f"{count} rows"] if count > 1 else []), *options]
+    row = Row(name=", ".join(parts), tokens=tokens)
     row.bytes = run_stage(native.spec, run, tokens, "boundary", count)["bytes"]
-    row.call = row.attempt(lambda: BoundaryStep(native, run, tokens, count))
+    row.call = row.attempt(lambda: tuned(BoundaryStep(native, run, tokens, count), options))
     return row
 
 
