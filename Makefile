@@ -73,7 +73,7 @@ core: $(BUILD)/build.ninja
 # The CUDA kernels as C++ on the CPU: each against serial arithmetic, again under ThreadSanitizer, and the tests of the
 # operators and of a whole prefill over them (tests/cuda_shim).
 SHIM_TESTS ?= tests/test_op_kernels.py tests/test_op_prefill.py tests/test_window_only.py tests/test_fp8.py \
-  tests/cuda_shim/options.py
+  tests/test_quantize_rows.py tests/cuda_shim/options.py
 
 shim: export PATH := $(dir $(shell command -v $(PYTHON))):$(PATH)
 shim: $(FOR_LINT)
@@ -86,7 +86,7 @@ shim: $(FOR_LINT)
 # The AVX-512 kernels in plain C++, for processors without them (tests/avx512_emulated); not what other tables of RoPE,
 # schemas and the kernels of lesser processors do, which the tests themselves have shown.
 AVX512_TESTS ?= tests/test_cpu_kernels.py tests/test_attention_op.py tests/test_op_kernels.py \
-  tests/test_op_norms_and_caps.py tests/test_op_prefill.py tests/test_native_prefill.py tests/test_fp8.py
+  tests/test_op_norms_and_caps.py tests/test_op_prefill.py tests/test_native_prefill.py tests/test_quantize_rows.py
 
 avx512: export PATH := $(dir $(shell command -v $(PYTHON))):$(PATH)
 avx512: $(FOR_LINT)

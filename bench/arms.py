@@ -50,7 +50,7 @@ class Arm(Timed):
     @property
     def full_depth(self) -> bool:
         """Whether it computes what the stock model computes."""
-        return self.plan is None or (not self.fp8 and set(self.plan.omit) <= {self.plan.num_layers - 1})
+        return self.plan is None or set(self.plan.omit) <= {self.plan.num_layers - 1}
 
     def prepare(self) -> None:
         """Makes ``call``, or sets ``failed``."""

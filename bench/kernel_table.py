@@ -96,7 +96,9 @@ def measure_kernels(
     clock = KernelClock(native.device)
     table = KernelTable(name, str(native.dtype).removeprefix("torch."), [], measure_bandwidth(native.device), None, 0)
     rounds = []
-    with Progress(f"kernels, {name}", 15 * repeats * len(lengths), quiet) as bar:
+    with Progress(
+        f"kernels, {name}", (19 if native.device.type == "cuda" else 15) * repeats * len(lengths), quiet
+    ) as bar:
         for index, tokens in enumerate(lengths):
             operands = Operands(native.spec, tokens, native.dtype, native.device)
             rows = kernel_rows(native, operands)

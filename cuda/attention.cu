@@ -32,8 +32,8 @@ namespace {
 template <class T, int kQueries>
 __global__ void __launch_bounds__(kThreads, blocks_an_sm(kQueries))
     attention_kernel(const __grid_constant__ AttentionLaunch p) {
-  let_kernel_behind_start();
   wait_for_kernels_in_front();
+  let_kernel_behind_start();
   using C = Tile<T, kQueries>;
   const C tile(dynamic_shared<float>(), p.head_dim, p.pitch);
   if (threadIdx.x == 0) *tile.work = work_of(p, static_cast<int>(blockIdx.x));
@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(kThreads, blocks_an_sm(kQueries))
 // A block a (row, head): the sum of its partial outputs, each brought to the overall maximum.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) merge_kernel(const __grid_constant__ AttentionLaunch p) {
-  let_kernel_behind_start();
   wait_for_kernels_in_front();
+  let_kernel_behind_start();
   int which = 0, item = static_cast<int>(blockIdx.x);
   while (item >= p.parts[which].end_merge) ++which;
   if (which > 0) item -= p.parts[which - 1].end_merge;

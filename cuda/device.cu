@@ -24,6 +24,8 @@ int current_device() {
 
 void set_device(int device) { check(cudaSetDevice(device), "cudaSetDevice"); }
 
+__global__ void probe_kernel() {}
+
 const DeviceFacts& device_facts() {
   static std::array<DeviceFacts, kMaxDevices> facts;
   static std::array<std::once_flag, kMaxDevices> once;
@@ -34,8 +36,12 @@ const DeviceFacts& device_facts() {
       check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
       return value;
     };
-    facts[device] = {attribute(cudaDevAttrComputeCapabilityMajor), attribute(cudaDevAttrComputeCapabilityMinor),
-                     attribute(cudaDevAttrMultiProcessorCount)};
+    cudaFuncAttributes probe{};
+    check(cudaFuncGetAttributes(&probe, reinterpret_cast<const void*>(probe_kernel)), "cudaFuncGetAttributes");
+    facts[device] = {.major = attribute(cudaDevAttrComputeCapabilityMajor),
+                     .minor = attribute(cudaDevAttrComputeCapabilityMinor),
+                     .code = probe.ptxVersion,
+                     .sm_count = attribute(cudaDevAttrMultiProcessorCount)};
   });
   return facts[device];
 }

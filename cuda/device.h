@@ -12,6 +12,7 @@ namespace pop::cuda {
 
 struct DeviceFacts {
   int major, minor;  // compute capability
+  int code;          // that of the code which runs there, times ten: less than the device's where that was translated
   int sm_count;
 };
 
@@ -22,7 +23,7 @@ void set_device(int device);
 const DeviceFacts& device_facts();
 
 // While one lives, this thread's launches of kernels made for it start early (launch.cuh). What such kernels load
-// before those in front have ended must have been there before one that starts as others do.
+// before those in front have ended must have been there before a kernel that `launch` launched.
 class EarlyLaunches {
  public:
   EarlyLaunches() : before_(wanted()) { wanted() = true; }

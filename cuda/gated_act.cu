@@ -31,8 +31,8 @@ __device__ __forceinline__ void add_bias(float (&value)[count], const void* bias
 // `count` neighbouring elements a thread; `blocks_a_row` blocks follow each other along a row.
 template <class T, int count, Activation activation>
 __global__ void __launch_bounds__(kMaxThreads) gated_act_kernel(const GatedActParams p, unsigned blocks_a_row) {
-  let_kernel_behind_start();
   wait_for_kernels_in_front();
+  let_kernel_behind_start();
   const int64_t row = blockIdx.x / blocks_a_row;
   const int64_t i = (static_cast<int64_t>(blockIdx.x % blocks_a_row) * blockDim.x + threadIdx.x) * count;
   if (i >= p.width) return;

@@ -25,13 +25,17 @@ inline bool is_aligned(const void* base, int64_t stride, int64_t element_bytes, 
 
 // ---- Kernels that start before the one in front of them has ended -----------------------------
 //
-// On compute capability 9.0 and up, by launch_early (programmatic dependent launch): the blocks of such a kernel start
-// when those of the kernel in front are all running or done, instead of when its memory is flushed, and load what no
-// kernel of a prefill writes, weights, in the meantime. A test sees to it that these kernels call what is here.
+// By launch_early, where the code is for compute capability 9.0 and up (programmatic dependent launch): the blocks of
+// such a kernel start when those of the kernel in front have all passed their wait, not when they have ended, and load
+// what no kernel of a prefill writes, weights, in the meantime. No more than two kernels run at once, since each lets
+// the next one start only after its own wait: a library's kernel between them finds everything before the one in front
+// done. The shim sees to it that every thread waits, a test that every kernel of such a file does.
 
 // What kernels in front have written is there, and what they read may be overwritten, only after this.
 __device__ __forceinline__ void wait_for_kernels_in_front() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(POP_CUDA_SHIM)
+  cuda_shim::count_wait();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
@@ -51,9 +55,9 @@ void launch(const char*, void (*kernel)(P...), dim3 grid, dim3 block, size_t sha
 }
 
 template <class... P, class... A>
-void launch_early(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
+void launch_early(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream,
                   A... args) {
-  launch(name, kernel, grid, block, shared_bytes, stream, args...);
+  cuda_shim::run(grid, block, shared_bytes, [&] { kernel(args...); }, name);
 }
 
 template <class T>
@@ -73,8 +77,8 @@ inline constexpr size_t kSharedWithoutAsking = 48 << 10;
 
 // `name` is for the error text.
 template <class... P, class... A>
-void launch_with(bool early, const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
-                 Stream stream, A... args) {
+void launch_as(bool early, const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+               Stream stream, A... args) {
   if (shared_bytes > kSharedWithoutAsking) {
     const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), limit, static_cast<int>(shared_bytes)), name);
@@ -95,14 +99,14 @@ void launch_with(bool early, const char* name, void (*kernel)(P...), dim3 grid, 
 template <class... P, class... A>
 void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
             A... args) {
-  launch_with(false, name, kernel, grid, block, shared_bytes, stream, args...);
+  launch_as(false, name, kernel, grid, block, shared_bytes, stream, args...);
 }
 
 // For kernels whose threads all call wait_for_kernels_in_front.
 template <class... P, class... A>
 void launch_early(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
                   A... args) {
-  launch_with(EarlyLaunches::wanted(), name, kernel, grid, block, shared_bytes, stream, args...);
+  launch_as(EarlyLaunches::wanted(), name, kernel, grid, block, shared_bytes, stream, args...);
 }
 
 template <class T>

@@ -46,8 +46,8 @@ __device__ __forceinline__ uint32_t e4m3_word(const float* value, float factor) 
 template <class T, int count>
 __global__ void __launch_bounds__(kMaxThreads) quantize_rows_kernel(const QuantizeRowsParams p) {
   __shared__ float partial[kWarp];
-  let_kernel_behind_start();
   wait_for_kernels_in_front();
+  let_kernel_behind_start();
   const T* x = static_cast<const T*>(p.x) + blockIdx.x * p.x_stride;
   uint8_t* out = p.out + blockIdx.x * p.out_stride;
   const int64_t first = threadIdx.x * count, step = static_cast<int64_t>(blockDim.x) * count;

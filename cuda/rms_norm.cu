@@ -78,8 +78,8 @@ __device__ __forceinline__ void normalise(float (&delta)[count], float rstd, con
 template <class T, int packs>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormParams p) {
   __shared__ float partial[kWarp], partial_delta[kWarp];
-  let_kernel_behind_start();
   wait_for_kernels_in_front();
+  let_kernel_behind_start();
   const Row<T> row(p);
   const int width = static_cast<int>(p.width);
   const int first = threadIdx.x * kPack<T>, step = blockDim.x * kPack<T>;
@@ -147,8 +147,8 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormPara
 template <class T, int count>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_loop_kernel(const RmsNormParams p) {
   __shared__ float partial[kWarp], partial_delta[kWarp];
-  let_kernel_behind_start();
   wait_for_kernels_in_front();
+  let_kernel_behind_start();
   const Row<T> row(p);
   const int64_t first = threadIdx.x * count, step = static_cast<int64_t>(blockDim.x) * count;
   float delta_rstd = 0.0f;

@@ -207,8 +207,8 @@ __device__ __forceinline__ float squares(const Runs<count>& runs) {
 template <class T, int count, int max_layers>
 __global__ void __launch_bounds__(kThreads, kBlocksToFit)
     heads_kernel(const __grid_constant__ HeadsWork<max_layers> p) {
-  let_kernel_behind_start();
   wait_for_kernels_in_front();
+  let_kernel_behind_start();
   const int total = p.heads + p.layers * 2 * p.kv_heads;
   const int items = (p.head_dim + 2 * count - 1) / (2 * count);
   const int lane = threadIdx.x, lanes = blockDim.x, groups = blockDim.y;

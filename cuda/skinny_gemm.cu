@@ -78,6 +78,7 @@ __device__ __forceinline__ void multiply(const Product& p, int row, int64_t colu
   };
   if (k < end) load_ahead();  // of w, which no kernel writes
   wait_for_kernels_in_front();
+  let_kernel_behind_start();
 #pragma unroll 1
   for (; k < end; k += step, a += step) {
     float w_here[kColumns][kCount];
@@ -133,7 +134,6 @@ template <class T, int kRows, int kCount>
 __global__ void __launch_bounds__(kThreads, blocks_an_sm(kRows))
     skinny_gemm_kernel(const __grid_constant__ ProductList list) {
   constexpr int kValues = kRows * kColumns;
-  let_kernel_behind_start();
   const int block = static_cast<int>(blockIdx.x);
   int which = 0;
   while (block >= list.products[which].end_block) ++which;

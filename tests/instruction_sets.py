@@ -25,9 +25,9 @@ def report() -> str:
     return f"instruction sets: {', '.join([*lesser(), best])}; not run here: {', '.join(untested) or 'none'}"
 
 
-def assert_lesser_sets_pass(path: str, selection: str) -> None:
-    """The tests `selection` (pytest's -k) of a file, in a process on each set below this one's."""
+def assert_lesser_sets_pass(selection: str, *tests: str) -> None:
+    """The tests `selection` (pytest's -k) among files or node ids, in a process on each set below this one's."""
     for isa in lesser():
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection, path]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection, *tests]
         done = subprocess.run(command, env={**os.environ, "POP_CPU_ISA": isa}, capture_output=True, text=True)
         assert done.returncode == 0, isa + "\n" + done.stdout[-4000:] + done.stderr[-4000:]

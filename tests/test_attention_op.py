@@ -150,4 +150,4 @@ def test_the_instruction_set_is_the_one_asked_for():
 
 
 def test_lesser_instruction_sets_pass_these_tests():
-    assert_lesser_sets_pass(__file__, "not lesser")
+    assert_lesser_sets_pass("not lesser", __file__)

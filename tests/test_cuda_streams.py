@@ -17,6 +17,9 @@ pytestmark = pytest.mark.cuda
 LONG = 1_000_000_000  # clock cycles: about half a second, far longer than a call takes on the host
 LENGTHS = (150, 3, 70)
 
+# Options of torch.ops.pop.tune under which order is at stake.
+WAYS = ({}, {"overlap": 1}, {"early_launch": 1}, {"overlap": 1, "early_launch": 1})
+
 
 def native_of(dtype: torch.dtype = torch.bfloat16, boundary: int = 2):
     model = shared(dtype=dtype, hidden=128, intermediate=384)
@@ -40,10 +43,10 @@ def assert_same_bits(actual, expected):
 # Streams
 
 
-@pytest.mark.parametrize("overlap", [0, 1])
-def test_a_prefill_behind_slow_work_on_its_stream_waits_for_it_and_the_host_does_not(overlap):
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_prefill_behind_slow_work_on_its_stream_waits_for_it_and_the_host_does_not(way):
     native = native_of()
-    with tuned(overlap=overlap):
+    with tuned(**way):
         expected = results(call_of(native))
         call = call_of(native)
         prompt = call["input"]
@@ -59,10 +62,10 @@ def test_a_prefill_behind_slow_work_on_its_stream_waits_for_it_and_the_host_does
     assert_same_bits(actual, expected)
 
 
-@pytest.mark.parametrize("overlap", [0, 1])
-def test_what_follows_on_the_stream_sees_a_finished_prefill(overlap):
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_what_follows_on_the_stream_sees_a_finished_prefill(way):
     native = native_of()
-    with tuned(overlap=overlap):
+    with tuned(**way):
         expected = results(call_of(native))
         stream = torch.cuda.Stream()
         torch.cuda.synchronize()
@@ -106,12 +109,12 @@ def captured(call):
     return graph, hidden
 
 
-@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("boundary", [1, 17])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_captured_prefill_replays_on_other_ids(dtype, boundary, overlap):
+def test_a_captured_prefill_replays_on_other_ids(dtype, boundary, way):
     native = native_of(dtype, boundary)
-    with tuned(overlap=overlap):
+    with tuned(**way):
         call = call_of(native)
         graph, hidden = captured(call)
         for seed in (1, 2):
@@ -165,13 +168,13 @@ def repeated(native, ids, stream, times: int = 8):
     return run
 
 
-@pytest.mark.parametrize("overlap", [0, 1])
+@pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize("shared_stream", [False, True], ids=["own streams", "one stream"])
-def test_two_threads_prefilling_at_once_give_the_serial_results(shared_stream, overlap):
+def test_two_threads_prefilling_at_once_give_the_serial_results(shared_stream, way):
     native = native_of()
     prompts = [tokens(native.model, 2, 130, seed=1), tokens(native.model, 1, 190, seed=2)]
     streams = [torch.cuda.default_stream()] * 2 if shared_stream else [torch.cuda.Stream() for _ in prompts]
-    with tuned(overlap=overlap):
+    with tuned(**way):
         serial = [repeated(native, ids, torch.cuda.default_stream(), 1)()[0] for ids in prompts]
         jobs = [repeated(native, ids, stream) for ids, stream in zip(prompts, streams, strict=True)]
         for outputs, expected in zip(run_at_once(*jobs), serial, strict=True):

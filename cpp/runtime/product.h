@@ -1,6 +1,8 @@
 // Products with weight matrices, as the loop asks for them.
 #pragma once
 
+#include <stdexcept>
+
 #include "backend.h"
 #include "runtime/model.h"
 
@@ -34,12 +36,11 @@ inline ProductRows rows_for(Backend& backend, DType dtype, const Linear& w, int6
   return {place.data, k, place.scale};
 }
 
-// The same from row `row` on.
+// The same from row `row` on. Rows in 8-bit floats are not cut: layers with them have as many rows of q as of K and V.
 inline ProductRows from_row(const ProductRows& rows, int64_t row, DType dtype) {
-  if (rows.scale == nullptr) {
-    return {static_cast<const char*>(rows.data) + row * rows.stride * element_size(dtype), rows.stride};
-  }
-  return {static_cast<const uint8_t*>(rows.data) + row * rows.stride, rows.stride, rows.scale + row};
+  if (row == 0) return rows;
+  if (rows.scale != nullptr) throw std::logic_error("pop: rows in 8-bit floats: expected all of them");
+  return {static_cast<const char*>(rows.data) + row * rows.stride * element_size(dtype), rows.stride};
 }
 
 // out [rows, n] = a [rows, k] . w^T, with w [n, k].

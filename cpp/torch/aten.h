@@ -87,7 +87,7 @@ inline void matmul_nt(const GemmParams& p, torch::stable::Device device) {
   if (p.a_scale == nullptr) return mm_out(a, w, out);
   const Tensor a_scale = view(p.a_scale, p.m, 1, 1, 1, ScalarType::Float);
   const Tensor w_scale = view(p.w_scale, 1, p.n, p.n, 1, ScalarType::Float);
-  // Not every library behind it writes rows with gaps between them.
+  // The kernel for compute capability 8.9 takes rows to follow one another.
   Tensor to = p.out_stride == p.n ? out : torch::stable::new_empty(out, {p.m, p.n});
   scaled_mm_out(a, w, a_scale, w_scale, dtype, true, to);
   if (p.out_stride != p.n) {

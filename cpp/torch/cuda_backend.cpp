@@ -108,7 +108,7 @@ void CudaBackend::end_side() {
 // It waits for all that is in the stream, weights that were just written as well; what follows need not.
 void CudaBackend::place_rows(const PlaceRowsParams& p) {
   cuda::launch_place_rows(p, stream_);
-  if (options().early_launch != 0 && cuda::device_facts().major >= 9) early_launches_.emplace();
+  if (options().early_launch != 0 && cuda::device_facts().code >= 90) early_launches_.emplace();
 }
 
 void CudaBackend::embed(const EmbedParams& p) { cuda::launch_embed(p, cuda::bad_id_flag(), stream_); }
@@ -136,13 +136,13 @@ void CudaBackend::quantize_rows(const QuantizeRowsParams& p) { cuda::launch_quan
 
 // What aten::_scaled_mm asks for where every row has its scale.
 std::string CudaBackend::fp8_missing(DType dtype) const {
-  if (dtype != DType::bf16) return join("expected bfloat16 weights on a CUDA device, got ", to_string(dtype));
+  if (dtype != DType::bf16) return join("expected bfloat16 on a CUDA device, got ", to_string(dtype));
   const cuda::DeviceFacts& facts = cuda::device_facts();
   if (kDeviceType == torch::headeronly::DeviceType::CUDA && facts.major * 10 + facts.minor < 89) {
     return join("expected a device of compute capability 8.9 or more, got ", facts.major, ".", facts.minor);
   }
-  if (foreign::variant_of("aten::_scaled_mm.out") < 0) return "expected an aten::_scaled_mm.out of a known schema";
-  return "";
+  const std::string reason = foreign::reason_against("aten::_scaled_mm.out");
+  return reason.empty() ? "" : "expected an aten::_scaled_mm.out of a known schema, got another " + reason;
 }
 
 void CudaBackend::gemm(const GemmParams* products, int64_t count) {

@@ -74,6 +74,11 @@ void set_variant(const std::string& name, int variant, const std::string& reason
 
 int variant_of(const std::string& name) { return find(name).variant; }
 
+std::string reason_against(const std::string& name) {
+  const Found found = find(name);
+  return found.variant < 0 ? found.reason : "";
+}
+
 int require(const std::string& name) {
   const Found found = find(name);
   if (found.variant < 0) throw std::runtime_error(name + ": disabled: " + found.reason);

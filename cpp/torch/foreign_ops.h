@@ -19,6 +19,9 @@ void set_variant(const std::string& name, int variant, const std::string& reason
 // aten's operators are taken to be of variant 0, those of other libraries to be missing, until Python has looked.
 int variant_of(const std::string& name);
 
+// Why it is not called; empty where it can be.
+std::string reason_against(const std::string& name);
+
 // The variant; throws std::runtime_error with the reason where there is none.
 int require(const std::string& name);
 

@@ -12,7 +12,8 @@ STABLE_TORCH_LIBRARY(pop, m) {
   m.def("fp8_missing(str spec, Tensor like) -> str");
   m.def("unload(int model) -> ()");
   m.def("info(int model) -> str");
-  // Name of a weight whose memory, dtype or (where it was folded) values changed since `load`; "" for none.
+  // Name of a weight whose memory, dtype or (where it was folded or quantised) values changed since `load`; "" for
+  // none.
   m.def("stale_weight(int model) -> str");
 
   // Prefill of packed sequences by the model's plan; hidden states of the wanted rows, final

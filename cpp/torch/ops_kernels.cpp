@@ -97,7 +97,8 @@ Tensor fp8_linear(Tensor x, Tensor weight, Tensor weight_scale) {
   check(weight.scalar_type() == ScalarType::Float8_e4m3fn, op, ": weight: expected dtype float8_e4m3fn, got ",
         dtype_name(weight));
   check_shape(weight, {-1, k}, op + ": weight");
-  check(weight.is_contiguous(), op, ": weight: expected a contiguous tensor");
+  check(weight.is_contiguous() && reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 == 0, op,
+        ": weight: expected a contiguous tensor that is aligned to 16 bytes");
   const int64_t n = weight.size(0);
   check_same_device(weight_scale, x, op + ": weight_scale");
   check_dtype(weight_scale, DType::f32, op + ": weight_scale");
@@ -106,7 +107,7 @@ Tensor fp8_linear(Tensor x, Tensor weight, Tensor weight_scale) {
   check(k % 16 == 0 && n % 16 == 0, op, ": weight: expected multiples of 16, got ", shape_of(weight));
   const BackendOfCall backend(x);
   const std::string missing = backend->fp8_missing(dtype);
-  check(missing.empty(), op, ": ", missing);
+  check(missing.empty(), op, ": x: ", missing);
   const auto [rows, scale] = quantize_rows(x);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = n;

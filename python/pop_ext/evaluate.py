@@ -33,8 +33,8 @@ def score(
     """Log-likelihood of continuations after their contexts, under the model's enabled plan.
 
     The prompt is pruned as a prefill of it would be: the plan's boundary before the continuation
-    counts, the continuation itself runs at full depth, like the decode it stands for. The plan is
-    executed as given, whatever its ``min_tokens``.
+    counts, the continuation itself runs at full depth, like the decode it stands for; under ``fp8``
+    with products in 8-bit floats, unlike it. The plan is executed as given, whatever its ``min_tokens``.
 
     Args:
         context_ids, continuation_ids: one sequence of ids (a list or a 1-D tensor) per pair, none empty.

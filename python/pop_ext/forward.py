@@ -68,7 +68,7 @@ class PrefillForward:
         self.strict: bool = state["strict"]
         self.backend: str = state["backend"]
         self.replaced: Any = state["replaced"]  # what stood in forward's place before
-        self.fp8: bool = state["fp8"]
+        self.fp8: bool = state.get("fp8", False)  # older pickles have none
         self.native: NativeModel | None = None
         self.last_call: Decision | None = None
         self._modules: list[nn.Module] = []  # that ``native`` stands for

@@ -167,7 +167,7 @@ class NativeModel:
     def stale_weight(self) -> str | None:
         """The name of a weight that was changed, moved or reassigned since it was loaded; None if none was.
 
-        A change through ``.data`` shows in no version counter: of what was folded, values are sampled.
+        A change through ``.data`` shows in no version counter: of what was folded or quantised, values are sampled.
         """
         return self._loaded.stale_weight()
 

@@ -47,8 +47,11 @@ struct Lane {
 extern thread_local Lane* lane;
 extern dim3 grid_dim, block_dim;
 
-// Runs `body` as every thread of every block. Throws std::runtime_error if threads wait for each other forever.
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+// Runs `body` as every thread of every block. Throws std::runtime_error if threads wait for each other forever, and
+// with `early`, a kernel's name, unless each has called count_wait, once.
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body, const char* early = nullptr);
+
+void count_wait();  // for kernels in front (cuda/launch.cuh)
 
 void* dynamic_shared();  // filled with NaN before each block
 void block_barrier();

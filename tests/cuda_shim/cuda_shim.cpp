@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <barrier>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -21,6 +23,7 @@ namespace {
 std::mutex one_launch_at_a_time;
 std::vector<unsigned char> shared;
 std::vector<std::array<unsigned char, 16>> slots;  // one a thread of the block
+std::atomic<size_t> waits;                         // of the launch
 
 std::vector<Lane> lanes_of(dim3 block_index, dim3 block) {
   std::vector<Lane> lanes;
@@ -45,15 +48,25 @@ std::vector<dim3> blocks_of(dim3 grid) {
 }
 
 void begin_launch(dim3 grid, dim3 block, size_t shared_bytes) {
+  waits = 0;
   grid_dim = grid;
   block_dim = block;
   shared.resize(shared_bytes + 128);
   slots.resize(block.x * block.y * block.z + kWarpSize);
 }
 
+void end_launch(dim3 grid, dim3 block, const char* early) {
+  const size_t threads = size_t{grid.x} * grid.y * grid.z * block.x * block.y * block.z;
+  if (early == nullptr || waits == threads) return;
+  throw std::runtime_error(std::string(early) + ": expected a wait for kernels in front in each of " +
+                           std::to_string(threads) + " threads, got " + std::to_string(waits));
+}
+
 void begin_block() { std::memset(shared.data(), 0xff, shared.size()); }
 
 }  // namespace
+
+void count_wait() { ++waits; }
 
 void* dynamic_shared() {
   const uintptr_t base = reinterpret_cast<uintptr_t>(shared.data());
@@ -77,7 +90,7 @@ void yield() { std::this_thread::yield(); }
 
 // The threads live as long as the launch; each block has barriers of its own, since a thread that has
 // returned is waited for no longer.
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body, const char* early) {
   std::lock_guard lock(one_launch_at_a_time);
   begin_launch(grid, block, shared_bytes);
   const std::vector<dim3> blocks = blocks_of(grid);
@@ -107,6 +120,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
     });
   }
   for (std::thread& thread : threads) thread.join();
+  end_launch(grid, block, early);
 }
 
 #else
@@ -211,7 +225,7 @@ void block_barrier() { wait(State::at_block_barrier); }
 void warp_barrier() { wait(State::at_warp_barrier); }
 void yield() { wait(State::ready); }
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body, const char* early) {
   std::lock_guard lock(one_launch_at_a_time);
   begin_launch(grid, block, shared_bytes);
   current_body = &body;
@@ -220,6 +234,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
     run_block(lanes_of(index, block));
   }
   lane = nullptr;
+  end_launch(grid, block, early);
 }
 
 #endif

@@ -9,7 +9,7 @@ namespace pop::cuda {
 void set_device(int) {}
 
 const DeviceFacts& device_facts() {
-  static const DeviceFacts facts{.major = 0, .minor = 0, .sm_count = 4};  // one that no library serves
+  static const DeviceFacts facts{.major = 0, .minor = 0, .code = 0, .sm_count = 4};  // one that no library serves
   return facts;
 }
 

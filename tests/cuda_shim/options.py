@@ -50,3 +50,15 @@ def test_an_unknown_option_is_refused():
     text = "expected gemm_blocks, skinny_rows, overlap, library_attention, .*got speed"
     with pytest.raises(RuntimeError, match=text):
         torch.ops.pop.tune("speed", 1)
+
+
+def test_a_changed_product_of_8_bit_floats_is_refused_by_name_and_asked_for_by_no_other_model():
+    model = mistral(dtype=torch.bfloat16)
+    torch.ops.pop.set_foreign("aten::_scaled_mm.out", -1, "under torch 9.9: other")
+    try:
+        with pytest.raises(pop_ext.UnsupportedModelError, match="fp8: expected an aten::_scaled_mm.out .* torch 9.9"):
+            pop_ext.load(model, fp8=True)
+        pop_ext.load(model).prefill(tokens(model, 1, 9))
+    finally:
+        torch.ops.pop.set_foreign("aten::_scaled_mm.out", 0, "")
+    pop_ext.load(model, fp8=True)

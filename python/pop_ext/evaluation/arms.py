@@ -47,6 +47,11 @@ class Arm:
     plan: Plan
 
     @property
+    def fp8(self) -> bool:
+        """Whether its prompts' products are in 8-bit floats."""
+        return self.kind in (FULL_FP8, POP_FP8)
+
+    @property
     def boundary(self) -> int | None:
         """Rows at full depth, of the kinds that have such rows."""
         return self.plan.boundary if self.kind in (POP, FITTED, NO_KV, POP_FP8) else None
@@ -140,7 +145,7 @@ def arm_logits(
                 yield index, rows
         return
     device = model.get_input_embeddings().weight.device
-    native = load(model, arm.plan, fp8=True) if arm.kind in (FULL_FP8, POP_FP8) else None
+    native = load(model, arm.plan, fp8=True) if arm.fp8 else None
     for group in group_by_shape(pairs, batch_size):
         context = torch.stack([pairs[index][0] for index in group]).to(device)
         continuation = torch.stack([pairs[index][1] for index in group]).to(device)

@@ -19,7 +19,7 @@ from pop_ext.calibration import stock_model, undisturbed
 from pop_ext.evaluation.arms import DEFAULT_KINDS, FULL, Arm, arm_logits, backend_of, make_arms
 from pop_ext.evaluation.prompts import RECALL, Pair, PromptSet
 from pop_ext.evaluation.results import SCHEMA, Evaluation
-from pop_ext.native import check_plan
+from pop_ext.native import check_plan, load
 from pop_ext.origin import config_hash, weights_hash
 from pop_ext.plan import Plan
 from pop_ext.progress import Progress, reporting
@@ -58,7 +58,7 @@ def evaluate(
 
     Raises:
         ValueError, TypeError: a bad argument, named; a plan of another model; a file of another model, other prompts or
-            greedy tokens.
+            greedy tokens; ``full-fp8`` or ``pop-fp8`` of a model that has no products in 8-bit floats.
     """
     model = stock_model(model)
     if not sets:
@@ -69,6 +69,10 @@ def evaluate(
     for plan in plans:  # the ablations are plain PyTorch, which would run any
         check_plan(plan, model.config.get_text_config().num_hidden_layers, model.config)
     backend = backend_of(model)
+    for arm in arms:
+        if arm.fp8:
+            load(model, arm.plan, fp8=True)  # raises now, not when its turn comes
+            break
     evaluation = Evaluation(_facts(model, sets, greedy_tokens, backend))
     if resume is not None and Path(resume).exists():
         evaluation.take(Evaluation.load(resume), str(resume))
