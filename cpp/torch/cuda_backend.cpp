@@ -142,7 +142,7 @@ std::string CudaBackend::fp8_missing(DType dtype) const {
     return join("expected a device of compute capability 8.9 or more, got ", facts.major, ".", facts.minor);
   }
   const std::string reason = foreign::reason_against("aten::_scaled_mm.out");
-  return reason.empty() ? "" : "expected an aten::_scaled_mm.out of a known schema, got another " + reason;
+  return reason.empty() ? "" : join("expected an aten::_scaled_mm.out of a known schema, got another ", reason);
 }
 
 void CudaBackend::gemm(const GemmParams* products, int64_t count) {
