@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pop_ext.cache_names import with_cache
 from pop_ext.calibration import undisturbed
 from pop_ext.evaluate import continuation_logits
 from pop_ext.evaluation.ablations import (
@@ -126,7 +127,8 @@ def prefilled_logits(native: NativeModel, context: Tensor, continuation: Tensor)
     if continuation.shape[1] == 1:
         return prefilled.logits
     with undisturbed(native.model), torch.no_grad():
-        rest = native.model(input_ids=continuation[:, :-1], past_key_values=prefilled.past_key_values).logits
+        cache = with_cache(native.model, prefilled.past_key_values)
+        rest = native.model(input_ids=continuation[:, :-1], **cache).logits
     return torch.cat([prefilled.logits, rest], dim=1)
 
 

@@ -91,7 +91,7 @@ def draw_lengths(result: Evaluation, path: Path_) -> bool:
     for ax in axes:
         ax.set_ylim(low, high)
     _title(figure, result, f"{by_plan[chosen[0]][0]['prompts']} prompts of each length")
-    _legend(figure, axes[0])
+    _legend(figure)
     figure.savefig(path)
     return True
 
@@ -281,9 +281,13 @@ def _title(figure: Any, result: Evaluation, what: str) -> None:
     figure.suptitle(f"{name}: {what}", fontsize=10, x=0.01, ha="left")
 
 
-def _legend(figure: Any, ax: Any = None) -> None:
-    handles, labels = (ax or figure.axes[0]).get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+def _legend(figure: Any) -> None:
+    """Of what any of its axes show, each once."""
+    shown = {}
+    for ax in figure.axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    figure.legend(shown.values(), shown.keys(), loc="outside right center", frameon=False, fontsize=8)
 
 
 def _after_prompts(length: int | None) -> str:
