@@ -6,9 +6,9 @@
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BUILD ?= build/dev
-# Of pytest, where a test file runs in one of them, and of the search for races, where a check does.
+# Of pytest, which gives each half of the tests and then takes from the slower one, and of the search for races.
 WORKERS ?= 2
-PYTEST = -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = -m pytest -n $(WORKERS) --dist worksteal
 
 ifdef PYTHON
 RUN := PYTHONPATH=$(CURDIR)/python $(PYTHON)

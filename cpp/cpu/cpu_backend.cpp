@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -16,15 +15,13 @@
 
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
+#include "cpu/parallel.h"
 #include "norm_over_heads.h"
 
 namespace pop {
 namespace {
 
 using torch::stable::parallel_for;
-
-// Below this many elements a second thread costs more than it saves.
-constexpr int64_t kGrainElements = 1 << 14;
 
 // Rows of a run's KV projection that are in flight at once; they bound its workspace.
 constexpr int64_t kKvProjectRows = 1024;
@@ -38,13 +35,11 @@ Scratch allocate(size_t bytes) {
   return Scratch(static_cast<char*>(::operator new(std::max<size_t>(bytes, 1), std::align_val_t(kAlignment))));
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Runs kernel(params, begin, end) over `rows` rows of `width` elements each.
 template <class Params>
 void over_rows(void (*kernel)(const Params&, int64_t, int64_t), const Params& params, int64_t rows, int64_t width) {
   if (rows == 0) return;
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, width));
+  const int64_t grain = std::max<int64_t>(1, cpu::kGrainElements / std::max<int64_t>(1, width));
   parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
 }
 
@@ -118,14 +113,10 @@ class CpuBackend final : public Backend {
     const std::vector<cpu::AttentionTask> tasks = attention_tasks(p);
     if (tasks.empty()) return;
     const size_t scratch_bytes = aligned(table_.attention_scratch(p));
-    const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), tasks.size());
-    const Scratch scratch = allocate(workers * scratch_bytes);
-    // Tasks differ in cost, so that threads take them one by one.
-    std::atomic<size_t> next{0};
-    parallel_for(0, workers, 1, [&](int64_t begin, int64_t) {
-      for (size_t i = next++; i < tasks.size(); i = next++) {
-        table_.attention(p, tasks[i], scratch.get() + begin * scratch_bytes);
-      }
+    const auto count = static_cast<int64_t>(tasks.size());
+    const Scratch scratch = allocate(cpu::workers_for(count) * scratch_bytes);
+    cpu::over_tasks(count, [&](int64_t i, int64_t worker) {
+      table_.attention(p, tasks[i], scratch.get() + worker * scratch_bytes);
     });
   }
 
@@ -228,7 +219,7 @@ class CpuBackend final : public Backend {
     const int64_t task_rows = table_.attention_task_rows(p);
     std::vector<cpu::AttentionTask> tasks;
     for (int64_t s = 0; s < p.num_segments; ++s) {
-      for (int64_t range = ceil_div(p.segments[s].rows, task_rows) - 1; range >= 0; --range) {
+      for (int64_t range = cpu::ceil_div(p.segments[s].rows, task_rows) - 1; range >= 0; --range) {
         const int64_t row = range * task_rows;
         const int64_t rows = std::min(task_rows, p.segments[s].rows - row);
         for (int64_t head = 0; head < p.kv_heads; ++head) {

@@ -6,10 +6,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <exception>
-#include <mutex>
 
 #include "cpu/kernels.h"
+#include "cpu/parallel.h"
 #include "torch/aten.h"
 
 namespace pop::cpu {
@@ -17,9 +16,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Below this many elements a second thread costs more than it saves.
-constexpr int64_t kGrainElements = 1 << 14;
 
 // Up to so many rows skinny_gemm is used. Measured on two cores of a Zen 4 with K and N of 2048 and
 // 8192: it streams w at the speed of memory up to 6 rows and stays ahead of oneDNN (bfloat16, 4x at
@@ -76,8 +72,6 @@ Tensor widened(const GemmParams& p, const void* base, const float* scale, int64_
   return aten::mul(values, torch::stable::from_blob(scales, {rows, 1}, {1, 1}, kCpu, ScalarType::Float));
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Columns of a block: of about equal blocks, as many for each thread.
 int64_t block_columns(const GemmParams& p) {
   const int64_t fitting = kBytesOfW / (p.k * static_cast<int64_t>(sizeof(float)));
@@ -85,23 +79,6 @@ int64_t block_columns(const GemmParams& p) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t blocks = ceil_div(ceil_div(p.n, std::max(kFewestColumns, most)), threads) * threads;
   return ceil_div(std::max(kFewestColumns, ceil_div(p.n, blocks)), kColumnsTogether) * kColumnsTogether;
-}
-
-// Runs `task(0)` .. `task(count - 1)`; each thread takes the next. The first exception is thrown at the end.
-template <class Task>
-void over_tasks(int64_t count, const Task& task) {
-  std::atomic<int64_t> next{0};
-  std::exception_ptr error;
-  std::once_flag failed;
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    try {
-      for (int64_t i = next++; i < count; i = next++) task(i);
-    } catch (...) {
-      std::call_once(failed, [&] { error = std::current_exception(); });
-    }
-  });
-  if (error) std::rethrow_exception(error);
 }
 
 // Rows [m, m + rows) and columns [n, n + columns) of out: a part of the rows at a time, since the library
@@ -135,7 +112,7 @@ void gemm_in_blocks(const GemmParams& p) {
     const int64_t rows = std::min(block_rows, p.m - m);
     const Tensor a = widened(p, p.a, p.a_scale, m, rows, p.a_stride);
     over_tasks(ceil_div(p.n, columns),
-               [&](int64_t i) { block(p, a, m, rows, i * columns, std::min(columns, p.n - i * columns)); });
+               [&](int64_t i, int64_t) { block(p, a, m, rows, i * columns, std::min(columns, p.n - i * columns)); });
   }
 }
 
