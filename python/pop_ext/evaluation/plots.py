@@ -283,7 +283,7 @@ def _title(figure: Any, result: Evaluation, what: str) -> None:
 
 def _legend(figure: Any) -> None:
     """Of what any of its axes show, each once."""
-    shown = {}
+    shown: dict[str, Any] = {}
     for ax in figure.axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             shown.setdefault(label, handle)
