@@ -109,6 +109,9 @@ struct QuantizeRowsParams {
   float* scale;  // [rows]
 };
 
+// n and k of products of e4m3 are multiples of it.
+inline constexpr int64_t kFp8Multiple = 16;
+
 // out = a . w^T; with scales a and w are e4m3, and out = (a . w^T) * a_scale * w_scale^T.
 struct GemmParams {
   DType dtype;

@@ -104,7 +104,8 @@ Tensor fp8_linear(Tensor x, Tensor weight, Tensor weight_scale) {
   check_dtype(weight_scale, DType::f32, op + ": weight_scale");
   check_shape(weight_scale, {n}, op + ": weight_scale");
   check(weight_scale.is_contiguous(), op, ": weight_scale: expected a contiguous tensor");
-  check(k % 16 == 0 && n % 16 == 0, op, ": weight: expected multiples of 16, got ", shape_of(weight));
+  check(k % kFp8Multiple == 0 && n % kFp8Multiple == 0, op, ": weight: expected multiples of ", kFp8Multiple, ", got ",
+        shape_of(weight));
   const BackendOfCall backend(x);
   const std::string missing = backend->fp8_missing(dtype);
   check(missing.empty(), op, ": x: ", missing);

@@ -50,9 +50,6 @@ bool is_quantized(const std::string& name) {
                              [&](const NamedLinear& linear) { return name.ends_with(join(".", linear.name)); });
 }
 
-// What products of 8-bit floats want of rows and columns.
-constexpr int64_t kFp8Multiple = 16;
-
 // What a norm multiplies with: its weight and the family's offset, in float32.
 Tensor gamma_of(const Tensor& norm, double offset) {
   const Tensor gamma = torch::stable::to(aten::detach(norm), ScalarType::Float);
