@@ -138,6 +138,15 @@ void check_last_dim_contiguous(const Tensor& tensor, const std::string& name) {
         ": expected a contiguous last dimension (stride 1), got stride ", last < 0 ? 1 : tensor.stride(last));
 }
 
+const void* optional_vector(const std::optional<Tensor>& tensor, const Tensor& like, int64_t width,
+                            const std::string& name) {
+  if (!tensor.has_value()) return nullptr;
+  check_like(*tensor, like, name);
+  check_shape(*tensor, {width}, name);
+  check_last_dim_contiguous(*tensor, name);
+  return tensor->const_data_ptr();
+}
+
 std::vector<int64_t> read_lengths(const Tensor& tensor, int64_t count, const std::string& name) {
   check_given(tensor, name);
   check(tensor.is_cpu(), name, ": expected a tensor on the CPU (the operator never synchronises), got ",

@@ -37,6 +37,10 @@ void check_shape(const Tensor& tensor, const std::vector<int64_t>& shape, const 
 void check_head_dim(int64_t head_dim, const std::string& name);  // one that attention serves
 void check_last_dim_contiguous(const Tensor& tensor, const std::string& name);
 
+// Its memory, a vector [width] of the dtype and device of `like`; null where there is none.
+const void* optional_vector(const std::optional<Tensor>& tensor, const Tensor& like, int64_t width,
+                            const std::string& name);
+
 // Reads an int32 tensor in host memory.
 std::vector<int64_t> read_lengths(const Tensor& tensor, int64_t count, const std::string& name);
 

@@ -1,5 +1,5 @@
 // The operators of namespace `pop`: every schema, once. Implementations per dispatch key are
-// in ops_prefill.cpp and ops_kernels.cpp, fake kernels in python/pop_ext/operators.py.
+// in ops_prefill.cpp, ops_rows.cpp and ops_cache.cpp, fake kernels in python/pop_ext/operators.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pop, m) {

@@ -1,0 +1,212 @@
+// The building blocks that work on rows alone, as operators: the backend's kernels, one call each.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "torch/backends.h"
+#include "torch/checks.h"
+
+namespace pop {
+
+namespace {
+
+// Any leading dimensions as rows; a copy only where they cannot be viewed as such.
+Tensor as_rows(const Tensor& tensor) {
+  const int64_t width = tensor.size(tensor.dim() - 1);
+  const Tensor rows = torch::stable::reshape(tensor, {-1, width});
+  return width <= 1 || rows.stride(1) == 1 ? rows : torch::stable::contiguous(rows);
+}
+
+Tensor empty_like_rows(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
+
+Tensor linear(Tensor x, Tensor weight) {
+  const DType dtype = dtype_of(x, "pop::linear: x");
+  check(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "pop::linear: x: expected a last dimension of at least 1, got ",
+        shape_of(x));
+  const int64_t k = x.size(x.dim() - 1);
+  check_like(weight, x, "pop::linear: weight");
+  check_shape(weight, {-1, k}, "pop::linear: weight");
+  check_last_dim_contiguous(weight, "pop::linear: weight");
+  const Tensor rows = as_rows(x);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = weight.size(0);
+  Tensor out = torch::stable::new_empty(x, shape);
+  const GemmParams product{.dtype = dtype,
+                           .m = rows.size(0),
+                           .n = weight.size(0),
+                           .k = k,
+                           .a = rows.const_data_ptr(),
+                           .a_stride = rows.stride(0),
+                           .w = weight.const_data_ptr(),
+                           .w_stride = weight.stride(0),
+                           .out = out.mutable_data_ptr(),
+                           .out_stride = weight.size(0)};
+  BackendOfCall(x)->gemm(&product, 1);
+  return out;
+}
+
+// e4m3 [..., width] and the float32 scale of each row, [...].
+std::tuple<Tensor, Tensor> quantize_rows(Tensor x) {
+  const DType dtype = dtype_of(x, "pop::quantize_rows: x");
+  check(x.dim() >= 1 && x.size(x.dim() - 1) >= 1,
+        "pop::quantize_rows: x: expected a last dimension of at least 1, got ", shape_of(x));
+  const int64_t width = x.size(x.dim() - 1);
+  const Tensor rows = as_rows(x);
+  Tensor out = torch::stable::new_empty(x, x.sizes(), ScalarType::Float8_e4m3fn);
+  const std::vector<int64_t> leading(x.sizes().begin(), x.sizes().end() - 1);
+  Tensor scale = torch::stable::new_empty(x, leading, ScalarType::Float);
+  BackendOfCall(x)->quantize_rows({.dtype = dtype,
+                                   .rows = rows.size(0),
+                                   .width = width,
+                                   .x = rows.const_data_ptr(),
+                                   .x_stride = rows.stride(0),
+                                   .out = static_cast<uint8_t*>(out.mutable_data_ptr()),
+                                   .out_stride = width,
+                                   .scale = static_cast<float*>(scale.mutable_data_ptr())});
+  return {out, scale};
+}
+
+Tensor fp8_linear(Tensor x, Tensor weight, Tensor weight_scale) {
+  const std::string op = "pop::fp8_linear";
+  const DType dtype = dtype_of(x, op + ": x");
+  check(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, op, ": x: expected a last dimension of at least 1, got ",
+        shape_of(x));
+  const int64_t k = x.size(x.dim() - 1);
+  check_same_device(weight, x, op + ": weight");
+  check(weight.scalar_type() == ScalarType::Float8_e4m3fn, op, ": weight: expected dtype float8_e4m3fn, got ",
+        dtype_name(weight));
+  check_shape(weight, {-1, k}, op + ": weight");
+  check(weight.is_contiguous() && reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 == 0, op,
+        ": weight: expected a contiguous tensor that is aligned to 16 bytes");
+  const int64_t n = weight.size(0);
+  check_same_device(weight_scale, x, op + ": weight_scale");
+  check_dtype(weight_scale, DType::f32, op + ": weight_scale");
+  check_shape(weight_scale, {n}, op + ": weight_scale");
+  check(weight_scale.is_contiguous(), op, ": weight_scale: expected a contiguous tensor");
+  check(k % kFp8Multiple == 0 && n % kFp8Multiple == 0, op, ": weight: expected multiples of ", kFp8Multiple, ", got ",
+        shape_of(weight));
+  const BackendOfCall backend(x);
+  const std::string missing = backend->fp8_missing(dtype);
+  check(missing.empty(), op, ": x: ", missing);
+  const auto [rows, scale] = quantize_rows(x);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = n;
+  Tensor out = torch::stable::new_empty(x, shape);
+  const GemmParams product{.dtype = dtype,
+                           .m = scale.numel(),
+                           .n = n,
+                           .k = k,
+                           .a = rows.const_data_ptr(),
+                           .a_stride = k,
+                           .w = weight.const_data_ptr(),
+                           .w_stride = k,
+                           .out = out.mutable_data_ptr(),
+                           .out_stride = n,
+                           .a_scale = static_cast<const float*>(scale.const_data_ptr()),
+                           .w_scale = static_cast<const float*>(weight_scale.const_data_ptr())};
+  backend->gemm(&product, 1);
+  return out;
+}
+
+Tensor rms_norm(Tensor x, Tensor weight, double eps, double weight_offset) {
+  const DType dtype = dtype_of(x, "pop::rms_norm: x");
+  check(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "pop::rms_norm: x: expected a last dimension of at least 1, got ",
+        shape_of(x));
+  const int64_t width = x.size(x.dim() - 1);
+  const void* gamma = optional_vector(weight, x, width, "pop::rms_norm: weight");
+  const Tensor rows = as_rows(x);
+  Tensor out = empty_like_rows(x);
+  BackendOfCall(x)->rms_norm({.dtype = dtype,
+                              .rows = rows.size(0),
+                              .width = width,
+                              .x = rows.mutable_data_ptr(),  // read only: there is no delta
+                              .x_stride = rows.stride(0),
+                              .delta = nullptr,
+                              .delta_stride = 0,
+                              .delta_bias = nullptr,
+                              .weight = gamma,
+                              .weight_offset = static_cast<float>(weight_offset),
+                              .eps = static_cast<float>(eps),
+                              .out = out.mutable_data_ptr(),
+                              .out_stride = width,
+                              .rstd = nullptr});
+  return out;
+}
+
+Tensor add_rms_norm(Tensor x, Tensor delta, Tensor weight, double eps, std::optional<Tensor> delta_bias,
+                    std::optional<Tensor> delta_norm, double weight_offset) {
+  const DType dtype = dtype_of(x, "pop::add_rms_norm: x");
+  check(x.dim() == 2 && x.size(1) >= 1, "pop::add_rms_norm: x: expected shape [rows, width], got ", shape_of(x));
+  check_disjoint({x}, {"pop::add_rms_norm: x"});
+  const int64_t width = x.size(1);
+  check_last_dim_contiguous(x, "pop::add_rms_norm: x");
+  check_like(delta, x, "pop::add_rms_norm: delta");
+  check_shape(delta, {x.size(0), width}, "pop::add_rms_norm: delta");
+  check_last_dim_contiguous(delta, "pop::add_rms_norm: delta");
+  const void* gamma = optional_vector(weight, x, width, "pop::add_rms_norm: weight");
+  const void* bias = optional_vector(delta_bias, x, width, "pop::add_rms_norm: delta_bias");
+  const void* norm = optional_vector(delta_norm, x, width, "pop::add_rms_norm: delta_norm");
+  Tensor out = empty_like_rows(x);
+  BackendOfCall(x)->rms_norm({.dtype = dtype,
+                              .rows = x.size(0),
+                              .width = width,
+                              .x = x.mutable_data_ptr(),
+                              .x_stride = x.stride(0),
+                              .delta = delta.const_data_ptr(),
+                              .delta_stride = delta.stride(0),
+                              .delta_bias = bias,
+                              .delta_norm = norm,
+                              .weight = gamma,
+                              .weight_offset = static_cast<float>(weight_offset),
+                              .eps = static_cast<float>(eps),
+                              .out = out.mutable_data_ptr(),
+                              .out_stride = width,
+                              .rstd = nullptr});
+  return out;
+}
+
+Tensor gated_act(Tensor gate, Tensor up, std::string activation, std::optional<Tensor> gate_bias,
+                 std::optional<Tensor> up_bias) try {
+  const DType dtype = dtype_of(gate, "pop::gated_act: gate");
+  check(gate.dim() >= 1 && gate.size(gate.dim() - 1) >= 1,
+        "pop::gated_act: gate: expected a last dimension of at least 1, got ", shape_of(gate));
+  check_like(up, gate, "pop::gated_act: up");
+  check_shape(up, std::vector<int64_t>(gate.sizes().begin(), gate.sizes().end()), "pop::gated_act: up");
+  const int64_t width = gate.size(gate.dim() - 1);
+  Tensor out = empty_like_rows(gate);
+  torch::stable::copy_(out, gate);
+  const Tensor up_rows = as_rows(up);
+  BackendOfCall(gate)->gated_act({.dtype = dtype,
+                                  .activation = parse_activation(activation),
+                                  .rows = up_rows.size(0),
+                                  .width = width,
+                                  .gate = out.mutable_data_ptr(),
+                                  .gate_stride = width,
+                                  .up = up_rows.const_data_ptr(),
+                                  .up_stride = up_rows.stride(0),
+                                  .gate_bias = optional_vector(gate_bias, gate, width, "pop::gated_act: gate_bias"),
+                                  .up_bias = optional_vector(up_bias, gate, width, "pop::gated_act: up_bias")});
+  return out;
+} catch (const std::invalid_argument& error) {
+  throw std::runtime_error(join("pop::gated_act: ", error.what()));
+}
+
+}  // namespace
+
+// The same functions for every device: the backend differs.
+template <class Library>
+static void implement(Library& m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("fp8_linear", TORCH_BOX(&fp8_linear));
+  m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  m.impl("gated_act", TORCH_BOX(&gated_act));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pop, CPU, m) { implement(m); }
+
+#if defined(POP_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(pop, CUDA, m) { implement(m); }
+#endif
+
+}  // namespace pop
