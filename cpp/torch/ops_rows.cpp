@@ -9,6 +9,13 @@ namespace pop {
 
 namespace {
 
+// The last dimension, of at least 1.
+int64_t width_of(const Tensor& tensor, const std::string& name) {
+  check(tensor.dim() >= 1 && tensor.size(tensor.dim() - 1) >= 1, name,
+        ": expected a last dimension of at least 1, got ", shape_of(tensor));
+  return tensor.size(tensor.dim() - 1);
+}
+
 // Any leading dimensions as rows; a copy only where they cannot be viewed as such.
 Tensor as_rows(const Tensor& tensor) {
   const int64_t width = tensor.size(tensor.dim() - 1);
@@ -20,9 +27,7 @@ Tensor empty_like_rows(const Tensor& tensor) { return torch::stable::new_empty(t
 
 Tensor linear(Tensor x, Tensor weight) {
   const DType dtype = dtype_of(x, "pop::linear: x");
-  check(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "pop::linear: x: expected a last dimension of at least 1, got ",
-        shape_of(x));
-  const int64_t k = x.size(x.dim() - 1);
+  const int64_t k = width_of(x, "pop::linear: x");
   check_like(weight, x, "pop::linear: weight");
   check_shape(weight, {-1, k}, "pop::linear: weight");
   check_last_dim_contiguous(weight, "pop::linear: weight");
@@ -47,9 +52,7 @@ Tensor linear(Tensor x, Tensor weight) {
 // e4m3 [..., width] and the float32 scale of each row, [...].
 std::tuple<Tensor, Tensor> quantize_rows(Tensor x) {
   const DType dtype = dtype_of(x, "pop::quantize_rows: x");
-  check(x.dim() >= 1 && x.size(x.dim() - 1) >= 1,
-        "pop::quantize_rows: x: expected a last dimension of at least 1, got ", shape_of(x));
-  const int64_t width = x.size(x.dim() - 1);
+  const int64_t width = width_of(x, "pop::quantize_rows: x");
   const Tensor rows = as_rows(x);
   Tensor out = torch::stable::new_empty(x, x.sizes(), ScalarType::Float8_e4m3fn);
   const std::vector<int64_t> leading(x.sizes().begin(), x.sizes().end() - 1);
@@ -68,9 +71,7 @@ std::tuple<Tensor, Tensor> quantize_rows(Tensor x) {
 Tensor fp8_linear(Tensor x, Tensor weight, Tensor weight_scale) {
   const std::string op = "pop::fp8_linear";
   const DType dtype = dtype_of(x, op + ": x");
-  check(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, op, ": x: expected a last dimension of at least 1, got ",
-        shape_of(x));
-  const int64_t k = x.size(x.dim() - 1);
+  const int64_t k = width_of(x, op + ": x");
   check_same_device(weight, x, op + ": weight");
   check(weight.scalar_type() == ScalarType::Float8_e4m3fn, op, ": weight: expected dtype float8_e4m3fn, got ",
         dtype_name(weight));
@@ -109,9 +110,7 @@ Tensor fp8_linear(Tensor x, Tensor weight, Tensor weight_scale) {
 
 Tensor rms_norm(Tensor x, Tensor weight, double eps, double weight_offset) {
   const DType dtype = dtype_of(x, "pop::rms_norm: x");
-  check(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, "pop::rms_norm: x: expected a last dimension of at least 1, got ",
-        shape_of(x));
-  const int64_t width = x.size(x.dim() - 1);
+  const int64_t width = width_of(x, "pop::rms_norm: x");
   const void* gamma = optional_vector(weight, x, width, "pop::rms_norm: weight");
   const Tensor rows = as_rows(x);
   Tensor out = empty_like_rows(x);
@@ -167,11 +166,9 @@ Tensor add_rms_norm(Tensor x, Tensor delta, Tensor weight, double eps, std::opti
 Tensor gated_act(Tensor gate, Tensor up, std::string activation, std::optional<Tensor> gate_bias,
                  std::optional<Tensor> up_bias) try {
   const DType dtype = dtype_of(gate, "pop::gated_act: gate");
-  check(gate.dim() >= 1 && gate.size(gate.dim() - 1) >= 1,
-        "pop::gated_act: gate: expected a last dimension of at least 1, got ", shape_of(gate));
+  const int64_t width = width_of(gate, "pop::gated_act: gate");
   check_like(up, gate, "pop::gated_act: up");
   check_shape(up, std::vector<int64_t>(gate.sizes().begin(), gate.sizes().end()), "pop::gated_act: up");
-  const int64_t width = gate.size(gate.dim() - 1);
   Tensor out = empty_like_rows(gate);
   torch::stable::copy_(out, gate);
   const Tensor up_rows = as_rows(up);
