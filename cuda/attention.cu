@@ -93,21 +93,18 @@ __global__ void __launch_bounds__(kThreads, 4) merge_kernel(const __grid_constan
 
   __shared__ float weight[kMaxSplits];
   __shared__ float sums[kThreads * 4];
-  __shared__ float warps[kThreads / kWarp];
+  __shared__ float max_of_warp[kThreads / kWarp], sum_of_warp[kThreads / kWarp];
   const float* max_sum = p.partial_max_sum + 2 * first;
   float max = -INFINITY;
   for (int i = threadIdx.x; i < splits; i += kThreads) max = fmaxf(max, max_sum[2 * i]);
-  max = warp_max(max);
-  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = max;
-  __syncthreads();
-  for (int i = 0; i < kThreads / kWarp; ++i) max = fmaxf(max, warps[i]);
-  __syncthreads();
+  max = block_max(max, max_of_warp);
   float sum = 0.0f;
   for (int i = threadIdx.x; i < splits; i += kThreads) {
     weight[i] = exp2f(max_sum[2 * i] - max);  // 0 for a range that the row sees nothing of
     sum += weight[i] * max_sum[2 * i + 1];
   }
-  sum = block_sum<kThreads>(sum, warps);  // the weights are there
+  sum = block_sum(sum, sum_of_warp);
+  static_assert(kThreads > kWarp);  // so that a barrier has been passed: the weights are there
 
   const int groups = p.head_dim / 4, stride = kThreads / groups;
   const int channel = threadIdx.x % groups * 4, share = threadIdx.x / groups;

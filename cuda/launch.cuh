@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -117,7 +118,7 @@ __device__ __forceinline__ T* dynamic_shared() {
 
 #endif
 
-// ---- Sums over threads ---------------------------------------------------------------------
+// ---- Sums and maxima over threads ----------------------------------------------------------
 
 // Sum over `width` neighbouring lanes (a power of two up to 32), in every one of them.
 template <int width = kWarp>
@@ -136,19 +137,24 @@ __device__ __forceinline__ float warp_max(float value) {
   return value;
 }
 
-// Sum over a block of `threads` (a multiple of 32), in every thread, always in the same order.
-// `partial` is shared memory of threads / 32 floats that no one reads or writes beside.
-template <int threads>
-__device__ __forceinline__ float block_sum(float value, float* partial) {
-  value = warp_sum(value);
-  if constexpr (threads == kWarp) return value;
-  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = value;
+// Over a block of whole warps, in every thread, always in the same order. `partial` is shared memory of a float a
+// warp, one a call: nothing says when the last thread has read it. A block of several warps passes one barrier.
+template <class OverWarp>
+__device__ __forceinline__ float over_block(float value, float neutral, float* partial, OverWarp over_warp) {
+  value = over_warp(value);
+  const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
+  if (warps == 1) return value;
+  if (lane == 0) partial[threadIdx.x / kWarp] = value;
   __syncthreads();
-  float sum = 0.0f;
-#pragma unroll
-  for (int warp = 0; warp < threads / kWarp; ++warp) sum += partial[warp];
-  __syncthreads();  // `partial` may be used again
-  return sum;
+  return over_warp(lane < warps ? partial[lane] : neutral);
+}
+
+__device__ __forceinline__ float block_sum(float value, float* partial) {
+  return over_block(value, 0.0f, partial, [](float x) { return warp_sum(x); });
+}
+
+__device__ __forceinline__ float block_max(float value, float* partial) {
+  return over_block(value, -INFINITY, partial, [](float x) { return warp_max(x); });
 }
 
 }  // namespace pop::cuda

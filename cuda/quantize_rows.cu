@@ -17,16 +17,6 @@ namespace {
 
 constexpr int kMaxThreads = 512;
 
-// Over a block of whole warps.
-__device__ __forceinline__ float max_over_block(float value, float* partial) {
-  value = warp_max(value);
-  const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
-  if (warps == 1) return value;
-  if (lane == 0) partial[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  return warp_max(lane < warps ? partial[lane] : 0.0f);
-}
-
 // Four elements as four bytes.
 __device__ __forceinline__ uint32_t e4m3_word(const float* value, float factor) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
@@ -58,7 +48,7 @@ __global__ void __launch_bounds__(kMaxThreads) quantize_rows_kernel(const Quanti
 #pragma unroll
     for (int e = 0; e < count; ++e) largest = fmaxf(largest, fabsf(value[e]));
   }
-  largest = max_over_block(largest, partial);
+  largest = block_max(largest, partial);
   if (threadIdx.x == 0) p.scale[blockIdx.x] = e4m3_scale(largest);
   const float factor = e4m3_factor(largest);
   for (int64_t i = first; i < p.width; i += step) {

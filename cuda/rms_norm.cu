@@ -17,16 +17,6 @@ namespace {
 
 constexpr int kMaxThreads = 512;
 
-// Over a block of whole warps; once a kernel, as `partial` is not freed for another use.
-__device__ __forceinline__ float sum_over_block(float value, float* partial) {
-  value = warp_sum(value);
-  const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
-  if (warps == 1) return value;
-  if (lane == 0) partial[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  return warp_sum(lane < warps ? partial[lane] : 0.0f);
-}
-
 // A row's address in each operand of the block, null where the operand is.
 template <class T>
 struct Row {
@@ -104,7 +94,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormPara
       add_bias(addend, row.bias, i);
       sum += squares(addend);
     }
-    delta_rstd = rms_scale(sum_over_block(sum, partial_delta), p.width, p.eps);
+    delta_rstd = rms_scale(block_sum(sum, partial_delta), p.width, p.eps);
   }
   float sum = 0.0f;
 #pragma unroll
@@ -125,7 +115,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormPara
     }
     sum += squares(value);
   }
-  const float rstd = rms_scale(sum_over_block(sum, partial), p.width, p.eps);
+  const float rstd = rms_scale(block_sum(sum, partial), p.width, p.eps);
   if (threadIdx.x == 0 && p.rstd != nullptr) p.rstd[blockIdx.x] = rstd;
   if (row.out == nullptr) return;
 #pragma unroll
@@ -160,7 +150,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_loop_kernel(const RmsNor
       add_bias(addend, row.bias, i);
       sum += squares(addend);
     }
-    delta_rstd = rms_scale(sum_over_block(sum, partial_delta), p.width, p.eps);
+    delta_rstd = rms_scale(block_sum(sum, partial_delta), p.width, p.eps);
   }
   float sum = 0.0f;
   for (int64_t i = first; i < p.width; i += step) {
@@ -178,7 +168,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_loop_kernel(const RmsNor
     }
     sum += squares(value);
   }
-  const float rstd = rms_scale(sum_over_block(sum, partial), p.width, p.eps);
+  const float rstd = rms_scale(block_sum(sum, partial), p.width, p.eps);
   if (threadIdx.x == 0 && p.rstd != nullptr) p.rstd[blockIdx.x] = rstd;
   if (row.out == nullptr) return;
   for (int64_t i = first; i < p.width; i += step) {

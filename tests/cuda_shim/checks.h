@@ -155,7 +155,7 @@ class Buffer {
 
  private:
   int64_t element() const { return dtype_ == pop::DType::f32 ? 4 : 2; }
-  char* base() { return lines_.front().bytes; }
+  char* base() { return reinterpret_cast<char*>(lines_.data()); }
 
   struct alignas(64) Line {
     char bytes[64];
