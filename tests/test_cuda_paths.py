@@ -29,6 +29,7 @@ WAYS = {
     "sdpa": {"sdpa_rows": 1},
     "sdpa for some rows": {"sdpa_rows": 64},
     "fused projection": {"fused_kv_project": 1},
+    "projection layer by layer": {"kv_project_kib": 64},
     "early launches": {"early_launch": 1},
     "early launches beside the projection": {"early_launch": 1, "overlap": 1},
     "fused projection beside boundary rows": {"fused_kv_project": 1, "overlap": 1},

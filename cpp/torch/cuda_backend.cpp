@@ -40,6 +40,7 @@ struct Options {
   std::atomic<int64_t> library_attention{1};  // 0: all attention by cuda/attention.cu
   std::atomic<int64_t> early_launch{0};       // kernels start before those in front have ended (cuda/launch.cuh)
   std::atomic<int64_t> fused{0};              // runs by cuda/kv_project_sm90.cu, where it serves them
+  std::atomic<int64_t> kv_project_kib{0};     // a run's [k | v] of so many layers at once; 0: of all
 };
 
 Options& options() {
@@ -56,9 +57,10 @@ int64_t CudaBackend::tune(const std::string& option, int64_t value) {
   if (option == "sdpa_rows") return set_sdpa_rows(value);
   if (option == "early_launch") return options().early_launch.exchange(value);
   if (option == "fused_kv_project") return options().fused.exchange(value);
+  if (option == "kv_project_kib") return options().kv_project_kib.exchange(std::clamp<int64_t>(value, 0, 1 << 20));
   throw std::runtime_error(
       "pop::tune: option: expected gemm_blocks, skinny_rows, overlap, library_attention, sdpa_rows, "
-      "early_launch or fused_kv_project, got " +
+      "early_launch, fused_kv_project or kv_project_kib, got " +
       option);
 }
 
@@ -179,6 +181,30 @@ int64_t kv_project_rows(DType dtype, int64_t rows, int64_t columns) {
   return std::min(rows, std::max(kKvProjectMinRows, at_once / kKvProjectMinRows * kKvProjectMinRows));
 }
 
+// Layers of one product: what it writes can still be in the L2 cache when the epilogue reads it.
+int64_t layers_at_once(const KvProjectParams& p, int64_t rows) {
+  const int64_t most = options().kv_project_kib << 10;
+  if (most == 0) return p.layers;
+  const int64_t bytes_a_layer = rows * 2 * p.kv_heads * p.head_dim * element_size(p.dtype);
+  const int64_t parts = ceil_div(p.layers, std::clamp<int64_t>(most / bytes_a_layer, 1, p.layers));
+  return ceil_div(p.layers, parts);
+}
+
+// The same call for layers [first, first + count) of its run.
+KvProjectParams part_of(const KvProjectParams& p, int64_t first, int64_t count) {
+  const auto from = [first](const auto* list) { return list == nullptr ? nullptr : list + first; };
+  KvProjectParams part = p;
+  part.layers = count;
+  part.weight =
+      static_cast<const char*>(p.weight) + first * 2 * p.kv_heads * p.head_dim * p.hidden_size * element_size(p.dtype);
+  part.k_bias = from(p.k_bias);
+  part.v_bias = from(p.v_bias);
+  part.k_norm = from(p.k_norm);
+  part.rope_table = from(p.rope_table);
+  part.caches = from(p.caches);
+  return part;
+}
+
 // Where the parts of its workspace begin, in bytes.
 struct KvProjectLayout {
   size_t rstd, normalised, kv, bytes;
@@ -244,29 +270,44 @@ void CudaBackend::kv_project_chunk(const KvProjectParams& p, int64_t begin, int6
               .out_stride = p.hidden_size,
               .rstd = own_rstd});
   }
+  KvProjectParams rest = p;
+  rest.first_row = p.first_row + begin;
+  rest.rows = rows;
+  rest.x = normalise ? normalised : x;
+  rest.x_stride = normalise ? p.hidden_size : p.x_stride;
+  const float* rstd = p.rstd == nullptr ? own_rstd : p.rstd + begin;
+  rest.rstd = normalise || !p.normalise ? nullptr : rstd;
+  const int64_t at_once = layers_at_once(p, rows);
+  for (int64_t first = 0; first < p.layers; first += at_once) {
+    project_and_write(part_of(rest, first, std::min(at_once, p.layers - first)), workspace + layout.kv);
+  }
+}
+
+// Rows and their scale as they are; `kv` is [rows, layers * 2 * kv_dim].
+void CudaBackend::project_and_write(const KvProjectParams& p, void* kv) {
+  const int64_t columns = p.layers * 2 * p.kv_heads * p.head_dim;
   const GemmParams product{.dtype = p.dtype,
-                           .m = rows,
+                           .m = p.rows,
                            .n = columns,
                            .k = p.hidden_size,
-                           .a = normalise ? normalised : x,
-                           .a_stride = normalise ? p.hidden_size : p.x_stride,
+                           .a = p.x,
+                           .a_stride = p.x_stride,
                            .w = p.weight,
                            .w_stride = p.hidden_size,
-                           .out = workspace + layout.kv,
+                           .out = kv,
                            .out_stride = columns};
   gemm(&product, 1);
-  if (p.norm_over_heads) norm_stacked_keys(*this, p, product.out, rows);
-  const float* rstd = p.rstd == nullptr ? own_rstd : p.rstd + begin;
+  if (p.norm_over_heads) norm_stacked_keys(*this, p, kv, p.rows);
   cuda::launch_kv_epilogue({.dtype = p.dtype,
-                            .first_row = p.first_row + begin,
-                            .rows = rows,
+                            .first_row = p.first_row,
+                            .rows = p.rows,
                             .kv_heads = p.kv_heads,
                             .head_dim = p.head_dim,
                             .rotary_dim = p.rotary_dim,
                             .layers = p.layers,
-                            .kv = workspace + layout.kv,
+                            .kv = kv,
                             .kv_stride = columns,
-                            .rstd = normalise || !p.normalise ? nullptr : rstd,
+                            .rstd = p.rstd,
                             .k_bias = p.k_bias,
                             .v_bias = p.v_bias,
                             .k_norm = p.norm_over_heads ? nullptr : p.k_norm,

@@ -54,6 +54,7 @@ class CudaBackend final : public Backend {
  private:
   void library_gemm(const GemmParams&);
   void kv_project_chunk(const KvProjectParams&, int64_t begin, int64_t rows);
+  void project_and_write(const KvProjectParams&, void* kv);
   void own_attention(const AttentionParams&, const std::vector<Segment>& segments);
 
   int device_;
