@@ -96,9 +96,7 @@ def measure_kernels(
     clock = KernelClock(native.device)
     table = KernelTable(name, str(native.dtype).removeprefix("torch."), [], measure_bandwidth(native.device), None, 0)
     rounds = []
-    with Progress(
-        f"kernels, {name}", (19 if native.device.type == "cuda" else 15) * repeats * len(lengths), quiet
-    ) as bar:
+    with Progress(f"kernels, {name}", quiet=quiet) as bar:
         for index, tokens in enumerate(lengths):
             operands = Operands(native.spec, tokens, native.dtype, native.device)
             rows = kernel_rows(native, operands)
@@ -109,6 +107,7 @@ def measure_kernels(
                 _capture(item, native.device)
             deadline = None if budget is None else started + budget * (index + 1) / len(lengths)
             timed = [*rows, *products]
+            bar.steps = len(timed) * repeats * len(lengths)
             rounds.append(interleave(timed, clock, repeats, deadline, step=lambda item: bar.step(item.name)))
             table.rows += [*rows, *(_gemm_row(gemm, tokens) for gemm in products)]
             for item in (*rows, *products):
@@ -161,6 +160,8 @@ def kernel_rows(native: NativeModel, operands: Operands) -> list[Row]:
     if on_gpu:
         fused = _under(_kv_project(len(run)), fused_kv_project=1)
         rows.append(_row(f"kv_project fused, {layers}", operands, fused, projected, beside=bare.name))
+        in_cache = _under(_kv_project(len(run)), kv_project_kib=24 << 10)
+        rows.append(_row(f"kv_project by 24 MiB, {layers}", operands, in_cache, projected, beside=bare.name))
     rows.append(_boundary_row(native, run, tokens, 1))
     if on_gpu:
         rows.append(_boundary_row(native, run, tokens, 1, early_launch=1))

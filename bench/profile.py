@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from pop_ext.plan import Plan
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.arms import NATIVE_FULL, plan_name, sequence_shapes
+from bench.host_times import HostTimes, host_times
 from bench.measure import WallClock, interleave
 from bench.rates import measure_bandwidth, peak_rate, reference_gemms
 from bench.report import table
@@ -58,6 +59,7 @@ class StageProfile:
         stages: in the order of a call; what is left of ``seconds`` is the last one, ``REST``.
         peak: FLOP/s that matrix products reach in this run; None: unknown.
         bandwidth: bytes per second that memory reaches in this run; None: unknown.
+        host: what the host does in a call of the enabled model.
     """
 
     name: str
@@ -68,6 +70,7 @@ class StageProfile:
     stages: list[Stage] = field(default_factory=list)
     peak: float | None = None
     bandwidth: float | None = None
+    host: HostTimes | None = None
 
     def share_of_peak(self, stage: Stage) -> float | None:
         """Of what bounds it: of both limits the one that would take longer."""
@@ -149,6 +152,7 @@ def profile_plans(model: Any, input_ids: torch.Tensor, plans: Sequence[Plan]) ->
     for plan in plans:
         name = plan_name(plan) if plan.omit else NATIVE_FULL
         found.append(profile_prefill(name, load(model, plan), input_ids, peak=peak, bandwidth=bandwidth))
+        found[-1].host = host_times(model, plan, input_ids)
     return found
 
 
@@ -218,13 +222,15 @@ def _microseconds(event: Any, on_gpu: bool) -> float:
 def profile_text(found: StageProfile) -> str:
     """The table of one profile."""
     header = ["stage", "us", "share", "rate", "unit", "of peak"]
-    return "\n".join(
-        [
-            f"{found.name}, batch {found.batch}, {found.tokens} tokens: {1e6 * found.seconds:,.0f} us a call",
-            "",
-            table(header, [_cells(found, stage) for stage in found.stages]),
-        ]
-    )
+    lines = [
+        f"{found.name}, batch {found.batch}, {found.tokens} tokens: {1e6 * found.seconds:,.0f} us a call",
+        "",
+        table(header, [_cells(found, stage) for stage in found.stages]),
+    ]
+    if found.host is not None:
+        before, inside, after = (f"{1e6 * seconds:,.0f}" for seconds in astuple(found.host))
+        lines.append(f"host, enabled model: {before} us before the operator, {inside} us in it, {after} us after it")
+    return "\n".join(lines)
 
 
 def _cells(found: StageProfile, stage: Stage) -> list[str]:
@@ -264,6 +270,7 @@ def profile_json(model: str, dtype: str, found: Sequence[StageProfile]) -> list[
             "seconds": item.seconds,
             "gemm_peak_flop_per_s": item.peak,
             "bandwidth_bytes_per_s": item.bandwidth,
+            "host_seconds": None if item.host is None else asdict(item.host),
             "stages": [
                 {
                     "name": stage.name,

@@ -8,11 +8,15 @@ from typing import Any
 
 
 class Progress:
-    """``with Progress("demo, 512 tokens", 30) as bar: bar.step("hf-eager")``."""
+    """``with Progress("demo, 512 tokens", 30) as bar: bar.step("hf-eager")``.
 
-    def __init__(self, title: str, steps: int, quiet: bool = False) -> None:
+    Attributes:
+        steps: how many there will be; may be set when it is known.
+    """
+
+    def __init__(self, title: str, steps: int = 0, quiet: bool = False) -> None:
         self._title = title
-        self._steps = steps
+        self.steps = steps
         self._done = 0
         self._rich: Any = None
         if quiet or not sys.stderr.isatty():
@@ -32,7 +36,7 @@ class Progress:
     def __enter__(self) -> Progress:
         if self._rich is not None:
             self._rich.start()
-            self._task = self._rich.add_task(self._title, total=self._steps)
+            self._task = self._rich.add_task(self._title, total=self.steps)
         elif self._mode == "lines":
             print(f"{self._title} ...", file=sys.stderr, flush=True)
         return self
@@ -49,9 +53,9 @@ class Progress:
         """One step is done; ``label`` says of what."""
         self._done += 1
         if self._rich is not None:
-            self._rich.update(self._task, completed=self._done, description=f"{self._title}: {label}")
+            self._rich.update(self._task, total=self.steps, completed=self._done, description=f"{self._title}: {label}")
         elif self._mode == "carriage":
-            share = 100 * self._done // max(1, self._steps)
+            share = 100 * self._done // max(1, self.steps)
             print(f"\r\x1b[K{self._title}: {share} % ({label})", end="", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:

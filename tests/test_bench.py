@@ -343,12 +343,14 @@ def test_a_profile_accounts_for_the_whole_call(config_dir, tmp_path, capsys, sma
     code = cli.main([*options, "--quiet", "--json", str(path)])
     printed = capsys.readouterr().out
     assert code == 0, printed
+    assert printed.count("us before the operator") == 2
     profiles = json.loads(path.read_text())["profiles"]
     assert [item["arm"] for item in profiles] == ["native-full", "pop 2/6"]
     for item in profiles:
         stages = {stage["name"]: stage for stage in item["stages"]}
         assert sum(stage["seconds"] for stage in stages.values()) >= 0.99 * item["seconds"]
         assert item["bandwidth_bytes_per_s"] == 2e9
+        assert all(seconds > 0 for seconds in item["host_seconds"].values())
         assert ("boundary" in stages) == bool(item["omit"])
         spec = describe(load_model(str(config_dir), torch.float32, CPU).model).spec
         plan = Plan(LAYERS, item["omit"])

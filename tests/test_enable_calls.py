@@ -25,7 +25,7 @@ from enabled_models import (
 from models import llama, mistral, offloaded_cache, pad, qwen2, tokens
 from pop_ext import reference
 from pop_ext.cache_names import with_cache
-from pop_ext.replaced import foreign_code, inner_modules
+from pop_ext.replaced import InnerModules
 from tolerance import assert_close_fp32, compare_caches
 from torch import nn
 from transformers import DynamicCache, StaticCache
@@ -166,13 +166,59 @@ def test_hooks_on_the_model_and_its_head_fire_as_before():
 
 @pytest.mark.parametrize("build", [llama, mistral, qwen2])
 def test_a_fresh_model_carries_no_foreign_code(build):
-    assert foreign_code(inner_modules(build())) is None
+    assert InnerModules(build()).foreign_code() is None
 
 
 def test_inner_modules_are_all_modules_below_the_decoder():
     model = llama()
-    assert {id(m) for _, m in inner_modules(model)} == {id(m) for m in model.model.modules()}
-    assert dict(inner_modules(model)) == dict(model.model.named_modules(prefix="model"))
+    assert {id(m) for _, m in InnerModules(model).named} == {id(m) for m in model.model.modules()}
+    assert dict(InnerModules(model).named) == dict(model.model.named_modules(prefix="model"))
+
+
+def put_an_adapter_beside_a_module(model):
+    model.model.layers[1].mlp.add_module("adapter", nn.Identity())
+
+
+def take_an_equal_module(model):
+    model.model.layers[1].mlp = copy.deepcopy(model.model.layers[1].mlp)
+
+
+def take_an_equal_parameter(model):
+    linear = model.model.layers[1].mlp.up_proj
+    linear.weight = nn.Parameter(linear.weight.detach().clone())
+
+
+def give_a_bias(model):
+    linear = model.model.layers[1].mlp.up_proj
+    linear.bias = nn.Parameter(torch.zeros(len(linear.weight)))
+
+
+def swap_two_layers(model):
+    layers = model.model.layers
+    layers[1], layers[2] = layers[2], layers[1]
+
+
+def take_another_decoder(model):
+    model.model = copy.copy(model.model)
+
+
+CHANGES = (
+    put_an_adapter_beside_a_module,
+    take_an_equal_module,
+    take_an_equal_parameter,
+    give_a_bias,
+    swap_two_layers,
+    take_another_decoder,
+)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_look_at_inner_modules_sees_that_one_is_another(change):
+    model = llama()
+    inner = InnerModules(model)
+    assert inner.are_those_of(model)
+    change(model)
+    assert not inner.are_those_of(model)
 
 
 def test_the_signature_of_forward_stays_visible():

@@ -91,8 +91,8 @@ def test_changed_weights_are_taken_up(change):
 def test_the_weights_are_looked_at_once_a_call(monkeypatch):
     model = pop_ext.enable(llama(), PLAN, strict=True)
     ids, looks = tokens(model, 1, T), []
-    look = _Loaded.stale_weight
-    monkeypatch.setattr(_Loaded, "stale_weight", lambda loaded: looks.append(1) or look(loaded))
+    look = _Loaded.written_weight
+    monkeypatch.setattr(_Loaded, "written_weight", lambda loaded: looks.append(1) or look(loaded))
     prefill(model, ids)
     assert len(looks) == 1
     pop_ext.score(model, ids, [[1]])

@@ -154,10 +154,13 @@ def test_an_enabled_model_prefills_in_8_bits_and_keeps_doing_so_in_copies():
     pop_ext.enable(model, plan, strict=True, fp8=True)
     with torch.no_grad():
         assert torch.equal(model(ids, logits_to_keep=1).logits, expected)
+        assert "in 8-bit floats" in str(pop_ext.last_call(model))
+        assert pop_ext.explain(model, input_ids=ids, logits_to_keep=1).fp8
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(twin(ids, logits_to_keep=1).logits, expected)
         with pop_ext.enabled(model, plan):
             assert not torch.equal(model(ids, logits_to_keep=1).logits, expected)
+            assert "8-bit" not in str(pop_ext.last_call(model))
         assert torch.equal(model(ids, logits_to_keep=1).logits, expected)
 
 

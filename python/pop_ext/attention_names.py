@@ -27,17 +27,20 @@ def foreign_attention(model: nn.Module) -> str | None:
         model: of one of the native families.
     """
     decoder = decoder_of(model)
-    named = [("", decoder)]  # its config says how the mask is made
-    for index, layer in enumerate(decoder.layers):
-        named.append((f" (layer {index})", getattr(layer, "self_attn", None)))
-    for where, module in named:
-        name = getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"
-        if name not in ("eager", "sdpa") and not name.startswith("flash"):
-            return f"attention implementation {name}{where}: expected eager, sdpa or flash attention"
-        home = _foreign_home(name, module)
-        if home is not None:
-            return f"attention implementation {name}{where}: expected transformers' own, got {home}'s"
-        if getattr(module, "masked_key_indices", None) is not None:
+    attentions = [decoder, *(layer._modules.get("self_attn") for layer in decoder.layers)]  # the first makes the mask
+    seen = set()  # nearly always all layers have one config
+    for number, module in enumerate(attentions):
+        where = f" (layer {number - 1})" if number > 0 else ""
+        config = getattr(module, "config", None)
+        if (id(config), type(module)) not in seen:
+            seen.add((id(config), type(module)))
+            name = getattr(config, "_attn_implementation", None) or "eager"
+            if name not in ("eager", "sdpa") and not name.startswith("flash"):
+                return f"attention implementation {name}{where}: expected eager, sdpa or flash attention"
+            home = _foreign_home(name, module)
+            if home is not None:
+                return f"attention implementation {name}{where}: expected transformers' own, got {home}'s"
+        if module is not None and vars(module).get("masked_key_indices") is not None:
             return f"masked_key_indices{where}: kvpress masks some keys"
     return None
 

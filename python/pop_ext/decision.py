@@ -22,7 +22,7 @@ from pop_ext.kv_cache import check_cache, has_window, past_slots
 from pop_ext.masks import SLIDING_ATTENTION, LayerKind, check_pattern, kinds_of, padding_mask
 from pop_ext.packing import PackedBatch, is_int, pack_batch
 from pop_ext.plan import Plan
-from pop_ext.replaced import foreign_code, inner_modules
+from pop_ext.replaced import InnerModules
 from pop_ext.vision import Blocks, blocks_of, widened
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Decision:
         plan: the plan of the enabled model.
         tokens: real new tokens of each sequence; boundary: how many of them run at full depth;
             logits_to_keep: rows that get logits. Empty for "stock".
+        fp8: products of a native prefill are in 8-bit floats (docs/fp8.md).
     """
 
     backend: str
@@ -68,6 +69,7 @@ class Decision:
     tokens: tuple[int, ...] = ()
     boundary: tuple[int, ...] = ()
     logits_to_keep: int = 0
+    fp8: bool = False
 
     @property
     def native(self) -> bool:
@@ -79,7 +81,8 @@ class Decision:
             return f"stock forward: {self.reason}"
         pruned = sum(tokens - boundary for tokens, boundary in zip(self.tokens, self.boundary, strict=True))
         return (
-            f"{self.backend} prefill: {self.reason}; {len(self.tokens)} sequence(s), {sum(self.tokens)} new tokens, "
+            f"{self.backend} prefill{' in 8-bit floats' if self.fp8 else ''}: {self.reason}; "
+            f"{len(self.tokens)} sequence(s), {sum(self.tokens)} new tokens, "
             f"{pruned} of them omit {len(self.plan.omit)} of {self.plan.num_layers} layers"
         )
 
@@ -134,10 +137,14 @@ def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, 
     return arguments
 
 
-def decide(model: nn.Module, plan: Plan, backend: str, arguments: dict[str, Any]) -> Call:
-    """Classifies a bound call of an enabled model."""
+def decide(model: nn.Module, inner: InnerModules | None, plan: Plan, arguments: dict[str, Any]) -> Call:
+    """Classifies a bound call of an enabled model.
+
+    Args:
+        inner: its inner modules, for the "native" backend; None: the "reference" one.
+    """
     try:
-        mask, packed, blocks = _check_prefill(model, plan, backend, arguments)
+        mask, packed, blocks = _check_prefill(model, inner, plan, arguments)
     except _Stock as stock:
         return Call(arguments, Decision("stock", stock.rule, stock.reason, stock.declined, plan))
     keep = arguments["logits_to_keep"]
@@ -146,6 +153,7 @@ def decide(model: nn.Module, plan: Plan, backend: str, arguments: dict[str, Any]
     boundary = tuple(widened(boundaries, packed.tokens, blocks))
     full = all(t == b for t, b in zip(packed.tokens, boundary, strict=True))
     reason = "every row runs at full depth" if full or not plan.omit else "a prefill"
+    backend = "reference" if inner is None else "native"
     decision = Decision(backend, "prefill", reason, False, plan, tuple(packed.tokens), boundary, keep)
     return Call(arguments, decision, mask, packed, blocks)
 
@@ -157,7 +165,7 @@ def text_config(model: nn.Module) -> Any:
 
 
 def _check_prefill(
-    model: nn.Module, plan: Plan, backend: str, arguments: dict[str, Any]
+    model: nn.Module, inner: InnerModules | None, plan: Plan, arguments: dict[str, Any]
 ) -> tuple[torch.Tensor | None, PackedBatch, Blocks]:
     config = text_config(model)
     tokens = _new_tokens(arguments)
@@ -178,9 +186,9 @@ def _check_prefill(
     _check_inference(model, tokens.device.type)
     if not getattr(config, "is_causal", True):
         raise _Stock("attention", "config.is_causal=False: a pruned prefill is causal")
-    if backend == "native":
+    if inner is not None:
         _check_attention(model, config)
-        foreign = foreign_code(inner_modules(model))
+        foreign = inner.foreign_code()
         if foreign is not None:
             raise _Stock("hooks", f"{foreign}: the native loop would not run them")
     around = vision_of(model)
@@ -294,7 +302,7 @@ def _check_mask_and_cache(
         packed = pack_batch(batch, columns, past, mask, tokens.device)
     except (ValueError, TypeError) as error:
         raise _Stock("mask", str(error)) from error
-    if mask is not None and not bool(mask[:, -1].all()):
+    if mask is not None and packed.row_index is not None and not bool(mask[:, -1].all()):
         raise _Stock(
             "right_padding",
             "the last column is masked (right padding): the stock forward returns the padding's logits there",

@@ -45,13 +45,17 @@ class WeightRef:
     path: tuple[str, ...]
     rows: tuple[int, int] | None = None
 
+    def owner(self) -> nn.Module | None:
+        """The module that has the parameter; None if it is not there any more."""
+        module = self.model()
+        for parent in self.path[:-1]:
+            module = None if module is None else module._modules.get(parent)
+        return module
+
     def find(self) -> torch.Tensor | None:
         """The parameter that is there now; None if there is none any more."""
-        *parents, name = self.path
-        module = self.model()
-        for parent in parents:
-            module = None if module is None else module._modules.get(parent)
-        return None if module is None else module._parameters.get(name)
+        module = self.owner()
+        return None if module is None else module._parameters.get(self.path[-1])
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -68,6 +72,10 @@ class Description:
     family: Family
     spec: _core.ModelSpec
     weights: list[WeightRef]
+
+    def model(self) -> nn.Module | None:
+        """The model that was described; None: nobody has it any more."""
+        return self.weights[0].model()
 
 
 def describe(model: Any) -> Description:

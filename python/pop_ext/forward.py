@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import inspect
-import operator
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ from pop_ext.plan import Plan
 from pop_ext.presets import default_plan
 from pop_ext.projections import FitMismatch, check_fit
 from pop_ext.reference_checks import find_parts
-from pop_ext.replaced import inner_modules, is_own_forward, is_patched
+from pop_ext.replaced import InnerModules, is_own_forward, is_patched
 from pop_ext.restore import cache_restored_on_error, forward_place
 from pop_ext.shells import shell_of
 from pop_ext.vision import prefill_around
@@ -71,7 +72,6 @@ class PrefillForward:
         self.fp8: bool = state.get("fp8", False)  # older pickles have none
         self.native: NativeModel | None = None
         self.last_call: Decision | None = None
-        self._modules: list[nn.Module] = []  # that ``native`` stands for
         self._warned: set[str] = set()
         self._inside = threading.local()
         self._lock = threading.Lock()
@@ -84,7 +84,7 @@ class PrefillForward:
     @property
     def __signature__(self) -> inspect.Signature:
         # Generation reads it to know which arguments the model takes.
-        return inspect.signature(self.replaced if self.replaced is not None else type(self.model).forward.__get__(self))
+        return _signature_of(type(self.model).forward) if self.replaced is None else inspect.signature(self.replaced)
 
     # Compilers trace a decode step, run the rest of this frame as it is, and compile the stock forward below it.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +115,8 @@ class PrefillForward:
     def classify(self, *args: Any, **kwargs: Any) -> Call:
         """What would run for a call, without running it."""
         model = self.model
-        call = decide(model, self.plan, self.backend, bind(self.__signature__, args, kwargs))
+        inner = self._inner_modules() if self.backend == "native" else None
+        call = decide(model, inner, self.plan, bind(self.__signature__, args, kwargs))
         if call.decision.backend == "stock":
             return call
         rule, reason = "model", None
@@ -123,7 +124,8 @@ class PrefillForward:
             reason = "a replaced forward: it was there before enable, and may do more than transformers' own"
         elif self.backend == "native":
             try:
-                call.native = self.bind_native()
+                call.native = self.bind_native(inner)
+                call.decision = replace(call.decision, fp8=self.fp8)
                 cache = call.arguments.get("past_key_values")
                 if cache is not None and call.packed is not None:
                     check_windows(cache, call.native.spec.window, call.packed.slots)
@@ -140,26 +142,31 @@ class PrefillForward:
             call.decision = Decision("stock", rule, reason, True, self.plan)
         return call
 
-    def bind_native(self) -> NativeModel:
+    def bind_native(self, inner: InnerModules | None = None) -> NativeModel:
         """Loads the model natively, or again when modules or weights have changed since.
+
+        Args:
+            inner: its modules for who has just looked; None: they are looked for.
 
         Raises:
             UnsupportedModelError: the model has no native form (any more).
         """
         with self._lock:
-            if self.native is None or self._has_changed():
+            native = self.native
+            if native is not None:
+                inner = self._inner_modules() if inner is None else inner
+            if native is None or native.inner is not inner or native.written_weight() is not None:
                 self.native = None  # frees what was folded before as much is folded again
                 native = NativeModel(self.model, self.plan, self.fp8)  # type: ignore[arg-type]
                 native.model = weakref.proxy(self.model)  # type: ignore[assignment]
                 self.native = native
-                self._modules = [module for _, module in inner_modules(self.model)]
-            return self.native
+            return native
 
-    def _has_changed(self) -> bool:
-        modules = [module for _, module in inner_modules(self.model)]
-        if len(modules) != len(self._modules) or not all(map(operator.is_, modules, self._modules)):
-            return True
-        return self.native is not None and self.native.stale_weight() is not None
+    def _inner_modules(self) -> InnerModules:
+        native, model = self.native, self.model
+        if native is not None and native.description.model() is model and native.inner.are_those_of(model):
+            return native.inner
+        return InnerModules(model)
 
     @contextmanager
     def stock_inside(self) -> Iterator[None]:
@@ -194,7 +201,7 @@ class PrefillForward:
             # As the stock forward counts them: by column, masked or not.
             tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
             inputs["position_ids"] = torch.arange(packed.past_slots, packed.slots, device=tokens.device)[None]
-        inputs["attention_mask"] = call.mask
+        inputs["attention_mask"] = None if packed.is_dense else call.mask  # one on a device is waited for
         inputs["past_key_values"] = arguments.get("past_key_values")
         rows: dict[str, Any] = {"boundary": list(decision.boundary), "logits_to_keep": decision.logits_to_keep}
         logits: Any
@@ -224,6 +231,12 @@ class PrefillForward:
             for index, layer in enumerate(layers):
                 cache.update(layer.keys[:, :, -columns:], layer.values[:, :, -columns:], index)
         return logits, cache
+
+
+@lru_cache(maxsize=256)
+def _signature_of(method: Callable[..., Any]) -> inspect.Signature:
+    """Of a method once it is bound."""
+    return inspect.signature(method.__get__(object()))
 
 
 def _caller_level() -> int:

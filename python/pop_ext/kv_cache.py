@@ -55,7 +55,7 @@ class _Dynamic:
     """Grows as ``torch.cat`` would, with one copy of the past and none of the new tokens."""
 
     def __init__(self, layer: Any, like: torch.Tensor, batch: int, past: int, new: int, zero: bool) -> None:
-        self._layer = layer
+        self.layer = layer
         self.key = _new_buffer(like, batch, past + new, zero=zero)
         self.value = _new_buffer(like, batch, past + new, zero=zero)
         if past > 0:
@@ -64,13 +64,20 @@ class _Dynamic:
         self._before = dict(layer.__dict__)
 
     def commit(self) -> None:
-        if not self._layer.is_initialized:
-            self._layer.lazy_initialization(self.key, self.value)
-        self._layer.keys = self.key
-        self._layer.values = self.value
+        self.layer.keys = self.key
+        self.layer.values = self.value
 
     def abort(self) -> None:
-        restore(self._layer.__dict__, self._before, [])
+        restore(self.layer.__dict__, self._before, [])
+
+
+def _initialise(fresh: list[_Dynamic]) -> None:
+    """Gives layers without tensors what ``lazy_initialization`` gives the first; it makes two tensors a layer."""
+    before = dict(vars(fresh[0].layer))
+    fresh[0].layer.lazy_initialization(fresh[0].key, fresh[0].value)
+    given = {name: value for name, value in vars(fresh[0].layer).items() if before.get(name, before) is not value}
+    for other in fresh[1:]:
+        vars(other.layer).update(given)
 
 
 class _Static:
@@ -322,6 +329,9 @@ class CacheTransaction:
         return [layer.value for layer in self._open]
 
     def commit(self) -> None:
+        fresh = [layer for layer in self._open if isinstance(layer, _Dynamic) and not layer.layer.is_initialized]
+        if fresh:
+            _initialise(fresh)
         for layer in self._open:
             if self._padding is not None and isinstance(layer, _Static):
                 layer.clear_padding(self._padding)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from pop_ext import _core, operators
 from pop_ext.cache_names import with_cache
@@ -21,8 +22,10 @@ from pop_ext.prefill_inputs import PrefillInputs, check_ids, check_tokens, pack_
 from pop_ext.presets import default_plan
 from pop_ext.projections import check_fit
 from pop_ext.reference_checks import find_parts
+from pop_ext.replaced import InnerModules
 from pop_ext.restore import module_restored_on_error
 from pop_ext.vision import Blocks, DecoderCall, blocks_of, mask_for, packed_features, run_around
+from pop_ext.weight_stamps import WeightStamps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,47 +49,31 @@ class PrefillOutput:
     cu_rows: torch.Tensor | None = None
 
 
-class _Stamp:
-    """What a parameter was when its model was loaded."""
-
-    def __init__(self, tensor: torch.Tensor | None) -> None:
-        assert tensor is not None
-        self._tensor = tensor
-        self._facts = self._facts_of(tensor)
-
-    @staticmethod
-    def _facts_of(tensor: torch.Tensor) -> tuple[object, ...]:
-        version = -1 if tensor.is_inference() else tensor._version
-        # Through .data all of them can change under one version: a transposed square matrix keeps even its address.
-        return tensor.data_ptr(), version, tensor.shape, tensor.stride(), tensor.dtype
-
-    def matches(self, tensor: torch.Tensor | None) -> bool:
-        return tensor is self._tensor and self._facts_of(tensor) == self._facts
-
-
 class _Loaded:
     """What one ``pop::load`` made, freed when nobody refers to it any more: a running call does."""
 
-    def __init__(self, description: Description, plan: Plan, fp8: bool) -> None:
+    def __init__(self, model: nn.Module, description: Description, plan: Plan, fp8: bool) -> None:
         weights = [ref.tensor for ref in description.weights]
         fitted = None if plan.projections is None else plan.projections.stack_rows(weights[0])
-        spec = description.spec.to_json()
-        missing = torch.ops.pop.fp8_missing(spec, weights[0]) if fp8 else ""
-        if missing:
-            raise UnsupportedModelError(f"fp8: {missing}; without fp8 the model runs natively")
+        if fp8:
+            check_fp8_products(description)
         with torch.no_grad():
-            self.handle = torch.ops.pop.load(spec, plan.to_json(), weights, fitted, fp8)
+            self.handle = torch.ops.pop.load(description.spec.to_json(), plan.to_json(), weights, fitted, fp8)
         weakref.finalize(self, torch.ops.pop.unload, self.handle)
         self.description = description
+        self.inner = InnerModules(model)
         self.like = weights[0].detach()
         self.extra_bytes: int = json.loads(torch.ops.pop.info(self.handle))["extra_bytes"]
-        self._stamps = [_Stamp(ref.find()) for ref in description.weights]
+        self._stamps = WeightStamps(description.weights)
 
     def stale_weight(self) -> str | None:
-        for ref, stamp in zip(self.description.weights, self._stamps, strict=True):
-            if not stamp.matches(ref.find()):
-                return ref.slot
-        return torch.ops.pop.stale_weight(self.handle) or None
+        model = self.description.model()
+        in_place = model is not None and self.inner.are_those_of(model)
+        return (None if in_place else self._stamps.moved()) or self.written_weight()
+
+    def written_weight(self) -> str | None:
+        """``stale_weight`` for who has just asked whether ``inner`` are the model's modules."""
+        return self._stamps.written() or torch.ops.pop.stale_weight(self.handle) or None
 
 
 def check_plan(plan: Plan, num_layers: int, config: Any) -> Plan:
@@ -115,7 +102,7 @@ class NativeModel:
         self.plan = check_plan(chosen, description.spec.num_layers, model.config)
         check_fit(self.plan, find_parts(model).layers)
         self.fp8 = fp8
-        self._loaded = _Loaded(description, self.plan, fp8)
+        self._loaded = _Loaded(model, description, self.plan, fp8)
 
     def __repr__(self) -> str:
         fp8 = ", fp8=True" if self.fp8 else ""
@@ -130,6 +117,11 @@ class NativeModel:
     def description(self) -> Description:
         """The model's spec and where its weights are, as they were loaded."""
         return self._loaded.description
+
+    @property
+    def inner(self) -> InnerModules:
+        """The modules that the native loop stands for, as they were when the weights were loaded."""
+        return self._loaded.inner
 
     @property
     def family(self) -> Family:
@@ -162,7 +154,7 @@ class NativeModel:
         """
         description = describe(self.model)
         check_fit(self.plan, find_parts(self.model).layers)
-        self._loaded = _Loaded(description, self.plan, self.fp8)
+        self._loaded = _Loaded(self.model, description, self.plan, self.fp8)
 
     def stale_weight(self) -> str | None:
         """The name of a weight that was changed, moved or reassigned since it was loaded; None if none was.
@@ -170,6 +162,10 @@ class NativeModel:
         A change through ``.data`` shows in no version counter: of what was folded or quantised, values are sampled.
         """
         return self._loaded.stale_weight()
+
+    def written_weight(self) -> str | None:
+        """``stale_weight`` for who has just asked whether ``inner`` are the model's modules."""
+        return self._loaded.written_weight()
 
     def prefill(
         self,
@@ -375,6 +371,13 @@ def check_fp8(fp8: bool) -> None:
     """Raises TypeError unless it is a bool."""
     if not isinstance(fp8, bool):
         raise TypeError(f"fp8: expected a bool, got {type(fp8).__name__}")
+
+
+def check_fp8_products(description: Description) -> None:
+    """Raises UnsupportedModelError unless such a model's products can be computed in 8-bit floats."""
+    missing = torch.ops.pop.fp8_missing(description.spec.to_json(), description.weights[0].tensor)
+    if missing:
+        raise UnsupportedModelError(f"fp8: {missing}; without fp8 the model runs natively")
 
 
 def load(model: PreTrainedModel, plan: Plan | None = None, fp8: bool = False) -> NativeModel:

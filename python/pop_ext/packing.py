@@ -47,6 +47,11 @@ class PackedBatch:
     def rows(self) -> int:
         return sum(self.tokens)
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether no slot is padding, as without a mask."""
+        return self.row_index is None and self.slot_table is None and not any(self.cache_start)
+
     def padding(self) -> torch.Tensor | None:
         """``[batch, columns]`` bool, True where a new column holds no token; None: nowhere."""
         if self.row_index is None:
@@ -102,12 +107,13 @@ def pack_batch(
         raise ValueError(f"input_ids: expected at least one new token per sequence, got shape [{batch}, {columns}]")
     if attention_mask is not None:
         mask = _check_mask(attention_mask, batch, past_slots + columns, device)
-        if not bool(mask.all()):
+        if mask is not None:
             return _pack_masked(mask, columns, past_slots)
     return PackedBatch(batch, columns, past_slots, None, [columns] * batch, [past_slots] * batch, [0] * batch, None)
 
 
-def _check_mask(attention_mask: torch.Tensor, batch: int, slots: int, device: torch.device) -> torch.Tensor:
+def _check_mask(attention_mask: torch.Tensor, batch: int, slots: int, device: torch.device) -> torch.Tensor | None:
+    """The mask as bool on the CPU; None: all ones."""
     if not isinstance(attention_mask, torch.Tensor):
         raise TypeError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}")
     if tuple(attention_mask.shape) != (batch, slots):
@@ -115,11 +121,14 @@ def _check_mask(attention_mask: torch.Tensor, batch: int, slots: int, device: to
             f"attention_mask: expected shape [{batch}, {slots}] (past and new tokens), got {list(attention_mask.shape)}"
         )
     check_device(attention_mask, device, "attention_mask")
-    if attention_mask.dtype != torch.bool:
-        other = attention_mask[(attention_mask != 0) & (attention_mask != 1)]
-        if len(other) > 0:
-            raise ValueError(f"attention_mask: expected zeros and ones, got {other[0].item()}")
-    return attention_mask.bool().cpu()
+    mask = attention_mask.cpu()  # waits for a device once, and reads here
+    ones = mask if mask.dtype == torch.bool else mask == 1
+    if bool(ones.all()):
+        return None
+    other = mask[(mask != 0) & ~ones]
+    if len(other) > 0:
+        raise ValueError(f"attention_mask: expected zeros and ones, got {other[0].item()}")
+    return ones
 
 
 def _pack_masked(mask: torch.Tensor, columns: int, past_slots: int) -> PackedBatch:

@@ -14,16 +14,64 @@ from torch import nn
 from pop_ext.families import decoder_of, decoder_path
 
 
-def inner_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules whose forward the native loop stands for, in a fixed order. ``lm_head`` is called as a module."""
-    found: list[tuple[str, Any]] = [(decoder_path(model), decoder_of(model))]
-    for name, module in found:  # grows as it goes
-        for child_name, child in module._modules.items():
-            if child is not None:
-                found.append((f"{name}.{child_name}", child))
-    if found[0][1] is not model.model:  # what is around it runs, but not as it is (vision.py)
-        found.append(("model", model.model))
-    return found
+class InnerModules:
+    """The modules whose forward the native loop stands for, as they were found. ``lm_head`` is called as a module.
+
+    A call looks at hundreds of them while a GPU has nothing to do yet: whether they are where they were is seen faster
+    than they are found again.
+
+    Attributes:
+        named: (name, module), in a fixed order.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.named: list[tuple[str, Any]] = [(decoder_path(model), decoder_of(model))]
+        for name, module in self.named:  # grows as it goes
+            for child_name, child in module._modules.items():
+                if child is not None:
+                    self.named.append((f"{name}.{child_name}", child))
+        self._decoder, self._around = decoder_of(model), model.model
+        if self._decoder is not self._around:  # what is around it runs, but not as it is (vision.py)
+            self.named.append(("model", self._around))
+        self._attributes = [module.__dict__ for _, module in self.named]
+        self._children = [dict(module._modules) for _, module in self.named]
+        self._parameters = [
+            (own, name, parameter) for own in self._attributes for name, parameter in own["_parameters"].items()
+        ]
+
+    def are_those_of(self, model: nn.Module) -> bool:
+        """Whether ``model`` has these modules and parameters, and no others, in their places."""
+        if decoder_of(model) is not self._decoder or model.model is not self._around:
+            return False
+        if [own["_modules"] for own in self._attributes] != self._children:  # of modules none but itself is equal
+            return False
+        return all(own["_parameters"].get(name) is parameter for own, name, parameter in self._parameters)
+
+    def foreign_code(self) -> str | None:
+        """What the native loop would leave out, in words; None: nothing."""
+        for registry in ("_global_forward_hooks", "_global_forward_pre_hooks"):
+            if getattr(nn.modules.module, registry, None):
+                return "global module hooks"
+        patched = next(filter(is_patched, {type(module) for _, module in self.named}), None)
+        if patched is not None:
+            return f"a replaced forward of {patched.__name__}"
+        for own, (name, module) in zip(self._attributes, self.named, strict=True):
+            if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own:
+                found = _foreign_code_of(module)
+                if found is not None:
+                    return f"{found} on {name}"
+        return None
+
+
+def _foreign_code_of(module: nn.Module) -> str | None:
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        if not all(_is_idle(hook) for hook in hooks.values()):
+            return "hooks"
+    own = module.__dict__
+    hook = own.get("_hf_hook")
+    if hook is not None:
+        return f"a hook of accelerate ({type(hook).__name__})"
+    return "a replaced forward" if "forward" in own and not is_own_forward(module, own["forward"]) else None
 
 
 def is_own_forward(module: nn.Module, forward: Any) -> bool:
@@ -33,26 +81,6 @@ def is_own_forward(module: nn.Module, forward: Any) -> bool:
     """
     forward = getattr(forward, "_torchdynamo_orig_callable", forward)
     return isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward
-
-
-def foreign_code(modules: list[tuple[str, nn.Module]]) -> str | None:
-    """What the native loop would leave out, in words; None: nothing."""
-    for registry in ("_global_forward_hooks", "_global_forward_pre_hooks"):
-        if getattr(nn.modules.module, registry, None):
-            return "global module hooks"
-    for name, module in modules:
-        if module._forward_hooks or module._forward_pre_hooks:
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                if not all(_is_idle(hook) for hook in hooks.values()):
-                    return f"hooks on {name}"
-        hook = getattr(module, "_hf_hook", None)
-        if hook is not None:
-            return f"a hook of accelerate ({type(hook).__name__}) on {name}"
-        if "forward" in module.__dict__ and not is_own_forward(module, module.__dict__["forward"]):
-            return f"a replaced forward on {name}"
-        if is_patched(type(module)):
-            return f"a replaced forward of {type(module).__name__}"
-    return None
 
 
 def is_patched(cls: Any) -> bool:

@@ -16,10 +16,11 @@ from transformers import GenerationConfig
 
 from pop_ext import info
 from pop_ext.calibration import stock_model, undisturbed
+from pop_ext.describe import describe
 from pop_ext.evaluation.arms import DEFAULT_KINDS, FULL, Arm, arm_logits, backend_of, make_arms
 from pop_ext.evaluation.prompts import RECALL, Pair, PromptSet
 from pop_ext.evaluation.results import SCHEMA, Evaluation
-from pop_ext.native import check_plan, load
+from pop_ext.native import check_fp8_products, check_plan
 from pop_ext.origin import config_hash, weights_hash
 from pop_ext.plan import Plan
 from pop_ext.progress import Progress, reporting
@@ -69,10 +70,8 @@ def evaluate(
     for plan in plans:  # the ablations are plain PyTorch, which would run any
         check_plan(plan, model.config.get_text_config().num_hidden_layers, model.config)
     backend = backend_of(model)
-    for arm in arms:
-        if arm.fp8:
-            load(model, arm.plan, fp8=True)  # raises now, not when its turn comes
-            break
+    if any(arm.fp8 for arm in arms):
+        check_fp8_products(describe(model))  # now, not when their turn comes
     evaluation = Evaluation(_facts(model, sets, greedy_tokens, backend))
     if resume is not None and Path(resume).exists():
         evaluation.take(Evaluation.load(resume), str(resume))
