@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pop_ext.forward import enabled
+from pop_ext.enabling import enabled
 from pop_ext.plan import Plan
 
 from bench.measure import synchronize
@@ -21,9 +21,10 @@ class HostTimes:
     """Seconds of one call, medians.
 
     Attributes:
-        before: until ``pop::prefill`` is called: what kind of call it is, weights, packing, RoPE, cache.
+        before: until ``pop::prefill`` is called: what kind of call it is, packing, RoPE, cache, and on a CPU the look at
+            the model's modules and weights.
         inside: of the operator; on CUDA it launches and does not wait.
-        after: the head, the cache's new state and the output; on CUDA beside what was launched.
+        after: the head, the cache's new state and the output; on CUDA also the look, all beside what was launched.
     """
 
     before: float

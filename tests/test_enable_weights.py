@@ -77,8 +77,10 @@ CHANGES = [
 ]
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["looked at first", "begun before the look"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_changed_weights_are_taken_up(change):
+def test_changed_weights_are_taken_up(change, ahead, monkeypatch):
+    monkeypatch.setattr("pop_ext.forward.works_beside_the_host", lambda device: ahead)
     model = pop_ext.enable(llama(), PLAN, strict=True)
     ids = tokens(model, 1, T) % 200
     before = prefill(model, ids).logits

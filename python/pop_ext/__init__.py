@@ -16,10 +16,11 @@ from pop_ext.plan import Plan
 
 if TYPE_CHECKING:
     from pop_ext.decision import Decision
+    from pop_ext.enabling import disable, enable, enabled, explain, last_call
     from pop_ext.evaluate import score
     from pop_ext.families import UnsupportedModelError
     from pop_ext.fitting import fit
-    from pop_ext.forward import PrefillDeclined, disable, enable, enabled, explain, last_call
+    from pop_ext.forward import PrefillDeclined
     from pop_ext.latency import BudgetedPlan, plan_within, shortest_paying
     from pop_ext.layer_importance import Importance, importance
     from pop_ext.native import NativeModel, PrefillOutput, load
@@ -64,13 +65,13 @@ _LAZY = {
     "PrefillOutput": "pop_ext.native",
     "UnsupportedModelError": "pop_ext.families",
     "block_influence": "pop_ext.shortgpt",
-    "disable": "pop_ext.forward",
-    "enable": "pop_ext.forward",
-    "enabled": "pop_ext.forward",
-    "explain": "pop_ext.forward",
+    "disable": "pop_ext.enabling",
+    "enable": "pop_ext.enabling",
+    "enabled": "pop_ext.enabling",
+    "explain": "pop_ext.enabling",
     "fit": "pop_ext.fitting",
     "importance": "pop_ext.layer_importance",
-    "last_call": "pop_ext.forward",
+    "last_call": "pop_ext.enabling",
     "load": "pop_ext.native",
     "plan_within": "pop_ext.latency",
     "score": "pop_ext.evaluate",

@@ -137,14 +137,10 @@ def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, 
     return arguments
 
 
-def decide(model: nn.Module, inner: InnerModules | None, plan: Plan, arguments: dict[str, Any]) -> Call:
-    """Classifies a bound call of an enabled model.
-
-    Args:
-        inner: its inner modules, for the "native" backend; None: the "reference" one.
-    """
+def decide(model: nn.Module, plan: Plan, backend: str, arguments: dict[str, Any]) -> Call:
+    """Classifies a bound call of an enabled model by what is asked for; ``foreign_reason`` looks at the model."""
     try:
-        mask, packed, blocks = _check_prefill(model, inner, plan, arguments)
+        mask, packed, blocks = _check_prefill(model, plan, arguments)
     except _Stock as stock:
         return Call(arguments, Decision("stock", stock.rule, stock.reason, stock.declined, plan))
     keep = arguments["logits_to_keep"]
@@ -153,9 +149,17 @@ def decide(model: nn.Module, inner: InnerModules | None, plan: Plan, arguments: 
     boundary = tuple(widened(boundaries, packed.tokens, blocks))
     full = all(t == b for t, b in zip(packed.tokens, boundary, strict=True))
     reason = "every row runs at full depth" if full or not plan.omit else "a prefill"
-    backend = "reference" if inner is None else "native"
     decision = Decision(backend, "prefill", reason, False, plan, tuple(packed.tokens), boundary, keep)
     return Call(arguments, decision, mask, packed, blocks)
+
+
+def foreign_reason(model: nn.Module, inner: InnerModules) -> tuple[str, str] | None:
+    """Rule and reason why the native loop does not stand for what the model's modules compute; None: it does."""
+    reason = _foreign_attention(model, text_config(model))
+    if reason is not None:
+        return reason
+    foreign = inner.foreign_code()
+    return None if foreign is None else ("hooks", f"{foreign}: the native loop would not run them")
 
 
 def text_config(model: nn.Module) -> Any:
@@ -165,7 +169,7 @@ def text_config(model: nn.Module) -> Any:
 
 
 def _check_prefill(
-    model: nn.Module, inner: InnerModules | None, plan: Plan, arguments: dict[str, Any]
+    model: nn.Module, plan: Plan, arguments: dict[str, Any]
 ) -> tuple[torch.Tensor | None, PackedBatch, Blocks]:
     config = text_config(model)
     tokens = _new_tokens(arguments)
@@ -186,11 +190,6 @@ def _check_prefill(
     _check_inference(model, tokens.device.type)
     if not getattr(config, "is_causal", True):
         raise _Stock("attention", "config.is_causal=False: a pruned prefill is causal")
-    if inner is not None:
-        _check_attention(model, config)
-        foreign = inner.foreign_code()
-        if foreign is not None:
-            raise _Stock("hooks", f"{foreign}: the native loop would not run them")
     around = vision_of(model)
     mask, packed, kinds = _check_mask_and_cache(config, tokens, arguments)
     blocks = [] if around is None else _check_blocks(around, arguments, packed)
@@ -269,15 +268,16 @@ def _check_inference(model: nn.Module, device: str) -> None:
             raise _Stock("training", "training mode with gradient checkpointing keeps no cache: call model.eval()")
 
 
-def _check_attention(model: nn.Module, config: Any) -> None:
-    """Whether the native attention and experts compute what the stock ones would."""
+def _foreign_attention(model: nn.Module, config: Any) -> tuple[str, str] | None:
+    """Rule and reason why the native attention and experts do not compute what the stock ones would; None: they do."""
     reason = dropped_softcap(config) or foreign_attention(model)
     if reason is not None:
-        raise _Stock("attention", reason)
+        return "attention", reason
     experts = getattr(config, "_experts_implementation", None) or "eager"
     registered = ALL_EXPERTS_FUNCTIONS.get(experts)
     if registered is not None and not registered.__module__.startswith("transformers."):
-        raise _Stock("experts", f"experts implementation {experts}: expected transformers' own")
+        return "experts", f"experts implementation {experts}: expected transformers' own"
+    return None
 
 
 def _check_mask_and_cache(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pop_ext import reference
-from pop_ext.forward import require_enabled
+from pop_ext.enabling import require_enabled
 from pop_ext.packing import lengths
 
 Ids = Sequence[int] | torch.Tensor

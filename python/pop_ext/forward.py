@@ -1,8 +1,4 @@
-"""``enable``: the same model, its prefill pruned.
-
-``enable`` replaces ``forward`` on the instance by a ``PrefillForward``, which runs a prefill that
-``decide`` accepts natively and hands every other call to the stock forward.
-"""
+"""The ``forward`` of an enabled model: a prefill that ``decide`` accepts runs natively, every other call as it did."""
 
 from __future__ import annotations
 
@@ -14,8 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
-from types import MethodType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,27 +18,28 @@ from transformers.cache_utils import Cache
 
 from pop_ext import reference
 from pop_ext.cache_names import field_of_cache, output_class
-from pop_ext.decision import Call, Decision, bind, decide, is_decode, text_config
-from pop_ext.families import UnsupportedModelError, vision_of
+from pop_ext.decision import Call, Decision, bind, decide, foreign_reason, is_decode
+from pop_ext.families import UnsupportedModelError, decoder_of, vision_of
 from pop_ext.kv_cache import check_windows, new_cache
-from pop_ext.native import NativeModel, check_fp8, check_plan
+from pop_ext.native import NativeModel
 from pop_ext.plan import Plan
-from pop_ext.presets import default_plan
 from pop_ext.projections import FitMismatch, check_fit
 from pop_ext.reference_checks import find_parts
-from pop_ext.replaced import InnerModules, is_own_forward, is_patched
-from pop_ext.restore import cache_restored_on_error, forward_place
+from pop_ext.replaced import InnerModules, foreign_code_of, has_global_hooks, is_own_forward, is_patched
+from pop_ext.restore import cache_restored_on_error
 from pop_ext.shells import shell_of
 from pop_ext.vision import prefill_around
 
-Model = TypeVar("Model", bound=nn.Module)
-_BACKENDS = ("native", "reference")
 # Frames that a warning about a call is not about.
 _NOT_THE_CALLER = ("pop_ext", "torch", "transformers", "contextlib")
 
 
 class PrefillDeclined(RuntimeError):
     """Under ``strict=True``: a call that the stock forward would have run, and why."""
+
+
+class _Outdated(Exception):
+    """The model is not what a call was begun on."""
 
 
 class PrefillForward:
@@ -71,6 +67,7 @@ class PrefillForward:
         self.replaced: Any = state["replaced"]  # what stood in forward's place before
         self.fp8: bool = state.get("fp8", False)  # older pickles have none
         self.native: NativeModel | None = None
+        self._ran_natively = False  # the last call
         self.last_call: Decision | None = None
         self._warned: set[str] = set()
         self._inside = threading.local()
@@ -103,32 +100,53 @@ class PrefillForward:
     def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
         if getattr(self._inside, "active", False):
             return self.stock(*args, **kwargs)
-        call = self.classify(*args, **kwargs)
+        call = self._decide(args, kwargs)
+        ahead = self._native_to_start_with(call)
+        if ahead is not None:
+            output, call = self._start_before_the_look(call, ahead)
+            if output is not None:
+                return output
+        elif call.decision.backend != "stock":
+            call = self._look(call)
         decision = call.decision
         if decision.backend == "stock":
             if decision.declined:
                 self._decline(decision)
             return self.stock(*args, **kwargs)
-        return self._prefill(call)
+        output = self._prefill(call)
+        self._ran_natively = call.native is not None
+        return output
 
     @torch.compiler.disable
     def classify(self, *args: Any, **kwargs: Any) -> Call:
         """What would run for a call, without running it."""
-        model = self.model
-        inner = self._inner_modules() if self.backend == "native" else None
-        call = decide(model, inner, self.plan, bind(self.__signature__, args, kwargs))
-        if call.decision.backend == "stock":
-            return call
-        rule, reason = "model", None
+        call = self._decide(args, kwargs)
+        return call if call.decision.backend == "stock" else self._look(call)
+
+    @torch.compiler.disable
+    def _decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        call = decide(self.model, self.plan, self.backend, bind(self.__signature__, args, kwargs))
+        if call.decision.native:
+            call.decision = replace(call.decision, fp8=self.fp8)
+        return call
+
+    @torch.compiler.disable
+    def _look(self, call: Call) -> Call:
+        """A call decided for a prefill, bound to the model as it is now, or found to be one for the stock forward."""
+        model, native, rule, reason = self.model, None, "model", None
         if is_patched(type(model)) or not (self.replaced is None or is_own_forward(model, self.replaced)):
             reason = "a replaced forward: it was there before enable, and may do more than transformers' own"
         elif self.backend == "native":
+            inner = self._inner_modules()
+            found = foreign_reason(model, inner)
             try:
-                call.native = self.bind_native(inner)
-                call.decision = replace(call.decision, fp8=self.fp8)
-                cache = call.arguments.get("past_key_values")
-                if cache is not None and call.packed is not None:
-                    check_windows(cache, call.native.spec.window, call.packed.slots)
+                if found is not None:
+                    rule, reason = found
+                else:
+                    native = self.bind_native(inner)
+                    cache = call.arguments.get("past_key_values")
+                    if cache is not None and call.packed is not None:
+                        check_windows(cache, native.spec.window, call.packed.slots)
             except (UnsupportedModelError, FitMismatch) as error:
                 reason = str(error)
             except ValueError as error:
@@ -139,8 +157,45 @@ class PrefillForward:
             except FitMismatch as error:
                 reason = str(error)
         if reason is not None:
-            call.decision = Decision("stock", rule, reason, True, self.plan)
-        return call
+            return replace(call, decision=Decision("stock", rule, reason, True, self.plan))
+        return replace(call, native=native)
+
+    @torch.compiler.disable
+    def _native_to_start_with(self, call: Call) -> NativeModel | None:
+        """What may run a call before the model has been looked at: where a device works while the host looks.
+
+        The last call must have run on it: who calls a model again and again that the native loop does not stand for
+        pays once. Nothing of the model runs before the look but its rotary embedding.
+        """
+        native = self.native
+        if native is None or not self._ran_natively or not call.decision.native or native.family.vision is not None:
+            return None
+        if not works_beside_the_host(native.device) or native.description.model() is not self.model:
+            return None
+        return None if has_global_hooks() or foreign_code_of(decoder_of(self.model).rotary_emb) else native
+
+    @torch.compiler.disable
+    def _start_before_the_look(self, call: Call, native: NativeModel) -> tuple[Any, Call]:
+        """The output of a call that was begun on ``native`` and looked at meanwhile; None: it should not have been.
+
+        Second the call as the look found it.
+        """
+        looked: list[Call] = []
+
+        def look() -> None:
+            looked.append(self._look(call))
+            if looked[0].native is not native:
+                raise _Outdated
+
+        try:
+            return self._prefill(replace(call, native=native), look), call
+        except Exception:  # of arguments that fit the model as it is now, say
+            if not looked:
+                looked.append(self._look(call))
+            if looked[0].native is native:
+                raise
+        self._ran_natively = False
+        return None, looked[0]
 
     def bind_native(self, inner: InnerModules | None = None) -> NativeModel:
         """Loads the model natively, or again when modules or weights have changed since.
@@ -153,8 +208,8 @@ class PrefillForward:
         """
         with self._lock:
             native = self.native
-            if native is not None:
-                inner = self._inner_modules() if inner is None else inner
+            if native is not None and native.inner is not inner:  # not looked yet, or another thread has loaded since
+                inner = self._inner_modules()
             if native is None or native.inner is not inner or native.written_weight() is not None:
                 self.native = None  # frees what was folded before as much is folded again
                 native = NativeModel(self.model, self.plan, self.fp8)  # type: ignore[arg-type]
@@ -187,7 +242,7 @@ class PrefillForward:
             warnings.warn(f"pop_ext: the stock forward runs: {decision.reason}", stacklevel=_caller_level())
 
     @torch.compiler.disable
-    def _prefill(self, call: Call) -> Any:
+    def _prefill(self, call: Call, look: Callable[[], None] | None = None) -> Any:
         arguments, decision = call.arguments, call.decision
         if call.native is not None and call.native.family.vision is not None:
             output = prefill_around(self.model, call)
@@ -207,7 +262,7 @@ class PrefillForward:
         logits: Any
         cache: Cache
         if call.native is not None:
-            prefilled = call.native.prefill_fresh(**inputs, **rows)  # classify has just bound it
+            prefilled = call.native.prefill_fresh(**inputs, **rows, look=look)
             logits, cache = prefilled.logits, prefilled.past_key_values
         else:
             logits, cache = self._run_oracle(inputs, rows, packed.columns)
@@ -233,6 +288,11 @@ class PrefillForward:
         return logits, cache
 
 
+def works_beside_the_host(device: torch.device) -> bool:
+    """Whether what is launched on a device runs while the host goes on."""
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
 @lru_cache(maxsize=256)
 def _signature_of(method: Callable[..., Any]) -> inspect.Signature:
     """Of a method once it is bound."""
@@ -247,137 +307,3 @@ def _caller_level() -> int:
         frame = frame.f_back
         level += 1
     return level
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of ``torch.compile`` and PEFT, which call its ``forward``."""
-    inner: Any = getattr(model, "_orig_mod", model)
-    if type(inner).__module__.startswith("peft.") and hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    return inner
-
-
-def _forward_of(model: nn.Module) -> PrefillForward | None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
-    inner = _inner(model)
-    forward = inner.__dict__.get(forward_place(inner))
-    if isinstance(forward, PrefillForward):
-        return forward
-    below = forward
-    for _ in range(16):
-        below = getattr(below, "_torchdynamo_orig_callable", getattr(below, "__wrapped__", None))
-        if isinstance(below, PrefillForward):
-            raise RuntimeError(
-                "model.forward was replaced after pop_ext.enable, by something that calls what enable put there "
-                f"({type(forward).__name__}): put back what was there first, and enable last"
-            )
-    return None
-
-
-def enable(
-    model: Model, plan: Plan | None = None, strict: bool = False, backend: str = "native", fp8: bool = False
-) -> Model:
-    """Prunes the prefill of ``model``, in place; ``generate`` and ``pipeline`` need no change.
-
-    Args:
-        model: a Hugging Face causal language model.
-        plan: what to omit. None: the preset whose config matches, else the deepest third, boundary 1.
-        strict: raise ``PrefillDeclined`` where otherwise the stock forward would run with a warning.
-        backend: "native", or "reference" for the plain PyTorch oracle, slow but for any decoder.
-        fp8: products of native prefills in 8-bit floats, as in ``pop_ext.load`` (docs/fp8.md).
-
-    Returns:
-        The same model. Enabling again replaces plan, strict, backend and fp8.
-
-    Raises:
-        UnsupportedModelError (a ValueError): no native form; ``backend="reference"`` works. Or none with ``fp8``.
-        ValueError, TypeError: a bad plan, strict, backend, fp8 or model. The model is as before.
-        RuntimeError: an enabled model whose forward something else has wrapped since.
-    """
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(_BACKENDS)}, got {backend!r}")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
-    if not isinstance(strict, bool):
-        raise TypeError(f"strict: expected a bool, got {type(strict).__name__}")
-    check_fp8(fp8)
-    if fp8 and backend != "native":
-        raise ValueError(f'fp8: expected False with backend="{backend}", which computes in full, got True')
-    inner = _inner(model)
-    config = text_config(inner)
-    if config is None:
-        raise TypeError(f"model: expected a Hugging Face model with a config, got {type(inner).__name__}")
-    previous = _forward_of(model)
-    place = forward_place(inner)
-    replaced = previous.replaced if previous is not None else inner.__dict__.get(place)
-    forward = PrefillForward(inner, default_plan(config) if plan is None else plan, strict, backend, replaced, fp8)
-    if backend == "native":
-        forward.bind_native()
-    else:
-        layers = find_parts(inner).layers
-        check_plan(forward.plan, config.num_hidden_layers, config)
-        check_fit(forward.plan, layers)
-    setattr(inner, place, forward)
-    return model
-
-
-def disable(model: Model) -> Model:
-    """Gives ``model`` its own forward back. A model that is not enabled stays as it is."""
-    forward = _forward_of(model)
-    if forward is not None:
-        _restore(_inner(model), forward.replaced)
-    return model
-
-
-@contextmanager
-def enabled(
-    model: Model, plan: Plan | None = None, strict: bool = False, backend: str = "native", fp8: bool = False
-) -> Iterator[Model]:
-    """``enable`` for the length of a ``with`` block; afterwards the model is as it was before, enabled or not."""
-    inner = _inner(model)
-    before = inner.__dict__.get(forward_place(inner))
-    enable(model, plan, strict, backend, fp8)
-    try:
-        yield model
-    finally:
-        _restore(inner, before)
-
-
-def _restore(model: nn.Module, forward: Any) -> None:
-    place = forward_place(model)
-    model.__dict__.pop(place, None)
-    if forward is None and place != "forward":  # hooks came after enable, and call it
-        forward = MethodType(type(model).forward, model)
-    if forward is not None:
-        setattr(model, place, forward)
-
-
-def explain(model: nn.Module, *args: Any, **call: Any) -> Decision:
-    """What ``model(*args, **call)`` would run here and now, and why, without running it. str() of it is a sentence.
-
-    ``generate`` calls the model under ``torch.no_grad`` with ``logits_to_keep=1``: to ask about
-    it, do the same.
-
-    Raises:
-        ValueError: the model is not enabled.
-        TypeError: arguments that ``forward`` does not take.
-    """
-    return require_enabled(model).classify(*args, **call).decision
-
-
-def last_call(model: nn.Module) -> Decision | None:
-    """What ran, and why, for the latest call that was a prefill or might have been one; decode steps do not count.
-
-    Raises:
-        ValueError: the model is not enabled.
-    """
-    return require_enabled(model).last_call
-
-
-def require_enabled(model: nn.Module) -> PrefillForward:
-    """The forward that ``enable`` put there. Raises ValueError if there is none."""
-    forward = _forward_of(model)
-    if forward is None:
-        raise ValueError("model: expected an enabled model (pop_ext.enable), got one that is not")
-    return forward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -233,9 +234,15 @@ class NativeModel:
         boundary: PerSequence | None = None,
         logits_to_keep: PerSequence = 1,
         window_only: bool = False,
+        look: Callable[[], None] | None = None,
         **vision: Any,
     ) -> PrefillOutput:
-        """``prefill`` for who has just asked ``stale_weight``: of hundreds of weights that takes a millisecond."""
+        """``prefill`` for who asks ``stale_weight``, of hundreds of weights, at another time.
+
+        Args:
+            look: called when the operator is through, on CUDA when it has launched everything, and before the head runs
+                and the cache changes: what it raises ends the call as a failure does. Not for a vision-language model.
+        """
         if not isinstance(window_only, bool):
             raise TypeError(f"window_only: expected a bool, got {type(window_only).__name__}")
         tokens = check_tokens(self, input_ids, inputs_embeds)
@@ -254,7 +261,7 @@ class NativeModel:
                 rows = packed.pack(tokens)
                 check_ids(self, rows)
                 inputs = prepare(self, rows, packed, position_ids, blocks=[], **rest)
-                return self._prefill(inputs, window_only)
+                return self._prefill(inputs, window_only, look)
         wrapper = self.model.model
         if input_ids is not None:
             check_ids(self, packed.pack(tokens), also=getattr(wrapper.config, "image_token_id", None))
@@ -295,7 +302,9 @@ class NativeModel:
             inputs = replace(inputs, **packed_features(call, packed))
         return self._prefill(inputs, window_only)
 
-    def _prefill(self, inputs: PrefillInputs, window_only: bool) -> PrefillOutput:
+    def _prefill(
+        self, inputs: PrefillInputs, window_only: bool, look: Callable[[], None] | None = None
+    ) -> PrefillOutput:
         """Runs a prefill. The cache changes only if all went well."""
         packed, cache, loaded = inputs.packed, inputs.cache, self._loaded
         like = loaded.like.new_empty((0, self.spec.num_kv_heads, 0, self.spec.head_dim))
@@ -337,6 +346,8 @@ class NativeModel:
                     None if inputs.feature_index is None else list(inputs.features),
                 )
                 hidden = hidden.view(*inputs.shape, -1)
+                if look is not None:
+                    look()
                 logits = self._logits(hidden)
                 transaction.commit()
         except BaseException:

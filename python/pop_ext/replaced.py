@@ -49,21 +49,26 @@ class InnerModules:
 
     def foreign_code(self) -> str | None:
         """What the native loop would leave out, in words; None: nothing."""
-        for registry in ("_global_forward_hooks", "_global_forward_pre_hooks"):
-            if getattr(nn.modules.module, registry, None):
-                return "global module hooks"
+        if has_global_hooks():
+            return "global module hooks"
         patched = next(filter(is_patched, {type(module) for _, module in self.named}), None)
         if patched is not None:
             return f"a replaced forward of {patched.__name__}"
         for own, (name, module) in zip(self._attributes, self.named, strict=True):
             if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_hf_hook" in own:
-                found = _foreign_code_of(module)
+                found = foreign_code_of(module)
                 if found is not None:
                     return f"{found} on {name}"
         return None
 
 
-def _foreign_code_of(module: nn.Module) -> str | None:
+def has_global_hooks() -> bool:
+    """Whether somebody hooked every module there is."""
+    return any(getattr(nn.modules.module, f"_global_forward{kind}_hooks", None) for kind in ("", "_pre"))
+
+
+def foreign_code_of(module: nn.Module) -> str | None:
+    """What was put on one module, in words; None: nothing."""
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         if not all(_is_idle(hook) for hook in hooks.values()):
             return "hooks"

@@ -15,7 +15,7 @@ class WeightStamps:
         self._refs = refs
         self._tensors: list[Any] = [ref.find() for ref in refs]
         self._versions = self._current_versions()
-        self._fused = [ref for ref in refs if ref.rows is not None]
+        self._fused = [(ref, tensor) for ref, tensor in zip(refs, self._tensors, strict=True) if ref.rows is not None]
         self._facts = self._current_facts()
 
     def _current_versions(self) -> list[int]:
@@ -24,8 +24,7 @@ class WeightStamps:
     def _current_facts(self) -> list[tuple[object, ...]]:
         # The runtime looks at these of what it reads, but of fused parameters that is only a view. Through .data all of
         # them can change under one version: a transposed square matrix keeps even its address.
-        fused = [tensor for ref, tensor in zip(self._refs, self._tensors, strict=True) if ref.rows is not None]
-        return [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in fused]
+        return [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for _, tensor in self._fused]
 
     def moved(self) -> str | None:
         """The slot of a parameter that is not where it was, None: of none."""
@@ -39,7 +38,7 @@ class WeightStamps:
         versions, facts = self._current_versions(), self._current_facts()
         if versions != self._versions:
             return self._refs[_first_difference(versions, self._versions)].slot
-        return None if facts == self._facts else self._fused[_first_difference(facts, self._facts)].slot
+        return None if facts == self._facts else self._fused[_first_difference(facts, self._facts)][0].slot
 
 
 def _first_difference(one: Sequence[object], other: Sequence[object]) -> int:

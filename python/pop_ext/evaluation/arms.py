@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pop_ext.cache_names import with_cache
 from pop_ext.calibration import undisturbed
+from pop_ext.enabling import enabled
 from pop_ext.evaluate import continuation_logits
 from pop_ext.evaluation.ablations import (
     ABLATIONS,
@@ -23,7 +24,6 @@ from pop_ext.evaluation.ablations import (
 )
 from pop_ext.evaluation.prompts import Pair
 from pop_ext.families import UnsupportedModelError
-from pop_ext.forward import enabled
 from pop_ext.native import NativeModel, load
 from pop_ext.plan import Plan
 

@@ -15,9 +15,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from pop_ext.enabling import enable
 from pop_ext.evaluate import score
 from pop_ext.evaluation.ablations import group_by_shape, stock_logits
-from pop_ext.forward import enable
 from pop_ext.plan import Plan
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
