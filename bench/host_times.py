@@ -21,8 +21,8 @@ class HostTimes:
     """Seconds of one call, medians.
 
     Attributes:
-        before: until ``pop::prefill`` is called: what kind of call it is, packing, RoPE, cache, and on a CPU the look at
-            the model's modules and weights.
+        before: until ``pop::prefill`` is called: what kind of call it is, packing, RoPE, cache, and on a CPU the look
+            at the model's modules and weights.
         inside: of the operator; on CUDA it launches and does not wait.
         after: the head, the cache's new state and the output; on CUDA also the look, all beside what was launched.
     """
