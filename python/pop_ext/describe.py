@@ -45,17 +45,13 @@ class WeightRef:
     path: tuple[str, ...]
     rows: tuple[int, int] | None = None
 
-    def owner(self) -> nn.Module | None:
-        """The module that has the parameter; None if it is not there any more."""
-        module = self.model()
-        for parent in self.path[:-1]:
-            module = None if module is None else module._modules.get(parent)
-        return module
-
     def find(self) -> torch.Tensor | None:
         """The parameter that is there now; None if there is none any more."""
-        module = self.owner()
-        return None if module is None else module._parameters.get(self.path[-1])
+        *parents, name = self.path
+        module = self.model()
+        for parent in parents:
+            module = None if module is None else module._modules.get(parent)
+        return None if module is None else module._parameters.get(name)
 
     @property
     def tensor(self) -> torch.Tensor:

@@ -67,7 +67,7 @@ class PrefillForward:
         self.replaced: Any = state["replaced"]  # what stood in forward's place before
         self.fp8: bool = state.get("fp8", False)  # older pickles have none
         self.native: NativeModel | None = None
-        self._ran_natively = False  # the last call
+        self._found_as_before = False  # the last look at the model
         self.last_call: Decision | None = None
         self._warned: set[str] = set()
         self._inside = threading.local()
@@ -101,21 +101,17 @@ class PrefillForward:
         if getattr(self._inside, "active", False):
             return self.stock(*args, **kwargs)
         call = self._decide(args, kwargs)
-        ahead = self._native_to_start_with(call)
-        if ahead is not None:
-            output, call = self._start_before_the_look(call, ahead)
+        if call.decision.backend != "stock":
+            output = self._start_before_the_look(call) if self._may_start_before_the_look(call) else None
             if output is not None:
                 return output
-        elif call.decision.backend != "stock":
             call = self._look(call)
         decision = call.decision
         if decision.backend == "stock":
             if decision.declined:
                 self._decline(decision)
             return self.stock(*args, **kwargs)
-        output = self._prefill(call)
-        self._ran_natively = call.native is not None
-        return output
+        return self._prefill(call)
 
     @torch.compiler.disable
     def classify(self, *args: Any, **kwargs: Any) -> Call:
@@ -134,7 +130,8 @@ class PrefillForward:
     def _look(self, call: Call) -> Call:
         """A call decided for a prefill, bound to the model as it is now, or found to be one for the stock forward."""
         model, native, rule, reason = self.model, None, "model", None
-        if is_patched(type(model)) or not (self.replaced is None or is_own_forward(model, self.replaced)):
+        before = None if self.native is None else self.native.handle  # the model itself would be kept
+        if self._is_replaced(model):
             reason = "a replaced forward: it was there before enable, and may do more than transformers' own"
         elif self.backend == "native":
             inner = self._inner_modules()
@@ -156,46 +153,66 @@ class PrefillForward:
                 check_fit(self.plan, find_parts(model).layers)
             except FitMismatch as error:
                 reason = str(error)
+        self._found_as_before = native is not None and native.handle == before
         if reason is not None:
             return replace(call, decision=Decision("stock", rule, reason, True, self.plan))
         return replace(call, native=native)
 
     @torch.compiler.disable
-    def _native_to_start_with(self, call: Call) -> NativeModel | None:
-        """What may run a call before the model has been looked at: where a device works while the host looks.
+    def _may_start_before_the_look(self, call: Call) -> bool:
+        """Whether a device may begin with a prefill while the host looks at the model.
 
-        The last call must have run on it: who calls a model again and again that the native loop does not stand for
-        pays once. Nothing of the model runs before the look but its rotary embedding.
+        Not after a look that found something new: who changes a model again and again pays for one start in vain. And
+        nothing of the model may run before the look but its own rotary embedding.
         """
-        native = self.native
-        if native is None or not self._ran_natively or not call.decision.native or native.family.vision is not None:
-            return None
-        if not works_beside_the_host(native.device) or native.description.model() is not self.model:
-            return None
-        return None if has_global_hooks() or foreign_code_of(decoder_of(self.model).rotary_emb) else native
+        native, model = self.native, self.model
+        if native is None or not self._found_as_before or not call.decision.native or native.family.vision is not None:
+            return False
+        if not works_beside_the_host(native.device) or native.description.model() is not model:
+            return False
+        rotary = decoder_of(model).rotary_emb
+        as_it_was = native.inner.has(rotary) and foreign_code_of(rotary) is None and not is_patched(type(rotary))
+        return as_it_was and not has_global_hooks()
 
     @torch.compiler.disable
-    def _start_before_the_look(self, call: Call, native: NativeModel) -> tuple[Any, Call]:
-        """The output of a call that was begun on ``native`` and looked at meanwhile; None: it should not have been.
+    def _start_before_the_look(self, call: Call) -> Any | None:
+        """The output of a call that begins at once; None: something of the model has changed, nothing of the call has.
 
-        Second the call as the look found it.
+        Loads nothing: what was begun holds what was loaded before.
         """
-        looked: list[Call] = []
+        native = self.native
+        if native is None:  # another thread loads
+            return None
 
         def look() -> None:
-            looked.append(self._look(call))
-            if looked[0].native is not native:
+            if not self._is_as_it_was(native):
                 raise _Outdated
 
         try:
-            return self._prefill(replace(call, native=native), look), call
-        except Exception:  # of arguments that fit the model as it is now, say
-            if not looked:
-                looked.append(self._look(call))
-            if looked[0].native is native:
+            return self._prefill(replace(call, native=native), look)
+        except _Outdated:
+            return None
+        except (ValueError, TypeError):  # arguments that fit the model as it is now, say
+            if self._is_as_it_was(native):
                 raise
-        self._ran_natively = False
-        return None, looked[0]
+        except RuntimeError:
+            if not torch.ops.pop.stale_weight(native.handle):  # what the operator looks at itself
+                raise
+        return None
+
+    def _is_as_it_was(self, native: NativeModel) -> bool:
+        """Whether ``_look`` would find that a prefill runs on ``native``."""
+        model = self.model
+        return (
+            self.native is native
+            and not self._is_replaced(model)
+            and native.inner.are_those_of(model)
+            and foreign_reason(model, native.inner) is None
+            and native.written_weight() is None
+        )
+
+    def _is_replaced(self, model: nn.Module) -> bool:
+        return is_patched(type(model)) or not (self.replaced is None or is_own_forward(model, self.replaced))
 
     def bind_native(self, inner: InnerModules | None = None) -> NativeModel:
         """Loads the model natively, or again when modules or weights have changed since.
@@ -211,7 +228,7 @@ class PrefillForward:
             if native is not None and native.inner is not inner:  # not looked yet, or another thread has loaded since
                 inner = self._inner_modules()
             if native is None or native.inner is not inner or native.written_weight() is not None:
-                self.native = None  # frees what was folded before as much is folded again
+                self.native = native = None  # frees what was folded before as much is folded again
                 native = NativeModel(self.model, self.plan, self.fp8)  # type: ignore[arg-type]
                 native.model = weakref.proxy(self.model)  # type: ignore[assignment]
                 self.native = native

@@ -72,12 +72,10 @@ class _Dynamic:
 
 
 def _initialise(fresh: list[_Dynamic]) -> None:
-    """Gives layers without tensors what ``lazy_initialization`` gives the first; it makes two tensors a layer."""
-    before = dict(vars(fresh[0].layer))
+    """Makes layers without tensors what ``lazy_initialization`` makes the first; it makes two tensors a layer."""
     fresh[0].layer.lazy_initialization(fresh[0].key, fresh[0].value)
-    given = {name: value for name, value in vars(fresh[0].layer).items() if before.get(name, before) is not value}
     for other in fresh[1:]:
-        vars(other.layer).update(given)
+        vars(other.layer).update(vars(fresh[0].layer))
 
 
 class _Static:

@@ -40,18 +40,22 @@ class InnerModules:
         ]
 
     def are_those_of(self, model: nn.Module) -> bool:
-        """Whether ``model`` has these modules and parameters, and no others, in their places."""
+        """Whether ``model`` has these modules and no others, in their places, and no parameter of theirs is another."""
         if decoder_of(model) is not self._decoder or model.model is not self._around:
             return False
         if [own["_modules"] for own in self._attributes] != self._children:  # of modules none but itself is equal
             return False
         return all(own["_parameters"].get(name) is parameter for own, name, parameter in self._parameters)
 
+    def has(self, module: nn.Module) -> bool:
+        """Whether a module is among them."""
+        return any(own is module for _, own in self.named)
+
     def foreign_code(self) -> str | None:
         """What the native loop would leave out, in words; None: nothing."""
         if has_global_hooks():
             return "global module hooks"
-        patched = next(filter(is_patched, {type(module) for _, module in self.named}), None)
+        patched = next(filter(is_patched, dict.fromkeys(type(module) for _, module in self.named)), None)
         if patched is not None:
             return f"a replaced forward of {patched.__name__}"
         for own, (name, module) in zip(self._attributes, self.named, strict=True):

@@ -46,6 +46,19 @@ def test_any_share_of_the_kernel_for_few_rows_gives_the_same_result(native, rows
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("build", [mistral, gemma3, olmo2], ids=lambda build: build.__name__)
+def test_a_run_of_three_projected_a_few_layers_at_a_time_gives_the_same_result(build, layers):
+    model = build()
+    native = pop_ext.load(model, pop_ext.Plan(model.config.num_hidden_layers, (1, 2, 3)))
+    expected = results(native, 1)
+    bytes_a_layer = (sum(LENGTHS) - 4) * 2 * native.spec.kv_dim * 4  # of the context rows
+    with tuned(kv_project_kib=-(-layers * bytes_a_layer // 1024)):
+        actual = results(native, 1)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_an_unknown_option_is_refused():
     text = "expected gemm_blocks, skinny_rows, overlap, library_attention, .*got speed"
     with pytest.raises(RuntimeError, match=text):
