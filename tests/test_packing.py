@@ -44,6 +44,21 @@ def test_right_and_mixed_padding_of_a_first_turn_need_no_slot_table():
     assert packed.rows == 5
 
 
+@pytest.mark.parametrize(
+    ("rows", "ends"),
+    [
+        (("1111", "1111"), False),
+        (("0011", "1111"), False),
+        (("1110", "1111"), True),
+        (("1111", "0110"), True),
+        (("1000", "0001"), True),
+    ],
+)
+def test_padding_behind_the_last_token_of_a_sequence_is_seen(rows, ends):
+    assert pack_batch(2, 4, 0, mask(*rows)).ends_with_padding() is ends
+    assert pack_batch(2, 4, 2, mask(*(f"10{row}" for row in rows))).ends_with_padding() is ends
+
+
 def test_a_hole_in_the_past_is_bridged_by_a_slot_table():
     packed = pack_batch(2, 3, 4, mask("1100111", "1111110"))
     assert (packed.tokens, packed.past, packed.cache_start) == ([3, 2], [2, 4], [0, 0])

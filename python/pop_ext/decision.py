@@ -302,7 +302,7 @@ def _check_mask_and_cache(
         packed = pack_batch(batch, columns, past, mask, tokens.device)
     except (ValueError, TypeError) as error:
         raise _Stock("mask", str(error)) from error
-    if mask is not None and packed.row_index is not None and not bool(mask[:, -1].all()):
+    if packed.ends_with_padding():
         raise _Stock(
             "right_padding",
             "the last column is masked (right padding): the stock forward returns the padding's logits there",

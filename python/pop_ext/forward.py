@@ -273,16 +273,15 @@ class PrefillForward:
             # As the stock forward counts them: by column, masked or not.
             tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"]
             inputs["position_ids"] = torch.arange(packed.past_slots, packed.slots, device=tokens.device)[None]
-        inputs["attention_mask"] = None if packed.is_dense else call.mask  # one on a device is waited for
         inputs["past_key_values"] = arguments.get("past_key_values")
         rows: dict[str, Any] = {"boundary": list(decision.boundary), "logits_to_keep": decision.logits_to_keep}
         logits: Any
         cache: Cache
         if call.native is not None:
-            prefilled = call.native.prefill_fresh(**inputs, **rows, look=look)
+            prefilled = call.native.prefill_fresh(**inputs, **rows, packed=packed, look=look)
             logits, cache = prefilled.logits, prefilled.past_key_values
         else:
-            logits, cache = self._run_oracle(inputs, rows, packed.columns)
+            logits, cache = self._run_oracle({**inputs, "attention_mask": call.mask}, rows, packed.columns)
         self.last_call = decision
         made = output_class(type(self.model).forward)
         output = made(logits=logits, **field_of_cache(made, cache))

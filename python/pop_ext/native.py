@@ -234,12 +234,14 @@ class NativeModel:
         boundary: PerSequence | None = None,
         logits_to_keep: PerSequence = 1,
         window_only: bool = False,
+        packed: PackedBatch | None = None,
         look: Callable[[], None] | None = None,
         **vision: Any,
     ) -> PrefillOutput:
         """``prefill`` for who asks ``stale_weight``, of hundreds of weights, at another time.
 
         Args:
+            packed: what ``pack_batch`` made of mask and cache, for who has called it: a mask on a device is waited for.
             look: called when the operator is through, on CUDA when it has launched everything, and before the head runs
                 and the cache changes: what it raises ends the call as a failure does. Not for a vision-language model.
         """
@@ -250,7 +252,7 @@ class NativeModel:
         unknown = sorted(set(vision) - (around.arguments if around is not None else frozenset()))
         if unknown:
             raise TypeError(f"{unknown[0]}: expected no such argument for a {self.family.model_type}, got one")
-        packed = pack_tokens(self, tokens, attention_mask, past_key_values)
+        packed = pack_tokens(self, tokens, attention_mask, past_key_values) if packed is None else packed
         rest: dict[str, Any] = {
             "cache": past_key_values,
             "boundary": boundary,

@@ -47,10 +47,12 @@ class PackedBatch:
     def rows(self) -> int:
         return sum(self.tokens)
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether no slot is padding, as without a mask."""
-        return self.row_index is None and self.slot_table is None and not any(self.cache_start)
+    def ends_with_padding(self) -> bool:
+        """Whether the last column of some sequence holds no token."""
+        if self.row_index is None:
+            return False
+        last = self.row_index[self.cu_seqlens()[1:].long() - 1]
+        return bool((last % self.columns != self.columns - 1).any())
 
     def padding(self) -> torch.Tensor | None:
         """``[batch, columns]`` bool, True where a new column holds no token; None: nowhere."""
