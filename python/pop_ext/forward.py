@@ -100,18 +100,23 @@ class PrefillForward:
     def _dispatch(self, *args: Any, **kwargs: Any) -> Any:
         if getattr(self._inside, "active", False):
             return self.stock(*args, **kwargs)
+        output = self._prefill_if_decided(args, kwargs)
+        return self.stock(*args, **kwargs) if output is None else output
+
+    @torch.compiler.disable
+    def _prefill_if_decided(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | None:
+        """The output of a prefill; None: the call is one for the stock forward."""
         call = self._decide(args, kwargs)
         if call.decision.backend != "stock":
             output = self._start_before_the_look(call) if self._may_start_before_the_look(call) else None
             if output is not None:
                 return output
             call = self._look(call)
-        decision = call.decision
-        if decision.backend == "stock":
-            if decision.declined:
-                self._decline(decision)
-            return self.stock(*args, **kwargs)
-        return self._prefill(call)
+        if call.decision.backend != "stock":
+            return self._prefill(call)
+        if call.decision.declined:
+            self._decline(call.decision)
+        return None
 
     @torch.compiler.disable
     def classify(self, *args: Any, **kwargs: Any) -> Call:
@@ -119,14 +124,12 @@ class PrefillForward:
         call = self._decide(args, kwargs)
         return call if call.decision.backend == "stock" else self._look(call)
 
-    @torch.compiler.disable
     def _decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         call = decide(self.model, self.plan, self.backend, bind(self.__signature__, args, kwargs))
         if call.decision.native:
             call.decision = replace(call.decision, fp8=self.fp8)
         return call
 
-    @torch.compiler.disable
     def _look(self, call: Call) -> Call:
         """A call decided for a prefill, bound to the model as it is now, or found to be one for the stock forward."""
         model, native, rule, reason = self.model, None, "model", None
@@ -158,7 +161,6 @@ class PrefillForward:
             return replace(call, decision=Decision("stock", rule, reason, True, self.plan))
         return replace(call, native=native)
 
-    @torch.compiler.disable
     def _may_start_before_the_look(self, call: Call) -> bool:
         """Whether a device may begin with a prefill while the host looks at the model.
 
@@ -174,7 +176,6 @@ class PrefillForward:
         as_it_was = native.inner.has(rotary) and foreign_code_of(rotary) is None and not is_patched(type(rotary))
         return as_it_was and not has_global_hooks()
 
-    @torch.compiler.disable
     def _start_before_the_look(self, call: Call) -> Any | None:
         """The output of a call that begins at once; None: something of the model has changed, nothing of the call has.
 
@@ -258,7 +259,6 @@ class PrefillForward:
             self._warned.add(decision.rule)
             warnings.warn(f"pop_ext: the stock forward runs: {decision.reason}", stacklevel=_caller_level())
 
-    @torch.compiler.disable
     def _prefill(self, call: Call, look: Callable[[], None] | None = None) -> Any:
         arguments, decision = call.arguments, call.decision
         if call.native is not None and call.native.family.vision is not None:
