@@ -280,6 +280,11 @@ def batches(model, count: int = 2, batch: int = 3, length: int = 40, seed: int =
     return [tokens(model, batch, length, seed=seed + i) for i in range(count)]
 
 
+def uneven_batches(model) -> list[Tensor]:
+    """Eight sequences of 20 random tokens, as batches of 3, 1 and 4."""
+    return list(tokens(model, 8, 20, seed=4).split([3, 1, 4]))
+
+
 def offloaded_cache(model: nn.Module) -> DynamicCache:
     """A cache that keeps its layers elsewhere. Making one opens a stream, which a CUDA torch refuses without a GPU."""
     can_open_a_stream = torch.cuda.is_available() or torch.version.cuda is None

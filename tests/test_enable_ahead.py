@@ -79,6 +79,7 @@ def name_another_attention(model: nn.Module) -> None:
 
 
 def multiply_a_weight(model: nn.Module) -> None:
+    """In a layer whose values nobody samples: only the look sees it, where the operator sees ``multiply_in_place``."""
     with torch.no_grad():
         model.model.layers[3].mlp.up_proj.weight.mul_(1.01)
 

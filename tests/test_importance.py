@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pop_ext
 import pytest
 import torch
-from models import FAMILIES, float32_twin, shared, tokens
+from models import FAMILIES, float32_twin, shared, tokens, uneven_batches
 from pop_ext import Plan
 from pop_ext.calibration import stock_model, undisturbed
 from pop_ext.gates import gate_derivatives
@@ -176,15 +176,10 @@ def test_recomputing_holds_one_layers_activations_at_a_time():
     assert held[True] < held[False] / 5
 
 
-def batches(model, count: int = 8, length: int = T + 1):
-    ids = tokens(model, count, length, seed=4)
-    return [ids[:3], ids[3:4], ids[4:]]
-
-
 def test_a_batch_is_squared_by_sequence_and_then_averaged():
     model = shared("llama")
-    ids = torch.cat(batches(model))
-    found = pop_ext.importance(model, batches(model), continuation=ROWS, branches=True)
+    ids = torch.cat(uneven_batches(model))
+    found = pop_ext.importance(model, uneven_batches(model), continuation=ROWS, branches=True)
     generator = torch.Generator().manual_seed(0)
     squares = []
     for sequence in ids:
@@ -203,7 +198,7 @@ def test_a_batch_is_squared_by_sequence_and_then_averaged():
 
 
 def test_nobody_reads_the_last_layers_context_rows_so_its_prefill_importance_is_zero():
-    found = pop_ext.importance(shared("llama"), batches(shared("llama")))
+    found = pop_ext.importance(shared("llama"), uneven_batches(shared("llama")))
     assert found.prefill[-1] == 0
     assert found.prefill_error[-1] == 0
     assert all(value > 0 for value in (*found.prefill[:-1], *found.decode))
@@ -222,7 +217,7 @@ def test_the_default_continuation_is_a_quarter_of_the_tokens_and_at_most_64(leng
 
 def test_the_same_seed_draws_the_same_targets_and_another_does_not():
     model = shared("llama")
-    a, b, c = (pop_ext.importance(model, batches(model), seed=seed).layer for seed in (0, 0, 1))
+    a, b, c = (pop_ext.importance(model, uneven_batches(model), seed=seed).layer for seed in (0, 0, 1))
     assert a == b
     assert a.decode != c.decode
 
@@ -251,7 +246,7 @@ def test_bfloat16_gives_the_derivatives_of_float32_for_its_own_targets_but_for_r
 @pytest.mark.parametrize("how", ["plain", "training", "enabled", "no_grad", "inference_mode", "failing", "compiled"])
 def test_a_model_is_afterwards_as_it_was(how):
     model = copy.deepcopy(shared("llama"))
-    expected = pop_ext.importance(model, batches(model)).layer
+    expected = pop_ext.importance(model, uneven_batches(model)).layer
     if how == "training":
         model.train()
         model.model.layers[2].eval()
@@ -261,7 +256,7 @@ def test_a_model_is_afterwards_as_it_was(how):
     before = {name: module.training for name, module in model.named_modules()}
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     called = torch.compile(model) if how == "compiled" else model
-    given = [*batches(model), torch.tensor([[0, 999, 1]])] if how == "failing" else batches(model)
+    given = [*uneven_batches(model), torch.tensor([[0, 999, 1]])] if how == "failing" else uneven_batches(model)
     outside = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(how, torch.enable_grad)
     with ExitStack() as stack:
         stack.enter_context(outside())
@@ -305,7 +300,7 @@ BAD = [
 @pytest.mark.parametrize(("change", "kind", "text"), BAD, ids=[text for *_, text in BAD])
 def test_bad_input_is_named(change, kind, text):
     model = shared("llama")
-    arguments = {"batches": batches(model), **change}
+    arguments = {"batches": uneven_batches(model), **change}
     with pytest.raises(kind) as error:
         pop_ext.importance(model, arguments.pop("batches"), **arguments)
     assert text in str(error.value)
@@ -327,14 +322,14 @@ def test_derivatives_that_are_not_finite_are_an_error():
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = math.inf
     with pytest.raises(ValueError, match="model: expected finite derivatives"):
-        pop_ext.importance(model, batches(model))
+        pop_ext.importance(model, uneven_batches(model))
 
 
 def test_weights_made_in_inference_mode_are_refused():
     with torch.inference_mode():
         model = FAMILIES["llama"](layers=2)
     with pytest.raises(ValueError, match="expected parameters made outside inference mode, got model.embed_tokens"):
-        pop_ext.importance(model, batches(model))
+        pop_ext.importance(model, uneven_batches(model))
 
 
 # Shown
@@ -342,17 +337,17 @@ def test_weights_made_in_inference_mode_are_refused():
 
 def test_progress_counts_sequences():
     model, told = shared("llama"), []
-    pop_ext.importance(model, batches(model), progress=lambda done, total: told.append((done, total)))
+    pop_ext.importance(model, uneven_batches(model), progress=lambda done, total: told.append((done, total)))
     assert told == [(3, 8), (4, 8), (8, 8)]
     told.clear()
-    pop_ext.importance(model, iter(batches(model)), progress=lambda done, total: told.append((done, total)))
+    pop_ext.importance(model, iter(uneven_batches(model)), progress=lambda done, total: told.append((done, total)))
     assert told == [(3, None), (4, None), (8, None)]
-    pop_ext.importance(model, batches(model), progress=True)
+    pop_ext.importance(model, uneven_batches(model), progress=True)
 
 
 @functools.cache
 def plotted():
-    return pop_ext.importance(shared("llama"), batches(shared("llama")), branches=True)
+    return pop_ext.importance(shared("llama"), uneven_batches(shared("llama")), branches=True)
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])

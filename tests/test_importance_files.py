@@ -7,19 +7,14 @@ import json
 import pop_ext
 import pytest
 import torch
-from models import FAMILIES, shared, tokens
+from models import FAMILIES, shared, uneven_batches
 from pop_ext.layer_importance import Importance
-
-
-def batches(model):
-    ids = tokens(model, 8, 20, seed=4)
-    return [ids[:3], ids[3:4], ids[4:]]
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
     model = shared("llama")
     for count, branches in ((8, True), (1, False)):
-        found = pop_ext.importance(model, [torch.cat(batches(model))[:count]], branches=branches)
+        found = pop_ext.importance(model, [torch.cat(uneven_batches(model))[:count]], branches=branches)
         found.save(tmp_path / "importance.json")
         loaded = Importance.load(tmp_path / "importance.json")
         assert repr(loaded) == repr(found)  # NaN, a single sample's standard error, equals nothing
@@ -41,7 +36,7 @@ def stopping_after(given, count):
 @pytest.mark.parametrize("regrouped", [False, True])
 def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, after, regrouped):
     model = shared("llama")
-    given, path = batches(model), tmp_path / "importance.json"
+    given, path = uneven_batches(model), tmp_path / "importance.json"
     whole = pop_ext.importance(model, given, branches=True)
     with pytest.raises(Stop):
         pop_ext.importance(model, stopping_after(given, after), branches=True, resume=path)
@@ -74,9 +69,9 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, after, regrouped)
 )
 def test_a_file_of_another_run_is_refused_and_stays(tmp_path, change, text):
     model, path = shared("llama"), tmp_path / "importance.json"
-    pop_ext.importance(model, batches(model), resume=path)
+    pop_ext.importance(model, uneven_batches(model), resume=path)
     before = path.read_bytes()
-    given = batches(model)
+    given = uneven_batches(model)
     if change.pop("others", False):
         given[1] = given[1] + 1
     if change.pop("fewer", False):
@@ -89,20 +84,20 @@ def test_a_file_of_another_run_is_refused_and_stays(tmp_path, change, text):
 
 def test_a_file_of_another_model_is_refused(tmp_path):
     path = tmp_path / "importance.json"
-    pop_ext.importance(shared("llama"), batches(shared("llama")), resume=path)
+    pop_ext.importance(shared("llama"), uneven_batches(shared("llama")), resume=path)
     other = FAMILIES["llama"](intermediate=128)
     with pytest.raises(ValueError, match="expected one made with a model of config hash"):
-        pop_ext.importance(other, batches(other), resume=path)
+        pop_ext.importance(other, uneven_batches(other), resume=path)
 
 
 def test_a_file_of_a_model_tuned_from_this_one_is_refused(tmp_path):
     path, model = tmp_path / "importance.json", FAMILIES["llama"]()
-    pop_ext.importance(model, batches(model), resume=path)
+    pop_ext.importance(model, uneven_batches(model), resume=path)
     before = path.read_bytes()
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight.mul_(1.01)
     with pytest.raises(ValueError, match="resume: expected weights '.*' in .*importance.json, got '"):
-        pop_ext.importance(model, batches(model), resume=path)
+        pop_ext.importance(model, uneven_batches(model), resume=path)
     assert path.read_bytes() == before
 
 
@@ -115,7 +110,7 @@ def test_a_file_that_is_no_importance_is_named(tmp_path, text):
 
 
 def test_the_file_says_which_model_and_how_many_samples(tmp_path):
-    found = pop_ext.importance(shared("llama"), batches(shared("llama")), branches=True)
+    found = pop_ext.importance(shared("llama"), uneven_batches(shared("llama")), branches=True)
     found.save(tmp_path / "importance.json")
     members = json.loads((tmp_path / "importance.json").read_text())
     assert members["origin"]["samples"] == 8

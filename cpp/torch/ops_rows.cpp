@@ -25,6 +25,13 @@ Tensor as_rows(const Tensor& tensor) {
 
 Tensor empty_like_rows(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
 
+// Of another last dimension.
+Tensor empty_like_rows(const Tensor& tensor, int64_t width) {
+  std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());
+  shape.back() = width;
+  return torch::stable::new_empty(tensor, shape);
+}
+
 Tensor linear(Tensor x, Tensor weight) {
   const DType dtype = dtype_of(x, "pop::linear: x");
   const int64_t k = width_of(x, "pop::linear: x");
@@ -32,9 +39,7 @@ Tensor linear(Tensor x, Tensor weight) {
   check_shape(weight, {-1, k}, "pop::linear: weight");
   check_last_dim_contiguous(weight, "pop::linear: weight");
   const Tensor rows = as_rows(x);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = weight.size(0);
-  Tensor out = torch::stable::new_empty(x, shape);
+  Tensor out = empty_like_rows(x, weight.size(0));
   const GemmParams product{.dtype = dtype,
                            .m = rows.size(0),
                            .n = weight.size(0),
@@ -89,9 +94,7 @@ Tensor fp8_linear(Tensor x, Tensor weight, Tensor weight_scale) {
   const std::string missing = backend->fp8_missing(dtype);
   check(missing.empty(), op, ": x: ", missing);
   const auto [rows, scale] = quantize_rows(x);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  shape.back() = n;
-  Tensor out = torch::stable::new_empty(x, shape);
+  Tensor out = empty_like_rows(x, n);
   const GemmParams product{.dtype = dtype,
                            .m = scale.numel(),
                            .n = n,
