@@ -20,7 +20,7 @@ linear = torch.ops.pop.linear
 # than a block, of one and of several with a rest.
 ROWS = [1, 48, 49, 64, 65, 111, 500, 2049]
 COLUMNS = [1, 63, 64, 65, 193, 257, 700]
-WIDTHS = [1, 33, 96, 2048]
+WIDTHS = [1, 33, 96, 2048, 2049]
 
 
 @pytest.fixture(params=[0, 1], ids=["whole", "blocks"])

@@ -23,11 +23,12 @@ using torch::stable::Tensor;
 constexpr int64_t kSkinnyRows = 48;
 constexpr int64_t kSkinnyRowsFloat32 = 64;
 
-// A product in blocks holds at once so many bytes of a, widened, and of each thread so many of w. The
-// columns of a block were measured on a Zen 3 with K of 2048 and 8192: the library packs all of a for
-// each block, which asks for wide ones, and w should still be in the cache when it is read.
+// A product in blocks holds at once so many bytes of a, widened; of each thread so many columns of w, of which
+// so many elements are widened; and their sums. The columns of a block were measured on a Zen 3 with K of 2048
+// and 8192: the library packs all of a for each block, which asks for wide ones, and w should still be in the
+// cache when it is read.
 constexpr int64_t kBytesOfA = 32 << 20, kMostRows = 2048;
-constexpr int64_t kBytesOfW = 16 << 20, kMostColumns = 384;
+constexpr int64_t kMostColumns = 384, kMostElements = 2048;
 constexpr int64_t kFewRows = 128, kMostColumnsForFewRows = 192;
 constexpr int64_t kFewestColumns = 64, kColumnsTogether = 16;
 constexpr int64_t kRowsTogether = 512;
@@ -62,55 +63,70 @@ Tensor view(DType dtype, const void* base, int64_t row, int64_t column, int64_t 
   return torch::stable::from_blob(data, {rows, columns}, {stride, 1}, kCpu, aten::scalar_type(dtype));
 }
 
-// Rows of an operand in float32; 8-bit ones times their scale.
-Tensor widened(const GemmParams& p, const void* base, const float* scale, int64_t row, int64_t rows, int64_t stride) {
-  if (scale == nullptr) return as_float32(view(p.dtype, base, row, 0, rows, p.k, stride));
-  auto* data = static_cast<uint8_t*>(const_cast<void*>(base)) + row * stride;
+// Rows of an operand, or of each a part of its K, in float32; 8-bit ones times their scale.
+Tensor widened(DType dtype, const void* base, const float* scale, int64_t row, int64_t rows, int64_t column,
+               int64_t columns, int64_t stride) {
+  if (scale == nullptr) return as_float32(view(dtype, base, row, column, rows, columns, stride));
+  auto* data = static_cast<uint8_t*>(const_cast<void*>(base)) + row * stride + column;
   const auto e4m3 = ScalarType::Float8_e4m3fn;
-  const Tensor values = as_float32(torch::stable::from_blob(data, {rows, p.k}, {stride, 1}, kCpu, e4m3));
+  const Tensor values = as_float32(torch::stable::from_blob(data, {rows, columns}, {stride, 1}, kCpu, e4m3));
   float* scales = const_cast<float*>(scale) + row;
   return aten::mul(values, torch::stable::from_blob(scales, {rows, 1}, {1, 1}, kCpu, ScalarType::Float));
 }
 
+bool is_widened(const GemmParams& p) { return p.dtype != DType::f32 || p.a_scale != nullptr; }
+
 // Columns of a block: of about equal blocks, as many for each thread.
 int64_t block_columns(const GemmParams& p) {
-  const int64_t fitting = kBytesOfW / (p.k * static_cast<int64_t>(sizeof(float)));
-  const int64_t most = std::min(p.m <= kFewRows ? kMostColumnsForFewRows : kMostColumns, fitting);
+  const int64_t most = p.m <= kFewRows ? kMostColumnsForFewRows : kMostColumns;
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t blocks = ceil_div(ceil_div(p.n, std::max(kFewestColumns, most)), threads) * threads;
+  const int64_t blocks = ceil_div(ceil_div(p.n, most), threads) * threads;
   return ceil_div(std::max(kFewestColumns, ceil_div(p.n, blocks)), kColumnsTogether) * kColumnsTogether;
 }
 
-// Rows [m, m + rows) and columns [n, n + columns) of out: a part of the rows at a time, since the library
-// packs them.
-void block(const GemmParams& p, Tensor a, int64_t m, int64_t rows, int64_t n, int64_t columns) {
-  const Tensor w = widened(p, p.w, p.w_scale, n, columns, p.w_stride);
+// a [rows, K], float32, of which w takes the elements from `k` on; into sums [rows, columns], or added to them. A part
+// of the rows at a time, since the library packs them.
+void product(Tensor a, int64_t k, const Tensor& w, Tensor sums) {
   const Tensor w_transposed = torch::stable::transpose(w, 0, 1);
-  const int64_t part = ceil_div(rows, ceil_div(rows, kRowsTogether));
+  const int64_t rows = a.size(0), columns = w.size(0), part = ceil_div(rows, ceil_div(rows, kRowsTogether));
   for (int64_t begin = 0; begin < rows; begin += part) {
     const int64_t count = std::min(part, rows - begin);
-    const Tensor a_part = torch::stable::narrow(a, 0, begin, count);
-    Tensor out = view(p.dtype, p.out, m + begin, n, count, columns, p.out_stride);
-    if (p.dtype == DType::f32) {
-      aten::mm_out(a_part, w_transposed, out);
-    } else {
-      const Tensor product = torch::stable::empty({count, columns}, ScalarType::Float);
-      aten::mm_out(a_part, w_transposed, product);
-      torch::stable::copy_(out, product);
+    Tensor a_rows = torch::stable::narrow(a, 0, begin, count);
+    const Tensor a_part = torch::stable::narrow(a_rows, 1, k, w.size(1));
+    const Tensor sums_part = torch::stable::narrow(sums, 0, begin, count);
+    if (k == 0) {
+      aten::mm_out(a_part, w_transposed, sums_part);
+      continue;
     }
+    const Tensor more = torch::stable::empty({count, columns}, ScalarType::Float);
+    aten::mm_out(a_part, w_transposed, more);
+    const auto* from = static_cast<const float*>(more.data_ptr());
+    auto* to = static_cast<float*>(sums_part.data_ptr());
+    for (int64_t i = 0; i < count * columns; ++i) to[i] += from[i];
   }
+}
+
+// Rows [m, m + rows) and columns [n, n + columns) of out.
+void block(const GemmParams& p, Tensor a, int64_t m, int64_t rows, int64_t n, int64_t columns) {
+  Tensor out = view(p.dtype, p.out, m, n, rows, columns, p.out_stride);
+  if (!is_widened(p)) return product(a, 0, view(p.dtype, p.w, n, 0, columns, p.k, p.w_stride), out);
+  const Tensor sums = torch::stable::empty({rows, columns}, ScalarType::Float);
+  const int64_t part = ceil_div(p.k, ceil_div(p.k, kMostElements));
+  for (int64_t k = 0; k < p.k; k += part) {
+    product(a, k, widened(p.dtype, p.w, p.w_scale, n, columns, k, std::min(part, p.k - k), p.w_stride), sums);
+  }
+  torch::stable::copy_(out, sums);
 }
 
 // The GEMM in float32 by aten, rounded once: a block of columns is one thread's, from the widening of
 // its rows of w to its part of out. In 16 bits that is several times the speed of a plain loop.
 void gemm_in_blocks(const GemmParams& p) {
   const int64_t fitting = kBytesOfA / (p.k * static_cast<int64_t>(sizeof(float)));
-  const int64_t block_rows =
-      p.dtype == DType::f32 && p.a_scale == nullptr ? p.m : std::clamp<int64_t>(fitting, 1, kMostRows);
+  const int64_t block_rows = is_widened(p) ? std::clamp<int64_t>(fitting, 1, kMostRows) : p.m;
   const int64_t columns = block_columns(p);
   for (int64_t m = 0; m < p.m; m += block_rows) {
     const int64_t rows = std::min(block_rows, p.m - m);
-    const Tensor a = widened(p, p.a, p.a_scale, m, rows, p.a_stride);
+    const Tensor a = widened(p.dtype, p.a, p.a_scale, m, rows, 0, p.k, p.a_stride);
     over_tasks(ceil_div(p.n, columns),
                [&](int64_t i, int64_t) { block(p, a, m, rows, i * columns, std::min(columns, p.n - i * columns)); });
   }
