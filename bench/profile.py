@@ -1,14 +1,14 @@
 """Where the time of a native prefill goes, stage by stage: ``python bench/run.py --profile``.
 
-``pop::prefill`` opens a profiler range for each stage of each layer, and the head gets one here. torch.profiler gives
-their times: on CUDA those of the kernels that were launched inside, on a CPU those of the ranges. The whole call is
-timed without the profiler.
+``pop::prefill`` opens a profiler range for each stage of each layer; the head and the whole call get theirs here.
+torch.profiler gives their times: on a CPU those of the ranges, on CUDA those of the kernels that were launched inside,
+where the profiler slows the host down, so that the whole call is one timed without it.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
@@ -21,17 +21,21 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.arms import NATIVE_FULL, plan_name, sequence_shapes
 from bench.host_times import HostTimes, host_times
-from bench.measure import WallClock, interleave
+from bench.measure import WallClock, interleave, synchronize
 from bench.rates import measure_bandwidth, peak_rate, reference_gemms
 from bench.report import table
 
 LAYER_STAGES = ("qkv", "rope_cache_write", "attention", "o_proj", "mlp")
 """What each layer does, in this order."""
 HEAD = "lm_head"
+CALL = "call"
+"""The range around a whole call."""
 ONCE_STAGES = ("place_rows", "embed", "kv_project", "final_norm", HEAD)
 STAGES = ("place_rows", "embed", *LAYER_STAGES, "kv_project", "boundary", "final_norm", HEAD)
 REST = "rest"
 """Outside of the stages: checks, cache, on CUDA also the time that no kernel of a stage runs."""
+
+PROFILED_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class StageProfile:
 
     Attributes:
         name: of the arm.
-        seconds: of the whole call, without the profiler; median.
+        seconds: of the whole call; median.
         stages: in the order of a call; what is left of ``seconds`` is the last one, ``REST``.
         peak: FLOP/s that matrix products reach in this run; None: unknown.
         bandwidth: bytes per second that memory reaches in this run; None: unknown.
@@ -79,46 +83,95 @@ class StageProfile:
         return max((stage.flops or 0.0) / self.peak, (stage.bytes or 0.0) / self.bandwidth) / stage.seconds
 
 
-def profile_prefill(
-    name: str,
-    native: NativeModel,
-    input_ids: torch.Tensor,
-    calls: int = 5,
-    peak: float | None = None,
-    bandwidth: float | None = None,
-) -> StageProfile:
-    """Profiles ``native.prefill(input_ids)``.
+class _Probe:
+    """Calls of one prefill that are taken apart.
+
+    Attributes:
+        calls: seconds of each call.
+        stages: stage -> seconds, of each call.
+    """
+
+    def __init__(self, native: NativeModel, input_ids: torch.Tensor) -> None:
+        self.native = native
+        self.calls: list[float] = []
+        self.stages: list[dict[str, float]] = []
+        self._input_ids = input_ids
+        self._clock = WallClock(native.device)
+
+    def run(self) -> Any:
+        return self.native.prefill(self._input_ids)
+
+    def warm_up(self) -> None:
+        """Twice, untimed."""
+        for _ in range(2):
+            self.run()
+
+    def sample(self) -> None:
+        """One call; on CUDA two, for the whole one is timed without the profiler.
+
+        Raises:
+            RuntimeError: the profiler did not see the stages.
+        """
+        on_gpu = self.native.device.type == "cuda"
+        whole = self._clock.time(self.run) if on_gpu else None
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        with profile(activities=activities) as seen, _head_as_a_stage(self.native.model):
+            with record_function(f"pop::{CALL}"):
+                self.run()
+            synchronize(self.native.device)
+        names = {f"pop::{stage}" for stage in (*LAYER_STAGES, *ONCE_STAGES, CALL)}
+        ranges = [event for event in seen.events() if event.name in names and event.device_type.name == "CPU"]
+        ranges.sort(key=lambda event: event.time_range.start)
+        times = [(event.name.removeprefix("pop::"), _microseconds(event, on_gpu) / 1e6) for event in ranges]
+        self.stages.append(stage_sums((item for item in times if item[0] != CALL), self.native.plan))
+        self.calls.append(dict(times)[CALL] if whole is None else whole)
+
+
+def profile_plans(
+    model: Any, input_ids: torch.Tensor, plans: Sequence[Plan], rounds: int = PROFILED_ROUNDS
+) -> list[StageProfile]:
+    """Profiles of one prompt under several plans, held against what this device reaches now.
 
     Args:
-        name: of the arm.
-        native: the model and its plan.
+        model: a Hugging Face model of a native family.
         input_ids: ``[batch, tokens]``.
-        calls: profiled calls, and as many timed ones.
-        peak: FLOP/s to hold products against.
-        bandwidth: bytes per second to hold what moves memory against.
+        plans: executed as given.
+        rounds: each takes one call of every plan apart, and times the products and the memory they are held against.
 
     Raises:
         RuntimeError: the profiler did not see the stages.
     """
+    probes = [_Probe(load(model, plan), input_ids) for plan in plans]
+    native = probes[0].native
+    products = reference_gemms(native.spec, input_ids.numel(), native.dtype, native.device)
+    for item in (*products, *probes):
+        item.warm_up()
+    bandwidths = []
+    for turn in range(rounds):
+        interleave(products, WallClock(native.device), repeats=1)
+        bandwidths.append(max(measure_bandwidth(native.device).values(), default=0.0))
+        for probe in probes if turn % 2 == 0 else reversed(probes):
+            probe.sample()
+    peak, bandwidth = peak_rate(products), statistics.median(bandwidths)
+    found = [_profile_of(probe, input_ids, peak, bandwidth) for probe in probes]
+    for item in found:
+        item.host = host_times(model, item.plan, input_ids)
+    return found
+
+
+def _profile_of(probe: _Probe, input_ids: torch.Tensor, peak: float | None, bandwidth: float) -> StageProfile:
+    native, plan = probe.native, probe.native.plan
     batch, tokens = input_ids.shape
-
-    def call() -> Any:
-        return native.prefill(input_ids)
-
-    for _ in range(2):
-        call()
-    clock = WallClock(native.device)
-    seconds = statistics.median(clock.time(call) for _ in range(calls))
-    samples = [_stage_seconds(call, native) for _ in range(calls)]
-    cost = _core.plan_cost(native.spec, native.plan, sequence_shapes(batch, tokens, native.plan))["stages"]
-    moved = moved_bytes(native.spec, native.plan, batch * tokens, native.dtype.itemsize)
-    result = StageProfile(name, batch, tokens, native.plan, seconds, peak=peak, bandwidth=bandwidth)
+    cost = _core.plan_cost(native.spec, plan, sequence_shapes(batch, tokens, plan))["stages"]
+    moved = moved_bytes(native.spec, plan, batch * tokens, native.dtype.itemsize)
+    name = plan_name(plan) if plan.omit else NATIVE_FULL
+    result = StageProfile(name, batch, tokens, plan, statistics.median(probe.calls), peak=peak, bandwidth=bandwidth)
     for stage in STAGES:
-        taken = statistics.median(sample.get(stage, 0.0) for sample in samples)
+        taken = statistics.median(sample.get(stage, 0.0) for sample in probe.stages)
         if taken > 0:
             counted = cost.get(stage, {})
             result.stages.append(Stage(stage, taken, counted.get("flops"), counted.get("bytes", moved.get(stage))))
-    rest = seconds - sum(stage.seconds for stage in result.stages)
+    rest = result.seconds - sum(stage.seconds for stage in result.stages)
     result.stages.append(Stage(REST, max(0.0, rest)))
     return result
 
@@ -133,44 +186,6 @@ def moved_bytes(spec: _core.ModelSpec, plan: Plan, rows: int, element: int) -> d
         "embed": 2.0 * rows * spec.hidden_size * element,
         "rope_cache_write": 2.0 * rows * len(through) * (spec.q_dim + 2 * spec.kv_dim) * element,
     }
-
-
-def profile_plans(model: Any, input_ids: torch.Tensor, plans: Sequence[Plan]) -> list[StageProfile]:
-    """Profiles of one prompt under several plans, held against what this device reaches now.
-
-    Raises:
-        RuntimeError: as ``profile_prefill``.
-    """
-    native = load(model, plans[0])
-    kind = native.dtype, native.device
-    products = reference_gemms(native.spec, input_ids.numel(), *kind)
-    for product in products:
-        product.warm_up()
-    interleave(products, WallClock(native.device), repeats=5)
-    peak, bandwidth = peak_rate(products), max(measure_bandwidth(native.device).values(), default=None)
-    found = []
-    for plan in plans:
-        name = plan_name(plan) if plan.omit else NATIVE_FULL
-        found.append(profile_prefill(name, load(model, plan), input_ids, peak=peak, bandwidth=bandwidth))
-        found[-1].host = host_times(model, plan, input_ids)
-    return found
-
-
-def _stage_seconds(call: Callable[[], Any], native: NativeModel) -> dict[str, float]:
-    """Stage -> seconds of one call; all that omitted layers do for boundary rows is the stage "boundary"."""
-    on_gpu = native.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as seen, _head_as_a_stage(native.model):
-        call()
-        if on_gpu:
-            torch.cuda.synchronize(native.device)
-    names = {f"pop::{stage}" for stage in (*LAYER_STAGES, *ONCE_STAGES)}
-    ranges = [event for event in seen.events() if event.name in names and event.device_type.name == "CPU"]
-    ranges.sort(key=lambda event: event.time_range.start)
-    return stage_sums(
-        ((event.name.removeprefix("pop::"), _microseconds(event, on_gpu) / 1e6) for event in ranges),
-        native.plan,
-    )
 
 
 @contextmanager
