@@ -86,16 +86,16 @@ struct RmsNormParams {
   int64_t rows, width;
   void* x;  // [rows, width] residual stream; updated in place when `delta` is given
   int64_t x_stride;
-  const void* delta;  // [rows, width] or null: x += delta + delta_bias comes first
-  int64_t delta_stride;
-  const void* delta_bias;            // [width] or null
+  const void* delta = nullptr;  // [rows, width] or null: x += delta + delta_bias comes first
+  int64_t delta_stride = 0;
+  const void* delta_bias = nullptr;  // [width] or null
   const void* delta_norm = nullptr;  // [width] or null, with delta: delta + delta_bias is RMS-normalised, then added
-  const void* weight;                // [width] or null: out = x * rstd
+  const void* weight = nullptr;      // [width] or null: out = x * rstd
   float weight_offset = 0.0f;        // added to delta_norm and weight
   float eps;
   void* out;  // [rows, width] or null; may be x, without delta
   int64_t out_stride;
-  float* rstd;  // [rows] or null
+  float* rstd = nullptr;  // [rows] or null
 };
 
 // Rows in 8-bit floats (e4m3), each by a scale of its own: x = out * scale, the largest magnitude of a row 448.

@@ -165,10 +165,6 @@ class CpuBackend final : public Backend {
                 .width = p.hidden_size,
                 .x = const_cast<char*>(x),  // only read: there is no delta
                 .x_stride = p.x_stride,
-                .delta = nullptr,
-                .delta_stride = 0,
-                .delta_bias = nullptr,
-                .weight = nullptr,
                 .eps = p.eps,
                 .out = normalise ? workspace + layout.normalised : nullptr,
                 .out_stride = p.hidden_size,

@@ -261,10 +261,6 @@ void CudaBackend::kv_project_chunk(const KvProjectParams& p, int64_t begin, int6
               .width = p.hidden_size,
               .x = const_cast<void*>(x),  // only read: there is no delta
               .x_stride = p.x_stride,
-              .delta = nullptr,
-              .delta_stride = 0,
-              .delta_bias = nullptr,
-              .weight = nullptr,
               .eps = p.eps,
               .out = normalised,
               .out_stride = p.hidden_size,

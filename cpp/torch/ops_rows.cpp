@@ -122,15 +122,11 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps, double weight_offset) {
                               .width = width,
                               .x = rows.mutable_data_ptr(),  // read only: there is no delta
                               .x_stride = rows.stride(0),
-                              .delta = nullptr,
-                              .delta_stride = 0,
-                              .delta_bias = nullptr,
                               .weight = gamma,
                               .weight_offset = static_cast<float>(weight_offset),
                               .eps = static_cast<float>(eps),
                               .out = out.mutable_data_ptr(),
-                              .out_stride = width,
-                              .rstd = nullptr});
+                              .out_stride = width});
   return out;
 }
 
@@ -161,8 +157,7 @@ Tensor add_rms_norm(Tensor x, Tensor delta, Tensor weight, double eps, std::opti
                               .weight_offset = static_cast<float>(weight_offset),
                               .eps = static_cast<float>(eps),
                               .out = out.mutable_data_ptr(),
-                              .out_stride = width,
-                              .rstd = nullptr});
+                              .out_stride = width});
   return out;
 }
 
