@@ -17,11 +17,12 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Up to so many rows skinny_gemm is used. Measured on two cores of a Zen 4 with K and N of 2048 and
-// 8192: it streams w at the speed of memory up to 6 rows and stays ahead of oneDNN (bfloat16, 4x at
-// one row, 1.1x at 48) and of MKL (float32, 2x at one row, 1.1x at 64), which pack their operands.
-constexpr int64_t kSkinnyRows = 48;
-constexpr int64_t kSkinnyRowsFloat32 = 64;
+// Up to so many rows skinny_gemm is used. Measured with K and N of 2048 and 8192: on two cores of a Zen 4 it streams w
+// at the speed of memory up to 6 rows and stays ahead of whole products by oneDNN (bfloat16, 4x at one row, 1.1x at 48)
+// and by MKL (float32, 2x at one row, 1.1x at 64), which pack their operands; on two of a Zen 3 ahead of blocks up to
+// 24 rows of float32 and 32 of bfloat16, and of 64 rows 1.4x and 1.2x behind.
+constexpr int64_t kSkinnyRows = 48, kSkinnyRowsFloat32 = 64;
+constexpr int64_t kSkinnyRowsBeforeBlocks = 32, kSkinnyRowsBeforeBlocksFloat32 = 24;
 
 // A product in blocks holds at once so many bytes of a, widened; of each thread so many columns of w, of which
 // so many elements are widened; and their sums. The columns of a block were measured on a Zen 3 with K of 2048
@@ -56,79 +57,108 @@ std::atomic<int64_t>& gemm_blocks() {
   return wanted;
 }
 
-Tensor as_float32(const Tensor& tensor) { return torch::stable::to(tensor, ScalarType::Float); }
-
 Tensor view(DType dtype, const void* base, int64_t row, int64_t column, int64_t rows, int64_t columns, int64_t stride) {
   char* data = static_cast<char*>(const_cast<void*>(base)) + (row * stride + column) * element_size(dtype);
   return torch::stable::from_blob(data, {rows, columns}, {stride, 1}, kCpu, aten::scalar_type(dtype));
 }
 
-// Rows of an operand, or of each a part of its K, in float32; 8-bit ones times their scale.
-Tensor widened(DType dtype, const void* base, const float* scale, int64_t row, int64_t rows, int64_t column,
-               int64_t columns, int64_t stride) {
-  if (scale == nullptr) return as_float32(view(dtype, base, row, column, rows, columns, stride));
-  auto* data = static_cast<uint8_t*>(const_cast<void*>(base)) + row * stride + column;
-  const auto e4m3 = ScalarType::Float8_e4m3fn;
-  const Tensor values = as_float32(torch::stable::from_blob(data, {rows, columns}, {stride, 1}, kCpu, e4m3));
-  float* scales = const_cast<float*>(scale) + row;
-  return aten::mul(values, torch::stable::from_blob(scales, {rows, 1}, {1, 1}, kCpu, ScalarType::Float));
+Tensor matrix(float* data, int64_t rows, int64_t columns) {
+  return view(DType::f32, data, 0, 0, rows, columns, columns);
 }
 
-bool is_widened(const GemmParams& p) { return p.dtype != DType::f32 || p.a_scale != nullptr; }
+// Of an operand these rows and columns in float32, to `out`; 8-bit ones times the scale of their row.
+void widen(DType dtype, const void* base, const float* scale, int64_t row, int64_t column, int64_t rows,
+           int64_t columns, int64_t stride, float* out) {
+  Tensor to = matrix(out, rows, columns);
+  if (scale == nullptr) {
+    torch::stable::copy_(to, view(dtype, base, row, column, rows, columns, stride));
+    return;
+  }
+  auto* data = static_cast<uint8_t*>(const_cast<void*>(base)) + row * stride + column;
+  torch::stable::copy_(to,
+                       torch::stable::from_blob(data, {rows, columns}, {stride, 1}, kCpu, ScalarType::Float8_e4m3fn));
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) out[r * columns + c] *= scale[row + r];
+  }
+}
 
-// Columns of a block: of about equal blocks, as many for each thread.
-int64_t block_columns(const GemmParams& p) {
+// How a product is cut into blocks, one of which is one thread's at a time.
+struct Blocks {
+  bool widens;
+  int64_t rows, columns;  // of a block
+  int64_t elements;       // of a row of w, widened at a time
+
+  int64_t scratch() const {  // floats of a thread
+    return widens ? columns * elements + (rows + std::min(rows, kRowsTogether)) * columns : 0;
+  }
+};
+
+Blocks blocks_of(const GemmParams& p) {
+  // Of about equal columns, and as many blocks for each thread.
   const int64_t most = p.m <= kFewRows ? kMostColumnsForFewRows : kMostColumns;
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t blocks = ceil_div(ceil_div(p.n, most), threads) * threads;
-  return ceil_div(std::max(kFewestColumns, ceil_div(p.n, blocks)), kColumnsTogether) * kColumnsTogether;
+  const int64_t count = ceil_div(ceil_div(p.n, most), threads) * threads;
+  const int64_t columns = std::max(kFewestColumns, ceil_div(p.n, count));
+  const bool widens = p.dtype != DType::f32 || p.a_scale != nullptr;
+  const int64_t fitting = kBytesOfA / (p.k * static_cast<int64_t>(sizeof(float)));
+  return {.widens = widens,
+          .rows = widens ? std::min(p.m, std::clamp<int64_t>(fitting, 1, kMostRows)) : p.m,
+          .columns = ceil_div(columns, kColumnsTogether) * kColumnsTogether,
+          .elements = ceil_div(p.k, ceil_div(p.k, kMostElements))};
 }
 
-// a [rows, K], float32, of which w takes the elements from `k` on; into sums [rows, columns], or added to them. A part
-// of the rows at a time, since the library packs them.
-void product(Tensor a, int64_t k, const Tensor& w, Tensor sums) {
+// a [rows, K], float32, of which w takes the elements from `k` on; into out [rows, columns], or added to it by way of
+// `more`. A part of the rows at a time, since the library packs them.
+void product(Tensor a, int64_t k, const Tensor& w, Tensor out, float* more) {
   const Tensor w_transposed = torch::stable::transpose(w, 0, 1);
   const int64_t rows = a.size(0), columns = w.size(0), part = ceil_div(rows, ceil_div(rows, kRowsTogether));
   for (int64_t begin = 0; begin < rows; begin += part) {
     const int64_t count = std::min(part, rows - begin);
     Tensor a_rows = torch::stable::narrow(a, 0, begin, count);
     const Tensor a_part = torch::stable::narrow(a_rows, 1, k, w.size(1));
-    const Tensor sums_part = torch::stable::narrow(sums, 0, begin, count);
+    const Tensor out_part = torch::stable::narrow(out, 0, begin, count);
     if (k == 0) {
-      aten::mm_out(a_part, w_transposed, sums_part);
+      aten::mm_out(a_part, w_transposed, out_part);
       continue;
     }
-    const Tensor more = torch::stable::empty({count, columns}, ScalarType::Float);
-    aten::mm_out(a_part, w_transposed, more);
-    const auto* from = static_cast<const float*>(more.data_ptr());
-    auto* to = static_cast<float*>(sums_part.data_ptr());
-    for (int64_t i = 0; i < count * columns; ++i) to[i] += from[i];
+    aten::mm_out(a_part, w_transposed, matrix(more, count, columns));
+    auto* sums = static_cast<float*>(out_part.data_ptr());
+    for (int64_t i = 0; i < count * columns; ++i) sums[i] += more[i];
   }
 }
 
-// Rows [m, m + rows) and columns [n, n + columns) of out.
-void block(const GemmParams& p, Tensor a, int64_t m, int64_t rows, int64_t n, int64_t columns) {
+// Rows [m, m + a.size(0)) and columns [n, n + columns) of out.
+void block(const GemmParams& p, const Blocks& blocks, const Tensor& a, int64_t m, int64_t n, int64_t columns,
+           float* scratch) {
+  const int64_t rows = a.size(0);
   Tensor out = view(p.dtype, p.out, m, n, rows, columns, p.out_stride);
-  if (!is_widened(p)) return product(a, 0, view(p.dtype, p.w, n, 0, columns, p.k, p.w_stride), out);
-  const Tensor sums = torch::stable::empty({rows, columns}, ScalarType::Float);
-  const int64_t part = ceil_div(p.k, ceil_div(p.k, kMostElements));
-  for (int64_t k = 0; k < p.k; k += part) {
-    product(a, k, widened(p.dtype, p.w, p.w_scale, n, columns, k, std::min(part, p.k - k), p.w_stride), sums);
+  if (!blocks.widens) return product(a, 0, view(p.dtype, p.w, n, 0, columns, p.k, p.w_stride), out, nullptr);
+  float* sums = scratch + columns * blocks.elements;
+  for (int64_t k = 0; k < p.k; k += blocks.elements) {
+    const int64_t elements = std::min(blocks.elements, p.k - k);
+    widen(p.dtype, p.w, p.w_scale, n, k, columns, elements, p.w_stride, scratch);
+    product(a, k, matrix(scratch, columns, elements), matrix(sums, rows, columns), sums + rows * columns);
   }
-  torch::stable::copy_(out, sums);
+  torch::stable::copy_(out, matrix(sums, rows, columns));
 }
 
-// The GEMM in float32 by aten, rounded once: a block of columns is one thread's, from the widening of
-// its rows of w to its part of out. In 16 bits that is several times the speed of a plain loop.
+// The GEMM in float32 by aten, rounded once: a block of columns is one thread's, from the widening of its rows of w to
+// its part of out. In 16 bits that is several times the speed of a plain loop. What is widened has memory of the whole
+// call: allocated block by block, it comes to twice as much.
 void gemm_in_blocks(const GemmParams& p) {
-  const int64_t fitting = kBytesOfA / (p.k * static_cast<int64_t>(sizeof(float)));
-  const int64_t block_rows = is_widened(p) ? std::clamp<int64_t>(fitting, 1, kMostRows) : p.m;
-  const int64_t columns = block_columns(p);
-  for (int64_t m = 0; m < p.m; m += block_rows) {
-    const int64_t rows = std::min(block_rows, p.m - m);
-    const Tensor a = widened(p.dtype, p.a, p.a_scale, m, rows, 0, p.k, p.a_stride);
-    over_tasks(ceil_div(p.n, columns),
-               [&](int64_t i, int64_t) { block(p, a, m, rows, i * columns, std::min(columns, p.n - i * columns)); });
+  const Blocks blocks = blocks_of(p);
+  const int64_t tasks = ceil_div(p.n, blocks.columns), each = blocks.scratch();
+  const Tensor scratch = torch::stable::empty({workers_for(tasks) * each}, ScalarType::Float);
+  const Tensor wide = torch::stable::empty({blocks.widens ? blocks.rows * p.k : 0}, ScalarType::Float);
+  auto *of_threads = static_cast<float*>(scratch.data_ptr()), *wide_a = static_cast<float*>(wide.data_ptr());
+  for (int64_t m = 0; m < p.m; m += blocks.rows) {
+    const int64_t rows = std::min(blocks.rows, p.m - m);
+    if (blocks.widens) widen(p.dtype, p.a, p.a_scale, m, 0, rows, p.k, p.a_stride, wide_a);
+    const Tensor a = blocks.widens ? matrix(wide_a, rows, p.k) : view(p.dtype, p.a, m, 0, rows, p.k, p.a_stride);
+    over_tasks(tasks, [&](int64_t i, int64_t worker) {
+      const int64_t n = i * blocks.columns;
+      block(p, blocks, a, m, n, std::min(blocks.columns, p.n - n), of_threads + worker * each);
+    });
   }
 }
 
@@ -136,13 +166,16 @@ void gemm_in_blocks(const GemmParams& p) {
 
 void gemm(const GemmParams& p) {
   if (p.m == 0 || p.n == 0) return;
-  if (p.a_scale != nullptr) {
-    gemm_in_blocks(p);
-  } else if (p.m <= (p.dtype == DType::f32 ? kSkinnyRowsFloat32 : kSkinnyRows)) {
+  if (p.a_scale != nullptr) return gemm_in_blocks(p);
+  const bool float32 = p.dtype == DType::f32;
+  const bool in_blocks = widen_first(p.dtype) || (float32 && gemm_blocks() != 0);
+  const int64_t whole_rows = float32 ? kSkinnyRowsFloat32 : kSkinnyRows;
+  const int64_t blocks_rows = float32 ? kSkinnyRowsBeforeBlocksFloat32 : kSkinnyRowsBeforeBlocks;
+  if (p.m <= (in_blocks ? blocks_rows : whole_rows)) {
     const int64_t grain = std::max<int64_t>(4, kGrainElements / std::max<int64_t>(1, p.k));
     torch::stable::parallel_for(0, p.n, grain,
                                 [&](int64_t begin, int64_t end) { kernels().skinny_gemm(p, begin, end); });
-  } else if (widen_first(p.dtype) || (p.dtype == DType::f32 && gemm_blocks() != 0)) {
+  } else if (in_blocks) {
     gemm_in_blocks(p);
   } else {
     aten::matmul_nt(p, kCpu);
