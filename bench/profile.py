@@ -115,7 +115,7 @@ class _Probe:
         on_gpu = self.native.device.type == "cuda"
         whole = self._clock.time(self.run) if on_gpu else None
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-        with profile(activities=activities) as seen, _head_as_a_stage(self.native.model):
+        with profile(activities=activities) as seen, _head_as_a_stage(self.native):
             with record_function(f"pop::{CALL}"):
                 self.run()
             synchronize(self.native.device)
@@ -189,24 +189,19 @@ def moved_bytes(spec: _core.ModelSpec, plan: Plan, rows: int, element: int) -> d
 
 
 @contextmanager
-def _head_as_a_stage(model: Any) -> Iterator[None]:
+def _head_as_a_stage(native: NativeModel) -> Iterator[None]:
     """A range of the profiler around the head, which Python calls after the operator."""
-    ranges: list[record_function] = []
+    logits_of = native.logits_of
 
-    def begin(*_: Any) -> None:
-        ranges.append(record_function(f"pop::{HEAD}"))
-        ranges[-1].__enter__()
+    def in_a_range(hidden: torch.Tensor) -> torch.Tensor:
+        with record_function(f"pop::{HEAD}"):
+            return logits_of(hidden)
 
-    def end(*_: Any) -> None:
-        ranges.pop().__exit__(None, None, None)
-
-    head = model.lm_head
-    hooks = [head.register_forward_pre_hook(begin), head.register_forward_hook(end)]
+    native.logits_of = in_a_range  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        del native.logits_of
 
 
 def stage_sums(ranges: Iterable[tuple[str, float]], plan: Plan) -> dict[str, float]:

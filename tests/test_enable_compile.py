@@ -135,3 +135,11 @@ def test_generate_that_compiles_decode_for_a_static_cache_prefills_natively(buil
     assert torch.equal(output, expected)
     assert pop_ext.last_call(model).tokens == (T,)
     assert hasattr(model, "_compiled_call")
+
+
+def test_of_a_compiled_model_the_one_inside_is_loaded():
+    model = tiny()
+    ids = tokens(model, 2, T)
+    native = pop_ext.load(torch.compile(model, backend="eager"), TINY_PLAN)
+    assert native.model is model
+    assert torch.equal(native.prefill(ids).logits, pop_ext.load(model, TINY_PLAN).prefill(ids).logits)

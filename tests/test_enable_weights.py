@@ -18,7 +18,7 @@ from enabled_models import (
     prefill,
 )
 from models import llama, tokens
-from pop_ext.native import _Loaded
+from pop_ext.loaded import Loaded
 from torch import Tensor, nn
 
 
@@ -93,8 +93,8 @@ def test_changed_weights_are_taken_up(change, ahead, monkeypatch):
 def test_the_weights_are_looked_at_once_a_call(monkeypatch):
     model = pop_ext.enable(llama(), PLAN, strict=True)
     ids, looks = tokens(model, 1, T), []
-    look = _Loaded.written_weight
-    monkeypatch.setattr(_Loaded, "written_weight", lambda loaded: looks.append(1) or look(loaded))
+    look = Loaded.written_weight
+    monkeypatch.setattr(Loaded, "written_weight", lambda loaded: looks.append(1) or look(loaded))
     prefill(model, ids)
     assert len(looks) == 1
     pop_ext.score(model, ids, [[1]])

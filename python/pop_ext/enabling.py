@@ -14,7 +14,8 @@ from torch import nn
 
 from pop_ext.decision import Decision, text_config
 from pop_ext.forward import PrefillForward
-from pop_ext.native import check_fp8, check_plan
+from pop_ext.loaded import check_fp8
+from pop_ext.native import check_plan
 from pop_ext.plan import Plan
 from pop_ext.presets import default_plan
 from pop_ext.projections import check_fit
@@ -31,6 +32,12 @@ def _inner(model: nn.Module) -> nn.Module:
     if type(inner).__module__.startswith("peft.") and hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     return inner
+
+
+def _check_model(model: object) -> None:
+    """Raises TypeError unless it is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
 
 
 def _forward_of(model: nn.Module) -> PrefillForward | None:
@@ -73,8 +80,7 @@ def enable(
     """
     if backend not in _BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(_BACKENDS)}, got {backend!r}")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
+    _check_model(model)
     if not isinstance(strict, bool):
         raise TypeError(f"strict: expected a bool, got {type(strict).__name__}")
     check_fp8(fp8)
@@ -111,6 +117,7 @@ def enabled(
     model: Model, plan: Plan | None = None, strict: bool = False, backend: str = "native", fp8: bool = False
 ) -> Iterator[Model]:
     """``enable`` for the length of a ``with`` block; afterwards the model is as it was before, enabled or not."""
+    _check_model(model)
     inner = _inner(model)
     before = inner.__dict__.get(forward_place(inner))
     enable(model, plan, strict, backend, fp8)

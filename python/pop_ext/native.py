@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from pop_ext import _core, operators
 from pop_ext.cache_names import with_cache
 from pop_ext.describe import Description, describe
-from pop_ext.families import Family, UnsupportedModelError, decoder_of
+from pop_ext.families import Family, decoder_of
+from pop_ext.head import apply_head
 from pop_ext.kv_cache import CacheTransaction, keeps_only_windows
+from pop_ext.loaded import Loaded, check_fp8
 from pop_ext.origin import check_origin
 from pop_ext.packing import PackedBatch, PerSequence, lengths, offsets
 from pop_ext.plan import Plan
@@ -26,7 +25,6 @@ from pop_ext.reference_checks import find_parts
 from pop_ext.replaced import InnerModules
 from pop_ext.restore import module_restored_on_error
 from pop_ext.vision import Blocks, DecoderCall, blocks_of, mask_for, packed_features, run_around
-from pop_ext.weight_stamps import WeightStamps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,33 +46,6 @@ class PrefillOutput:
     hidden_states: torch.Tensor
     past_key_values: Cache
     cu_rows: torch.Tensor | None = None
-
-
-class _Loaded:
-    """What one ``pop::load`` made, freed when nobody refers to it any more: a running call does."""
-
-    def __init__(self, model: nn.Module, description: Description, plan: Plan, fp8: bool) -> None:
-        weights = [ref.tensor for ref in description.weights]
-        fitted = None if plan.projections is None else plan.projections.stack_rows(weights[0])
-        if fp8:
-            check_fp8_products(description)
-        with torch.no_grad():
-            self.handle = torch.ops.pop.load(description.spec.to_json(), plan.to_json(), weights, fitted, fp8)
-        weakref.finalize(self, torch.ops.pop.unload, self.handle)
-        self.description = description
-        self.inner = InnerModules(model)
-        self.like = weights[0].detach()
-        self.extra_bytes: int = json.loads(torch.ops.pop.info(self.handle))["extra_bytes"]
-        self._stamps = WeightStamps(description.weights)
-
-    def stale_weight(self) -> str | None:
-        model = self.description.model()
-        in_place = model is not None and self.inner.are_those_of(model)
-        return (None if in_place else self._stamps.moved()) or self.written_weight()
-
-    def written_weight(self) -> str | None:
-        """``stale_weight`` for who has just asked whether ``inner`` are the model's modules."""
-        return self._stamps.written() or torch.ops.pop.stale_weight(self.handle) or None
 
 
 def check_plan(plan: Plan, num_layers: int, config: Any) -> Plan:
@@ -103,7 +74,7 @@ class NativeModel:
         self.plan = check_plan(chosen, description.spec.num_layers, model.config)
         check_fit(self.plan, find_parts(model).layers)
         self.fp8 = fp8
-        self._loaded = _Loaded(model, description, self.plan, fp8)
+        self._loaded = Loaded(model, description, self.plan, fp8)
 
     def __repr__(self) -> str:
         fp8 = ", fp8=True" if self.fp8 else ""
@@ -155,7 +126,7 @@ class NativeModel:
         """
         description = describe(self.model)
         check_fit(self.plan, find_parts(self.model).layers)
-        self._loaded = _Loaded(self.model, description, self.plan, self.fp8)
+        self._loaded = Loaded(self.model, description, self.plan, self.fp8)
 
     def stale_weight(self) -> str | None:
         """The name of a weight that was changed, moved or reassigned since it was loaded; None if none was.
@@ -350,7 +321,7 @@ class NativeModel:
                 hidden = hidden.view(*inputs.shape, -1)
                 if look is not None:
                     look()
-                logits = self._logits(hidden)
+                logits = self.logits_of(hidden)
                 transaction.commit()
         except BaseException:
             transaction.abort()
@@ -372,32 +343,21 @@ class NativeModel:
         cos_local, sin_local = tables[kinds[1]]
         return cos[0], sin[0], cos_local[0], sin_local[0]
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model.lm_head(hidden)
+    def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The head on rows ``[..., hidden_size]`` after the final norm: ``[..., vocab]``."""
+        logits = apply_head(self.model.lm_head, hidden)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         if cap is None or not self.family.caps_logits:
             return logits
         return torch.tanh(logits / cap) * cap
 
 
-def check_fp8(fp8: bool) -> None:
-    """Raises TypeError unless it is a bool."""
-    if not isinstance(fp8, bool):
-        raise TypeError(f"fp8: expected a bool, got {type(fp8).__name__}")
-
-
-def check_fp8_products(description: Description) -> None:
-    """Raises UnsupportedModelError unless such a model's products can be computed in 8-bit floats."""
-    missing = torch.ops.pop.fp8_missing(description.spec.to_json(), description.weights[0].tensor)
-    if missing:
-        raise UnsupportedModelError(f"fp8: {missing}; without fp8 the model runs natively")
-
-
 def load(model: PreTrainedModel, plan: Plan | None = None, fp8: bool = False) -> NativeModel:
     """Makes a model's prefill run natively, without touching the model.
 
     Args:
-        model: a Hugging Face causal language model of a supported family, on one device.
+        model: a Hugging Face causal language model of a supported family, on one device; of a compiled one (by
+            ``torch.compile``) the model inside is taken.
         plan: what to omit. None: the preset whose config matches, else the deepest third, boundary 1.
         fp8: products of a prefill in the layers that it does not omit in 8-bit floats (e4m3): half of these layers'
             memory again, and not quite what the stock model computes (docs/fp8.md). Decode stays as it is.
@@ -406,4 +366,4 @@ def load(model: PreTrainedModel, plan: Plan | None = None, fp8: bool = False) ->
         UnsupportedModelError (a ValueError): architecture or weights without a native form, or none with ``fp8``.
         ValueError, TypeError: a plan for another depth or made with another model, no plan, or no model.
     """
-    return NativeModel(model, plan, fp8)
+    return NativeModel(getattr(model, "_orig_mod", model), plan, fp8)

@@ -20,7 +20,8 @@ from pop_ext.describe import describe
 from pop_ext.evaluation.arms import DEFAULT_KINDS, FULL, Arm, arm_logits, backend_of, make_arms
 from pop_ext.evaluation.prompts import RECALL, Pair, PromptSet
 from pop_ext.evaluation.results import SCHEMA, Evaluation
-from pop_ext.native import check_fp8_products, check_plan
+from pop_ext.loaded import check_fp8_products
+from pop_ext.native import check_plan
 from pop_ext.origin import config_hash, weights_hash
 from pop_ext.plan import Plan
 from pop_ext.progress import Progress, reporting

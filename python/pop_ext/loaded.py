@@ -1,0 +1,55 @@
+"""What loading a model natively makes: the runtime's handle, and how it is known whether that is still the model."""
+
+from __future__ import annotations
+
+import json
+import weakref
+
+import torch
+from torch import nn
+
+from pop_ext.describe import Description
+from pop_ext.families import UnsupportedModelError
+from pop_ext.plan import Plan
+from pop_ext.replaced import InnerModules
+from pop_ext.weight_stamps import WeightStamps
+
+
+class Loaded:
+    """What one ``pop::load`` made, freed when nobody refers to it any more: a running call does."""
+
+    def __init__(self, model: nn.Module, description: Description, plan: Plan, fp8: bool) -> None:
+        weights = [ref.tensor for ref in description.weights]
+        fitted = None if plan.projections is None else plan.projections.stack_rows(weights[0])
+        if fp8:
+            check_fp8_products(description)
+        with torch.no_grad():
+            self.handle = torch.ops.pop.load(description.spec.to_json(), plan.to_json(), weights, fitted, fp8)
+        weakref.finalize(self, torch.ops.pop.unload, self.handle)
+        self.description = description
+        self.inner = InnerModules(model)
+        self.like = weights[0].detach()
+        self.extra_bytes: int = json.loads(torch.ops.pop.info(self.handle))["extra_bytes"]
+        self._stamps = WeightStamps(description.weights)
+
+    def stale_weight(self) -> str | None:
+        model = self.description.model()
+        in_place = model is not None and self.inner.are_those_of(model)
+        return (None if in_place else self._stamps.moved()) or self.written_weight()
+
+    def written_weight(self) -> str | None:
+        """``stale_weight`` for who has just asked whether ``inner`` are the model's modules."""
+        return self._stamps.written() or torch.ops.pop.stale_weight(self.handle) or None
+
+
+def check_fp8(fp8: bool) -> None:
+    """Raises TypeError unless it is a bool."""
+    if not isinstance(fp8, bool):
+        raise TypeError(f"fp8: expected a bool, got {type(fp8).__name__}")
+
+
+def check_fp8_products(description: Description) -> None:
+    """Raises UnsupportedModelError unless such a model's products can be computed in 8-bit floats."""
+    missing = torch.ops.pop.fp8_missing(description.spec.to_json(), description.weights[0].tensor)
+    if missing:
+        raise UnsupportedModelError(f"fp8: {missing}; without fp8 the model runs natively")
