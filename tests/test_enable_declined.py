@@ -220,6 +220,8 @@ DECLINED = {
     "use_cache=False": Case("use_cache", keep_one(use_cache=False)),
     "use_cache=False in the config": Case("use_cache", edit=set_config(use_cache=False)),
     "logits_to_keep left out": Case("logits_to_keep", lambda model: {}),
+    "use_cache=False, logits_to_keep left out": Case("use_cache", lambda model: {"use_cache": False}),
+    "output_attentions, logits_to_keep left out": Case("output_attentions", lambda model: {"output_attentions": True}),
     "logits_to_keep=0": Case("logits_to_keep", keep_one(logits_to_keep=0)),
     "logits_to_keep is a tensor": Case("logits_to_keep", keep_one(logits_to_keep=torch.tensor([3, 5]))),
     "logits_to_keep is T": Case("logits_to_keep", keep_one(logits_to_keep=T)),

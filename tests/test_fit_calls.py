@@ -51,6 +51,19 @@ def test_every_eighth_sequence_is_held_out_where_no_other_is_given():
         assert one == pytest.approx(other, abs=1e-4)
 
 
+@pytest.mark.parametrize(("count", "size"), [(2, 2), (2, 1), (5, 2), (7, 7)])
+def test_of_fewer_than_eight_sequences_the_last_is_held_out(count, size):
+    model = shared("llama")
+    whole = tokens(model, count, 24, seed=4)
+    plan, told = plan_of(model, LAST), []
+    ours = pop_ext.fit(model, plan, whole.split(size), lambdas=[0.1, 10], progress=lambda *x: told.append(x))
+    theirs = pop_ext.fit(model, plan, [whole[:-1]], holdout=[whole[-1:]], lambdas=[0.1, 10])
+    for layer in LAST:
+        assert_close_fp32(ours.projections.matrices[layer], theirs.projections.matrices[layer], "W", 1e-4)
+    assert (ours.projections.report.holdout, ours.projections.report.sequences) == (1, count - 1)
+    assert told[-1] == (count + 1, count + 1)  # count - 1 read, one scored for each lambda
+
+
 def test_a_single_lambda_needs_no_holdout():
     model = shared("llama")
     report = pop_ext.fit(model, plan_of(model, LAST), [tokens(model, 1, 9)], lambdas=[0.5]).projections.report

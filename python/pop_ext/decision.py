@@ -185,9 +185,10 @@ def _check_prefill(
         )
     if arguments.get("labels") is not None:
         raise _Stock("labels", "labels: a loss needs every row at full depth")
-    _check_rows(arguments.get("logits_to_keep", 0), columns, arguments.get("past_key_values"))
     _check_outputs(model, arguments)
     _check_inference(model, tokens.device.type)
+    # All rows are wanted unless a call says otherwise: what it says of other things is the better reason.
+    _check_rows(arguments.get("logits_to_keep", 0), columns, arguments.get("past_key_values"))
     if not getattr(config, "is_causal", True):
         raise _Stock("attention", "config.is_causal=False: a pruned prefill is causal")
     around = vision_of(model)

@@ -26,7 +26,8 @@ LAMBDAS = (0.01, 0.1, 1.0, 10.0, math.inf)
 """Ridges that are tried unless told otherwise; inf: the original projections."""
 
 HOLD_EVERY = 8
-"""Of the batches' sequences every eighth is held out to choose lambda by, where no ``holdout`` is given."""
+"""Of the batches' sequences every eighth is held out to choose lambda by, of fewer the last one, where no ``holdout``
+is given."""
 
 CONTINUATION = 64
 """At most so many last tokens of a sequence stand for what follows a prompt; never more than a quarter of it. The loss
@@ -61,7 +62,7 @@ def fit(
         batches: an iterable of input_ids, int [batch, T], without padding; read once. One forward a batch, two if
             the plan has several runs.
         holdout: likewise, of sequences that are not in ``batches``. None: every eighth sequence of the batches is
-            held out, and not fitted on.
+            held out, of fewer than eight the last one, and not fitted on.
         lambdas: ridges to choose from, relative to the mean diagonal of the Gram matrix, > 0; inf stands for the
             original projections. None: ``LAMBDAS``. A single one is taken as it is, and nothing held out.
         weighting: "attention": each row counts by the attention that the sequence's last tokens (``CONTINUATION``) pay
@@ -96,7 +97,7 @@ def fit(
     chooses = len(ridges) > 1
     split = holdout is None and chooses
     count = count_sequences(batches)
-    inner = count // HOLD_EVERY if split and count is not None else 0
+    inner = max(count // HOLD_EVERY, int(count > 1)) if split and count is not None else 0
     total = None if count is None else count - inner + ((len(held) or inner) * len(ridges) if chooses else 0)
     with undisturbed(model), torch.no_grad(), reporting(progress, "fit", total) as advance:
         reader = _Reader(model, plan, held if split else None, weighting, advance)
@@ -181,32 +182,42 @@ class _Reader:
         self.moments = [RunMoments({i: original_projection(self.layers[i]) for i in run}) for run in plan.runs]
         self.sequences = 0
         self._seen = 0
+        self._last: Tensor | None = None  # [1, T], held out if it stays the last of a few
 
     def read(self, batches: Batches) -> None:
         for number, ids in enumerate(checked(batches, self.model, least=2)):
             if self._seen == 0:  # refuses, by name, what projects K and V in another way
                 reference.prefill(self.model, ids[:1, :2], self.plan, boundary=1)
-            fitted = self._hold_back(ids)
-            if len(fitted):
+            for fitted in self._hold_back(ids):
                 self._add(fitted)
-                self.advance(len(fitted))
-            self.sequences += len(fitted)
             if not all(run.is_finite() for run in self.moments):
                 raise ValueError(f"batches: expected finite hidden states, K and V, got others from number {number}")
+        if self.held is not None and self._last is not None and self.sequences > 0:
+            self.held.append(self._last)
+        elif self._last is not None:
+            self._add(self._last)
         if self.sequences == 0:
             raise ValueError("batches: expected at least one sequence to fit on, got none")
 
-    def _hold_back(self, ids: Tensor) -> Tensor:
-        """Keeps every eighth sequence for later, and returns the others."""
+    def _hold_back(self, ids: Tensor) -> list[Tensor]:
+        """Keeps every eighth sequence for later, until there is one the last, and returns what is to be fitted."""
         seen = range(self._seen, self._seen + len(ids))
         self._seen += len(ids)
         if self.held is None:
-            return ids
+            return [ids]
         out = torch.tensor([number % HOLD_EVERY == HOLD_EVERY - 1 for number in seen], device=ids.device)
         self.held.extend(sequence[None] for sequence in ids[out])
-        return ids[~out]
+        fitted, last, self._last = ids[~out], self._last, None
+        if not self.held:
+            fitted, self._last = fitted[:-1], fitted[-1:]
+        return [part for part in (last, fitted) if part is not None and len(part)]
 
     def _add(self, ids: Tensor) -> None:
+        self._sum_up(ids)
+        self.sequences += len(ids)
+        self.advance(len(ids))
+
+    def _sum_up(self, ids: Tensor) -> None:
         targets = self._full_forward(ids)
         for run, moments in zip(self.plan.runs, self.moments, strict=True):
             x = self._read_by[run.start]
@@ -369,7 +380,7 @@ def _check_held(held: list[Tensor], plan: Plan, fitted: int) -> list[Tensor]:
     if not held:
         raise ValueError(
             f"holdout: expected sequences to choose lambda by (or a single lambda), got none of {fitted} sequences: "
-            f"without a holdout every {HOLD_EVERY}th of the batches' is taken"
+            f"without a holdout every {HOLD_EVERY}th of the batches' is taken, of fewer the last but never the only one"
         )
     longer = [ids for ids in held if ids.shape[1] - 1 > plan.boundary - 1 + _continuation(ids)]
     if not longer:

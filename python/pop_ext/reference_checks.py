@@ -41,8 +41,10 @@ class Parts:
 
 
 def find_parts(model: Module) -> Parts:
-    """Decoder, its layers and its rotary module; a ValueError names what the model lacks."""
-    name = type(model).__name__
+    """Decoder, its layers and its rotary module; a ValueError names what the model lacks, a TypeError what is none."""
+    name, is_module = type(model).__name__, isinstance(model, torch.nn.Module)
+    if not is_module:
+        raise TypeError(f"model: expected a Hugging Face model, got {name}")
 
     def require(owner: Any, attribute: str, where: str) -> Any:
         value = getattr(owner, attribute, None)

@@ -105,9 +105,9 @@ FIT = [
     ),
     Case(
         "too few sequences to hold one out",
-        lambda w: fit(w, lambdas=None),
+        lambda w: fit(w, batches=[w.ids[:1]], lambdas=None),
         ValueError,
-        "holdout: expected sequences to choose lambda by .or a single lambda., got none of 2 sequences",
+        "holdout: expected sequences to choose lambda by .or a single lambda., got none of 1 sequences",
     ),
     Case(
         "held-out sequences within the boundary",

@@ -213,6 +213,18 @@ LOAD = [
         "model: expected a Hugging Face model, got str",
     ),
     Case(
+        "no model, to `enabled`",
+        lambda w: pop_ext.enabled("meta-llama/Llama-3.1-8B").__enter__(),
+        TypeError,
+        "model: expected a Hugging Face model, got str",
+    ),
+    Case(
+        "no model, to `reference.prefill`",
+        lambda w: pop_ext.reference.prefill("meta-llama/Llama-3.1-8B", w.ids, w.plan),
+        TypeError,
+        "model: expected a Hugging Face model, got str",
+    ),
+    Case(
         "`enable(model, strict='yes')`",
         lambda w: pop_ext.enable(w.model, strict="yes"),
         TypeError,
