@@ -194,7 +194,8 @@ class Run:
                 if self.fits(model, batch, tokens, budget):
                     self.case(model, batch, tokens, mode, budget)
                 to_do -= 1
-            print("\n" + report.length_text(self.report["cases"], model.name), flush=True)
+            if cases:
+                print("\n" + report.length_text(self.report["cases"], model.name), flush=True)
             self.release(model)
 
     def auto(self) -> None:
