@@ -148,18 +148,18 @@ def profile_plans(
         item.warm_up()
     bandwidths = []
     for turn in range(rounds):
-        interleave(products, WallClock(native.device), repeats=1)
-        bandwidths.append(max(measure_bandwidth(native.device).values(), default=0.0))
+        interleave(products[:: -1 if turn % 2 else 1], WallClock(native.device), repeats=1)
+        bandwidths += [max(rates.values())] if (rates := measure_bandwidth(native.device)) else []
         for probe in probes if turn % 2 == 0 else reversed(probes):
             probe.sample()
-    peak, bandwidth = peak_rate(products), statistics.median(bandwidths)
+    peak, bandwidth = peak_rate(products), statistics.median(bandwidths) if bandwidths else None
     found = [_profile_of(probe, input_ids, peak, bandwidth) for probe in probes]
     for item in found:
         item.host = host_times(model, item.plan, input_ids)
     return found
 
 
-def _profile_of(probe: _Probe, input_ids: torch.Tensor, peak: float | None, bandwidth: float) -> StageProfile:
+def _profile_of(probe: _Probe, input_ids: torch.Tensor, peak: float | None, bandwidth: float | None) -> StageProfile:
     native, plan = probe.native, probe.native.plan
     batch, tokens = input_ids.shape
     cost = _core.plan_cost(native.spec, plan, sequence_shapes(batch, tokens, plan))["stages"]

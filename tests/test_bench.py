@@ -352,6 +352,7 @@ def test_a_profile_accounts_for_the_whole_call(config_dir, tmp_path, capsys, sma
         assert item["bandwidth_bytes_per_s"] == 2e9
         assert all(seconds > 0 for seconds in item["host_seconds"].values())
         assert ("boundary" in stages) == bool(item["omit"])
+        assert stages["lm_head"]["seconds"] > 0
         spec = describe(load_model(str(config_dir), torch.float32, CPU).model).spec
         plan = Plan(LAYERS, item["omit"])
         cost = _core.plan_cost(spec, plan, [_core.SequenceShape(40)])["stages"]

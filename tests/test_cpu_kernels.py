@@ -334,12 +334,12 @@ def test_a_massive_activation_does_not_overflow_a_half_precision_projection(rows
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_of_a_boundary_step_has_the_same_bits_with_and_without_batch_mates(dtype):
-    rows = 40
+    rows = 24  # as many as weights are streamed past in every dtype
     call = RopeCall(dtype, lengths=(1,) * rows, pasts=(0,) * rows, starts=(0,) * rows)
     projection = Projection(dtype, call)
     hidden = torch.randn(rows, projection.hidden_size).to(dtype)
     together = projection.run(hidden)
-    for row in (0, 17, 39):
+    for row in (0, 11, 23):
         projection.call = RopeCall(dtype, lengths=(1,), pasts=(0,), starts=(0,))
         projection.call.cos, projection.call.sin = call.cos[row : row + 1], call.sin[row : row + 1]
         alone = projection.run(hidden[row : row + 1])

@@ -67,11 +67,12 @@ def test_a_decode_step_by_embeddings_never_warns_or_raises():
     assert_same_bits(twin(inputs_embeds=embeds, **with_cache(model, filled_cache(model)), use_cache=False), expected)
 
 
+@pytest.mark.parametrize("other", [{}, {"output_hidden_states": True}], ids=str)
 @pytest.mark.parametrize("keep", [0, 4, 9])
 @torch.no_grad()
-def test_the_verification_of_candidates_never_warns_or_raises(keep):
+def test_the_verification_of_candidates_never_warns_or_raises(keep, other):
     model = llama()
-    call = {**with_cache(model, filled_cache(model)), "logits_to_keep": keep}
+    call = {**with_cache(model, filled_cache(model)), "logits_to_keep": keep, **other}
     assert_silent_stock(model, "verification", tokens(model, 1, 4), **call)
 
 

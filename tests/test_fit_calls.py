@@ -64,6 +64,26 @@ def test_of_fewer_than_eight_sequences_the_last_is_held_out(count, size):
     assert told[-1] == (count + 1, count + 1)  # count - 1 read, one scored for each lambda
 
 
+def test_sequences_of_an_iterator_are_held_out_as_those_of_a_list():
+    model = shared("llama")
+    parts = [tokens(model, 2, 24, seed=1), tokens(model, 1, 16, seed=2), tokens(model, 2, 20, seed=3)]
+    plan = plan_of(model, LAST)
+    ours = pop_ext.fit(model, plan, iter(parts), lambdas=[0.1, 10])
+    theirs = pop_ext.fit(model, plan, [*parts[:2], parts[2][:1]], holdout=[parts[2][1:]], lambdas=[0.1, 10])
+    for layer in LAST:
+        assert_close_fp32(ours.projections.matrices[layer], theirs.projections.matrices[layer], "W", 1e-4)
+    assert (ours.projections.report.holdout, ours.projections.report.sequences) == (1, 4)
+
+
+def test_a_nan_is_blamed_on_the_batch_that_has_it():
+    model = llama()
+    whole = tokens(model, 3, 12).clamp_min(1)
+    whole[0, 3] = 0
+    model.model.embed_tokens.weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match="got others from number 0"):
+        pop_ext.fit(model, plan_of(model, LAST), whole.split(1), lambdas=[0.1, 10])
+
+
 def test_a_single_lambda_needs_no_holdout():
     model = shared("llama")
     report = pop_ext.fit(model, plan_of(model, LAST), [tokens(model, 1, 9)], lambdas=[0.5]).projections.report

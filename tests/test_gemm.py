@@ -79,6 +79,17 @@ def test_blocks_change_a_product_by_rounding_alone(dtype):
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize(("rows", "alike"), [(1, True), (24, True), (25, False)])
+def test_up_to_24_rows_of_float32_are_streamed_past_whatever_computes_more(rows, alike):
+    x, weight = operands(rows, 700, 500, torch.float32)
+    results = []
+    for value in (0, 1):
+        with tuned(gemm_blocks=value):
+            results.append(linear(x, weight))
+    assert torch.equal(*results) == alike
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_product_has_the_same_bits_under_each_number_of_threads(dtype, blocks):
     x, weight = operands(300, 700, 500, dtype)

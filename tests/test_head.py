@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pop_ext
 import pytest
 import torch
+from models import shared, tokens
 from op_operands import DTYPES, random
 from pop_ext.head import apply_head
 from tolerance import assert_close_fp32, assert_low_precision
@@ -39,6 +41,13 @@ def test_a_plain_head_is_streamed_and_as_exact_as_the_module(dtype, shape, produ
         assert_low_precision(logits, head(hidden), exact, "logits")
 
 
+@pytest.mark.cpu
+def test_a_prefill_streams_its_plain_head(products):
+    model = shared("llama")
+    pop_ext.load(model).prefill(tokens(model, 2, 9), logits_to_keep=2)
+    assert products == [(2, 2, model.config.hidden_size)]
+
+
 class Scaled(nn.Linear):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -56,6 +65,23 @@ def hooked_before(head):
 
 def with_another_forward(head):
     head.forward = lambda x: nn.Linear.forward(head, x) * 3
+    return head
+
+
+class Reversed(torch.Tensor):
+    """Weights that mean something else than their elements say, as quantised ones do."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            return nn.functional.linear(args[0], args[1].as_subclass(torch.Tensor).flip(0))
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def with_a_weight_of_another_kind(head):
+    weight = head.weight.detach().as_subclass(Reversed)
+    del head._parameters["weight"]
+    head.weight = weight
     return head
 
 
@@ -80,6 +106,7 @@ OTHER_HEADS = {
     "a pre-hook": lambda: hooked_before(head_of()),
     "another forward": lambda: with_another_forward(head_of()),
     "a transposed weight": lambda: transposed(head_of()),
+    "a weight of another kind": lambda: with_a_weight_of_another_kind(head_of()),
     "a parametrisation": lambda: parametrised(head_of()),
     "no linear": lambda: nn.Sequential(head_of(), nn.Tanh()),
 }

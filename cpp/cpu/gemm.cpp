@@ -31,7 +31,7 @@ constexpr int64_t kSkinnyRowsBeforeBlocks = 32, kSkinnyRowsBeforeBlocksFloat32 =
 constexpr int64_t kBytesOfA = 32 << 20, kMostRows = 2048;
 constexpr int64_t kMostColumns = 384, kMostElements = 2048;
 constexpr int64_t kFewRows = 128, kMostColumnsForFewRows = 192;
-constexpr int64_t kFewestColumns = 64, kColumnsTogether = 16;
+constexpr int64_t kFewestColumns = 64, kColumnsTogether = 16, kElementsTogether = 16;
 constexpr int64_t kRowsTogether = 512;
 
 const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
@@ -77,9 +77,11 @@ void widen(DType dtype, const void* base, const float* scale, int64_t row, int64
   auto* data = static_cast<uint8_t*>(const_cast<void*>(base)) + row * stride + column;
   torch::stable::copy_(to,
                        torch::stable::from_blob(data, {rows, columns}, {stride, 1}, kCpu, ScalarType::Float8_e4m3fn));
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < columns; ++c) out[r * columns + c] *= scale[row + r];
-  }
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrainElements / columns), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      for (int64_t c = 0; c < columns; ++c) out[r * columns + c] *= scale[row + r];
+    }
+  });
 }
 
 // How a product is cut into blocks, one of which is one thread's at a time.
@@ -104,7 +106,7 @@ Blocks blocks_of(const GemmParams& p) {
   return {.widens = widens,
           .rows = widens ? std::min(p.m, std::clamp<int64_t>(fitting, 1, kMostRows)) : p.m,
           .columns = ceil_div(columns, kColumnsTogether) * kColumnsTogether,
-          .elements = ceil_div(p.k, ceil_div(p.k, kMostElements))};
+          .elements = ceil_div(ceil_div(p.k, ceil_div(p.k, kMostElements)), kElementsTogether) * kElementsTogether};
 }
 
 // a [rows, K], float32, of which w takes the elements from `k` on; into out [rows, columns], or added to it by way of

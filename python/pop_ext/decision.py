@@ -185,10 +185,13 @@ def _check_prefill(
         )
     if arguments.get("labels") is not None:
         raise _Stock("labels", "labels: a loss needs every row at full depth")
+    rows = _too_many_rows(arguments.get("logits_to_keep", 0), columns, arguments.get("past_key_values"))
+    if rows is not None and not rows.declined:
+        raise rows
     _check_outputs(model, arguments)
     _check_inference(model, tokens.device.type)
-    # All rows are wanted unless a call says otherwise: what it says of other things is the better reason.
-    _check_rows(arguments.get("logits_to_keep", 0), columns, arguments.get("past_key_values"))
+    if rows is not None:  # all are wanted unless a call says otherwise: what it does say is the better reason
+        raise rows
     if not getattr(config, "is_causal", True):
         raise _Stock("attention", "config.is_causal=False: a pruned prefill is causal")
     around = vision_of(model)
@@ -222,18 +225,18 @@ def _new_tokens(arguments: dict[str, Any]) -> torch.Tensor:
     return tokens
 
 
-def _check_rows(keep: Any, columns: int, cache: Any) -> None:
-    """Whether more rows come than logits are wanted."""
+def _too_many_rows(keep: Any, columns: int, cache: Any) -> _Stock | None:
+    """Why logits are not wanted of fewer rows than come; None: they are."""
     if not is_int(keep):
         found = "a tensor of indices" if isinstance(keep, torch.Tensor) else f"a {type(keep).__name__}"
-        raise _Stock("logits_to_keep", f"logits_to_keep is {found}: expected a number of last rows, an int")
+        return _Stock("logits_to_keep", f"logits_to_keep is {found}: expected a number of last rows, an int")
     if 0 < keep < columns:
-        return
+        return None
     wanted = "all" if keep == 0 or keep >= columns else "other than the last"
     reason = f"logits_to_keep={keep}: logits of {wanted} rows are wanted, so every row needs full depth"
     # Speculative decoding verifies its candidates so.
     verification = wanted == "all" and bool(getattr(cache, "get_seq_length", int)() > 0)
-    raise _Stock("verification" if verification else "logits_to_keep", reason, declined=not verification)
+    return _Stock("verification" if verification else "logits_to_keep", reason, declined=not verification)
 
 
 def _check_outputs(model: nn.Module, arguments: dict[str, Any]) -> None:

@@ -41,8 +41,7 @@ def _check_model(model: object) -> None:
 
 
 def _forward_of(model: nn.Module) -> PrefillForward | None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
+    _check_model(model)
     inner = _inner(model)
     forward = inner.__dict__.get(forward_place(inner))
     if isinstance(forward, PrefillForward):

@@ -60,7 +60,7 @@ def fit(
             any device. As before afterwards.
         plan: omits at least one layer; projections that it has are not looked at.
         batches: an iterable of input_ids, int [batch, T], without padding; read once. One forward a batch, two if
-            the plan has several runs.
+            the plan has several runs; until a sequence is held out each batch's last has its own.
         holdout: likewise, of sequences that are not in ``batches``. None: every eighth sequence of the batches is
             held out, of fewer than eight the last one, and not fitted on.
         lambdas: ridges to choose from, relative to the mean diagonal of the Gram matrix, > 0; inf stands for the
@@ -182,38 +182,38 @@ class _Reader:
         self.moments = [RunMoments({i: original_projection(self.layers[i]) for i in run}) for run in plan.runs]
         self.sequences = 0
         self._seen = 0
-        self._last: Tensor | None = None  # [1, T], held out if it stays the last of a few
+        self._last: tuple[int, Tensor] | None = None  # batch, [1, T]: held out if it stays the last of a few
 
     def read(self, batches: Batches) -> None:
         for number, ids in enumerate(checked(batches, self.model, least=2)):
             if self._seen == 0:  # refuses, by name, what projects K and V in another way
                 reference.prefill(self.model, ids[:1, :2], self.plan, boundary=1)
-            for fitted in self._hold_back(ids):
-                self._add(fitted)
-            if not all(run.is_finite() for run in self.moments):
-                raise ValueError(f"batches: expected finite hidden states, K and V, got others from number {number}")
+            for part in self._hold_back(number, ids):
+                self._add(*part)
         if self.held is not None and self._last is not None and self.sequences > 0:
-            self.held.append(self._last)
+            self.held.append(self._last[1])
         elif self._last is not None:
-            self._add(self._last)
+            self._add(*self._last)
         if self.sequences == 0:
             raise ValueError("batches: expected at least one sequence to fit on, got none")
 
-    def _hold_back(self, ids: Tensor) -> list[Tensor]:
-        """Keeps every eighth sequence for later, until there is one the last, and returns what is to be fitted."""
+    def _hold_back(self, number: int, ids: Tensor) -> list[tuple[int, Tensor]]:
+        """What is to be fitted of batch ``number``: every eighth sequence is held out; until one is, the last waits."""
         seen = range(self._seen, self._seen + len(ids))
         self._seen += len(ids)
         if self.held is None:
-            return [ids]
-        out = torch.tensor([number % HOLD_EVERY == HOLD_EVERY - 1 for number in seen], device=ids.device)
+            return [(number, ids)]
+        out = torch.tensor([index % HOLD_EVERY == HOLD_EVERY - 1 for index in seen], device=ids.device)
         self.held.extend(sequence[None] for sequence in ids[out])
         fitted, last, self._last = ids[~out], self._last, None
         if not self.held:
-            fitted, self._last = fitted[:-1], fitted[-1:]
-        return [part for part in (last, fitted) if part is not None and len(part)]
+            fitted, self._last = fitted[:-1], (number, fitted[-1:])
+        return [part for part in (last, (number, fitted)) if part is not None and len(part[1])]
 
-    def _add(self, ids: Tensor) -> None:
+    def _add(self, number: int, ids: Tensor) -> None:
         self._sum_up(ids)
+        if not all(run.is_finite() for run in self.moments):
+            raise ValueError(f"batches: expected finite hidden states, K and V, got others from number {number}")
         self.sequences += len(ids)
         self.advance(len(ids))
 

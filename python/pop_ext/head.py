@@ -33,5 +33,7 @@ def _is_plain(head: Any, hidden: torch.Tensor) -> bool:
     if not of_linear or foreign_code_of(head) is not None or has_global_hooks() or torch.is_autocast_enabled("cpu"):
         return False
     weight = head.weight
+    if type(weight) not in (torch.Tensor, nn.Parameter) or weight.layout is not torch.strided:
+        return False
     alike = weight.dtype == hidden.dtype and weight.device == hidden.device
-    return type(weight) in (torch.Tensor, nn.Parameter) and alike and weight.stride(-1) == 1
+    return alike and weight.stride(-1) == 1

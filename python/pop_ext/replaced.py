@@ -15,7 +15,7 @@ from pop_ext.families import decoder_of, decoder_path
 
 
 class InnerModules:
-    """The modules whose forward the native loop stands for, as they were found. ``lm_head`` is called as a module.
+    """The modules whose forward the native loop stands for, as they were found. ``lm_head`` is none of them (head.py).
 
     A call looks at hundreds of them while a GPU has nothing to do yet: whether they are where they were is seen faster
     than they are found again.
