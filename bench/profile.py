@@ -35,8 +35,6 @@ STAGES = ("place_rows", "embed", *LAYER_STAGES, "kv_project", "boundary", "final
 REST = "rest"
 """Outside of the stages: checks, cache, on CUDA also the time that no kernel of a stage runs."""
 
-PROFILED_ROUNDS = 5
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -127,9 +125,7 @@ class _Probe:
         self.calls.append(dict(times)[CALL] if whole is None else whole)
 
 
-def profile_plans(
-    model: Any, input_ids: torch.Tensor, plans: Sequence[Plan], rounds: int = PROFILED_ROUNDS
-) -> list[StageProfile]:
+def profile_plans(model: Any, input_ids: torch.Tensor, plans: Sequence[Plan], rounds: int = 5) -> list[StageProfile]:
     """Profiles of one prompt under several plans, held against what this device reaches now.
 
     Args:
@@ -149,7 +145,9 @@ def profile_plans(
     bandwidths = []
     for turn in range(rounds):
         interleave(products[:: -1 if turn % 2 else 1], WallClock(native.device), repeats=1)
-        bandwidths += [max(rates.values())] if (rates := measure_bandwidth(native.device)) else []
+        rates = measure_bandwidth(native.device)
+        if rates:
+            bandwidths.append(max(rates.values()))
         for probe in probes if turn % 2 == 0 else reversed(probes):
             probe.sample()
     peak, bandwidth = peak_rate(products), statistics.median(bandwidths) if bandwidths else None

@@ -33,6 +33,15 @@ def operands(rows: int, columns: int, width: int, dtype: torch.dtype) -> tuple[T
     return random(rows, width, dtype=dtype), random(columns, width, dtype=dtype, seed=1) / width**0.5
 
 
+def whole_and_in_blocks(x: Tensor, weight: Tensor) -> list[Tensor]:
+    """The product under `gemm_blocks` 0 and 1."""
+    results = []
+    for value in (0, 1):
+        with tuned(gemm_blocks=value):
+            results.append(linear(x, weight))
+    return results
+
+
 def check(x: Tensor, weight: Tensor) -> None:
     actual, exact = linear(x, weight), F.linear(x.double(), weight.double())
     if x.dtype == torch.float32:
@@ -70,11 +79,7 @@ def test_a_product_of_operands_with_gaps_between_rows_is_as_exact_as_torchs(rows
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_blocks_change_a_product_by_rounding_alone(dtype):
-    x, weight = operands(300, 700, 500, dtype)
-    results = []
-    for value in (0, 1):
-        with tuned(gemm_blocks=value):
-            results.append(linear(x, weight))
+    results = whole_and_in_blocks(*operands(300, 700, 500, dtype))
     tolerance = 2e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
@@ -82,12 +87,7 @@ def test_blocks_change_a_product_by_rounding_alone(dtype):
 @pytest.mark.cpu
 @pytest.mark.parametrize(("rows", "alike"), [(1, True), (24, True), (25, False)])
 def test_up_to_24_rows_of_float32_are_streamed_past_whatever_computes_more(rows, alike):
-    x, weight = operands(rows, 700, 500, torch.float32)
-    results = []
-    for value in (0, 1):
-        with tuned(gemm_blocks=value):
-            results.append(linear(x, weight))
-    assert torch.equal(*results) == alike
+    assert torch.equal(*whole_and_in_blocks(*operands(rows, 700, 500, torch.float32))) == alike
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pop_ext.forward import PrefillForward
+from pop_ext.model_argument import uncompiled
 from pop_ext.restore import forward_place
 
 Batches = Iterable[Tensor]
@@ -22,7 +23,7 @@ def stock_model(model: Any) -> Any:
     Raises:
         TypeError: no model with a config.
     """
-    inner = getattr(model, "_orig_mod", model)
+    inner = uncompiled(model)
     if not isinstance(inner, nn.Module) or not hasattr(inner, "config"):
         raise TypeError(f"model: expected a Hugging Face causal language model, got {type(inner).__name__}")
     return inner

@@ -14,6 +14,7 @@ from torch import nn
 
 from pop_ext import _core
 from pop_ext.families import FAMILIES, Family, UnsupportedModelError, decoder_of, dropped_softcap, family_of
+from pop_ext.model_argument import check_module
 
 # What a family without the module leaves out of its spec.
 _OPTIONAL = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "o_bias", "gate_bias", "up_bias", "down_bias")
@@ -81,8 +82,7 @@ def describe(model: Any) -> Description:
         UnsupportedModelError: architecture, module, dtype or placement the native runtime has no form for.
         TypeError: no model at all.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
+    check_module(model)
     description = map_weights(model)
     _check_placement(description.weights)
     return description

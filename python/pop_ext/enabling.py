@@ -15,6 +15,7 @@ from torch import nn
 from pop_ext.decision import Decision, text_config
 from pop_ext.forward import PrefillForward
 from pop_ext.loaded import check_fp8
+from pop_ext.model_argument import check_module, uncompiled
 from pop_ext.native import check_plan
 from pop_ext.plan import Plan
 from pop_ext.presets import default_plan
@@ -28,20 +29,14 @@ _BACKENDS = ("native", "reference")
 
 def _inner(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of ``torch.compile`` and PEFT, which call its ``forward``."""
-    inner: Any = getattr(model, "_orig_mod", model)
+    inner: Any = uncompiled(model)
     if type(inner).__module__.startswith("peft.") and hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     return inner
 
 
-def _check_model(model: object) -> None:
-    """Raises TypeError unless it is a module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
-
-
 def _forward_of(model: nn.Module) -> PrefillForward | None:
-    _check_model(model)
+    check_module(model)
     inner = _inner(model)
     forward = inner.__dict__.get(forward_place(inner))
     if isinstance(forward, PrefillForward):
@@ -79,7 +74,7 @@ def enable(
     """
     if backend not in _BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(_BACKENDS)}, got {backend!r}")
-    _check_model(model)
+    check_module(model)
     if not isinstance(strict, bool):
         raise TypeError(f"strict: expected a bool, got {type(strict).__name__}")
     check_fp8(fp8)
@@ -116,7 +111,7 @@ def enabled(
     model: Model, plan: Plan | None = None, strict: bool = False, backend: str = "native", fp8: bool = False
 ) -> Iterator[Model]:
     """``enable`` for the length of a ``with`` block; afterwards the model is as it was before, enabled or not."""
-    _check_model(model)
+    check_module(model)
     inner = _inner(model)
     before = inner.__dict__.get(forward_place(inner))
     enable(model, plan, strict, backend, fp8)

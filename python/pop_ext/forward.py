@@ -25,7 +25,7 @@ from pop_ext.native import NativeModel
 from pop_ext.plan import Plan
 from pop_ext.projections import FitMismatch, check_fit
 from pop_ext.reference_checks import find_parts
-from pop_ext.replaced import InnerModules, foreign_code_of, has_global_hooks, is_own_forward, is_patched
+from pop_ext.replaced import InnerModules, is_own_forward, is_patched, runs_as_written
 from pop_ext.restore import cache_restored_on_error
 from pop_ext.shells import shell_of
 from pop_ext.vision import prefill_around
@@ -173,8 +173,7 @@ class PrefillForward:
         if not works_beside_the_host(native.device) or native.description.model() is not model:
             return False
         rotary = decoder_of(model).rotary_emb
-        as_it_was = native.inner.has(rotary) and foreign_code_of(rotary) is None and not is_patched(type(rotary))
-        return as_it_was and not has_global_hooks()
+        return native.inner.has(rotary) and runs_as_written(rotary)
 
     def _start_before_the_look(self, call: Call) -> Any | None:
         """The output of a call that begins at once; None: something of the model has changed, nothing of the call has.

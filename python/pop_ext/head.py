@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pop_ext.replaced import foreign_code_of, has_global_hooks, is_patched
+from pop_ext.replaced import runs_as_written
 
 
 def apply_head(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -29,8 +29,8 @@ def apply_head(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 def _is_plain(head: Any, hidden: torch.Tensor) -> bool:
     """Whether a module computes ``hidden @ weight.T`` and nothing else, and nobody has put anything on it."""
-    of_linear = type(head) is nn.Linear and head._parameters.get("bias") is None and not is_patched(nn.Linear)
-    if not of_linear or foreign_code_of(head) is not None or has_global_hooks() or torch.is_autocast_enabled("cpu"):
+    of_linear = type(head) is nn.Linear and head._parameters.get("bias") is None and runs_as_written(head)
+    if not of_linear or torch.is_autocast_enabled("cpu"):
         return False
     weight = head.weight
     if type(weight) not in (torch.Tensor, nn.Parameter) or weight.layout is not torch.strided:

@@ -15,6 +15,7 @@ from pop_ext.families import Family, decoder_of
 from pop_ext.head import apply_head
 from pop_ext.kv_cache import CacheTransaction, keeps_only_windows
 from pop_ext.loaded import Loaded, check_fp8
+from pop_ext.model_argument import uncompiled
 from pop_ext.origin import check_origin
 from pop_ext.packing import PackedBatch, PerSequence, lengths, offsets
 from pop_ext.plan import Plan
@@ -366,4 +367,4 @@ def load(model: PreTrainedModel, plan: Plan | None = None, fp8: bool = False) ->
         UnsupportedModelError (a ValueError): architecture or weights without a native form, or none with ``fp8``.
         ValueError, TypeError: a plan for another depth or made with another model, no plan, or no model.
     """
-    return NativeModel(getattr(model, "_orig_mod", model), plan, fp8)
+    return NativeModel(uncompiled(model), plan, fp8)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from pop_ext.cache_names import cache_argument, with_cache
+from pop_ext.model_argument import uncompiled
 from pop_ext.projections import Projections, key_value_weights, without_gamma
 from pop_ext.reference_caches import (
     OneSequence,
@@ -104,7 +105,7 @@ def prefill(
     RoPE frequencies that depend on the length ("dynamic", "longrope") follow the largest position of the whole call, as
     in one stock call over the batch. The sliding window counts real positions of the sequence, not columns.
     """
-    stock: Module = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    stock: Module = uncompiled(model)
     parts = find_parts(stock)
     if plan is None:
         from pop_ext.presets import default_plan

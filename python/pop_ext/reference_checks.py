@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pop_ext.model_argument import check_module
 from pop_ext.origin import check_origin
 from pop_ext.projections import check_fit
 
@@ -42,9 +43,8 @@ class Parts:
 
 def find_parts(model: Module) -> Parts:
     """Decoder, its layers and its rotary module; a ValueError names what the model lacks, a TypeError what is none."""
-    name, is_module = type(model).__name__, isinstance(model, torch.nn.Module)
-    if not is_module:
-        raise TypeError(f"model: expected a Hugging Face model, got {name}")
+    check_module(model)
+    name = type(model).__name__
 
     def require(owner: Any, attribute: str, where: str) -> Any:
         value = getattr(owner, attribute, None)

@@ -83,6 +83,11 @@ def foreign_code_of(module: nn.Module) -> str | None:
     return "a replaced forward" if "forward" in own and not is_own_forward(module, own["forward"]) else None
 
 
+def runs_as_written(module: nn.Module) -> bool:
+    """Whether a call of a module runs its class's own forward, and no hook but idle ones."""
+    return foreign_code_of(module) is None and not is_patched(type(module)) and not has_global_hooks()
+
+
 def is_own_forward(module: nn.Module, forward: Any) -> bool:
     """Whether a ``forward`` put on an instance is its class's own, bound to it or compiled.
 
