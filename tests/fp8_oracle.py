@@ -27,18 +27,23 @@ def rounded(x: Tensor) -> Tensor:
 
 
 class RoundedLinear(nn.Module):
-    """A Linear whose weight and input are rounded to e4m3 row by row, computed in float32."""
+    """A Linear whose weight and input are rounded to e4m3 row by row, computed in float32.
 
-    def __init__(self, linear: nn.Linear) -> None:
+    With `noise`, elements of the input are first moved by about so much of themselves.
+    """
+
+    def __init__(self, linear: nn.Linear, noise: float) -> None:
         super().__init__()
-        self.linear = linear
+        self.linear, self.noise = linear, noise
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.noise:
+            x = x * (1 + self.noise * torch.randn_like(x))
         bias = None if self.linear.bias is None else self.linear.bias.float()
         return F.linear(rounded(x), rounded(self.linear.weight), bias).to(x.dtype)
 
 
-def rounded_twin(model: Any, plan: Plan) -> Any:
+def rounded_twin(model: Any, plan: Plan, noise: float = 0.0) -> Any:
     """A copy whose layers round where the native prefill does: all that context rows pass through."""
     twin = copy.deepcopy(model)
     for index, layer in enumerate(twin.model.layers):
@@ -47,5 +52,5 @@ def rounded_twin(model: Any, plan: Plan) -> Any:
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear):
                 parent = layer.get_submodule(name.rpartition(".")[0])
-                setattr(parent, name.rpartition(".")[2], RoundedLinear(module))
+                setattr(parent, name.rpartition(".")[2], RoundedLinear(module, noise))
     return twin

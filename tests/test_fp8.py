@@ -48,13 +48,28 @@ def test_a_product_is_that_of_the_rounded_operands(dtype, shape):
 # A whole prefill
 
 
+def calm_tokens(model, plan):
+    """Ids at which no operand of the first layer is so close to a tie that float32's last bits decide about it: a few
+    such ties move what follows by more than the tests below allow."""
+    for seed in range(20):
+        ids = tokens(model, 2, 40, seed=seed)
+        exact, calm, *moved = (
+            stored_layers(run_oracle(m, plan, ids).cache)[1].values
+            for m in (model, rounded_twin(model, plan), *(rounded_twin(model, plan, noise=1e-7) for _ in range(4)))
+        )
+        if all(rms(values - calm) < 0.03 * rms(exact - calm) for values in moved):
+            return ids
+    raise AssertionError("expected such ids within 20 seeds")
+
+
 @pytest.mark.parametrize("omit", [(), LAST, GAPS], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.cpu  # CUDA devices take bfloat16 alone
 def test_a_prefill_equals_the_oracle_of_rounded_operands(family, omit):
     """But for rounding that tips over, more of it in each layer: a part of what rounding does, a small one at first."""
     model = shared(family)
-    plan, ids = plan_of(model, omit, 2), tokens(model, 2, 40)
+    plan = plan_of(model, omit, 2)
+    ids = calm_tokens(model, plan)
     exact, expected = (run_oracle(m, plan, ids, logits_to_keep=2) for m in (model, rounded_twin(model, plan)))
     actual = pop_ext.load(model, plan, fp8=True).prefill(ids, logits_to_keep=2)
     assert rms(actual.logits - expected.logits) < 0.5 * rms(exact.logits - expected.logits)
