@@ -29,8 +29,8 @@ class Arm(Timed):
         make: builds ``call``; what it raises is the arm's result.
         plan: of a native arm; None for Hugging Face.
         options: of the backend during its calls.
-        fp8: its products are in 8-bit floats.
-        folded_bytes: folded K/V weights, and with fp8 8-bit ones: memory that the arm adds to the checkpoint's.
+        copies: how it is loaded with copies of weights: "fp8" or "prepack"; None: without.
+        folded_bytes: folded K/V weights and such copies: memory that the arm adds to the checkpoint's.
         warmup: seconds of the calls before the timed ones; the first may compile.
         memory: of one call.
         error: RMS difference of its logits to hf-eager's, relative to theirs.
@@ -41,11 +41,16 @@ class Arm(Timed):
     make: Callable[[Arm], Callable[[], Any]]
     plan: Plan | None = None
     options: Mapping[str, int] = field(default_factory=dict)
-    fp8: bool = False
+    copies: str | None = None
     folded_bytes: int | None = None
     warmup: tuple[float, ...] = ()
     memory: MemoryUse | None = None
     error: float | None = None
+
+    @property
+    def load_options(self) -> dict[str, bool]:
+        """For ``pop_ext.load`` and ``enable``."""
+        return {} if self.copies is None else {self.copies: True}
 
     @property
     def full_depth(self) -> bool:
@@ -81,7 +86,7 @@ def make_arms(
     compile_mode: str | None = None,
     via: str = "enable",
     tunings: Sequence[Mapping[str, int]] = (),
-    fp8: bool = False,
+    copies: Sequence[str] = (),
 ) -> list[Arm]:
     """All arms of a case; none is prepared yet.
 
@@ -93,7 +98,7 @@ def make_arms(
         compile_mode: mode of ``torch.compile`` for hf-compile. None: no such arm.
         via: "enable": the enabled model is called like the stock one; "prefill": ``native.prefill``.
         tunings: options of the backend; each makes one more arm of every plan.
-        fp8: one more arm of native-full and of every plan, with products in 8-bit floats.
+        copies: "fp8", "prepack": each makes one more arm of native-full and of every plan.
     """
     batch, tokens = input_ids.shape
     flops = stock_flops(spec, batch, tokens)
@@ -120,8 +125,9 @@ def make_arms(
         flops = plan_flops(spec, plan, batch, tokens)
         make = _enabled_maker(model, input_ids) if via == "enable" else _loaded_maker(model, input_ids)
         arms.append(Arm(name=name, what=what, flops=flops, make=make, plan=plan))
-        if fp8:
-            arms.append(Arm(name=f"{name} fp8", what=f"{what}; fp8", flops=flops, make=make, plan=plan, fp8=True))
+        for copy_ in copies:
+            text = f"{what}; {copy_}"
+            arms.append(Arm(name=f"{name} {copy_}", what=text, flops=flops, make=make, plan=plan, copies=copy_))
         for options in tunings if plan is not full else ():
             text = options_text(options)
             arms.append(
@@ -169,7 +175,7 @@ def _compiled(model: Any, input_ids: torch.Tensor, mode: str) -> Callable[[], An
 def _enabled_maker(model: Any, input_ids: torch.Tensor) -> Callable[[Arm], Callable[[], Any]]:
     def make(arm: Arm) -> Callable[[], Any]:
         view = copy.copy(model)  # shares every module and weight; only its `forward` is its own
-        pop_ext.enable(view, arm.plan, strict=True, fp8=arm.fp8)
+        pop_ext.enable(view, arm.plan, strict=True, **arm.load_options)
         arm.folded_bytes = view.forward.native.extra_bytes
         with torch.no_grad():
             decision = pop_ext.explain(view, input_ids=input_ids, use_cache=True, logits_to_keep=1)
@@ -182,7 +188,7 @@ def _enabled_maker(model: Any, input_ids: torch.Tensor) -> Callable[[Arm], Calla
 
 def _loaded_maker(model: Any, input_ids: torch.Tensor) -> Callable[[Arm], Callable[[], Any]]:
     def make(arm: Arm) -> Callable[[], Any]:
-        native = pop_ext.load(model, arm.plan, arm.fp8)
+        native = pop_ext.load(model, arm.plan, **arm.load_options)
         arm.folded_bytes = native.extra_bytes
         return lambda: native.prefill(input_ids)
 

@@ -33,7 +33,7 @@ class Settings:
         compile_mode: of hf-compile; None leaves that arm out.
         via: how native arms are called (``bench.arms``).
         tunings: options of the backend that make arms of their own (``bench.arms``).
-        fp8: so do products in 8-bit floats.
+        copies: so do these copies of weights ("fp8", "prepack").
         quiet: no progress bar.
     """
 
@@ -42,7 +42,7 @@ class Settings:
     compile_mode: str | None = None
     via: str = "enable"
     tunings: tuple[Mapping[str, int], ...] = ()
-    fp8: bool = False
+    copies: tuple[str, ...] = ()
     quiet: bool = False
 
 
@@ -147,7 +147,7 @@ def run_case(
     device = next(model.model.parameters()).device
     dtype = next(model.model.parameters()).dtype
     ids = torch.randint(0, spec.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(device)
-    how = (settings.compile_mode, settings.via, settings.tunings, settings.fp8)
+    how = (settings.compile_mode, settings.via, settings.tunings, settings.copies)
     arms = arms_of(model.model, spec, ids, plans, *how)
     gemms = reference_gemms(spec, batch * tokens, dtype, device)
     case = Case(model, spec, batch, tokens, dtype, arms, gemms)
@@ -208,7 +208,7 @@ def _check_logits(arm: Arm, logits: torch.Tensor, expected: torch.Tensor) -> Non
         arm.failed = f"logits: expected shape {list(expected.shape)}, got {list(logits.shape)}"
         return
     arm.error = float((logits - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-    if arm.full_depth and not arm.error <= (_LARGEST_ERROR_FP8 if arm.fp8 else _LARGEST_ERROR):
+    if arm.full_depth and not arm.error <= (_LARGEST_ERROR_FP8 if arm.copies == "fp8" else _LARGEST_ERROR):
         arm.failed = f"logits differ from {HF_EAGER}'s by {100 * arm.error:.1f} % (RMS), at full depth"
 
 

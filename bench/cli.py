@@ -84,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
         help='options of the backend, such as "gemm_blocks=0" or "overlap=1,sdpa_rows=0"; each makes its own arms',
     )
     p.add_argument("--fp8", action="store_true", help="native arms with products in 8-bit floats, too")
+    p.add_argument("--prepack", action="store_true", help="native arms with prepacked weights, too (CPU)")
     p.add_argument("--profile", action="store_true", help="where a native prefill's time goes, stage by stage")
     p.add_argument("--kernels", action=argparse.BooleanOptionalAction, default=None, help="the kernel table")
     p.add_argument("--cases", action=argparse.BooleanOptionalAction, default=True, help="the comparisons")
@@ -279,8 +280,9 @@ class Run:
         """Runs one case, prints it and keeps its figures."""
         options = self.options
         tunings = tuple(parse_options(text) for text in options.tune)
+        copies = tuple(name for name in ("fp8", "prepack") if getattr(options, name))
         settings = Settings(
-            options.repeats, options.warmup, compiled, options.via, tunings, options.fp8, quiet=options.quiet
+            options.repeats, options.warmup, compiled, options.via, tunings, copies, quiet=options.quiet
         )
         try:
             spec, plans = describe(model.model).spec, self.plans(model)

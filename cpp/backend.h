@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 
 #include "cache_address.h"
@@ -112,6 +113,22 @@ struct QuantizeRowsParams {
 // n and k of products of e4m3 are multiples of it.
 inline constexpr int64_t kFp8Multiple = 16;
 
+// A weight in a layout of a backend's own, for products of many rows: memory beside that of the plain one.
+class PackedWeight {
+ public:
+  PackedWeight() = default;
+  virtual ~PackedWeight() = default;
+  PackedWeight(const PackedWeight&) = delete;
+  PackedWeight& operator=(const PackedWeight&) = delete;
+};
+
+struct PrepackParams {
+  DType dtype;
+  int64_t n, k;
+  const void* w;  // [n, k]
+  int64_t w_stride;
+};
+
 // out = a . w^T; with scales a and w are e4m3, and out = (a . w^T) * a_scale * w_scale^T.
 struct GemmParams {
   DType dtype;
@@ -122,8 +139,9 @@ struct GemmParams {
   int64_t w_stride;
   void* out;  // [m, n]
   int64_t out_stride;
-  const float* a_scale = nullptr;  // [m], or null
-  const float* w_scale = nullptr;  // [n], with a_scale
+  const float* a_scale = nullptr;        // [m], or null
+  const float* w_scale = nullptr;        // [n], with a_scale
+  const PackedWeight* packed = nullptr;  // w again, where it is prepacked
 };
 
 // K and V of one layer. Element [sequence, head, slot, channel]; channels are contiguous.
@@ -272,6 +290,12 @@ class Backend {
   virtual void quantize_rows(const QuantizeRowsParams&) = 0;
   // Why products of e4m3 with results of `dtype` cannot be computed here; empty if they can.
   virtual std::string fp8_missing(DType dtype) const = 0;
+  // Why weights of `dtype` cannot be prepacked here; empty if they can.
+  virtual std::string prepack_missing(DType /*dtype*/) const { return "expected a model on a CPU"; }
+  // Only where nothing is missing.
+  virtual std::shared_ptr<const PackedWeight> prepack(const PrepackParams&) const { return nullptr; }
+  // The most rows of a dense MLP that its products are best given at once.
+  virtual int64_t mlp_rows(DType /*dtype*/) const { return 2048; }
   // Products that do not depend on each other: those of few rows may share a launch.
   virtual void gemm(const GemmParams* products, int64_t count) = 0;
   virtual void rope_cache_write(const RopeCacheWriteParams&) = 0;

@@ -85,8 +85,13 @@ def one_thread_and_one_seed():
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects by marker
-def pytest_collection_modifyitems(items):
-    """Marks the tests of ON_THE_CPU; those marked `cuda` are skipped, under one reason, where there is no GPU."""
+def pytest_collection_modifyitems(config, items):
+    """Marks the tests of ON_THE_CPU; those marked `cuda` are skipped, under one reason, where there is no GPU; those
+    marked `avx512_bf16` are left out on another processor, where the closing line says so."""
+    if not instruction_sets.has_avx512_bf16():
+        elsewhere = [item for item in items if item.get_closest_marker("avx512_bf16") is not None]
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if item not in elsewhere]
     for item in items:
         if item.module.__name__ in ON_THE_CPU:
             item.add_marker(pytest.mark.cpu)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pop_ext  # noqa: F401  (registers torch.ops.pop)
 import torch
@@ -18,10 +19,18 @@ def lesser() -> list[str]:
     return ISAS[: ISAS.index(torch.ops.pop.cpu_isa())]
 
 
+def has_avx512_bf16() -> bool:
+    """Of the processor, whatever POP_CPU_ISA says or emulates."""
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 def report() -> str:
     """Which sets this run tests, and which the processor, or POP_CPU_ISA, keeps it from."""
     best = torch.ops.pop.cpu_isa()
-    untested = ISAS[ISAS.index(best) + 1 :]
+    untested = ISAS[ISAS.index(best) + 1 :] + ([] if has_avx512_bf16() else ["prepacked weights"])
     return f"instruction sets: {', '.join([*lesser(), best])}; not run here: {', '.join(untested) or 'none'}"
 
 

@@ -85,8 +85,8 @@ def generate() -> str:
         "",
         "`native.refresh()` takes the weights as they are then; an enabled model does so by itself. A change through",
         "`.data` moves no version counter: of the weights that were folded, 64 values are compared, so that a change",
-        "may pass unseen that leaves those alone; with `fp8` so are those of all other matrices. Other weights are",
-        "read where they are, and `.data` changes to them just apply.",
+        "may pass unseen that leaves those alone; with `fp8` or `prepack` so are those of all other matrices. Other",
+        "weights are read where they are, and `.data` changes to them just apply.",
         "",
     ]
     return "\n".join(lines)

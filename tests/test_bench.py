@@ -371,6 +371,22 @@ def test_a_case_that_cannot_end_in_time_is_left_out_and_said_to_be(config_dir, t
     assert "24 tokens: left out, it would take" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("via", ["enable", "prefill"])
+def test_copies_of_weights_make_arms_that_are_loaded_with_them(tiny, via):
+    spec, ids = describe(tiny.model).spec, torch.zeros(1, 8, dtype=torch.int64)
+    arms = make_arms(tiny.model, spec, ids, [Plan.last(LAYERS)], None, via, copies=("fp8", "prepack"))
+    names = ["native-full", "pop 2/6"]
+    assert [arm.name for arm in arms[1:]] == [
+        f"{name}{copies}" for name in names for copies in ("", " fp8", " prepack")
+    ]
+    for arm in arms:
+        arm.prepare()
+        if arm.copies == "prepack":
+            assert "prepack: expected bfloat16 weights, got float32" in arm.failed
+    plain, fp8 = (arm.folded_bytes for arm in arms[1:3])
+    assert fp8 > plain
+
+
 def test_options_of_a_backend_make_arms_that_run_under_them(tiny, monkeypatch):
     state = {"overlap": 0}
     seen = []

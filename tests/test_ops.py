@@ -146,7 +146,7 @@ def test_prefill_passes_opcheck():
 
 # opcheck's comparison of eager and traced results knows numbers and tensors, no text; and a traced program holds a
 # model by its handle, a constant, so that nothing of these operators is ever traced. What remains is checked.
-TEXT_OPERATORS = ("info", "stale_weight", "cpu_isa", "foreign_schemas", "fp8_missing")
+TEXT_OPERATORS = ("info", "stale_weight", "cpu_isa", "foreign_schemas", "fp8_missing", "prepack_missing")
 WITHOUT_TEXT_COMPARISON = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
@@ -154,7 +154,8 @@ WITHOUT_TEXT_COMPARISON = ("test_schema", "test_autograd_registration", "test_fa
 def test_an_operator_that_returns_text_passes_what_opcheck_can_compare(name):
     native = pop_ext.load(shared(), plan_of(shared()))
     of_a_model = {"info": (native.handle,), "stale_weight": (native.handle,)}
-    args = {**of_a_model, "fp8_missing": (native.spec.to_json(), random(1))}.get(name, ())
+    of_a_spec = {op: (native.spec.to_json(), random(1)) for op in ("fp8_missing", "prepack_missing")}
+    args = {**of_a_model, **of_a_spec}.get(name, ())
     torch.library.opcheck(getattr(pop, name).default, args, test_utils=WITHOUT_TEXT_COMPARISON)
 
 

@@ -16,6 +16,7 @@
 #include "cpu/gemm.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/prepacked.h"
 #include "norm_over_heads.h"
 
 namespace pop {
@@ -96,6 +97,12 @@ class CpuBackend final : public Backend {
     }
     std::copy_n(p.host_begin, p.experts + 1, p.begin);
   }
+
+  std::string prepack_missing(DType dtype) const override { return cpu::prepack_missing(dtype); }
+
+  std::shared_ptr<const PackedWeight> prepack(const PrepackParams& p) const override { return cpu::prepack(p); }
+
+  int64_t mlp_rows(DType dtype) const override { return cpu::mlp_rows(dtype); }
 
   void gemm(const GemmParams* products, int64_t count) override {
     for (int64_t i = 0; i < count; ++i) cpu::gemm(products[i]);

@@ -9,6 +9,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/prepacked.h"
 #include "torch/aten.h"
 
 namespace pop::cpu {
@@ -19,10 +20,11 @@ using torch::stable::Tensor;
 
 // Up to so many rows skinny_gemm is used. Measured with K and N of 2048 and 8192: on two cores of a Zen 4 it streams w
 // at the speed of memory up to 6 rows and stays ahead of whole products by oneDNN (bfloat16, 4x at one row, 1.1x at 48)
-// and by MKL (float32, 2x at one row, 1.1x at 64), which pack their operands; on two of a Zen 3 ahead of blocks up to
-// 24 rows of float32 and 32 of bfloat16, and of 64 rows 1.4x and 1.2x behind.
-constexpr int64_t kSkinnyRows = 48, kSkinnyRowsFloat32 = 64;
-constexpr int64_t kSkinnyRowsBeforeBlocks = 32, kSkinnyRowsBeforeBlocksFloat32 = 24;
+// and by MKL (float32, 2x at one row, 1.1x at 64), which pack their operands; on two of a Zen 5 ahead of oneDNN up to
+// 24 rows, equal at 32 and 1.2x behind at 48; on two of a Zen 3 ahead of blocks up to 24 rows of float32 and 32 of
+// bfloat16, and of 64 rows 1.4x and 1.2x behind.
+constexpr int64_t kSkinnyRows = 32;  // of 16 bits
+constexpr int64_t kSkinnyRowsFloat32 = 64, kSkinnyRowsFloat32BeforeBlocks = 24;
 
 // A product in blocks holds at once so many bytes of a, widened; of each thread so many columns of w, of which
 // so many elements are widened; and their sums. The columns of a block were measured on a Zen 3 with K of 2048
@@ -169,11 +171,11 @@ void gemm_in_blocks(const GemmParams& p) {
 void gemm(const GemmParams& p) {
   if (p.m == 0 || p.n == 0) return;
   if (p.a_scale != nullptr) return gemm_in_blocks(p);
+  if (p.packed != nullptr && p.m > kSkinnyRowsBeforePacked) return packed_gemm(p);
   const bool float32 = p.dtype == DType::f32;
   const bool in_blocks = widen_first(p.dtype) || (float32 && gemm_blocks() != 0);
-  const int64_t whole_rows = float32 ? kSkinnyRowsFloat32 : kSkinnyRows;
-  const int64_t blocks_rows = float32 ? kSkinnyRowsBeforeBlocksFloat32 : kSkinnyRowsBeforeBlocks;
-  if (p.m <= (in_blocks ? blocks_rows : whole_rows)) {
+  const int64_t float32_rows = in_blocks ? kSkinnyRowsFloat32BeforeBlocks : kSkinnyRowsFloat32;
+  if (p.m <= (float32 ? float32_rows : kSkinnyRows)) {
     const int64_t grain = std::max<int64_t>(4, kGrainElements / std::max<int64_t>(1, p.k));
     torch::stable::parallel_for(0, p.n, grain,
                                 [&](int64_t begin, int64_t end) { kernels().skinny_gemm(p, begin, end); });
@@ -183,6 +185,10 @@ void gemm(const GemmParams& p) {
     aten::matmul_nt(p, kCpu);
   }
 }
+
+// A whole product of bfloat16 of 512 rows leaves an intermediate result of 8192 columns in the last-level cache, and
+// reads its weight from memory at a fraction of memory's speed. What is widened is widened once for all rows.
+int64_t mlp_rows(DType dtype) { return dtype == DType::bf16 && !widen_first(dtype) ? 512 : 2048; }
 
 int64_t set_gemm_blocks(int64_t value) { return gemm_blocks().exchange(value != 0); }
 

@@ -10,12 +10,16 @@ namespace pop {
 
 namespace {
 
+int64_t most_rows(const ModelSpec& spec, bool sparse, const Backend& backend) {
+  return sparse ? kMlpChunkRows : std::min(kMlpChunkRows, backend.mlp_rows(spec.dtype));
+}
+
 // Rows of each chunk: of about equal chunks, since a short last one reads all weights again for little.
-int64_t chunk_rows(int64_t rows) {
+int64_t chunk_rows(int64_t rows, int64_t most) {
   constexpr int64_t kTile = 128;
-  const int64_t chunks = (rows + kMlpChunkRows - 1) / kMlpChunkRows;
+  const int64_t chunks = (rows + most - 1) / most;
   const int64_t equal = (rows + chunks - 1) / chunks;
-  return std::min(kMlpChunkRows, (equal + kTile - 1) / kTile * kTile);
+  return std::min(most, (equal + kTile - 1) / kTile * kTile);
 }
 
 size_t inner_bytes(const ModelSpec& spec, int64_t rows) {
@@ -67,10 +71,10 @@ void sparse(const MlpCall& call, Backend& backend) {
 
 }  // namespace
 
-size_t mlp_workspace(const ModelSpec& spec, int64_t rows) {
-  const int64_t chunk = std::min(rows, kMlpChunkRows);
-  const size_t bytes = 2 * inner_bytes(spec, chunk);
-  return spec.has_experts() ? std::max(bytes, experts_workspace(experts_shape(spec), chunk)) : bytes;
+size_t mlp_workspace(const ModelSpec& spec, int64_t rows, const Backend& backend) {
+  const size_t bytes = 2 * inner_bytes(spec, std::min(rows, most_rows(spec, false, backend)));
+  if (!spec.has_experts()) return bytes;
+  return std::max(bytes, experts_workspace(experts_shape(spec), std::min(rows, most_rows(spec, true, backend))));
 }
 
 size_t quantized_mlp_bytes(const ModelSpec& spec, int64_t rows) {
@@ -79,7 +83,8 @@ size_t quantized_mlp_bytes(const ModelSpec& spec, int64_t rows) {
 
 void run_mlp(const MlpCall& call, Backend& backend) {
   if (call.rows == 0) return;
-  const int64_t element = element_size(call.spec.dtype), chunk = chunk_rows(call.rows);
+  const int64_t chunk = chunk_rows(call.rows, most_rows(call.spec, call.sparse, backend));
+  const int64_t element = element_size(call.spec.dtype);
   for (int64_t begin = 0; begin < call.rows; begin += chunk) {
     const MlpCall part{.spec = call.spec,
                        .weights = call.weights,

@@ -9,8 +9,8 @@
 
 namespace pop {
 
-// Rows of the MLP's intermediate activations held at a time: with it, extra memory does not
-// grow with intermediate_size * prompt.
+// Rows of the MLP's intermediate activations held at a time, of a dense MLP at most Backend::mlp_rows: with it, extra
+// memory does not grow with intermediate_size * prompt.
 inline constexpr int64_t kMlpChunkRows = 2048;
 
 struct MlpCall {
@@ -22,11 +22,11 @@ struct MlpCall {
   int64_t x_stride;
   void* out;  // [rows, hidden_size]; down_bias is left to who adds it to the residual stream
   int64_t out_stride;
-  void* workspace;          // mlp_workspace(spec, rows) bytes
+  void* workspace;          // mlp_workspace(spec, rows, backend) bytes
   QuantizedRows quantized;  // of quantized_mlp_bytes(spec, rows) bytes, and as many scales as a chunk has rows
 };
 
-size_t mlp_workspace(const ModelSpec& spec, int64_t rows);
+size_t mlp_workspace(const ModelSpec& spec, int64_t rows, const Backend& backend);
 
 // Of the rows of a chunk in 8-bit floats.
 size_t quantized_mlp_bytes(const ModelSpec& spec, int64_t rows);

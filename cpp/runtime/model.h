@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "backend.h"
 #include "core/model_spec.h"
 #include "core/plan.h"
 
@@ -15,6 +16,7 @@ struct Linear {
   int64_t stride = 0;
   // Of e4m3 data, [out_features]: a row is data * scale. Null: data is of the model's dtype.
   const float* scale = nullptr;
+  const PackedWeight* packed = nullptr;  // the same again, or null
 };
 
 // Matrices [count, out_features, in_features], `matrix_stride` elements apart.
@@ -53,6 +55,7 @@ struct Model {
   std::vector<LayerWeights> layers;
   std::vector<RunWeights> runs;  // of plan.projected_runs()
   bool fp8 = false;              // the other layers' products read e4m3 weights
+  bool prepacked = false;        // ... or, of many rows, prepacked ones
 };
 
 }  // namespace pop

@@ -57,7 +57,8 @@ inline GemmParams product(DType dtype, int64_t rows, int64_t n, int64_t k, const
           .out = out,
           .out_stride = out_stride,
           .a_scale = a.scale,
-          .w_scale = w.scale};
+          .w_scale = w.scale,
+          .packed = w.packed};
 }
 
 }  // namespace pop

@@ -5,14 +5,18 @@
 STABLE_TORCH_LIBRARY(pop, m) {
   // A model: weights are shared, not copied; only the K/V weights of omitted layers are folded
   // into new memory. `projections` stand in for those of the plan's omitted layers, in its order. With `fp8` the
-  // products of the other layers read copies of their matrices in 8-bit floats. The handle is freed by `unload`, and
-  // never reused.
-  m.def("load(str spec, str plan, Tensor[] weights, Tensor[]? projections=None, bool fp8=False) -> int");
+  // products of the other layers read copies of their matrices in 8-bit floats, with `prepack` those of many rows
+  // copies in the backend's layout. The handle is freed by `unload`, and never reused.
+  m.def(
+      "load(str spec, str plan, Tensor[] weights, Tensor[]? projections=None, bool fp8=False, bool prepack=False) "
+      "-> int");
   // Why `fp8` is not for a model of that spec with its weights on the device of `like`; "" if it is.
   m.def("fp8_missing(str spec, Tensor like) -> str");
+  // The same of `prepack`.
+  m.def("prepack_missing(str spec, Tensor like) -> str");
   m.def("unload(int model) -> ()");
   m.def("info(int model) -> str");
-  // Name of a weight whose memory, dtype or (where it was folded or quantised) values changed since `load`; "" for
+  // Name of a weight whose memory, dtype or (where it was folded or copied) values changed since `load`; "" for
   // none.
   m.def("stale_weight(int model) -> str");
 

@@ -18,10 +18,10 @@ namespace {
 constexpr const char* kOp = "pop::prefill";
 
 int64_t load(std::string spec, std::string plan, std::vector<Tensor> weights,
-             std::optional<std::vector<Tensor>> projections, bool fp8) try {
+             std::optional<std::vector<Tensor>> projections, bool fp8, bool prepack) try {
   const ModelSpec parsed = ModelSpec::from_json(spec);
   return register_model(
-      std::make_shared<LoadedModel>(parsed, Plan::from_json(plan), std::move(weights), projections, fp8));
+      std::make_shared<LoadedModel>(parsed, Plan::from_json(plan), std::move(weights), projections, fp8, prepack));
 } catch (const std::invalid_argument& error) {
   throw std::runtime_error(join("pop::load: ", error.what()));
 }
@@ -32,12 +32,20 @@ std::string fp8_missing_op(std::string spec, Tensor like) try {
   throw std::runtime_error(join("pop::fp8_missing: ", error.what()));
 }
 
+std::string prepack_missing_op(std::string spec, Tensor like) try {
+  return prepack_missing(ModelSpec::from_json(spec), like);
+} catch (const std::invalid_argument& error) {
+  throw std::runtime_error(join("pop::prepack_missing: ", error.what()));
+}
+
 void unload(int64_t model) { unregister_model(model); }
 
 std::string info(int64_t handle) {
   const auto loaded = find_model(handle);
   return join("{\"spec\": ", loaded->model().spec.to_json(), ", \"plan\": ", loaded->model().plan.to_json(),
-              ", \"fp8\": ", loaded->model().fp8 ? "true" : "false", ", \"extra_bytes\": ", loaded->extra_bytes(), "}");
+              ", \"fp8\": ", loaded->model().fp8 ? "true" : "false",
+              ", \"prepacked\": ", loaded->model().prepacked ? "true" : "false",
+              ", \"extra_bytes\": ", loaded->extra_bytes(), "}");
 }
 
 std::string stale_weight(int64_t handle) { return find_model(handle)->stale_weight(); }
@@ -214,6 +222,7 @@ std::string cpu_isa() { return cpu::kernels().name; }
 STABLE_TORCH_LIBRARY_IMPL(pop, CompositeExplicitAutograd, m) {
   m.impl("load", TORCH_BOX(&load));
   m.impl("fp8_missing", TORCH_BOX(&fp8_missing_op));
+  m.impl("prepack_missing", TORCH_BOX(&prepack_missing_op));
   m.impl("unload", TORCH_BOX(&unload));
   m.impl("info", TORCH_BOX(&info));
   m.impl("stale_weight", TORCH_BOX(&stale_weight));

@@ -35,7 +35,7 @@ bool is_folded(const std::string& name) {
   return name.ends_with(".k_proj") || name.ends_with(".v_proj") || name.ends_with(".input_norm");
 }
 
-// A layer's matrices, in 8-bit floats where they are quantised.
+// A layer's matrices, of which `fp8` and `prepack` make copies.
 struct NamedLinear {
   const char* name;
   Linear LayerWeights::* linear;
@@ -45,7 +45,7 @@ constexpr NamedLinear kLinears[] = {{"q_proj", &LayerWeights::q_proj},       {"k
                                     {"gate_proj", &LayerWeights::gate_proj}, {"up_proj", &LayerWeights::up_proj},
                                     {"down_proj", &LayerWeights::down_proj}};
 
-bool is_quantized(const std::string& name) {
+bool is_matrix(const std::string& name) {
   return std::ranges::any_of(kLinears,
                              [&](const NamedLinear& linear) { return name.ends_with(join(".", linear.name)); });
 }
@@ -118,8 +118,13 @@ std::string fp8_missing(const ModelSpec& spec, const Tensor& like) {
   return BackendOfCall(like)->fp8_missing(spec.dtype);
 }
 
+std::string prepack_missing(const ModelSpec& spec, const Tensor& like) {
+  if (spec.has_experts()) return join("expected a model without experts, got one of ", spec.num_experts);
+  return BackendOfCall(like)->prepack_missing(spec.dtype);
+}
+
 LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Tensor> weights,
-                         const std::optional<std::vector<Tensor>>& projections, bool fp8)
+                         const std::optional<std::vector<Tensor>>& projections, bool fp8, bool prepack)
     : slots_(spec.weight_slots()), weights_(std::move(weights)) {
   check(plan.num_layers == spec.num_layers, "pop::load: plan: expected num_layers ", spec.num_layers,
         " like the model, got ", plan.num_layers);
@@ -144,7 +149,9 @@ LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Te
   for (int64_t layer = 0; layer < spec.num_layers; ++layer) set_layer(layer);
   for (const LayerRange& layers : plan.projected_runs()) fold(layers);
   if (projections.has_value()) place_projections(*projections);
+  check(!fp8 || !prepack, "pop::load: prepack: expected False with fp8, got True");
   if (fp8) quantize_layers();
+  if (prepack) prepack_layers();
   stamps_.reserve(slots_.size());
   for (size_t i = 0; i < slots_.size(); ++i) stamps_.push_back(stamp_of(i));
 }
@@ -239,41 +246,65 @@ bool LoadedModel::is_projected(int64_t layer) const {
       model_.runs, [&](const RunWeights& run) { return layer >= run.layers.begin && layer < run.layers.end; });
 }
 
-// One scale a row of a matrix. Boundary rows read the projected layers' matrices as they are.
-void LoadedModel::quantize_layers() {
-  const ModelSpec& spec = model_.spec;
-  const std::string missing = fp8_missing(spec, weights_.front());
-  check(missing.empty(), "pop::load: fp8: ", missing);
-  const BackendOfCall backend(weights_.front());
-  for (int64_t layer = 0; layer < spec.num_layers; ++layer) {
+// copy(given, linear) for the matrices of the layers that context rows pass through: boundary rows read those of the
+// others as they are.
+template <class Copy>
+void LoadedModel::copy_matrices(const Copy& copy) {
+  for (int64_t layer = 0; layer < model_.spec.num_layers; ++layer) {
     if (is_projected(layer)) continue;
     for (const NamedLinear& named : kLinears) {
-      const Tensor& given = *weight(join("layers.", layer, ".", named.name));
-      const Tensor matrix = torch::stable::new_empty(given, {given.size(0), given.size(1)}, ScalarType::Float8_e4m3fn);
-      const Tensor scale = torch::stable::new_empty(given, {given.size(0)}, ScalarType::Float);
-      backend->quantize_rows({.dtype = spec.dtype,
-                              .rows = given.size(0),
-                              .width = given.size(1),
-                              .x = given.const_data_ptr(),
-                              .x_stride = given.stride(0),
-                              .out = static_cast<uint8_t*>(matrix.mutable_data_ptr()),
-                              .out_stride = given.size(1),
-                              .scale = static_cast<float*>(scale.mutable_data_ptr())});
-      model_.layers[layer].*named.linear = {.data = matrix.const_data_ptr(),
-                                            .stride = given.size(1),
-                                            .scale = static_cast<const float*>(scale.const_data_ptr())};
-      extra_bytes_ += matrix.numel() + scale.numel() * static_cast<int64_t>(sizeof(float));
-      quantized_.insert(quantized_.end(), {matrix, scale});
+      copy(*weight(join("layers.", layer, ".", named.name)), model_.layers[layer].*named.linear);
     }
   }
+}
+
+// One scale a row of a matrix.
+void LoadedModel::quantize_layers() {
+  const std::string missing = fp8_missing(model_.spec, weights_.front());
+  check(missing.empty(), "pop::load: fp8: ", missing);
+  const BackendOfCall backend(weights_.front());
+  copy_matrices([&](const Tensor& given, Linear& linear) {
+    const Tensor matrix = torch::stable::new_empty(given, {given.size(0), given.size(1)}, ScalarType::Float8_e4m3fn);
+    const Tensor scale = torch::stable::new_empty(given, {given.size(0)}, ScalarType::Float);
+    backend->quantize_rows({.dtype = model_.spec.dtype,
+                            .rows = given.size(0),
+                            .width = given.size(1),
+                            .x = given.const_data_ptr(),
+                            .x_stride = given.stride(0),
+                            .out = static_cast<uint8_t*>(matrix.mutable_data_ptr()),
+                            .out_stride = given.size(1),
+                            .scale = static_cast<float*>(scale.mutable_data_ptr())});
+    linear = {.data = matrix.const_data_ptr(),
+              .stride = given.size(1),
+              .scale = static_cast<const float*>(scale.const_data_ptr())};
+    extra_bytes_ += matrix.numel() + scale.numel() * static_cast<int64_t>(sizeof(float));
+    quantized_.insert(quantized_.end(), {matrix, scale});
+  });
   model_.fp8 = true;
+}
+
+void LoadedModel::prepack_layers() {
+  const std::string missing = prepack_missing(model_.spec, weights_.front());
+  check(missing.empty(), "pop::load: prepack: ", missing);
+  const BackendOfCall backend(weights_.front());
+  copy_matrices([&](const Tensor& given, Linear& linear) {
+    packed_.push_back(backend->prepack({.dtype = model_.spec.dtype,
+                                        .n = given.size(0),
+                                        .k = given.size(1),
+                                        .w = given.const_data_ptr(),
+                                        .w_stride = given.stride(0)}));
+    linear.packed = packed_.back().get();
+    extra_bytes_ += given.numel() * element_size(model_.spec.dtype);
+  });
+  model_.prepacked = true;
 }
 
 LoadedModel::Stamp LoadedModel::stamp_of(size_t index) const {
   const Tensor& tensor = weights_[index];
   const WeightSlot& slot = slots_[index];
   const bool copied =
-      slot.layer >= 0 && (is_projected(slot.layer) ? is_folded(slot.name) : model_.fp8 && is_quantized(slot.name));
+      slot.layer >= 0 &&
+      (is_projected(slot.layer) ? is_folded(slot.name) : (model_.fp8 || model_.prepacked) && is_matrix(slot.name));
   return {.data = tensor.const_data_ptr(),
           .dtype = static_cast<int32_t>(tensor.scalar_type()),
           .sizes = {tensor.sizes().begin(), tensor.sizes().end()},

@@ -14,7 +14,7 @@ from torch import nn
 
 from pop_ext.decision import Decision, text_config
 from pop_ext.forward import PrefillForward
-from pop_ext.loaded import check_fp8
+from pop_ext.loaded import check_options
 from pop_ext.model_argument import check_module, uncompiled
 from pop_ext.native import check_plan
 from pop_ext.plan import Plan
@@ -53,7 +53,12 @@ def _forward_of(model: nn.Module) -> PrefillForward | None:
 
 
 def enable(
-    model: Model, plan: Plan | None = None, strict: bool = False, backend: str = "native", fp8: bool = False
+    model: Model,
+    plan: Plan | None = None,
+    strict: bool = False,
+    backend: str = "native",
+    fp8: bool = False,
+    prepack: bool = False,
 ) -> Model:
     """Prunes the prefill of ``model``, in place; ``generate`` and ``pipeline`` need no change.
 
@@ -63,13 +68,15 @@ def enable(
         strict: raise ``PrefillDeclined`` where otherwise the stock forward would run with a warning.
         backend: "native", or "reference" for the plain PyTorch oracle, slow but for any decoder.
         fp8: products of native prefills in 8-bit floats, as in ``pop_ext.load`` (docs/fp8.md).
+        prepack: a second copy of weights, for faster products on a CPU, as in ``pop_ext.load`` (docs/cpu.md).
 
     Returns:
-        The same model. Enabling again replaces plan, strict, backend and fp8.
+        The same model. Enabling again replaces plan and options.
 
     Raises:
-        UnsupportedModelError (a ValueError): no native form; ``backend="reference"`` works. Or none with ``fp8``.
-        ValueError, TypeError: a bad plan, strict, backend, fp8 or model. The model is as before.
+        UnsupportedModelError (a ValueError): no native form; ``backend="reference"`` works. Or none with ``fp8`` or
+            ``prepack``.
+        ValueError, TypeError: a bad plan, strict, backend, fp8, prepack or model. The model is as before.
         RuntimeError: an enabled model whose forward something else has wrapped since.
     """
     if backend not in _BACKENDS:
@@ -77,9 +84,10 @@ def enable(
     check_module(model)
     if not isinstance(strict, bool):
         raise TypeError(f"strict: expected a bool, got {type(strict).__name__}")
-    check_fp8(fp8)
-    if fp8 and backend != "native":
-        raise ValueError(f'fp8: expected False with backend="{backend}", which computes in full, got True')
+    check_options(fp8, prepack)
+    for name, value in {"fp8": fp8, "prepack": prepack}.items():
+        if value and backend != "native":
+            raise ValueError(f'{name}: expected False with backend="{backend}", which calls the model, got True')
     inner = _inner(model)
     config = text_config(inner)
     if config is None:
@@ -87,7 +95,8 @@ def enable(
     previous = _forward_of(model)
     place = forward_place(inner)
     replaced = previous.replaced if previous is not None else inner.__dict__.get(place)
-    forward = PrefillForward(inner, default_plan(config) if plan is None else plan, strict, backend, replaced, fp8)
+    chosen = default_plan(config) if plan is None else plan
+    forward = PrefillForward(inner, chosen, strict, backend, replaced, fp8, prepack)
     if backend == "native":
         forward.bind_native()
     else:
@@ -108,13 +117,18 @@ def disable(model: Model) -> Model:
 
 @contextmanager
 def enabled(
-    model: Model, plan: Plan | None = None, strict: bool = False, backend: str = "native", fp8: bool = False
+    model: Model,
+    plan: Plan | None = None,
+    strict: bool = False,
+    backend: str = "native",
+    fp8: bool = False,
+    prepack: bool = False,
 ) -> Iterator[Model]:
     """``enable`` for the length of a ``with`` block; afterwards the model is as it was before, enabled or not."""
     check_module(model)
     inner = _inner(model)
     before = inner.__dict__.get(forward_place(inner))
-    enable(model, plan, strict, backend, fp8)
+    enable(model, plan, strict, backend, fp8, prepack)
     try:
         yield model
     finally:

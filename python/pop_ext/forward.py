@@ -49,12 +49,16 @@ class PrefillForward:
     as it shares all modules, until one of the two is enabled or disabled by itself.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, strict: bool, backend: str, replaced: Any, fp8: bool) -> None:
-        state = {"model": model, "plan": plan, "strict": strict, "backend": backend, "replaced": replaced, "fp8": fp8}
-        self.__setstate__({**state, "shell": shell_of(model)})
+    _STATE = ("model", "plan", "strict", "backend", "replaced", "fp8", "prepack")
+
+    def __init__(
+        self, model: nn.Module, plan: Plan, strict: bool, backend: str, replaced: Any, fp8: bool, prepack: bool
+    ) -> None:
+        values = (model, plan, strict, backend, replaced, fp8, prepack)
+        self.__setstate__({**dict(zip(self._STATE, values, strict=True)), "shell": shell_of(model)})
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: getattr(self, name) for name in ("model", "plan", "strict", "backend", "replaced", "fp8")}
+        state = {name: getattr(self, name) for name in self._STATE}
         return {**state, "shell": shell_of(self.model)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -65,7 +69,8 @@ class PrefillForward:
         self.strict: bool = state["strict"]
         self.backend: str = state["backend"]
         self.replaced: Any = state["replaced"]  # what stood in forward's place before
-        self.fp8: bool = state.get("fp8", False)  # older pickles have none
+        self.fp8: bool = state.get("fp8", False)  # older pickles have none of the two
+        self.prepack: bool = state.get("prepack", False)
         self.native: NativeModel | None = None
         self._found_as_before = False  # the last look at the model
         self.last_call: Decision | None = None
@@ -229,7 +234,7 @@ class PrefillForward:
                 inner = self._inner_modules()
             if native is None or native.inner is not inner or native.written_weight() is not None:
                 self.native = native = None  # frees what was folded before as much is folded again
-                native = NativeModel(self.model, self.plan, self.fp8)  # type: ignore[arg-type]
+                native = NativeModel(self.model, self.plan, self.fp8, self.prepack)  # type: ignore[arg-type]
                 native.model = weakref.proxy(self.model)  # type: ignore[assignment]
                 self.native = native
             return native

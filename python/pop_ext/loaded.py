@@ -18,13 +18,15 @@ from pop_ext.weight_stamps import WeightStamps
 class Loaded:
     """What one ``pop::load`` made, freed when nobody refers to it any more: a running call does."""
 
-    def __init__(self, model: nn.Module, description: Description, plan: Plan, fp8: bool) -> None:
+    def __init__(self, model: nn.Module, description: Description, plan: Plan, fp8: bool, prepack: bool) -> None:
         weights = [ref.tensor for ref in description.weights]
         fitted = None if plan.projections is None else plan.projections.stack_rows(weights[0])
         if fp8:
             check_fp8_products(description)
+        if prepack:
+            _check_prepack(description)
         with torch.no_grad():
-            self.handle = torch.ops.pop.load(description.spec.to_json(), plan.to_json(), weights, fitted, fp8)
+            self.handle = torch.ops.pop.load(description.spec.to_json(), plan.to_json(), weights, fitted, fp8, prepack)
         weakref.finalize(self, torch.ops.pop.unload, self.handle)
         self.description = description
         self.inner = InnerModules(model)
@@ -42,10 +44,13 @@ class Loaded:
         return self._stamps.written() or torch.ops.pop.stale_weight(self.handle) or None
 
 
-def check_fp8(fp8: bool) -> None:
-    """Raises TypeError unless it is a bool."""
-    if not isinstance(fp8, bool):
-        raise TypeError(f"fp8: expected a bool, got {type(fp8).__name__}")
+def check_options(fp8: bool, prepack: bool) -> None:
+    """Raises TypeError unless both are bools, ValueError where both are True."""
+    for name, value in {"fp8": fp8, "prepack": prepack}.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
+    if fp8 and prepack:
+        raise ValueError("prepack: expected False with fp8=True, whose products read other weights, got True")
 
 
 def check_fp8_products(description: Description) -> None:
@@ -53,3 +58,9 @@ def check_fp8_products(description: Description) -> None:
     missing = torch.ops.pop.fp8_missing(description.spec.to_json(), description.weights[0].tensor)
     if missing:
         raise UnsupportedModelError(f"fp8: {missing}; without fp8 the model runs natively")
+
+
+def _check_prepack(description: Description) -> None:
+    missing = torch.ops.pop.prepack_missing(description.spec.to_json(), description.weights[0].tensor)
+    if missing:
+        raise UnsupportedModelError(f"prepack: {missing}; without prepack the model runs natively")

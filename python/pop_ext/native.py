@@ -14,7 +14,7 @@ from pop_ext.describe import Description, describe
 from pop_ext.families import Family, decoder_of
 from pop_ext.head import apply_head
 from pop_ext.kv_cache import CacheTransaction, keeps_only_windows
-from pop_ext.loaded import Loaded, check_fp8
+from pop_ext.loaded import Loaded, check_options
 from pop_ext.model_argument import uncompiled
 from pop_ext.origin import check_origin
 from pop_ext.packing import PackedBatch, PerSequence, lengths, offsets
@@ -62,24 +62,26 @@ def check_plan(plan: Plan, num_layers: int, config: Any) -> Plan:
 class NativeModel:
     """A causal language model whose prefill runs natively, by reference to its weights.
 
-    Only the folded K/V weights of omitted layers (and of the last layer), and with ``fp8`` the other layers'
-    matrices in 8-bit floats, are new memory: ``extra_bytes``. Made by ``pop_ext.load``.
+    Only the folded K/V weights of omitted layers (and of the last layer), and with ``fp8`` or ``prepack`` the other
+    layers' matrices once more, are new memory: ``extra_bytes``. Made by ``pop_ext.load``.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: Plan | None = None, fp8: bool = False) -> None:
-        check_fp8(fp8)
+    def __init__(
+        self, model: PreTrainedModel, plan: Plan | None = None, fp8: bool = False, prepack: bool = False
+    ) -> None:
+        check_options(fp8, prepack)
         operators.require_aten()
         description = describe(model)
         self.model = model
         chosen = default_plan(model.config) if plan is None else plan
         self.plan = check_plan(chosen, description.spec.num_layers, model.config)
         check_fit(self.plan, find_parts(model).layers)
-        self.fp8 = fp8
-        self._loaded = Loaded(model, description, self.plan, fp8)
+        self.fp8, self.prepack = fp8, prepack
+        self._loaded = Loaded(model, description, self.plan, fp8, prepack)
 
     def __repr__(self) -> str:
-        fp8 = ", fp8=True" if self.fp8 else ""
-        return f"NativeModel({type(self.model).__name__}, {self.plan!r}{fp8}, extra_bytes={self.extra_bytes})"
+        options = ", fp8=True" * self.fp8 + ", prepack=True" * self.prepack
+        return f"NativeModel({type(self.model).__name__}, {self.plan!r}{options}, extra_bytes={self.extra_bytes})"
 
     @property
     def handle(self) -> int:
@@ -106,7 +108,7 @@ class NativeModel:
 
     @property
     def extra_bytes(self) -> int:
-        """Memory of the folded K/V weights, and with ``fp8`` of the matrices in 8-bit floats, in bytes."""
+        """Memory of the folded K/V weights, and of the copied matrices with ``fp8`` or ``prepack``, in bytes."""
         return self._loaded.extra_bytes
 
     @property
@@ -127,12 +129,12 @@ class NativeModel:
         """
         description = describe(self.model)
         check_fit(self.plan, find_parts(self.model).layers)
-        self._loaded = Loaded(self.model, description, self.plan, self.fp8)
+        self._loaded = Loaded(self.model, description, self.plan, self.fp8, self.prepack)
 
     def stale_weight(self) -> str | None:
         """The name of a weight that was changed, moved or reassigned since it was loaded; None if none was.
 
-        A change through ``.data`` shows in no version counter: of what was folded or quantised, values are sampled.
+        A change through ``.data`` shows in no version counter: of what was folded or copied, values are sampled.
         """
         return self._loaded.stale_weight()
 
@@ -353,7 +355,7 @@ class NativeModel:
         return torch.tanh(logits / cap) * cap
 
 
-def load(model: PreTrainedModel, plan: Plan | None = None, fp8: bool = False) -> NativeModel:
+def load(model: PreTrainedModel, plan: Plan | None = None, fp8: bool = False, prepack: bool = False) -> NativeModel:
     """Makes a model's prefill run natively, without touching the model.
 
     Args:
@@ -362,9 +364,13 @@ def load(model: PreTrainedModel, plan: Plan | None = None, fp8: bool = False) ->
         plan: what to omit. None: the preset whose config matches, else the deepest third, boundary 1.
         fp8: products of a prefill in the layers that it does not omit in 8-bit floats (e4m3): half of these layers'
             memory again, and not quite what the stock model computes (docs/fp8.md). Decode stays as it is.
+        prepack: a copy of these layers' matrices in the CPU library's own layout, as large as they are, for faster
+            products: bfloat16 on a processor with AVX-512 BF16 (docs/cpu.md). Not with ``fp8``.
 
     Raises:
-        UnsupportedModelError (a ValueError): architecture or weights without a native form, or none with ``fp8``.
-        ValueError, TypeError: a plan for another depth or made with another model, no plan, or no model.
+        UnsupportedModelError (a ValueError): architecture or weights without a native form, or none with ``fp8`` or
+            ``prepack``.
+        ValueError, TypeError: a plan for another depth or made with another model, no plan, no model, or both of fp8
+            and prepack.
     """
-    return NativeModel(uncompiled(model), plan, fp8)
+    return NativeModel(uncompiled(model), plan, fp8, prepack)

@@ -78,6 +78,36 @@ LOAD = [
         'fp8: expected False with backend="reference", .* got True',
     ),
     Case(
+        "`prepack=1`",
+        lambda w: pop_ext.load(w.model, prepack=1),
+        TypeError,
+        "prepack: expected a bool, got int",
+    ),
+    Case(
+        "`prepack` with the oracle",
+        lambda w: pop_ext.enable(w.model, backend="reference", prepack=True),
+        ValueError,
+        'prepack: expected False with backend="reference", .* got True',
+    ),
+    Case(
+        "`prepack` beside `fp8`",
+        lambda w: pop_ext.enable(w.model, fp8=True, prepack=True),
+        ValueError,
+        "prepack: expected False with fp8=True, .* got True",
+    ),
+    Case(
+        "`prepack` of a model with experts",
+        lambda w: pop_ext.load(mixtral(layers=3), prepack=True),
+        UnsupportedModelError,
+        "prepack: expected a model without experts, got one of",
+    ),
+    Case(
+        "`prepack` of a model in float32",
+        lambda w: pop_ext.enable(llama(layers=3), prepack=True),
+        UnsupportedModelError,
+        "prepack: expected bfloat16 weights, got float32",
+    ),
+    Case(
         "`fp8` of a model with experts",
         lambda w: pop_ext.load(mixtral(layers=3), fp8=True),
         UnsupportedModelError,

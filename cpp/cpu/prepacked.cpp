@@ -1,0 +1,86 @@
+// torch keeps its oneDNN to itself. What it offers is the operator that it compiles models to,
+// mkldnn::_linear_pointwise, which returns a new tensor. It takes strings, which the dispatcher's stable form leaks up
+// to torch 2.13, so it is called by torch's C shim.
+#include "cpu/prepacked.h"
+
+#include <dlfcn.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <stdexcept>
+#include <utility>
+
+#include "torch/aten.h"
+
+namespace pop::cpu {
+namespace {
+
+using torch::stable::Tensor;
+
+constexpr const char *kReorder = "mkldnn::_reorder_linear_weight", *kLinear = "mkldnn::_linear_pointwise";
+constexpr int64_t kRowsInMind = 512;  // oneDNN chooses one layout for all numbers of rows but the smallest
+
+// torch/csrc/inductor/aoti_torch/c/shim_cpu.h
+using LinearPointwise = AOTITorchError (*)(AtenTensorHandle x, AtenTensorHandle w, AtenTensorHandle* bias,
+                                           const char* attr, const double** scalars, int64_t scalars_len,
+                                           const char** algorithm, AtenTensorHandle* out);
+
+LinearPointwise linear_pointwise() {
+  static const auto function =
+      reinterpret_cast<LinearPointwise>(dlsym(RTLD_DEFAULT, "aoti_torch_cpu__linear_pointwise"));
+  return function;
+}
+
+class Packed final : public PackedWeight {
+ public:
+  explicit Packed(Tensor tensor) : tensor_(std::move(tensor)) {}
+  AtenTensorHandle handle() const { return tensor_.get(); }
+
+ private:
+  Tensor tensor_;
+};
+
+Tensor matrix(DType dtype, const void* data, int64_t rows, int64_t columns, int64_t stride) {
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::from_blob(const_cast<void*>(data), {rows, columns}, {stride, 1}, cpu, aten::scalar_type(dtype));
+}
+
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+std::string prepack_missing(DType dtype) {
+  if (dtype != DType::bf16) return std::string("expected bfloat16 weights, got ") + to_string(dtype);
+  if (!multiplies_bfloat16()) return "expected a processor with AVX-512 BF16";
+  for (const char* name : {kReorder, kLinear}) {
+    const std::string reason = foreign::reason_against(name);
+    if (!reason.empty()) return std::string("expected an operator ") + name + " of the known form: " + reason;
+  }
+  return linear_pointwise() == nullptr ? "expected a torch whose C shim has aoti_torch_cpu__linear_pointwise" : "";
+}
+
+std::shared_ptr<const PackedWeight> prepack(const PrepackParams& p) {
+  using torch::stable::detail::from;
+  const Tensor plain = torch::stable::contiguous(matrix(p.dtype, p.w, p.n, p.k, p.w_stride));
+  const std::optional<int64_t> rows = kRowsInMind;
+  return std::make_shared<Packed>(aten::call_for_tensor(kReorder, "", std::array{from(plain), from(rows)}));
+}
+
+void packed_gemm(const GemmParams& p) {
+  foreign::require(kLinear);
+  const Tensor a = matrix(p.dtype, p.a, p.m, p.k, p.a_stride);
+  AtenTensorHandle product = nullptr;
+  const AOTITorchError error = linear_pointwise()(a.get(), static_cast<const Packed*>(p.packed)->handle(), nullptr,
+                                                  "none", nullptr, 0, nullptr, &product);
+  if (error != 0) throw std::runtime_error(std::string(kLinear) + ": " + aten::last_error());
+  Tensor out = matrix(p.dtype, p.out, p.m, p.n, p.out_stride);
+  torch::stable::copy_(out, Tensor(product));
+}
+
+}  // namespace pop::cpu
