@@ -131,7 +131,7 @@ def _memory_lines(case: Case) -> list[str]:
     caches = sorted({arm.memory.kv_cache for arm in known if arm.memory})
     return [
         f"MiB: extra is the peak of one call above what was resident, without the K/V cache "
-        f"({' or '.join(f'{size / _MIB:.1f}' for size in caches)}); folded K/V weights: {folded or 'none'}"
+        f"({' or '.join(f'{size / _MIB:.1f}' for size in caches)}); folded and copied weights: {folded or 'none'}"
     ]
 
 

@@ -113,6 +113,9 @@ struct QuantizeRowsParams {
 // n and k of products of e4m3 are multiples of it.
 inline constexpr int64_t kFp8Multiple = 16;
 
+// Rows of an MLP's intermediate activations held at a time.
+inline constexpr int64_t kMlpChunkRows = 2048;
+
 // A weight in a layout of a backend's own, for products of many rows: memory beside that of the plain one.
 class PackedWeight {
  public:
@@ -291,11 +294,11 @@ class Backend {
   // Why products of e4m3 with results of `dtype` cannot be computed here; empty if they can.
   virtual std::string fp8_missing(DType dtype) const = 0;
   // Why weights of `dtype` cannot be prepacked here; empty if they can.
-  virtual std::string prepack_missing(DType /*dtype*/) const { return "expected a model on a CPU"; }
+  virtual std::string prepack_missing(DType dtype) const = 0;
   // Only where nothing is missing.
-  virtual std::shared_ptr<const PackedWeight> prepack(const PrepackParams&) const { return nullptr; }
-  // The most rows of a dense MLP that its products are best given at once.
-  virtual int64_t mlp_rows(DType /*dtype*/) const { return 2048; }
+  virtual std::unique_ptr<PackedWeight> prepack(const PrepackParams&) const = 0;
+  // The most rows of a dense MLP that its products are best given at once; more than kMlpChunkRows are not.
+  virtual int64_t mlp_rows(DType /*dtype*/) const { return kMlpChunkRows; }
   // Products that do not depend on each other: those of few rows may share a launch.
   virtual void gemm(const GemmParams* products, int64_t count) = 0;
   virtual void rope_cache_write(const RopeCacheWriteParams&) = 0;

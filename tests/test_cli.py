@@ -15,6 +15,7 @@ import pop_ext
 import pytest
 import torch
 import transformers
+from instruction_sets import has_avx512_bf16
 from model_folder import save_tiny_llama
 from pop_ext import cli
 from pop_ext.commands import app, parse_layers, shared
@@ -191,6 +192,7 @@ def test_info_states_what_is_installed():
     assert report["torch"] == torch.__version__
     assert report["cpu_isa"] == torch.ops.pop.cpu_isa()
     assert report["aten_schemas"] == "as expected"
+    assert report["prepack"].startswith("possible" if has_avx512_bf16() else "expected a processor with AVX-512 BF16")
     assert "llama" in report["families"]
     names = [name for preset in report["presets"] for name in preset["names"]]
     assert len(names) == len(set(names))

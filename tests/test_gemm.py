@@ -16,9 +16,9 @@ from tuning import tuned
 
 linear = torch.ops.pop.linear
 
-# Rows on both sides of each limit (24, 32, 48, 64: the kernel of few rows; 2048: a second block of rows), columns of
+# Rows on both sides of each limit (24, 32, 64: the kernel of few rows; 2048: a second block of rows), columns of
 # less than a block, of one and of several with a rest.
-ROWS = [1, 24, 25, 32, 33, 48, 49, 64, 65, 111, 500, 2049]
+ROWS = [1, 24, 25, 32, 33, 64, 65, 111, 500, 2049]
 COLUMNS = [1, 63, 64, 65, 193, 257, 700]
 WIDTHS = [1, 33, 96, 2048, 2049]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from against_oracle import GAPS, LAST, NATIVE, plan_of, run_oracle
 from models import float32_twin, llama, shared, tokens
+from op_operands import strided
 from pop_ext import UnsupportedModelError, operators
 from tolerance import assert_low_precision, compare_caches, rms
 
@@ -37,12 +38,26 @@ def test_a_prefill_is_as_close_to_the_oracle_as_that_in_bfloat16(family, omit):
     compare_caches(actual.past_key_values, same_dtype.cache, oracle_fp32=truth.cache)
 
 
-@pytest.mark.parametrize("count", [1, FEW, FEW + 1, 19, 129, 500])
-def test_any_number_of_rows_is_what_it_is_without_but_for_rounding(count):
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("count", [1, FEW, FEW + 1, 19, 129, 500, 513, 1025])
+def test_any_number_of_rows_is_what_it_is_without_but_for_rounding(count, threads):
+    torch.set_num_threads(threads)
     model = shared(dtype=torch.bfloat16)
     ids = tokens(model, 1, count)
     expected = pop_ext.load(model, plan_of(model)).prefill(ids).logits
     assert rms(prepacked(model).prefill(ids).logits - expected) < 0.02 * rms(expected)
+
+
+def test_odd_sizes_and_rows_with_gaps_between_them():
+    model = llama(intermediate=151, dtype=torch.bfloat16)
+    ids = tokens(model, 1, 40)
+    expected = prepacked(model).prefill(ids).logits
+    plain = pop_ext.load(model, plan_of(model)).prefill(ids).logits
+    assert rms(expected - plain) < 0.02 * rms(plain)
+    for module in model.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight = torch.nn.Parameter(strided(module.weight.detach()))
+    assert torch.equal(prepacked(model).prefill(ids).logits, expected)
 
 
 def test_it_multiplies_with_them_from_thirteen_rows_on(without_linear):
@@ -73,7 +88,7 @@ def without_linear():
 def test_a_torch_without_that_product_is_named_and_runs_natively(without_linear):
     model = shared(dtype=torch.bfloat16)
     with without_linear():
-        with pytest.raises(UnsupportedModelError, match=f"prepack: expected an operator {LINEAR} .*: taken away; with"):
+        with pytest.raises(UnsupportedModelError, match=f"prepack: expected a {LINEAR} of a .* taken away; without"):
             pop_ext.load(model, prepack=True)
         pop_ext.load(model).prefill(tokens(model, 1, 40))
 
@@ -116,6 +131,16 @@ def test_an_enabled_model_keeps_it_in_copies_until_it_is_enabled_without():
         with pop_ext.enabled(model, plan):
             model(ids, logits_to_keep=1)
             assert "prepack" not in repr(model.forward.native)
+
+
+def test_a_model_cast_to_a_dtype_without_it_runs_the_stock_forward():
+    model = llama(dtype=torch.bfloat16)
+    pop_ext.enable(model, plan_of(model), prepack=True)
+    model.float()
+    with torch.no_grad():
+        decision = pop_ext.explain(model, input_ids=tokens(model, 1, 40), logits_to_keep=1)
+    assert decision.backend == "stock"
+    assert "prepack: expected bfloat16 weights, got float32" in decision.reason
 
 
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"])

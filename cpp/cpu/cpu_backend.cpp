@@ -100,7 +100,7 @@ class CpuBackend final : public Backend {
 
   std::string prepack_missing(DType dtype) const override { return cpu::prepack_missing(dtype); }
 
-  std::shared_ptr<const PackedWeight> prepack(const PrepackParams& p) const override { return cpu::prepack(p); }
+  std::unique_ptr<PackedWeight> prepack(const PrepackParams& p) const override { return cpu::prepack(p); }
 
   int64_t mlp_rows(DType dtype) const override { return cpu::mlp_rows(dtype); }
 

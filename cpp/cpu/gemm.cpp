@@ -21,9 +21,10 @@ using torch::stable::Tensor;
 // Up to so many rows skinny_gemm is used. Measured with K and N of 2048 and 8192: on two cores of a Zen 4 it streams w
 // at the speed of memory up to 6 rows and stays ahead of whole products by oneDNN (bfloat16, 4x at one row, 1.1x at 48)
 // and by MKL (float32, 2x at one row, 1.1x at 64), which pack their operands; on two of a Zen 5 ahead of oneDNN up to
-// 24 rows, equal at 32 and 1.2x behind at 48; on two of a Zen 3 ahead of blocks up to 24 rows of float32 and 32 of
-// bfloat16, and of 64 rows 1.4x and 1.2x behind.
+// 24 rows, equal at 32 and 1.2x behind at 48, equal to products of prepacked weights from 8 to 16; on two of a Zen 3
+// ahead of blocks up to 24 rows of float32 and 32 of bfloat16, and of 64 rows 1.4x and 1.2x behind.
 constexpr int64_t kSkinnyRows = 32;  // of 16 bits
+constexpr int64_t kSkinnyRowsBeforePacked = 12;
 constexpr int64_t kSkinnyRowsFloat32 = 64, kSkinnyRowsFloat32BeforeBlocks = 24;
 
 // A product in blocks holds at once so many bytes of a, widened; of each thread so many columns of w, of which
@@ -186,9 +187,9 @@ void gemm(const GemmParams& p) {
   }
 }
 
-// A whole product of bfloat16 of 512 rows leaves an intermediate result of 8192 columns in the last-level cache, and
-// reads its weight from memory at a fraction of memory's speed. What is widened is widened once for all rows.
-int64_t mlp_rows(DType dtype) { return dtype == DType::bf16 && !widen_first(dtype) ? 512 : 2048; }
+// Whole products of bfloat16 with 512 rows leave an intermediate result of 8192 columns in the last-level cache, and
+// read their weight at a fraction of memory's speed. What is widened should be widened once for all rows.
+int64_t mlp_rows(DType dtype) { return dtype == DType::bf16 && !widen_first(dtype) ? 512 : kMlpChunkRows; }
 
 int64_t set_gemm_blocks(int64_t value) { return gemm_blocks().exchange(value != 0); }
 

@@ -7,10 +7,6 @@
 
 namespace pop::cpu {
 
-// Up to so many rows a weight is streamed even where it is prepacked: measured on two cores of a Zen 5 with K and N of
-// 2048 and 8192, where the two are equal at 8 rows.
-inline constexpr int64_t kSkinnyRowsBeforePacked = 12;
-
 void gemm(const GemmParams& params);
 
 // See Backend::mlp_rows.

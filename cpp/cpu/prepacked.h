@@ -11,9 +11,9 @@ namespace pop::cpu {
 // Why weights of `dtype` cannot be prepacked in this process; empty if they can.
 std::string prepack_missing(DType dtype);
 
-std::shared_ptr<const PackedWeight> prepack(const PrepackParams& params);
+std::unique_ptr<PackedWeight> prepack(const PrepackParams& params);
 
-// A product whose weight is prepacked, of more rows than skinny_gemm is best for.
+// A product whose weight is prepacked. oneDNN's result is copied to its place, some rows at a time.
 void packed_gemm(const GemmParams& params);
 
 }  // namespace pop::cpu

@@ -10,8 +10,8 @@ namespace pop {
 
 namespace {
 
-int64_t most_rows(const ModelSpec& spec, bool sparse, const Backend& backend) {
-  return sparse ? kMlpChunkRows : std::min(kMlpChunkRows, backend.mlp_rows(spec.dtype));
+int64_t most_rows(DType dtype, bool sparse, bool fp8, const Backend& backend) {
+  return sparse || fp8 ? kMlpChunkRows : std::min(kMlpChunkRows, backend.mlp_rows(dtype));
 }
 
 // Rows of each chunk: of about equal chunks, since a short last one reads all weights again for little.
@@ -71,10 +71,11 @@ void sparse(const MlpCall& call, Backend& backend) {
 
 }  // namespace
 
-size_t mlp_workspace(const ModelSpec& spec, int64_t rows, const Backend& backend) {
-  const size_t bytes = 2 * inner_bytes(spec, std::min(rows, most_rows(spec, false, backend)));
+size_t mlp_workspace(const Model& model, int64_t rows, const Backend& backend) {
+  const ModelSpec& spec = model.spec;
+  const size_t bytes = 2 * inner_bytes(spec, std::min(rows, most_rows(spec.dtype, false, model.fp8, backend)));
   if (!spec.has_experts()) return bytes;
-  return std::max(bytes, experts_workspace(experts_shape(spec), std::min(rows, most_rows(spec, true, backend))));
+  return std::max(bytes, experts_workspace(experts_shape(spec), std::min(rows, kMlpChunkRows)));
 }
 
 size_t quantized_mlp_bytes(const ModelSpec& spec, int64_t rows) {
@@ -83,7 +84,8 @@ size_t quantized_mlp_bytes(const ModelSpec& spec, int64_t rows) {
 
 void run_mlp(const MlpCall& call, Backend& backend) {
   if (call.rows == 0) return;
-  const int64_t chunk = chunk_rows(call.rows, most_rows(call.spec, call.sparse, backend));
+  const bool fp8 = call.weights.gate_proj.scale != nullptr;
+  const int64_t chunk = chunk_rows(call.rows, most_rows(call.spec.dtype, call.sparse, fp8, backend));
   const int64_t element = element_size(call.spec.dtype);
   for (int64_t begin = 0; begin < call.rows; begin += chunk) {
     const MlpCall part{.spec = call.spec,

@@ -1,4 +1,5 @@
-// The MLP of a layer, dense or sparse, a chunk of rows at a time.
+// The MLP of a layer, dense or sparse, a chunk of rows at a time (kMlpChunkRows; of a dense one, Backend::mlp_rows): so
+// extra memory does not grow with intermediate_size * prompt.
 #pragma once
 
 #include <cstddef>
@@ -9,10 +10,6 @@
 
 namespace pop {
 
-// Rows of the MLP's intermediate activations held at a time, of a dense MLP at most Backend::mlp_rows: with it, extra
-// memory does not grow with intermediate_size * prompt.
-inline constexpr int64_t kMlpChunkRows = 2048;
-
 struct MlpCall {
   const ModelSpec& spec;
   const LayerWeights& weights;
@@ -22,11 +19,11 @@ struct MlpCall {
   int64_t x_stride;
   void* out;  // [rows, hidden_size]; down_bias is left to who adds it to the residual stream
   int64_t out_stride;
-  void* workspace;          // mlp_workspace(spec, rows, backend) bytes
+  void* workspace;          // mlp_workspace(model, rows, backend) bytes
   QuantizedRows quantized;  // of quantized_mlp_bytes(spec, rows) bytes, and as many scales as a chunk has rows
 };
 
-size_t mlp_workspace(const ModelSpec& spec, int64_t rows, const Backend& backend);
+size_t mlp_workspace(const Model& model, int64_t rows, const Backend& backend);
 
 // Of the rows of a chunk in 8-bit floats.
 size_t quantized_mlp_bytes(const ModelSpec& spec, int64_t rows);

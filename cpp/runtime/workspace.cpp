@@ -45,7 +45,7 @@ Workspace::Workspace(const Model& model, const PrefillCall& call, const Backend&
   // The projection of a run and the MLP of a layer never run at once, but for the MLP of boundary rows
   // on a side line.
   const int64_t beside = backend.has_side() ? rows - layout.context_rows : 0;
-  const size_t before = mlp_workspace(spec, beside, backend);
+  const size_t before = mlp_workspace(model, beside, backend);
   size_t projection = 0;
   for (const RunWeights& run : model.runs) {
     // A run may be projected in parts, and a part of fewer layers take more rows at once.
@@ -54,7 +54,7 @@ Workspace::Workspace(const Model& model, const PrefillCall& call, const Backend&
                                                                      layers, spec.kv_dim()));
     }
   }
-  const size_t chunk = mlp_workspace(spec, rows, backend);
+  const size_t chunk = mlp_workspace(model, rows, backend);
   mlp = cutter.take(std::max(chunk, before + projection));
   kv_project = mlp == nullptr ? nullptr : static_cast<char*>(mlp) + before;
   bytes = cutter.used();

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -34,6 +35,8 @@ class CudaBackend final : public Backend {
   void rms_norm(const RmsNormParams&) override;
   void quantize_rows(const QuantizeRowsParams&) override;
   std::string fp8_missing(DType dtype) const override;
+  std::string prepack_missing(DType) const override { return "expected a model on a CPU, got one on a CUDA device"; }
+  std::unique_ptr<PackedWeight> prepack(const PrepackParams&) const override { return nullptr; }
   void gemm(const GemmParams* products, int64_t count) override;
   void rope_cache_write(const RopeCacheWriteParams&) override;
   void kv_project(const KvProjectParams&) override;

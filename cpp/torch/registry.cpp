@@ -126,6 +126,7 @@ std::string prepack_missing(const ModelSpec& spec, const Tensor& like) {
 LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Tensor> weights,
                          const std::optional<std::vector<Tensor>>& projections, bool fp8, bool prepack)
     : slots_(spec.weight_slots()), weights_(std::move(weights)) {
+  check(!fp8 || !prepack, "pop::load: prepack: expected False with fp8=True, got True");
   check(plan.num_layers == spec.num_layers, "pop::load: plan: expected num_layers ", spec.num_layers,
         " like the model, got ", plan.num_layers);
   check_head_dim(spec.head_dim, "pop::load: spec");
@@ -149,7 +150,6 @@ LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Te
   for (int64_t layer = 0; layer < spec.num_layers; ++layer) set_layer(layer);
   for (const LayerRange& layers : plan.projected_runs()) fold(layers);
   if (projections.has_value()) place_projections(*projections);
-  check(!fp8 || !prepack, "pop::load: prepack: expected False with fp8, got True");
   if (fp8) quantize_layers();
   if (prepack) prepack_layers();
   stamps_.reserve(slots_.size());

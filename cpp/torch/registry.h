@@ -59,7 +59,7 @@ class LoadedModel {
   std::vector<Tensor> weights_;                    // in the order of slots_
   std::vector<Tensor> stacks_;
   std::vector<Tensor> quantized_;
-  std::vector<std::shared_ptr<const PackedWeight>> packed_;
+  std::vector<std::unique_ptr<PackedWeight>> packed_;
   std::vector<Stamp> stamps_;
   Model model_;
   int64_t extra_bytes_ = 0;

@@ -34,6 +34,7 @@ def installation() -> dict[str, Any]:
         "cuda": _cuda(build["cuda"]),
         "aten_schemas": operators.changed_aten() or "as expected",
         "attention": operators.attention_providers(),
+        "prepack": _prepack(),
         "families": sorted(FAMILIES),
         "presets": [
             {
@@ -109,6 +110,22 @@ def _version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _prepack() -> str:
+    """Whether a dense model's weights can be prepacked here."""
+    spec = _core.ModelSpec(
+        architecture="llama",
+        dtype="bfloat16",
+        num_layers=1,
+        hidden_size=16,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=16,
+        intermediate_size=16,
+        vocab_size=1,
+    )
+    return torch.ops.pop.prepack_missing(spec.to_json(), torch.empty(0)) or "possible, of bfloat16 weights on the CPU"
 
 
 def _cuda(built: str) -> str:

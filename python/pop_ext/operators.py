@@ -18,7 +18,8 @@ from pop_ext import _core
 _LIBRARY = Path(_core.__file__).with_name("_ops.so")
 
 
-# What no prefill does without; the other operators of foreign_schemas() are ways of computing attention.
+# What no prefill does without; the other operators of foreign_schemas() are ways of computing attention, or make and
+# read prepacked weights.
 _REQUIRED = ("aten::mm.out", "aten::mul.Tensor", "aten::detach")
 
 

@@ -106,6 +106,7 @@ LOAD = [
         lambda w: pop_ext.enable(llama(layers=3), prepack=True),
         UnsupportedModelError,
         "prepack: expected bfloat16 weights, got float32",
+        on_cuda=False,
     ),
     Case(
         "`fp8` of a model with experts",

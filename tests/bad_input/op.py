@@ -385,6 +385,12 @@ OP = [
         "weights: expected 29 tensors, got 1",
     ),
     Case(
+        "`load` with `fp8` and `prepack`",
+        lambda w: pop.load(w.native.spec.to_json(), w.plan.to_json(), list(w.model.parameters()), None, True, True),
+        RuntimeError,
+        "pop::load: prepack: expected False with fp8=True, got True",
+    ),
+    Case(
         "a handle twice, to `pop::unload`",
         lambda w: pop.unload(freed(w)),
         RuntimeError,

@@ -54,6 +54,7 @@ def _print_info(report: dict[str, Any]) -> None:
         "CUDA kernels": report["cuda"],
         "aten schemas": schemas if isinstance(schemas, str) else f"changed, native prefill disabled: {schemas}",
         "attention": ", ".join(f"{device}: {provider}" for device, provider in report["attention"].items()),
+        "prepack": report["prepack"],
         "families": ", ".join(report["families"]),
         "presets": "\n".join(
             f"{preset['omitted']:2} of {preset['layers']} layers: {preset['names'][0]}"
