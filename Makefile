@@ -73,7 +73,7 @@ core: $(BUILD)/build.ninja
 # The CUDA kernels as C++ on the CPU: each against serial arithmetic, again under ThreadSanitizer, and the tests of the
 # operators and of a whole prefill over them (tests/cuda_shim).
 SHIM_TESTS ?= tests/test_op_kernels.py tests/test_op_prefill.py tests/test_window_only.py tests/test_fp8.py \
-  tests/test_quantize_rows.py tests/cuda_shim/options.py
+  tests/test_copied_weights.py tests/test_quantize_rows.py tests/cuda_shim/options.py
 
 shim: export PATH := $(dir $(shell command -v $(PYTHON))):$(PATH)
 shim: $(FOR_LINT)

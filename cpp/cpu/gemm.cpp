@@ -61,8 +61,8 @@ std::atomic<int64_t>& gemm_blocks() {
 }
 
 Tensor view(DType dtype, const void* base, int64_t row, int64_t column, int64_t rows, int64_t columns, int64_t stride) {
-  char* data = static_cast<char*>(const_cast<void*>(base)) + (row * stride + column) * element_size(dtype);
-  return torch::stable::from_blob(data, {rows, columns}, {stride, 1}, kCpu, aten::scalar_type(dtype));
+  const char* data = static_cast<const char*>(base) + (row * stride + column) * element_size(dtype);
+  return aten::host_matrix(dtype, data, rows, columns, stride);
 }
 
 Tensor matrix(float* data, int64_t rows, int64_t columns) {

@@ -48,11 +48,6 @@ class Packed final : public PackedWeight {
   Tensor tensor_;
 };
 
-Tensor matrix(DType dtype, const void* data, int64_t rows, int64_t columns, int64_t stride) {
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  return torch::stable::from_blob(const_cast<void*>(data), {rows, columns}, {stride, 1}, cpu, aten::scalar_type(dtype));
-}
-
 bool multiplies_bfloat16() {
 #if defined(__x86_64__)
   return __builtin_cpu_supports("avx512bf16");
@@ -76,7 +71,7 @@ std::string prepack_missing(DType dtype) {
 
 std::unique_ptr<PackedWeight> prepack(const PrepackParams& p) {
   using torch::stable::detail::from;
-  const Tensor plain = torch::stable::contiguous(matrix(p.dtype, p.w, p.n, p.k, p.w_stride));
+  const Tensor plain = torch::stable::contiguous(aten::host_matrix(p.dtype, p.w, p.n, p.k, p.w_stride));
   const std::optional<int64_t> rows = kRowsInMind;
   return std::make_unique<Packed>(aten::call_for_tensor(kReorder, "", std::array{from(plain), from(rows)}));
 }
@@ -84,7 +79,8 @@ std::unique_ptr<PackedWeight> prepack(const PrepackParams& p) {
 void packed_gemm(const GemmParams& p) {
   foreign::require(kLinear);
   const AtenTensorHandle w = static_cast<const Packed*>(p.packed)->handle();
-  Tensor a = matrix(p.dtype, p.a, p.m, p.k, p.a_stride), out = matrix(p.dtype, p.out, p.m, p.n, p.out_stride);
+  Tensor a = aten::host_matrix(p.dtype, p.a, p.m, p.k, p.a_stride),
+         out = aten::host_matrix(p.dtype, p.out, p.m, p.n, p.out_stride);
   const int64_t rows_at_once = ceil_div(p.m, ceil_div(p.m, kRowsAtOnce));
   for (int64_t begin = 0; begin < p.m; begin += rows_at_once) {
     const int64_t rows = std::min(rows_at_once, p.m - begin);

@@ -66,6 +66,12 @@ inline ScalarType scalar_type(DType dtype) {
   throw std::invalid_argument("DType: expected f32, bf16 or f16");
 }
 
+// Rows in host memory, `stride` elements apart.
+inline Tensor host_matrix(DType dtype, const void* data, int64_t rows, int64_t columns, int64_t stride) {
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::from_blob(const_cast<void*>(data), {rows, columns}, {stride, 1}, cpu, scalar_type(dtype));
+}
+
 inline void scaled_mm_out(const Tensor& self, const Tensor& mat2, const Tensor& scale_a, const Tensor& scale_b,
                           ScalarType out_dtype, bool use_fast_accum, const Tensor& out) {
   using torch::stable::detail::from;

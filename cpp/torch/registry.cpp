@@ -35,6 +35,11 @@ bool is_folded(const std::string& name) {
   return name.ends_with(".k_proj") || name.ends_with(".v_proj") || name.ends_with(".input_norm");
 }
 
+// Copies are of the matrices of dense layers.
+std::string dense_missing(const ModelSpec& spec) {
+  return spec.has_experts() ? join("expected a model without experts, got one of ", spec.num_experts) : "";
+}
+
 // A layer's matrices, of which `fp8` and `prepack` make copies.
 struct NamedLinear {
   const char* name;
@@ -106,7 +111,7 @@ Tensor fold_kv(const std::vector<Tensor>& k_proj, const std::vector<Tensor>& v_p
 }
 
 std::string fp8_missing(const ModelSpec& spec, const Tensor& like) {
-  if (spec.has_experts()) return join("expected a model without experts, got one of ", spec.num_experts);
+  if (std::string missing = dense_missing(spec); !missing.empty()) return missing;
   const std::pair<int64_t, const char*> sizes[] = {{spec.hidden_size, "hidden_size"},
                                                    {spec.q_dim(), "num_heads * head_dim"},
                                                    {spec.kv_dim(), "num_kv_heads * head_dim"},
@@ -119,7 +124,7 @@ std::string fp8_missing(const ModelSpec& spec, const Tensor& like) {
 }
 
 std::string prepack_missing(const ModelSpec& spec, const Tensor& like) {
-  if (spec.has_experts()) return join("expected a model without experts, got one of ", spec.num_experts);
+  if (std::string missing = dense_missing(spec); !missing.empty()) return missing;
   return BackendOfCall(like)->prepack_missing(spec.dtype);
 }
 

@@ -263,8 +263,13 @@ class _State:
         self.samples = 0
         self.digest = ""
         self.generator = torch.Generator("cpu").manual_seed(seed)
-        self.before: Importance | None = None  # from a file; its samples and their digest:
-        self.taken, self.expected, self.seen = 0, "", 0
+        self.before: Importance | None = None  # from a file
+        self.seen = 0
+
+    @property
+    def taken(self) -> int:
+        """Samples that came from a file."""
+        return 0 if self.before is None else self.before.samples
 
     def take(self, before: Importance, path: Path) -> None:
         """Goes on from a file."""
@@ -282,7 +287,6 @@ class _State:
         means = [[score.prefill, score.decode] for score in scores]
         errors = [[score.prefill_error, score.decode_error] for score in scores]
         self.mean = torch.tensor(means, dtype=torch.float64, device="cpu")
-        self.taken, self.expected = before.samples, before.digest
         self.samples = self.taken
         spread = torch.tensor(errors, dtype=torch.float64, device="cpu") ** 2 * self.taken * (self.taken - 1)
         self.deviations = spread.nan_to_num(0.0)
@@ -298,7 +302,7 @@ class _State:
             data = sequence.numpy().astype("<i8").tobytes()
             self.digest = hashlib.sha256(f"{self.digest} {rows} ".encode() + data).hexdigest()
             self.seen += 1
-            if self.seen == self.taken and self.digest != self.expected:
+            if self.before is not None and self.seen == self.taken and self.digest != self.before.digest:
                 raise ValueError(
                     f"resume: expected batches to begin with the {self.taken} sequences of the file, got others"
                 )

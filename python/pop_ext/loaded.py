@@ -21,10 +21,9 @@ class Loaded:
     def __init__(self, model: nn.Module, description: Description, plan: Plan, fp8: bool, prepack: bool) -> None:
         weights = [ref.tensor for ref in description.weights]
         fitted = None if plan.projections is None else plan.projections.stack_rows(weights[0])
-        if fp8:
-            check_fp8_products(description)
-        if prepack:
-            _check_prepack(description)
+        for option, wanted in {"fp8": fp8, "prepack": prepack}.items():
+            if wanted:
+                check_possible(option, description)
         with torch.no_grad():
             self.handle = torch.ops.pop.load(description.spec.to_json(), plan.to_json(), weights, fitted, fp8, prepack)
         weakref.finalize(self, torch.ops.pop.unload, self.handle)
@@ -53,14 +52,8 @@ def check_options(fp8: bool, prepack: bool) -> None:
         raise ValueError("prepack: expected False with fp8=True, whose products read other weights, got True")
 
 
-def check_fp8_products(description: Description) -> None:
-    """Raises UnsupportedModelError unless such a model's products can be computed in 8-bit floats."""
-    missing = torch.ops.pop.fp8_missing(description.spec.to_json(), description.weights[0].tensor)
+def check_possible(option: str, description: Description) -> None:
+    """Raises UnsupportedModelError unless such a model can be loaded with "fp8" or "prepack"."""
+    missing = getattr(torch.ops.pop, f"{option}_missing")(description.spec.to_json(), description.weights[0].tensor)
     if missing:
-        raise UnsupportedModelError(f"fp8: {missing}; without fp8 the model runs natively")
-
-
-def _check_prepack(description: Description) -> None:
-    missing = torch.ops.pop.prepack_missing(description.spec.to_json(), description.weights[0].tensor)
-    if missing:
-        raise UnsupportedModelError(f"prepack: {missing}; without prepack the model runs natively")
+        raise UnsupportedModelError(f"{option}: {missing}; without {option} the model runs natively")
