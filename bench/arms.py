@@ -10,7 +10,7 @@ from typing import Any
 import pop_ext
 import torch
 from pop_ext import _core
-from pop_ext.plan import Plan
+from pop_ext.plans.plan import Plan
 
 from bench.measure import Timed, tuned
 from bench.memory import MemoryUse

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from pop_ext import _core
-from pop_ext.plan import Plan
+from pop_ext.plans.plan import Plan
 
 from bench.arms import HF_COMPILE, HF_EAGER, NATIVE_FULL, Arm, find, make_arms
 from bench.measure import MIN_REPEATS, Summary, WallClock, error_line, interleave, paired_ratio

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pop_ext.describe import describe
-from pop_ext.latency import shortest_paying
-from pop_ext.layer_ranges import parse_layers
-from pop_ext.native import load
-from pop_ext.plan import Plan
-from pop_ext.presets import default_plan
+from pop_ext.hf.native_model import load
+from pop_ext.hf.weight_map import describe
+from pop_ext.methods.latency import shortest_paying
+from pop_ext.plans.plan import Plan
+from pop_ext.plans.presets import default_plan
+from pop_ext.utils.layer_ranges import parse_layers
 
 from bench import report
 from bench.arms import VIA, layers_text, make_arms, plan_flops, stock_flops

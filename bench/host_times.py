@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pop_ext.enabling import enabled
-from pop_ext.plan import Plan
+from pop_ext.hf.enable import enabled
+from pop_ext.plans.plan import Plan
 
 from bench.measure import synchronize
 

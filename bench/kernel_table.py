@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pop_ext import _core
-from pop_ext.native import NativeModel
+from pop_ext.hf.native_model import NativeModel
 
 from bench.arms import sequence_shapes
 from bench.measure import KernelClock, Summary, Timed, captured, interleave, tuned

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pop_ext.cache_names import cache_of
+from pop_ext.hf.compat import cache_of
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from pop_ext import _core
-from pop_ext.native import NativeModel
+from pop_ext.hf.native_model import NativeModel
 
 _LAYER = "layers."
 

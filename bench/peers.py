@@ -23,9 +23,9 @@ if find_spec("pop_ext") is None:
 
 import torch  # noqa: E402
 from pop_ext import _core  # noqa: E402
-from pop_ext.describe import describe  # noqa: E402
-from pop_ext.plan import Plan  # noqa: E402
-from pop_ext.presets import default_plan  # noqa: E402
+from pop_ext.hf.weight_map import describe  # noqa: E402
+from pop_ext.plans.plan import Plan  # noqa: E402
+from pop_ext.plans.presets import default_plan  # noqa: E402
 
 from bench.engines.catalogue import PEERS  # noqa: E402
 from bench.engines.comparison import Engines, PeerCase, run_peers  # noqa: E402

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from pop_ext import _core
-from pop_ext.native import NativeModel, load
-from pop_ext.plan import Plan
+from pop_ext.hf.native_model import NativeModel, load
+from pop_ext.plans.plan import Plan
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bench.arms import NATIVE_FULL, plan_name, sequence_shapes

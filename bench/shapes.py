@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pop_ext.presets import PRESETS
+from pop_ext.plans.presets import PRESETS
 
 from bench.memory import available_bytes
 

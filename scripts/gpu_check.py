@@ -213,7 +213,10 @@ def tests(run: Run, stage: Stage) -> int:
     selection = ["--device", "cuda", "-m", "not cpu"]
     groups = test_groups(PROCESSES)
     if run.dry:
-        selection, groups = ["-k", "guard or stream"], [["tests/test_op_prefill.py", "tests/test_cuda_streams.py"]]
+        selection, groups = (
+            ["-k", "guard or stream"],
+            [["tests/ops/test_op_prefill.py", "tests/gpu/test_cuda_streams.py"]],
+        )
     with tempfile.TemporaryDirectory() as folder:
         reports = [Path(folder, f"{number}.xml") for number in range(len(groups))]
         pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *selection]
@@ -228,7 +231,7 @@ def test_groups(count: int) -> list[list[str]]:
     """The test files in groups of about the same size."""
     groups: list[list[str]] = [[] for _ in range(count)]
     sizes = [0] * count
-    for file in sorted((ROOT / "tests").glob("test_*.py"), key=lambda file: file.stat().st_size, reverse=True):
+    for file in sorted((ROOT / "tests").glob("*/test_*.py"), key=lambda file: file.stat().st_size, reverse=True):
         smallest = sizes.index(min(sizes))
         groups[smallest].append(str(file.relative_to(ROOT)))
         sizes[smallest] += file.stat().st_size

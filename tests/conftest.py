@@ -39,7 +39,7 @@ ON_THE_CPU = {
     "test_evaluation_prompts",
     "test_families",
     "test_gpu_check",
-    "test_harness",
+    "test_lm_eval",
     "test_masks",
     "test_model_spec",
     "test_mutations",
@@ -93,7 +93,7 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=elsewhere)
         items[:] = [item for item in items if item not in elsewhere]
     for item in items:
-        if item.module.__name__ in ON_THE_CPU:
+        if item.path.stem in ON_THE_CPU:
             item.add_marker(pytest.mark.cpu)
         if item.get_closest_marker("cuda") is not None and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason=NEEDS_GPU))

@@ -16,7 +16,7 @@ from typing import Any
 import pop_ext
 import torch
 from pop_ext import _core
-from pop_ext.plan import Plan
+from pop_ext.plans.plan import Plan
 
 from bench.arms import HF_EAGER, plan_flops, plan_name, stock_flops
 from bench.engines.catalogue import HERE, PEERS, Peer

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 import transformers
-from pop_ext.describe import describe
-from pop_ext.plan import Plan
+from pop_ext.hf.weight_map import describe
+from pop_ext.plans.plan import Plan
 
 from bench.arms import Arm, make_arms
 from bench.engines.log_probs import log_probs_of

@@ -13,7 +13,7 @@ class Engine(vllm_cpu.Engine):
 
     def settle(self, job: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         import pop_ext.vllm
-        from pop_ext.plan import Plan
+        from pop_ext.plans.plan import Plan
 
         from bench.arms import plan_name
 

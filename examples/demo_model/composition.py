@@ -21,8 +21,8 @@ from typing import Any
 import pop_ext
 import torch
 from pop_ext import Plan
-from pop_ext.cache_names import cache_of, with_cache
 from pop_ext.evaluation.prompts import read_texts, text_sets
+from pop_ext.hf.compat import cache_of, with_cache
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -18,7 +18,7 @@ import pop_ext
 import torch
 from data import SourceFile, split, stdlib_files
 from pop_ext import Plan
-from pop_ext.projections import FitReport
+from pop_ext.plans.projections import FitReport
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -10,22 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  (its libraries must be in the process before ours load)
 
-from pop_ext import operators as _operators  # noqa: F401  (registers torch.ops.pop)
+from pop_ext import ops as _ops  # noqa: F401  (registers torch.ops.pop)
 from pop_ext._core import __version__
-from pop_ext.plan import Plan
+from pop_ext.plans.plan import Plan
 
 if TYPE_CHECKING:
-    from pop_ext.decision import Decision
-    from pop_ext.enabling import disable, enable, enabled, explain, last_call
-    from pop_ext.evaluate import score
-    from pop_ext.families import UnsupportedModelError
-    from pop_ext.fitting import fit
-    from pop_ext.forward import PrefillDeclined
-    from pop_ext.latency import BudgetedPlan, plan_within, shortest_paying
-    from pop_ext.layer_importance import Importance, importance
-    from pop_ext.native import NativeModel, PrefillOutput, load
-    from pop_ext.presets import supported_models
-    from pop_ext.shortgpt import BlockInfluence, block_influence
+    from pop_ext.evaluation.score import score
+    from pop_ext.hf.architectures import UnsupportedModelError, supported_models
+    from pop_ext.hf.dispatch import Decision
+    from pop_ext.hf.enable import disable, enable, enabled, explain, last_call
+    from pop_ext.hf.forward import PrefillDeclined
+    from pop_ext.hf.native_model import NativeModel, PrefillOutput, load
+    from pop_ext.methods.block_influence import BlockInfluence, block_influence
+    from pop_ext.methods.fit import fit
+    from pop_ext.methods.importance import Importance, importance
+    from pop_ext.methods.latency import BudgetedPlan, plan_within, shortest_paying
 
 __all__ = [
     "BlockInfluence",
@@ -56,27 +55,27 @@ __all__ = [
 
 # What needs transformers is imported at first use: the operators work without it.
 _LAZY = {
-    "BlockInfluence": "pop_ext.shortgpt",
-    "BudgetedPlan": "pop_ext.latency",
-    "Decision": "pop_ext.decision",
-    "Importance": "pop_ext.layer_importance",
-    "NativeModel": "pop_ext.native",
-    "PrefillDeclined": "pop_ext.forward",
-    "PrefillOutput": "pop_ext.native",
-    "UnsupportedModelError": "pop_ext.families",
-    "block_influence": "pop_ext.shortgpt",
-    "disable": "pop_ext.enabling",
-    "enable": "pop_ext.enabling",
-    "enabled": "pop_ext.enabling",
-    "explain": "pop_ext.enabling",
-    "fit": "pop_ext.fitting",
-    "importance": "pop_ext.layer_importance",
-    "last_call": "pop_ext.enabling",
-    "load": "pop_ext.native",
-    "plan_within": "pop_ext.latency",
-    "score": "pop_ext.evaluate",
-    "shortest_paying": "pop_ext.latency",
-    "supported_models": "pop_ext.presets",
+    "BlockInfluence": "pop_ext.methods.block_influence",
+    "BudgetedPlan": "pop_ext.methods.latency",
+    "Decision": "pop_ext.hf.dispatch",
+    "Importance": "pop_ext.methods.importance",
+    "NativeModel": "pop_ext.hf.native_model",
+    "PrefillDeclined": "pop_ext.hf.forward",
+    "PrefillOutput": "pop_ext.hf.native_model",
+    "UnsupportedModelError": "pop_ext.hf.architectures",
+    "block_influence": "pop_ext.methods.block_influence",
+    "disable": "pop_ext.hf.enable",
+    "enable": "pop_ext.hf.enable",
+    "enabled": "pop_ext.hf.enable",
+    "explain": "pop_ext.hf.enable",
+    "fit": "pop_ext.methods.fit",
+    "importance": "pop_ext.methods.importance",
+    "last_call": "pop_ext.hf.enable",
+    "load": "pop_ext.hf.native_model",
+    "plan_within": "pop_ext.methods.latency",
+    "score": "pop_ext.evaluation.score",
+    "shortest_paying": "pop_ext.methods.latency",
+    "supported_models": "pop_ext.hf.architectures",
 }
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pop_ext.calibration import decoder_layers, first_of, undisturbed
-from pop_ext.gates import last_logits
-from pop_ext.plan import Plan
-from pop_ext.reference import replaced_forward
+from pop_ext.hf.restore import replaced_forward
+from pop_ext.methods.calibration import decoder_layers, first_of, undisturbed
+from pop_ext.methods.gates import last_logits
+from pop_ext.plans.plan import Plan
 
 NO_KV, NO_BOUNDARY, DROPPED = "no-kv", "no-boundary", "dropped"
 """The ablations; ``docs/evaluation.md`` defines them."""

@@ -9,10 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pop_ext.cache_names import with_cache
-from pop_ext.calibration import undisturbed
-from pop_ext.enabling import enabled
-from pop_ext.evaluate import continuation_logits
 from pop_ext.evaluation.ablations import (
     ABLATIONS,
     DROPPED,
@@ -23,9 +19,13 @@ from pop_ext.evaluation.ablations import (
     stock_logits,
 )
 from pop_ext.evaluation.prompts import Pair
-from pop_ext.families import UnsupportedModelError
-from pop_ext.native import NativeModel, load
-from pop_ext.plan import Plan
+from pop_ext.evaluation.score import continuation_logits
+from pop_ext.hf.architectures import UnsupportedModelError
+from pop_ext.hf.compat import with_cache
+from pop_ext.hf.enable import enabled
+from pop_ext.hf.native_model import NativeModel, load
+from pop_ext.methods.calibration import undisturbed
+from pop_ext.plans.plan import Plan
 
 FULL, POP, FITTED = "full", "pop", "pop-fitted"
 FULL_FP8, POP_FP8 = "full-fp8", "pop-fp8"

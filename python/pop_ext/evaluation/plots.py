@@ -12,7 +12,7 @@ from pop_ext.evaluation.ablations import DROPPED, NO_BOUNDARY, NO_KV
 from pop_ext.evaluation.arms import FITTED, FULL, FULL_FP8, POP, POP_FP8, omitted_text
 from pop_ext.evaluation.results import Evaluation, Mean
 from pop_ext.evaluation.timing import NATIVE_FULL, STOCK, plan_arm, speedup
-from pop_ext.plots import new_figure
+from pop_ext.methods.plots import new_figure
 
 Path_ = str | PathLike[str]
 Row = dict[str, Any]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pop_ext.evaluation.arms import FITTED, FULL, POP, Arm
-from pop_ext.json_values import finite
-from pop_ext.plan import Plan
+from pop_ext.plans.plan import Plan
+from pop_ext.utils.json import finite
 
 SCHEMA = "pop_ext evaluation 1"
 

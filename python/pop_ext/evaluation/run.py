@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from pop_ext import info
-from pop_ext.calibration import stock_model, undisturbed
-from pop_ext.describe import describe
+from pop_ext import env_info
 from pop_ext.evaluation.arms import DEFAULT_KINDS, FULL, Arm, arm_logits, backend_of, make_arms
 from pop_ext.evaluation.prompts import RECALL, Pair, PromptSet
 from pop_ext.evaluation.results import SCHEMA, Evaluation
-from pop_ext.loaded import check_possible
-from pop_ext.native import check_plan
-from pop_ext.origin import config_hash, weights_hash
-from pop_ext.plan import Plan
-from pop_ext.progress import Progress, reporting
+from pop_ext.hf.loaded import check_possible
+from pop_ext.hf.native_model import check_plan
+from pop_ext.hf.weight_map import describe
+from pop_ext.methods.calibration import stock_model, undisturbed
+from pop_ext.plans.origin import config_hash, weights_hash
+from pop_ext.plans.plan import Plan
+from pop_ext.utils.progress import Progress, reporting
 
 DIGITS = 5  # of the samples that are kept
 
@@ -92,7 +92,7 @@ def evaluate(
 
 
 def _facts(model: Any, sets: Sequence[PromptSet], greedy_tokens: int, backend: str) -> dict[str, Any]:
-    installed = info.installation()
+    installed = env_info.installation()
     digest = hashlib.sha256(" ".join([*(prompts.digest for prompts in sets), str(greedy_tokens)]).encode())
     return {
         "schema": SCHEMA,
@@ -104,7 +104,7 @@ def _facts(model: Any, sets: Sequence[PromptSet], greedy_tokens: int, backend: s
         "device": str(model.device),
         "backend": backend,
         "environment": {
-            "processor": info.processor(),
+            "processor": env_info.processor(),
             "system": platform.system(),
             "threads": torch.get_num_threads(),
             **{name: installed[name] for name in ("pop_ext", "torch", "transformers", "python", "cpu_isa")},

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from pop_ext import _core
-from pop_ext.calibration import stock_model, undisturbed
 from pop_ext.evaluation.arms import POP, Arm, make_arms
-from pop_ext.native import NativeModel, load
-from pop_ext.plan import Plan
-from pop_ext.progress import Progress, reporting
+from pop_ext.hf.native_model import NativeModel, load
+from pop_ext.methods.calibration import stock_model, undisturbed
+from pop_ext.plans.plan import Plan
+from pop_ext.utils.progress import Progress, reporting
 
 STOCK, NATIVE_FULL = "Hugging Face full", "native full"
 WARM_UPS = 2

@@ -10,8 +10,8 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
-from pop_ext.origin import spread_values
-from pop_ext.projections import SAMPLE, FitMismatch, Projections
+from pop_ext.plans.origin import spread_values
+from pop_ext.plans.projections import SAMPLE, FitMismatch, Projections
 
 CHUNK_BYTES = 64 << 20
 """Of K and V that are projected at once, at least 256 rows of them: what bounds the memory of a prefill for them."""

@@ -10,9 +10,9 @@ from vllm.config import CUDAGraphMode
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from pop_ext.native import check_plan
-from pop_ext.plan import Plan
-from pop_ext.presets import default_plan
+from pop_ext.hf.native_model import check_plan
+from pop_ext.plans.plan import Plan
+from pop_ext.plans.presets import default_plan
 from pop_ext.vllm import SECTION
 
 # Drafts of the others come from hidden states of every row of a prompt, or from a model that would have to be pruned.

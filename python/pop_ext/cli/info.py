@@ -1,0 +1,90 @@
+"""``pop-ext info``: what is installed, and what a plan means for a model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pop_ext import env_info as facts
+from pop_ext.cli import shared
+from pop_ext.cli.shared import BoundaryOption, CountOption, DtypeOption, JsonOption, OmitOption, PlanOption
+
+
+def info(
+    model: Annotated[str | None, typer.Option(help="Also: folder or name of a model, its plan and ceilings.")] = None,
+    plan: PlanOption = None,
+    omit: OmitOption = None,
+    count: CountOption = None,
+    boundary: BoundaryOption = None,
+    dtype: DtypeOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Show what is installed and, for a model, what its plan omits and at most gains."""
+    with shared.errors():
+        report = facts.installation()
+        if model is not None:
+            with shared.loading(as_json):
+                loaded = shared.load_model(model, dtype, "cpu")
+
+                from pop_ext.hf.native_model import load
+
+                native = load(loaded, shared.choose_plan(loaded.config, plan, omit, count, boundary))
+            report["model"] = {"name": model, **facts.model_summary(native)}
+    if as_json:
+        shared.print_json(report)
+    else:
+        _print_info(report)
+
+
+def _print_info(report: dict[str, Any]) -> None:
+    console = Console()
+    table = Table(show_header=False, box=None, pad_edge=False)
+    schemas = report["aten_schemas"]
+    rows = {
+        "pop_ext": report["pop_ext"],
+        "python": report["python"],
+        "torch": f"{report['torch']} (built with the headers of {report['built_with']['torch_headers']})",
+        "transformers": report["transformers"] or "not installed (extra hf)",
+        "compiler": report["built_with"]["compiler"],
+        "CPU kernels": f"{report['cpu_isa']}, {report['threads']} threads",
+        "CUDA kernels": report["cuda"],
+        "aten schemas": schemas if isinstance(schemas, str) else f"changed, native prefill disabled: {schemas}",
+        "attention": ", ".join(f"{device}: {provider}" for device, provider in report["attention"].items()),
+        "prepack": report["prepack"],
+        "families": ", ".join(report["families"]),
+        "presets": "\n".join(
+            f"{preset['omitted']:2} of {preset['layers']} layers: {preset['names'][0]}"
+            f"{' (published)' if preset['published'] else ''}"
+            for preset in report["presets"]
+        ),
+    }
+    for name, value in rows.items():
+        table.add_row(Text(name, style="bold"), Text(value))
+    console.print(table)
+    if "model" in report:
+        _print_model(console, report["model"])
+
+
+def _print_model(console: Console, model: dict[str, Any]) -> None:
+    plan, windows = model["plan"], model["sliding_windows"]
+    lines = [
+        "",
+        f"{model['name']}: {model['architecture']}, {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}",
+        f"{model['layers']} layers of hidden {model['hidden_size']}, {model['heads']} heads and {model['kv_heads']} "
+        f"KV heads of {model['head_dim']}, MLP {model['intermediate_size']}; vocabulary {model['vocab_size']}",
+        f"plan: omits {plan['omit']}, boundary {plan['boundary']}, min_tokens {plan['min_tokens']}",
+        f"folded K/V weights: {model['extra_bytes'] / 2**20:.1f} MiB",
+    ]
+    if windows:
+        lines.insert(3, f"sliding windows: {windows}")
+    for line in lines:
+        console.print(Text(line))
+    table = shared.new_table("ceiling, batch 1", "POP vs HF full", "POP vs native full", "native full vs HF full")
+    for row in model["ceilings"]:
+        ratios = (row[name] for name in ("pop_over_stock", "pop_over_native_full", "native_full_over_stock"))
+        table.add_row(f"{row['tokens']} tokens", *(f"{ratio:.3f}x" for ratio in ratios))
+    console.print(table)

@@ -1,0 +1,136 @@
+"""What is installed, and what a plan means for a model: the facts behind ``pop-ext info``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pop_ext import _core, ops
+from pop_ext.hf.architectures import FAMILIES
+from pop_ext.plans.plan import Plan
+from pop_ext.plans.presets import PRESETS
+
+if TYPE_CHECKING:
+    from pop_ext.hf.native_model import NativeModel
+
+CEILING_TOKENS = (512, 2048, 8192)
+
+
+def installation() -> dict[str, Any]:
+    """Versions, instruction set, CUDA part, checks, families and presets."""
+    build = _core.build_info()
+    return {
+        "pop_ext": build["version"],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "built_with": {"torch_headers": build["torch_headers"], "compiler": build["compiler"], "cuda": build["cuda"]},
+        "transformers": _version_of("transformers"),
+        "cpu_isa": torch.ops.pop.cpu_isa(),
+        "threads": torch.get_num_threads(),
+        "cuda": _cuda(build["cuda"]),
+        "aten_schemas": ops.changed_aten() or "as expected",
+        "attention": ops.attention_providers(),
+        "prepack": _prepack(),
+        "families": sorted(FAMILIES),
+        "presets": [
+            {
+                "names": list(preset.names),
+                "omitted": len(preset.plan.omit),
+                "layers": preset.plan.num_layers,
+                "published": preset.published,
+                "source": preset.source,
+            }
+            for preset in {preset.names: preset for preset in PRESETS.values()}.values()
+        ],
+    }
+
+
+def model_summary(native: NativeModel) -> dict[str, Any]:
+    """Shape, plan, extra memory in bytes and ceilings of one model."""
+    spec, plan = native.spec, native.plan
+    return {
+        "architecture": spec.architecture,
+        "dtype": spec.dtype,
+        "layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "heads": spec.num_heads,
+        "kv_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "intermediate_size": spec.intermediate_size,
+        "vocab_size": spec.vocab_size,
+        "sliding_windows": sorted({window for window in spec.window if window}),
+        "parameters": sum(parameter.numel() for parameter in native.model.parameters()),
+        "plan": describe_plan(plan),
+        "extra_bytes": native.extra_bytes,
+        "ceilings": [ceilings(spec, plan, tokens) for tokens in CEILING_TOKENS],
+    }
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    return {
+        "num_layers": plan.num_layers,
+        "omit": list(plan.omit),
+        "boundary": plan.boundary,
+        "min_tokens": plan.min_tokens,
+    }
+
+
+def ceilings(spec: _core.ModelSpec, plan: Plan, tokens: int) -> dict[str, float]:
+    """Ratios of FLOPs at batch 1: the most that leaving out work can gain for a prompt of ``tokens``."""
+    rows = [_core.SequenceShape(tokens, boundary=min(plan.boundary, tokens))]
+    full_plan = Plan(plan.num_layers, ())
+    pruned = _core.plan_cost(spec, plan, rows)["flops"]
+    full = _core.plan_cost(spec, full_plan, rows)["flops"]
+    stock = _core.stock_cost(spec, rows)["flops"]
+    return {
+        "tokens": tokens,
+        "pop_over_stock": stock / pruned,
+        "pop_over_native_full": full / pruned,
+        "native_full_over_stock": stock / full,
+    }
+
+
+def processor() -> str:
+    """Name of the processor."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _prepack() -> str:
+    """Whether a dense model's weights can be prepacked here."""
+    spec = _core.ModelSpec(
+        architecture="llama",
+        dtype="bfloat16",
+        num_layers=1,
+        hidden_size=16,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=16,
+        intermediate_size=16,
+        vocab_size=1,
+    )
+    return torch.ops.pop.prepack_missing(spec.to_json(), torch.empty(0)) or "possible, of bfloat16 weights on the CPU"
+
+
+def _cuda(built: str) -> str:
+    if not built:
+        return "not built"
+    if torch.version.cuda is None:
+        return f"built with CUDA {built}; this torch is a CPU build"
+    return f"built with CUDA {built}; {'a device is there' if torch.cuda.is_available() else 'no device found'}"

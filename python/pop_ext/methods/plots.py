@@ -1,0 +1,94 @@
+"""Figures of a calibration. Needs matplotlib (extra ``plot``)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from os import PathLike
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pop_ext.methods.importance import Importance
+
+# Two hues that differ in lightness, too, so that they stay apart in grey and for the colour-blind.
+PREFILL, DECODE = "#0b6fb8", "#e0842b"
+STAGE_COLOURS = (
+    "#0b4f86",
+    "#1f7fc4",
+    "#6db3e8",
+    "#b9dcf5",
+    "#e0842b",
+    "#f2b36b",
+    "#2f9e4f",
+    "#7cc98a",
+    "#8e5fb5",
+    "#c4a5dd",
+    "#bbbbbb",
+)
+
+
+def new_figure(columns: int, width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
+    """A figure that no window shows and no global state keeps, and its axes [columns].
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot: expected matplotlib: pip install 'pop_ext[plot]'", name=error.name) from None
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", color="#dddddd", linewidth=0.6)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def plot_importance(importance: Importance, path: str | PathLike[str]) -> None:
+    """Importance by layer, context rows beside loss rows; a panel for each kind of gate. Bars: standard errors."""
+    gates = importance.gates()
+    figure, axes = new_figure(len(gates), width=2.2 + 4.8 * len(gates))
+    for ax, (kind, scores) in zip(axes, gates.items(), strict=True):
+        stages = (
+            ("context rows (prefill)", scores.prefill, scores.prefill_error, PREFILL, "o"),
+            ("loss rows (decode)", scores.decode, scores.decode_error, DECODE, "s"),
+        )
+        for label, values, errors, colour, marker in stages:
+            # A logarithmic axis has no zero: the last layer's on context rows is written where it would lie.
+            shown = [value if value > 0 else math.nan for value in values]
+            whiskers = [[min(error, 0.9 * value) for value, error in zip(values, errors, strict=True)], errors]
+            style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.4, "capsize": 2}
+            ax.errorbar(range(len(values)), shown, yerr=whiskers, label=label, **style)
+            for layer in (index for index, value in enumerate(values) if value == 0):
+                at = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "color": colour}
+                ax.annotate("0", (layer, 0.01), fontsize=9, **at)
+        ax.set_yscale("log")
+        ax.set_xlabel("layer")
+        ax.set_title({"layer": "whole layer"}.get(kind, kind), fontsize=10)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_ylabel("importance  E[(dL/dg)²]")
+    axes[0].legend(frameon=False, fontsize=9)
+    name = str(importance.origin.model or "model").rstrip("/")
+    figure.suptitle(f"{name}, {importance.samples} samples", fontsize=10)
+    figure.savefig(path)
+
+
+def plot_stages(profiles: Sequence[dict[str, Any]], path: str | PathLike[str] | IO[bytes]) -> None:
+    """Where the time of prefills goes: a bar a profile of ``bench/run.py --profile``, a colour a stage."""
+    names = list(dict.fromkeys(stage["name"] for item in profiles for stage in item["stages"]))
+    names.sort(key=lambda name: name == "rest")  # last
+    figure, [ax] = new_figure(1, width=8.0, height=1.6 + 0.42 * len(profiles))
+    ax.grid(visible=False)
+    left = [0.0] * len(profiles)
+    labels = [f"{item['arm']}, {item['tokens']} tokens" for item in profiles]
+    for number, name in enumerate(names):
+        widths = [1e3 * sum(s["seconds"] for s in item["stages"] if s["name"] == name) for item in profiles]
+        ax.barh(labels, widths, left=left, color=STAGE_COLOURS[number % len(STAGE_COLOURS)], label=name, height=0.62)
+        left = [begin + width for begin, width in zip(left, widths, strict=True)]
+    ax.invert_yaxis()
+    ax.set_xlabel("ms")
+    figure.suptitle(f"{profiles[0]['model']}, {profiles[0]['dtype']}: stages of a prefill", fontsize=10)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    figure.savefig(path, format="png")

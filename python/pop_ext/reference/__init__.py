@@ -1,0 +1,7 @@
+"""The oracle: prefill-only pruning in plain PyTorch, which the native path is compared with."""
+
+from __future__ import annotations
+
+from pop_ext.reference.prefill import prefill, project_kv
+
+__all__ = ["prefill", "project_kv"]

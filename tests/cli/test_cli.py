@@ -1,0 +1,253 @@
+"""The command line: what generate and info report, what bad options get, and what it says without typer and rich."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import re
+import subprocess
+import sys
+import time
+
+import models
+import pop_ext
+import pytest
+import torch
+import transformers
+from instruction_sets import has_avx512_bf16
+from model_folder import save_tiny_llama
+from pop_ext import cli
+from pop_ext.cli import shared
+from pop_ext.cli.app import app, parse_layers
+from pop_ext.cli.compare import compare, count_steps, split_prompt
+from pop_ext.env_info import ceilings
+from rich.console import Console
+from typer.testing import CliRunner
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("def square(x):\n    return x * x\n" * 3)
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def generate(folder, prompt_file, *options):
+    common = ("--continuation", 8, "--max-new-tokens", 6, "--repeats", 3)
+    return run("generate", "--model", folder, "--prompt-file", prompt_file, *common, *options)
+
+
+def test_generate_reports_three_arms_in_json(folder, prompt_file):
+    result = generate(folder, prompt_file, "--json", "--count", 2)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert [arm["name"] for arm in report["arms"]] == ["Hugging Face full", "native full", "POP"]
+    assert report["plan"]["omit"] == [4, 5]
+    assert report["prompt_tokens"] == 96 - 8
+    assert report["true_continuation"].replace(" ", "") == "nx*x\n"
+    for arm in report["arms"]:
+        assert len(arm["ttft_ms"]["all"]) == 3
+        assert arm["ttft_ms"]["min"] <= arm["ttft_ms"]["median"] <= arm["ttft_ms"]["max"]
+        assert len(arm["continuation_ids"]) == 6
+    stock, full, pruned = (arm["log_likelihood_per_token"] for arm in report["arms"])
+    assert full == pytest.approx(stock, abs=1e-4)
+    assert pruned != pytest.approx(stock, abs=1e-4)
+    assert report["arms"][1]["agreement"] == 6
+    for row in report["speedups"]:
+        assert row["measured"] > 0
+        assert row["ceiling"] > 1
+
+
+def test_generate_prints_times_ratios_and_texts(folder, prompt_file):
+    result = generate(folder, prompt_file)
+    assert result.exit_code == 0, result.output
+    for text in ("first token", "speed-up", "ceiling", "POP vs native full", "true continuation", "continuation, POP"):
+        assert text in result.stdout
+
+
+def test_generate_without_continuation_has_no_likelihood(folder, prompt_file):
+    report = json.loads(generate(folder, prompt_file, "--json", "--continuation", 0).stdout)
+    assert report["prompt_tokens"] == 96
+    assert report["true_continuation"] is None
+    assert all(arm["log_likelihood_per_token"] is None for arm in report["arms"])
+
+
+def test_generate_executes_a_saved_plan_whatever_its_min_tokens(folder, prompt_file, tmp_path):
+    path = tmp_path / "plan.json"
+    pop_ext.Plan(6, omit=[2, 4], boundary=3, min_tokens=1000).save(path)
+    report = json.loads(generate(folder, prompt_file, "--json", "--plan", path).stdout)
+    assert report["plan"] == {"num_layers": 6, "omit": [2, 4], "boundary": 3, "min_tokens": 1000}
+    assert report["arms"][2]["gflops"] < report["arms"][1]["gflops"]
+    assert "shorter than min_tokens" in generate(folder, prompt_file, "--plan", path).stdout
+
+
+def test_likelihood_is_that_of_score():
+    model = models.llama()
+    context, continuation = models.tokens(model, 30).tolist(), models.tokens(model, 5, seed=1).tolist()
+    plan = pop_ext.Plan(6, omit=[1, 4], boundary=3)
+    steps: list[str] = []
+    prompt = split_prompt(context + continuation, 5, None, None)
+    result = compare(model, prompt, plan, repeats=3, max_new_tokens=4, progress=steps.append)
+    assert len(steps) == count_steps(prompt, 3)
+    with pop_ext.enabled(model, plan):
+        [expected] = pop_ext.score(model, [context], [continuation])
+        text = model.generate(torch.tensor([context]), max_new_tokens=4, do_sample=False)[0, 30:]
+    assert result.arms[2].log_likelihood == pytest.approx(expected.log_likelihood / 5, abs=1e-5)
+    assert result.arms[2].continuation == text.tolist()
+
+
+def test_ceilings_of_the_published_shape_are_those_of_the_paper():
+    spec = pop_ext._core.ModelSpec(
+        architecture="llama",
+        dtype="bfloat16",
+        num_layers=32,
+        hidden_size=4096,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        intermediate_size=14336,
+        vocab_size=128256,
+    )
+    row = ceilings(spec, pop_ext.Plan.preset("meta-llama/Llama-3.1-8B-Instruct"), 2048)
+    assert row["pop_over_stock"] == pytest.approx(1.43, abs=0.005)
+    assert row["pop_over_native_full"] == pytest.approx(1.39, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt-tokens", 500], "--prompt-tokens: expected at most 88"),
+        (["--continuation", 96], "expected more than the 96 tokens of --continuation"),
+        (["--count", 6], "expected an integer in 0...5, got 6"),
+        (["--count", 2, "--omit", "3"], "--omit and --count: expected one of them"),
+        (["--omit", "3-x"], "--omit: expected layers like 22-31 or 8,9,11, got '3-x'"),
+        (["--omit", "5-3"], "--omit: expected layers like 22-31 or 8,9,11, got '5-3'"),
+        (["--omit", "6"], "got 6"),
+        (["--dtype", "int8"], "--dtype: expected one of auto, float32, bfloat16, float16, got 'int8'"),
+        (["--device", "foo"], "got 'foo'"),
+        (["--max-new-tokens", 4096], "--continuation, --max-new-tokens: expected fewer than the "),
+        (["--continuation", 200, "--prompt-tokens", 5], "expected more than the 200 tokens of --continuation, got 96"),
+        (["--device", "cuda"], "got 'cuda'"),
+        (["--plan", "absent.json"], "absent.json"),
+    ],
+)
+def test_bad_options_are_one_line_and_status_2(folder, prompt_file, options, message):
+    result = generate(folder, prompt_file, *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_a_failure_is_one_line_and_status_1(folder, prompt_file, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("planted failure")
+
+    monkeypatch.setattr(shared, "load_model", fail)
+    for result in (generate(folder, prompt_file), run("info", "--model", folder)):
+        assert result.exit_code == 1
+        assert result.stderr == "pop-ext: planted failure\n"
+        assert result.stdout == ""
+
+
+def test_an_architecture_without_a_native_form_is_told_of_what_python_offers(tmp_path, prompt_file):
+    folder = save_tiny_llama(tmp_path)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=3, n_embd=8, n_head=2)).save_pretrained(folder)
+    result = generate(folder, prompt_file)
+    assert result.exit_code == 2
+    assert 'got gpt2. pop_ext.enable with backend="reference" works' in result.stderr
+
+
+def test_the_spinner_turns_while_a_model_loads(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    console = functools.partial(Console, file=terminal, force_terminal=True, _environ={"TERM": "xterm"})
+    monkeypatch.setattr(shared, "Console", lambda stderr: console())
+    with shared.loading(quiet=False):
+        time.sleep(0.5)
+    frames = set(re.findall("[\u2800-\u28ff]", terminal.getvalue()))
+    assert len(frames) >= 2
+    assert "loading" in terminal.getvalue()
+
+
+def test_nothing_is_drawn_where_json_is_wanted_or_no_terminal_is(folder, prompt_file):
+    for options in ((), ("--json",)):
+        assert generate(folder, prompt_file, *options).stderr == ""
+
+
+def test_info_states_what_is_installed():
+    report = json.loads(run("info", "--json").stdout)
+    assert report["pop_ext"] == pop_ext.__version__
+    assert report["torch"] == torch.__version__
+    assert report["cpu_isa"] == torch.ops.pop.cpu_isa()
+    assert report["aten_schemas"] == "as expected"
+    assert report["prepack"].startswith("possible" if has_avx512_bf16() else "expected a processor with AVX-512 BF16")
+    assert "llama" in report["families"]
+    names = [name for preset in report["presets"] for name in preset["names"]]
+    assert len(names) == len(set(names))
+    assert "meta-llama/Llama-3.1-8B" in names
+    assert torch.__version__ in run("info").stdout
+
+
+def test_info_of_a_model_states_plan_memory_and_ceilings(folder):
+    result = run("info", "--model", folder, "--omit", "2-3,5", "--boundary", 4, "--json")
+    model = json.loads(result.stdout)["model"]
+    assert model["plan"] == {"num_layers": 6, "omit": [2, 3, 5], "boundary": 4, "min_tokens": 0}
+    # Keys and values of three layers, 2 KV heads of 64 channels each, float32.
+    assert model["extra_bytes"] == 3 * 2 * 2 * 64 * 96 * 4
+    assert [row["tokens"] for row in model["ceilings"]] == [512, 2048, 8192]
+    assert "ceiling" in run("info", "--model", folder).stdout
+
+
+@pytest.mark.parametrize(("text", "layers"), [("", []), ("3", [3]), ("3,5-7", [3, 5, 6, 7]), ("5 - 6, 8", [5, 6, 8])])
+def test_layers_are_read_from_numbers_and_ranges(text, layers):
+    assert parse_layers(text) == layers
+
+
+def test_a_prompt_leaves_room_for_what_follows():
+    assert split_prompt(range(10), 3, None, None) == (list(range(7)), [7, 8, 9])
+    assert split_prompt(range(10), 3, 4, None) == ([0, 1, 2, 3], [4, 5, 6])
+    assert split_prompt(range(10), 3, None, 8) == ([0, 1, 2, 3, 4], [5, 6, 7])
+    assert split_prompt(range(10), 3, None, 8, max_new_tokens=6) == ([0, 1], [2, 3, 4])
+    with pytest.raises(ValueError, match=re.escape("at most 5 (the model takes 8 tokens), got 6")):
+        split_prompt(range(10), 3, 6, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((range(10), 10, None, None), "prompt: expected more than the 10 tokens of --continuation, got 10"),
+        ((range(10), 20, 5, None), "prompt: expected more than the 20 tokens of --continuation, got 10"),
+        ((range(90), 3, None, 8, 8), "--max-new-tokens: expected fewer than the 8 tokens that the model takes, got 8"),
+        ((range(90), 20, 5, 8), "--max-new-tokens: expected fewer than the 8 tokens that the model takes, got 20"),
+        ((range(10), 3, 8, None), "--prompt-tokens: expected at most 7 (the text has 10 tokens), got 8"),
+    ],
+)
+def test_a_text_without_room_for_a_prompt_is_refused_in_numbers_that_can_be(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        split_prompt(*arguments)
+
+
+def test_without_typer_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "typer" else object())
+    with pytest.raises(SystemExit, match=re.escape("needs typer: pip install 'pop_ext[cli,hf]'")):
+        cli.main()
+
+
+def test_it_runs_as_a_module():
+    result = subprocess.run(
+        [sys.executable, "-m", "pop_ext", "info", "--json"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(result.stdout)["pop_ext"] == pop_ext.__version__

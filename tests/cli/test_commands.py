@@ -1,0 +1,290 @@
+"""pop-ext calibrate, fit, eval, report and bench, run for real on a tiny model with a tokenizer."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import sys
+from pathlib import Path
+
+import pop_ext
+import pytest
+from model_folder import save_tiny_llama
+from pop_ext import Plan
+from pop_ext.cli import html_report, shared
+from pop_ext.cli.app import app
+from pop_ext.cli.shared import parse_numbers
+from typer.testing import CliRunner
+
+bench = sys.modules["pop_ext.cli.bench"]  # its function bears the same name
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Texts of a calibration, and one of an evaluation."""
+    for name, letter in (("a", "x"), ("b", "y"), ("eval", "z")):
+        (tmp_path / f"{name}.txt").write_text(f"def square({letter}):\n    return {letter} * {letter}\n" * 8)
+    return [tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "eval.txt"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def calibrate(folder, files, out, *options):
+    common = ("--tokens", 32, "--samples", 6, "--pays-from", "16,64")
+    return run("calibrate", folder, "--text", *files[0], "-o", out, *common, *options)
+
+
+QUICK = ("--counts", "1-2", "--boundary", "1,4", "--lengths", "24,48", "--continuation", 6, "--samples", 3)
+QUICK += ("--greedy", 3, "--recall", "32", "--time-lengths", "16,32", "--repeats", 3)
+
+
+def evaluate(folder, files, out, *options):
+    return run("eval", folder, "--text", files[1], "-o", out, *QUICK, *options)
+
+
+def test_calibrate_writes_a_plan_of_this_model_its_importance_and_a_figure(folder, files, tmp_path):
+    result = calibrate(folder, files, tmp_path / "out" / "plan.json", "--count", 2, "--json", "--boundary", 3)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    plan, imp = Plan.load(report["plan"]), pop_ext.methods.importance.Importance.load(report["importance"])
+    assert plan.omit == imp.plan(2).omit == tuple(report["omit"])
+    assert plan.boundary == 3
+    assert plan.min_tokens in (16, 64, 65)
+    assert plan.origin.method == "gates, contiguous"
+    assert plan.origin.samples == imp.samples == 6
+    assert report["prefill"] == list(imp.prefill)
+    assert Path(report["plots"][0]).read_bytes().startswith(b"\x89PNG")
+    printed = calibrate(folder, files, tmp_path / "out" / "plan.json", "--count", 2, "--free")
+    assert printed.exit_code == 0, printed.output
+    for text in ("what follows", "omitted", "(6 samples)", "plan.json"):
+        assert text in printed.stdout
+
+
+def test_calibrate_within_a_budget_says_what_was_timed(folder, files, tmp_path):
+    options = ("--budget-ms", 60000, "--budget-tokens", 20, "--pays-from", "", "--json")
+    result = calibrate(folder, files, tmp_path / "plan.json", *options)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["omit"] == []
+    assert report["budget"]["seconds"] == 60
+    assert set(report["budget"]["measured_seconds"]) >= {"0", "5"}
+    assert "the fewest within 60 s" in Plan.load(tmp_path / "plan.json").origin.method
+
+
+def test_fit_holds_out_the_last_sequences_and_saves_what_comes_back(folder, files, tmp_path, monkeypatch):
+    seen, fit = {}, pop_ext.fit
+
+    def watched(model, plan, batches, **options):
+        seen.update(options, plan=plan, batches=batches)
+        return fit(model, plan, batches, **options)
+
+    monkeypatch.setattr(pop_ext, "fit", watched)
+    Plan(6, (4, 5)).save(tmp_path / "plan.json")
+    out = tmp_path / "fitted" / "plan.json"
+    common = ("--text", *files[0], "-o", out, "--samples", 10, "--tokens", 32)
+    result = run("fit", folder, tmp_path / "plan.json", *common, "--json")
+    assert result.exit_code == 0, result.output
+    report, fitted = json.loads(result.stdout), Plan.load(out)
+    assert fitted.projections.layers == (4, 5)
+    assert seen["plan"] == Plan(6, (4, 5)) == fitted.replace(projections=None)
+    assert [list(ids.shape) for ids in seen["batches"]] == [[1, 32]] * 8
+    assert [list(ids.shape) for ids in seen["holdout"]] == [[1, 32]] * 2
+    assert seen["progress"] is False
+    assert report["held_out"] == report["fit"]["holdout"] == 2
+    assert report["fit"]["losses"] == [list(row) for row in fitted.projections.report.to_dict()["losses"]]
+    printed = run("fit", folder, tmp_path / "plan.json", *common).stdout
+    for text in (
+        "8 sequences, 2 held out",
+        "original projections",
+        "chosen",
+        str(out),
+        str(out.with_suffix(".safetensors")),
+    ):
+        assert text in printed
+
+
+def test_eval_measures_every_arm_and_draws_what_it_has(folder, files, tmp_path):
+    result = evaluate(folder, files, tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    arms = [row["arm"] for row in report["rows"] if row["set"] == "recall"]
+    assert arms == [
+        "full",
+        *(f"pop {layers} b{rows}" for layers in ("5", "4-5") for rows in (1, 4)),
+        *(f"no-kv {layers} b{rows}" for layers in ("5", "4-5") for rows in (1, 4)),
+        *("no-boundary 5", "no-boundary 4-5", "dropped 5", "dropped 4-5"),
+    ]
+    assert {(row["set"], row["length"]) for row in report["rows"]} == {("text", 24), ("text", 48), ("recall", 32)}
+    exact = next(row for row in report["rows"] if row["arm"] == "pop 5 b1")
+    assert exact["delta_loss"][0] == pytest.approx(0, abs=1e-4)  # nobody reads the last layer's context rows
+    names = {Path(path).stem for path in report["plots"]}
+    assert names == {"cost", "frontier", "lengths", "recall", "ttft"}
+    printed = evaluate(folder, files, tmp_path / "out")
+    assert printed.exit_code == 0, printed.output
+    for text in ("3 text prompts of 24 tokens", "pop 4-5 b4", "dropped 4-5", "exact"):
+        assert text in printed.stdout
+
+
+def test_eval_takes_saved_plans_and_refuses_a_folder_of_other_prompts(folder, files, tmp_path):
+    Plan(6, (1, 2)).save(tmp_path / "one.json")
+    Plan(6, (3,)).save(tmp_path / "two.json")
+    plans = ("--plan", tmp_path / "one.json", tmp_path / "two.json")
+    how = ("--lengths", 24, "--samples", 2, "--recall", "", "--time-lengths", "", "--greedy", 0, "--continuation", 4)
+    base = ("eval", folder, "--text", files[1], *plans, "-o", tmp_path / "out", "--kinds", "pop")
+    result = run(*base, *how, "--json")
+    assert result.exit_code == 0, result.output
+    assert [row["arm"] for row in json.loads(result.stdout)["rows"]] == ["full", "pop 1-2 b1", "pop 3 b1"]
+    other = run(*base, *how[:-1], 5)
+    assert other.exit_code == 2
+    assert "resume: expected texts and continuations (--text, --continuation)" in other.stderr
+
+
+def test_eval_of_a_single_prompt_has_null_for_its_standard_errors(folder, files, tmp_path):
+    options = ("--samples", 1, "--counts", 1, "--recall", "", "--time-lengths", "", "--kinds", "pop", "--json")
+    result = evaluate(folder, files, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    [value, error] = json.loads(result.stdout, parse_constant=pytest.fail)["rows"][0]["loss"]
+    assert value > 0
+    assert error is None
+
+
+def test_eval_times_the_plans_of_earlier_calls_again_with_its_own(folder, files, tmp_path):
+    out = tmp_path / "out"
+    for count, lengths in ((1, "16,32"), (2, "16")):
+        options = ("--counts", count, "--boundary", 1, "--time-lengths", lengths, "--kinds", "pop", "--json")
+        assert evaluate(folder, files, out, *options).exit_code == 0
+    timed = [(time["arm"], time["tokens"]) for time in json.loads((out / "evaluation.json").read_text())["timings"]]
+    assert sorted(timed) == sorted(
+        [(arm, 16) for arm in ("Hugging Face full", "native full", "pop 5 b1", "pop 4-5 b1")]
+        + [(arm, 32) for arm in ("Hugging Face full", "native full", "pop 5 b1")]
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--counts", "x"], "--counts: expected numbers like 1,2,4 or 1-6, got 'x'"),
+        (["--counts", "6"], "expected an integer in 0...5, got 6"),
+        (["--lengths", "4000"], "lengths: expected at most"),
+        (["--kinds", "none"], "kinds: expected of full, pop"),
+    ],
+)
+def test_bad_options_of_eval_are_one_line_and_status_2(folder, files, tmp_path, options, message):
+    result = run("eval", folder, "--text", files[1], "-o", tmp_path / "out", "--recall", "", "--lengths", 24, *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_two_ways_to_choose_a_number_of_layers_are_refused(folder, files, tmp_path):
+    result = calibrate(folder, files, tmp_path / "plan.json", "--count", 2, "--speedup", 1.2)
+    assert result.exit_code == 2
+    assert "--count and --speedup: expected one of them" in result.stderr
+
+
+def test_a_report_is_one_page_with_every_table_and_figure_and_needs_no_network(folder, files, tmp_path):
+    out = tmp_path / "out"
+    assert evaluate(folder, files, out, "--json").exit_code == 0
+    assert calibrate(folder, files, out / "plan.json", "--count", 2, "--json").exit_code == 0
+    stage = {"name": "mlp", "seconds": 0.002, "share": 0.5, "flops": 1e9, "bytes": 1e6, "share_of_peak": 0.8}
+    profile = {"model": "m", "dtype": "float32", "arm": "pop 2/6", "tokens": 64, "seconds": 0.004, "stages": [stage]}
+    (out / "bench.json").write_text(json.dumps({"cases": [], "profiles": [profile]}))
+    (out / "other.json").write_text("[1]")
+    fitting = ("--text", *files[0], "-o", out / "fitted.json", "--samples", 10, "--tokens", 32)
+    assert run("fit", folder, out / "plan.json", *fitting).exit_code == 0
+    fitted = Plan.load(out / "fitted.json").projections.report
+    result = run("report", out, "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert set(report["from"]) >= {"evaluation.json", "plan.json", "plan.importance.json", "bench.json", "cost.png"}
+    assert "other.json" not in report["from"]
+    page = Path(report["page"]).read_text()
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert len(images) == 7  # five of eval, importance, stages
+    assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
+    assert not re.search(r"(https?:)?//\w", re.sub(r'base64,[^"]+', "", page))
+    assert "prefers-color-scheme: dark" in page
+    for text in (
+        "pop 4-5 b4",
+        "first token, to full depth",
+        "<small>(",
+        "Importance of layers",
+        "Fitted projections: ridge towards the original projections, lambda",
+        f"{fitted.sequences} sequences, {fitted.tokens} tokens",
+        "original projections</td>",
+        f"{fitted.residuals[5][1]:.1%}",
+        "500.0 GFLOP/s",
+        "80 %",
+    ):
+        assert text in page, text
+
+
+def test_what_comes_from_files_is_escaped():
+    members = {"omit": [1], "num_layers": 2, "origin": {"method": "<script>"}}
+    assert "<script>" not in html_report._plan(members, "<b>.json")
+
+
+def test_a_folder_without_results_is_named(tmp_path):
+    result = run("report", tmp_path)
+    assert result.exit_code == 2
+    assert "expected results of calibrate, eval or bench, got none" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [('{"facts": ', "expected JSON"), ('{"gates": {}, "origin": 1}', "expected a result as")]
+)
+def test_a_file_that_a_report_cannot_read_is_named(tmp_path, text, said):
+    (tmp_path / "broken.json").write_text(text)
+    result = run("report", tmp_path)
+    assert result.exit_code == 2
+    assert f"{tmp_path / 'broken.json'}: {said}" in result.stderr
+
+
+def test_bench_hands_its_arguments_to_the_bench_of_the_checkout(monkeypatch, tmp_path):
+    assert bench._script() == ROOT / "bench" / "run.py"
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, pathlib\n"
+        "if '--json' in sys.argv: pathlib.Path(sys.argv[sys.argv.index('--json') + 1]).write_text('{\"a\": 1}')\n"
+        "pathlib.Path(sys.argv[0]).with_name('seen').write_text(' '.join(sys.argv[1:4]))\n"
+        "sys.exit(1 if 'fail' in sys.argv else 0)\n"
+    )
+    monkeypatch.setattr(bench, "_script", lambda: script)
+    assert run("bench", "--model", "demo", "--profile").exit_code == 0
+    assert (tmp_path / "seen").read_text() == "--model demo --profile"
+    result = run("bench", "--json", "--model", "demo")
+    assert json.loads(result.stdout) == {"a": 1}
+    assert run("bench", "fail").exit_code == 1
+
+
+def test_bench_says_where_it_is_where_it_is_not(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "_TREE", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    result = run("bench")
+    assert result.exit_code == 2
+    assert "in a checkout it is bench/run.py" in result.stderr
+
+
+def test_without_matplotlib_results_are_kept_and_the_figures_are_said_to_be_missing(
+    folder, files, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = evaluate(folder, files, tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["plots"] == []
+    assert "no figures: plot: expected matplotlib: pip install 'pop_ext[plot]'" in result.stderr
+
+
+def test_numbers_are_read_from_lists_and_ranges():
+    assert parse_numbers("--x", "1-3, 8") == [1, 2, 3, 8]
+    assert parse_numbers("--x", " ") == []
+    assert shared.parse_numbers("--x", "5") == [5]

@@ -1,0 +1,251 @@
+"""What the build promises: one library for every torch >= 2.11, torch-free parts, a torch that is used, not fetched."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pop_ext
+import pytest
+from pop_ext import _core
+
+ROOT = Path(__file__).parents[2]
+CPP = ROOT / "cpp"
+SHIM = ROOT / "tests" / "cuda_shim"
+CORE = Path(_core.__file__)
+OPS = CORE.with_name("_ops.so")
+
+needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+
+
+def nm(path: Path, *options: str) -> list[str]:
+    run = subprocess.run(["nm", "-C", *options, str(path)], capture_output=True, text=True, check=True)
+    return run.stdout.splitlines()
+
+
+def sources(*folders: str) -> list[Path]:
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".cpp", ".h", ".cu")]
+    assert found
+    return found
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*([<"][^>"]+)', path.read_text(), re.MULTILINE)
+
+
+def reachable(path: Path, seen: set[Path] | None = None) -> set[Path]:
+    """The file and every file of ours that it includes."""
+    seen = set() if seen is None else seen
+    if path not in seen:
+        seen.add(path)
+        for include in includes(path):
+            places = [directory / include[1:] for directory in (path.parent, CPP, ROOT, SHIM)]
+            if include.startswith('"'):
+                reachable(next(place for place in places if place.exists()), seen)
+    return seen
+
+
+def listed_in_cmake(variable: str) -> list[str]:
+    """The sources between `variable` and the closing parenthesis."""
+    body = re.search(rf"\({variable}\b([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
+    assert body is not None, variable
+    return re.findall(r"cpp/\S+\.cpp", body.group(1))
+
+
+# The stable ABI
+
+
+@needs_nm
+@pytest.mark.parametrize("library", [OPS, CORE], ids=["_ops", "_core"])
+def test_no_symbol_of_the_unstable_abi_is_needed(library):
+    undefined = nm(library, "-D", "--undefined-only")
+    assert undefined
+    assert [line for line in undefined if re.search(r"\b(at|c10|torch|caffe2)::", line)] == []
+
+
+@needs_nm
+def test_the_core_needs_no_torch_at_all():
+    assert [line for line in nm(CORE, "-D", "--undefined-only") if "torch" in line] == []
+
+
+@needs_nm
+@pytest.mark.parametrize("library", [OPS, CORE], ids=["_ops", "_core"])
+def test_no_symbol_of_ours_is_exported(library):
+    exported = nm(library, "-D", "--defined-only")
+    assert [line for line in exported if re.search(r"\bpop::", line)] == []
+
+
+def test_only_stable_torch_headers_are_included():
+    stable = re.compile(r"<torch/(csrc/stable|headeronly|csrc/inductor/aoti_torch/c)/")
+    unstable = [
+        f"{path.relative_to(ROOT)}: {include}"
+        for path in sources("cpp", "cuda")
+        for include in includes(path)
+        if re.match(r'[<"](ATen|c10|caffe2|torch/extension\.h|torch/torch\.h|pybind11)', include)
+        or (include.startswith("<torch/") and not stable.match(include))
+        if path.name != "bindings.cpp"
+    ]
+    assert unstable == []
+
+
+def test_torch_free_parts_include_no_torch_header():
+    isa_sources = [ROOT / source for source in listed_in_cmake("POP_ISA_SOURCES")]
+    kernels = [*isa_sources, *(ROOT / "cuda").rglob("*.cu")]
+    parts = [*sources("cpp/core", "cpp/runtime"), *kernels, *CPP.glob("*.h")]
+    torch_includes = [
+        f"{path.relative_to(ROOT)} by {part.relative_to(ROOT)}: {include}"
+        for part in parts
+        for path in reachable(part)
+        for include in includes(path)
+        if re.match(r'[<"]torch/', include)
+    ]
+    assert torch_includes == []
+
+
+@needs_nm
+def test_files_compiled_per_instruction_set_leave_no_inline_function_to_the_linker():
+    """It keeps one copy of a weak symbol, and that could be the one with AVX-512 in it."""
+    objects = list((ROOT / "build").glob("**/pop_cpu_*.dir/**/*.o"))
+    if not objects:
+        pytest.skip("needs a build tree")
+    weak = [f"{path.name}: {line}" for path in objects for line in nm(path) if re.search(r" [VWu] ", line)]
+    assert weak == []
+
+
+def test_kernels_that_start_early_wait_for_those_in_front():
+    """All of a file that launches early: one that did not wait would read what is not there yet, on a GPU alone."""
+    early = [path for path in sources("cuda") if "launch_early(" in path.read_text(encoding="utf-8")]
+    assert len(early) == 6
+    for path in early:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"[^_]launch\(\"", text), f"{path.name}: some kernel starts as others do"
+        for call in ("wait_for_kernels_in_front();", "let_kernel_behind_start();"):
+            assert text.count(call) == text.count("__global__"), f"{path.name}: {call}"
+
+
+def test_every_source_is_listed():
+    text = (ROOT / "CMakeLists.txt").read_text() + "".join(path.read_text() for path in (ROOT / "cmake").iterdir())
+    unlisted = [path for path in sources("cpp", "cuda") if path.suffix in (".cpp", ".cu")]
+    unlisted = [name for name in (path.relative_to(ROOT).as_posix() for path in unlisted) if name not in text]
+    assert unlisted == []
+
+
+# Which torch, which version
+
+
+def test_the_version_of_the_library_is_that_of_pyproject():
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version is not None
+    assert pop_ext.__version__ == _core.__version__ == _core.build_info()["version"] == version.group(1)
+
+
+def find_torch(*options: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(path or "")}
+    command = [sys.executable, *options, str(ROOT / "build_backend" / "find_torch.py")]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def fake_torch(folder: Path, version: str) -> Path:
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch" / "__init__.py").write_text("raise ImportError('must not be imported')")
+    (folder / f"torch-{version}.dist-info").mkdir()
+    (folder / f"torch-{version}.dist-info" / "METADATA").write_text(f"Name: torch\nVersion: {version}\n")
+    return folder
+
+
+def test_the_torch_of_the_environment_is_found_and_not_one_of_pythonpath(tmp_path):
+    import torch
+
+    found = find_torch("-I", path=fake_torch(tmp_path, "2.99.0"))
+    assert found.stdout.strip() == f"{torch.__version__};{Path(torch.__file__).parent}"
+
+
+def test_without_isolation_the_torch_that_was_fetched_for_the_build_is_found(tmp_path):
+    assert find_torch(path=fake_torch(tmp_path, "2.11.0+cpu")).stdout.strip() == f"2.11.0+cpu;{tmp_path / 'torch'}"
+
+
+def test_a_torch_that_is_too_old_is_refused(tmp_path):
+    found = find_torch(path=fake_torch(tmp_path, "2.9.1"))
+    assert found.returncode != 0
+    assert "torch 2.9.1 is older than 2.11" in found.stderr
+
+
+def test_torch_is_required_for_the_build_only_where_there_is_none(monkeypatch, tmp_path):
+    pytest.importorskip("scikit_build_core")
+    spec = importlib.util.spec_from_file_location("pop_build", ROOT / "build_backend" / "pop_build.py")
+    backend = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(backend)
+    monkeypatch.chdir(ROOT)
+    hooks = (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable)
+    for hook in hooks:
+        assert [name for name in hook() if name.startswith("torch")] == []
+    missing = tmp_path / "none.py"
+    missing.write_text("raise SystemExit('torch is not installed')")
+    monkeypatch.setattr(backend, "_FIND_TORCH", missing)
+    for hook in hooks:
+        assert [name for name in hook() if name.startswith("torch")] == ["torch>=2.11"]
+    assert not [name for name in backend.get_requires_for_build_sdist() if name.startswith("torch")]
+
+
+# Wheel and sdist
+
+
+def build(hook: str, folder: Path, **settings: str) -> Path:
+    """What `python -m build --no-isolation` calls, in a process of its own; the path of what it has built."""
+    pytest.importorskip("scikit_build_core")
+    code = f"import pop_build, sys; print(pop_build.{hook}(sys.argv[1], {settings!r}))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "build_backend")}
+    command = [sys.executable, "-c", code, str(folder)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    return folder / run.stdout.splitlines()[-1]
+
+
+def files_below(*names: str) -> set[str]:
+    """Files of the source tree by their path in it, without what was built or cached there."""
+    found = [path for name in names for path in [ROOT / name, *(ROOT / name).rglob("*")] if path.is_file()]
+    kept = [path for path in found if path.suffix != ".so" and "__pycache__" not in path.parts]
+    return {path.relative_to(ROOT).as_posix() for path in kept}
+
+
+def test_an_sdist_holds_every_file_that_a_build_reads_and_nothing_built(tmp_path):
+    with tarfile.open(build("build_sdist", tmp_path)) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    read = files_below("cpp", "cuda", "cmake", "build_backend", "python/pop_ext")
+    read |= {"CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "NOTICE"}
+    assert len(read) > 80
+    assert sorted(read - names) == []
+    assert [name for name in names if re.search(r"\.so$|__pycache__|^(build|dist|\.venv)/|\.safetensors$", name)] == []
+
+
+def test_a_wheel_holds_every_module_and_the_command(tmp_path):
+    """Without the libraries: compiling them takes a minute, and CI looks into a whole wheel."""
+    with zipfile.ZipFile(build("build_wheel", tmp_path, **{"wheel.cmake": "false"})) as archive:
+        names = {name for name in archive.namelist() if name.startswith("pop_ext/")}
+        [entry_points] = [name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt")]
+        assert "pop-ext = pop_ext.cli:main" in archive.read(entry_points).decode()
+    assert names == {name.removeprefix("python/") for name in files_below("python/pop_ext")}
+
+
+# Options
+
+
+@needs_cmake
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("ON", "POP_CUDA=ON, and no nvcc was found"), ("maybe", "POP_CUDA: expected AUTO, ON, OFF or SHIM, got maybe")],
+)
+def test_cuda_that_cannot_be_built_as_asked_stops_the_configuration(tmp_path, option, message):
+    options = [f"-DPOP_CUDA={option}", "-DCMAKE_CUDA_COMPILER=NOTFOUND", f"-DPython_EXECUTABLE={sys.executable}"]
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), *options]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert message in " ".join(run.stderr.split())

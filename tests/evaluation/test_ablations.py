@@ -1,0 +1,129 @@
+"""The ablations of an evaluation, each against another form of the same computation."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pop_ext
+import pytest
+import torch
+from hook_reference import held_back_forward
+from models import FAMILIES, shared, tokens
+from pop_ext import Plan
+from pop_ext.evaluation.ablations import (
+    ABLATIONS,
+    DROPPED,
+    NO_BOUNDARY,
+    NO_KV,
+    ablated_logits,
+    group_by_shape,
+    stock_logits,
+)
+from pop_ext.evaluation.arms import POP, Arm, arm_logits
+from tolerance import assert_close_fp32
+
+PROMPT, NEW = 40, 5
+OMIT = (1, 4, 5)
+
+
+def pair(model, batch=2):
+    return tokens(model, batch, PROMPT, seed=3), tokens(model, batch, NEW, seed=4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropped_in_both_stages_is_a_model_without_those_layers(family):
+    model = shared(family)
+    context, continuation = pair(model)
+    found = ablated_logits(model, DROPPED, Plan(6, OMIT), context, continuation)
+    ids = torch.cat([context, continuation[:, :-1]], dim=1)
+    with ExitStack() as stack, torch.no_grad():
+        for index in OMIT:
+            hook = model.model.layers[index].register_forward_hook(lambda layer, args, output: args[0])
+            stack.callback(hook.remove)
+        expected = model(ids).logits[:, PROMPT - 1 :]
+    assert_close_fp32(found, expected, "logits")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_boundary_handling_the_last_prompt_row_is_a_context_row_and_its_kv_are_still_there(family):
+    model = shared(family)
+    context, continuation = pair(model)
+    found = ablated_logits(model, NO_BOUNDARY, Plan(6, OMIT, boundary=7), context, continuation)
+    ids = torch.cat([context, continuation[:, :-1]], dim=1)
+    is_context = (torch.arange(ids.shape[1]) < PROMPT).expand(len(ids), -1)
+    expected, _ = held_back_forward(model, ids, OMIT, is_context)
+    assert_close_fp32(found, expected[:, PROMPT - 1 :], "logits")
+
+
+def masked_forward(model, ids, omit, first):
+    """Third form of `no-kv`: omitted layers compute all rows, under a mask that hides the context from later rows."""
+    rows = torch.arange(ids.shape[1])
+
+    def enter(layer, args, kwargs):
+        hidden = (rows[None] < first) & (rows[:, None] != rows[None])  # a row may see itself, so as to be finite
+        mask = kwargs["attention_mask"]  # of the model, with its window
+        if mask is None:
+            mask = (rows[None] <= rows[:, None])[None, None]
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        return args, {**kwargs, "attention_mask": mask.masked_fill(hidden, torch.finfo(torch.float32).min)}
+
+    def leave(layer, args, kwargs, output):
+        return torch.cat([args[0][:, :first], output[:, first:]], dim=1)
+
+    with ExitStack() as stack, torch.no_grad():
+        for index in omit:
+            layer = model.model.layers[index]
+            stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(layer.register_forward_hook(leave, with_kwargs=True).remove)
+        return model(ids).logits
+
+
+@pytest.mark.parametrize("boundary", [1, 7, PROMPT, 200])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_the_kv_projection_no_row_sees_the_context_in_an_omitted_layer(family, boundary):
+    model = shared(family)
+    context, continuation = pair(model)
+    found = ablated_logits(model, NO_KV, Plan(6, OMIT, boundary), context, continuation)
+    ids = torch.cat([context, continuation[:, :-1]], dim=1)
+    expected = masked_forward(model, ids, OMIT, max(0, PROMPT - boundary))[:, PROMPT - 1 :]
+    assert_close_fp32(found, expected, "logits")
+
+
+def test_every_ablation_differs_from_pop_from_full_depth_and_from_each_other():
+    model = shared("llama")
+    context, continuation = pair(model, batch=1)
+    plan = Plan(6, OMIT, boundary=3)
+    ids = torch.cat([context, continuation[:, :-1]], dim=1)
+    logits = {kind: ablated_logits(model, kind, plan, context, continuation)[0] for kind in ABLATIONS}
+    logits["full"] = stock_logits(model, ids, NEW)[0]
+    [(_, logits["pop"])] = arm_logits(model, Arm(POP, plan), [(context[0], continuation[0])], 1, "native")
+    for one, other in ((a, b) for a in logits for b in logits if a < b):
+        assert (logits[one] - logits[other]).abs().max() > 0.05, f"{one}, {other}"
+
+
+def test_ablations_that_omit_nothing_are_the_stock_model_also_of_an_enabled_one():
+    model = shared("llama")
+    context, continuation = pair(model)
+    ids = torch.cat([context, continuation[:, :-1]], dim=1)
+    with torch.no_grad():
+        expected = model(ids).logits[:, PROMPT - 1 :]
+    with pop_ext.enabled(model, Plan(6, OMIT), strict=True):
+        assert torch.equal(stock_logits(model, ids, NEW), expected)
+        for kind in ABLATIONS:
+            assert_close_fp32(ablated_logits(model, kind, Plan(6, ()), context, continuation), expected, kind)
+    assert all("forward" not in layer.__dict__ for layer in model.model.layers)
+
+
+def test_an_unknown_ablation_is_named():
+    model = shared("llama")
+    with pytest.raises(ValueError, match="kind: expected one of no-kv, no-boundary, dropped, got 'pop'"):
+        ablated_logits(model, "pop", Plan(6, ()), *pair(model))
+
+
+def test_batches_have_one_shape_each_and_every_pair_once():
+    pairs = [(torch.zeros(n), torch.zeros(m)) for n, m in ((3, 1), (4, 1), (3, 1), (3, 2), (3, 1))]
+    groups = group_by_shape(pairs, 2)
+    assert sorted(index for group in groups for index in group) == [0, 1, 2, 3, 4]
+    assert [0, 2] in groups
+    assert all(len({(len(pairs[i][0]), len(pairs[i][1])) for i in group}) == 1 for group in groups)

@@ -1,0 +1,86 @@
+"""scripts/gpu_check.sh: what it says of a run is what happened, and nothing stops it halfway. Here without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import gpu_check  # noqa: E402
+
+
+def check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "DRY_RUN": "1", "PYTHON": sys.executable, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [str(ROOT / "scripts" / "gpu_check.sh"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_failed_stage_is_reported_and_the_next_ones_run(tmp_path):
+    done = check(str(tmp_path), "plot", "build")  # nothing to draw yet
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert [stage["name"] for stage in summary["stages"]] == ["plot", "build"]
+    assert summary["failed"] == ["plot"]
+    assert summary["stages"][1]["exit_code"] == 0
+    assert summary["stages"][1]["seconds"] > 0
+    assert summary["dry_run"] is True
+    assert "torch" in summary["versions"]
+    assert "=== plot" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_profile_is_measured_and_drawn(tmp_path):
+    done = check(str(tmp_path), "profile", "plot")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    stages = {
+        stage["name"]
+        for item in json.loads((tmp_path / "profile.json").read_text())["profiles"]
+        for stage in item["stages"]
+    }
+    assert {"qkv", "attention", "mlp", "kv_project", "boundary"} <= stages
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["log.txt", "plot.png", "profile.json", "summary.json"]
+
+
+def test_tests_are_counted(tmp_path):
+    done = check(str(tmp_path), "tests")
+    assert done.returncode == 0, done.stdout + done.stderr
+    [stage] = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert stage["counts"]["tests"] > stage["counts"]["skipped"] > 0
+    assert stage["counts"]["failures"] == stage["counts"]["errors"] == 0
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["out", "build", "speed"]])
+def test_bad_arguments_are_refused(arguments, capsys):
+    assert gpu_check.main(arguments) == 2
+    assert "expected" in capsys.readouterr().err
+
+
+def test_a_command_that_takes_too_long_is_ended_with_what_it_started(tmp_path):
+    run = gpu_check.Run(tmp_path, dry=True)
+    run.stage("plot", lambda run, stage: stall(run))
+    [stage] = run.stages
+    assert stage.exit_code == gpu_check.TIMED_OUT
+    assert stage.seconds < 5
+    assert "ended: the stage's time was up" in (tmp_path / "log.txt").read_text()
+
+
+def stall(run: gpu_check.Run) -> int:
+    run.deadline -= gpu_check.DRY_PATIENCE * gpu_check.LIMITS["plot"] - 0.5
+    return run.command("sh", "-c", "sleep 60 & sleep 60")
+
+
+def test_the_stages_fit_into_nine_minutes():
+    assert set(gpu_check.LIMITS) == set(gpu_check.STAGES)
+    assert sum(gpu_check.LIMITS.values()) < 9 * 60
+
+
+def test_every_test_file_is_in_one_group():
+    files = [file for group in gpu_check.test_groups(8) for file in group]
+    assert sorted(files) == sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("*/test_*.py"))

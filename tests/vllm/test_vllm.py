@@ -1,0 +1,220 @@
+"""An engine of vLLM with pruned prefills does what the oracle does: its logits, its cache, its decoding.
+
+Needs vLLM (0.32, here its CPU build): `make vllm`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import models
+import pop_ext
+import pytest
+import torch
+from pop_ext import reference
+from tolerance import assert_close_fp32, assert_low_precision
+from torch import Tensor
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm (make vllm)"),
+]
+if importlib.util.find_spec("vllm") is not None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm_engine import engine
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+GAPS = pop_ext.Plan(6, omit=[1, 3, 4])
+VOCAB = 263
+
+
+def model_of(family: str, **over):
+    """vLLM's Qwen2 takes hidden_size / heads for head_dim, and its CPU kernels want multiples of 32."""
+    return models.shared(family, **({"hidden": 256} if family == "qwen2" else {}), **over)
+
+
+def prompt(length: int, seed: int = 0) -> Tensor:
+    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def turns(model, plan, prompts: list[Tensor], count: int = 1):
+    """The oracle's prefills of some prompts in turn, then stock decoding: tokens, log-probabilities ``[count, vocab]``
+    and cache."""
+    cache = None
+    for part in prompts:
+        logits, cache = reference.prefill(model, part[None], plan, past_key_values=cache)
+    tokens, table = [], []
+    for _ in range(count):
+        table.append(logits[0, -1].float().log_softmax(-1))
+        tokens.append(int(table[-1].argmax()))
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens[-1:]]), past_key_values=cache).logits
+    return tokens, torch.stack(table), cache
+
+
+def assert_cache(found, cache) -> None:
+    positions = found.positions()
+    assert len(positions) > models.WINDOW
+    for number, layer in enumerate(cache.layers):
+        for kind, ours, theirs in zip("KV", found.cache(number, positions), (layer.keys, layer.values), strict=True):
+            assert_close_fp32(ours, theirs[:, :, positions], f"{kind} of layer {number}")
+
+
+@pytest.mark.parametrize(
+    "plan", [GAPS, GAPS.replace(boundary=9), pop_ext.Plan(6, [])], ids=["gaps", "boundary", "none"]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_cache_and_decoding_are_the_oracles(family, plan, tmp_path):
+    model = model_of(family)
+    ids = prompt(61)
+    tokens, table, cache = turns(model, plan, [ids], 12)
+    with engine(model, tmp_path, plan) as found:
+        [(got, log_probs)] = found.generate([ids], 12)
+        assert_close_fp32(log_probs, table, "log-probabilities")
+        assert got == tokens
+        assert len(set(tokens)) > 4
+        assert_cache(found, cache)
+
+
+def test_each_sequence_of_a_batch_is_as_alone(tmp_path):
+    model, prompts = models.shared("llama"), [prompt(length, length) for length in (33, 1, 2, 80, 7)]
+    plan = GAPS.replace(boundary=4)
+    with engine(model, tmp_path, plan) as found:
+        for ids, (tokens, log_probs) in zip(prompts, found.generate(prompts, 6), strict=True):
+            expected, table, _ = turns(model, plan, [ids], 6)
+            assert tokens == expected
+            assert_close_fp32(log_probs, table, f"prompt of {len(ids)}")
+
+
+def test_each_chunk_of_a_prompt_keeps_its_boundary(tmp_path):
+    model, ids = models.shared("llama"), prompt(100)
+    with engine(model, tmp_path, GAPS, max_num_batched_tokens=32, max_num_seqs=4) as found:
+        [(tokens, log_probs)] = found.generate([ids], 6)
+        expected, table, cache = turns(model, GAPS, list(ids.split(32)), 6)
+        assert tokens == expected
+        assert_close_fp32(log_probs, table, "log-probabilities")
+        assert_cache(found, cache)
+        _, whole, _ = turns(model, GAPS, [ids])
+        assert (whole - table[:1]).abs().max() > 0.01, "chunks of another size make another cache"
+
+
+def test_a_prefix_hit_is_a_second_turn(tmp_path):
+    model, plan = models.shared("llama"), GAPS.replace(boundary=9)
+    first, second = prompt(64), prompt(20, 1)  # two blocks of 32 are full, the boundary of the first turn in the last
+    with engine(model, tmp_path, plan, enable_prefix_caching=True) as found:
+        found.generate([first])
+        [(tokens, log_probs)] = found.generate([torch.cat([first, second])], 6)
+    expected, table, _ = turns(model, plan, [first, second], 6)
+    assert tokens == expected
+    assert_close_fp32(log_probs, table, "after the hit")
+    _, alone, _ = turns(model, plan, [torch.cat([first, second])])
+    assert (alone - table[:1]).abs().max() > 0.01, "the first turn's boundary shows"
+
+
+def test_short_chunks_run_at_full_depth_by_min_tokens(tmp_path):
+    model, plan = models.shared("llama"), GAPS.replace(min_tokens=40)
+    with engine(model, tmp_path, plan) as found:
+        short, long = found.generate([prompt(39), prompt(40)])
+    assert_close_fp32(short[1], turns(model, pop_ext.Plan(6, []), [prompt(39)])[1], "39 tokens")
+    assert_close_fp32(long[1], turns(model, GAPS, [prompt(40)])[1], "40 tokens")
+
+
+def test_decoding_is_compiled_where_the_engine_compiles(tmp_path):
+    model, ids = models.shared("llama"), prompt(61)
+    tokens, table, _ = turns(model, GAPS, [ids], 6)
+    with engine(model, tmp_path, GAPS, enforce_eager=False) as found:
+        [(got, log_probs)] = found.generate([ids], 6)
+    assert got == tokens
+    assert_close_fp32(log_probs, table, "log-probabilities")
+
+
+def test_other_weights_are_refused_once_the_engine_runs(tmp_path):
+    model = models.shared("llama")
+    with engine(model, tmp_path, GAPS) as found, pytest.raises(RuntimeError, match="weights: expected no others"):
+        found.model().load_weights(model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_as_good_as_the_oracles(dtype, tmp_path):
+    ids, plan = prompt(61), GAPS.replace(boundary=3)
+    same, exact = models.shared("qwen3", dtype=dtype), models.qwen3()
+    exact.load_state_dict({name: value.float() for name, value in same.state_dict().items()})
+    with engine(same, tmp_path, plan) as found:
+        [(_, log_probs)] = found.generate([ids])
+        _, theirs, coarse = turns(same, plan, [ids])
+        _, truth, fine = turns(exact, plan, [ids])
+        assert_low_precision(log_probs.to(dtype), theirs.to(dtype), truth, "log-probabilities")
+        for number in range(6):
+            for ours, low, high in zip(
+                found.cache(number, list(range(61))),
+                (coarse.layers[number].keys[:, :, :61], coarse.layers[number].values[:, :, :61]),
+                (fine.layers[number].keys[:, :, :61], fine.layers[number].values[:, :, :61]),
+                strict=True,
+            ):
+                assert_low_precision(ours, low, high, f"cache of layer {number}")
+
+
+def test_fitted_projections_are_read_from_the_plans_file(tmp_path):
+    model = model_of("qwen2")
+    plan = pop_ext.fit(model, GAPS, [prompt(60, seed)[None] for seed in range(6)], lambdas=[0.1])
+    with engine(model, tmp_path, plan) as found:
+        [(tokens, log_probs)] = found.generate([prompt(61)], 6)
+        expected, table, cache = turns(model, plan, [prompt(61)], 6)
+        assert tokens == expected
+        assert_close_fp32(log_probs, table, "log-probabilities")
+        assert_cache(found, cache)
+    assert (turns(model, GAPS, [prompt(61)])[1] - table[:1]).abs().max() > 0.01
+
+
+def test_a_fit_on_other_weights_is_refused(tmp_path):
+    plan = pop_ext.fit(models.shared("llama"), GAPS, [prompt(60)[None]], lambdas=[0.1])
+    with (
+        pytest.raises(ValueError, match="fit on the weights that the model has, got one on others"),
+        engine(models.shared("llama", seed=1), tmp_path, plan),
+    ):
+        pass
+
+
+def test_a_plan_of_another_depth_is_refused(tmp_path):
+    with (
+        pytest.raises(Exception, match="num_layers=6 like the model, got 5"),
+        engine(models.shared("llama"), tmp_path, pop_ext.Plan.last(5)),
+    ):
+        pass
+
+
+def test_log_probabilities_of_the_prompt_are_refused(tmp_path):
+    with engine(models.shared("llama"), tmp_path, GAPS) as found:
+        with pytest.raises(VLLMValidationError, match="prompt_logprobs: expected None"):
+            found.generate([prompt(20)], prompt_logprobs=1)
+        assert found.generate([prompt(20)])[0][0] == turns(models.shared("llama"), GAPS, [prompt(20)])[0]
+
+
+@pytest.mark.skipif(not entry_points(group="vllm.general_plugins", name="pop_ext"), reason="needs vllm (make vllm)")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_engine_of_several_processes_finds_the_plugin(ranks, tmp_path):
+    """By its entry point, in the engine's process and in those of its ranks; each takes its heads of the fit."""
+    model, ids = models.shared("llama"), torch.arange(61) * 7 % VOCAB
+    plan = pop_ext.fit(model, GAPS, [prompt(60, seed)[None] for seed in range(4)], lambdas=[0.1])
+    model.save_pretrained(tmp_path / "model")
+    plan.save(tmp_path / "plan.json")
+    script = Path(__file__).parents[1] / "support" / "vllm_ranks.py"
+    command = [sys.executable, script, tmp_path / "model", tmp_path / "plan.json", str(ranks)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert_close_fp32(torch.tensor(json.loads(run.stdout.splitlines()[-1])), turns(model, plan, [ids])[1][0], "logits")
+
+
+def test_drafts_from_the_prompt_change_no_token(tmp_path):
+    # The last test: vLLM 0.32 makes no other engine in a process that has imported numba, which drafts use.
+    model = models.shared("llama")
+    ids = prompt(12).repeat(5)  # repeats itself, so that there are drafts to verify
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 1}
+    with engine(model, tmp_path, GAPS.replace(boundary=4), speculative_config=drafts) as found:
+        [(tokens, _)] = found.generate([ids], 20, logprobs=None)
+    assert tokens == turns(model, GAPS.replace(boundary=4), [ids], 20)[0]

@@ -1,0 +1,179 @@
+"""Which engines of vLLM cannot have pruned prefills, and what they are told."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import reduce
+from types import SimpleNamespace
+
+import models
+import pop_ext
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm (make vllm)"),
+]
+if importlib.util.find_spec("vllm") is not None:
+    from pop_ext.vllm import projection, requests
+    from pop_ext.vllm.settings import PrunedConfig, engine_boundary, engine_plan
+    from vllm.config import CUDAGraphMode
+    from vllm.exceptions import VLLMValidationError
+
+
+def config(**changes):
+    """As much of an engine's configuration as is looked at; `a.b` changes a member of a part."""
+    text = models.shared("llama").config
+    found = SimpleNamespace(
+        additional_config={},
+        model_config=SimpleNamespace(
+            hf_text_config=text,
+            model="/nowhere",
+            runner_type="generate",
+            logits_processors=None,
+            enable_sleep_mode=False,
+            return_sampling_mask=False,
+        ),
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=1,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            use_ubatching=False,
+        ),
+        cache_config=SimpleNamespace(kv_offloading_size=None),
+        offload_config=SimpleNamespace(
+            uva=SimpleNamespace(cpu_offload_gb=0), prefetch=SimpleNamespace(offload_group_size=0)
+        ),
+        compilation_config=SimpleNamespace(cudagraph_mode=None),
+        optimization_level=2,
+        weight_transfer_config=None,
+        speculative_config=None,
+        lora_config=None,
+        kv_transfer_config=None,
+        use_v2_model_runner=False,
+    )
+    for name, value in changes.items():
+        *parts, member = name.split("__")
+        setattr(reduce(getattr, parts, found), member, value)
+    return found
+
+
+def drafts(method, count=4):
+    return SimpleNamespace(method=method, num_speculative_tokens=count)
+
+
+REFUSED = {
+    "pipeline_parallel_size: expected 1": dict(parallel_config__pipeline_parallel_size=2),
+    "decode_context_parallel_size: expected 1": dict(parallel_config__decode_context_parallel_size=2),
+    "prefill_context_parallel_size: expected 1": dict(parallel_config__prefill_context_parallel_size=2),
+    "enable_dbo, ubatch_size: expected False": dict(parallel_config__use_ubatching=True),
+    "kv_offloading_size: expected None": dict(cache_config__kv_offloading_size=4.0),
+    "cpu_offload_gb: expected 0": dict(offload_config__uva__cpu_offload_gb=2.0),
+    "offload_group_size: expected 0": dict(offload_config__prefetch__offload_group_size=8),
+    "weight_transfer_config: expected None": dict(weight_transfer_config="a transfer"),
+    "enable_sleep_mode: expected False": dict(model_config__enable_sleep_mode=True),
+    "return_sampling_mask: expected False": dict(model_config__return_sampling_mask=True),
+    "enable_lora: expected False": dict(lora_config=object()),
+    "kv_transfer_config: expected None": dict(kv_transfer_config="a connector"),
+    "runner: expected 'generate'.*got 'pooling'": dict(model_config__runner_type="pooling"),
+    "speculative_config.method: expected one of ngram.*got 'eagle3'": dict(
+        speculative_config=SimpleNamespace(method="eagle3", num_speculative_tokens=4)
+    ),
+    "additional_config.'pop_ext'.: expected an object with member 'plan'": dict(
+        additional_config={"pop_ext": {"plans": "x"}}
+    ),
+    "'plan'.: expected the path of a saved plan, got 3": dict(additional_config={"pop_ext": {"plan": 3}}),
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_it_is_refused_by_name(text):
+    with pytest.raises((ValueError, TypeError), match=text):
+        PrunedConfig.verify_and_update_config(config(**REFUSED[text]))
+
+
+def test_without_a_plan_it_is_the_models_default():
+    assert engine_plan(config()) == pop_ext.Plan.last(6)
+
+
+def test_a_plan_of_another_model_is_refused(tmp_path):
+    origin = pop_ext.Plan(6, [3]).replace(origin=None)
+    path = tmp_path / "plan.json"
+    origin.replace(origin=pop_ext.plans.origin.Origin("elsewhere", "0" * 16)).save(path)
+    with pytest.raises(ValueError, match="made with elsewhere"):
+        PrunedConfig.verify_and_update_config(config(additional_config={"pop_ext": {"plan": str(path)}}))
+
+
+def test_a_fitted_plan_among_the_models_weights_is_refused(tmp_path):
+    plan = pop_ext.fit(models.shared("llama"), pop_ext.Plan.last(6), [torch.arange(40)[None]], lambdas=[1.0])
+    for folder, refused in ((tmp_path, True), (tmp_path / "plans", False)):
+        folder.mkdir(exist_ok=True)
+        plan.save(folder / "plan.json")
+        settings = {"pop_ext": {"plan": str(folder / "plan.json")}}
+        engine = config(additional_config=settings, model_config__model=str(tmp_path))
+        if refused:
+            with pytest.raises(ValueError, match="expected a fitted plan outside the model's folder"):
+                engine_plan(engine)
+        else:
+            assert engine_plan(engine) == plan
+
+
+def test_drafts_are_verified_at_full_depth():
+    plan = pop_ext.Plan.last(6, boundary=3)
+    assert engine_boundary(config(), plan) == 3
+    assert engine_boundary(config(speculative_config=drafts("ngram", 4)), plan) == 5
+    assert engine_boundary(config(speculative_config=drafts("ngram", 1)), plan) == 3
+
+
+@pytest.mark.parametrize("runner", [False, True])
+def test_requests_for_log_probabilities_of_the_prompt_are_checked_at_the_front(runner):
+    engine = config(use_v2_model_runner=runner, model_config__logits_processors=["own:Processor"])
+    PrunedConfig.verify_and_update_config(engine)
+    own, added = engine.model_config.logits_processors
+    assert own == "own:Processor"
+    assert added == f"pop_ext.vllm.requests:NoPromptLogprobsV{1 + runner}"
+
+
+def test_the_first_runner_takes_no_logits_processors_with_drafts():
+    engine = config(speculative_config=drafts("ngram"))
+    PrunedConfig.verify_and_update_config(engine)
+    assert engine.model_config.logits_processors is None
+    engine = config(speculative_config=drafts("ngram"), use_v2_model_runner=True)
+    PrunedConfig.verify_and_update_config(engine)
+    assert engine.model_config.logits_processors == ["pop_ext.vllm.requests:NoPromptLogprobsV2"]
+
+
+@pytest.mark.parametrize("name", ["prompt_logprobs", "prompt_logprob_token_ids"])
+def test_both_runners_refuse_what_reads_the_rows_of_a_prompt(name):
+    nothing = dict(prompt_logprobs=None, prompt_logprob_token_ids=None)
+    for processor in (requests.NoPromptLogprobsV1, requests.NoPromptLogprobsV2):
+        processor.validate_params(SimpleNamespace(**nothing))
+        with pytest.raises(VLLMValidationError, match=f"{name}: expected None"):
+            processor.validate_params(SimpleNamespace(**nothing | {name: [1]}))
+
+
+@pytest.mark.parametrize(
+    ("asked", "level", "given"), [(None, 2, "FULL_DECODE_ONLY"), ("NONE", 2, "NONE"), (None, 0, None)]
+)
+def test_graphs_are_of_decoding_alone(asked, level, given):
+    mode = None if asked is None else CUDAGraphMode[asked]
+    engine = config(compilation_config__cudagraph_mode=mode, optimization_level=level)
+    PrunedConfig.verify_and_update_config(engine)
+    assert engine.compilation_config.cudagraph_mode == (None if given is None else CUDAGraphMode[given])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_each_rank_takes_its_own_heads_of_a_fit(ranks, monkeypatch):
+    heads, head_dim, hidden = 4, 3, 5
+    matrix = torch.randn(2 * heads * head_dim, hidden)
+    k, v = matrix.view(2, heads, head_dim, hidden)
+    for rank in range(ranks):
+        monkeypatch.setattr(projection, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        own = max(1, heads // ranks)
+        linear = SimpleNamespace(
+            num_kv_heads=own, head_size=head_dim, total_num_kv_heads=heads, num_kv_head_replicas=max(1, ranks // heads)
+        )
+        first = rank * heads // ranks
+        expected = torch.cat([part[first : first + own].reshape(-1, hidden) for part in (k, v)])
+        assert torch.equal(projection._TensorParallelPart(linear).of_stack(matrix), expected)
