@@ -176,7 +176,7 @@ def _enabled_maker(model: Any, input_ids: torch.Tensor) -> Callable[[Arm], Calla
     def make(arm: Arm) -> Callable[[], Any]:
         view = copy.copy(model)  # shares every module and weight; only its `forward` is its own
         pop_ext.enable(view, arm.plan, strict=True, **arm.load_options)
-        arm.folded_bytes = view.forward.native.extra_bytes
+        arm.folded_bytes = view.forward.backend.native.extra_bytes
         with torch.no_grad():
             decision = pop_ext.explain(view, input_ids=input_ids, use_cache=True, logits_to_keep=1)
         if decision.backend != "native":

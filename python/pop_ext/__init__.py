@@ -17,7 +17,7 @@ from pop_ext.plans.plan import Plan
 if TYPE_CHECKING:
     from pop_ext.evaluation.score import score
     from pop_ext.hf.architectures import UnsupportedModelError, supported_models
-    from pop_ext.hf.dispatch import Decision
+    from pop_ext.hf.decision import Decision
     from pop_ext.hf.enable import disable, enable, enabled, explain, last_call
     from pop_ext.hf.forward import PrefillDeclined
     from pop_ext.hf.native_model import NativeModel, PrefillOutput, load
@@ -57,7 +57,7 @@ __all__ = [
 _LAZY = {
     "BlockInfluence": "pop_ext.methods.block_influence",
     "BudgetedPlan": "pop_ext.methods.latency",
-    "Decision": "pop_ext.hf.dispatch",
+    "Decision": "pop_ext.hf.decision",
     "Importance": "pop_ext.methods.importance",
     "NativeModel": "pop_ext.hf.native_model",
     "PrefillDeclined": "pop_ext.hf.forward",

@@ -155,18 +155,19 @@ def test_a_score_executes_the_plan_whatever_its_min_tokens():
     assert scores[0] == scores[1]
 
 
-def test_a_score_runs_on_what_it_bound_whatever_another_thread_binds_meanwhile():
+def test_a_score_keeps_the_model_it_loaded_while_another_thread_reloads():
     with pop_ext.enabled(shared(), plan_of(shared())) as model:
         contexts, continuations = pairs(model)
         expected = pop_ext.score(model, contexts, continuations)
-        bind = model.forward.bind_native
+        backend = model.forward.backend
+        load = backend.load
 
-        def bind_and_lose():
-            native = bind()
-            model.forward.native = None  # as while another thread binds anew
+        def load_and_lose(model):
+            native = load(model)
+            backend.native = None  # as while another thread loads anew
             return native
 
-        model.forward.bind_native = bind_and_lose
+        backend.load = load_and_lose
         assert pop_ext.score(model, contexts, continuations) == expected
 
 

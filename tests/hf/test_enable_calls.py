@@ -217,9 +217,9 @@ CHANGES = (
 def test_a_look_at_inner_modules_sees_that_one_is_another(change):
     model = llama()
     inner = InnerModules(model)
-    assert inner.are_those_of(model)
+    assert inner.matches(model)
     change(model)
-    assert not inner.are_those_of(model)
+    assert not inner.matches(model)
 
 
 def test_the_signature_of_forward_stays_visible():

@@ -77,10 +77,11 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize("ahead", [False, True], ids=["looked at first", "begun before the look"])
+@pytest.mark.parametrize("speculative", [False, True], ids=["validated first", "launched first"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_changed_weights_are_taken_up(change, ahead, monkeypatch):
-    monkeypatch.setattr("pop_ext.hf.forward.works_beside_the_host", lambda device: ahead)
+def test_changed_weights_are_taken_up(change, speculative, monkeypatch):
+    monkeypatch.setattr("pop_ext.hf.speculative_launch.ENABLED", speculative)
+    monkeypatch.setattr("pop_ext.hf.speculative_launch.is_async", lambda device: speculative)
     model = pop_ext.enable(llama(), PLAN, strict=True)
     ids = tokens(model, 1, T) % 200
     before = prefill(model, ids).logits
@@ -90,7 +91,7 @@ def test_changed_weights_are_taken_up(change, ahead, monkeypatch):
     assert after.shape != before.shape or not torch.allclose(after, before, atol=1e-3)
 
 
-def test_the_weights_are_looked_at_once_a_call(monkeypatch):
+def test_weights_are_checked_once_a_call(monkeypatch):
     model = pop_ext.enable(llama(), PLAN, strict=True)
     ids, looks = tokens(model, 1, T), []
     look = Loaded.written_weight

@@ -154,13 +154,13 @@ def test_layers_whose_cache_keeps_a_window_are_left_alone(example, build):
 def test_the_model_is_as_before_and_stays_bound_natively(example):
     model = pop_ext.enable(llama(), PLAN, strict=True)
     model.model.layers[1].self_attn.masked_key_indices = (torch.tensor([0]),) * 3  # as AdaKV left it for a prompt
-    handle = model.forward.native.handle
+    handle = model.forward.backend.native.handle
     with example["pressed"](model, example["KeyNormPress"]()):
         model(tokens(model, 1, T), logits_to_keep=1, use_cache=True)
         assert model.model.layers[0].self_attn.rotary_emb is model.model.rotary_emb
     out = model(tokens(model, 1, T), logits_to_keep=1, use_cache=True)
     assert pop_ext.last_call(model).native
-    assert model.forward.native.handle == handle
+    assert model.forward.backend.native.handle == handle
     assert not hasattr(model.model.layers[0].self_attn, "rotary_emb")
     assert cache_of(out).get_seq_length() == T
 

@@ -119,10 +119,10 @@ def test_an_enabled_model_keeps_it_in_copies_until_it_is_enabled_without():
     with torch.no_grad():
         for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(twin(ids, logits_to_keep=1).logits, expected)
-            assert "prepack=True" in repr(twin.forward.native)
+            assert "prepack=True" in repr(twin.forward.backend.native)
         with pop_ext.enabled(model, plan):
             model(ids, logits_to_keep=1)
-            assert "prepack" not in repr(model.forward.native)
+            assert "prepack" not in repr(model.forward.backend.native)
 
 
 def test_a_model_cast_to_a_dtype_without_it_runs_the_stock_forward():

@@ -88,7 +88,7 @@ def assert_same_cache(actual: Any, expected: Any) -> None:
 
 
 def handle_of(model: nn.Module) -> int:
-    return model.forward.native.handle
+    return model.forward.backend.native.handle
 
 
 def is_alive(handle: int) -> bool:

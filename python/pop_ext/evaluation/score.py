@@ -10,6 +10,8 @@ from torch import nn
 
 from pop_ext import reference
 from pop_ext.hf.enable import require_enabled
+from pop_ext.hf.inputs import make_request
+from pop_ext.hf.native_backend import NativeBackend
 from pop_ext.hf.packing import lengths
 
 Ids = Sequence[int] | torch.Tensor
@@ -77,15 +79,16 @@ def continuation_logits(
         ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)
         columns = torch.arange(ids.shape[1], device="cpu")
         mask = (columns[None] < lengths([len(row) for row in inputs])[:, None]).long().to(device)
-        if forward.backend == "reference":
+        if isinstance(forward.backend, NativeBackend):
+            # Keep what load returns: another thread may load anew meanwhile, or a disable free it.
+            native = forward.backend.load(forward.model)
+            request = make_request(native, ids, attention_mask=mask, boundary=boundary, logits_to_keep=keeps)
+            logits = native.run(request).logits
+        else:
             with forward.stock_inside():
                 logits, _ = reference.prefill(
                     forward.model, ids, forward.plan, keeps, attention_mask=mask, boundary=boundary
                 )
-        else:
-            # What was bound, not ``forward.native``: another thread may bind anew, or a disable free it.
-            native = forward.bind_native()
-            logits = native.prefill_fresh(ids, attention_mask=mask, boundary=boundary, logits_to_keep=keeps).logits
         for row, (_, continuation) in zip(logits.split(keeps), batch, strict=True):
             yield row, continuation.to(row.device)
 

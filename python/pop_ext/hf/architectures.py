@@ -89,7 +89,7 @@ class Vision:
         wrapper: class of ``model.model``, which puts features of the vision tower among the embeddings.
         text_model_type: ``model_type`` of the language model's config.
         arguments: those of ``forward`` that the wrapper reads and its language model does not.
-        blocks_by: the argument whose ones mark tokens of images, which see each other in both directions
+        spans_argument: the argument whose ones mark tokens of images, which see each other in both directions
             during prefill; None: images are causal, too.
         has_axes: whether positions have time, height and width: ``[3, batch, tokens]``.
     """
@@ -97,7 +97,7 @@ class Vision:
     wrapper: str
     text_model_type: str
     arguments: frozenset[str]
-    blocks_by: str | None = None
+    spans_argument: str | None = None
     has_axes: bool = False
 
 
@@ -248,7 +248,7 @@ FAMILIES = {
                 "Gemma3Model",
                 "gemma3_text",
                 frozenset({"pixel_values", "token_type_ids", "mm_encoder_outputs"}),
-                blocks_by="token_type_ids",
+                spans_argument="token_type_ids",
             ),
         ),
         Family(

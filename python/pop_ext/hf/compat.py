@@ -12,7 +12,9 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
@@ -68,3 +70,15 @@ def check_module(model: object) -> None:
 def uncompiled(model: Any) -> Any:
     """The model inside the wrapper of ``torch.compile``; any other object as it is."""
     return getattr(model, "_orig_mod", model)
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the config of the language model, which a multimodal config keeps inside; None without a config."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def new_cache(config: Any) -> DynamicCache:
+    """Make the cache that the stock forward would make."""
+    with torch.device("cpu"):  # a sliding layer makes a tensor at once and moves it to its device later
+        return DynamicCache(config=config)

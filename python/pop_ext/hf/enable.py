@@ -1,6 +1,6 @@
-"""``enable``: the same model, its prefill pruned.
+"""``enable``: prune the prefill of a Hugging Face model, in place.
 
-``enable`` replaces ``forward`` on the instance by a ``PrefillForward``.
+``enable`` puts a ``PrefillForward`` in the place of ``forward`` on the instance, and gives it its backend.
 """
 
 from __future__ import annotations
@@ -12,23 +12,25 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from pop_ext.hf.compat import check_module, uncompiled
-from pop_ext.hf.dispatch import Decision, text_config
+from pop_ext.hf import speculative_launch
+from pop_ext.hf.compat import check_module, text_config, uncompiled
+from pop_ext.hf.decision import Decision
+from pop_ext.hf.dispatch import Backend
 from pop_ext.hf.forward import PrefillForward
 from pop_ext.hf.loaded import check_options
-from pop_ext.hf.modules import find_parts
-from pop_ext.hf.native_model import check_plan
+from pop_ext.hf.native_backend import NativeBackend
+from pop_ext.hf.reference_backend import ReferenceBackend
 from pop_ext.hf.restore import forward_place
+from pop_ext.hf.speculative_launch import SpeculativeBackend
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.presets import default_plan
-from pop_ext.plans.projections import check_fit
 
 Model = TypeVar("Model", bound=nn.Module)
 _BACKENDS = ("native", "reference")
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of ``torch.compile`` and PEFT, which call its ``forward``."""
+    """Return the model inside the wrappers of ``torch.compile`` and PEFT, which call its ``forward``."""
     inner: Any = uncompiled(model)
     if type(inner).__module__.startswith("peft.") and hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
@@ -60,24 +62,24 @@ def enable(
     fp8: bool = False,
     prepack: bool = False,
 ) -> Model:
-    """Prunes the prefill of ``model``, in place; ``generate`` and ``pipeline`` need no change.
+    """Prune the prefill of ``model``, in place. ``generate`` and ``pipeline`` need no change.
 
     Args:
         model: a Hugging Face causal language model.
-        plan: what to omit. None: the preset whose config matches, else the deepest third, boundary 1.
-        strict: raise ``PrefillDeclined`` where otherwise the stock forward would run with a warning.
-        backend: "native", or "reference" for the plain PyTorch oracle, slow but for any decoder.
-        fp8: products of native prefills in 8-bit floats, as in ``pop_ext.load`` (docs/fp8.md).
-        prepack: a second copy of weights, for faster products on a CPU, as in ``pop_ext.load`` (docs/cpu.md).
+        plan: layers to omit. None: the preset whose config matches, else the deepest third with boundary 1.
+        strict: raise ``PrefillDeclined`` where the stock forward would otherwise run with a warning.
+        backend: "native", or "reference" for the plain PyTorch oracle, which is slow and runs any decoder.
+        fp8: compute the products of native prefills in 8-bit floats, as in ``pop_ext.load``.
+        prepack: copy weights for faster products on a CPU, as in ``pop_ext.load``.
 
     Returns:
-        The same model. Enabling again replaces plan and options.
+        The same model. Enabling an enabled model replaces its plan and options.
 
     Raises:
-        UnsupportedModelError (a ValueError): no native form; ``backend="reference"`` works. Or none with ``fp8`` or
-            ``prepack``.
-        ValueError, TypeError: a bad plan, strict, backend, fp8, prepack or model. The model is as before.
-        RuntimeError: an enabled model whose forward something else has wrapped since.
+        UnsupportedModelError: The model has no native form, or none with ``fp8`` or ``prepack``;
+            ``backend="reference"`` works. A subclass of ValueError.
+        ValueError, TypeError: A bad argument. The model is as it was.
+        RuntimeError: Something else has wrapped the forward of a model that is already enabled.
     """
     if backend not in _BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(_BACKENDS)}, got {backend!r}")
@@ -95,20 +97,21 @@ def enable(
     previous = _forward_of(model)
     place = forward_place(inner)
     replaced = previous.replaced if previous is not None else inner.__dict__.get(place)
-    chosen = default_plan(config) if plan is None else plan
-    forward = PrefillForward(inner, chosen, strict, backend, replaced, fp8, prepack)
-    if backend == "native":
-        forward.bind_native()
-    else:
-        layers = find_parts(inner).layers
-        check_plan(forward.plan, config.num_hidden_layers, config)
-        check_fit(forward.plan, layers)
-    setattr(inner, place, forward)
+    runs = _make_backend(backend, default_plan(config) if plan is None else plan, fp8, prepack)
+    runs.load(inner)
+    setattr(inner, place, PrefillForward(inner, runs, strict, replaced))
     return model
 
 
+def _make_backend(name: str, plan: Plan, fp8: bool, prepack: bool) -> Backend:
+    if name == "reference":
+        return ReferenceBackend(plan)
+    native = SpeculativeBackend if speculative_launch.ENABLED else NativeBackend
+    return native(plan, fp8, prepack)
+
+
 def disable(model: Model) -> Model:
-    """Gives ``model`` its own forward back. A model that is not enabled stays as it is."""
+    """Give ``model`` its own forward back. A model that is not enabled stays as it is."""
     forward = _forward_of(model)
     if forward is not None:
         _restore(_inner(model), forward.replaced)
@@ -124,7 +127,10 @@ def enabled(
     fp8: bool = False,
     prepack: bool = False,
 ) -> Iterator[Model]:
-    """``enable`` for the length of a ``with`` block; afterwards the model is as it was before, enabled or not."""
+    """Enable ``model`` inside a ``with`` block. Afterwards it is as it was before, enabled or not.
+
+    Arguments and errors are those of ``enable``.
+    """
     check_module(model)
     inner = _inner(model)
     before = inner.__dict__.get(forward_place(inner))
@@ -145,29 +151,35 @@ def _restore(model: nn.Module, forward: Any) -> None:
 
 
 def explain(model: nn.Module, *args: Any, **call: Any) -> Decision:
-    """What ``model(*args, **call)`` would run here and now, and why, without running it. str() of it is a sentence.
+    """Return what ``model(*args, **call)`` would run here and now, and why, without running it.
 
-    ``generate`` calls the model under ``torch.no_grad`` with ``logits_to_keep=1``: to ask about
-    it, do the same.
+    ``generate`` calls the model under ``torch.no_grad`` with ``logits_to_keep=1``. To ask about ``generate``, do the
+    same.
+
+    Returns:
+        A ``Decision``; ``str()`` of it is a sentence.
 
     Raises:
-        ValueError: the model is not enabled.
-        TypeError: arguments that ``forward`` does not take.
+        ValueError: The model is not enabled.
+        TypeError: ``forward`` does not take these arguments.
     """
-    return require_enabled(model).classify(*args, **call).decision
+    return require_enabled(model).explain(*args, **call)
 
 
 def last_call(model: nn.Module) -> Decision | None:
-    """What ran, and why, for the latest call that was a prefill or might have been one; decode steps do not count.
+    """Return what ran the latest call that was or might have been a prefill, and why. Decode steps do not count.
+
+    Returns:
+        A ``Decision``, or None before the first such call.
 
     Raises:
-        ValueError: the model is not enabled.
+        ValueError: The model is not enabled.
     """
     return require_enabled(model).last_call
 
 
 def require_enabled(model: nn.Module) -> PrefillForward:
-    """The forward that ``enable`` put there. Raises ValueError if there is none."""
+    """Return the ``PrefillForward`` of an enabled model; raise ValueError if the model is not enabled."""
     forward = _forward_of(model)
     if forward is None:
         raise ValueError("model: expected an enabled model (pop_ext.enable), got one that is not")

@@ -22,7 +22,6 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
-    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     QuantizedLayer,
@@ -197,12 +196,6 @@ def _handler_of(layer: Any) -> type | None:
 
 # What a cache must not do in another way than its layers do.
 _CACHE_METHODS = ("update", "get_seq_length", "get_mask_sizes", "get_query_offset")
-
-
-def new_cache(config: Any) -> DynamicCache:
-    """The cache that the stock forward would make."""
-    with torch.device("cpu"):  # a layer with a window makes a tensor at once, and takes it to its device later
-        return DynamicCache(config=config)
 
 
 def past_slots(cache: Cache | None) -> int:

@@ -34,7 +34,7 @@ class Loaded:
 
     def stale_weight(self) -> str | None:
         model = self.description.model()
-        in_place = model is not None and self.inner.are_those_of(model)
+        in_place = model is not None and self.inner.matches(model)
         return (None if in_place else self._stamps.moved()) or self.written_weight()
 
     def written_weight(self) -> str | None:

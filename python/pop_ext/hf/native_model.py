@@ -1,9 +1,9 @@
-"""``NativeModel``: a Hugging Face model's weights, prefilled by the native runtime."""
+"""``NativeModel``: prefill a Hugging Face model with the native runtime."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,15 +11,15 @@ from torch import nn
 
 from pop_ext import _core, ops
 from pop_ext.hf.architectures import Family, decoder_of
-from pop_ext.hf.compat import uncompiled, with_cache
-from pop_ext.hf.inputs import PrefillInputs, check_ids, check_tokens, pack_tokens, prepare
+from pop_ext.hf.compat import uncompiled
+from pop_ext.hf.inputs import PrefillRequest, check_device_and_dtype, check_ids, make_request
 from pop_ext.hf.kv_cache import CacheTransaction, keeps_only_windows
 from pop_ext.hf.loaded import Loaded, check_options
 from pop_ext.hf.modules import find_parts
-from pop_ext.hf.packing import PackedBatch, PerSequence, lengths, offsets
+from pop_ext.hf.packing import PerSequence, lengths, offsets
 from pop_ext.hf.patches import InnerModules, runs_as_written
 from pop_ext.hf.restore import module_restored_on_error
-from pop_ext.hf.vision import Blocks, DecoderCall, blocks_of, mask_for, packed_features, run_around
+from pop_ext.hf.vision import run_wrapper
 from pop_ext.hf.weight_map import Description, describe
 from pop_ext.plans.origin import check_origin
 from pop_ext.plans.plan import Plan
@@ -33,23 +33,25 @@ if TYPE_CHECKING:
 
 @dataclass
 class PrefillOutput:
-    """What ``NativeModel.prefill`` returns.
+    """Result of ``NativeModel.prefill``.
 
     Attributes:
         logits: ``[batch, keep, vocab]``; with one ``logits_to_keep`` per sequence, packed ``[sum(keep), vocab]``.
         hidden_states: the same rows after the final norm, ``[..., hidden_size]``.
-        past_key_values: the cache, holding every position in every layer, ready for decode.
-        cu_rows: ``[batch + 1]`` int32, where each sequence's rows begin in the packed form; None otherwise.
+        past_key_values: the cache, which holds every position in every layer, ready for decode.
+        cu_rows: ``[batch + 1]`` int32, first row of each sequence in the packed form; None otherwise.
+        wrapper_output: of a vision-language model, the output of the wrapper around its language model; None otherwise.
     """
 
     logits: torch.Tensor
     hidden_states: torch.Tensor
     past_key_values: Cache
     cu_rows: torch.Tensor | None = None
+    wrapper_output: Any = None
 
 
 def check_plan(plan: Plan, num_layers: int, config: Any) -> Plan:
-    """Raises TypeError or ValueError unless ``plan`` is a plan for that depth, and of no model of another config."""
+    """Return ``plan``; raise TypeError or ValueError unless it fits the depth and the config of a model."""
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a pop_ext.Plan, got {type(plan).__name__}")
     if plan.num_layers != num_layers:
@@ -59,10 +61,10 @@ def check_plan(plan: Plan, num_layers: int, config: Any) -> Plan:
 
 
 class NativeModel:
-    """A causal language model whose prefill runs natively, by reference to its weights.
+    """A causal language model whose prefill runs natively. Made by ``pop_ext.load``.
 
-    Only the folded K/V weights of omitted layers (and of the last layer), and with ``fp8`` or ``prepack`` the other
-    layers' matrices once more, are new memory: ``extra_bytes``. Made by ``pop_ext.load``.
+    It refers to the model's weights and copies only the folded K/V weights of omitted layers and of the last layer and,
+    with ``fp8`` or ``prepack``, the matrices of the other layers. ``extra_bytes`` counts these copies.
     """
 
     def __init__(
@@ -84,61 +86,69 @@ class NativeModel:
 
     @property
     def handle(self) -> int:
-        """The ``model`` argument of ``torch.ops.pop.prefill``; valid until ``refresh`` or the end of this object."""
+        """Handle for ``torch.ops.pop.prefill``; valid until ``refresh`` or the end of this object."""
         return self._loaded.handle
 
     @property
+    def config(self) -> Any:
+        """Config of the Hugging Face model."""
+        return self.model.config
+
+    @property
     def description(self) -> Description:
-        """The model's spec and where its weights are, as they were loaded."""
+        """Spec of the model and places of its weights, as they were loaded."""
         return self._loaded.description
 
     @property
     def inner(self) -> InnerModules:
-        """The modules that the native loop stands for, as they were when the weights were loaded."""
+        """The modules that the native loop replaces, as they were when the weights were loaded."""
         return self._loaded.inner
 
     @property
     def family(self) -> Family:
+        """Architecture of the model."""
         return self._loaded.description.family
 
     @property
     def spec(self) -> _core.ModelSpec:
+        """Shapes of the model."""
         return self._loaded.description.spec
 
     @property
     def extra_bytes(self) -> int:
-        """Memory of the folded K/V weights, and of the copied matrices with ``fp8`` or ``prepack``, in bytes."""
+        """Bytes of the folded K/V weights and, with ``fp8`` or ``prepack``, of the copied matrices."""
         return self._loaded.extra_bytes
 
     @property
     def dtype(self) -> torch.dtype:
+        """Data type of the weights."""
         return self._loaded.like.dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self._loaded.like.device
 
     def refresh(self) -> None:
-        """Takes the model's weights as they are now; needed after they were changed, moved or reassigned.
+        """Load the weights as they are now. Needed after they were changed, moved or reassigned.
 
         Raises:
-            UnsupportedModelError: the model has become one that cannot run natively; what was loaded stays.
-            FitMismatch (a ValueError): the plan's projections were fitted on the weights as they were; what was
-                loaded stays.
+            UnsupportedModelError: The model can no longer run natively. What was loaded before stays.
+            FitMismatch: The plan's projections were fitted on other weights. What was loaded before stays.
         """
         description = describe(self.model)
         check_fit(self.plan, find_parts(self.model).layers)
         self._loaded = Loaded(self.model, description, self.plan, self.fp8, self.prepack)
 
     def stale_weight(self) -> str | None:
-        """The name of a weight that was changed, moved or reassigned since it was loaded; None if none was.
+        """Return the name of a weight that was changed, moved or reassigned since it was loaded, or None.
 
-        A change through ``.data`` shows in no version counter: of what was folded or copied, values are sampled.
+        A change through ``.data`` leaves version counters alone, so values of folded and copied weights are sampled.
         """
         return self._loaded.stale_weight()
 
     def written_weight(self) -> str | None:
-        """``stale_weight`` for who has just asked whether ``inner`` are the model's modules."""
+        """Like ``stale_weight``, but the caller knows that ``inner`` still are the model's modules."""
         return self._loaded.written_weight()
 
     def prefill(
@@ -153,31 +163,30 @@ class NativeModel:
         window_only: bool = False,
         **vision: Any,
     ) -> PrefillOutput:
-        """Prefills a batch by the plan, as given.
+        """Prefill a batch under the plan, which is executed as given (POP, arXiv 2602.03295, section 3).
+
+        Pass either ``input_ids`` or ``inputs_embeds``. A call that fails leaves the cache as it was.
 
         Args:
-            input_ids: ``[batch, tokens]`` integer ids, or
+            input_ids: ``[batch, tokens]`` integer ids.
             inputs_embeds: ``[batch, tokens, hidden_size]`` in the model's dtype.
             attention_mask: ``[batch, past + tokens]``, 1 for a real token. New tokens may be padded on
-                either side; past slots may be masked anywhere. None: all real.
+                either side; past slots may be masked anywhere. None: every token is real.
             position_ids: ``[batch, tokens]`` or ``[1, tokens]``, or ``[3, batch, tokens]`` (time, height, width) in
-                a family that has such. None: counted from the mask after the past, images as the family counts them.
-            past_key_values: a cache whose positions are kept as they are. None: a new DynamicCache.
+                a family with such axes. None: counted from the mask after the past, images as the family counts them.
+            past_key_values: cache whose positions stay as they are. None: a new DynamicCache.
             boundary: last rows of each sequence that run at full depth, one int or one per sequence.
                 None: the plan's, at most the sequence's tokens.
             logits_to_keep: last rows of each sequence that get logits, one int or one per sequence.
-            window_only: in omitted layers with a sliding window, leave K and V of those positions only that a
-                later token can still see. The slots before them keep what they held (new ones: zeros). Where the
-                cache keeps no more than the window in these layers it is so anyway.
-            vision: what else the ``forward`` of a vision-language model takes: ``pixel_values``, ... Where the
-                tokens of an image see each other (Gemma 3), a boundary inside of one is widened to its start.
+            window_only: in omitted layers with a sliding window, write K and V only of positions that a later token
+                can reach. Earlier slots keep their values, new ones are zero. A cache that keeps no more than the
+                window in these layers gets this treatment anyway.
+            vision: other arguments of the ``forward`` of a vision-language model, such as ``pixel_values``. Where the
+                tokens of an image attend to each other (Gemma 3), a boundary inside an image is widened to its start.
 
         Raises:
-            ValueError, TypeError: a bad argument, named with what was expected and what came.
-            RuntimeError: weights changed since they were loaded (``refresh``), or the operator failed.
-                In every case the cache is as it was before the call.
-
-        Source: POP (arXiv 2602.03295), section 3; rules in docs/semantics.md.
+            ValueError, TypeError: A bad argument. The text names it, what was expected and what came.
+            RuntimeError: Weights changed since they were loaded (call ``refresh``), or the operator failed.
         """
         stale = self.stale_weight()
         if stale is not None:
@@ -185,168 +194,123 @@ class NativeModel:
                 f"weight {stale}: expected the tensor that was loaded, unchanged; it was changed, moved or "
                 "reassigned. Call native.refresh()."
             )
-        return self.prefill_fresh(
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            boundary,
-            logits_to_keep,
-            window_only,
-            **vision,
+        return self.run(
+            make_request(
+                self,
+                input_ids,
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                boundary,
+                logits_to_keep,
+                window_only,
+                **vision,
+            )
         )
 
-    def prefill_fresh(
-        self,
-        input_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        boundary: PerSequence | None = None,
-        logits_to_keep: PerSequence = 1,
-        window_only: bool = False,
-        packed: PackedBatch | None = None,
-        look: Callable[[], None] | None = None,
-        **vision: Any,
-    ) -> PrefillOutput:
-        """``prefill`` for who asks ``stale_weight``, of hundreds of weights, at another time.
+    def check_values(self, request: PrefillRequest) -> None:
+        """Check what ``dispatch`` leaves open: device and dtype of the new tokens, and the range of ids.
+
+        Raises:
+            ValueError, TypeError: The tokens do not fit the model that was loaded.
+        """
+        name = "input_ids" if request.arguments.get("inputs_embeds") is None else "inputs_embeds"
+        check_device_and_dtype(self, name, request.arguments[name])
+        check_ids(self, request.rows)
+
+    def run(self, request: PrefillRequest, validate: Callable[[], None] | None = None) -> PrefillOutput:
+        """Run a validated request. Its cache changes only if everything goes well.
+
+        Weights that changed since they were loaded are not noticed here: ``stale_weight`` finds them.
 
         Args:
-            packed: what ``pack_batch`` made of mask and cache, for who has called it: a mask on a device is waited for.
-            look: called when the operator is through, on CUDA when it has launched everything, and before the head runs
-                and the cache changes: what it raises ends the call as a failure does. Not for a vision-language model.
+            request: from ``make_request`` or ``dispatch``.
+            validate: called after the operator has launched its work and before the head runs and the cache changes.
+                An exception from it fails the call. Not called for a vision-language model.
         """
-        if not isinstance(window_only, bool):
-            raise TypeError(f"window_only: expected a bool, got {type(window_only).__name__}")
-        tokens = check_tokens(self, input_ids, inputs_embeds)
-        around = self.family.vision
-        unknown = sorted(set(vision) - (around.arguments if around is not None else frozenset()))
-        if unknown:
-            raise TypeError(f"{unknown[0]}: expected no such argument for a {self.family.model_type}, got one")
-        packed = pack_tokens(self, tokens, attention_mask, past_key_values) if packed is None else packed
-        rest: dict[str, Any] = {
-            "cache": past_key_values,
-            "boundary": boundary,
-            "logits_to_keep": logits_to_keep,
-        }
-        if around is None:
-            with torch.no_grad():
-                rows = packed.pack(tokens)
-                check_ids(self, rows)
-                inputs = prepare(self, rows, packed, position_ids, blocks=[], **rest)
-                return self._prefill(inputs, window_only, look)
-        wrapper = self.model.model
-        if input_ids is not None:
-            check_ids(self, packed.pack(tokens), also=getattr(wrapper.config, "image_token_id", None))
-        blocks = blocks_of(around, vision, packed)
-        outputs = []
-
-        def decode(call: DecoderCall) -> tuple[torch.Tensor, Cache]:
-            outputs.append(self.prefill_decoder(call, packed, blocks, window_only=window_only, **rest))
-            return outputs[0].hidden_states, outputs[0].past_key_values
-
-        arguments = {
-            "input_ids": input_ids,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": mask_for(around, attention_mask),
-            "position_ids": position_ids,
-            **with_cache(wrapper, past_key_values),
-            **vision,
-        }
         with torch.no_grad():
-            run_around(wrapper, "language_model", decode, arguments)
-        return outputs[0]
+            if self.family.vision is not None:
+                return run_wrapper(self.model.model, self.family.vision, request, self._run_decoder)
+            return self._run_decoder(request, validate)
 
-    def prefill_decoder(
-        self,
-        call: DecoderCall,
-        packed: PackedBatch,
-        blocks: Blocks,
-        *,
-        cache: Cache | None,
-        boundary: PerSequence | None,
-        logits_to_keep: PerSequence,
-        window_only: bool = False,
-    ) -> PrefillOutput:
-        """``prefill_fresh`` from where the wrapper of a vision-language model calls its language model."""
-        rows = packed.pack(call.inputs_embeds)
-        inputs = prepare(self, rows, packed, call.position_ids, cache, boundary, logits_to_keep, blocks)
-        if call.feature_mask is not None and call.features:
-            inputs = replace(inputs, **packed_features(call, packed))
-        return self._prefill(inputs, window_only)
+    def _run_decoder(self, request: PrefillRequest, validate: Callable[[], None] | None = None) -> PrefillOutput:
+        """Run the language model of a request: the operator, then the head, then the cache takes what was computed."""
+        packed, loaded = request.packed, self._loaded
+        transaction, window_only = self._open_cache(request)
+        try:
+            with module_restored_on_error(decoder_of(self.model).rotary_emb):
+                cos, sin, cos_local, sin_local = self._rope(request.positions)
+                hidden = torch.ops.pop.prefill(
+                    loaded.handle,
+                    request.rows,
+                    cos,
+                    sin,
+                    packed.cu_seqlens(),
+                    lengths(packed.past),
+                    lengths(packed.cache_start),
+                    lengths(request.boundary),
+                    lengths(request.num_logits),
+                    transaction.key_cache,
+                    transaction.value_cache,
+                    packed.slot_table,
+                    False,  # restore_on_error: the transaction also restores after a failure of what follows
+                    window_only,
+                    cos_local,
+                    sin_local,
+                    torch.tensor(request.spans, dtype=torch.int32, device="cpu") if request.spans else None,
+                    request.feature_index,
+                    None if request.feature_index is None else list(request.features),
+                )
+                hidden = hidden.view(*request.output_shape, -1)
+                if validate is not None:
+                    validate()
+                logits = self.logits_of(hidden)
+                transaction.commit()
+        except BaseException:
+            transaction.abort()
+            raise
+        cu_rows = offsets(request.num_logits) if len(request.output_shape) == 1 else None
+        return PrefillOutput(logits, hidden, request.cache, cu_rows)
 
-    def _prefill(
-        self, inputs: PrefillInputs, window_only: bool, look: Callable[[], None] | None = None
-    ) -> PrefillOutput:
-        """Runs a prefill. The cache changes only if all went well."""
-        packed, cache, loaded = inputs.packed, inputs.cache, self._loaded
-        like = loaded.like.new_empty((0, self.spec.num_kv_heads, 0, self.spec.head_dim))
-        windowed = [layer for layer in self.plan.omit if self.spec.window[layer] > 0]
-        # Where the cache drops what lies behind the window, nothing of it needs to be projected.
-        window_only = window_only or (bool(windowed) and keeps_only_windows(cache, self.spec.window, windowed))
+    def _open_cache(self, request: PrefillRequest) -> tuple[CacheTransaction, bool]:
+        """Open the cache for writing. Also return whether windowed layers may leave out what no later token reaches."""
+        packed, spec = request.packed, self.spec
+        like = self._loaded.like.new_empty((0, spec.num_kv_heads, 0, spec.head_dim))
+        windowed = [layer for layer in self.plan.omit if spec.window[layer] > 0]
+        # A cache that drops what lies behind the window makes projecting it useless.
+        window_only = request.window_only or (
+            bool(windowed) and keeps_only_windows(request.cache, spec.window, windowed)
+        )
         transaction = CacheTransaction(
-            cache,
+            request.cache,
             like,
-            self.spec.num_layers,
+            spec.num_layers,
             packed.batch,
             packed.past_slots,
             packed.columns,
             packed.padding(),
             left_out=windowed if window_only else (),
         )
-        try:
-            with module_restored_on_error(decoder_of(self.model).rotary_emb):
-                cos, sin, cos_local, sin_local = self._rope(inputs.positions)
-                hidden = torch.ops.pop.prefill(
-                    loaded.handle,
-                    inputs.rows,
-                    cos,
-                    sin,
-                    packed.cu_seqlens(),
-                    lengths(packed.past),
-                    lengths(packed.cache_start),
-                    lengths(inputs.boundaries),
-                    lengths(inputs.keeps),
-                    transaction.key_cache,
-                    transaction.value_cache,
-                    packed.slot_table,
-                    False,  # restore_on_error: the transaction does, for what comes after the operator, too
-                    window_only,
-                    cos_local,
-                    sin_local,
-                    torch.tensor(inputs.blocks, dtype=torch.int32, device="cpu") if inputs.blocks else None,
-                    inputs.feature_index,
-                    None if inputs.feature_index is None else list(inputs.features),
-                )
-                hidden = hidden.view(*inputs.shape, -1)
-                if look is not None:
-                    look()
-                logits = self.logits_of(hidden)
-                transaction.commit()
-        except BaseException:
-            transaction.abort()
-            raise
-        return PrefillOutput(logits, hidden, cache, offsets(inputs.keeps) if len(inputs.shape) == 1 else None)
+        return transaction, window_only
 
     def _rope(self, positions: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """cos, sin, and those of layers with a RoPE of their own (or None, None): float32 [rows, rotary_dim]."""
+        """Return cos and sin, and those of layers with a second RoPE base or None: float32 ``[rows, rotary_dim]``."""
         rotary, kinds = decoder_of(self.model).rotary_emb, self.family.rope_kinds
-        # Float32 whatever the model's dtype: the module only asks its first argument for dtype and device.
+        # The module takes only dtype and device of its first argument; tables are float32 whatever the model's dtype.
         like = torch.empty(0, dtype=torch.float32, device=self.device)
         if not kinds:
             cos, sin = rotary(like, positions.unsqueeze(-2))  # [1, rows], or [3, 1, rows]
             return cos[0], sin[0], None, None
         tables = {kind: rotary(like, positions[None], kind) for kind in kinds if kind in rotary.layer_types}
-        cos, sin = tables.get(kinds[0]) or tables[kinds[1]]  # some model may have layers of one kind only
+        cos, sin = tables.get(kinds[0]) or tables[kinds[1]]  # a model may have layers of one kind only
         if not any(self.spec.rope_table):
             return cos[0], sin[0], None, None
         cos_local, sin_local = tables[kinds[1]]
         return cos[0], sin[0], cos_local[0], sin_local[0]
 
     def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The head on rows ``[..., hidden_size]`` after the final norm: ``[..., vocab]``."""
+        """Apply the head to rows ``[..., hidden_size]`` after the final norm; return ``[..., vocab]``."""
         logits = apply_head(self.model.lm_head, hidden)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         if cap is None or not self.family.caps_logits:
@@ -355,37 +319,41 @@ class NativeModel:
 
 
 def load(model: PreTrainedModel, plan: Plan | None = None, fp8: bool = False, prepack: bool = False) -> NativeModel:
-    """Makes a model's prefill run natively, without touching the model.
+    """Load a Hugging Face model for native prefill. The model itself is not changed.
 
     Args:
-        model: a Hugging Face causal language model of a supported family, on one device; of a compiled one (by
-            ``torch.compile``) the model inside is taken.
-        plan: what to omit. None: the preset whose config matches, else the deepest third, boundary 1.
-        fp8: products of a prefill in the layers that it does not omit in 8-bit floats (e4m3): half of these layers'
-            memory again, and not quite what the stock model computes (docs/fp8.md). Decode stays as it is.
-        prepack: a copy of these layers' matrices in the CPU library's own layout, as large as they are, for faster
-            products: bfloat16 on a processor with AVX-512 BF16 (docs/cpu.md). Not with ``fp8``.
+        model: causal language model of a supported family, on one device. Of a model compiled by ``torch.compile`` the
+            model inside is loaded.
+        plan: layers to omit. None: the preset whose config matches, else the deepest third with boundary 1.
+        fp8: compute the products of retained layers in 8-bit floats (e4m3). This copies their matrices at half their
+            size, and results differ slightly from the stock model's. Decode is unchanged.
+        prepack: copy the matrices of retained layers into the layout of the CPU's product library, at their full size,
+            for faster products in bfloat16 on a processor with AVX-512 BF16. Excludes ``fp8``.
+
+    Returns:
+        A ``NativeModel``, which refers to the weights of ``model``.
 
     Raises:
-        UnsupportedModelError (a ValueError): architecture or weights without a native form, or none with ``fp8`` or
-            ``prepack``.
-        ValueError, TypeError: a plan for another depth or made with another model, no plan, no model, or both of fp8
-            and prepack.
+        UnsupportedModelError: The architecture or its weights have no native form, or none with ``fp8`` or
+            ``prepack``. A subclass of ValueError.
+        ValueError, TypeError: The plan is for another depth or another model, ``plan`` or ``model`` is of the wrong
+            type, or both ``fp8`` and ``prepack`` are set.
     """
     return NativeModel(uncompiled(model), plan, fp8, prepack)
 
 
 def apply_head(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """``head(hidden)``, for a plain linear on a CPU by ``torch.ops.pop.linear``.
+    """Apply a language-model head to the few rows that get logits.
 
-    For a row or a few that streams the weight past once, at the speed of memory.
+    A plain linear on a CPU runs as ``torch.ops.pop.linear``, which streams the weight once at the speed of memory. Any
+    other head is called.
 
     Args:
         head: any module.
         hidden: ``[..., hidden_size]``, after the final norm.
 
     Returns:
-        ``[..., vocab]``.
+        Logits ``[..., vocab]``.
     """
     plain = hidden.is_cpu and _is_plain(head, hidden)
     logits: torch.Tensor = torch.ops.pop.linear(hidden, head.weight) if plain else head(hidden)
@@ -393,12 +361,12 @@ def apply_head(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _is_plain(head: Any, hidden: torch.Tensor) -> bool:
-    """Whether a module computes ``hidden @ weight.T`` and nothing else, and nobody has put anything on it."""
-    of_linear = type(head) is nn.Linear and head._parameters.get("bias") is None and runs_as_written(head)
-    if not of_linear or torch.is_autocast_enabled("cpu"):
+    """Return whether a module computes ``hidden @ weight.T`` and nothing else, without hooks or replaced code."""
+    unmodified_linear = type(head) is nn.Linear and head._parameters.get("bias") is None and runs_as_written(head)
+    if not unmodified_linear or torch.is_autocast_enabled("cpu"):
         return False
     weight = head.weight
     if type(weight) not in (torch.Tensor, nn.Parameter) or weight.layout is not torch.strided:
         return False
-    alike = weight.dtype == hidden.dtype and weight.device == hidden.device
-    return alike and weight.stride(-1) == 1
+    same_kind = weight.dtype == hidden.dtype and weight.device == hidden.device
+    return same_kind and weight.stride(-1) == 1

@@ -1,10 +1,11 @@
-"""From a padded batch to packed rows: padding is never computed."""
+"""Turn a padded batch into packed rows: padding is never computed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import torch
 
@@ -14,19 +15,23 @@ CPU = torch.device("cpu")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+Spans = list[tuple[int, int, int]]
+"""(sequence, begin, end) of real new tokens that attend to each other in both directions, in ascending order."""
+
+
 @dataclass(frozen=True)
 class PackedBatch:
-    """The real new tokens of a batch, one after the other, and where the cache has their slots.
+    """The real new tokens of a batch, one sequence after the other, and their slots in the cache.
 
     Attributes:
         batch, columns: shape of the padded new tokens ``[batch, columns]``.
         past_slots: cache slots before the new tokens, padding included.
-        row_index: ``[rows]`` int64, index of each row in the flattened ``[batch * columns]`` tokens,
-            or None when every token is real.
+        row_index: ``[rows]`` int64, index of each row in the flattened ``[batch * columns]`` tokens; None when every
+            token is real.
         tokens, past: per sequence, real new tokens and real cached positions.
-        cache_start: slot of each sequence's first position, where ``slot_table`` is None.
-        slot_table: ``[batch, max(past + tokens)]`` int32 slot of each position, when some sequence's
-            real slots are not consecutive (a turn that was padded on the right, say).
+        cache_start: per sequence, slot of its first position; unused with ``slot_table``.
+        slot_table: ``[batch, max(past + tokens)]`` int32, slot of each position. Present where the real slots of
+            some sequence are not consecutive, for example after a turn that was padded on the right.
     """
 
     batch: int
@@ -40,22 +45,23 @@ class PackedBatch:
 
     @property
     def slots(self) -> int:
-        """Cache slots after the call, padding included."""
+        """Number of cache slots after the call, padding included."""
         return self.past_slots + self.columns
 
     @property
     def rows(self) -> int:
+        """Number of packed rows."""
         return sum(self.tokens)
 
     def ends_with_padding(self) -> bool:
-        """Whether the last column of some sequence holds no token."""
+        """Return whether the last column of some sequence is padding."""
         if self.row_index is None:
             return False
         last = self.row_index[self.cu_seqlens()[1:].long() - 1]
         return bool((last % self.columns != self.columns - 1).any())
 
     def padding(self) -> torch.Tensor | None:
-        """``[batch, columns]`` bool, True where a new column holds no token; None: nowhere."""
+        """Return ``[batch, columns]`` bool, True where a new column is padding; None if none is."""
         if self.row_index is None:
             return None
         padding = torch.ones(self.batch * self.columns, dtype=torch.bool, device="cpu")
@@ -63,32 +69,42 @@ class PackedBatch:
         return padding.view(self.batch, self.columns)
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
-        """``[batch, columns, ...]`` -> ``[rows, ...]``, the real tokens by sequence."""
+        """Take the real tokens of each sequence: ``[batch, columns, ...]`` to ``[rows, ...]``."""
         flat = padded.reshape(self.batch * self.columns, *padded.shape[2:])
         return flat if self.row_index is None else flat[self.row_index.to(flat.device)]
 
+    def pack_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Pack ``[batch or 1, columns]`` positions to ``[rows]``, or ``[3, batch or 1, columns]`` to ``[3, rows]``."""
+        if position_ids.ndim == 3:
+            return torch.stack([self.pack_positions(axis) for axis in position_ids])
+        return self.pack(position_ids.expand(self.batch, self.columns))
+
     def positions(self) -> torch.Tensor:
-        """``[rows]`` int64: position of each row, counting its sequence's real tokens."""
+        """Return ``[rows]`` int64 on the CPU: the position of each row, counted over real tokens only."""
         spans = zip(self.past, self.tokens, strict=True)
         return torch.cat([torch.arange(past, past + tokens, device="cpu") for past, tokens in spans])
 
+    def column_position_ids(self, device: torch.device) -> torch.Tensor:
+        """Return ``[1, columns]`` int64: positions counted by column, padding included, as the stock forward does."""
+        return torch.arange(self.past_slots, self.slots, device=device)[None]
+
     def cu_seqlens(self) -> torch.Tensor:
-        """``[batch + 1]`` int32."""
+        """Return ``[batch + 1]`` int32 on the CPU: where each sequence begins among the rows, and where all end."""
         return offsets(self.tokens)
 
 
 def lengths(values: list[int]) -> torch.Tensor:
-    """``[len(values)]`` int32 on the CPU, where the operator reads lengths, whatever torch's default device is."""
+    """Make ``[len(values)]`` int32 on the CPU, where the operator reads lengths, whatever the default device is."""
     return torch.tensor(values, dtype=torch.int32, device="cpu")
 
 
 def offsets(values: list[int]) -> torch.Tensor:
-    """``[len(values) + 1]`` int32 on the CPU: where each of several packed pieces begins, and where all end."""
+    """Make ``[len(values) + 1]`` int32 on the CPU: where each packed piece begins, and where all end."""
     return lengths([0, *values]).cumsum(0, dtype=torch.int32)
 
 
 def check_device(tensor: torch.Tensor, device: torch.device, name: str) -> None:
-    """Raises ValueError unless a tensor that is read on the CPU is there, or on the model's device."""
+    """Raise ValueError unless a tensor is on the CPU or on the model's device."""
     if tensor.device.type != "cpu" and tensor.device != device:
         raise ValueError(f"{name}: expected device {device} like the model, got {tensor.device}")
 
@@ -96,14 +112,18 @@ def check_device(tensor: torch.Tensor, device: torch.device, name: str) -> None:
 def pack_batch(
     batch: int, columns: int, past_slots: int, attention_mask: torch.Tensor | None, device: torch.device = CPU
 ) -> PackedBatch:
-    """Reads a mask ``[batch, past_slots + columns]`` (1: real token), or all ones for None.
+    """Find the real tokens of a batch from its padding mask.
 
     Args:
-        device: the model's, where the mask may be, too.
+        batch: sequences.
+        columns: new tokens of each, padding included.
+        past_slots: cache slots before the new tokens.
+        attention_mask: ``[batch, past_slots + columns]``, 1 for a real token. None: every token is real.
+        device: the model's device, where the mask may be as well as on the CPU.
 
     Raises:
-        TypeError: a mask that is no tensor.
-        ValueError: a mask of another shape or device, holes in the new tokens, or a sequence without a new token.
+        TypeError: The mask is no tensor.
+        ValueError: The mask has another shape or device, new tokens have holes, or a sequence has no new token.
     """
     if columns == 0 or batch == 0:
         raise ValueError(f"input_ids: expected at least one new token per sequence, got shape [{batch}, {columns}]")
@@ -115,7 +135,7 @@ def pack_batch(
 
 
 def _check_mask(attention_mask: torch.Tensor, batch: int, slots: int, device: torch.device) -> torch.Tensor | None:
-    """The mask as bool on the CPU; None: all ones."""
+    """Return the mask as bool on the CPU, or None if it is all ones."""
     if not isinstance(attention_mask, torch.Tensor):
         raise TypeError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}")
     if tuple(attention_mask.shape) != (batch, slots):
@@ -123,7 +143,7 @@ def _check_mask(attention_mask: torch.Tensor, batch: int, slots: int, device: to
             f"attention_mask: expected shape [{batch}, {slots}] (past and new tokens), got {list(attention_mask.shape)}"
         )
     check_device(attention_mask, device, "attention_mask")
-    mask = attention_mask.cpu()  # waits for a device once, and reads here
+    mask = attention_mask.cpu()  # the one synchronisation with a device
     ones = mask if mask.dtype == torch.bool else mask == 1
     if bool(ones.all()):
         return None
@@ -156,11 +176,11 @@ def _pack_masked(mask: torch.Tensor, columns: int, past_slots: int) -> PackedBat
 
 
 def per_sequence(value: PerSequence, batch: int, name: str) -> list[int]:
-    """An int for all sequences, or one for each.
+    """Expand an argument that is one int for all sequences or one for each into a list ``[batch]``.
 
     Raises:
-        TypeError: not an int, a sequence of ints or a 1-D integer tensor.
-        ValueError: a length other than ``batch``, a value below 1, or a tensor without data.
+        TypeError: The value is no int, no sequence of ints and no 1-D integer tensor.
+        ValueError: The length is not ``batch``, a value is below 1, or the tensor has no data.
     """
     values = _tensor_values(value, name) if isinstance(value, torch.Tensor) else value
     if isinstance(values, Integral) and is_int(values):
@@ -178,12 +198,12 @@ def per_sequence(value: PerSequence, batch: int, name: str) -> list[int]:
 
 
 def is_int(value: object) -> bool:
-    """An integer of Python's or NumPy's, no bool."""
+    """Return whether a value is an integer of Python or NumPy, and no bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _tensor_values(tensor: torch.Tensor, name: str) -> list[int]:
-    # A 0-d tensor may mean one number or an index: neither is guessed.
+    # A 0-d tensor may mean one number or an index, so it is refused.
     if tensor.ndim != 1 or tensor.dtype not in INTEGERS:
         raise TypeError(
             f"{name}: expected an int or one int per sequence (a 1-D integer tensor), "
@@ -192,3 +212,46 @@ def _tensor_values(tensor: torch.Tensor, name: str) -> list[int]:
     if tensor.device.type == "meta":
         raise ValueError(f"{name}: expected a tensor with data, got one on the meta device")
     return tensor.tolist()
+
+
+def bidirectional_spans(name: str, token_types: Any, packed: PackedBatch) -> Spans:
+    """Find the new tokens that attend to each other in both directions: runs of ones in ``token_types``.
+
+    Args:
+        name: of the argument, for error texts.
+        token_types: integers ``[batch, columns]`` or ``[batch, past + columns]``; None: no such tokens.
+        packed: the real tokens of the same batch.
+
+    Raises:
+        TypeError, ValueError: ``token_types`` is no integer tensor of one of these shapes.
+    """
+    if token_types is None:
+        return []
+    if not isinstance(token_types, torch.Tensor) or token_types.is_floating_point():
+        found = token_types.dtype if isinstance(token_types, torch.Tensor) else type(token_types).__name__
+        raise TypeError(f"{name}: expected an integer tensor, got {found}")
+    batch, columns = packed.batch, packed.columns
+    if tuple(token_types.shape) not in ((batch, columns), (batch, packed.slots)):
+        raise ValueError(
+            f"{name}: expected shape [{batch}, {columns}] or [{batch}, {packed.slots}] (with the past), "
+            f"got {list(token_types.shape)}"
+        )
+    rows = packed.pack(token_types[:, -columns:]).cpu() == 1
+    spans = []
+    for sequence, marked in enumerate(rows.split(packed.tokens)):
+        edges = torch.nn.functional.pad(marked.to(torch.int8), (1, 1)).diff()
+        begins, ends = (edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten()
+        spans += [(sequence, begin, end) for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
+    return spans
+
+
+def snap_to_span_start(boundary: list[int], tokens: list[int], spans: Spans) -> list[int]:
+    """Widen each boundary that would cut a span to the start of that span.
+
+    The rows of a span attend to each other in omitted layers, too, so they run at full depth together.
+    """
+    snapped = list(boundary)
+    for sequence, begin, end in spans:
+        if begin < tokens[sequence] - snapped[sequence] < end:
+            snapped[sequence] = tokens[sequence] - begin
+    return snapped

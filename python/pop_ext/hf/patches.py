@@ -13,10 +13,12 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pop_ext.hf.architectures import decoder_of, decoder_path
+from pop_ext.hf.architectures import decoder_of, decoder_path, dropped_softcap
+from pop_ext.hf.compat import text_config
 
 
 class InnerModules:
@@ -44,7 +46,7 @@ class InnerModules:
             (own, name, parameter) for own in self._attributes for name, parameter in own["_parameters"].items()
         ]
 
-    def are_those_of(self, model: nn.Module) -> bool:
+    def matches(self, model: nn.Module) -> bool:
         """Whether ``model`` has these modules and no others, in their places, and no parameter of theirs is another."""
         if decoder_of(model) is not self._decoder or model.model is not self._around:
             return False
@@ -169,3 +171,17 @@ def _without_kvpress(function: Callable[..., Any] | None) -> Callable[..., Any] 
             return function
         function = inside
     return function
+
+
+def unsupported_reason(model: nn.Module, inner: InnerModules) -> tuple[str, str] | None:
+    """Return rule and reason why the native loop would compute something else than the model's modules, or None."""
+    config = text_config(model)
+    reason = dropped_softcap(config) or foreign_attention(model)
+    if reason is not None:
+        return "attention", reason
+    experts = getattr(config, "_experts_implementation", None) or "eager"
+    registered = ALL_EXPERTS_FUNCTIONS.get(experts)
+    if registered is not None and not registered.__module__.startswith("transformers."):
+        return "experts", f"experts implementation {experts}: expected transformers' own"
+    foreign = inner.foreign_code()
+    return None if foreign is None else ("hooks", f"{foreign}: the native loop would not run them")

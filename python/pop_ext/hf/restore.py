@@ -88,7 +88,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any], place: str 
             module.__dict__[place] = before
 
 
-def shell_of(module: nn.Module, **children: nn.Module) -> Any:
+def shallow_clone(module: nn.Module, **children: nn.Module) -> Any:
     """A shallow copy: the same modules but for ``children``, and the ``forward`` of its class.
 
     Whatever is assigned to it stays there. It holds no ``forward`` of ours, so that no cycle keeps it alive.

@@ -1,4 +1,4 @@
-"""Calls that begin before the model has been looked at, as on a device that works beside the host: the look decides."""
+"""Speculative launches: a prefill that begins before the model is validated keeps its result only if it may."""
 
 from __future__ import annotations
 
@@ -20,25 +20,31 @@ from enabled_models import (
     prefill,
 )
 from models import llama, mistral, tokens
-from pop_ext.hf import forward
+from pop_ext import PrefillDeclined
+from pop_ext.hf import native_backend, speculative_launch
 from pop_ext.hf.compat import with_cache
-from pop_ext.hf.forward import PrefillForward
+from pop_ext.hf.speculative_launch import SpeculativeBackend
 from torch import nn
 from transformers import StaticCache
 
 
 @pytest.fixture(autouse=True)
-def device_beside_the_host(monkeypatch):
-    monkeypatch.setattr(forward, "works_beside_the_host", lambda device: True)
+def asynchronous_device(monkeypatch):
+    monkeypatch.setattr(speculative_launch, "ENABLED", True)
+    monkeypatch.setattr(speculative_launch, "is_async", lambda device: True)
 
 
 @pytest.fixture
 def steps(monkeypatch):
-    """What runs, in its order: "look", "compare" (the look at a model that a call has begun on), "operator", "head"."""
+    """Record what runs, in order: "validate", "compare" (the validation after a launch), "operator", "head"."""
     seen: list[str] = []
-    look, compare, operator = PrefillForward._look, PrefillForward._is_as_it_was, torch.ops.pop.prefill
-    monkeypatch.setattr(PrefillForward, "_look", lambda self, call: seen.append("look") or look(self, call))
-    monkeypatch.setattr(PrefillForward, "_is_as_it_was", lambda self, n: seen.append("compare") or compare(self, n))
+    validate, compare, operator = SpeculativeBackend.validate, SpeculativeBackend.is_current, torch.ops.pop.prefill
+    monkeypatch.setattr(
+        SpeculativeBackend, "validate", lambda self, *args: seen.append("validate") or validate(self, *args)
+    )
+    monkeypatch.setattr(
+        SpeculativeBackend, "is_current", lambda self, *args: seen.append("compare") or compare(self, *args)
+    )
     monkeypatch.setattr(torch.ops.pop, "prefill", lambda *args: seen.append("operator") or operator(*args))
     return seen
 
@@ -49,18 +55,18 @@ def enabled_after_a_call(**how) -> nn.Module:
     return model
 
 
-def test_the_look_comes_between_operator_and_head_from_the_second_call_on(steps):
+def test_validation_runs_between_operator_and_head_from_the_second_call(steps):
     model = pop_ext.enable(llama(), PLAN, strict=True)
     model.lm_head.register_forward_pre_hook(lambda *_: steps.append("head"))
     ids = tokens(model, 1, T)
     prefill(model, ids)
-    assert steps == ["look", "operator", "head"]
+    assert steps == ["validate", "operator", "head"]
     del steps[:]
     prefill(model, ids)
     assert steps == ["operator", "compare", "head"]
 
 
-def test_a_call_that_the_look_confirms_equals_the_oracle():
+def test_a_confirmed_launch_equals_the_oracle():
     model = enabled_after_a_call(strict=True)
     assert_enabled_equals_oracle(model, tokens(model, 2, T))
 
@@ -79,12 +85,12 @@ def name_another_attention(model: nn.Module) -> None:
 
 
 def multiply_a_weight(model: nn.Module) -> None:
-    """In a layer whose values nobody samples: only the look sees it, where the operator sees ``multiply_in_place``."""
+    """Change a weight whose values are not sampled: only the version counter, and so only the validation, shows it."""
     with torch.no_grad():
         model.model.layers[3].mlp.up_proj.weight.mul_(1.01)
 
 
-def test_who_changes_weights_again_and_again_pays_for_one_start_in_vain(steps):
+def test_repeated_weight_changes_waste_one_launch(steps):
     model = enabled_after_a_call(strict=True)
     ran = []
     for change in (True, True, False, False):
@@ -93,22 +99,22 @@ def test_who_changes_weights_again_and_again_pays_for_one_start_in_vain(steps):
             multiply_a_weight(model)
         prefill(model, tokens(model, 1, T))
         ran.append(list(steps))
-    looked_first = ["look", "operator"]
-    assert ran == [["operator", "compare", *looked_first], looked_first, looked_first, ["operator", "compare"]]
+    validated_first = ["validate", "operator"]
+    assert ran == [["operator", "compare", *validated_first], validated_first, validated_first, ["operator", "compare"]]
 
 
-def test_what_was_loaded_before_is_freed_before_the_weights_are_loaded_again(monkeypatch):
+def test_old_weights_are_freed_before_new_ones_are_loaded(monkeypatch):
     model = enabled_after_a_call(strict=True)
     handle, alive = handle_of(model), []
-    load = forward.NativeModel
-    monkeypatch.setattr(forward, "NativeModel", lambda *args: alive.append(is_alive(handle)) or load(*args))
+    load = native_backend.NativeModel
+    monkeypatch.setattr(native_backend, "NativeModel", lambda *args: alive.append(is_alive(handle)) or load(*args))
     multiply_a_weight(model)
     prefill(model, tokens(model, 1, T))
     assert alive == [False]
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static", "sliding"])
-def test_the_stock_forward_finds_the_cache_as_it_was_before_the_start(kind):
+def test_the_stock_forward_finds_the_cache_as_before_the_launch(kind):
     model = pop_ext.enable(mistral() if kind == "sliding" else llama(), PLAN)
     plain = pop_ext.disable(copy.deepcopy(model))
     prefill(model, tokens(model, 1, 5))
@@ -128,7 +134,7 @@ def test_the_stock_forward_finds_the_cache_as_it_was_before_the_start(kind):
             assert torch.equal(mine, value) if isinstance(value, torch.Tensor) else mine == value, name
 
 
-def test_two_threads_begin_calls_on_a_model_whose_weights_change_between_them():
+def test_two_threads_launch_while_weights_change_between_calls():
     model = enabled_after_a_call(strict=True)
     ids = tokens(model, 1, T)
     for _ in range(3):
@@ -141,7 +147,7 @@ def test_two_threads_begin_calls_on_a_model_whose_weights_change_between_them():
 
 @pytest.mark.parametrize("change", [hook_a_layer, replace_a_forward], ids=lambda change: change.__name__)
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_a_call_that_the_look_rejects_runs_as_the_stock_model_does(change, static, steps):
+def test_a_rejected_launch_runs_as_the_stock_model_does(change, static, steps):
     model = enabled_after_a_call()
     plain = pop_ext.disable(copy.deepcopy(model))
     for one in (model, plain):
@@ -152,20 +158,20 @@ def test_a_call_that_the_look_rejects_runs_as_the_stock_model_does(change, stati
     del steps[:]
     with torch.no_grad(), pytest.warns(UserWarning, match="the stock forward runs"):
         output = model(ids, logits_to_keep=1, **with_cache(model, caches[0]))
-    assert steps == ["operator", "compare", "look"]
+    assert steps == ["operator", "compare", "validate"]
     with torch.no_grad():
         assert_same_bits(output, plain(ids, logits_to_keep=1, **with_cache(plain, caches[1])))
         assert_same_cache(caches[0], caches[1])
         del steps[:]
         model(ids, logits_to_keep=1)
-    assert steps == ["look"]  # it began early once
+    assert steps == ["validate"]  # one launch was wasted, no second one
     assert pop_ext.last_call(model).rule == "hooks"
 
 
 def test_a_call_of_another_attention_is_declined():
     model = enabled_after_a_call(strict=True)
     name_another_attention(model)
-    with torch.no_grad(), pytest.raises(forward.PrefillDeclined, match="attention implementation flex_attention"):
+    with torch.no_grad(), pytest.raises(PrefillDeclined, match="attention implementation flex_attention"):
         model(tokens(model, 1, T), logits_to_keep=1)
 
 
@@ -177,7 +183,7 @@ def test_a_model_moved_to_another_dtype_runs_in_it(steps):
 
 
 @pytest.mark.parametrize("what", ["hook", "forward", "class", "module"])
-def test_another_code_in_what_runs_before_the_look_runs_as_often_as_in_the_stock_model(what, monkeypatch):
+def test_replaced_rotary_code_runs_once_as_in_the_stock_model(what, monkeypatch):
     model, fired = enabled_after_a_call(), []
     rotary = model.model.rotary_emb
     original = type(rotary).forward
@@ -199,7 +205,7 @@ def test_another_code_in_what_runs_before_the_look_runs_as_often_as_in_the_stock
     assert len(fired) == 1
 
 
-def test_a_failure_of_its_own_is_raised_and_leaves_the_cache(monkeypatch):
+def test_an_operator_failure_is_raised_and_leaves_the_cache(monkeypatch):
     model = enabled_after_a_call(strict=True)
     cache = filled_cache(pop_ext.disable(copy.deepcopy(model)))
     before = copy.deepcopy(cache)
@@ -209,9 +215,15 @@ def test_a_failure_of_its_own_is_raised_and_leaves_the_cache(monkeypatch):
     assert_same_cache(cache, before)
 
 
-def test_bad_ids_are_named_as_ever():
+def test_ids_outside_the_vocabulary_raise_after_a_launch():
     model = enabled_after_a_call(strict=True)
     ids = tokens(model, 1, T)
     ids[0, 3] = model.config.vocab_size
     with torch.no_grad(), pytest.raises(ValueError, match="input_ids: expected ids from 0 to"):
         model(ids, logits_to_keep=1)
+
+
+def test_speculative_launches_are_off_unless_enabled(monkeypatch):
+    monkeypatch.setattr(speculative_launch, "ENABLED", False)
+    model = enabled_after_a_call(strict=True)
+    assert type(model.forward.backend) is native_backend.NativeBackend

@@ -1,0 +1,67 @@
+"""``Decision``: what runs a call of an enabled model, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pop_ext.plans.plan import Plan
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What runs a call of an enabled model, and why. ``str()`` of it is a sentence.
+
+    Attributes:
+        backend: "native", "reference" or "stock".
+        rule: name of the rule that decided, for programs: "prefill", "decode", "labels", "mask", ...
+        reason: one sentence, for people.
+        declined: whether the stock forward runs a call that is or may be a prefill, because of ``reason``.
+        plan: the plan of the enabled model.
+        tokens: real new tokens of each sequence; empty for "stock".
+        boundary: rows of each sequence that run at full depth; empty for "stock".
+        logits_to_keep: rows that get logits; 0 for "stock".
+        fp8: whether a native prefill computes its products in 8-bit floats.
+    """
+
+    backend: str
+    rule: str
+    reason: str
+    declined: bool
+    plan: Plan
+    tokens: tuple[int, ...] = ()
+    boundary: tuple[int, ...] = ()
+    logits_to_keep: int = 0
+    fp8: bool = False
+
+    @property
+    def native(self) -> bool:
+        """Whether the native runtime runs the call."""
+        return self.backend == "native"
+
+    def __str__(self) -> str:
+        if self.backend == "stock":
+            return f"stock forward: {self.reason}"
+        pruned = sum(tokens - boundary for tokens, boundary in zip(self.tokens, self.boundary, strict=True))
+        return (
+            f"{self.backend} prefill{' in 8-bit floats' if self.fp8 else ''}: {self.reason}; "
+            f"{len(self.tokens)} sequence(s), {sum(self.tokens)} new tokens, "
+            f"{pruned} of them omit {len(self.plan.omit)} of {self.plan.num_layers} layers"
+        )
+
+
+class Decline(Exception):
+    """The stock forward must run this call.
+
+    Attributes:
+        rule, reason, declined: as in ``Decision``.
+    """
+
+    def __init__(self, rule: str, reason: str, declined: bool = True) -> None:
+        super().__init__(reason)
+        self.rule = rule
+        self.reason = reason
+        self.declined = declined
+
+    def decision(self, plan: Plan) -> Decision:
+        """Return the ``Decision`` that reports this."""
+        return Decision("stock", self.rule, self.reason, self.declined, plan)

@@ -1,0 +1,89 @@
+"""``NativeBackend``: run the prefills of an enabled model natively."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+from torch import nn
+
+from pop_ext.hf.architectures import UnsupportedModelError
+from pop_ext.hf.decision import Decline
+from pop_ext.hf.dispatch import Call
+from pop_ext.hf.kv_cache import check_windows
+from pop_ext.hf.native_model import NativeModel
+from pop_ext.hf.patches import InnerModules, unsupported_reason
+from pop_ext.plans.plan import Plan
+from pop_ext.plans.projections import FitMismatch
+
+
+class NativeBackend:
+    """Loads a model natively, and again when its modules or weights have changed.
+
+    Copies and pickles carry the options and load anew.
+
+    Attributes:
+        native: what is loaded; None before the first load, or while another thread loads.
+    """
+
+    name = "native"
+    calls_model = False
+
+    def __init__(self, plan: Plan, fp8: bool = False, prepack: bool = False) -> None:
+        self.plan, self.fp8, self.prepack = plan, fp8, prepack
+        self.native: NativeModel | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"plan": self.plan, "fp8": self.fp8, "prepack": self.prepack}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def validate(self, model: nn.Module, call: Call) -> NativeModel:
+        """Return the model as it is now, loaded. Raise ``Decline`` if it cannot run ``call`` natively."""
+        inner = self._inner_modules(model)
+        unsupported = unsupported_reason(model, inner)
+        if unsupported is not None:
+            raise Decline(*unsupported)
+        try:
+            native = self.load(model, inner)
+        except (UnsupportedModelError, FitMismatch) as error:
+            raise Decline("model", str(error)) from error
+        cache = call.arguments.get("past_key_values")
+        if cache is not None:
+            try:
+                check_windows(cache, native.spec.window, call.packed.slots)
+            except ValueError as error:
+                raise Decline("cache", str(error)) from error
+        return native
+
+    bind = validate  # nothing is left to the run
+
+    def load(self, model: nn.Module, inner: InnerModules | None = None) -> NativeModel:
+        """Load the model, unless what is loaded is still what the model is.
+
+        Args:
+            model: the enabled model.
+            inner: its modules, already collected; None: collected here.
+
+        Raises:
+            UnsupportedModelError: The model has no native form, or no longer has one.
+        """
+        with self._lock:
+            native = self.native
+            if native is not None and native.inner is not inner:  # not collected, or another thread has loaded since
+                inner = self._inner_modules(model)
+            if native is None or native.inner is not inner or native.written_weight() is not None:
+                self.native = native = None  # frees the old folded weights before as much is folded again
+                native = NativeModel(model, self.plan, self.fp8, self.prepack)  # type: ignore[arg-type]
+                native.model = weakref.proxy(model)  # type: ignore[assignment]
+                self.native = native
+            return native
+
+    def _inner_modules(self, model: nn.Module) -> InnerModules:
+        native = self.native
+        if native is not None and native.description.model() is model and native.inner.matches(model):
+            return native.inner
+        return InnerModules(model)

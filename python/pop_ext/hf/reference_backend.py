@@ -1,0 +1,74 @@
+"""``ReferenceBackend``: run the prefills of an enabled model by the oracle, slowly but for any decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from pop_ext import reference
+from pop_ext.hf.compat import text_config
+from pop_ext.hf.decision import Decline
+from pop_ext.hf.dispatch import Call
+from pop_ext.hf.inputs import PrefillRequest
+from pop_ext.hf.modules import find_parts
+from pop_ext.hf.native_model import PrefillOutput, check_plan
+from pop_ext.hf.restore import cache_restored_on_error
+from pop_ext.plans.plan import Plan
+from pop_ext.plans.projections import FitMismatch, check_fit
+
+
+class ReferenceBackend:
+    """Runs requests through ``pop_ext.reference``, which calls the model's own modules."""
+
+    name = "reference"
+    fp8 = False
+    calls_model = True
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def load(self, model: nn.Module) -> None:
+        """Check that the oracle can run the model.
+
+        Raises:
+            ValueError: The model is no decoder of the form that the oracle knows, or the plan is of another model.
+        """
+        layers = find_parts(model).layers
+        config = text_config(model)
+        check_plan(self.plan, config.num_hidden_layers, config)
+        check_fit(self.plan, layers)
+
+    def validate(self, model: nn.Module, call: Call) -> ReferenceRunner:
+        """Return a runner. Raise ``Decline`` if the plan's projections were fitted on other weights."""
+        if self.plan.projections is not None:
+            try:
+                check_fit(self.plan, find_parts(model).layers)
+            except FitMismatch as error:
+                raise Decline("model", str(error)) from error
+        return ReferenceRunner(model, self.plan)
+
+    bind = validate  # nothing is left to the run
+
+
+class ReferenceRunner:
+    """The oracle on one model, for one call."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self._model, self._plan = model, plan
+
+    def check_values(self, request: PrefillRequest) -> None:
+        """Leave values to the oracle, which checks its own arguments."""
+
+    def run(self, request: PrefillRequest) -> PrefillOutput:
+        """Run the oracle and put the new columns of its cache into the request's."""
+        arguments: dict[str, Any] = {name: value for name, value in request.arguments.items() if value is not None}
+        logits, filled = reference.prefill(
+            self._model, plan=self._plan, boundary=request.boundary, logits_to_keep=request.num_logits[0], **arguments
+        )
+        layers: list[Any] = filled.layers
+        columns = request.packed.columns
+        with cache_restored_on_error(request.cache):
+            for index, layer in enumerate(layers):
+                request.cache.update(layer.keys[:, :, -columns:], layer.values[:, :, -columns:], index)
+        return PrefillOutput(logits, None, request.cache)  # type: ignore[arg-type]

@@ -1,0 +1,119 @@
+"""Launch a prefill before the model is validated, and validate it while the device works. Off: see ``ENABLED``.
+
+On CUDA the host validates hundreds of modules and weights while the device has nothing to do. A speculative launch
+starts the operator on what was loaded before, validates the model meanwhile, and throws the result away if the model
+has changed. The head runs and the cache changes only after the validation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pop_ext.hf.architectures import decoder_of
+from pop_ext.hf.dispatch import Call
+from pop_ext.hf.inputs import PrefillRequest
+from pop_ext.hf.native_backend import NativeBackend
+from pop_ext.hf.native_model import NativeModel, PrefillOutput
+from pop_ext.hf.patches import runs_as_written, unsupported_reason
+
+ENABLED = False
+"""Whether ``enable`` uses it. It stays off until a measurement on a GPU shows a gain."""
+
+
+def is_async(device: torch.device) -> bool:
+    """Return whether the host goes on while the device works."""
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
+class SpeculativeBackend(NativeBackend):
+    """A ``NativeBackend`` whose runs may begin before the model is validated."""
+
+    def __init__(self, plan: Any, fp8: bool = False, prepack: bool = False) -> None:
+        super().__init__(plan, fp8, prepack)
+        self._unchanged = False  # whether the last validation found what was loaded before
+
+    def validate(self, model: nn.Module, call: Call) -> NativeModel:
+        """Validate as ``NativeBackend`` does, and note whether anything had changed."""
+        before = None if self.native is None else self.native.handle  # a handle, so that old weights can be freed
+        self._unchanged = False
+        native = super().validate(model, call)
+        self._unchanged = native.handle == before
+        return native
+
+    def bind(self, model: nn.Module, call: Call) -> Any:
+        """Return a runner that launches first if that is safe, else validate now."""
+        native = self.native
+        if native is not None and self._may_launch(model, native):
+            return _SpeculativeRunner(self, native, model, call)
+        return self.validate(model, call)
+
+    def is_current(self, model: nn.Module, native: NativeModel) -> bool:
+        """Return whether ``validate`` would find that a prefill runs on ``native``."""
+        return (
+            self.native is native
+            and native.inner.matches(model)
+            and unsupported_reason(model, native.inner) is None
+            and native.written_weight() is None
+        )
+
+    def _may_launch(self, model: nn.Module, native: NativeModel) -> bool:
+        """Return whether a launch is worth while and runs no code but the model's own.
+
+        Disabled after a change, so repeated edits waste at most one launch. Before the validation nothing of the model
+        may run but its own rotary embedding.
+        """
+        if not self._unchanged or native.family.vision is not None or not is_async(native.device):
+            return False
+        if native.description.model() is not model:
+            return False
+        rotary = decoder_of(model).rotary_emb
+        return native.inner.has(rotary) and runs_as_written(rotary)
+
+
+class _Outdated(Exception):
+    """The model has changed since it was loaded."""
+
+
+class _SpeculativeRunner:
+    """Runs one call on what was loaded before; runs it again, validated, if the model has changed."""
+
+    def __init__(self, backend: SpeculativeBackend, native: NativeModel, model: nn.Module, call: Call) -> None:
+        self._backend, self._model, self._call = backend, model, call
+        self._native: NativeModel | None = native
+
+    def check_values(self, request: PrefillRequest) -> None:
+        """Leave the check to the run: the values may fit the model as it is now."""
+
+    def run(self, request: PrefillRequest) -> PrefillOutput:
+        """Launch, validate, and finish the run or begin it again. Raises ``Decline`` as ``validate`` does."""
+        assert self._native is not None  # a runner runs once
+        output = self._launch(self._native, request)
+        self._native = None  # frees the old weights before new ones are loaded
+        if output is not None:
+            return output
+        native = self._backend.validate(self._model, self._call)
+        native.check_values(request)
+        return native.run(request)
+
+    def _launch(self, native: NativeModel, request: PrefillRequest) -> PrefillOutput | None:
+        """Return the output; None if the model has changed. The cache is then as it was."""
+
+        def validate() -> None:
+            if not self._backend.is_current(self._model, native):
+                raise _Outdated
+
+        try:
+            native.check_values(request)
+            return native.run(request, validate)
+        except _Outdated:
+            return None
+        except (ValueError, TypeError):
+            if self._backend.is_current(self._model, native):
+                raise
+        except RuntimeError:
+            if not torch.ops.pop.stale_weight(native.handle):  # the operator's own check
+                raise
+        return None
