@@ -11,12 +11,12 @@ import torch
 from enabled_models import PLAN, T, filled_cache, generate
 from models import llama, tokens
 from pop_ext import reference
-from pop_ext.hf.compat import NEW, OURS, cache_argument, cache_of, rename_cache, with_cache
+from pop_ext.hf.compat import NEW_CACHE_NAME, OLD_CACHE_NAME, cache_argument, cache_of, rename_cache, with_cache
 from tolerance import assert_close_fp32, compare_caches
 from transformers import DynamicCache, LlamaForCausalLM
 
-RENAMED = cache_argument(LlamaForCausalLM.forward) == NEW
-NAMES = [OURS, NEW] if RENAMED else [OURS]
+RENAMED = cache_argument(LlamaForCausalLM.forward) == NEW_CACHE_NAME
+NAMES = [OLD_CACHE_NAME, NEW_CACHE_NAME] if RENAMED else [OLD_CACHE_NAME]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -45,9 +45,9 @@ def test_a_prefill_takes_its_cache_by_position():
 @torch.no_grad()
 def test_of_two_caches_the_one_under_the_new_name_counts():
     signature = pop_ext.enable(llama(), PLAN).forward.__signature__
-    arguments = {OURS: "old", NEW: "new"}
+    arguments = {OLD_CACHE_NAME: "old", NEW_CACHE_NAME: "new"}
     rename_cache(arguments, signature)
-    assert arguments == ({OURS: "new"} if RENAMED else {OURS: "old", NEW: "new"})
+    assert arguments == ({OLD_CACHE_NAME: "new"} if RENAMED else {OLD_CACHE_NAME: "old", NEW_CACHE_NAME: "new"})
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])

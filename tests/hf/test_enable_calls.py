@@ -166,8 +166,8 @@ def test_hooks_on_the_model_and_its_head_fire_as_before():
 
 
 @pytest.mark.parametrize("build", [llama, mistral, qwen2])
-def test_a_fresh_model_carries_no_foreign_code(build):
-    assert InnerModules(build()).foreign_code() is None
+def test_a_fresh_model_has_no_patch(build):
+    assert InnerModules(build()).find_patch() is None
 
 
 def test_inner_modules_are_all_modules_below_the_decoder():

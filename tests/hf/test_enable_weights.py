@@ -18,7 +18,7 @@ from enabled_models import (
     prefill,
 )
 from models import llama, tokens
-from pop_ext.hf.loaded import Loaded
+from pop_ext.hf.loaded import LoadedWeights
 from torch import Tensor, nn
 
 
@@ -94,8 +94,8 @@ def test_changed_weights_are_taken_up(change, speculative, monkeypatch):
 def test_weights_are_checked_once_a_call(monkeypatch):
     model = pop_ext.enable(llama(), PLAN, strict=True)
     ids, looks = tokens(model, 1, T), []
-    look = Loaded.written_weight
-    monkeypatch.setattr(Loaded, "written_weight", lambda loaded: looks.append(1) or look(loaded))
+    look = LoadedWeights.overwritten_weight
+    monkeypatch.setattr(LoadedWeights, "overwritten_weight", lambda loaded: looks.append(1) or look(loaded))
     prefill(model, ids)
     assert len(looks) == 1
     pop_ext.score(model, ids, [[1]])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from enabled_models import PLAN
 from models import WINDOW, gemma2, gemma3, mistral, pad, qwen2, tokens
-from pop_ext.hf.masks import CustomMaskError, check_pattern, kinds_of, padding_mask
+from pop_ext.hf.masks import CustomMaskError, check_pattern, mask_layer_types, padding_mask
 from torch import Tensor
 from transformers import Cache, StaticCache
 from transformers.masking_utils import create_masks_for_generate
@@ -35,10 +35,10 @@ def stock_masks(model: Any, mask: Tensor, columns: int, cache: Cache | None, **o
 
 def read(model: Any, mask: Any, batch: int, columns: int, cache: Cache | None = None, blocks: Any = ()) -> Tensor:
     past = 0 if cache is None else int(cache.get_seq_length())
-    kinds = kinds_of(model.config, cache, columns)
-    padding = padding_mask(mask, batch, columns, past, kinds)
-    check_pattern(mask, padding, list(blocks), columns, past, kinds)
-    return padding
+    types = mask_layer_types(model.config, cache, columns)
+    real = padding_mask(mask, batch, columns, past, types)
+    check_pattern(mask, real, list(blocks), columns, past, types)
+    return real
 
 
 def filled_cache(model: Any, mask: Tensor) -> StaticCache:
@@ -92,7 +92,7 @@ def test_one_changed_element_of_either_mask_is_declined(kind, row, slot):
     read(model, masks, 2, T)
     masks[kind] = masks[kind].clone()
     masks[kind][1, 0, row, slot].logical_not_()
-    with pytest.raises(CustomMaskError, match=f"{kind} layers, got a 4-D one of another pattern"):
+    with pytest.raises(CustomMaskError, match=f"{kind} layers, got a 4-D mask with another pattern"):
         read(model, masks, 2, T)
 
 
@@ -146,9 +146,12 @@ def test_no_mask_for_a_kind_is_causal_where_that_is_all():
         (dict.fromkeys(("full_attention", "sliding_attention"), torch.ones(1, T)), r"tensor of \[1, 30\]"),
         (dict.fromkeys(("full_attention", "sliding_attention"), torch.ones(1, 1, T, T - 1) > 0), r"\[1, 1, 30, 29\]"),
         (dict.fromkeys(("full_attention", "sliding_attention"), torch.ones(1, 1, T, T)), "other values"),
-        (dict.fromkeys(("full_attention", "sliding_attention"), torch.ones(1, 1, T, T, dtype=torch.int64)), "other"),
+        (
+            dict.fromkeys(("full_attention", "sliding_attention"), torch.ones(1, 1, T, T, dtype=torch.int64)),
+            "got a torch.int64 .* other values",
+        ),
         (dict.fromkeys(("full_attention", "sliding_attention"), torch.full((1, 1, T, T), torch.nan)), "other values"),
-        ("left", "expected a 2-D mask of padding or a 4-D one, got str"),
+        ("left", "expected a 2-D padding mask or a 4-D mask, got str"),
     ],
 )
 def test_masks_of_another_form_are_named(mask, text):
@@ -160,5 +163,5 @@ def test_layers_of_a_kind_that_nothing_is_known_of_take_a_mask_of_padding_only()
     model = gemma3()
     model.config.layer_types = ["chunked_attention"] * 6
     assert read(model, torch.ones(1, T), 1, T).shape == (1, T)
-    with pytest.raises(CustomMaskError, match="a 2-D mask of padding for chunked_attention layers"):
+    with pytest.raises(CustomMaskError, match="a 2-D padding mask for chunked_attention layers"):
         read(model, torch.ones(1, 1, T, T).tril() > 0, 1, T)

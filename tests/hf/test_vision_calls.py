@@ -11,7 +11,7 @@ import torch
 from against_oracle import GAPS
 from enabled_models import generate, recorded
 from pop_ext import Plan
-from pop_ext.hf.compat import NEW, cache_argument
+from pop_ext.hf.compat import NEW_CACHE_NAME, cache_argument
 from torch import Tensor
 from transformers import DynamicCache, Gemma3ForConditionalGeneration, StaticCache
 from vision_models import BATCHES, VISION, Prompt, prompt
@@ -19,7 +19,7 @@ from vision_models import BATCHES, VISION, Prompt, prompt
 LAYERS = 6
 PLAN = Plan(LAYERS, GAPS)
 FAMILIES = sorted(VISION)
-ENCODES_FIRST = cache_argument(Gemma3ForConditionalGeneration.forward) == NEW
+ENCODES_FIRST = cache_argument(Gemma3ForConditionalGeneration.forward) == NEW_CACHE_NAME
 """transformers 5.24: `generate` encodes images before it calls the model, and may split a prompt behind them."""
 
 

@@ -18,7 +18,7 @@ from pop_ext import env_info
 from pop_ext.evaluation.arms import DEFAULT_KINDS, FULL, Arm, arm_logits, backend_of, make_arms
 from pop_ext.evaluation.prompts import RECALL, Pair, PromptSet
 from pop_ext.evaluation.results import SCHEMA, Evaluation
-from pop_ext.hf.loaded import check_possible
+from pop_ext.hf.loaded import check_option_supported
 from pop_ext.hf.native_model import check_plan
 from pop_ext.hf.weight_map import describe
 from pop_ext.methods.calibration import stock_model, undisturbed
@@ -72,7 +72,7 @@ def evaluate(
         check_plan(plan, model.config.get_text_config().num_hidden_layers, model.config)
     backend = backend_of(model)
     if any(arm.fp8 for arm in arms):
-        check_possible("fp8", describe(model))  # now, not when their turn comes
+        check_option_supported("fp8", describe(model))  # now, not when their turn comes
     evaluation = Evaluation(_facts(model, sets, greedy_tokens, backend))
     if resume is not None and Path(resume).exists():
         evaluation.take(Evaluation.load(resume), str(resume))

@@ -1,7 +1,7 @@
-"""Hugging Face architectures: where a family keeps what the native runtime reads, and what it computes its own way.
+"""Supported Hugging Face architectures: the module paths of their weights, and how each differs from Llama.
 
-A family is a map from the runtime's weight names (``ModelSpec.weight_slots``) to module paths;
-shapes come from the modules themselves (``describe.py``). To add one, add a ``Family`` to ``FAMILIES``.
+A ``Family`` maps the runtime's weight names (``ModelSpec.weight_slots``) to module paths. Shapes are read from the
+modules themselves (``weight_map.py``). To support another architecture, add a ``Family`` to ``FAMILIES``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _window_by_layer_type(config: Any, layer: int) -> int:
     return (config.sliding_window or 0) if config.layer_types[layer] == "sliding_attention" else 0
 
 
-# In the place of gate_proj, up_proj and down_proj in a sparse layer.
+# A sparse layer has these weights instead of gate_proj, up_proj and down_proj.
 _SPARSE_MLP = {
     "router": "mlp.gate.weight",
     "experts_gate_up": "mlp.experts.gate_up_proj",
@@ -63,12 +63,12 @@ def _always(config: Any) -> bool:
 
 @dataclass(frozen=True)
 class Experts:
-    """The mixtures of experts that a family has in the place of some layers' MLPs.
+    """Describe the mixture of experts that replaces the MLP in some layers of a family.
 
     Attributes:
-        inner_size: the config's name for the intermediate size of one expert.
-        sparse: whether a layer has one.
-        norm_topk: whether the weights of a token's experts are normalised to a sum of one.
+        inner_size: name of the config attribute with the intermediate size of one expert.
+        sparse: ``(config, layer)`` to whether this layer has experts.
+        norm_topk: ``config`` to whether the weights of a token's experts are normalised to a sum of one.
     """
 
     inner_size: str
@@ -82,47 +82,48 @@ def _sparse_by_step(config: Any, layer: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Vision:
-    """What surrounds the language model of a vision-language family, and stays transformers' own.
+class VisionSpec:
+    """Describe the wrapper around the language model of a vision-language family. It runs as transformers has it.
 
     Attributes:
-        wrapper: class of ``model.model``, which puts features of the vision tower among the embeddings.
+        wrapper: class name of ``model.model``, which inserts the features of the vision tower into the embeddings.
         text_model_type: ``model_type`` of the language model's config.
-        arguments: those of ``forward`` that the wrapper reads and its language model does not.
-        spans_argument: the argument whose ones mark tokens of images, which see each other in both directions
-            during prefill; None: images are causal, too.
-        has_axes: whether positions have time, height and width: ``[3, batch, tokens]``.
+        arguments: arguments of ``forward`` that the wrapper reads and the language model does not.
+        spans_argument: name of the argument that marks image tokens with ones. The tokens of an image attend to each
+            other in both directions during prefill. None: attention is causal for images, too.
+        uses_mrope: whether the family uses multimodal RoPE, whose positions have three axes (time, height and width):
+            ``[3, batch, tokens]``.
     """
 
     wrapper: str
     text_model_type: str
     arguments: frozenset[str]
     spans_argument: str | None = None
-    has_axes: bool = False
+    uses_mrope: bool = False
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture.
+    """Describe one architecture.
 
     Attributes:
         model_type: ``config.model_type``.
-        decoder: path of the language model without its head.
-        vision: what is around that, in a vision-language family.
-        model_class: class of the whole model; None: the prefix and ForCausalLM.
-        prefix: what the names of its classes begin with ("Llama" of LlamaForCausalLM, LlamaAttention, ...);
-            another class in the place of one of them computes something else, so it is refused.
+        prefix: common prefix of its class names ("Llama" in LlamaForCausalLM, LlamaAttention, ...). A module of any
+            other class may compute something else, so the model is refused.
         layer: runtime weight name -> path inside a decoder layer.
-        window: sliding window of a layer, 0 for none.
-        activation: the config's name for the activation of its MLP.
-        norm_weight_offset: what its norms add to their weights.
-        norms_over_heads: whether its norms of q and k take all heads of a token together, not each by itself.
-        embedding: the class of its ``embed_tokens``.
-        rope_kinds: the layer types that its rotary module takes, in the order of the runtime's tables of cos and sin;
-            empty: one table for all layers, and no such argument.
-        caps_scores: whether its config's ``attn_logit_softcapping`` acts on attention scores.
-        caps_logits: whether its config's ``final_logit_softcapping`` acts on logits.
-        experts: its mixtures of experts; None without.
+        window: ``(config, layer)`` to the sliding window of this layer in tokens, 0 for none.
+        activation: name of the config attribute with the activation of the MLP.
+        norm_weight_offset: constant that RMSNorm adds to its weight.
+        norms_over_heads: whether the norms of q and k span all heads of a token. False: each head by itself.
+        embedding: class name of ``embed_tokens``.
+        rope_kinds: layer types that the rotary module takes as an argument, in the order of the runtime's cos and sin
+            tables. Empty: the module takes no layer type, and all layers share one table.
+        caps_scores: whether attention applies ``config.attn_logit_softcapping`` to its scores.
+        caps_logits: whether the head applies ``config.final_logit_softcapping`` to its logits.
+        decoder: path of the language model without its head.
+        vision: the wrapper around the language model; None in a text family.
+        model_class: class name of the whole model; None: the prefix followed by ForCausalLM.
+        experts: its mixture of experts; None without one.
     """
 
     model_type: str
@@ -137,14 +138,14 @@ class Family:
     caps_scores: bool = False
     caps_logits: bool = False
     decoder: str = "model"
-    vision: Vision | None = None
+    vision: VisionSpec | None = None
     model_class: str | None = None
     experts: Experts | None = None
 
     @property
-    def has_axes(self) -> bool:
-        """Whether its positions have time, height and width."""
-        return self.vision is not None and self.vision.has_axes
+    def uses_mrope(self) -> bool:
+        """Whether positions have three axes: time, height and width."""
+        return self.vision is not None and self.vision.uses_mrope
 
     @property
     def text_model_type(self) -> str:
@@ -152,11 +153,11 @@ class Family:
         return self.model_type if self.vision is None else self.vision.text_model_type
 
     def is_sparse(self, config: Any, layer: int) -> bool:
-        """Whether a layer has experts in the place of its MLP."""
+        """Return whether a layer has experts instead of one MLP."""
         return self.experts is not None and self.experts.sparse(config, layer)
 
     def paths(self, config: Any, layer: int) -> dict[str, str]:
-        """Runtime weight name -> path inside this layer."""
+        """Return a map from runtime weight name to path inside this layer."""
         if not self.is_sparse(config, layer):
             return self.layer
         return {**{slot: path for slot, path in self.layer.items() if slot not in _MLP}, **_SPARSE_MLP}
@@ -166,7 +167,7 @@ _MLP = {f"{name}_{kind}" for name in ("gate", "up", "down") for kind in ("proj",
 
 _QK_NORMS = {"q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight"}
 
-# Fused matrices: slots of one path take its rows one after another, in the order of the runtime's weights.
+# Fused matrices: slots with the same path share its rows, one after another in the order of ModelSpec.weight_slots.
 _PHI_LAYER = {
     **_LLAMA_LAYER,
     **{f"{name}_proj": "self_attn.qkv_proj.weight" for name in "qkv"},
@@ -175,7 +176,7 @@ _PHI_LAYER = {
     **{f"{name}_bias": "mlp.gate_up_proj.bias" for name in ("gate", "up")},
 }
 
-# A norm before and after attention and MLP each.
+# One norm before and one after both attention and the MLP.
 _GEMMA_LAYER = {
     **_LLAMA_LAYER,
     "attention_out_norm": "post_attention_layernorm.weight",
@@ -183,7 +184,7 @@ _GEMMA_LAYER = {
     "mlp_out_norm": "post_feedforward_layernorm.weight",
 }
 
-# Norms of what attention and MLP add, and none of what they read.
+# Norms on the outputs of attention and MLP, none on their inputs.
 _OLMO_LAYER = {
     **{slot: path for slot, path in _LLAMA_LAYER.items() if slot not in ("input_norm", "post_norm")},
     **_QK_NORMS,
@@ -244,7 +245,7 @@ FAMILIES = {
             caps_logits=False,
             decoder="model.language_model",
             model_class="Gemma3ForConditionalGeneration",
-            vision=Vision(
+            vision=VisionSpec(
                 "Gemma3Model",
                 "gemma3_text",
                 frozenset({"pixel_values", "token_type_ids", "mm_encoder_outputs"}),
@@ -257,7 +258,7 @@ FAMILIES = {
             layer={**_LLAMA_LAYER, **_QK_NORMS},
             decoder="model.language_model",
             model_class="Qwen3VLForConditionalGeneration",
-            vision=Vision(
+            vision=VisionSpec(
                 "Qwen3VLModel",
                 "qwen3_vl_text",
                 frozenset(
@@ -270,7 +271,7 @@ FAMILIES = {
                         "mm_encoder_outputs",
                     }
                 ),
-                has_axes=True,
+                uses_mrope=True,
             ),
         ),
     )
@@ -278,31 +279,32 @@ FAMILIES = {
 
 
 def family_of(config: Any) -> Family | None:
-    """The family of a model's config; None without a native form."""
+    """Return the family of a model's config, or None if the architecture is not supported natively."""
     return FAMILIES.get(getattr(config, "model_type", None) or "")
 
 
-def vision_of(model: Any) -> Vision | None:
-    """What surrounds the language model of a model; None for one of text, or without a native form."""
+def vision_of(model: Any) -> VisionSpec | None:
+    """Return the wrapper of a vision-language model, or None if the model is text-only or not supported natively."""
     family = family_of(getattr(model, "config", None))
     return None if family is None else family.vision
 
 
 def decoder_path(model: Any) -> str:
-    """Where a model of one of the families has its language model, without the head."""
+    """Return the module path of a model's language model without its head."""
     family = family_of(model.config)
     return "model" if family is None else family.decoder
 
 
 def decoder_of(model: Any) -> Any:
-    """The language model, without its head, of a model of one of the families."""
+    """Return a model's language model without its head."""
     return attrgetter(decoder_path(model))(model)
 
 
-def dropped_softcap(config: Any) -> str | None:
-    """Why the stock attention would leave out the soft cap of scores that the native one applies; None if it would not.
+def dropped_softcap_reason(config: Any) -> str | None:
+    """Return why the stock attention ignores the soft cap of attention scores, or None if it applies the cap.
 
-    transformers' sdpa attention takes no cap; releases that let Gemma 2 use it (5.17) compute another model.
+    The native attention always applies it. transformers' sdpa attention does not support it, and the releases that
+    let Gemma 2 run with sdpa (5.17) compute other results than the model was trained for.
     """
     family = FAMILIES.get(getattr(config, "model_type", ""))
     if family is None or not family.caps_scores or not getattr(config, "attn_logit_softcapping", None):
@@ -316,10 +318,10 @@ def dropped_softcap(config: Any) -> str | None:
 
 
 class UnsupportedModelError(ValueError):
-    """The native backend does not run this model; the text says why and what works."""
+    """Raised for a model that the native backend does not run. The text says why, and what works instead."""
 
     def __init__(self, reason: str) -> None:
-        # The command line shows it, too, and has no such option: name the function.
+        # Name the function, not only the option: the command line shows this text and has no --backend.
         super().__init__(
             f'{reason}. pop_ext.enable with backend="reference" works for any causal language model with K/V '
             "projections."
@@ -327,10 +329,13 @@ class UnsupportedModelError(ValueError):
 
 
 def supported_models() -> dict[str, Preset]:
-    """Every model with a preset and a native form of its text model: Hugging Face name -> preset.
+    """Return the presets of all models whose language model runs natively, by Hugging Face name.
 
-    ``preset.published`` tells a number of layers from the paper (POP, arXiv 2602.03295) from a default of ours; any
-    other model of the same architectures runs as well, with the deepest third omitted unless told otherwise.
+    Any other model of the same architectures runs as well. Without a plan, its deepest third of layers is omitted.
+
+    Returns:
+        Hugging Face name -> ``Preset``. ``preset.published`` is True where the number of omitted layers comes from
+        the paper (POP, arXiv 2602.03295), and False where it is a default of this project.
     """
     known = {family.text_model_type for family in FAMILIES.values()}
     return {name: preset for name, preset in PRESETS.items() if preset.config["model_type"] in known}

@@ -1,7 +1,8 @@
-"""What transformers calls the cache: ``past_key_values``, and ``cache`` from 5.24 on.
+"""Differences between transformers versions and model wrappers, in one place.
 
-Either name works with either version here; what transformers is called with, and what it gets back, is the one
-that its own signature has, so that it has nothing to warn about.
+transformers calls the KV cache ``past_key_values``, and ``cache`` from 5.24 on. Callers of this package may use
+either name with either version. Calls into transformers, and outputs returned to it, use the name in transformers' own
+signature, so that it has no reason to warn.
 """
 
 from __future__ import annotations
@@ -18,67 +19,90 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
-OURS, NEW = "past_key_values", "cache"
+OLD_CACHE_NAME, NEW_CACHE_NAME = "past_key_values", "cache"
 
 
 @lru_cache(maxsize=256)
 def cache_argument(forward: Callable[..., Any]) -> str:
-    """The name of the cache among the arguments of a ``forward`` (an unbound one: it is kept)."""
-    return NEW if NEW in inspect.signature(forward).parameters else OURS
+    """Return the name of the cache argument of ``forward``.
+
+    Args:
+        forward: an unbound method. A bound one would keep its model alive in the memo of this function.
+    """
+    return NEW_CACHE_NAME if NEW_CACHE_NAME in inspect.signature(forward).parameters else OLD_CACHE_NAME
 
 
 def with_cache(module: nn.Module, cache: Any) -> dict[str, Any]:
-    """The cache as a keyword argument of a module's stock forward."""
+    """Return the cache as a keyword argument for a module's stock forward."""
     return {cache_argument(type(module).forward): cache}
 
 
-def field_of_cache(output: type[Any], cache: Any) -> dict[str, Any]:
-    """The cache as a field of a ``ModelOutput``."""
-    return {NEW if NEW in names_of(output) else OURS: cache}
+def cache_field(output: type[Any], cache: Any) -> dict[str, Any]:
+    """Return the cache as a keyword argument for the constructor of a ``ModelOutput`` class."""
+    return {NEW_CACHE_NAME if NEW_CACHE_NAME in field_names(output) else OLD_CACHE_NAME: cache}
 
 
-def names_of(output: type[Any]) -> set[str]:
-    """The fields of a ``ModelOutput``."""
+def field_names(output: type[Any]) -> set[str]:
+    """Return the names of the fields of a ``ModelOutput`` class."""
     return {field.name for field in dataclasses.fields(output)}
 
 
 @lru_cache(maxsize=256)
 def output_class(forward: Callable[..., Any]) -> type[Any]:
-    """The ``ModelOutput`` that an unbound ``forward`` returns, as it says; else that of plain causal models."""
+    """Return the ``ModelOutput`` class in the return annotation of ``forward``.
+
+    Args:
+        forward: an unbound method. A bound one would keep its model alive in the memo of this function.
+
+    Returns:
+        The annotated class, or ``CausalLMOutputWithPast`` if the annotation is no ``ModelOutput`` with logits.
+    """
     annotation: Any = inspect.signature(forward).return_annotation
-    usable = isinstance(annotation, type) and issubclass(annotation, ModelOutput) and "logits" in names_of(annotation)
+    usable = (
+        isinstance(annotation, type) and issubclass(annotation, ModelOutput) and "logits" in field_names(annotation)
+    )
     return annotation if usable else CausalLMOutputWithPast
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in a ``ModelOutput`` or a ``PrefillOutput``; None where there is none."""
-    return getattr(output, NEW) if hasattr(output, NEW) else getattr(output, OURS, None)
+    """Return the cache in a ``ModelOutput`` or a ``PrefillOutput``, or None without one."""
+    if hasattr(output, NEW_CACHE_NAME):
+        return getattr(output, NEW_CACHE_NAME)
+    return getattr(output, OLD_CACHE_NAME, None)
 
 
 def rename_cache(arguments: dict[str, Any], signature: inspect.Signature) -> None:
-    """Gives a bound call's cache the name ``past_key_values``; of two, transformers takes the new name."""
-    if NEW in signature.parameters and NEW in arguments:
-        arguments[OURS] = arguments.pop(NEW)
+    """Rename the cache among the arguments of a call to ``past_key_values``, in place.
+
+    If a call gives both names, the new one wins, as in transformers.
+
+    Args:
+        arguments: by name, as bound to ``signature``.
+        signature: of the stock forward.
+    """
+    if NEW_CACHE_NAME in signature.parameters and NEW_CACHE_NAME in arguments:
+        arguments[OLD_CACHE_NAME] = arguments.pop(NEW_CACHE_NAME)
 
 
 def check_module(model: object) -> None:
-    """Raises TypeError unless it is a module."""
+    """Raise TypeError unless ``model`` is an ``nn.Module``."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
 
 
 def uncompiled(model: Any) -> Any:
-    """The model inside the wrapper of ``torch.compile``; any other object as it is."""
+    """Return the model inside the wrapper of ``torch.compile``; any other object is returned as it is."""
     return getattr(model, "_orig_mod", model)
 
 
 def text_config(model: nn.Module) -> Any:
-    """Return the config of the language model, which a multimodal config keeps inside; None without a config."""
+    """Return the config of the language model, which may be nested in a multimodal config; None without a config."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
 def new_cache(config: Any) -> DynamicCache:
-    """Make the cache that the stock forward would make."""
-    with torch.device("cpu"):  # a sliding layer makes a tensor at once and moves it to its device later
+    """Make the cache that the stock forward would make for a model with this config."""
+    # A sliding layer creates a tensor here and moves it to the model's device later.
+    with torch.device("cpu"):
         return DynamicCache(config=config)

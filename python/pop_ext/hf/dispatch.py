@@ -17,7 +17,7 @@ from pop_ext.hf.compat import new_cache, rename_cache
 from pop_ext.hf.decision import Decision, Decline
 from pop_ext.hf.inputs import PrefillRequest
 from pop_ext.hf.packing import PackedBatch, Spans, snap_to_span_start
-from pop_ext.hf.patches import is_own_forward, is_patched
+from pop_ext.hf.patches import is_own_forward, is_patched_class
 from pop_ext.hf.rules import check_prefill
 from pop_ext.plans.plan import Plan
 
@@ -126,7 +126,7 @@ def classify(model: nn.Module, backend: Backend, arguments: dict[str, Any], repl
     """Read a bound call. Raise ``Decline`` unless its arguments ask for a prefill that a pruned one can answer."""
     plan = backend.plan
     mask, packed, spans = check_prefill(model, plan, arguments)
-    if is_patched(type(model)) or not (replaced is None or is_own_forward(model, replaced)):
+    if is_patched_class(type(model)) or not (replaced is None or is_own_forward(model, replaced)):
         raise Decline("model", "a replaced forward: it was there before enable, and may do more than transformers' own")
     keep = arguments["logits_to_keep"]
     # Judged per sequence, so that batch mates never change a result.

@@ -1,6 +1,6 @@
 """``enable``: prune the prefill of a Hugging Face model, in place.
 
-``enable`` puts a ``PrefillForward`` in the place of ``forward`` on the instance, and gives it its backend.
+``enable`` replaces ``forward`` of the model instance by a ``PrefillForward`` and gives that its backend.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pop_ext.hf.forward import PrefillForward
 from pop_ext.hf.loaded import check_options
 from pop_ext.hf.native_backend import NativeBackend
 from pop_ext.hf.reference_backend import ReferenceBackend
-from pop_ext.hf.restore import forward_place
+from pop_ext.hf.restore import forward_attribute
 from pop_ext.hf.speculative_launch import SpeculativeBackend
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.presets import default_plan
@@ -29,7 +29,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _BACKENDS = ("native", "reference")
 
 
-def _inner(model: nn.Module) -> nn.Module:
+def _unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside the wrappers of ``torch.compile`` and PEFT, which call its ``forward``."""
     inner: Any = uncompiled(model)
     if type(inner).__module__.startswith("peft.") and hasattr(inner, "get_base_model"):
@@ -37,16 +37,21 @@ def _inner(model: nn.Module) -> nn.Module:
     return inner
 
 
-def _forward_of(model: nn.Module) -> PrefillForward | None:
+def _enabled_forward(model: nn.Module) -> PrefillForward | None:
+    """Return the ``PrefillForward`` of a model, or None if the model is not enabled.
+
+    Raises:
+        RuntimeError: Another ``forward`` was put around it.
+    """
     check_module(model)
-    inner = _inner(model)
-    forward = inner.__dict__.get(forward_place(inner))
+    inner = _unwrap(model)
+    forward = inner.__dict__.get(forward_attribute(inner))
     if isinstance(forward, PrefillForward):
         return forward
-    below = forward
+    wrapped = forward
     for _ in range(16):
-        below = getattr(below, "_torchdynamo_orig_callable", getattr(below, "__wrapped__", None))
-        if isinstance(below, PrefillForward):
+        wrapped = getattr(wrapped, "_torchdynamo_orig_callable", getattr(wrapped, "__wrapped__", None))
+        if isinstance(wrapped, PrefillForward):
             raise RuntimeError(
                 "model.forward was replaced after pop_ext.enable, by something that calls what enable put there "
                 f"({type(forward).__name__}): put back what was there first, and enable last"
@@ -90,20 +95,21 @@ def enable(
     for name, value in {"fp8": fp8, "prepack": prepack}.items():
         if value and backend != "native":
             raise ValueError(f'{name}: expected False with backend="{backend}", which calls the model, got True')
-    inner = _inner(model)
+    inner = _unwrap(model)
     config = text_config(inner)
     if config is None:
         raise TypeError(f"model: expected a Hugging Face model with a config, got {type(inner).__name__}")
-    previous = _forward_of(model)
-    place = forward_place(inner)
-    replaced = previous.replaced if previous is not None else inner.__dict__.get(place)
-    runs = _make_backend(backend, default_plan(config) if plan is None else plan, fp8, prepack)
-    runs.load(inner)
-    setattr(inner, place, PrefillForward(inner, runs, strict, replaced))
+    previous = _enabled_forward(model)
+    attribute = forward_attribute(inner)
+    replaced = previous.replaced if previous is not None else inner.__dict__.get(attribute)
+    chosen = _make_backend(backend, default_plan(config) if plan is None else plan, fp8, prepack)
+    chosen.load(inner)
+    setattr(inner, attribute, PrefillForward(inner, chosen, strict, replaced))
     return model
 
 
 def _make_backend(name: str, plan: Plan, fp8: bool, prepack: bool) -> Backend:
+    """Make the backend of this name. It loads no model yet."""
     if name == "reference":
         return ReferenceBackend(plan)
     native = SpeculativeBackend if speculative_launch.ENABLED else NativeBackend
@@ -112,9 +118,9 @@ def _make_backend(name: str, plan: Plan, fp8: bool, prepack: bool) -> Backend:
 
 def disable(model: Model) -> Model:
     """Give ``model`` its own forward back. A model that is not enabled stays as it is."""
-    forward = _forward_of(model)
+    forward = _enabled_forward(model)
     if forward is not None:
-        _restore(_inner(model), forward.replaced)
+        _restore(_unwrap(model), forward.replaced)
     return model
 
 
@@ -132,8 +138,8 @@ def enabled(
     Arguments and errors are those of ``enable``.
     """
     check_module(model)
-    inner = _inner(model)
-    before = inner.__dict__.get(forward_place(inner))
+    inner = _unwrap(model)
+    before = inner.__dict__.get(forward_attribute(inner))
     enable(model, plan, strict, backend, fp8, prepack)
     try:
         yield model
@@ -142,12 +148,14 @@ def enabled(
 
 
 def _restore(model: nn.Module, forward: Any) -> None:
-    place = forward_place(model)
-    model.__dict__.pop(place, None)
-    if forward is None and place != "forward":  # hooks came after enable, and call it
+    """Put ``forward`` back on the instance; None: the class's own."""
+    attribute = forward_attribute(model)
+    model.__dict__.pop(attribute, None)
+    # accelerate was attached after enable, and its hooks call what is in this attribute: leave the class's own there.
+    if forward is None and attribute != "forward":
         forward = MethodType(type(model).forward, model)
     if forward is not None:
-        setattr(model, place, forward)
+        setattr(model, attribute, forward)
 
 
 def explain(model: nn.Module, *args: Any, **call: Any) -> Decision:
@@ -180,7 +188,7 @@ def last_call(model: nn.Module) -> Decision | None:
 
 def require_enabled(model: nn.Module) -> PrefillForward:
     """Return the ``PrefillForward`` of an enabled model; raise ValueError if the model is not enabled."""
-    forward = _forward_of(model)
+    forward = _enabled_forward(model)
     if forward is None:
         raise ValueError("model: expected an enabled model (pop_ext.enable), got one that is not")
     return forward

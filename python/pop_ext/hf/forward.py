@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pop_ext.hf.compat import NEW, OURS, field_of_cache, names_of, output_class
+from pop_ext.hf.compat import NEW_CACHE_NAME, OLD_CACHE_NAME, cache_field, field_names, output_class
 from pop_ext.hf.decision import Decision, Decline
 from pop_ext.hf.dispatch import Backend, bind_arguments, dispatch, explain_call
 from pop_ext.hf.restore import shallow_clone
@@ -28,7 +28,7 @@ from pop_ext.plans.plan import Plan
 _NOT_THE_CALLER = ("pop_ext", "torch", "transformers", "contextlib")
 
 # Fields of a wrapper's output that the model's own output does not take over.
-_OWN_FIELDS = {"loss", "logits", "hidden_states", "attentions", OURS, NEW}
+_OWN_FIELDS = {"loss", "logits", "hidden_states", "attentions", OLD_CACHE_NAME, NEW_CACHE_NAME}
 
 
 class PrefillDeclined(RuntimeError):
@@ -55,7 +55,7 @@ class PrefillForward:
                 "backend": backend,
                 "strict": strict,
                 "replaced": replaced,
-                "shell": shallow_clone(model),
+                "clone": shallow_clone(model),
             }
         )
 
@@ -65,13 +65,13 @@ class PrefillForward:
             "backend": self.backend,
             "strict": self.strict,
             "replaced": self.replaced,
-            "shell": shallow_clone(self.model),
+            "clone": shallow_clone(self.model),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # The model owns this object: a reference back would keep a deleted model's memory until the collector runs.
         self._model = weakref.ref(state["model"])
-        self._shell: nn.Module = state["shell"]  # stands for the model when only a shallow copy of it is left
+        self._clone: nn.Module = state["clone"]  # stands for the model when only a shallow copy of it is left
         self.backend: Backend = state["backend"]
         self.strict: bool = state["strict"]
         self.replaced: Any = state["replaced"]
@@ -83,7 +83,7 @@ class PrefillForward:
     def model(self) -> nn.Module:
         """The enabled model, or a shallow copy of it if the model itself is gone."""
         model = self._model()
-        return self._shell if model is None else model
+        return self._clone if model is None else model
 
     @property
     def plan(self) -> Plan:
@@ -162,9 +162,9 @@ class PrefillForward:
 def _model_output(model: nn.Module, result: Any, return_dict: bool | None) -> Any:
     """Make what the model's own ``forward`` returns from a ``PrefillOutput``."""
     output_type = output_class(type(model).forward)
-    fields = {"logits": result.logits, **field_of_cache(output_type, result.past_key_values)}
+    fields = {"logits": result.logits, **cache_field(output_type, result.past_key_values)}
     if result.wrapper_output is not None:
-        taken_over = (names_of(output_type) & names_of(type(result.wrapper_output))) - _OWN_FIELDS
+        taken_over = (field_names(output_type) & field_names(type(result.wrapper_output))) - _OWN_FIELDS
         fields |= {name: getattr(result.wrapper_output, name) for name in taken_over}
     output = output_type(**fields)
     if return_dict is None:

@@ -223,11 +223,11 @@ def _positions(target: Target, position_ids: torch.Tensor | None, packed: Packed
     if position_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"position_ids: expected int64 or int32, got {position_ids.dtype}")
     check_device(position_ids, target.device, "position_ids")
-    batch, columns, has_axes = packed.batch, packed.columns, target.family.has_axes
-    axes = position_ids.unbind() if position_ids.ndim == 3 and has_axes else (position_ids,)
+    batch, columns, uses_mrope = packed.batch, packed.columns, target.family.uses_mrope
+    axes = position_ids.unbind() if position_ids.ndim == 3 and uses_mrope else (position_ids,)
     # Four axes: transformers' own form, positions of text before time, height and width.
     if len(axes) not in (1, 3, 4) or tuple(axes[0].shape) not in ((batch, columns), (1, columns)):
-        of_images = f" or [3, {batch}, {columns}]" if has_axes else ""
+        of_images = f" or [3, {batch}, {columns}]" if uses_mrope else ""
         raise ValueError(
             f"position_ids: expected shape [{batch}, {columns}] or [1, {columns}]{of_images}, "
             f"got {list(position_ids.shape)}"

@@ -1,15 +1,15 @@
-"""Hugging Face caches as the operator's tensors, all or nothing.
+"""Fill Hugging Face caches natively, all or nothing.
 
 A ``CacheTransaction`` gives ``pop::prefill`` one key and one value tensor per layer,
-``[batch, kv_heads, slots, head_dim]``, and makes the cache hold the new tokens only in ``commit``:
-a call that fails leaves the cache as it was.
+``[batch, kv_heads, slots, head_dim]``. The cache holds the new tokens only after ``commit``. ``abort`` leaves it as it
+was before the call.
 
-| layer class                 | written                                | commit                |
-|-----------------------------|----------------------------------------|-----------------------|
-| ``DynamicLayer``            | new tensors of past + new slots        | becomes the layer's   |
-| ``StaticLayer``             | in place, after a copy of those slots  | length advances       |
-| sliding-window layers       | new tensors of past + new slots        | ``layer.update``      |
-| quantised layers            | new tensors of past + new slots        | ``layer.update``      |
+| layer class           | the operator writes                            | ``commit``                      |
+|-----------------------|------------------------------------------------|---------------------------------|
+| ``DynamicLayer``      | new tensors of past + new slots                | the layer takes the new tensors |
+| ``StaticLayer``       | the layer's tensors, whose new slots are saved | the layer's length grows        |
+| sliding-window layers | new tensors of past + new slots                | ``layer.update``                |
+| quantised layers      | new tensors of past + new slots                | ``layer.update``                |
 """
 
 from __future__ import annotations
@@ -33,25 +33,41 @@ from pop_ext.hf.restore import Saved, restore, save
 
 
 class UnsupportedCacheError(ValueError):
-    """The native prefill does not know this kind of cache."""
+    """Raised for a kind of cache that the native prefill cannot fill."""
 
 
 class _LayerTransaction(Protocol):
+    """Fill the cache of one layer.
+
+    Attributes:
+        key, value: ``[batch, kv_heads, slots, head_dim]``, read and written by the operator.
+    """
+
     key: torch.Tensor
     value: torch.Tensor
 
-    def commit(self) -> None: ...
-    def abort(self) -> None: ...
+    def commit(self) -> None:
+        """Make the layer hold the new tokens."""
+
+    def abort(self) -> None:
+        """Make the layer what it was before the call."""
 
 
 def _new_buffer(like: torch.Tensor, batch: int, slots: int, zero: bool) -> torch.Tensor:
-    """``[batch, kv_heads, slots, head_dim]`` with dtype, device and heads of ``like [*, kv_heads, *, head_dim]``."""
+    """Make a tensor ``[batch, kv_heads, slots, head_dim]`` with the sizes, dtype and device of ``like``.
+
+    Args:
+        like: ``[*, kv_heads, *, head_dim]``.
+        batch: sequences.
+        slots: cache slots of each.
+        zero: fill it with zeros. Otherwise it is uninitialised.
+    """
     shape = (batch, like.shape[1], slots, like.shape[3])
     return like.new_zeros(shape) if zero else like.new_empty(shape)
 
 
-class _Dynamic:
-    """Grows as ``torch.cat`` would, with one copy of the past and none of the new tokens."""
+class _DynamicTransaction:
+    """Grow a dynamic layer as ``torch.cat`` would, but copy only the past: the operator writes the new tokens."""
 
     def __init__(self, layer: Any, like: torch.Tensor, batch: int, past: int, new: int, zero: bool) -> None:
         self.layer = layer
@@ -70,15 +86,19 @@ class _Dynamic:
         restore(self.layer.__dict__, self._before, [])
 
 
-def _initialise(fresh: list[_Dynamic]) -> None:
-    """Makes layers without tensors what ``lazy_initialization`` makes the first; it makes two tensors a layer."""
-    fresh[0].layer.lazy_initialization(fresh[0].key, fresh[0].value)
-    for other in fresh[1:]:
-        vars(other.layer).update(vars(fresh[0].layer))
+def _initialise(empty: list[_DynamicTransaction]) -> None:
+    """Initialise dynamic layers that hold no tensors yet.
+
+    ``lazy_initialization`` allocates two tensors, which ``commit`` replaces at once. So it is called for the first
+    layer only, and the others copy its attributes.
+    """
+    empty[0].layer.lazy_initialization(empty[0].key, empty[0].value)
+    for other in empty[1:]:
+        vars(other.layer).update(vars(empty[0].layer))
 
 
-class _Static:
-    """Writes where the layer's tensors are: their addresses must stay (CUDA graphs, compile)."""
+class _StaticTransaction:
+    """Write into the tensors of a static layer. Their addresses must not change (CUDA graphs, ``torch.compile``)."""
 
     def __init__(self, layer: Any, like: torch.Tensor, batch: int, past: int, new: int, zero: bool) -> None:
         if past + new > layer.max_cache_len:
@@ -100,7 +120,11 @@ class _Static:
         self.value = layer.values
 
     def clear_padding(self, padding: torch.Tensor) -> None:
-        """Zeroes new slots ``[batch, new]`` that hold no token: they may hold those of an earlier use."""
+        """Zero the new slots of padding, which may hold tokens of an earlier use of the cache.
+
+        Args:
+            padding: ``[batch, new]`` bool, True where a new slot holds no token.
+        """
         for cache in (self.key, self.value):
             cache[:, :, self._columns].masked_fill_(padding[:, None, :, None].to(cache.device), 0)
 
@@ -111,10 +135,10 @@ class _Static:
         restore(self._layer.__dict__, self._before, self._saved)
 
 
-class _Updated:
-    """New tensors of past + new slots side by side; the layer then takes the new ones through its own ``update``.
+class _UpdateTransaction:
+    """Let the operator fill tensors of past + new slots, and pass the new ones to the layer's own ``update``.
 
-    Slots that the layer has dropped are zero: no query of this call reaches them.
+    Past slots that the layer no longer has are zero. No query of this call reaches them.
     """
 
     def __init__(self, layer: Any, like: torch.Tensor, batch: int, past: int, new: int, zero: bool) -> None:
@@ -132,7 +156,12 @@ class _Updated:
             self.key[:, :, first:past], self.value[:, :, first:past] = stored
 
     def _stored(self, nothing: torch.Tensor, past: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the last of ``past`` positions, as many as the layer still has. ``nothing``: K or V of none."""
+        """Return K and V of past positions, as many of the last ones as the layer still has.
+
+        Args:
+            nothing: K or V of no position, ``[batch, kv_heads, 0, head_dim]``.
+            past: positions that the layer has seen.
+        """
         raise NotImplementedError
 
     def commit(self) -> None:
@@ -142,12 +171,12 @@ class _Updated:
         restore(self._layer.__dict__, self._before, self._saved)
 
 
-class _Sliding(_Updated):
-    """The layer keeps what its window needs."""
+class _SlidingTransaction(_UpdateTransaction):
+    """Fill a sliding-window layer, which keeps only the last positions."""
 
     def __init__(self, layer: Any, like: torch.Tensor, batch: int, past: int, new: int, zero: bool) -> None:
         super().__init__(layer, like, batch, past, new, zero)
-        # A dynamic layer's update makes new tensors, a static one's writes into those that it has.
+        # update of a dynamic layer makes new tensors; that of a static layer writes into the existing ones.
         in_place: list[Any] = []
         if isinstance(layer, StaticLayer):
             in_place = [layer.keys, layer.values, layer.cumulative_length]
@@ -156,55 +185,67 @@ class _Sliding(_Updated):
     def _stored(self, nothing: torch.Tensor, past: int) -> tuple[torch.Tensor, torch.Tensor]:
         layer = self._layer
         stored = min(past, layer.keys.shape[-2])
-        # A static layer that is not full yet has its tokens in front, a full one is all tokens.
+        # A static layer that is not full has its tokens in front. In a full one every slot is a token.
         kept = slice(0, stored) if isinstance(layer, StaticLayer) else slice(layer.keys.shape[-2] - stored, None)
         return layer.keys[:, :, kept], layer.values[:, :, kept]
 
 
-class _Quantized(_Updated):
-    """The past comes back dequantised, and the new tokens are quantised when the call is through.
+class _QuantizedTransaction(_UpdateTransaction):
+    """Fill a quantised layer: dequantise the past for the operator, quantise the new tokens in ``commit``.
 
-    So the call itself reads its own K and V as they were computed, as in the stock forward's first call.
+    So the call itself attends to its own K and V unquantised, as the stock forward's first call does.
     """
 
     def _stored(self, nothing: torch.Tensor, past: int) -> tuple[torch.Tensor, torch.Tensor]:
-        # What an update by no token returns: quantised part, residual and beams in their order. Updates assign
-        # attributes and write into no tensor, so that a shallow copy takes them without a trace.
+        # An update with no token returns the whole past: the quantised part, then the unquantised residual, with the
+        # beams in their current order. It assigns attributes and writes into no tensor, so on a shallow copy it leaves
+        # the layer unchanged.
         keys, values = copy.copy(self._layer).update(nothing, nothing)
         return keys.to(nothing.dtype), values.to(nothing.dtype)
 
 
-_HANDLERS: dict[type, type] = {
-    DynamicLayer: _Dynamic,
-    StaticLayer: _Static,
-    DynamicSlidingWindowLayer: _Sliding,
-    StaticSlidingWindowLayer: _Sliding,
+_TRANSACTIONS: dict[type, type] = {
+    DynamicLayer: _DynamicTransaction,
+    StaticLayer: _StaticTransaction,
+    DynamicSlidingWindowLayer: _SlidingTransaction,
+    StaticSlidingWindowLayer: _SlidingTransaction,
 }
 
-# Of transformers 5.24 on; FP8 layers are none of the other's.
+# BaseQuantizedLayer exists from transformers 5.24 on. Its FP8 layers are no subclass of QuantizedLayer.
 _QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", QuantizedLayer)
 
 
-def _handler_of(layer: Any) -> type | None:
-    """What takes a layer class through a call; None: nothing does."""
-    if layer is None:  # a cache that makes no layers by itself
+def _transaction_class(layer: Any) -> type | None:
+    """Return the transaction class for a layer class, or None if such layers cannot be filled natively.
+
+    Args:
+        layer: a layer class; None for a cache that makes no layers by itself.
+    """
+    if layer is None:
         return None
     if issubclass(layer, _QUANTIZED) and layer.update.__module__ == cache_utils.__name__:
-        return _Quantized  # whatever quantises: Quanto, HQQ, FP8
-    return _HANDLERS.get(layer)
+        return _QuantizedTransaction  # of any quantiser: Quanto, HQQ, FP8
+    return _TRANSACTIONS.get(layer)
 
 
-# What a cache must not do in another way than its layers do.
+# A cache class that overrides one of these may do something else than its layers do.
 _CACHE_METHODS = ("update", "get_seq_length", "get_mask_sizes", "get_query_offset")
 
 
 def past_slots(cache: Cache | None) -> int:
-    """Slots that the cache already holds, padding included."""
+    """Return the number of slots that the cache already holds, padding included."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def check_cache(cache: Any, num_layers: int) -> None:
-    """Raises ``UnsupportedCacheError`` (TypeError for something that is no cache) if it cannot be filled natively."""
+    """Check that a cache can be filled natively.
+
+    Raises:
+        UnsupportedCacheError: The cache, or one of its layers, is of a class that the native prefill cannot fill, or
+            it has fewer layers than the model and cannot make the others.
+        ValueError: The cache has more layers than the model.
+        TypeError: The argument is no transformers Cache.
+    """
     if not isinstance(cache, Cache):
         raise TypeError(f"past_key_values: expected a transformers Cache, got {type(cache).__name__}")
     if not hasattr(cache, "layers"):
@@ -217,27 +258,30 @@ def check_cache(cache: Any, num_layers: int) -> None:
     if getattr(cache, "offloading", False):
         raise UnsupportedCacheError("past_key_values: expected a cache on the model's device, got an offloaded one")
     for layer in cache.layers:
-        if _handler_of(type(layer)) is None:
-            known = ", ".join(sorted(kind.__name__ for kind in (*_HANDLERS, QuantizedLayer)))
+        if _transaction_class(type(layer)) is None:
+            known = ", ".join(sorted(kind.__name__ for kind in (*_TRANSACTIONS, QuantizedLayer)))
             raise UnsupportedCacheError(f"past_key_values: expected layers of {known}, got {type(layer).__name__}")
     if len(cache.layers) > num_layers:
         raise ValueError(f"past_key_values: expected {num_layers} layers like the model, got {len(cache.layers)}")
-    if len(cache.layers) < num_layers and _handler_of(cache.layer_class_to_replicate) is None:
+    if len(cache.layers) < num_layers and _transaction_class(cache.layer_class_to_replicate) is None:
         raise UnsupportedCacheError(
             f"past_key_values: expected {num_layers} layers like the model, got {len(cache.layers)}"
         )
 
 
 def check_windows(cache: Cache, windows: Sequence[int], positions: int) -> None:
-    """Raises ValueError if a layer would drop one of ``positions`` that a later query still reaches.
+    """Raise ValueError if a layer of the cache would drop a position that a later query still reaches.
 
     Args:
+        cache: a checked cache (``check_cache``).
         windows: sliding window of each layer of the model, 0 for none.
+        positions: slots that the cache must hold after the call.
     """
     for index, (layer, window) in enumerate(zip(cache.layers, windows, strict=False)):
         name = f"past_key_values: layer {index}"
         if isinstance(layer, DynamicSlidingWindowLayer):
-            length, kept = layer.sliding_window, layer.sliding_window - 1  # the next token is the last of its window
+            # The layer keeps one position less than the window: the next token takes the last place in it.
+            length, kept = layer.sliding_window, layer.sliding_window - 1
         elif isinstance(layer, StaticSlidingWindowLayer):
             length = kept = layer.max_cache_len
         else:
@@ -253,15 +297,17 @@ def check_windows(cache: Cache, windows: Sequence[int], positions: int) -> None:
 
 
 def has_window(cache: Cache) -> bool:
-    """Whether some layer keeps only a window of its positions."""
+    """Return whether some layer keeps only a window of its positions."""
     return any(isinstance(layer, (DynamicSlidingWindowLayer, StaticSlidingWindowLayer)) for layer in cache.layers)
 
 
 def keeps_only_windows(cache: Cache, windows: Sequence[int], layers: Collection[int]) -> bool:
-    """Whether each of some layers keeps no position that its window has left behind.
+    """Return whether each of ``layers`` drops all positions before its window.
 
     Args:
+        cache: a checked cache (``check_cache``).
         windows: sliding window of each layer of the model, 0 for none.
+        layers: indices of the layers to look at.
     """
     for index in layers:
         layer = cache.layers[index] if index < len(cache.layers) else None
@@ -274,14 +320,21 @@ def keeps_only_windows(cache: Cache, windows: Sequence[int], layers: Collection[
 
 
 class CacheTransaction:
-    """The caches of one prefill call.
+    """Fill the cache of one prefill call. End it with ``commit`` or ``abort``.
 
     Args:
         cache: a checked cache (``check_cache``).
         like: ``[*, kv_heads, *, head_dim]`` tensor with the cache's dtype and device.
-        num_layers, batch, past, new: layers, sequences, slots before the call, columns it adds.
-        padding: ``[batch, new]`` bool, True where a new slot holds no token; None: nowhere.
-        left_out: layers in which the operator leaves some new slots as they are.
+        num_layers: layers of the model. The cache may have fewer; the others are added in ``commit``.
+        batch: sequences.
+        past: slots that the cache holds before the call.
+        new: columns that the call adds.
+        padding: ``[batch, new]`` bool, True where a new slot holds no token. None: no padding.
+        left_out: layers in which the operator does not write all new slots.
+
+    Raises:
+        ValueError: A layer does not hold ``past`` positions, has tensors of another shape, dtype or device, or has no
+            room for the new tokens. The cache is as it was.
     """
 
     def __init__(
@@ -301,40 +354,48 @@ class CacheTransaction:
         while len(self._layers) < num_layers:
             self._layers.append(make_layer())
         self._padding = padding
-        self._open: list[Any] = []
-        try:  # no slot shows uninitialised memory: where some are not written, all are zeroed
+        self._transactions: list[_LayerTransaction] = []
+        try:
             for index, layer in enumerate(self._layers):
                 _check_layer(layer, index, like, batch, past)
-                handler: Any = _handler_of(type(layer))
-                self._open.append(handler(layer, like, batch, past, new, padding is not None or index in left_out))
+                transaction: Any = _transaction_class(type(layer))
+                # Where the operator leaves new slots unwritten, zero the buffers: no slot may be uninitialised.
+                zero = padding is not None or index in left_out
+                self._transactions.append(transaction(layer, like, batch, past, new, zero))
         except BaseException:
             self.abort()
             raise
 
     @property
     def key_cache(self) -> list[torch.Tensor]:
-        return [layer.key for layer in self._open]
+        """Keys of each layer, ``[batch, kv_heads, slots, head_dim]``, for the operator."""
+        return [transaction.key for transaction in self._transactions]
 
     @property
     def value_cache(self) -> list[torch.Tensor]:
-        return [layer.value for layer in self._open]
+        """Values of each layer, ``[batch, kv_heads, slots, head_dim]``, for the operator."""
+        return [transaction.value for transaction in self._transactions]
 
     def commit(self) -> None:
-        fresh = [layer for layer in self._open if isinstance(layer, _Dynamic) and not layer.layer.is_initialized]
-        if fresh:
-            _initialise(fresh)
-        for layer in self._open:
-            if self._padding is not None and isinstance(layer, _Static):
-                layer.clear_padding(self._padding)
-            layer.commit()
+        """Make the cache hold the new tokens."""
+        dynamic = [transaction for transaction in self._transactions if isinstance(transaction, _DynamicTransaction)]
+        empty = [transaction for transaction in dynamic if not transaction.layer.is_initialized]
+        if empty:
+            _initialise(empty)
+        for transaction in self._transactions:
+            if self._padding is not None and isinstance(transaction, _StaticTransaction):
+                transaction.clear_padding(self._padding)
+            transaction.commit()
         self._cache.layers[:] = self._layers
 
     def abort(self) -> None:
-        for layer in self._open:
-            layer.abort()
+        """Make the cache what it was before the call. Also right after a ``commit`` that failed."""
+        for transaction in self._transactions:
+            transaction.abort()
 
 
 def _check_layer(layer: Any, index: int, like: torch.Tensor, batch: int, past: int) -> None:
+    """Raise ValueError unless a layer holds ``past`` positions in tensors that fit ``like`` and ``batch``."""
     if not layer.is_initialized:
         if past > 0:
             raise ValueError(f"past_key_values: expected {past} positions in layer {index}, got none")

@@ -1,4 +1,4 @@
-"""What loading a model natively makes: the runtime's handle, and how it is known whether that is still the model."""
+"""Load weights into the native runtime, and notice when the model no longer has these weights."""
 
 from __future__ import annotations
 
@@ -14,15 +14,25 @@ from pop_ext.hf.weight_map import Description, WeightStamps
 from pop_ext.plans.plan import Plan
 
 
-class Loaded:
-    """What one ``pop::load`` made, freed when nobody refers to it any more: a running call does."""
+class LoadedWeights:
+    """Weights that one ``pop::load`` has loaded, and the state of the model at that time.
+
+    The runtime frees them when the last reference to this object is gone. A running call holds one.
+
+    Attributes:
+        handle: for the operators of ``torch.ops.pop``.
+        description: spec of the model and places of its weights.
+        inner: the modules that the native loop replaces, as they were at the load.
+        like: one of the weights, for their dtype and device.
+        extra_bytes: size of the folded and copied weights.
+    """
 
     def __init__(self, model: nn.Module, description: Description, plan: Plan, fp8: bool, prepack: bool) -> None:
         weights = [ref.tensor for ref in description.weights]
         fitted = None if plan.projections is None else plan.projections.stack_rows(weights[0])
         for option, wanted in {"fp8": fp8, "prepack": prepack}.items():
             if wanted:
-                check_possible(option, description)
+                check_option_supported(option, description)
         with torch.no_grad():
             self.handle = torch.ops.pop.load(description.spec.to_json(), plan.to_json(), weights, fitted, fp8, prepack)
         weakref.finalize(self, torch.ops.pop.unload, self.handle)
@@ -33,26 +43,37 @@ class Loaded:
         self._stamps = WeightStamps(description.weights)
 
     def stale_weight(self) -> str | None:
+        """Return the name of a weight that was replaced or overwritten since the load, or None."""
         model = self.description.model()
         in_place = model is not None and self.inner.matches(model)
-        return (None if in_place else self._stamps.moved()) or self.written_weight()
+        return (None if in_place else self._stamps.replaced_parameter()) or self.overwritten_weight()
 
-    def written_weight(self) -> str | None:
-        """``stale_weight`` for who has just asked whether ``inner`` are the model's modules."""
-        return self._stamps.written() or torch.ops.pop.stale_weight(self.handle) or None
+    def overwritten_weight(self) -> str | None:
+        """Like ``stale_weight``, but the caller knows that no parameter was replaced: ``inner`` matches the model."""
+        return self._stamps.overwritten_parameter() or torch.ops.pop.stale_weight(self.handle) or None
 
 
 def check_options(fp8: bool, prepack: bool) -> None:
-    """Raises TypeError unless both are bools, ValueError where both are True."""
+    """Check the options of ``pop_ext.load`` and ``pop_ext.enable``.
+
+    Raises:
+        TypeError: One of them is no bool.
+        ValueError: Both are True.
+    """
     for name, value in {"fp8": fp8, "prepack": prepack}.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
     if fp8 and prepack:
-        raise ValueError("prepack: expected False with fp8=True, whose products read other weights, got True")
+        raise ValueError("prepack: expected False with fp8=True (fp8 products do not read prepacked weights), got True")
 
 
-def check_possible(option: str, description: Description) -> None:
-    """Raises UnsupportedModelError unless such a model can be loaded with "fp8" or "prepack"."""
+def check_option_supported(option: str, description: Description) -> None:
+    """Raise UnsupportedModelError if a model cannot be loaded with an option.
+
+    Args:
+        option: "fp8" or "prepack".
+        description: of the model.
+    """
     missing = getattr(torch.ops.pop, f"{option}_missing")(description.spec.to_json(), description.weights[0].tensor)
     if missing:
         raise UnsupportedModelError(f"{option}: {missing}; without {option} the model runs natively")

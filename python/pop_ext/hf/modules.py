@@ -1,4 +1,4 @@
-"""The modules of a Hugging Face decoder, found without naming its family."""
+"""Find the modules of a Hugging Face decoder, whatever its family."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from typing import Any
 from pop_ext.hf.compat import check_module
 
 Module = Any
-"""A Hugging Face module: an nn.Module whose submodules and attributes no type checker can know."""
+"""A Hugging Face module. Typed as Any: type checkers do not know the submodules of an ``nn.Module``."""
 
 
 @dataclass(frozen=True)
 class DecoderModules:
-    """The modules of a decoder-only model that the oracle touches."""
+    """Modules of a decoder-only model that the oracle calls.
+
+    Attributes:
+        decoder: the language model without its head.
+        layers: its decoder layers.
+        rotary: its rotary embedding.
+    """
 
     decoder: Module
     layers: Sequence[Module]
@@ -23,7 +29,12 @@ class DecoderModules:
 
 
 def find_parts(model: Module) -> DecoderModules:
-    """Decoder, its layers and its rotary module; a ValueError names what the model lacks, a TypeError what is none."""
+    """Return the decoder of a model, its layers and its rotary embedding.
+
+    Raises:
+        ValueError: The model lacks a module or an attribute that the oracle needs. The text names it.
+        TypeError: ``model`` is no ``nn.Module``.
+    """
     check_module(model)
     name = type(model).__name__
 
@@ -40,7 +51,7 @@ def find_parts(model: Module) -> DecoderModules:
     rotary = require(decoder, "rotary_emb", "decoder.")
     require(decoder, "norm", "decoder.")
     if model.get_output_embeddings() is None:
-        raise ValueError(f"model: expected a language-model head, {name} has none")
+        raise ValueError(f"model: expected a language-model head, got {name} without one")
     for index, layer in enumerate(layers):
         attention = require(layer, "self_attn", f"layers.{index}.")
         projections = ("qkv_proj",) if hasattr(attention, "qkv_proj") else ("k_proj", "v_proj")
@@ -51,9 +62,19 @@ def find_parts(model: Module) -> DecoderModules:
 
 
 def family_function(attention: Module, name: str) -> Callable[..., Any]:
-    """A function of the module that defines the family's attention."""
-    home = type(attention).__module__
-    function = getattr(sys.modules[home], name, None)
+    """Return a function from the Python module that defines a model's attention class.
+
+    Args:
+        attention: attention module of a layer.
+        name: of the function, for example ``apply_rotary_pos_emb``.
+
+    Raises:
+        ValueError: The Python module has no such function.
+    """
+    defined_in = type(attention).__module__
+    function = getattr(sys.modules[defined_in], name, None)
     if function is None:
-        raise ValueError(f"model: expected {name} in {home}, the home of {type(attention).__name__}")
+        raise ValueError(
+            f"model: expected a function {name} in {defined_in}, which defines {type(attention).__name__}, got none"
+        )
     return function

@@ -75,7 +75,7 @@ class NativeBackend:
             native = self.native
             if native is not None and native.inner is not inner:  # not collected, or another thread has loaded since
                 inner = self._inner_modules(model)
-            if native is None or native.inner is not inner or native.written_weight() is not None:
+            if native is None or native.inner is not inner or native.overwritten_weight() is not None:
                 self.native = native = None  # frees the old folded weights before as much is folded again
                 native = NativeModel(model, self.plan, self.fp8, self.prepack)  # type: ignore[arg-type]
                 native.model = weakref.proxy(model)  # type: ignore[assignment]

@@ -14,10 +14,10 @@ from pop_ext.hf.architectures import Family, decoder_of
 from pop_ext.hf.compat import uncompiled
 from pop_ext.hf.inputs import PrefillRequest, check_device_and_dtype, check_ids, make_request
 from pop_ext.hf.kv_cache import CacheTransaction, keeps_only_windows
-from pop_ext.hf.loaded import Loaded, check_options
+from pop_ext.hf.loaded import LoadedWeights, check_options
 from pop_ext.hf.modules import find_parts
 from pop_ext.hf.packing import PerSequence, lengths, offsets
-from pop_ext.hf.patches import InnerModules, runs_as_written
+from pop_ext.hf.patches import InnerModules, is_unpatched
 from pop_ext.hf.restore import module_restored_on_error
 from pop_ext.hf.vision import run_wrapper
 from pop_ext.hf.weight_map import Description, describe
@@ -78,7 +78,7 @@ class NativeModel:
         self.plan = check_plan(chosen, description.spec.num_layers, model.config)
         check_fit(self.plan, find_parts(model).layers)
         self.fp8, self.prepack = fp8, prepack
-        self._loaded = Loaded(model, description, self.plan, fp8, prepack)
+        self._loaded = LoadedWeights(model, description, self.plan, fp8, prepack)
 
     def __repr__(self) -> str:
         options = ", fp8=True" * self.fp8 + ", prepack=True" * self.prepack
@@ -138,7 +138,7 @@ class NativeModel:
         """
         description = describe(self.model)
         check_fit(self.plan, find_parts(self.model).layers)
-        self._loaded = Loaded(self.model, description, self.plan, self.fp8, self.prepack)
+        self._loaded = LoadedWeights(self.model, description, self.plan, self.fp8, self.prepack)
 
     def stale_weight(self) -> str | None:
         """Return the name of a weight that was changed, moved or reassigned since it was loaded, or None.
@@ -147,9 +147,9 @@ class NativeModel:
         """
         return self._loaded.stale_weight()
 
-    def written_weight(self) -> str | None:
+    def overwritten_weight(self) -> str | None:
         """Like ``stale_weight``, but the caller knows that ``inner`` still are the model's modules."""
-        return self._loaded.written_weight()
+        return self._loaded.overwritten_weight()
 
     def prefill(
         self,
@@ -362,7 +362,7 @@ def apply_head(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 def _is_plain(head: Any, hidden: torch.Tensor) -> bool:
     """Return whether a module computes ``hidden @ weight.T`` and nothing else, without hooks or replaced code."""
-    unmodified_linear = type(head) is nn.Linear and head._parameters.get("bias") is None and runs_as_written(head)
+    unmodified_linear = type(head) is nn.Linear and head._parameters.get("bias") is None and is_unpatched(head)
     if not unmodified_linear or torch.is_autocast_enabled("cpu"):
         return False
     weight = head.weight

@@ -1,4 +1,4 @@
-"""What is put back: after a failed call attributes of modules, cache layers and tensors, after any call a `forward`."""
+"""Roll back modules and caches after a failed call, and replace a module's ``forward`` for the time of a block."""
 
 from __future__ import annotations
 
@@ -10,29 +10,41 @@ import torch
 from torch import nn
 
 Saved = list[tuple[torch.Tensor, torch.Tensor]]
+"""(tensor, copy of its values) of tensors that a call may overwrite."""
 
 
 def save(tensors: list[torch.Tensor]) -> Saved:
-    """Tensors that a call may overwrite, with copies of what they hold. Expanded ones the operator refuses."""
+    """Copy the values of tensors that a call may overwrite.
+
+    Expanded tensors (a stride of 0) are left out: nothing can be copied back into them, and the operator refuses them.
+    """
     return [(tensor, tensor.clone()) for tensor in tensors if 0 not in tensor.stride()]
 
 
 def restore(attributes: dict[str, Any], before: dict[str, Any], saved: Saved) -> None:
-    """Gives an object's ``__dict__`` the entries that it had, and tensors their values."""
-    # Never empty in between: another thread may be reading.
+    """Give an object its former attributes back, and tensors their former values.
+
+    Args:
+        attributes: the object's ``__dict__``, changed in place.
+        before: a copy of it, from before the call.
+        saved: from ``save``.
+    """
+    # Do not clear the dict first: another thread may be reading it.
     for name in attributes.keys() - before.keys():
         del attributes[name]
     attributes.update(before)
-    with torch.inference_mode():  # where a cache was made in it, nothing else may write to it
+    # Tensors that were made in inference mode can only be written in it.
+    with torch.inference_mode():
         for tensor, copy in saved:
             tensor.copy_(copy)
 
 
 @contextmanager
 def module_restored_on_error(module: nn.Module) -> Iterator[None]:
-    """Undoes what a failing block assigned to a module: rotary modules keep frequencies for the length they saw last.
+    """Restore a module's attributes and buffers if the block fails.
 
-    Some versions of transformers assign other buffers, others write into those that are there.
+    Needed for rotary modules, which keep frequencies for the length that they saw last. Some versions of transformers
+    assign new buffers for them, others write into the existing ones.
     """
     before, buffers = dict(module.__dict__), dict(module._buffers)
     saved = save([buffer for buffer in buffers.values() if buffer is not None])
@@ -46,16 +58,17 @@ def module_restored_on_error(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def cache_restored_on_error(cache: Any) -> Iterator[None]:
-    """Undoes what a failing block did to a cache of layers, one ``update`` at a time, say.
+    """Restore a cache of layers if the block fails, even if some layers were updated and others were not.
 
-    Dynamic layers get back the tensors that they had; static ones, which are written in place, are copied first.
+    Dynamic layers get their former tensors back. The tensors of static layers are written in place, so they are copied
+    before the block.
     """
     layers = list(cache.layers)
     states = []
     for layer in layers:
-        in_place = [getattr(layer, name, None) for name in ("keys", "values", "cumulative_length")]
+        tensors = [getattr(layer, name, None) for name in ("keys", "values", "cumulative_length")]
         static = hasattr(layer, "max_cache_len")
-        saved = save([x for x in in_place if isinstance(x, torch.Tensor)]) if static else []
+        saved = save([tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]) if static else []
         states.append((layer, dict(layer.__dict__), saved))
     try:
         yield
@@ -66,35 +79,49 @@ def cache_restored_on_error(cache: Any) -> Iterator[None]:
         raise
 
 
-def forward_place(module: nn.Module) -> str:
-    """The attribute of an instance that holds its own ``forward``, or what stands for it.
+def forward_attribute(module: nn.Module) -> str:
+    """Return the name of the instance attribute to replace in order to replace a module's ``forward``.
 
-    accelerate puts another in the place of ``forward``, which moves arguments and weights and calls the one that was
-    there: what goes below it has its arguments on the right device, and its weights loaded.
+    accelerate sets its own ``forward``, which moves arguments and loads weights, and then calls the former one in
+    ``_old_forward``. A function put there gets its arguments on the right device and finds the weights loaded.
+
+    Returns:
+        "_old_forward" if accelerate has hooked the module, else "forward".
     """
     return "_old_forward" if hasattr(module, "_hf_hook") and "_old_forward" in module.__dict__ else "forward"
 
 
 @contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any], place: str = "forward") -> Iterator[None]:
-    """Replace the `forward` of this one instance, or what is in another ``place``, and put back what was there."""
-    before = module.__dict__.get(place)
-    module.__dict__[place] = forward
+def replaced_forward(module: nn.Module, forward: Callable[..., Any], attribute: str = "forward") -> Iterator[None]:
+    """Replace the ``forward`` of one module instance inside the block.
+
+    Args:
+        module: the instance. Others of its class are not affected.
+        forward: called instead, without ``self``.
+        attribute: the instance attribute to replace, from ``forward_attribute``.
+    """
+    before = module.__dict__.get(attribute)
+    module.__dict__[attribute] = forward
     try:
         yield
     finally:
-        del module.__dict__[place]
+        del module.__dict__[attribute]
         if before is not None:
-            module.__dict__[place] = before
+            module.__dict__[attribute] = before
 
 
 def shallow_clone(module: nn.Module, **children: nn.Module) -> Any:
-    """A shallow copy: the same modules but for ``children``, and the ``forward`` of its class.
+    """Make a shallow copy of a module that runs the ``forward`` of its class.
 
-    Whatever is assigned to it stays there. It holds no ``forward`` of ours, so that no cycle keeps it alive.
+    Assignments to the clone do not reach the original. The instance's own ``forward`` is left out: that of an enabled
+    model refers to the clone, and the two would keep each other alive.
+
+    Args:
+        module: the original.
+        children: submodules to replace in the clone, by name. All others are shared.
     """
-    shell: nn.Module = object.__new__(type(module))
-    shell.__dict__.update({name: value for name, value in module.__dict__.items() if name != "forward"})
+    clone: nn.Module = object.__new__(type(module))
+    clone.__dict__.update({name: value for name, value in module.__dict__.items() if name != "forward"})
     if children:
-        shell.__dict__["_modules"] = {**module._modules, **children}
-    return shell
+        clone.__dict__["_modules"] = {**module._modules, **children}
+    return clone

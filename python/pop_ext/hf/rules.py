@@ -1,6 +1,7 @@
-"""The rules by which the arguments of a ``forward`` call ask for a prefill that a pruned one can answer.
+"""Decide from the arguments of a ``forward`` call whether a pruned prefill can give the result that it asks for.
 
-``check_prefill`` reads a call and changes nothing. Each function below it raises ``Decline`` where its rule is broken.
+``check_prefill`` reads a call and changes nothing. It and the functions that it calls raise ``Decline`` with the rule
+that a call breaks. docs/semantics.md lists the rules.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicLayer
 
-from pop_ext.hf.architectures import Vision, vision_of
+from pop_ext.hf.architectures import VisionSpec, vision_of
 from pop_ext.hf.compat import text_config
 from pop_ext.hf.decision import Decline
 from pop_ext.hf.kv_cache import check_cache, has_window, past_slots
-from pop_ext.hf.masks import SLIDING_ATTENTION, LayerKind, check_pattern, kinds_of, padding_mask
+from pop_ext.hf.masks import SLIDING_ATTENTION, LayerType, check_pattern, mask_layer_types, padding_mask
 from pop_ext.hf.packing import PackedBatch, Spans, bidirectional_spans, is_int, pack_batch
 from pop_ext.plans.plan import Plan
 
-# Arguments of forward that the native prefill reads, and others that change nothing it does.
+# Arguments of forward that the rules and the native prefill take into account.
 _READ = {
     "input_ids",
     "inputs_embeds",
@@ -34,11 +35,12 @@ _READ = {
     "output_router_logits",
     "return_dict",
 }
-_HARMLESS = {"cache_position", "num_items_in_batch"}
+# Arguments that may be given but make no difference to a prefill.
+_IGNORED = {"cache_position", "num_items_in_batch"}
 
 
 def is_decode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call brings one new token. Looks at shapes only, so that compilers can trace it."""
+    """Return whether a call brings one new token per sequence. Reads only shapes, so that compilers can trace it."""
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
@@ -48,34 +50,53 @@ def is_decode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 def check_prefill(
     model: nn.Module, plan: Plan, arguments: dict[str, Any]
 ) -> tuple[torch.Tensor | None, PackedBatch, Spans]:
+    """Check that the arguments of a call ask for a prefill that may be pruned.
+
+    Args:
+        model: the enabled model.
+        plan: what its prefills omit.
+        arguments: of the call, by name, the cache as ``past_key_values``.
+
+    Returns:
+        The 2-D padding mask or None, the real new tokens, and the spans of them that attend to each other in both
+        directions.
+
+    Raises:
+        Decline: The stock forward must run the call.
+    """
     config = text_config(model)
     tokens = _new_tokens(arguments)
     columns = tokens.shape[1]
     if columns == 1:
         raise Decline("decode", "one new token: a decode step, or a prompt of one token", declined=False)
     if config.num_hidden_layers != plan.num_layers:
-        # No error under strict: transformers puts the config back only where all went well.
+        # Not reported under strict either: after an exception transformers would not restore the config.
         raise Decline(
             "early_exit",
-            f"the first {config.num_hidden_layers} of {plan.num_layers} layers are wanted: a draft by early exit",
+            f"config.num_hidden_layers={config.num_hidden_layers} instead of {plan.num_layers}: "
+            "the call drafts tokens by early exit (assistant_early_exit)",
             declined=False,
         )
     if arguments.get("labels") is not None:
         raise Decline("labels", "labels: a loss needs every row at full depth")
-    rows = _too_many_rows(arguments.get("logits_to_keep", 0), columns, arguments.get("past_key_values"))
-    if rows is not None and not rows.declined:
-        raise rows
+    too_many_logits = _check_logits_to_keep(
+        arguments.get("logits_to_keep", 0), columns, arguments.get("past_key_values")
+    )
+    if too_many_logits is not None and not too_many_logits.declined:
+        raise too_many_logits
     _check_outputs(model, arguments)
     _check_inference(model, tokens.device.type)
-    if rows is not None:  # all are wanted unless a call says otherwise: what it does say is the better reason
-        raise rows
+    # Raised late: logits of all rows are also the default of forward, so a rule that a given argument breaks is the
+    # more helpful reason.
+    if too_many_logits is not None:
+        raise too_many_logits
     if not getattr(config, "is_causal", True):
         raise Decline("attention", "config.is_causal=False: a pruned prefill is causal")
     vision = vision_of(model)
-    mask, packed, kinds = _check_mask_and_cache(config, tokens, arguments)
+    mask, packed, types = _check_mask_and_cache(config, tokens, arguments)
     spans = [] if vision is None else _check_spans(vision, arguments, packed)
     try:
-        check_pattern(arguments.get("attention_mask"), mask, spans, columns, packed.past_slots, kinds)
+        check_pattern(arguments.get("attention_mask"), mask, spans, columns, packed.past_slots, types)
     except ValueError as error:
         raise Decline("mask", str(error)) from error
     _check_positions(_text_positions(vision, arguments), tokens, arguments.get("attention_mask") is None)
@@ -83,18 +104,26 @@ def check_prefill(
     if keep > short:
         raise Decline(
             "logits_to_keep",
-            f"logits_to_keep={keep}: a sequence has only {short} new tokens, the stock forward adds padding's logits",
+            f"logits_to_keep={keep}: a sequence has only {short} new tokens; "
+            "the stock forward returns logits of padding for the others",
         )
     return mask, packed, spans
 
 
 def _new_tokens(arguments: dict[str, Any]) -> torch.Tensor:
+    """Return the padded ids ``[batch, columns]`` or embeddings ``[batch, columns, hidden_size]`` of a call."""
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         raise Decline("inputs", "expected exactly one of input_ids and inputs_embeds")
     tokens = embeds if ids is None else ids
     if not isinstance(tokens, torch.Tensor) or tokens.ndim != (3 if ids is None else 2):
-        raise Decline("inputs", "input_ids or inputs_embeds is not a padded batch")
+        found = f"a tensor of shape {list(tokens.shape)}" if isinstance(tokens, torch.Tensor) else type(tokens).__name__
+        expected = (
+            "input_ids: expected a tensor [batch, tokens]"
+            if embeds is None
+            else "inputs_embeds: expected a tensor [batch, tokens, hidden_size]"
+        )
+        raise Decline("inputs", f"{expected}, got {found}")
     if 0 in tokens.shape[:2]:
         raise Decline("inputs", f"input_ids or inputs_embeds: expected at least one token, got {list(tokens.shape)}")
     if tokens.device.type == "meta":
@@ -102,45 +131,51 @@ def _new_tokens(arguments: dict[str, Any]) -> torch.Tensor:
     return tokens
 
 
-def _too_many_rows(keep: Any, columns: int, cache: Any) -> Decline | None:
-    """Why logits are not wanted of fewer rows than come; None: they are."""
+def _check_logits_to_keep(keep: Any, columns: int, cache: Any) -> Decline | None:
+    """Return the reason to decline if logits of every row are requested, else None.
+
+    Args:
+        keep: ``logits_to_keep`` of the call.
+        columns: new columns of the call.
+        cache: ``past_key_values`` of the call, or None.
+    """
     if not is_int(keep):
         found = "a tensor of indices" if isinstance(keep, torch.Tensor) else f"a {type(keep).__name__}"
         return Decline("logits_to_keep", f"logits_to_keep is {found}: expected a number of last rows, an int")
     if 0 < keep < columns:
         return None
-    wanted = "all" if keep == 0 or keep >= columns else "other than the last"
-    reason = f"logits_to_keep={keep}: logits of {wanted} rows are wanted, so every row needs full depth"
-    # Speculative decoding verifies its candidates so.
-    verification = wanted == "all" and bool(getattr(cache, "get_seq_length", int)() > 0)
+    rows = "all" if keep == 0 or keep >= columns else "other than the last"
+    reason = f"logits_to_keep={keep}: logits of {rows} rows are requested, so every row needs full depth"
+    # Speculative decoding verifies its candidates by such calls on a filled cache.
+    verification = rows == "all" and bool(getattr(cache, "get_seq_length", int)() > 0)
     return Decline("verification" if verification else "logits_to_keep", reason, declined=not verification)
 
 
 def _check_outputs(model: nn.Module, arguments: dict[str, Any]) -> None:
-    """Whether nothing is wanted that a pruned prefill does not have."""
+    """Decline a call that asks for outputs which a pruned prefill does not compute, or gives unknown arguments."""
     config: Any = model.config
     for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
-        wanted = arguments.get(name)
-        if wanted if wanted is not None else getattr(config, name, False):
+        requested = arguments.get(name)
+        if requested if requested is not None else getattr(config, name, False):
             raise Decline(name, f"{name}: context rows have no such outputs in omitted layers")
     use_cache = arguments.get("use_cache")
     if not (use_cache if use_cache is not None else getattr(config, "use_cache", True)):
-        raise Decline("use_cache", "use_cache=False: a pruned prefill is of use only with its cache")
+        raise Decline("use_cache", "use_cache=False: a pruned prefill is useful only if its KV cache is kept")
     vision = vision_of(model)
-    known = _READ | _HARMLESS | (vision.arguments if vision is not None else frozenset())
+    known = _READ | _IGNORED | (vision.arguments if vision is not None else frozenset())
     unknown = sorted(name for name, value in arguments.items() if value is not None and name not in known)
     if unknown:
         raise Decline("arguments", f"arguments that the native prefill does not know: {', '.join(unknown)}")
 
 
 def _check_inference(model: nn.Module, device: str) -> None:
-    """Whether the stock forward would compute in the weights' dtype, without randomness and for no backward."""
+    """Decline a call that needs a backward, autocast, a traced graph, dropout or gradient checkpointing."""
     if torch.is_grad_enabled():
         raise Decline("grad", "grad mode: the native prefill has no backward; use torch.no_grad() or model.generate()")
     if torch.is_autocast_enabled(device):
         raise Decline("autocast", "autocast: the native prefill computes in the dtype of the weights")
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        raise Decline("tracing", "tracing: a graph of the stock forward is wanted")
+        raise Decline("tracing", "tracing or export: the graph must be that of the stock forward")
     if model.training:
         dropouts = ("attention_dropout", "resid_pdrop", "embd_pdrop")
         if any(getattr(text_config(model), name, 0.0) for name in dropouts):
@@ -151,8 +186,14 @@ def _check_inference(model: nn.Module, device: str) -> None:
 
 def _check_mask_and_cache(
     config: Any, tokens: torch.Tensor, arguments: dict[str, Any]
-) -> tuple[torch.Tensor | None, PackedBatch, list[LayerKind]]:
-    """The real tokens, if the mask says no more than which they are: that is still to be found out."""
+) -> tuple[torch.Tensor | None, PackedBatch, list[LayerType]]:
+    """Check the cache, and find the real tokens of a call from its mask.
+
+    The caller must still check that the mask does nothing but mark padding (``check_pattern``).
+
+    Returns:
+        The 2-D padding mask or None, the real new tokens, and the layer types of the model.
+    """
     batch, columns = tokens.shape[:2]
     cache = arguments.get("past_key_values")
     if cache is not None:
@@ -160,30 +201,41 @@ def _check_mask_and_cache(
             check_cache(cache, config.num_hidden_layers)
         except (ValueError, TypeError) as error:
             raise Decline("cache", str(error)) from error
-        # Compression may leave each layer another share (PyramidKV).
+        # Compressed caches may keep a different number of positions in each layer (PyramidKV).
         held = {int(layer.get_seq_length()) for layer in cache.layers if type(layer) is DynamicLayer} - {0}
         if len(held) > 1:
-            raise Decline("cache", f"past_key_values: expected as many positions in every layer, got {sorted(held)}")
+            raise Decline(
+                "cache", f"past_key_values: expected equally many positions in all layers, got {sorted(held)}"
+            )
     past = past_slots(cache)
-    kinds = kinds_of(config, cache, columns)
+    types = mask_layer_types(config, cache, columns)
     try:
-        mask = padding_mask(arguments.get("attention_mask"), batch, columns, past, kinds)
+        mask = padding_mask(arguments.get("attention_mask"), batch, columns, past, types)
         packed = pack_batch(batch, columns, past, mask, tokens.device)
     except (ValueError, TypeError) as error:
         raise Decline("mask", str(error)) from error
     if packed.ends_with_padding():
         raise Decline(
             "right_padding",
-            "the last column is masked (right padding): the stock forward returns the padding's logits there",
+            "the last column is masked (right padding): the stock forward returns logits of padding there",
         )
-    window = any(kind.name == SLIDING_ATTENTION for kind in kinds) or (cache is not None and has_window(cache))
+    window = any(layer_type.name == SLIDING_ATTENTION for layer_type in types)
+    window = window or (cache is not None and has_window(cache))
     if packed.slot_table is not None and window:
-        raise Decline("mask", "holes in the mask of a sliding-window model: the stock window counts masked slots")
-    return mask, packed, kinds
+        raise Decline(
+            "mask",
+            "attention_mask: expected consecutive real tokens in every sequence of a sliding-window model, got holes "
+            "(the stock window counts masked slots, too)",
+        )
+    return mask, packed, types
 
 
-def _check_spans(vision: Vision, arguments: dict[str, Any], packed: PackedBatch) -> Spans:
-    """New tokens that see each other, where it is clear which: the stock mask counts columns from the cache's first."""
+def _check_spans(vision: VisionSpec, arguments: dict[str, Any], packed: PackedBatch) -> Spans:
+    """Return the new tokens that attend to each other in both directions.
+
+    Over a filled cache the argument must cover the cached columns, too: the stock mask reads its first column as that
+    of the cache's first slot.
+    """
     name = vision.spans_argument or ""
     try:
         spans = bidirectional_spans(name, arguments.get(name), packed)
@@ -192,27 +244,35 @@ def _check_spans(vision: Vision, arguments: dict[str, Any], packed: PackedBatch)
     if spans and arguments[name].shape[1] == packed.columns and packed.past_slots > 0:
         raise Decline(
             name,
-            f"{name}: expected one for each of {packed.past_slots + packed.columns} columns, those of the cache "
-            f"before the new ones, got {packed.columns}: the stock mask would take them for others",
+            f"{name}: expected {packed.past_slots + packed.columns} columns (cached and new), got {packed.columns}; "
+            "the stock mask would take the first of them for the first slot of the cache",
         )
     return spans
 
 
-def _text_positions(vision: Vision | None, arguments: dict[str, Any]) -> Any:
-    """Positions of text as the call gives them; None where it gives none, or those of time, height and width alone."""
+def _text_positions(vision: VisionSpec | None, arguments: dict[str, Any]) -> Any:
+    """Return the text positions ``[batch, columns]`` of a call.
+
+    Positions with three axes (time, height and width) include none of text. Of four axes the first is that of text.
+
+    Returns:
+        ``position_ids`` as given where it has no such axes; None if the call gives no text positions.
+    """
     positions: Any = arguments.get("position_ids")
-    with_axes = vision is not None and vision.has_axes and isinstance(positions, torch.Tensor) and positions.ndim == 3
-    if not with_axes:
+    mrope = vision is not None and vision.uses_mrope and isinstance(positions, torch.Tensor) and positions.ndim == 3
+    if not mrope:
         return positions
     return None if len(positions) == 3 else positions[0]
 
 
 def _check_positions(positions: Any, tokens: torch.Tensor, without_mask: bool) -> None:
+    """Decline positions of a wrong form, and those that may mark several sequences packed into one row."""
     if positions is None:
         return
     batch, columns = tokens.shape[:2]
     if not isinstance(positions, torch.Tensor) or tuple(positions.shape) not in ((batch, columns), (1, columns)):
-        raise Decline("position_ids", f"position_ids: expected a tensor of [{batch} or 1, {columns}]")
+        found = f"one of {list(positions.shape)}" if isinstance(positions, torch.Tensor) else type(positions).__name__
+        raise Decline("position_ids", f"position_ids: expected a tensor of [{batch} or 1, {columns}], got {found}")
     if positions.dtype not in (torch.int64, torch.int32):
         raise Decline("position_ids", f"position_ids: expected int64 or int32, got {positions.dtype}")
     if positions.device != tokens.device:
@@ -220,5 +280,6 @@ def _check_positions(positions: Any, tokens: torch.Tensor, without_mask: bool) -
     if without_mask and bool((positions.diff(dim=-1) != 1).any()):
         raise Decline(
             "position_ids",
-            "position_ids that do not count up by one, without a mask: may be several packed sequences",
+            "position_ids: expected steps of one in a call without attention_mask, got others "
+            "(several sequences may be packed into one)",
         )

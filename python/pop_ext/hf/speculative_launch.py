@@ -17,7 +17,7 @@ from pop_ext.hf.dispatch import Call
 from pop_ext.hf.inputs import PrefillRequest
 from pop_ext.hf.native_backend import NativeBackend
 from pop_ext.hf.native_model import NativeModel, PrefillOutput
-from pop_ext.hf.patches import runs_as_written, unsupported_reason
+from pop_ext.hf.patches import is_unpatched, unsupported_reason
 
 ENABLED = False
 """Whether ``enable`` uses it. It stays off until a measurement on a GPU shows a gain."""
@@ -56,7 +56,7 @@ class SpeculativeBackend(NativeBackend):
             self.native is native
             and native.inner.matches(model)
             and unsupported_reason(model, native.inner) is None
-            and native.written_weight() is None
+            and native.overwritten_weight() is None
         )
 
     def _may_launch(self, model: nn.Module, native: NativeModel) -> bool:
@@ -70,7 +70,7 @@ class SpeculativeBackend(NativeBackend):
         if native.description.model() is not model:
             return False
         rotary = decoder_of(model).rotary_emb
-        return native.inner.has(rotary) and runs_as_written(rotary)
+        return native.inner.has(rotary) and is_unpatched(rotary)
 
 
 class _Outdated(Exception):

@@ -1,4 +1,4 @@
-"""Vision-language models: transformers' own wrapper around a native prefill of the language model.
+"""VisionSpec-language models: transformers' own wrapper around a native prefill of the language model.
 
 The wrapper (``model.model``) runs the vision tower, puts its features among the embeddings and counts positions. It
 runs on a shallow copy whose language model is replaced. The model itself stays untouched, so other threads may use it.
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from pop_ext.hf.architectures import Vision
-from pop_ext.hf.compat import field_of_cache, with_cache
+from pop_ext.hf.architectures import VisionSpec
+from pop_ext.hf.compat import cache_field, with_cache
 from pop_ext.hf.inputs import PrefillRequest
 from pop_ext.hf.restore import shallow_clone
 
 
 def run_wrapper(
-    wrapper: Any, spec: Vision, request: PrefillRequest, run_decoder: Callable[[PrefillRequest], Any]
+    wrapper: Any, spec: VisionSpec, request: PrefillRequest, run_decoder: Callable[[PrefillRequest], Any]
 ) -> Any:
     """Run a wrapper's stock forward with a prefill in the place of its language model.
 
@@ -60,7 +60,7 @@ def run_wrapper(
         )
         return BaseModelOutputWithPast(
             last_hidden_state=outputs[0].hidden_states,
-            **field_of_cache(BaseModelOutputWithPast, outputs[0].past_key_values),
+            **cache_field(BaseModelOutputWithPast, outputs[0].past_key_values),
         )
 
     decoder = shallow_clone(wrapper.language_model)
@@ -78,7 +78,7 @@ def run_wrapper(
     return replace(outputs[0], wrapper_output=result)
 
 
-def _decoder_positions(request: PrefillRequest, spec: Vision, position_ids: torch.Tensor | None) -> torch.Tensor:
+def _decoder_positions(request: PrefillRequest, spec: VisionSpec, position_ids: torch.Tensor | None) -> torch.Tensor:
     """Return the positions that the wrapper gives its language model, packed; the request's where it gives none."""
     packed = request.packed
     if position_ids is None:
@@ -88,7 +88,7 @@ def _decoder_positions(request: PrefillRequest, spec: Vision, position_ids: torc
             position_ids = position_ids[-3:]  # of four axes the first is that of text, for masks
         # Positions that were counted from a mask begin with the past.
         positions = packed.pack_positions(position_ids[..., -packed.columns :]).to(request.positions.device)
-    return positions.expand(3, -1) if spec.has_axes else positions  # text has one position on all axes
+    return positions.expand(3, -1) if spec.uses_mrope else positions  # text has one position on all axes
 
 
 def _packed_features(

@@ -1,4 +1,4 @@
-"""From a Hugging Face model to the runtime's ModelSpec and the places of its weights."""
+"""Map a Hugging Face model to the runtime's ``ModelSpec`` and find its weights."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ import torch
 from torch import nn
 
 from pop_ext import _core
-from pop_ext.hf.architectures import FAMILIES, Family, UnsupportedModelError, decoder_of, dropped_softcap, family_of
+from pop_ext.hf.architectures import (
+    FAMILIES,
+    Family,
+    UnsupportedModelError,
+    decoder_of,
+    dropped_softcap_reason,
+    family_of,
+)
 from pop_ext.hf.compat import check_module
 
-# What a family without the module leaves out of its spec.
+# Weights that a model of a family may lack. The spec then says so.
 _OPTIONAL = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "o_bias", "gate_bias", "up_bias", "down_bias")
 
-# Slots of a sparse layer -> what the names of their modules' classes end with.
-_EXPERTS = {"router": "TopKRouter", "experts_gate_up": "Experts", "experts_down": "Experts"}
+# Weight of a sparse layer -> class name of its module without the family's prefix.
+_EXPERT_CLASSES = {"router": "TopKRouter", "experts_gate_up": "Experts", "experts_down": "Experts"}
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -37,18 +44,22 @@ _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: 
 
 @dataclass(frozen=True)
 class WeightRef:
-    """A parameter by its place in the model, so that a reassigned one, or one of a replaced module, is noticed.
+    """Refer to a parameter by its path in the model, so that a replaced parameter or module is noticed.
 
-    ``rows``: of a fused matrix, those that are the slot's; None: all.
+    Attributes:
+        slot: the runtime's name of the weight.
+        model: weak, because an enabled model owns its description: a strong reference would be a cycle.
+        path: names from the model down to the parameter.
+        rows: (first, end) of this weight in a fused matrix; None: all rows.
     """
 
     slot: str
-    model: weakref.ref[nn.Module]  # an enabled model owns its description: a strong reference would be a cycle
+    model: weakref.ref[nn.Module]
     path: tuple[str, ...]
     rows: tuple[int, int] | None = None
 
     def find(self) -> torch.Tensor | None:
-        """The parameter that is there now; None if there is none any more."""
+        """Return the whole parameter that is at the path now, or None if there is none any more."""
         *parents, name = self.path
         module = self.model()
         for parent in parents:
@@ -57,7 +68,7 @@ class WeightRef:
 
     @property
     def tensor(self) -> torch.Tensor:
-        """What the runtime reads: the parameter, or a view of its rows."""
+        """The parameter or, of a fused matrix, a view of the rows of this weight: what the runtime reads."""
         tensor = self.find()
         assert tensor is not None
         return tensor if self.rows is None else tensor.detach()[slice(*self.rows)]
@@ -65,36 +76,54 @@ class WeightRef:
 
 @dataclass(frozen=True)
 class Description:
-    """What ``describe`` found: the family, the spec and, in its order, where each weight is."""
+    """Describe a model to the runtime. Made by ``describe``.
+
+    Attributes:
+        family: architecture of the model.
+        spec: its shapes.
+        weights: its weights in the order of ``ModelSpec.weight_slots``.
+    """
 
     family: Family
     spec: _core.ModelSpec
     weights: list[WeightRef]
 
     def model(self) -> nn.Module | None:
-        """The model that was described; None: nobody has it any more."""
+        """Return the described model, or None if it no longer exists."""
         return self.weights[0].model()
 
 
 def describe(model: Any) -> Description:
-    """Maps a Hugging Face causal language model to the runtime's spec and weights.
+    """Map a Hugging Face causal language model to the runtime's spec and weights.
 
     Raises:
-        UnsupportedModelError: architecture, module, dtype or placement the native runtime has no form for.
-        TypeError: no model at all.
+        UnsupportedModelError: The native runtime does not support the architecture, a module, or the dtype, device or
+            layout of a weight.
+        TypeError: ``model`` is no ``nn.Module``.
     """
     check_module(model)
     description = map_weights(model)
-    _check_placement(description.weights)
+    _check_tensors(description.weights)
     return description
 
 
 def map_weights(model: Any) -> Description:
-    """``describe`` without a look at where the weights are: they may be on the meta device."""
-    family = _family_of(model)
-    decoder = decoder_of(model)
-    layers = list(decoder.layers)
+    """Like ``describe``, without checking the tensors themselves: they may be on the meta device."""
+    family = _check_family(model)
     config = model.config.get_text_config(decoder=True)
+    _check_decoder(family, decoder_of(model), config)
+    paths = {"embed_tokens": f"{family.decoder}.embed_tokens.weight", "norm": f"{family.decoder}.norm.weight"}
+    for index in range(config.num_hidden_layers):
+        for slot, path in family.paths(config, index).items():
+            paths[f"layers.{index}.{slot}"] = f"{family.decoder}.layers.{index}.{path}"
+    refs = {slot: ref for slot, path in paths.items() if (ref := _weight_ref(slot, model, path, family)) is not None}
+    spec = _make_spec(family, model, refs)
+    return Description(family, spec, _order_weights(spec, refs))
+
+
+def _check_decoder(family: Family, decoder: Any, config: Any) -> None:
+    """Raise UnsupportedModelError unless a decoder has the layers and the module classes of its family."""
+    layers = list(decoder.layers)
     root = family.decoder
     if len(layers) != config.num_hidden_layers:
         raise UnsupportedModelError(
@@ -107,38 +136,42 @@ def map_weights(model: Any) -> Description:
         _check_class(layer.mlp, f"{family.prefix}{kind}", f"{root}.layers.{index}.mlp")
     _check_class(decoder.norm, f"{family.prefix}RMSNorm", f"{root}.norm")
     _check_class(decoder.rotary_emb, f"{family.prefix}RotaryEmbedding", f"{root}.rotary_emb")
-    places = {"embed_tokens": f"{root}.embed_tokens.weight", "norm": f"{root}.norm.weight"}
-    for index in range(len(layers)):
-        for slot, path in family.paths(config, index).items():
-            places[f"layers.{index}.{slot}"] = f"{root}.layers.{index}.{path}"
-    refs = {slot: ref for slot, path in places.items() if (ref := _ref(slot, model, path, family)) is not None}
-    spec = _spec(family, model, refs)
-    users = Counter(ref.path for ref in refs.values())
-    taken: Counter[tuple[str, ...]] = Counter()  # rows of fused matrices
+
+
+def _order_weights(spec: _core.ModelSpec, refs: dict[str, WeightRef]) -> list[WeightRef]:
+    """Return the weights in the order of the spec, with their rows in fused matrices.
+
+    Raises:
+        UnsupportedModelError: A weight is missing, is one too many, or has another shape than the spec says.
+    """
+    remaining = dict(refs)
+    slots_per_path = Counter(ref.path for ref in refs.values())
+    fused_rows: Counter[tuple[str, ...]] = Counter()  # rows of each fused matrix that are assigned so far
     weights = []
     for name, _layer, shape in spec.weight_slots():
-        ref = refs.pop(name, None)
+        ref = remaining.pop(name, None)
         if ref is None:
             raise UnsupportedModelError(f"model: expected a weight {name} in every layer, got none")
-        if users[ref.path] > 1:
-            first = taken[ref.path]
+        if slots_per_path[ref.path] > 1:
+            first = fused_rows[ref.path]
             ref = replace(ref, rows=(first, first + shape[0]))
-            taken[ref.path] += shape[0]
+            fused_rows[ref.path] += shape[0]
         if tuple(ref.tensor.shape) != tuple(shape):
             raise UnsupportedModelError(f"weight {name}: expected shape {list(shape)}, got {list(ref.tensor.shape)}")
         weights.append(ref)
     for ref in weights:
         fused = ref.find()
-        if ref.rows is not None and fused is not None and len(fused) != taken[ref.path]:
+        if ref.rows is not None and fused is not None and len(fused) != fused_rows[ref.path]:
             raise UnsupportedModelError(
-                f"weight {'.'.join(ref.path)}: expected {taken[ref.path]} rows, got {len(fused)}"
+                f"weight {'.'.join(ref.path)}: expected {fused_rows[ref.path]} rows, got {len(fused)}"
             )
-    if refs:
-        raise UnsupportedModelError(f"model: expected no further weights, got {', '.join(sorted(refs))}")
-    return Description(family, spec, weights)
+    if remaining:
+        raise UnsupportedModelError(f"model: expected no further weights, got {', '.join(sorted(remaining))}")
+    return weights
 
 
-def _family_of(model: Any) -> Family:
+def _check_family(model: Any) -> Family:
+    """Return the family of a model. Raise UnsupportedModelError if it has none or the checkpoint is quantised."""
     config: Any = getattr(model, "config", None)
     family = family_of(config)
     if family is None:
@@ -149,26 +182,32 @@ def _family_of(model: Any) -> Family:
         _check_class(model.model, family.vision.wrapper, "model.model")
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
-        # A dict as the checkpoint has it, or an object once transformers has read it.
+        # A dict as in the checkpoint, or an object after transformers has parsed it.
         read = quantization.get if isinstance(quantization, dict) else partial(getattr, quantization)
         method = read("quant_method", None) or "unknown method"
-        method = getattr(method, "value", method)  # an enum in configs that transformers has read
+        method = getattr(method, "value", method)  # an enum in a parsed config
         raise UnsupportedModelError(f"model: expected unquantised weights, got a quantised checkpoint ({method})")
     return family
 
 
-def _check_class(module: nn.Module, expected: str, place: str) -> None:
-    # Subclasses in user code may compute something else, generated ones (FSDP, PEFT) do.
+def _check_class(module: nn.Module, expected: str, path: str) -> None:
+    """Raise UnsupportedModelError unless a module's class has the expected name."""
+    # Compare names, no isinstance: subclasses in user code may compute something else, generated ones (FSDP, PEFT) do.
     found = type(module)
     if found.__module__.startswith("peft."):
         raise UnsupportedModelError(
-            f"{place}: expected a {expected}, got {found.__module__}.{found.__name__} ({_MERGE})"
+            f"{path}: expected a {expected}, got {found.__module__}.{found.__name__} ({_MERGE})"
         )
     if found.__name__ != expected:
-        raise UnsupportedModelError(f"{place}: expected a {expected}, got {found.__name__}")
+        raise UnsupportedModelError(f"{path}: expected a {expected}, got {found.__name__}")
 
 
-def _ref(slot: str, model: nn.Module, path: str, family: Family) -> WeightRef | None:
+def _weight_ref(slot: str, model: nn.Module, path: str, family: Family) -> WeightRef | None:
+    """Return a reference to a weight, or None if it is optional and the model lacks it.
+
+    Raises:
+        UnsupportedModelError: The module at the path is of another class than the family's, or lacks the parameter.
+    """
     *parents, name = path.split(".")
     kind = slot.rpartition(".")[2]
     module = model
@@ -176,8 +215,8 @@ def _ref(slot: str, model: nn.Module, path: str, family: Family) -> WeightRef | 
         module = getattr(module, parent)
     if slot == "embed_tokens":
         _check_class(module, family.embedding, path.rpartition(".")[0])
-    elif kind in _EXPERTS:
-        _check_class(module, f"{family.prefix}{_EXPERTS[kind]}", path.rpartition(".")[0])
+    elif kind in _EXPERT_CLASSES:
+        _check_class(module, f"{family.prefix}{_EXPERT_CLASSES[kind]}", path.rpartition(".")[0])
     elif not slot.endswith(("_proj", "_bias")):
         _check_class(module, f"{family.prefix}RMSNorm", path.rpartition(".")[0])
     elif type(module) is not nn.Linear:
@@ -193,11 +232,12 @@ def _ref(slot: str, model: nn.Module, path: str, family: Family) -> WeightRef | 
 
 
 def _devices() -> tuple[str, ...]:
-    """Device types that this build has kernels for."""
+    """Return the device types that this build has kernels for."""
     return ("cpu", "cuda") if _core.build_info()["cuda"] else ("cpu",)
 
 
-def _check_placement(weights: list[WeightRef]) -> None:
+def _check_tensors(weights: list[WeightRef]) -> None:
+    """Raise UnsupportedModelError unless all weights are plain tensors of one dtype on one supported device."""
     first = weights[0].tensor
     for ref in weights:
         tensor = ref.tensor
@@ -226,28 +266,43 @@ def _check_placement(weights: list[WeightRef]) -> None:
             )
 
 
-def _spec(family: Family, model: Any, refs: dict[str, WeightRef]) -> _core.ModelSpec:
-    config, decoder = model.config.get_text_config(decoder=True), decoder_of(model)
-    attention = decoder.layers[0].self_attn
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _check_config(family: Family, config: Any, head_dim: int, refs: dict[str, WeightRef]) -> None:
+    """Raise UnsupportedModelError for a config whose results the native runtime does not reproduce."""
     if head_dim % 8 != 0 or not 8 <= head_dim <= 256:
         raise UnsupportedModelError(f"config.head_dim: expected a multiple of 8 up to 256, got {head_dim}")
     if getattr(config, "use_bidirectional_attention", False):
         raise UnsupportedModelError("config.use_bidirectional_attention: expected a causal model, got True")
     if family.norms_over_heads and "layers.0.q_bias" in refs:
         raise UnsupportedModelError("config.attention_bias: expected none before norms over all heads, got True")
-    dropped = dropped_softcap(config)
-    if dropped is not None:
-        raise UnsupportedModelError(dropped)
-    found = getattr(config, family.activation)
-    activation = _ACTIVATIONS.get(found)
-    if activation is None:
+    reason = dropped_softcap_reason(config)
+    if reason is not None:
+        raise UnsupportedModelError(reason)
+    activation = getattr(config, family.activation)
+    if activation not in _ACTIVATIONS:
         raise UnsupportedModelError(
-            f"config.{family.activation}: expected one of {', '.join(sorted(_ACTIVATIONS))}, got {found}"
+            f"config.{family.activation}: expected one of {', '.join(sorted(_ACTIVATIONS))}, got {activation}"
         )
+    dtype = refs["embed_tokens"].tensor.dtype
+    if dtype not in _DTYPES:
+        raise UnsupportedModelError(f"model: expected float32, bfloat16 or float16 weights, got {dtype}")
+
+
+def _make_spec(family: Family, model: Any, refs: dict[str, WeightRef]) -> _core.ModelSpec:
+    """Make the runtime's spec of a model.
+
+    Args:
+        family: of the model.
+        model: the model.
+        refs: its weights by the runtime's names. Which optional ones exist decides on biases and norms.
+
+    Raises:
+        UnsupportedModelError: The native runtime does not reproduce what the config asks for.
+    """
+    config, decoder = model.config.get_text_config(decoder=True), decoder_of(model)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    _check_config(family, config, head_dim, refs)
+    attention = decoder.layers[0].self_attn
     embedding = refs["embed_tokens"].tensor
-    if embedding.dtype not in _DTYPES:
-        raise UnsupportedModelError(f"model: expected float32, bfloat16 or float16 weights, got {embedding.dtype}")
     layers = range(config.num_hidden_layers)
     return _core.ModelSpec(
         architecture=family.model_type,
@@ -262,7 +317,7 @@ def _spec(family: Family, model: Any, refs: dict[str, WeightRef]) -> _core.Model
         vocab_size=embedding.shape[0],
         rms_norm_eps=config.rms_norm_eps,
         attention_scale=getattr(attention, "scaling", None) or 1.0 / math.sqrt(head_dim),
-        activation=activation,
+        activation=_ACTIVATIONS[getattr(config, family.activation)],
         qkv_bias="layers.0.q_bias" in refs,
         o_bias="layers.0.o_bias" in refs,
         mlp_bias=any(slot.endswith(".gate_bias") for slot in refs),
@@ -275,12 +330,12 @@ def _spec(family: Family, model: Any, refs: dict[str, WeightRef]) -> _core.Model
         attention_softcap=(config.attn_logit_softcapping or 0.0) if family.caps_scores else 0.0,
         window=[family.window(config, layer) for layer in layers],
         rope_table=[_rope_table(family, config, layer) for layer in layers],
-        **_experts(family, config),
+        **_expert_fields(family, config),
     )
 
 
-def _experts(family: Family, config: Any) -> dict[str, Any]:
-    """What the spec says of sparse layers; nothing without any."""
+def _expert_fields(family: Family, config: Any) -> dict[str, Any]:
+    """Return the fields of the spec that describe experts; empty for a model without sparse layers."""
     layers = range(config.num_hidden_layers)
     if family.experts is None or not any(family.is_sparse(config, layer) for layer in layers):
         return {}
@@ -294,20 +349,23 @@ def _experts(family: Family, config: Any) -> dict[str, Any]:
 
 
 def _embed_scale(embedding: Any, dtype: torch.dtype) -> float:
-    """What ids' embeddings are multiplied by, rounded to the dtype as the stock model rounds it."""
+    """Return the factor that embeddings of ids are multiplied by, rounded to the dtype as in the stock model."""
     scale = getattr(embedding, "embed_scale", None)
     if scale is None:
         return 1.0
     if scale.device.type == "meta":
         scale = torch.tensor(embedding.scalar_embed_scale, device="cpu")
-    return float(scale.to(dtype))  # the buffer's value: that of a widened model stays rounded as it was
+    # Read the buffer, not the Python number: after a cast to a wider dtype the stock model keeps the rounded value.
+    return float(scale.to(dtype))
 
 
 def _rope_table(family: Family, config: Any, layer: int) -> int:
+    """Return which of the runtime's cos and sin tables a layer reads."""
     return family.rope_kinds.index(config.layer_types[layer]) if family.rope_kinds else 0
 
 
 def _rotary_dim(family: Family, rotary: Any) -> int:
+    """Return how many dimensions of a head RoPE rotates. Raise UnsupportedModelError if layers differ in this."""
     names = [f"{kind}_inv_freq" for kind in family.rope_kinds if kind in rotary.layer_types] or ["inv_freq"]
     widths = {2 * getattr(rotary, name).numel() for name in names}
     if len(widths) != 1:
@@ -316,37 +374,43 @@ def _rotary_dim(family: Family, rotary: Any) -> int:
 
 
 class WeightStamps:
-    """The parameters that a model was loaded from, and what they were."""
+    """Notice parameters that were replaced or overwritten since they were loaded, as far as Python can tell.
+
+    Args:
+        refs: the loaded weights.
+    """
 
     def __init__(self, refs: list[WeightRef]) -> None:
         self._refs = refs
         self._tensors: list[Any] = [ref.find() for ref in refs]
         self._versions = self._current_versions()
         self._fused = [(ref, tensor) for ref, tensor in zip(refs, self._tensors, strict=True) if ref.rows is not None]
-        self._facts = self._current_facts()
+        self._layouts = self._current_layouts()
 
     def _current_versions(self) -> list[int]:
         return [-1 if tensor.is_inference() else tensor._version for tensor in self._tensors]
 
-    def _current_facts(self) -> list[tuple[object, ...]]:
-        # The runtime looks at these of what it reads, but of fused parameters that is only a view. Through .data all of
-        # them can change under one version: a transposed square matrix keeps even its address.
+    def _current_layouts(self) -> list[tuple[object, ...]]:
+        # Needed for fused parameters only: the runtime compares the layouts of the tensors that it reads, and of these
+        # it reads views, which do not follow the parameter. An assignment to .data can change the layout without the
+        # version counter. A transposed square matrix even keeps its address.
         return [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for _, tensor in self._fused]
 
-    def moved(self) -> str | None:
-        """The slot of a parameter that is not where it was, None: of none."""
+    def replaced_parameter(self) -> str | None:
+        """Return the slot of a parameter that is no longer at its path in the model, or None."""
         for ref, tensor in zip(self._refs, self._tensors, strict=True):
             if ref.find() is not tensor:
                 return ref.slot
         return None
 
-    def written(self) -> str | None:
-        """The slot of a parameter that somebody wrote to, as far as Python sees; None: of none."""
-        versions, facts = self._current_versions(), self._current_facts()
+    def overwritten_parameter(self) -> str | None:
+        """Return the slot of a parameter whose version counter or, if fused, layout has changed, or None."""
+        versions, layouts = self._current_versions(), self._current_layouts()
         if versions != self._versions:
             return self._refs[_first_difference(versions, self._versions)].slot
-        return None if facts == self._facts else self._fused[_first_difference(facts, self._facts)][0].slot
+        return None if layouts == self._layouts else self._fused[_first_difference(layouts, self._layouts)][0].slot
 
 
 def _first_difference(one: Sequence[object], other: Sequence[object]) -> int:
+    """Return the index of the first unequal pair of items."""
     return next(index for index, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)

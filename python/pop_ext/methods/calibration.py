@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pop_ext.hf.compat import uncompiled
 from pop_ext.hf.forward import PrefillForward
-from pop_ext.hf.restore import forward_place
+from pop_ext.hf.restore import forward_attribute
 
 Batches = Iterable[Tensor]
 """Sequences of a calibration: int [batch, T] each, without padding; T may differ between batches."""
@@ -58,7 +58,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             raise ValueError(f"model: expected parameters made outside inference mode, got {name} made within")
     training = [module for module in model.modules() if module.training]
     wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    forward = model.__dict__.get(forward_place(model))
+    forward = model.__dict__.get(forward_attribute(model))
     try:
         model.eval()
         for parameter in wanting:

@@ -22,7 +22,7 @@ from transformers import Cache, DynamicCache
 
 from pop_ext.hf.compat import cache_argument, uncompiled, with_cache
 from pop_ext.hf.modules import DecoderModules, Module, family_function, find_parts
-from pop_ext.hf.restore import forward_place, module_restored_on_error, replaced_forward
+from pop_ext.hf.restore import forward_attribute, module_restored_on_error, replaced_forward
 from pop_ext.plans.projections import Projections, key_value_weights, without_gamma
 from pop_ext.reference.caches import (
     OneSequence,
@@ -287,7 +287,7 @@ def omitted_layers(layers: Sequence[Module], plan: PlanLike) -> Iterator[None]:
         for index in plan.omit:
             matrix = None if fitted is None else fitted.matrices[index]
             layer = layers[index]
-            stack.enter_context(replaced_forward(layer, omitted_forward(layer, matrix), forward_place(layer)))
+            stack.enter_context(replaced_forward(layer, omitted_forward(layer, matrix), forward_attribute(layer)))
         yield
 
 

@@ -51,7 +51,7 @@ ENABLED = [
         "`logits_to_keep=0` (all rows) under `strict=True`",
         lambda w: forward(w, logits_to_keep=0),
         pop_ext.PrefillDeclined,
-        "logits_to_keep=0: logits of all rows are wanted",
+        "logits_to_keep=0: logits of all rows are requested",
         strictly,
     ),
     Case(
