@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.patches import InnerModules
-from pop_ext.hf.weight_map import Description, WeightStamps
+from pop_ext.hf.weight_map import Description, WeightRef
 from pop_ext.plans.plan import Plan
 
 
@@ -51,6 +53,49 @@ class LoadedWeights:
     def overwritten_weight(self) -> str | None:
         """Like ``stale_weight``, but the caller knows that no parameter was replaced: ``inner`` matches the model."""
         return self._stamps.overwritten_parameter() or torch.ops.pop.stale_weight(self.handle) or None
+
+
+class WeightStamps:
+    """Notice parameters that were replaced or overwritten since they were loaded, as far as Python can tell.
+
+    Args:
+        refs: the loaded weights.
+    """
+
+    def __init__(self, refs: list[WeightRef]) -> None:
+        self._refs = refs
+        self._tensors: list[Any] = [ref.find() for ref in refs]
+        self._versions = self._current_versions()
+        self._fused = [(ref, tensor) for ref, tensor in zip(refs, self._tensors, strict=True) if ref.rows is not None]
+        self._layouts = self._current_layouts()
+
+    def _current_versions(self) -> list[int]:
+        return [-1 if tensor.is_inference() else tensor._version for tensor in self._tensors]
+
+    def _current_layouts(self) -> list[tuple[object, ...]]:
+        # Needed for fused parameters only: the runtime compares the layouts of the tensors that it reads, and of these
+        # it reads views, which do not follow the parameter. An assignment to .data can change the layout without the
+        # version counter. A transposed square matrix even keeps its address.
+        return [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for _, tensor in self._fused]
+
+    def replaced_parameter(self) -> str | None:
+        """Return the slot of a parameter that is no longer at its path in the model, or None."""
+        for ref, tensor in zip(self._refs, self._tensors, strict=True):
+            if ref.find() is not tensor:
+                return ref.slot
+        return None
+
+    def overwritten_parameter(self) -> str | None:
+        """Return the slot of a parameter whose version counter or, if fused, layout has changed, or None."""
+        versions, layouts = self._current_versions(), self._current_layouts()
+        if versions != self._versions:
+            return self._refs[_first_difference(versions, self._versions)].slot
+        return None if layouts == self._layouts else self._fused[_first_difference(layouts, self._layouts)][0].slot
+
+
+def _first_difference(one: Sequence[object], other: Sequence[object]) -> int:
+    """Return the index of the first unequal pair of items."""
+    return next(index for index, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
 
 
 def check_options(fp8: bool, prepack: bool) -> None:

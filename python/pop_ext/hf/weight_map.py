@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -371,46 +370,3 @@ def _rotary_dim(family: Family, rotary: Any) -> int:
     if len(widths) != 1:
         raise UnsupportedModelError(f"config.rope_parameters: expected one rotary width, got {sorted(widths)}")
     return widths.pop()
-
-
-class WeightStamps:
-    """Notice parameters that were replaced or overwritten since they were loaded, as far as Python can tell.
-
-    Args:
-        refs: the loaded weights.
-    """
-
-    def __init__(self, refs: list[WeightRef]) -> None:
-        self._refs = refs
-        self._tensors: list[Any] = [ref.find() for ref in refs]
-        self._versions = self._current_versions()
-        self._fused = [(ref, tensor) for ref, tensor in zip(refs, self._tensors, strict=True) if ref.rows is not None]
-        self._layouts = self._current_layouts()
-
-    def _current_versions(self) -> list[int]:
-        return [-1 if tensor.is_inference() else tensor._version for tensor in self._tensors]
-
-    def _current_layouts(self) -> list[tuple[object, ...]]:
-        # Needed for fused parameters only: the runtime compares the layouts of the tensors that it reads, and of these
-        # it reads views, which do not follow the parameter. An assignment to .data can change the layout without the
-        # version counter. A transposed square matrix even keeps its address.
-        return [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for _, tensor in self._fused]
-
-    def replaced_parameter(self) -> str | None:
-        """Return the slot of a parameter that is no longer at its path in the model, or None."""
-        for ref, tensor in zip(self._refs, self._tensors, strict=True):
-            if ref.find() is not tensor:
-                return ref.slot
-        return None
-
-    def overwritten_parameter(self) -> str | None:
-        """Return the slot of a parameter whose version counter or, if fused, layout has changed, or None."""
-        versions, layouts = self._current_versions(), self._current_layouts()
-        if versions != self._versions:
-            return self._refs[_first_difference(versions, self._versions)].slot
-        return None if layouts == self._layouts else self._fused[_first_difference(layouts, self._layouts)][0].slot
-
-
-def _first_difference(one: Sequence[object], other: Sequence[object]) -> int:
-    """Return the index of the first unequal pair of items."""
-    return next(index for index, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
