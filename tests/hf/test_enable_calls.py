@@ -166,7 +166,7 @@ def test_hooks_on_the_model_and_its_head_fire_as_before():
 
 
 @pytest.mark.parametrize("build", [llama, mistral, qwen2])
-def test_a_fresh_model_has_no_patch(build):
+def test_a_fresh_model_carries_no_foreign_code(build):
     assert InnerModules(build()).find_patch() is None
 
 

@@ -1,1 +1,1 @@
-"""The Hugging Face side: what a model, its caches and its calls meet, in the order of a call."""
+"""Run Hugging Face models: read their weights, answer their calls and fill their caches."""

@@ -9,13 +9,14 @@ from pop_ext.plans.plan import Plan
 
 @dataclass(frozen=True)
 class Decision:
-    """What runs a call of an enabled model, and why. ``str()`` of it is a sentence.
+    """Report what runs a call of an enabled model, and why. ``str()`` of it is a sentence.
 
     Attributes:
         backend: "native", "reference" or "stock".
         rule: name of the rule that decided, for programs: "prefill", "decode", "labels", "mask", ...
         reason: one sentence, for people.
-        declined: whether the stock forward runs a call that is or may be a prefill, because of ``reason``.
+        declined: whether the stock forward runs the call although it is or may be a prefill. ``strict=True`` raises
+            then. False for a decode step, for example.
         plan: the plan of the enabled model.
         tokens: real new tokens of each sequence; empty for "stock".
         boundary: rows of each sequence that run at full depth; empty for "stock".
@@ -50,7 +51,7 @@ class Decision:
 
 
 class Decline(Exception):
-    """The stock forward must run this call.
+    """Raised where the stock forward must run a call.
 
     Attributes:
         rule, reason, declined: as in ``Decision``.

@@ -24,11 +24,11 @@ from pop_ext.plans.plan import Plan
 
 @dataclass(frozen=True)
 class Call:
-    """A call of ``forward`` that is a prefill by its arguments.
+    """Represent a call of ``forward`` whose arguments ask for a prefill.
 
     Attributes:
         arguments: by name, the cache as ``past_key_values``.
-        decision: what would run it.
+        decision: reports that the backend runs it.
         mask: 2-D padding mask, whatever form the call's mask had. None: no padding.
         packed: the real new tokens.
         spans: new tokens that attend to each other in both directions.
@@ -42,7 +42,7 @@ class Call:
 
 
 class Runner(Protocol):
-    """A model that is ready to run requests: ``NativeModel`` or another backend's."""
+    """Run validated requests on one model. ``NativeModel`` is a runner; other backends bring their own."""
 
     def check_values(self, request: PrefillRequest) -> None:
         """Raise ValueError or TypeError for values that the model cannot take, such as ids outside its vocabulary."""
@@ -52,13 +52,13 @@ class Runner(Protocol):
 
 
 class Backend(Protocol):
-    """Where prefills of an enabled model run. ``enable`` makes one and hands it to ``PrefillForward``.
+    """Run the prefills of an enabled model. ``enable`` makes one and passes it to ``PrefillForward``.
 
     Attributes:
         name: "native" or "reference", as ``Decision.backend`` shows it.
         plan: what its prefills omit.
         fp8: whether its products are in 8-bit floats.
-        calls_model: whether a run calls the model itself, whose stock forward must answer then.
+        calls_model: whether a run calls the model's ``forward``. The stock one must answer such calls.
     """
 
     name: str
@@ -70,10 +70,10 @@ class Backend(Protocol):
         """Prepare to run ``model``. Raise ValueError if it cannot run."""
 
     def validate(self, model: nn.Module, call: Call) -> Runner:
-        """Return what runs ``call`` on the model as it is now. Raise ``Decline`` if the model cannot run here."""
+        """Return a runner for ``call`` on the model as it is now. Raise ``Decline`` if the backend cannot run it."""
 
     def bind(self, model: nn.Module, call: Call) -> Runner:
-        """Like ``validate``, but the validation may be left to the run, which then raises ``Decline``."""
+        """Like ``validate``, but the runner may validate the model during its run, and raise ``Decline`` then."""
 
 
 def dispatch(
@@ -89,7 +89,7 @@ def dispatch(
 
     Raises:
         Decline: The stock forward must run the call.
-        ValueError, TypeError: An argument that no forward can take.
+        ValueError, TypeError: An argument that the stock forward could not take either.
     """
     call = classify(model, backend, arguments, replaced)
     runner = backend.bind(model, call)
@@ -127,9 +127,9 @@ def classify(model: nn.Module, backend: Backend, arguments: dict[str, Any], repl
     plan = backend.plan
     mask, packed, spans = check_prefill(model, plan, arguments)
     if is_patched_class(type(model)) or not (replaced is None or is_own_forward(model, replaced)):
-        raise Decline("model", "a replaced forward: it was there before enable, and may do more than transformers' own")
+        raise Decline("model", "a replaced forward: set before enable, it may do more than transformers' own")
     keep = arguments["logits_to_keep"]
-    # Judged per sequence, so that batch mates never change a result.
+    # Decided for each sequence by itself: the other sequences of a batch never change a result.
     boundaries = [t if t < plan.min_tokens else min(max(plan.boundary, keep), t) for t in packed.tokens]
     boundary = tuple(snap_to_span_start(boundaries, packed.tokens, spans))
     full = all(t == b for t, b in zip(packed.tokens, boundary, strict=True))
@@ -141,7 +141,11 @@ def classify(model: nn.Module, backend: Backend, arguments: dict[str, Any], repl
 
 
 def _make_request(model: nn.Module, call: Call) -> PrefillRequest:
-    """Pack a call that has been checked."""
+    """Make the request of a checked call.
+
+    Positions: those of the call, else counted by column as the stock forward does. In a vision-language model the
+    wrapper gives the positions of its own call, and those counted by column serve where it gives none.
+    """
     vision = vision_of(model)
     arguments, packed, decision = call.arguments, call.packed, call.decision
     tokens = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]

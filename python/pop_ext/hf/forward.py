@@ -24,10 +24,10 @@ from pop_ext.hf.restore import shallow_clone
 from pop_ext.hf.rules import is_decode
 from pop_ext.plans.plan import Plan
 
-# Packages whose frames are not the caller that a warning points to.
+# A warning points to the nearest frame outside these packages.
 _NOT_THE_CALLER = ("pop_ext", "torch", "transformers", "contextlib")
 
-# Fields of a wrapper's output that the model's own output does not take over.
+# Fields of a vision wrapper's output that are not copied to the model's output.
 _OWN_FIELDS = {"loss", "logits", "hidden_states", "attentions", OLD_CACHE_NAME, NEW_CACHE_NAME}
 
 
@@ -36,9 +36,9 @@ class PrefillDeclined(RuntimeError):
 
 
 class PrefillForward:
-    """The ``forward`` of an enabled model.
+    """Answer calls of an enabled model: run prefills on the backend, and all other calls by the stock forward.
 
-    It travels with the model through deepcopy and pickle. A shallow copy (``copy.copy``) shares it with the original,
+    Deepcopy and pickle of the model copy this object, too. A shallow copy (``copy.copy``) shares it with the original,
     as it shares all modules, until one of the two is enabled or disabled by itself.
 
     Attributes:
@@ -69,9 +69,9 @@ class PrefillForward:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # The model owns this object: a reference back would keep a deleted model's memory until the collector runs.
+        # Weak: the model owns this object, and a cycle would keep a deleted model until the garbage collector runs.
         self._model = weakref.ref(state["model"])
-        self._clone: nn.Module = state["clone"]  # stands for the model when only a shallow copy of it is left
+        self._clone: nn.Module = state["clone"]  # used when the model is gone and a shallow copy of it is left
         self.backend: Backend = state["backend"]
         self.strict: bool = state["strict"]
         self.replaced: Any = state["replaced"]
@@ -92,10 +92,11 @@ class PrefillForward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        # Generation reads it to know which arguments the model takes.
+        # generate reads it to find out which arguments the model takes.
         return _signature_of(type(self.model).forward) if self.replaced is None else inspect.signature(self.replaced)
 
-    # Compilers trace a decode step, run the rest of this frame as it is, and compile the stock forward below it.
+    # torch.compile traces decode steps here. The other calls leave the graph in _prefill_or_stock, below which only the
+    # stock forward is compiled.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_decode(args, kwargs):
             return self.stock(*args, **kwargs)
@@ -110,6 +111,7 @@ class PrefillForward:
 
     @torch.compiler.disable(recursive=False)
     def _prefill_or_stock(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a call that may be a prefill: on the backend if ``dispatch`` accepts it, else by the stock forward."""
         if getattr(self._inside, "active", False):
             return self.stock(*args, **kwargs)
         output = self._prefill(args, kwargs)
@@ -141,7 +143,7 @@ class PrefillForward:
 
     @contextmanager
     def stock_inside(self) -> Iterator[None]:
-        """Run the stock forward for calls of the model that this thread makes inside the block."""
+        """Send calls of the model to the stock forward inside the block, in this thread only."""
         before = getattr(self._inside, "active", False)
         self._inside.active = True
         try:
@@ -160,7 +162,13 @@ class PrefillForward:
 
 
 def _model_output(model: nn.Module, result: Any, return_dict: bool | None) -> Any:
-    """Make what the model's own ``forward`` returns from a ``PrefillOutput``."""
+    """Convert a ``PrefillOutput`` to what the model's own ``forward`` returns.
+
+    Args:
+        model: the enabled model.
+        result: a ``PrefillOutput``.
+        return_dict: of the call. None: as the config says. False: return a tuple.
+    """
     output_type = output_class(type(model).forward)
     fields = {"logits": result.logits, **cache_field(output_type, result.past_key_values)}
     if result.wrapper_output is not None:

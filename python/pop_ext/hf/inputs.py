@@ -32,13 +32,13 @@ from pop_ext.plans.plan import Plan
 
 @dataclass(frozen=True)
 class PrefillRequest:
-    """A prefill whose arguments are valid. Whoever runs it checks nothing again.
+    """Hold one prefill with valid arguments. ``NativeModel.run`` does not check them again.
 
     Attributes:
         rows: packed new tokens, ``[rows]`` ids or ``[rows, hidden_size]`` embeddings.
         packed: where each sequence lies among the rows and among the slots of the cache.
-        positions: ``[rows]`` int64, or ``[3, rows]`` (time, height, width) in a family with such axes. Of a
-            vision-language model the positions to use where its wrapper gives none.
+        positions: ``[rows]`` int64, or ``[3, rows]`` (time, height, width) with multimodal RoPE. In a
+            vision-language model they are used where its wrapper gives none.
         cache: receives K and V of every new position.
         boundary: per sequence, last rows that run at full depth.
         num_logits: per sequence, last rows that get logits.
@@ -47,8 +47,8 @@ class PrefillRequest:
         spans: new tokens that attend to each other in both directions.
         window_only: leave out K and V of positions that no later token of a sliding window can reach.
         arguments: the call by name, padded: ``input_ids``, ``inputs_embeds``, ``attention_mask`` (2-D or None),
-            ``position_ids``, ``past_key_values`` and the arguments of a vision wrapper. For whatever calls the
-            model's own modules: a vision wrapper, the oracle.
+            ``position_ids``, ``past_key_values`` and the arguments of a vision wrapper. Read by code that calls the
+            model's own modules: the vision wrapper and the oracle.
         feature_index: ``[rows]`` int64, row of each of ``features`` that is added to a row, or -1; None without them.
         features: for each of the first layers ``[image tokens, hidden_size]`` (DeepStack).
     """
@@ -68,7 +68,7 @@ class PrefillRequest:
 
 
 class Target(Protocol):
-    """What the checks of a request need to know of the model that will run it."""
+    """State what the checks of a request read of the model that will run it. ``NativeModel`` is one."""
 
     @property
     def family(self) -> Family: ...
@@ -184,7 +184,7 @@ def check_ids(target: Target, rows: torch.Tensor) -> None:
 
 
 def _check_tokens(target: Target, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-    """Return whichever of the two was given, checked."""
+    """Return the one of ids and embeddings that was given, after checking device, dtype and shape."""
     if (input_ids is None) == (inputs_embeds is None):
         found = "none" if input_ids is None else "both"
         raise ValueError(f"input_ids: expected exactly one of input_ids and inputs_embeds, got {found}")
@@ -196,6 +196,7 @@ def _check_tokens(target: Target, input_ids: torch.Tensor | None, inputs_embeds:
 
 
 def _check_vision_arguments(family: Family, given: Mapping[str, Any]) -> None:
+    """Raise TypeError for an argument that the family's vision wrapper does not take."""
     known = family.vision.arguments if family.vision is not None else frozenset()
     unknown = sorted(set(given) - known)
     if unknown:
@@ -203,11 +204,13 @@ def _check_vision_arguments(family: Family, given: Mapping[str, Any]) -> None:
 
 
 def _spans_of(family: Family, vision: Mapping[str, Any], packed: PackedBatch) -> Spans:
+    """Return the new tokens that attend to each other in both directions; none in most families."""
     name = family.vision.spans_argument if family.vision is not None else None
     return [] if name is None else bidirectional_spans(name, vision.get(name), packed)
 
 
 def _boundary(plan: Plan, boundary: PerSequence | None, packed: PackedBatch) -> list[int]:
+    """Return the boundary rows of each sequence: those given, else the plan's, at most the sequence's tokens."""
     if boundary is None:
         return [min(plan.boundary, tokens) for tokens in packed.tokens]
     values = per_sequence(boundary, packed.batch, "boundary")
@@ -216,6 +219,7 @@ def _boundary(plan: Plan, boundary: PerSequence | None, packed: PackedBatch) -> 
 
 
 def _positions(target: Target, position_ids: torch.Tensor | None, packed: PackedBatch) -> torch.Tensor:
+    """Return packed positions on the model's device: those given, else counted over the real tokens."""
     if position_ids is None:
         return packed.positions().to(target.device)
     if not isinstance(position_ids, torch.Tensor):
@@ -223,19 +227,20 @@ def _positions(target: Target, position_ids: torch.Tensor | None, packed: Packed
     if position_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"position_ids: expected int64 or int32, got {position_ids.dtype}")
     check_device(position_ids, target.device, "position_ids")
-    batch, columns, uses_mrope = packed.batch, packed.columns, target.family.uses_mrope
-    axes = position_ids.unbind() if position_ids.ndim == 3 and uses_mrope else (position_ids,)
-    # Four axes: transformers' own form, positions of text before time, height and width.
+    batch, columns, mrope = packed.batch, packed.columns, target.family.uses_mrope
+    axes = position_ids.unbind() if position_ids.ndim == 3 and mrope else (position_ids,)
+    # transformers itself passes four axes: positions of text, then time, height and width.
     if len(axes) not in (1, 3, 4) or tuple(axes[0].shape) not in ((batch, columns), (1, columns)):
-        of_images = f" or [3, {batch}, {columns}]" if uses_mrope else ""
+        or_axes = f" or [3, {batch}, {columns}]" if mrope else ""
         raise ValueError(
-            f"position_ids: expected shape [{batch}, {columns}] or [1, {columns}]{of_images}, "
+            f"position_ids: expected shape [{batch}, {columns}] or [1, {columns}]{or_axes}, "
             f"got {list(position_ids.shape)}"
         )
     return packed.pack_positions(position_ids[-3:] if len(axes) > 1 else position_ids).to(target.device)
 
 
 def _check_at_most(values: list[int], tokens: list[int], name: str) -> None:
+    """Raise ValueError for a sequence whose value exceeds its number of new tokens."""
     for i, (value, limit) in enumerate(zip(values, tokens, strict=True)):
         if value > limit:
             raise ValueError(f"{name}: expected at most {limit} (the new tokens) for sequence {i}, got {value}")

@@ -19,12 +19,12 @@ from pop_ext.plans.projections import FitMismatch
 
 
 class NativeBackend:
-    """Loads a model natively, and again when its modules or weights have changed.
+    """Load a model natively, and load it again when its modules or weights have changed.
 
-    Copies and pickles carry the options and load anew.
+    Copies and pickles keep only the plan and the options, and load by themselves.
 
     Attributes:
-        native: what is loaded; None before the first load, or while another thread loads.
+        native: the loaded model; None before the first load, or while another thread loads.
     """
 
     name = "native"
@@ -59,30 +59,31 @@ class NativeBackend:
                 raise Decline("cache", str(error)) from error
         return native
 
-    bind = validate  # nothing is left to the run
+    bind = validate  # the run validates nothing
 
     def load(self, model: nn.Module, inner: InnerModules | None = None) -> NativeModel:
-        """Load the model, unless what is loaded is still what the model is.
+        """Load the model, or return the one loaded before if neither modules nor weights have changed.
 
         Args:
             model: the enabled model.
-            inner: its modules, already collected; None: collected here.
+            inner: already collected modules; collected here if None.
 
         Raises:
             UnsupportedModelError: The model has no native form, or no longer has one.
         """
         with self._lock:
             native = self.native
-            if native is not None and native.inner is not inner:  # not collected, or another thread has loaded since
+            if native is not None and native.inner is not inner:  # None, or another thread has loaded since
                 inner = self._inner_modules(model)
             if native is None or native.inner is not inner or native.overwritten_weight() is not None:
-                self.native = native = None  # frees the old folded weights before as much is folded again
+                self.native = native = None  # free the old folded weights before new ones are allocated
                 native = NativeModel(model, self.plan, self.fp8, self.prepack)  # type: ignore[arg-type]
                 native.model = weakref.proxy(model)  # type: ignore[assignment]
                 self.native = native
             return native
 
     def _inner_modules(self, model: nn.Module) -> InnerModules:
+        """Return the loaded model's ``InnerModules`` if they still match, else collect them anew."""
         native = self.native
         if native is not None and native.description.model() is model and native.inner.matches(model):
             return native.inner

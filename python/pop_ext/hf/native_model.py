@@ -148,7 +148,7 @@ class NativeModel:
         return self._loaded.stale_weight()
 
     def overwritten_weight(self) -> str | None:
-        """Like ``stale_weight``, but the caller knows that ``inner`` still are the model's modules."""
+        """Like ``stale_weight``, but the caller knows that no parameter was replaced: ``inner`` matches the model."""
         return self._loaded.overwritten_weight()
 
     def prefill(
@@ -220,9 +220,9 @@ class NativeModel:
         check_ids(self, request.rows)
 
     def run(self, request: PrefillRequest, validate: Callable[[], None] | None = None) -> PrefillOutput:
-        """Run a validated request. Its cache changes only if everything goes well.
+        """Run a validated request. Its cache changes only if the whole call succeeds.
 
-        Weights that changed since they were loaded are not noticed here: ``stale_weight`` finds them.
+        Does not check for weights that changed since they were loaded; ``stale_weight`` does.
 
         Args:
             request: from ``make_request`` or ``dispatch``.
@@ -235,7 +235,7 @@ class NativeModel:
             return self._run_decoder(request, validate)
 
     def _run_decoder(self, request: PrefillRequest, validate: Callable[[], None] | None = None) -> PrefillOutput:
-        """Run the language model of a request: the operator, then the head, then the cache takes what was computed."""
+        """Run the language model of a request: first the operator, then the head, then commit the cache."""
         packed, loaded = request.packed, self._loaded
         transaction, window_only = self._open_cache(request)
         try:
@@ -274,11 +274,16 @@ class NativeModel:
         return PrefillOutput(logits, hidden, request.cache, cu_rows)
 
     def _open_cache(self, request: PrefillRequest) -> tuple[CacheTransaction, bool]:
-        """Open the cache for writing. Also return whether windowed layers may leave out what no later token reaches."""
+        """Open the cache for writing.
+
+        Returns:
+            The transaction, and whether omitted layers with a sliding window write K and V only of positions that a
+            later token can reach.
+        """
         packed, spec = request.packed, self.spec
         like = self._loaded.like.new_empty((0, spec.num_kv_heads, 0, spec.head_dim))
         windowed = [layer for layer in self.plan.omit if spec.window[layer] > 0]
-        # A cache that drops what lies behind the window makes projecting it useless.
+        # K and V before the window would be projected for nothing if the cache drops them anyway.
         window_only = request.window_only or (
             bool(windowed) and keeps_only_windows(request.cache, spec.window, windowed)
         )
@@ -295,9 +300,17 @@ class NativeModel:
         return transaction, window_only
 
     def _rope(self, positions: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return cos and sin, and those of layers with a second RoPE base or None: float32 ``[rows, rotary_dim]``."""
+        """Return cos and sin of RoPE for packed positions.
+
+        Args:
+            positions: ``[rows]`` or ``[3, rows]``.
+
+        Returns:
+            cos, sin, cos_local and sin_local, each float32 ``[rows, rotary_dim]``. The local ones are for layers with
+            a second RoPE base, and None in models without such layers.
+        """
         rotary, kinds = decoder_of(self.model).rotary_emb, self.family.rope_kinds
-        # The module takes only dtype and device of its first argument; tables are float32 whatever the model's dtype.
+        # The module reads only dtype and device of its first argument. The tables are float32 in every dtype.
         like = torch.empty(0, dtype=torch.float32, device=self.device)
         if not kinds:
             cos, sin = rotary(like, positions.unsqueeze(-2))  # [1, rows], or [3, 1, rows]
@@ -310,7 +323,14 @@ class NativeModel:
         return cos[0], sin[0], cos_local[0], sin_local[0]
 
     def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Apply the head to rows ``[..., hidden_size]`` after the final norm; return ``[..., vocab]``."""
+        """Apply the head, and the soft cap of logits if the family has one.
+
+        Args:
+            hidden: ``[..., hidden_size]``, after the final norm.
+
+        Returns:
+            Logits ``[..., vocab]``.
+        """
         logits = apply_head(self.model.lm_head, hidden)
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         if cap is None or not self.family.caps_logits:
@@ -345,8 +365,8 @@ def load(model: PreTrainedModel, plan: Plan | None = None, fp8: bool = False, pr
 def apply_head(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Apply a language-model head to the few rows that get logits.
 
-    A plain linear on a CPU runs as ``torch.ops.pop.linear``, which streams the weight once at the speed of memory. Any
-    other head is called.
+    On a CPU a plain linear head runs as ``torch.ops.pop.linear``, which reads the weight once, at memory bandwidth. Any
+    other head is called as a module.
 
     Args:
         head: any module.

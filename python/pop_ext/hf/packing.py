@@ -1,4 +1,4 @@
-"""Turn a padded batch into packed rows: padding is never computed."""
+"""Turn a padded batch into packed rows, so that nothing is computed for padding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Spans = list[tuple[int, int, int]]
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """The real new tokens of a batch, one sequence after the other, and their slots in the cache.
+    """Describe where the real new tokens of a batch lie: among the packed rows, and among the slots of the cache.
 
     Attributes:
         batch, columns: shape of the padded new tokens ``[batch, columns]``.
@@ -89,17 +89,17 @@ class PackedBatch:
         return torch.arange(self.past_slots, self.slots, device=device)[None]
 
     def cu_seqlens(self) -> torch.Tensor:
-        """Return ``[batch + 1]`` int32 on the CPU: where each sequence begins among the rows, and where all end."""
+        """Return ``[batch + 1]`` int32 on the CPU: the first row of each sequence, then the number of rows."""
         return offsets(self.tokens)
 
 
 def lengths(values: list[int]) -> torch.Tensor:
-    """Make ``[len(values)]`` int32 on the CPU, where the operator reads lengths, whatever the default device is."""
+    """Return ``[len(values)]`` int32 on the CPU, where the operator reads lengths, whatever the default device is."""
     return torch.tensor(values, dtype=torch.int32, device="cpu")
 
 
 def offsets(values: list[int]) -> torch.Tensor:
-    """Make ``[len(values) + 1]`` int32 on the CPU: where each packed piece begins, and where all end."""
+    """Return ``[len(values) + 1]`` int32 on the CPU: the first row of each packed piece, then the number of rows."""
     return lengths([0, *values]).cumsum(0, dtype=torch.int32)
 
 
@@ -119,7 +119,7 @@ def pack_batch(
         columns: new tokens of each, padding included.
         past_slots: cache slots before the new tokens.
         attention_mask: ``[batch, past_slots + columns]``, 1 for a real token. None: every token is real.
-        device: the model's device, where the mask may be as well as on the CPU.
+        device: the model's device. The mask may be there or on the CPU.
 
     Raises:
         TypeError: The mask is no tensor.
@@ -154,6 +154,13 @@ def _check_mask(attention_mask: torch.Tensor, batch: int, slots: int, device: to
 
 
 def _pack_masked(mask: torch.Tensor, columns: int, past_slots: int) -> PackedBatch:
+    """Pack a batch with padding.
+
+    Args:
+        mask: bool ``[batch, past_slots + columns]`` on the CPU, True for a real token.
+        columns: new tokens of each sequence, padding included.
+        past_slots: cache slots before the new tokens.
+    """
     row_index, tokens, past, slots = [], [], [], []
     for i, row in enumerate(mask):
         new = row[past_slots:].nonzero().flatten()
@@ -203,7 +210,8 @@ def is_int(value: object) -> bool:
 
 
 def _tensor_values(tensor: torch.Tensor, name: str) -> list[int]:
-    # A 0-d tensor may mean one number or an index, so it is refused.
+    """Return the values of a 1-D integer tensor. Raise TypeError or ValueError for any other tensor."""
+    # A 0-d tensor is refused: it may mean a number of rows or the index of one.
     if tensor.ndim != 1 or tensor.dtype not in INTEGERS:
         raise TypeError(
             f"{name}: expected an int or one int per sequence (a 1-D integer tensor), "
@@ -215,7 +223,7 @@ def _tensor_values(tensor: torch.Tensor, name: str) -> list[int]:
 
 
 def bidirectional_spans(name: str, token_types: Any, packed: PackedBatch) -> Spans:
-    """Find the new tokens that attend to each other in both directions: runs of ones in ``token_types``.
+    """Find the spans of new tokens that attend to each other in both directions: runs of ones in ``token_types``.
 
     Args:
         name: of the argument, for error texts.

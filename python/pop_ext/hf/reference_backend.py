@@ -19,7 +19,7 @@ from pop_ext.plans.projections import FitMismatch, check_fit
 
 
 class ReferenceBackend:
-    """Runs requests through ``pop_ext.reference``, which calls the model's own modules."""
+    """Run requests through ``pop_ext.reference``, which calls the model's own modules."""
 
     name = "reference"
     fp8 = False
@@ -32,7 +32,8 @@ class ReferenceBackend:
         """Check that the oracle can run the model.
 
         Raises:
-            ValueError: The model is no decoder of the form that the oracle knows, or the plan is of another model.
+            ValueError: The model lacks a module that the oracle needs, or the plan is for another model.
+            TypeError: The plan is no ``Plan``.
         """
         layers = find_parts(model).layers
         config = text_config(model)
@@ -48,17 +49,17 @@ class ReferenceBackend:
                 raise Decline("model", str(error)) from error
         return ReferenceRunner(model, self.plan)
 
-    bind = validate  # nothing is left to the run
+    bind = validate  # the run validates nothing
 
 
 class ReferenceRunner:
-    """The oracle on one model, for one call."""
+    """Run one call of one model through the oracle."""
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self._model, self._plan = model, plan
 
     def check_values(self, request: PrefillRequest) -> None:
-        """Leave values to the oracle, which checks its own arguments."""
+        """Do nothing: the oracle checks its own arguments."""
 
     def run(self, request: PrefillRequest) -> PrefillOutput:
         """Run the oracle and put the new columns of its cache into the request's."""

@@ -147,7 +147,8 @@ def _check_logits_to_keep(keep: Any, columns: int, cache: Any) -> Decline | None
     rows = "all" if keep == 0 or keep >= columns else "other than the last"
     reason = f"logits_to_keep={keep}: logits of {rows} rows are requested, so every row needs full depth"
     # Speculative decoding verifies its candidates by such calls on a filled cache.
-    verification = rows == "all" and bool(getattr(cache, "get_seq_length", int)() > 0)
+    cached = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+    verification = rows == "all" and bool(cached > 0)
     return Decline("verification" if verification else "logits_to_keep", reason, declined=not verification)
 
 

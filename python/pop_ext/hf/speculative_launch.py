@@ -1,8 +1,8 @@
 """Launch a prefill before the model is validated, and validate it while the device works. Off: see ``ENABLED``.
 
-On CUDA the host validates hundreds of modules and weights while the device has nothing to do. A speculative launch
-starts the operator on what was loaded before, validates the model meanwhile, and throws the result away if the model
-has changed. The head runs and the cache changes only after the validation.
+Validation compares hundreds of modules and weights on the host, and a GPU is idle until it ends. A speculative launch
+starts the operator on the weights that were loaded before and validates the model meanwhile. If the model has changed,
+the result is thrown away and the call runs again. The head runs and the cache changes only after the validation.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ ENABLED = False
 
 
 def is_async(device: torch.device) -> bool:
-    """Return whether the host goes on while the device works."""
+    """Return whether operators return before the device has finished their work."""
     return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
 class SpeculativeBackend(NativeBackend):
-    """A ``NativeBackend`` whose runs may begin before the model is validated."""
+    """Run prefills natively, and launch them before the model is validated where that is safe."""
 
     def __init__(self, plan: Any, fp8: bool = False, prepack: bool = False) -> None:
         super().__init__(plan, fp8, prepack)
-        self._unchanged = False  # whether the last validation found what was loaded before
+        self._unchanged = False  # whether the last validation found no change
 
     def validate(self, model: nn.Module, call: Call) -> NativeModel:
         """Validate as ``NativeBackend`` does, and note whether anything had changed."""
-        before = None if self.native is None else self.native.handle  # a handle, so that old weights can be freed
+        before = (
+            None if self.native is None else self.native.handle
+        )  # the number only: a reference to the model would keep old weights
         self._unchanged = False
         native = super().validate(model, call)
         self._unchanged = native.handle == before
@@ -51,7 +53,7 @@ class SpeculativeBackend(NativeBackend):
         return self.validate(model, call)
 
     def is_current(self, model: nn.Module, native: NativeModel) -> bool:
-        """Return whether ``validate`` would find that a prefill runs on ``native``."""
+        """Return whether ``validate`` would return ``native``."""
         return (
             self.native is native
             and native.inner.matches(model)
@@ -60,10 +62,10 @@ class SpeculativeBackend(NativeBackend):
         )
 
     def _may_launch(self, model: nn.Module, native: NativeModel) -> bool:
-        """Return whether a launch is worth while and runs no code but the model's own.
+        """Return whether a speculative launch is safe and likely to be of use.
 
-        Disabled after a change, so repeated edits waste at most one launch. Before the validation nothing of the model
-        may run but its own rotary embedding.
+        Disabled after a change, so repeated edits waste at most one launch. Also disabled if the rotary embedding is
+        patched: it is the only module of the model that runs before the validation.
         """
         if not self._unchanged or native.family.vision is not None or not is_async(native.device):
             return False
@@ -74,24 +76,28 @@ class SpeculativeBackend(NativeBackend):
 
 
 class _Outdated(Exception):
-    """The model has changed since it was loaded."""
+    """Raised when the model has changed since it was loaded."""
 
 
 class _SpeculativeRunner:
-    """Runs one call on what was loaded before; runs it again, validated, if the model has changed."""
+    """Run one call on the model loaded before, and run it again, validated, if the model has changed since."""
 
     def __init__(self, backend: SpeculativeBackend, native: NativeModel, model: nn.Module, call: Call) -> None:
         self._backend, self._model, self._call = backend, model, call
         self._native: NativeModel | None = native
 
     def check_values(self, request: PrefillRequest) -> None:
-        """Leave the check to the run: the values may fit the model as it is now."""
+        """Do nothing: the run checks values, against the reloaded model if the model has changed."""
 
     def run(self, request: PrefillRequest) -> PrefillOutput:
-        """Launch, validate, and finish the run or begin it again. Raises ``Decline`` as ``validate`` does."""
+        """Launch, validate, and finish the run or begin it again.
+
+        Raises:
+            Decline: The model has changed and can no longer run natively.
+        """
         assert self._native is not None  # a runner runs once
         output = self._launch(self._native, request)
-        self._native = None  # frees the old weights before new ones are loaded
+        self._native = None  # free the old weights before new ones are loaded
         if output is not None:
             return output
         native = self._backend.validate(self._model, self._call)
@@ -99,7 +105,7 @@ class _SpeculativeRunner:
         return native.run(request)
 
     def _launch(self, native: NativeModel, request: PrefillRequest) -> PrefillOutput | None:
-        """Return the output; None if the model has changed. The cache is then as it was."""
+        """Launch on ``native`` and validate the model. Return None, with the cache unchanged, if it has changed."""
 
         def validate() -> None:
             if not self._backend.is_current(self._model, native):
@@ -114,6 +120,6 @@ class _SpeculativeRunner:
             if self._backend.is_current(self._model, native):
                 raise
         except RuntimeError:
-            if not torch.ops.pop.stale_weight(native.handle):  # the operator's own check
+            if not torch.ops.pop.stale_weight(native.handle):  # else the operator has refused stale weights
                 raise
         return None

@@ -1,7 +1,8 @@
-"""VisionSpec-language models: transformers' own wrapper around a native prefill of the language model.
+"""Prefill vision-language models: run transformers' own wrapper around a native prefill of the language model.
 
-The wrapper (``model.model``) runs the vision tower, puts its features among the embeddings and counts positions. It
-runs on a shallow copy whose language model is replaced. The model itself stays untouched, so other threads may use it.
+The wrapper (``model.model``) runs the vision tower, inserts its features into the embeddings and computes positions.
+Its ``forward`` runs on a shallow clone whose language model is replaced by a native prefill. The model itself is not
+changed during the call, so other threads may use it.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from pop_ext.hf.restore import shallow_clone
 def run_wrapper(
     wrapper: Any, spec: VisionSpec, request: PrefillRequest, run_decoder: Callable[[PrefillRequest], Any]
 ) -> Any:
-    """Run a wrapper's stock forward with a prefill in the place of its language model.
+    """Run a wrapper's stock forward, with a native prefill instead of its language model.
+
+    The wrapper may assign attributes to itself, such as the position offset of later tokens. They are copied to the
+    real wrapper after a successful call.
 
     Args:
         wrapper: ``model.model`` of a vision-language model.
-        spec: what the wrapper is and takes.
-        request: its ``arguments`` go to the wrapper.
-        run_decoder: runs the request of the language model alone: embeddings, positions and features are the
-            wrapper's. Returns a ``PrefillOutput``.
+        spec: description of the wrapper.
+        request: its ``arguments`` are passed to the wrapper.
+        run_decoder: takes a request with the wrapper's embeddings, positions and features, runs the language model,
+            and returns a ``PrefillOutput``.
 
     Returns:
         The output of ``run_decoder``, with ``wrapper_output`` set.
-
-    What the wrapper assigns to itself, such as the position offset of later tokens, is assigned to the real one if all
-    goes well.
     """
     outputs: list[Any] = []
 
@@ -69,7 +70,7 @@ def run_wrapper(
     before = dict(clone.__dict__)
     arguments = dict(request.arguments)
     if spec.spans_argument is not None:
-        arguments["attention_mask"] = {}  # the wrapper would only make 4-D masks, which nobody reads
+        arguments["attention_mask"] = {}  # an empty dict keeps the wrapper from making 4-D masks, which are not used
     cache = arguments.pop("past_key_values")
     result = type(wrapper).forward(clone, **arguments, **with_cache(wrapper, cache))
     for name, value in clone.__dict__.items():
@@ -79,16 +80,16 @@ def run_wrapper(
 
 
 def _decoder_positions(request: PrefillRequest, spec: VisionSpec, position_ids: torch.Tensor | None) -> torch.Tensor:
-    """Return the positions that the wrapper gives its language model, packed; the request's where it gives none."""
+    """Return packed positions: those that the wrapper gives its language model, else those of the request."""
     packed = request.packed
     if position_ids is None:
         positions = request.positions
     else:
         if position_ids.ndim == 3:
-            position_ids = position_ids[-3:]  # of four axes the first is that of text, for masks
-        # Positions that were counted from a mask begin with the past.
+            position_ids = position_ids[-3:]  # the first of four axes holds text positions, for masks
+        # Positions that the wrapper computes from a mask cover the past, too: take those of the new columns.
         positions = packed.pack_positions(position_ids[..., -packed.columns :]).to(request.positions.device)
-    return positions.expand(3, -1) if spec.uses_mrope else positions  # text has one position on all axes
+    return positions.expand(3, -1) if spec.uses_mrope else positions  # text has the same position on all axes
 
 
 def _packed_features(
@@ -97,13 +98,13 @@ def _packed_features(
     mask: torch.Tensor | None,
     features: list[torch.Tensor] | None,
 ) -> dict[str, Any]:
-    """Return ``features`` and ``feature_index`` of a request.
+    """Return the fields ``features`` and ``feature_index`` of a request (DeepStack); empty without features.
 
     Args:
         request: of the call.
         inputs_embeds: ``[batch, columns, hidden_size]``.
-        mask: ``[batch, columns]`` bool, columns that features are added to; None: none.
-        features: for each of the first layers ``[columns of the mask, hidden_size]``.
+        mask: ``[batch, columns]`` bool, True for a column that features are added to. None: no such column.
+        features: for each of the first layers ``[True columns of the mask, hidden_size]``.
     """
     if mask is None or not features:
         return {}
