@@ -24,7 +24,7 @@ else:
     import tomli as tomllib  # pytest needs it there, too
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 DEMO = ROOT / "examples" / "demo_model"
 # The last of an option given twice counts.
 QUICK = {
@@ -186,6 +186,6 @@ def test_every_script_that_a_page_runs_exists():
 
 
 def test_a_test_file_that_a_page_runs_exists():
-    named = {path for page in PAGES for path in re.findall(r"tests/\w+\.py", page.read_text())}
+    named = {path for page in PAGES for path in re.findall(r"tests/[\w/]+\.py", page.read_text())}
     assert named
     assert [path for path in named if not (ROOT / path).is_file()] == []
