@@ -88,7 +88,7 @@ def generate() -> str:
         "`native.refresh()` takes the current weights. An enabled model does so by itself.",
         "",
         "A change through `.data` moves no version counter. Of each folded weight, 64 values are compared, so that a",
-        "change which leaves these alone passes unseen. With `fp8` or `prepack` the same holds for the copied matrices.",
+        "change which leaves these alone passes unseen. With `fp8` or `prepack` the same holds for copied matrices.",
         "All other weights are read in place: a change through `.data` simply applies.",
         "",
     ]
