@@ -15,6 +15,7 @@ from pathlib import Path
 
 import models
 import pop_ext
+import pop_ext.evaluation
 import pytest
 import torch
 from model_folder import save_tiny_llama
@@ -75,6 +76,13 @@ def test_every_page_that_a_source_names_exists():
     named = {page for path in files for page in re.findall(r"docs/[\w/-]+\.md", path.read_text())}
     assert named
     assert [page for page in named if not (ROOT / page).is_file()] == []
+
+
+def test_every_public_name_is_in_the_reference():
+    names = {f"pop_ext.{name}" for name in pop_ext.__all__ if name not in ("__version__", "reference")}
+    names |= {f"pop_ext.evaluation.{name}" for name in pop_ext.evaluation.__all__}
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    assert sorted(names - set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))) == []
 
 
 def test_every_op_has_its_schema_in_the_reference():
