@@ -24,7 +24,7 @@ else:
     import tomli as tomllib  # pytest needs it there, too
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 DEMO = ROOT / "examples" / "demo_model"
 # The last of an option given twice counts.
 QUICK = {

@@ -67,9 +67,11 @@ def generate() -> str:
     lines = [
         "# What bad input gets",
         "",
-        "Every error names the argument, what was expected and what came. The cache and the model are byte for byte",
-        "as they were before the call. The tests run these cases, compare the bytes, and compare this table with what",
-        "comes (`python tests/hf/test_bad_input.py` writes it anew).",
+        "This page lists the error of each bad argument. Every error names the argument, what was expected and what",
+        "came. After the error, cache and model are byte for byte as they were before the call.",
+        "",
+        "The tests run these cases, compare the bytes, and compare this page with the errors.",
+        "`python tests/hf/test_bad_input.py` writes the page.",
         "",
     ]
     for section, cases in SECTIONS.items():
@@ -83,10 +85,11 @@ def generate() -> str:
         "|---|---|",
         *(f"| {given} | {shown(stale_error(change)[1])} |" for given, change in CHANGES.items()),
         "",
-        "`native.refresh()` takes the weights as they are then; an enabled model does so by itself. A change through",
-        "`.data` moves no version counter: of the weights that were folded, 64 values are compared, so that a change",
-        "may pass unseen that leaves those alone; with `fp8` or `prepack` so are those of all other matrices. Other",
-        "weights are read where they are, and `.data` changes to them just apply.",
+        "`native.refresh()` takes the current weights. An enabled model does so by itself.",
+        "",
+        "A change through `.data` moves no version counter. Of each folded weight, 64 values are compared, so that a",
+        "change which leaves these alone passes unseen. With `fp8` or `prepack` the same holds for copied matrices.",
+        "All other weights are read in place: a change through `.data` simply applies.",
         "",
     ]
     return "\n".join(lines)
