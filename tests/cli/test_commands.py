@@ -12,7 +12,7 @@ import pop_ext
 import pytest
 from model_folder import save_tiny_llama
 from pop_ext import Plan
-from pop_ext.cli import html_report, shared
+from pop_ext.cli import shared
 from pop_ext.cli.app import app
 from pop_ext.cli.shared import parse_numbers
 from typer.testing import CliRunner
@@ -228,9 +228,24 @@ def test_a_report_is_one_page_with_every_table_and_figure_and_needs_no_network(f
         assert text in page, text
 
 
-def test_what_comes_from_files_is_escaped():
+def test_a_report_escapes_the_contents_of_files(tmp_path):
     members = {"omit": [1], "num_layers": 2, "origin": {"method": "<script>"}}
-    assert "<script>" not in html_report._plan(members, "<b>.json")
+    (tmp_path / "<b>.json").write_text(json.dumps(members))
+    (tmp_path / '"><i>.png').write_bytes(b"")
+    assert run("report", tmp_path).exit_code == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert "<b>" not in page
+    assert "<i>" not in page
+
+
+def test_a_report_without_jinja2_says_what_to_install(tmp_path, monkeypatch):
+    Plan(6, (4, 5)).save(tmp_path / "plan.json")
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    result = run("report", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr == "pop-ext: report: expected jinja2: pip install 'pop_ext[cli]'\n"
 
 
 def test_a_folder_without_results_is_named(tmp_path):
