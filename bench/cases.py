@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from pop_ext import _core
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.progress import ProgressBar
 
 from bench.arms import HF_COMPILE, HF_EAGER, NATIVE_FULL, Arm, find, make_arms
 from bench.measure import MIN_REPEATS, Summary, WallClock, error_line, interleave, paired_ratio
 from bench.memory import measure_memory, release_memory
-from bench.progress import Progress
 from bench.rates import Gemm, peak_rate, reference_gemms
 from bench.shapes import BenchModel
 
@@ -154,7 +154,8 @@ def run_case(
     timed = [*arms, *gemms]
     clock = WallClock(device)
     steps = len(arms) * settings.warmup + settings.repeats * len(timed)
-    with Progress(case.title, steps, settings.quiet) as bar:
+    with ProgressBar(case.title, steps, quiet=settings.quiet) as bar:
+        bar.log(case.title)
         expected: torch.Tensor | None = None
         for arm in arms:
             logits = _warm_up(arm, clock, settings.warmup, device, bar)
@@ -166,7 +167,9 @@ def run_case(
             gemm.warm_up()
         _announce(case, settings, budget, started, bar)
         deadline = None if budget is None else started + budget
-        case.rounds = interleave(timed, clock, settings.repeats, deadline, step=lambda item: bar.step(item.name))
+        case.rounds = interleave(
+            timed, clock, settings.repeats, deadline, step=lambda item: bar.advance(label=item.name)
+        )
     if case.rounds < MIN_REPEATS:
         why = "as asked for" if settings.repeats < MIN_REPEATS else "the time budget was spent"
         case.warnings.append(f"only {case.rounds} repeats ({why}), fewer than {MIN_REPEATS}: indicative figures")
@@ -175,7 +178,7 @@ def run_case(
     return case
 
 
-def _warm_up(arm: Arm, clock: WallClock, calls: int, device: torch.device, bar: Progress) -> torch.Tensor | None:
+def _warm_up(arm: Arm, clock: WallClock, calls: int, device: torch.device, bar: ProgressBar) -> torch.Tensor | None:
     """Runs an arm before its figures count, and returns the logits of its last call; None when it failed."""
     arm.prepare()
     outputs: list[Any] = []
@@ -195,7 +198,7 @@ def _warm_up(arm: Arm, clock: WallClock, calls: int, device: torch.device, bar: 
             if arm.failed is not None:
                 outputs.clear()
                 release_memory(device)  # of a call that ran out of it
-        bar.step(f"{arm.name}, warm-up")
+        bar.advance(label=f"{arm.name}, warm-up")
     return outputs[0].logits.detach().float().cpu() if outputs and arm.failed is None else None
 
 
@@ -212,17 +215,17 @@ def _check_logits(arm: Arm, logits: torch.Tensor, expected: torch.Tensor) -> Non
         arm.failed = f"logits differ from {HF_EAGER}'s by {100 * arm.error:.1f} % (RMS), at full depth"
 
 
-def _announce(case: Case, settings: Settings, budget: float | None, started: float, bar: Progress) -> None:
+def _announce(case: Case, settings: Settings, budget: float | None, started: float, bar: ProgressBar) -> None:
     """Says how long the rounds will take, by the last warm-up call of each arm."""
     for arm in case.arms:
         if arm.failed:
-            bar.say(f"  {arm.name} failed: {arm.failed}")
+            bar.log(f"  {arm.name} failed: {arm.failed}")
     seconds = settings.repeats * sum(arm.warmup[-1] for arm in case.arms if arm.warmup and not arm.failed)
     limit = ""
     if budget is not None:
         left = max(0.0, budget - (time.monotonic() - started))
         limit = f"; {left:.0f} s are left, so there will be fewer" if seconds > left else ""
-    bar.say(f"  {settings.repeats} rounds take about {seconds:.0f} s{limit}")
+    bar.log(f"  {settings.repeats} rounds take about {seconds:.0f} s{limit}")
 
 
 def failed_model(name: str, error: Exception) -> dict[str, str]:

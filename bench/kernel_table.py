@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from pop_ext import _core
 from pop_ext.hf.native_model import NativeModel
+from pop_ext.utils.progress import ProgressBar
 
 from bench.arms import sequence_shapes
 from bench.measure import KernelClock, Summary, Timed, captured, interleave, tuned
 from bench.operands import BoundaryStep, Operands, with_layers
-from bench.progress import Progress
 from bench.rates import Gemm, layer_gemms, make_gemm, measure_bandwidth, reference_gemms
 
 Maker = Callable[[Operands], tuple[Callable[[], Any], int]]
@@ -96,7 +96,8 @@ def measure_kernels(
     clock = KernelClock(native.device)
     table = KernelTable(name, str(native.dtype).removeprefix("torch."), [], measure_bandwidth(native.device), None, 0)
     rounds = []
-    with Progress(f"kernels, {name}", quiet=quiet) as bar:
+    with ProgressBar(f"kernels, {name}", quiet=quiet) as bar:
+        bar.log(f"kernels, {name}")
         for index, tokens in enumerate(lengths):
             operands = Operands(native.spec, tokens, native.dtype, native.device)
             rows = kernel_rows(native, operands)
@@ -107,8 +108,8 @@ def measure_kernels(
                 _capture(item, native.device)
             deadline = None if budget is None else started + budget * (index + 1) / len(lengths)
             timed = [*rows, *products]
-            bar.steps = len(timed) * repeats * len(lengths)
-            rounds.append(interleave(timed, clock, repeats, deadline, step=lambda item: bar.step(item.name)))
+            bar.total = len(timed) * repeats * len(lengths)
+            rounds.append(interleave(timed, clock, repeats, deadline, step=lambda item: bar.advance(label=item.name)))
             table.rows += [*rows, *(_gemm_row(gemm, tokens) for gemm in products)]
             for item in (*rows, *products):
                 item.call = None

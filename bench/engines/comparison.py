@@ -17,6 +17,7 @@ import pop_ext
 import torch
 from pop_ext import _core
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.progress import ProgressBar
 
 from bench.arms import HF_EAGER, plan_flops, plan_name, stock_flops
 from bench.engines.catalogue import HERE, PEERS, Peer
@@ -24,7 +25,6 @@ from bench.engines.environments import InstallError, venv_python
 from bench.engines.process import Child, ChildError
 from bench.measure import MIN_REPEATS, Timed, interleave
 from bench.memory import available_bytes
-from bench.progress import Progress
 
 KEPT = 20
 """Log-probabilities that are compared: of the tokens that an engine finds most probable."""
@@ -217,7 +217,8 @@ def run_case(case: PeerCase, repeats: int, warmup: int, budget: float | None) ->
     children = {engine.peer: engine.child for engine in case.started}
     deadline = None if budget is None else time.monotonic() + budget
     title = f"{engines.model}, {case.tokens} tokens"
-    with Progress(title, len(case.arms) * (1 + repeats), engines.options.quiet) as bar:
+    with ProgressBar(title, len(case.arms) * (1 + repeats), quiet=engines.options.quiet) as bar:
+        bar.log(title)
         reference: dict[int, float] | None = None
         for arm in case.arms:
             ask = partial(children[arm.peer].ask, engines.options.timeout, arm=arm.name, ids=ids)
@@ -227,10 +228,12 @@ def run_case(case: PeerCase, repeats: int, warmup: int, budget: float | None) ->
                 reference = found
             elif found is not None and reference is not None:
                 _check(arm, found, reference)
-            bar.step(f"{arm.name}, warm-up")
+            bar.advance(label=f"{arm.name}, warm-up")
             if arm.failed:
-                bar.say(f"  {arm.name} failed: {arm.failed}")
-        case.rounds = interleave(case.arms, Reported(), repeats, deadline, step=lambda item: bar.step(item.name))
+                bar.log(f"  {arm.name} failed: {arm.failed}")
+        case.rounds = interleave(
+            case.arms, Reported(), repeats, deadline, step=lambda item: bar.advance(label=item.name)
+        )
     if case.rounds < MIN_REPEATS:
         case.warnings.append(f"only {case.rounds} repeats, fewer than {MIN_REPEATS}: indicative figures")
     if reference is None:
