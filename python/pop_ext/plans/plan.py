@@ -13,6 +13,7 @@ from typing import Any, SupportsIndex
 
 from pop_ext import _core
 from pop_ext.plans.origin import Origin
+from pop_ext.plans.preset_table import find_entry
 from pop_ext.plans.projections import FitReport, Projections, load_matrices, save_matrices
 
 
@@ -113,9 +114,8 @@ class Plan(_core.Plan):
         Raises:
             ValueError: a name that is not there, with the nearest ones that are.
         """
-        from pop_ext.plans.presets import preset
-
-        return preset(name).plan
+        entry = find_entry(name)
+        return cls.last(entry.num_layers, entry.omitted)
 
     def replace(self, **changes: Any) -> Plan:
         """The same plan with some arguments changed: ``plan.replace(boundary=32)``.
