@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pop_ext.methods.calibration import Batches, checked, count_sequences, stock_model, undisturbed
 from pop_ext.methods.gates import ATTENTION, LAYER, MLP, gate_derivatives, kinds
+from pop_ext.methods.plots import plot_importance
 from pop_ext.plans.origin import Origin, check_origin, origin_of, weights_hash
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.selection import ranked_plan
@@ -127,9 +128,10 @@ class Importance:
         Raises:
             ImportError: matplotlib is missing (extra ``plot``).
         """
-        from pop_ext.methods.plots import plot_importance
-
-        plot_importance(self, path)
+        name = str(self.origin.model or "model").rstrip("/")
+        plot_importance(
+            {kind: vars(scores) for kind, scores in self.gates().items()}, f"{name}, {self.samples} samples", path
+        )
 
     def save(self, path: Path_) -> None:
         """Writes it as JSON, all or nothing."""
