@@ -10,6 +10,7 @@ from against_oracle import LAST, plan_of
 from hook_reference import context_rows, held_back_forward
 from models import FAMILIES, ROPE_KINDS, llama, shared, tokens
 from pop_ext import reference
+from pop_ext.reference import projection
 from tolerance import assert_close_fp32, assert_low_precision, compare_caches, rms
 
 T = 40
@@ -94,8 +95,8 @@ def test_a_planted_mistake_in_the_projection_is_noticed(monkeypatch, family, mut
     model = shared(family)
     ids = tokens(model, 1, T)
     expected, expected_cache = held_back_forward(model, ids, LAST, context_rows(torch.ones_like(ids), [1]))
-    monkeypatch.setattr(reference, "project_kv", mutation)
-    monkeypatch.setattr(reference, "check_projection", lambda *_: None)
+    monkeypatch.setattr(projection, "project_kv", mutation)
+    monkeypatch.setattr(projection, "check_projection", lambda *_: None)
     logits, cache = reference.prefill(model, ids, plan_of(model, LAST))
     with pytest.raises(AssertionError, match="logits: max error"):
         assert_close_fp32(logits, expected[:, -1:], "logits")
@@ -108,7 +109,7 @@ def test_a_planted_mistake_in_the_projection_is_noticed(monkeypatch, family, mut
 )
 def test_a_family_that_projects_kv_in_another_way_is_refused(monkeypatch, mutation):
     model = shared("llama")
-    monkeypatch.setattr(reference, "project_kv", mutation)
+    monkeypatch.setattr(projection, "project_kv", mutation)
     with pytest.raises(ValueError, match=r"model: expected K = .*LlamaAttention of layer 4"):
         reference.prefill(model, tokens(model, 1, T), plan_of(model, LAST))
 

@@ -11,6 +11,7 @@ from against_oracle import GAPS, LAST, plan_of, run_stock
 from hook_reference import assert_equals_third_form, context_rows, held_back_forward
 from models import FAMILIES, ROPE_KINDS, WINDOW, float32_twin, llama, pad, qwen2, shared, tokens
 from pop_ext import Plan, reference
+from pop_ext.reference import projection
 from tolerance import assert_close_fp32, assert_low_precision, compare_caches, rms, stored_layers
 from transformers import DynamicCache, LlamaModel
 
@@ -239,7 +240,7 @@ def test_a_failure_in_the_middle_of_the_layers_leaves_cache_and_model_as_they_we
     _, given = run_stock(model, tokens(model, 1, 19))
     before = copy.deepcopy(given)
     project, calls = reference.project_kv, iter(range(3))
-    monkeypatch.setattr(reference, "project_kv", lambda *args: project(*args) if next(calls) < 2 else 1 / 0)
+    monkeypatch.setattr(projection, "project_kv", lambda *args: project(*args) if next(calls) < 2 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         reference.prefill(model, tokens(model, 1, T), plan_of(model, LAST), past_key_values=given)
     compare_caches(given, before, atol=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from pop_ext.reference.prefill import prefill, project_kv
+from pop_ext.reference.prefill import prefill
+from pop_ext.reference.projection import project_kv
 
 __all__ = ["prefill", "project_kv"]
