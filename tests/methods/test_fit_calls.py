@@ -12,7 +12,7 @@ import torch
 from against_oracle import GAPS, LAST, plan_of
 from models import FAMILIES, batches, granite, llama, shared, tokens
 from pop_ext import Plan
-from pop_ext.methods.fit import HOLD_EVERY
+from pop_ext.methods.fit_moments import HOLD_EVERY
 from pop_ext.methods.ridge import RunMoments
 from tolerance import assert_close_fp32
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from pop_ext.evaluation.score import continuation_logits
 from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.compat import with_cache
 from pop_ext.hf.enable import enabled
-from pop_ext.hf.native_model import NativeModel, load
+from pop_ext.hf.native_model import load
 from pop_ext.methods.calibration import undisturbed
 from pop_ext.plans.plan import Plan
 
@@ -118,17 +118,17 @@ def backend_of(model: Any) -> str:
     return "native"
 
 
-def prefilled_logits(native: NativeModel, context: Tensor, continuation: Tensor) -> Tensor:
+def prefilled_logits(model: Any, prefill: Callable[[Tensor], Any], context: Tensor, continuation: Tensor) -> Tensor:
     """Logits [batch, n, vocab] that predict a continuation that the stock model reads after a native prefill.
 
     As generation computes them, but for the continuation in one piece: no row of it meets what only a prefill does.
     """
-    prefilled = native.prefill(context)
+    prefilled = prefill(context)
     if continuation.shape[1] == 1:
         return prefilled.logits
-    with undisturbed(native.model), torch.no_grad():
-        cache = with_cache(native.model, prefilled.past_key_values)
-        rest = native.model(input_ids=continuation[:, :-1], **cache).logits
+    with undisturbed(model), torch.no_grad():
+        cache = with_cache(model, prefilled.past_key_values)
+        rest = model(input_ids=continuation[:, :-1], **cache).logits
     return torch.cat([prefilled.logits, rest], dim=1)
 
 
@@ -152,7 +152,7 @@ def arm_logits(
         context = torch.stack([pairs[index][0] for index in group]).to(device)
         continuation = torch.stack([pairs[index][1] for index in group]).to(device)
         if native is not None:
-            logits = prefilled_logits(native, context, continuation)
+            logits = prefilled_logits(native.model, native.prefill, context, continuation)
         elif arm.kind in ABLATIONS:
             logits = ablated_logits(model, arm.kind, arm.plan, context, continuation)
         else:

@@ -7,19 +7,26 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from pop_ext import _core
 from pop_ext.evaluation.arms import POP, Arm, make_arms
-from pop_ext.hf.native_model import NativeModel, load
+from pop_ext.hf.native_model import load
 from pop_ext.methods.calibration import stock_model, undisturbed
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.progress import Progress, reporting
 
 STOCK, NATIVE_FULL = "Hugging Face full", "native full"
 WARM_UPS = 2
+
+
+class Prefiller(Protocol):
+    """A model whose prefill is timed."""
+
+    def prefill(self, input_ids: torch.Tensor, *, boundary: int) -> Any:
+        """Prefill ``input_ids`` int [batch, T]; the result has ``logits`` [batch, 1, vocab]."""
 
 
 def time_plans(
@@ -105,7 +112,7 @@ def _stock(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _native(native: NativeModel, ids: torch.Tensor, boundary: int) -> torch.Tensor:
+def _native(native: Prefiller, ids: torch.Tensor, boundary: int) -> torch.Tensor:
     logits: torch.Tensor = native.prefill(ids, boundary=boundary).logits[0, -1]
     return logits
 

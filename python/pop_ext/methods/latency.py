@@ -6,17 +6,24 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from pop_ext.hf.native_model import NativeModel, load
+from pop_ext.hf.native_model import load
 from pop_ext.plans.origin import origin_of
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.progress import Progress, reporting
 
 REPEATS = 5
+
+
+class Prefiller(Protocol):
+    """A model whose prefill is timed."""
+
+    def prefill(self, input_ids: Tensor) -> Any:
+        """Prefill ``input_ids`` int [batch, T]; the result has ``logits`` [batch, 1, vocab]."""
 
 
 class BudgetedPlan(NamedTuple):
@@ -66,7 +73,7 @@ def plan_within(
     for name, value in (("tokens", tokens), ("batch", batch), ("repeats", repeats)):
         _check_positive(name, value)
     full = load(model, choose(0))
-    depth, ids = full.spec.num_layers, _random_ids(full, batch, tokens)
+    depth, ids = full.spec.num_layers, _random_ids(full.spec.vocab_size, batch, tokens, full.device)
     measured: dict[int, float] = {}
     with reporting(progress, "timing plans", None) as advance:
 
@@ -117,7 +124,7 @@ def shortest_paying(
     ordered = sorted(set(lengths), reverse=True)
     with reporting(progress, "timing lengths", len(ordered)) as advance:
         for length in ordered:
-            ids = _random_ids(full, batch, length)
+            ids = _random_ids(full.spec.vocab_size, batch, length, full.device)
             rounds = [(_seconds(full, ids), _seconds(pruned, ids)) for _ in range(repeats + 1)]
             advance(1)
             of_full, of_pruned = zip(*rounds[1:], strict=True)  # the first warms up
@@ -146,18 +153,17 @@ def _check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
-def _random_ids(native: NativeModel, batch: int, tokens: int) -> Tensor:
+def _random_ids(vocab_size: int, batch: int, tokens: int, device: torch.device) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(0)
-    ids = torch.randint(0, native.spec.vocab_size, (batch, tokens), generator=generator, device="cpu")
-    return ids.to(native.device)
+    return torch.randint(0, vocab_size, (batch, tokens), generator=generator, device="cpu").to(device)
 
 
-def _median_seconds(native: NativeModel, ids: Tensor, repeats: int) -> float:
+def _median_seconds(native: Prefiller, ids: Tensor, repeats: int) -> float:
     _seconds(native, ids)  # warms up
     return statistics.median(_seconds(native, ids) for _ in range(repeats))
 
 
-def _seconds(native: NativeModel, ids: Tensor) -> float:
+def _seconds(native: Prefiller, ids: Tensor) -> float:
     start = time.perf_counter()
     native.prefill(ids).logits[0, -1].argmax().item()  # waits for a GPU
     return time.perf_counter() - start
