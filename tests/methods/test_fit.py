@@ -13,7 +13,7 @@ from against_oracle import GAPS, LAST, NATIVE, assert_equals_oracle, plan_of, ru
 from hook_reference import assert_equals_third_form, context_rows, held_back_forward
 from models import FAMILIES, batches, llama, shared, tokens
 from pop_ext.methods.fit import original_projection
-from pop_ext.plans.projections import Projections, without_gamma
+from pop_ext.plans.projections import Projections, normalize_unweighted
 from tolerance import assert_close_fp32, compare_caches
 
 INF = math.inf
@@ -113,7 +113,7 @@ def test_the_original_projection_is_what_the_layer_computes(family):
     else:
         biases = 0 if attention.k_proj.bias is None else torch.cat([attention.k_proj.bias, attention.v_proj.bias])
         expected = torch.cat([attention.k_proj(normed), attention.v_proj(normed)], -1) - biases
-    assert_close_fp32(without_gamma(layer, h) @ original_projection(layer).T, expected, "K, V", 1e-4)
+    assert_close_fp32(normalize_unweighted(layer, h) @ original_projection(layer).T, expected, "K, V", 1e-4)
 
 
 def test_the_first_layer_of_a_run_keeps_its_projection_and_those_after_it_change():

@@ -17,7 +17,7 @@ from pop_ext.methods.fit_moments import HOLD_EVERY, MomentsReader, count_continu
 from pop_ext.methods.ridge import RunMoments, RunSolution
 from pop_ext.plans.origin import origin_of
 from pop_ext.plans.plan import Plan
-from pop_ext.plans.projections import FitReport, Projections, sample_of
+from pop_ext.plans.projections import FitReport, Projections, sample_weights
 from pop_ext.reference.checks import check_plan
 from pop_ext.utils.progress import Progress, reporting
 
@@ -93,7 +93,7 @@ def fit(
     with undisturbed(model), torch.no_grad(), reporting(progress, "fit", total) as advance:
         reader = MomentsReader(model, plan, held if split else None, weighting, advance)
         reader.read(batches)
-        samples = {layer: sample_of(layers[layer]) for layer in plan.omit}
+        samples = {layer: sample_weights(layers[layer]) for layer in plan.omit}
         losses: list[tuple[float, float, float]] = []
         if chooses:
             held = _check_held(held, plan, reader.sequences)

@@ -16,7 +16,7 @@ from pop_ext.hf.restore import replaced_forward
 from pop_ext.methods.calibration import Batches, checked, hidden_states_of
 from pop_ext.methods.ridge import RunMoments
 from pop_ext.plans.plan import Plan
-from pop_ext.plans.projections import key_value_weights, without_gamma
+from pop_ext.plans.projections import key_value_weights, normalize_unweighted
 
 HOLD_EVERY = 8
 """Of the batches' sequences every eighth is held out to choose lambda by, of fewer the last one, where no ``holdout``
@@ -144,7 +144,7 @@ class MomentsReader:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = hidden_states_of(args, kwargs)
-            self._read_by[index] = without_gamma(layer, hidden).flatten(0, 1)
+            self._read_by[index] = normalize_unweighted(layer, hidden).flatten(0, 1)
             return called(*args, **kwargs)
 
         with replaced_forward(layer, forward):
@@ -203,7 +203,7 @@ def original_projection(layer: Any) -> Tensor:
     exact = copy.deepcopy(norm).float()
     generator = torch.Generator("cpu").manual_seed(0)
     probe = torch.randn(2, stacked.shape[1], generator=generator, device="cpu").to(stacked.device)
-    plain, normed = without_gamma(layer, probe), exact(probe)
+    plain, normed = normalize_unweighted(layer, probe), exact(probe)
     gamma = normed[0] / plain[0]
     if not torch.allclose(plain[1] * gamma, normed[1], rtol=1e-3, atol=1e-4, equal_nan=True):
         raise ValueError(f"model: expected an RMSNorm before K and V, got {type(norm).__name__}")

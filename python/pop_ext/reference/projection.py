@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from pop_ext.hf.compat import cache_argument, with_cache
 from pop_ext.hf.modules import Module, family_function
 from pop_ext.hf.restore import forward_place, replaced_forward
-from pop_ext.plans.projections import Projections, key_value_weights, without_gamma
+from pop_ext.plans.projections import Projections, key_value_weights, normalize_unweighted
 from pop_ext.reference.checks import PlanLike
 
 
@@ -29,7 +29,7 @@ def project_kv(
     normed = layer.input_layernorm(hidden_states) if hasattr(layer, "input_layernorm") else hidden_states
     heads = (*normed.shape[:-1], -1, attention.head_dim)
     if fitted is not None:
-        plain = without_gamma(layer, hidden_states).to(hidden_states.dtype)
+        plain = normalize_unweighted(layer, hidden_states).to(hidden_states.dtype)
         keys, values = (plain @ fitted.to(plain).T).chunk(2, dim=-1)
         biases = key_value_weights(attention)
         if biases.k_bias is not None and biases.v_bias is not None:
