@@ -12,7 +12,7 @@ import torch
 from against_oracle import GAPS, LAST, NATIVE, assert_equals_oracle, plan_of, run_native
 from hook_reference import assert_equals_third_form, context_rows, held_back_forward
 from models import FAMILIES, batches, llama, shared, tokens
-from pop_ext.methods.fit import original_projection
+from pop_ext.methods.fit_moments import original_projection
 from pop_ext.plans.projections import Projections, normalize_unweighted
 from tolerance import assert_close_fp32, compare_caches
 

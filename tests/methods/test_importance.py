@@ -13,7 +13,7 @@ import torch
 from models import FAMILIES, float32_twin, shared, tokens, uneven_batches
 from pop_ext import Plan
 from pop_ext.hf.restore import replaced_forward
-from pop_ext.methods.calibration import stock_model, undisturbed
+from pop_ext.methods.calibration import stock_evaluation, stock_model
 from pop_ext.methods.gates import gate_derivatives
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -26,7 +26,7 @@ def uniforms(batch: int = BATCH, rows: int = ROWS) -> torch.Tensor:
 
 
 def derivatives(model, ids, **how):
-    with undisturbed(model):
+    with stock_evaluation(model):
         return gate_derivatives(model, ids, ROWS, uniforms(len(ids)), **how)
 
 
@@ -95,7 +95,7 @@ def test_a_virtual_gate_has_the_derivative_of_a_real_one(family):
 def test_a_virtual_gate_has_the_slope_of_the_loss():
     model = copy.deepcopy(shared("llama")).double()
     ids = tokens(model, 1, T)
-    with undisturbed(model), torch.no_grad():
+    with stock_evaluation(model), torch.no_grad():
         targets = drawn_targets(model, ids)
         found = gate_derivatives(model, ids, ROWS, uniforms(1))["layer"][0]
         step = 1e-3
@@ -170,7 +170,7 @@ def test_recomputing_holds_one_layers_activations_at_a_time():
             sizes.append(tensor.numel())
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), undisturbed(model):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), stock_evaluation(model):
             gate_derivatives(model, ids, ROWS, uniforms(2), recompute=recompute)
         held[recompute] = sum(sizes)
     assert held[True] < held[False] / 5
@@ -184,7 +184,7 @@ def test_a_batch_is_squared_by_sequence_and_then_averaged():
     squares = []
     for sequence in ids:
         drawn = torch.rand(1, ROWS, dtype=torch.float64, generator=generator)
-        with undisturbed(model):
+        with stock_evaluation(model):
             alone = gate_derivatives(model, sequence[None, :-1], ROWS, drawn, branches=True)
         squares.append({kind: values[0] ** 2 for kind, values in alone.items()})
     for kind, scores in found.gates().items():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pop_ext.hf.restore import replaced_forward
-from pop_ext.methods.calibration import decoder_layers, first_of, undisturbed
+from pop_ext.methods.calibration import decoder_layers, output_hidden_states, stock_evaluation
 from pop_ext.methods.gates import last_logits
 from pop_ext.plans.plan import Plan
 
@@ -27,7 +27,7 @@ LayerForward = Callable[..., Any]
 
 def stock_logits(model: Any, ids: Tensor, keep: int) -> Tensor:
     """Logits [batch, keep, vocab] of the last rows of ``ids`` [batch, T] by the stock forward, at full depth."""
-    with undisturbed(model), torch.no_grad():
+    with stock_evaluation(model), torch.no_grad():
         return last_logits(model, ids, keep)
 
 
@@ -55,7 +55,7 @@ def ablated_logits(model: Any, kind: str, plan: Plan, context: Tensor, continuat
         raise ValueError(f"kind: expected one of {', '.join(ABLATIONS)}, got {kind!r}")
     ids = torch.cat([context, continuation[:, :-1]], dim=1)
     layers = decoder_layers(model)
-    with undisturbed(model), torch.no_grad(), ExitStack() as stack:
+    with stock_evaluation(model), torch.no_grad(), ExitStack() as stack:
         for index in plan.omit:
             stack.enter_context(replaced_forward(layers[index], make(layers[index].forward)))
         return last_logits(model, ids, continuation.shape[1])
@@ -71,7 +71,7 @@ def _held_back(rows: int) -> Callable[[LayerForward], LayerForward]:
 
     def make(forward: LayerForward) -> LayerForward:
         def held_back(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            output = first_of(forward(hidden_states, *args, **kwargs))
+            output = output_hidden_states(forward(hidden_states, *args, **kwargs))
             return torch.cat([hidden_states[:, :rows], output[:, rows:]], dim=1)
 
         return held_back
@@ -85,7 +85,7 @@ def _without_context(rows: int) -> Callable[[LayerForward], LayerForward]:
     def make(forward: LayerForward) -> LayerForward:
         def without_context(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             inner = {name: _rows_from(name, value, rows) for name, value in kwargs.items()}
-            output = first_of(forward(hidden_states[:, rows:], *args, **inner))
+            output = output_hidden_states(forward(hidden_states[:, rows:], *args, **inner))
             return torch.cat([hidden_states[:, :rows], output], dim=1)
 
         return without_context

@@ -24,7 +24,7 @@ from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.compat import with_cache
 from pop_ext.hf.enable import enabled
 from pop_ext.hf.native_model import load
-from pop_ext.methods.calibration import undisturbed
+from pop_ext.methods.calibration import stock_evaluation
 from pop_ext.plans.plan import Plan
 
 FULL, POP, FITTED = "full", "pop", "pop-fitted"
@@ -126,7 +126,7 @@ def prefilled_logits(model: Any, prefill: Callable[[Tensor], Any], context: Tens
     prefilled = prefill(context)
     if continuation.shape[1] == 1:
         return prefilled.logits
-    with undisturbed(model), torch.no_grad():
+    with stock_evaluation(model), torch.no_grad():
         cache = with_cache(model, prefilled.past_key_values)
         rest = model(input_ids=continuation[:, :-1], **cache).logits
     return torch.cat([prefilled.logits, rest], dim=1)

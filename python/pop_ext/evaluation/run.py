@@ -21,7 +21,7 @@ from pop_ext.evaluation.results import SCHEMA, Evaluation
 from pop_ext.hf.loaded import check_possible
 from pop_ext.hf.native_model import check_plan
 from pop_ext.hf.weight_map import describe
-from pop_ext.methods.calibration import stock_model, undisturbed
+from pop_ext.methods.calibration import stock_evaluation, stock_model
 from pop_ext.plans.origin import config_hash, weights_hash
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.progress import Progress, reporting
@@ -119,7 +119,7 @@ def _greedy(model: Any, pairs: Sequence[Pair], tokens: int) -> list[Tensor]:
     """The full model's greedy continuation of every prompt, up to its end-of-sequence token."""
     found = []
     device = model.get_input_embeddings().weight.device
-    with undisturbed(model), torch.no_grad(), _plain_generation(model):
+    with stock_evaluation(model), torch.no_grad(), _plain_generation(model):
         for context, _ in pairs:
             ids = context[None].to(device)
             options = {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1, "return_dict_in_generate": False}

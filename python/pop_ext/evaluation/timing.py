@@ -14,7 +14,7 @@ import torch
 from pop_ext import _core
 from pop_ext.evaluation.arms import POP, Arm, make_arms
 from pop_ext.hf.native_model import load
-from pop_ext.methods.calibration import stock_model, undisturbed
+from pop_ext.methods.calibration import stock_evaluation, stock_model
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.progress import Progress, reporting
 
@@ -61,7 +61,7 @@ def time_plans(
     device = model.get_input_embeddings().weight.device
     found = []
     with (
-        undisturbed(model),
+        stock_evaluation(model),
         torch.no_grad(),
         reporting(progress, "timing", len(lengths) * (WARM_UPS + repeats)) as advance,
     ):

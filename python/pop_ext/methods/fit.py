@@ -1,4 +1,4 @@
-"""``pop_ext.fit``: least-squares K/V projections for the layers that a plan omits (docs/fitting.md)."""
+"""Fit K/V projections by least squares for the layers that a plan omits (docs/fitting.md)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pop_ext import reference
 from pop_ext.hf.modules import find_parts
-from pop_ext.methods.calibration import Batches, checked, count_sequences, stock_model, undisturbed
+from pop_ext.methods.calibration import Batches, check_batches, count_sequences, stock_evaluation, stock_model
 from pop_ext.methods.fit_moments import HOLD_EVERY, MomentsReader, count_continuation
 from pop_ext.methods.ridge import RunMoments, RunSolution
 from pop_ext.plans.origin import origin_of
@@ -22,9 +22,10 @@ from pop_ext.reference.checks import check_plan
 from pop_ext.utils.progress import Progress, reporting
 
 LAMBDAS = (0.01, 0.1, 1.0, 10.0, math.inf)
-"""Ridges that are tried unless told otherwise; inf: the original projections."""
+"""Ridges to try by default. Infinity stands for the original projections."""
 
 WEIGHTINGS = ("attention", "uniform")
+"""Ways to weigh calibration rows."""
 
 
 def fit(
@@ -37,42 +38,68 @@ def fit(
     weighting: str = "attention",
     progress: Progress = False,
 ) -> Plan:
-    """The plan with K/V projections fitted for its omitted layers: a better first token at the same cost.
+    """Fit K/V projections for the omitted layers of a plan, for a better first token at the same cost.
 
-    An omitted layer's context rows project K and V from the hidden state ``h`` of the last retained layer, which is
-    not what its weights were trained on. For each omitted layer this solves a ridge regression, on calibration
-    prompts, from the normalised ``h`` of the pruned model to the K (before its norm and RoPE) and V that the full
-    model has there; it pulls towards the layer's own projection. A row counts as much as later rows attend to it. All
-    layers of a run share one Gram matrix. Lambda is chosen by the next-token loss of held-out prompts' continuations
-    after the plan's boundary.
+    The context rows of an omitted layer project K and V from the hidden state ``h`` of the last retained layer, which
+    is not the hidden state that its weights were trained on. For each omitted layer this solves a ridge regression
+    on calibration prompts, from the normalised ``h`` of the pruned model to the K (before its norm and RoPE) and V of
+    the full model. The ridge pulls towards the layer's own projection. A row counts as much as later rows attend to it.
+    All layers of a run share one Gram matrix. Lambda is chosen by the next-token loss on the continuations of held-out
+    prompts, with the plan's boundary before each continuation.
 
     Args:
-        model: a Hugging Face decoder that projects K and V apart, enabled or not; float32, bfloat16 or float16, on
-            any device. As before afterwards.
-        plan: omits at least one layer; projections that it has are not looked at.
-        batches: an iterable of input_ids, int [batch, T], without padding; read once. One forward a batch, two if
-            the plan has several runs; until a sequence is held out each batch's last has its own.
-        holdout: likewise, of sequences that are not in ``batches``. None: every eighth sequence of the batches is
-            held out, of fewer than eight the last one, and not fitted on.
-        lambdas: ridges to choose from, relative to the mean diagonal of the Gram matrix, > 0; inf stands for the
-            original projections. None: ``LAMBDAS``. A single one is taken as it is, and nothing held out.
-        weighting: "attention": each row counts by the attention that the sequence's last tokens (``CONTINUATION``) pay
-            to it in the run's layers of the full model, which runs eager for that: heads * T^2 attention weights of
-            one layer at a time. "uniform": all rows count alike.
-        progress: True for a bar, or a callback told (steps done, all of them or None): sequences read, and held-out
-            ones scored, once a lambda.
+        model: Hugging Face decoder with separate K and V projections, or with a fused ``qkv_proj``, enabled or not, in
+            float32, bfloat16 or float16, on any device. It is left unchanged.
+        plan: Plan that omits at least one layer. Projections that it already has are ignored.
+        batches: Iterable of input_ids, int [batch, T], without padding, read once. Each batch takes one forward, or
+            two if the plan has several runs. Until a sequence is held out, the last of each batch takes its own.
+        holdout: Iterable like ``batches``, of other sequences. None holds out every eighth sequence of the batches,
+            or the last one of fewer than eight, and does not fit on it.
+        lambdas: Ridges > 0 to choose from, relative to the mean diagonal of the Gram matrix. Infinity stands for the
+            original projections. None for ``LAMBDAS``. A single value is used without holding anything out.
+        weighting: "attention" weighs each row by the attention that the last quarter of the sequence, at most 64
+            tokens, pays to it in the full model, averaged over the layers of the run. The full model then runs with
+            eager attention, which holds heads * T^2 attention weights of one layer at a time. "uniform" weighs all
+            rows alike.
+        progress: True for a progress bar, or a callback that takes (steps done, their number or None). A step is a
+            sequence read, or a held-out sequence scored for one lambda.
 
     Returns:
-        the plan, with ``projections`` in the model's dtype and an origin that says how they were made.
+        The plan with ``projections`` in the model's dtype, and an origin that states how they were made.
 
     Raises:
-        TypeError, ValueError: a bad argument, named; a plan that omits nothing; no sequence, none to hold out, or
-            none longer than the boundary; hidden states, K or V that are not finite; a model whose K and V are no
-            plain projections, or whose eager attention hands out no weights. The model is as before.
+        ValueError: An argument has a bad value. The plan omits nothing. There is no sequence, none to hold out, or
+            none longer than the boundary. Hidden states, K or V are not finite. The model's K and V are no plain
+            projections, or its eager attention returns no weights.
+        TypeError: An argument has the wrong type.
 
     Source: docs/fitting.md; POP (arXiv 2602.03295) for the independent KV projection.
     """
     model, ridges = stock_model(model), _check_lambdas(lambdas)
+    plan = _check_plan(plan, model, weighting)
+    held: list[Tensor] = []
+    if holdout is not None:
+        held = [ids for batch in check_batches(holdout, model, least=4) for ids in batch.split(1)]
+    chooses = len(ridges) > 1
+    split = holdout is None and chooses
+    total = _count_steps(batches, len(held), len(ridges), split)
+    with stock_evaluation(model), torch.no_grad(), reporting(progress, "fit", total) as advance:
+        reader = MomentsReader(model, plan, held if split else None, weighting, advance)
+        reader.read(batches)
+        layers = find_parts(model).layers
+        samples = {layer: sample_weights(layers[layer]) for layer in plan.omit}
+        losses: list[tuple[float, float, float]] = []
+        if chooses:
+            held = _check_held(held, plan, reader.sequences)
+            for ridge in ridges:
+                losses.append((ridge, *_held_out_loss(model, _solve(reader, ridge, samples)[0], held, advance)))
+        best = _best_ridge(losses) if losses else ridges[0]
+        solved = _solve(reader, best, samples)
+        return _with_report(model, *solved, reader.moments, losses, len(held) if losses else 0)
+
+
+def _check_plan(plan: Plan, model: Any, weighting: str) -> Plan:
+    """Check plan and weighting, and return the plan without projections."""
     layers = find_parts(model).layers
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a pop_ext.Plan, got {type(plan).__name__}")
@@ -82,30 +109,39 @@ def fit(
     check_plan(plan, layers, model.config)
     if not plan.omit:
         raise ValueError("plan: expected at least one omitted layer to fit, got none")
-    held: list[Tensor] = []
-    if holdout is not None:
-        held = [ids for batch in checked(holdout, model, least=4) for ids in batch.split(1)]
-    chooses = len(ridges) > 1
-    split = holdout is None and chooses
+    return plan
+
+
+def _count_steps(batches: Batches, held: int, ridges: int, split: bool) -> int | None:
+    """Return the number of progress steps: sequences to read, and held-out sequences to score for each ridge.
+
+    Args:
+        batches: The calibration batches.
+        held: Number of sequences in ``holdout``.
+        ridges: Number of ridges.
+        split: True if sequences of the batches are held out.
+
+    Returns:
+        The number, or None if the batches can only be counted by reading them.
+    """
     count = count_sequences(batches)
-    inner = max(count // HOLD_EVERY, int(count > 1)) if split and count is not None else 0
-    total = None if count is None else count - inner + ((len(held) or inner) * len(ridges) if chooses else 0)
-    with undisturbed(model), torch.no_grad(), reporting(progress, "fit", total) as advance:
-        reader = MomentsReader(model, plan, held if split else None, weighting, advance)
-        reader.read(batches)
-        samples = {layer: sample_weights(layers[layer]) for layer in plan.omit}
-        losses: list[tuple[float, float, float]] = []
-        if chooses:
-            held = _check_held(held, plan, reader.sequences)
-            for ridge in ridges:
-                losses.append((ridge, *_held_out_loss(model, _solved(reader, ridge, samples)[0], held, advance)))
-        best = _best(losses) if losses else ridges[0]
-        solved = _solved(reader, best, samples)
-        return _finished(model, *solved, reader.moments, losses, len(held) if losses else 0)
+    if count is None:
+        return None
+    inner = max(count // HOLD_EVERY, int(count > 1)) if split else 0
+    return count - inner + ((held or inner) * ridges if ridges > 1 else 0)
 
 
-def _solved(reader: MomentsReader, ridge: float, samples: dict[int, Tensor]) -> tuple[Plan, list[RunSolution]]:
-    """The plan with the projections of one ridge, in the model's dtype."""
+def _solve(reader: MomentsReader, ridge: float, samples: dict[int, Tensor]) -> tuple[Plan, list[RunSolution]]:
+    """Solve every run with one ridge.
+
+    Args:
+        reader: Moments of every run.
+        ridge: Lambda.
+        samples: Layer -> ``sample_weights`` of it.
+
+    Returns:
+        The plan with its projections in the model's dtype, and the solution of each run.
+    """
     solutions, dtype = [run.solve(ridge) for run in reader.moments], _dtype(reader.model)
     matrices = {
         layer: (run.layers[layer].original.double() + change).to(dtype).cpu().contiguous()
@@ -123,15 +159,15 @@ def _solved(reader: MomentsReader, ridge: float, samples: dict[int, Tensor]) -> 
     return reader.plan.replace(projections=Projections(matrices, samples, report)), solutions
 
 
-def _best(losses: list[tuple[float, float, float]]) -> float:
-    """The ridge of the lowest loss."""
+def _best_ridge(losses: list[tuple[float, float, float]]) -> float:
+    """Return the ridge of the lowest finite loss."""
     finite = [row for row in losses if math.isfinite(row[1])]
     if not finite:
         raise ValueError(f"holdout: expected finite losses, got {', '.join(f'{loss:g}' for _, loss, _ in losses)}")
     return min(finite, key=lambda row: row[1])[0]
 
 
-def _finished(
+def _with_report(
     model: Any,
     plan: Plan,
     solutions: list[RunSolution],
@@ -139,7 +175,7 @@ def _finished(
     losses: list[tuple[float, float, float]],
     held: int,
 ) -> Plan:
-    """The fitted plan, with what is to be known of how it was made."""
+    """Return the fitted plan with a complete report and origin."""
     assert plan.projections is not None
     report = dataclasses.replace(
         plan.projections.report,
@@ -165,11 +201,12 @@ def _dtype(model: Any) -> torch.dtype:
     return dtype
 
 
-# Choosing lambda
-
-
 def _held_out_loss(model: Any, plan: Plan, held: list[Tensor], advance: Callable[[int], None]) -> tuple[float, float]:
-    """Mean loss in nats a token of the sequences' continuations under a plan, and its standard error."""
+    """Score a plan on the continuations of held-out sequences [1, T].
+
+    Returns:
+        The mean loss in nats per token, and its standard error.
+    """
     found = []
     for ids in held:
         rows = count_continuation(ids)
@@ -184,7 +221,7 @@ def _held_out_loss(model: Any, plan: Plan, held: list[Tensor], advance: Callable
 
 
 def _check_held(held: list[Tensor], plan: Plan, fitted: int) -> list[Tensor]:
-    """Those sequences that have context rows."""
+    """Return the held-out sequences that are long enough to have context rows."""
     if not held:
         raise ValueError(
             f"holdout: expected sequences to choose lambda by (or a single lambda), got none of {fitted} sequences: "

@@ -1,4 +1,4 @@
-"""Figures of a calibration. Needs matplotlib (extra ``plot``)."""
+"""Figures of a calibration and of a profile. They need matplotlib (extra ``plot``)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import IO, Any
 
-# Two hues that differ in lightness, too, so that they stay apart in grey and for the colour-blind.
+# The two colours differ in lightness, too, so that they can be told apart in grey and by the colour-blind.
 PREFILL, DECODE = "#0b6fb8", "#e0842b"
 STAGE_COLOURS = (
     "#0b4f86",
@@ -25,7 +25,15 @@ STAGE_COLOURS = (
 
 
 def new_figure(columns: int, width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
-    """A figure that no window shows and no global state keeps, and its axes [columns].
+    """Create a figure outside pyplot, so that no window opens and no global state changes.
+
+    Args:
+        columns: Number of axes side by side.
+        width: Width in inches.
+        height: Height in inches.
+
+    Returns:
+        The figure and its axes, an array [columns].
 
     Raises:
         ImportError: matplotlib is missing.
@@ -84,9 +92,17 @@ def _draw_errorbars(
 
 
 def plot_stages(profiles: Sequence[dict[str, Any]], path: str | PathLike[str] | IO[bytes]) -> None:
-    """Where the time of prefills goes: a bar a profile of ``bench/run.py --profile``, a colour a stage."""
+    """Draw where the time of prefills goes: one bar per profile, one colour per stage.
+
+    Args:
+        profiles: Profiles that ``bench/run.py --profile`` writes, at least one.
+        path: File or stream that takes the figure as PNG.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
     names = list(dict.fromkeys(stage["name"] for item in profiles for stage in item["stages"]))
-    names.sort(key=lambda name: name == "rest")  # last
+    names.sort(key=lambda name: name == "rest")  # "rest" comes last
     figure, [ax] = new_figure(1, width=8.0, height=1.6 + 0.42 * len(profiles))
     ax.grid(visible=False)
     left = [0.0] * len(profiles)

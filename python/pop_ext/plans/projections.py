@@ -178,7 +178,8 @@ class Projections:
             FitMismatch: The weights differ.
         """
         expected = self.samples[layer]
-        rtol, atol = (0.0, 0.0) if dtype == self.dtype else (2**-7, 1e-7)  # rounded to another dtype, bfloat16 keeps 8 bits
+        # In another dtype the same weights may have been rounded, in bfloat16 to 8 bits.
+        rtol, atol = (0.0, 0.0) if dtype == self.dtype else (2**-7, 1e-7)
         if sample.shape != expected.shape or not torch.allclose(sample, expected, rtol, atol, equal_nan=True):
             raise FitMismatch(
                 f"plan.projections: expected a fit on the weights that the model has, got one on others (layer "
