@@ -1,4 +1,4 @@
-"""The oracle: prefill-only pruning in plain PyTorch, which the native path is compared with."""
+"""The oracle: Prefill-Only Pruning in plain PyTorch, which the native path is compared with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The independent KV projection in plain PyTorch, and a decoder whose omitted layers take it."""
+"""The independent KV projection in plain PyTorch, and a decoder whose omitted layers run nothing else."""
 
 from __future__ import annotations
 
@@ -20,10 +20,22 @@ from pop_ext.reference.checks import PlanLike
 def project_kv(
     layer: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor, fitted: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The independent KV projection: K = rope(k_norm?(Wk . norm(h))), V = Wv . norm(h).
+    """Compute the independent KV projection of a layer: K = rope(k_norm(Wk norm(h))) and V = Wv norm(h).
 
-    hidden_states [1, rows, hidden]; cos, sin as the model's rotary module returns them; fitted [2 * kv_dim, hidden]
-    stands for [Wk; Wv] and reads norm(h) without the norm's weight. Returns K, V [1, kv_heads, rows, head_dim].
+    The norms apply only in families that have them.
+
+    Args:
+        layer: Decoder layer.
+        hidden_states: ``h``, [1, rows, hidden].
+        cos: As the model's rotary module returns it.
+        sin: As the model's rotary module returns it.
+        fitted: [2 * kv_dim, hidden], takes the place of [Wk; Wv] and reads norm(h) without the norm's weight. None for
+            the layer's own weights.
+
+    Returns:
+        K and V, [1, kv_heads, rows, head_dim] each.
+
+    Source: POP (arXiv 2602.03295), independent KV projection.
     """
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden_states) if hasattr(layer, "input_layernorm") else hidden_states
@@ -54,15 +66,25 @@ def project_kv(
 
 
 def check_projection(layer: Module, row: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Raise unless `project_kv` gives for one row [1, 1, hidden] what the layer itself writes into a cache.
+    """Check on one row that ``project_kv`` computes the K and V that the layer itself writes into a cache.
 
-    Families differ in small things (norms after RoPE, layers without RoPE, clipped projections); none may pass unseen.
+    Families differ in details: norms after RoPE, layers without RoPE, clipped projections. This refuses a family that
+    ``project_kv`` does not cover.
+
+    Args:
+        layer: Decoder layer.
+        row: Hidden state [1, 1, hidden].
+        cos: For this row, as the rotary module returns it.
+        sin: For this row, as the rotary module returns it.
+
+    Raises:
+        ValueError: K or V differ.
     """
     attention, cache = layer.self_attn, DynamicCache()
     call = {"position_embeddings": (cos, sin), "attention_mask": None}
     if hasattr(layer, "input_layernorm"):
         attention(hidden_states=layer.input_layernorm(row), **call, **with_cache(attention, cache))
-    else:  # the whole layer, which may have a norm under another name
+    else:  # run the whole layer, which may have a norm of another name
         type(layer).forward(layer, row, **call, **with_cache(layer, cache))
     written: Any = cache.layers[attention.layer_idx]
     try:
@@ -71,7 +93,7 @@ def check_projection(layer: Module, row: Tensor, cos: Tensor, sin: Tensor) -> No
             torch.allclose(ours, theirs, rtol=1e-2, atol=1e-5, equal_nan=True)
             for ours, theirs in zip(projected, (written.keys, written.values), strict=True)
         )
-    except RuntimeError:  # shapes that do not meet
+    except RuntimeError:  # the shapes do not match
         equal = False
     if not equal:
         raise ValueError(
@@ -82,7 +104,7 @@ def check_projection(layer: Module, row: Tensor, cos: Tensor, sin: Tensor) -> No
 
 @contextmanager
 def omitted_layers(layers: Sequence[Module], plan: PlanLike) -> Iterator[None]:
-    """Inside: a layer of `omit` writes its projected K/V into the cache and passes its input by unchanged."""
+    """Replace each omitted layer inside the block: write its projected K and V to the cache and return its input."""
 
     fitted: Projections | None = getattr(plan, "projections", None)
 
