@@ -25,6 +25,7 @@ ON_THE_CPU = {
     "test_bench_peers",
     "test_build",
     "test_cli",
+    "test_code_metrics",
     "test_commands",
     "test_comparisons",
     "test_composition",
