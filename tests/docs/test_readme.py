@@ -73,7 +73,7 @@ def test_every_op_has_its_schema_in_the_reference():
 
 
 def test_every_rule_of_enable_is_in_the_semantics():
-    sources = "".join((ROOT / "python" / "pop_ext" / name).read_text() for name in ("decision.py", "forward.py"))
+    sources = "".join((ROOT / "python" / "pop_ext" / name).read_text() for name in ("hf/dispatch.py", "hf/forward.py"))
     rules = set(re.findall(r'(?:_Stock\(|return|else \(|reason =)\s*"(\w+)",', sources))
     page = (ROOT / "docs" / "semantics.md").read_text()
     assert sorted(rule for rule in rules if f"`{rule}`" not in page) == []
