@@ -39,7 +39,7 @@ SIZES = {
     "vocab_size": 263,
     "max_position_embeddings": 128,
 }
-FAKES = {name: Peer(name, "tests.peer_engine", ()) for name in ("fake", "dying", "absent")}
+FAKES = {name: Peer(name, "tests.support.peer_engine", ()) for name in ("fake", "dying", "absent")}
 CPUS = sorted(os.sched_getaffinity(0))[:1] if hasattr(os, "sched_getaffinity") else [0]
 
 
