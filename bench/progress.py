@@ -1,4 +1,4 @@
-"""A progress bar on stderr: rich's if it is installed, else lines of plain text."""
+"""Progress on stderr: rich's bar if rich is installed, else plain lines."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 class Progress:
-    """``with Progress("demo, 512 tokens", 30) as bar: bar.step("hf-eager")``.
+    """A progress bar: ``with Progress("demo, 512 tokens", 30) as bar: bar.step("hf-eager")``.
 
     Attributes:
-        steps: how many there will be; may be set when it is known.
+        steps: number of steps; may be set later.
     """
 
     def __init__(self, title: str, steps: int = 0, quiet: bool = False) -> None:
@@ -50,7 +50,7 @@ class Progress:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     def step(self, label: str) -> None:
-        """One step is done; ``label`` says of what."""
+        """Count a finished step and show its label."""
         self._done += 1
         if self._rich is not None:
             self._rich.update(self._task, total=self.steps, completed=self._done, description=f"{self._title}: {label}")
@@ -59,7 +59,7 @@ class Progress:
             print(f"\r\x1b[K{self._title}: {share} % ({label})", end="", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         if self._rich is not None:
             self._rich.console.print(text, highlight=False)
         elif self._mode != "quiet":

@@ -46,7 +46,8 @@ class PrunedPrefill(torch.nn.Module):
     def load_weights(self, weights: Any) -> Any:
         if any(projection.folded for projection in self.pop_projections):
             raise RuntimeError(
-                "weights: expected to be loaded once, before an engine with pruned prefills runs, got others: start a new engine"
+                "weights: expected to be loaded once, before an engine with pruned prefills runs, got others: "
+                "start a new engine"
             )
         return super().load_weights(weights)  # type: ignore[misc]
 
