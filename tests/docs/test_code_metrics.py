@@ -1,4 +1,4 @@
-"""scripts/code_metrics.py, on made-up packages."""
+"""scripts/code_metrics.py finds import cycles, returns and sizes in made-up packages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "code_metrics.py"
 SOURCES = {
     "__init__.py": "from pop_ext.leaf import value\n",
     "leaf.py": "import json\nvalue = 1\n",
-    # Two modules that import each other, one for its types alone.
+    # Two modules that import each other, one of them for types only.
     "typed.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from pop_ext.eager import Name\n",
     "eager.py": "from pop_ext import leaf, typed\nfrom pop_ext._core import missing\n",
     # Three in a ring: an import inside a function, a relative one, and `import a.b`.
@@ -32,7 +32,7 @@ def metrics():
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    """A checkout whose package is SOURCES."""
+    """Write SOURCES as the package of a checkout, and return the checkout."""
     for name, text in SOURCES.items():
         path = tmp_path / "python" / "pop_ext" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""docs/semantics.md names the tests that show what it says."""
+"""docs/semantics.md names existing tests for what it says."""
 
 from __future__ import annotations
 

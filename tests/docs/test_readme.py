@@ -1,7 +1,7 @@
-"""The documentation is true: its Python blocks run, its examples run, its links lead somewhere.
+"""The documentation works: its Python blocks and examples run, and its links resolve.
 
-Blocks of one file share a namespace and run in order. Where one loads a model by a Hugging Face name, the test puts the
-path of a tiny Llama in its place, and it runs where prompt.txt is a text of some hundred tokens.
+Blocks of one file share a namespace and run in order. Hugging Face names of models are replaced by the path of a tiny
+Llama, and the working folder has a prompt.txt of some hundred tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HUB_NAME = re.compile(r'"(meta-llama|Qwen|mistralai)/[^"]+"')
 
 
 def python_blocks(page: Path) -> list[tuple[int, str]]:
-    """First line and text of each block that is marked as Python."""
+    """Return the first line number and the text of each Python block."""
     text = page.read_text()
     found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
@@ -34,7 +34,7 @@ def python_blocks(page: Path) -> list[tuple[int, str]]:
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with a tiny model and a prompt, and the process in it."""
+    """Create a folder with a tiny model and a prompt, and make it the working folder."""
     save_tiny_llama(tmp_path / "model")
     (tmp_path / "prompt.txt").write_text("def square(x):\n    return x * x\n" * 10)
     monkeypatch.chdir(tmp_path)
@@ -57,7 +57,7 @@ def test_the_readme_has_a_quick_start_and_the_op():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_relative_link_leads_somewhere(page):
+def test_every_relative_link_resolves(page):
     links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
     local = [link.partition("#")[0] for link in links if not link.startswith(("http://", "https://", "#"))]
     assert [link for link in local if not (page.parent / link).exists()] == []
@@ -89,7 +89,7 @@ def test_every_example_runs(example, place):
 
 
 @torch.no_grad()
-def test_the_engine_of_the_example_writes_what_generate_writes():
+def test_the_example_engine_generates_the_tokens_of_generate():
     engine_module = runpy.run_path(str(ROOT / "examples" / "own_engine.py"))
     model = models.llama()
     plan = pop_ext.Plan.last(6, boundary=3)
@@ -104,7 +104,7 @@ def test_the_engine_of_the_example_writes_what_generate_writes():
         assert new.tolist() == expected.tolist()
 
 
-def test_the_figure_is_what_its_script_draws(tmp_path):
+def test_the_figure_equals_its_scripts_output(tmp_path):
     script = tmp_path / "cells.py"
     script.write_text((ROOT / "docs" / "figures" / "cells.py").read_text())
     subprocess.run([sys.executable, str(script)], check=True)
