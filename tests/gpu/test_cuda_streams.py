@@ -6,9 +6,9 @@ import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, plan_of, run_oracle
-from at_once import run_at_once
 from models import llama, shared, tokens
 from op_calls import SENTINEL, op_call, run_op
+from threads import run_threads
 from tolerance import assert_close_fp32
 from tuning import tuned
 
@@ -175,7 +175,7 @@ def test_two_threads_prefilling_together_give_the_serial_results(shared_stream, 
     with tuned(**options):
         serial = [repeated(native, ids, torch.cuda.default_stream(), 1)()[0] for ids in prompts]
         jobs = [repeated(native, ids, stream) for ids, stream in zip(prompts, streams, strict=True)]
-        for outputs, expected in zip(run_at_once(*jobs), serial, strict=True):
+        for outputs, expected in zip(run_threads(*jobs), serial, strict=True):
             for output in outputs:
                 assert_same_bits(output, expected)
 

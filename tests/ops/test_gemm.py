@@ -7,8 +7,8 @@ import math
 import pop_ext  # noqa: F401  (registers torch.ops.pop)
 import pytest
 import torch
-from at_once import run_at_once
 from op_operands import DTYPES, random, strided
+from threads import run_threads
 from tolerance import assert_close_fp32, assert_low_precision
 from torch import Tensor
 from torch.nn import functional as F
@@ -106,7 +106,7 @@ def test_two_concurrent_threads_get_the_bits_of_one(dtype, blocks):
     pairs = [operands(rows, 300, 128, dtype) for rows in (70, 300)]
     alone = [linear(*pair) for pair in pairs]
     jobs = [lambda pair=pair: [linear(*pair) for _ in range(20)] for pair in pairs]
-    for results, expected in zip(run_at_once(*jobs), alone, strict=True):
+    for results, expected in zip(run_threads(*jobs), alone, strict=True):
         assert all(torch.equal(result, expected) for result in results)
 
 
