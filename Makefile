@@ -13,6 +13,7 @@ PYTEST = -m pytest -n $(WORKERS) --dist worksteal
 ifdef PYTHON
 RUN := PYTHONPATH=$(CURDIR)/python $(PYTHON)
 CLANG_FORMAT ?= clang-format
+LINT_IMPORTS ?= lint-imports
 FOR_DEMO := dev
 FOR_TEST := dev
 FOR_LINT :=
@@ -21,6 +22,7 @@ PYTHON := $(CURDIR)/$(VENV)/bin/python
 RUN := $(PYTHON)
 # A venv over site packages that have it gets none of its own.
 CLANG_FORMAT ?= $(firstword $(wildcard $(VENV)/bin/clang-format) clang-format)
+LINT_IMPORTS ?= $(VENV)/bin/lint-imports
 FOR_DEMO := $(VENV)/installed-hf,cli
 FOR_TEST := $(VENV)/installed-dev
 FOR_LINT := $(FOR_TEST)
@@ -42,6 +44,8 @@ lint: $(FOR_LINT) docs
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	PYTHONPATH=python $(LINT_IMPORTS) --no-cache --no-logo
+	$(PYTHON) scripts/code_metrics.py --cycles
 	$(CPP_FILES) | xargs $(CLANG_FORMAT) --dry-run --Werror
 
 format: $(FOR_LINT)

@@ -1,4 +1,4 @@
-"""docs/calls.md names the tests that show what it says."""
+"""docs/calls.md names existing tests for what it says."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The documentation is true: its Python blocks run, its examples run, its links lead somewhere.
+"""The documentation works: its Python blocks and examples run, and its links resolve.
 
-Blocks of one file share a namespace and run in order. Where one loads a model by a Hugging Face name, the test puts the
-path of a tiny Llama in its place, and it runs where prompt.txt is a text of some hundred tokens.
+Blocks of one file share a namespace and run in order. Hugging Face names of models are replaced by the path of a tiny
+Llama, and the working folder has a prompt.txt of some hundred tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def name_of(page: Path) -> str:
 
 
 def python_blocks(page: Path) -> list[tuple[int, str]]:
-    """First line and text of each block that is marked as Python."""
+    """Return the first line number and the text of each Python block."""
     text = page.read_text()
     found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
@@ -42,7 +42,7 @@ def python_blocks(page: Path) -> list[tuple[int, str]]:
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with a tiny model and a prompt, and the process in it."""
+    """Create a folder with a tiny model and a prompt, and make it the working folder."""
     save_tiny_llama(tmp_path / "model")
     (tmp_path / "prompt.txt").write_text("def square(x):\n    return x * x\n" * 10)
     monkeypatch.chdir(tmp_path)
@@ -65,7 +65,7 @@ def test_the_quick_start_and_the_op_are_shown(page, call):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_relative_link_leads_somewhere(page):
+def test_every_relative_link_resolves(page):
     links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
     local = [link.partition("#")[0] for link in links if not link.startswith(("http://", "https://", "#"))]
     assert [link for link in local if not (page.parent / link).exists()] == []
@@ -95,8 +95,9 @@ def test_every_op_has_its_schema_in_the_reference():
 
 
 def test_every_rule_of_enable_is_in_the_list_of_declined_calls():
-    sources = "".join((ROOT / "python" / "pop_ext" / name).read_text() for name in ("decision.py", "forward.py"))
-    rules = set(re.findall(r'(?:_Stock\(|return|else \(|reason =)\s*"(\w+)",', sources))
+    sources = "".join(path.read_text() for path in (ROOT / "python" / "pop_ext" / "hf").glob("*.py"))
+    rules = set(re.findall(r'(?:Decline\(|else \(|return)\s*"(\w+)",', sources))
+    assert {"labels", "mask", "cache", "hooks", "attention", "model", "verification"} <= rules
     page = (ROOT / "docs" / "declined.md").read_text()
     assert sorted(rule for rule in rules if f"`{rule}`" not in page) == []
 
@@ -111,7 +112,7 @@ def test_every_example_runs(example, place):
 
 
 @torch.no_grad()
-def test_the_engine_of_the_example_writes_what_generate_writes():
+def test_the_example_engine_generates_the_tokens_of_generate():
     engine_module = runpy.run_path(str(ROOT / "examples" / "own_engine.py"))
     model = models.llama()
     plan = pop_ext.Plan.last(6, boundary=3)
@@ -127,7 +128,7 @@ def test_the_engine_of_the_example_writes_what_generate_writes():
 
 
 @pytest.mark.parametrize("name", ["cells", "ttft"])
-def test_a_figure_is_what_its_script_draws(name, tmp_path):
+def test_a_figure_equals_its_scripts_output(name, tmp_path):
     script = ROOT / "docs" / "figures" / f"{name}.py"
     subprocess.run([sys.executable, str(script), str(tmp_path / "drawn.svg")], check=True)
     assert (tmp_path / "drawn.svg").read_text() == script.with_suffix(".svg").read_text()

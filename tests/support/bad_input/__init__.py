@@ -1,4 +1,4 @@
-"""The cases of test_bad_input.py and docs/bad-input.md: what is passed, what must come back."""
+"""The cases of test_bad_input.py and docs/bad-input.md: bad calls and the errors that they must raise."""
 
 from bad_input.blocks import BLOCKS
 from bad_input.enabling import ENABLED, SCORE

@@ -1,4 +1,4 @@
-"""The building blocks of `torch.ops.pop`."""
+"""Bad calls of the operators of `torch.ops.pop` other than prefill, load and unload."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bad_input.fixture import Case, pop
 
 
 def written_caches(**over: Any) -> dict[str, Any]:
-    """A call of rope_cache_write that is right."""
+    """Call rope_cache_write with valid arguments, except for those in `over`."""
     call = {
         "query": torch.zeros(3, 4, 64),
         "key": torch.zeros(3, 2, 64),
@@ -28,13 +28,13 @@ def written_caches(**over: Any) -> dict[str, Any]:
 
 
 def attended(**over: Any) -> dict[str, Any]:
-    """A call of attention that is right."""
+    """Call attention with valid arguments, except for those in `over`."""
     names = ("query", "key_cache", "value_cache", "cu_seqlens", "past_lens", "cache_start")
     return {**{name: value for name, value in written_caches().items() if name in names}, "scale": 1.0, **over}
 
 
 def kv_projected(**over: Any) -> dict[str, Any]:
-    """A call of kv_project for two layers that is right."""
+    """Call kv_project for two layers with valid arguments, except for those in `over`."""
     names = ("cos", "sin", "cu_seqlens", "past_lens", "cache_start")
     call = {name: value for name, value in written_caches().items() if name in names}
     caches = torch.zeros(2, 2, 1, 2, 3, 64)

@@ -1,4 +1,4 @@
-"""Calls of an enabled model, `explain`, `score`."""
+"""Bad calls of an enabled model, of `explain` and of `score`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fit`, and plans that carry one."""
+"""Bad calls of `fit`, and bad plans with a fit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def fit(w: Fixture, plan: Any = None, batches: Any = None, **how: Any) -> Plan:
 
 
 def elsewhere(**over: Any) -> Plan:
-    """A plan fitted on another model of the same depth, without the origin that would tell."""
+    """Return a plan fitted on another model of the same depth, without the origin that would show it."""
     model = llama(layers=LAYERS, **{**SMALL, **over})
     plan = Plan(LAYERS, omit=(1, 2))
     return pop_ext.fit(model, plan, [tokens(model, 2, 8)], lambdas=[0.1]).replace(origin=None)
@@ -34,7 +34,7 @@ def with_nan(w: Fixture) -> None:
 
 
 def saved(w: Fixture, spoil: Any) -> Plan:
-    """Saves a fitted plan, spoils its matrices, and loads it again."""
+    """Save a fitted plan, change its file of matrices by `spoil`, and load it again."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path("plan.json")
         fit(w).save(Path(folder) / path)

@@ -1,4 +1,4 @@
-"""Plans, `load` and `enable`."""
+"""Bad plans, and bad calls of `load` and `enable`."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ PLAN = [
 
 
 class Adapter(nn.Linear):
-    """A stand-in for what adapters and quantisers put in a Linear's place."""
+    """Stands for the modules that adapters and quantisers put in place of a Linear."""
 
 
 class Subclass(Tensor):
-    """A stand-in for quantised tensors; DTensor itself is in test_device_maps.py."""
+    """Stands for quantised tensors; test_device_maps.py has DTensor itself."""
 
 
 def load(w: Fixture, plan: Any = None) -> Any:
@@ -61,7 +61,7 @@ def subclass_weight(w: Fixture) -> None:
 
 
 class Headless(nn.Module):
-    """No Hugging Face model: it has no config."""
+    """A module without a config, so no Hugging Face model."""
 
 
 LOAD = [

@@ -1,4 +1,4 @@
-"""`torch.ops.pop.prefill`, `load` and `unload`."""
+"""Bad calls of `torch.ops.pop.prefill`, `load` and `unload`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bad_input.fixture import CAPACITY, NEW, PAST, Case, Fixture, pop
 
 
 def overlapping(w: Fixture) -> dict[str, Any]:
-    """The values of layer 0 begin inside its keys."""
+    """Return caches in which the values of layer 0 begin inside its keys."""
     buffer = torch.zeros(2 * 2 * CAPACITY * 64 + 640)
     size = 2 * 2 * CAPACITY * 64
     key, value = (buffer[at : at + size].view(2, 2, CAPACITY, 64) for at in (0, 640))
@@ -23,24 +23,24 @@ def overlapping(w: Fixture) -> dict[str, Any]:
 
 
 def first_cache(w: Fixture, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """The key cache of layer 0 changed."""
+    """Return the key caches with that of layer 0 changed by `change`."""
     return {"key_cache": [change(w.op["key_cache"][0]), *w.op["key_cache"][1:]]}
 
 
 def table(*slots: int) -> Tensor:
-    """A slot table of both sequences, position by position, but for the slots given at its start."""
+    """Return a slot table of both sequences in order, except for the given first slots."""
     rows = torch.arange(PAST + NEW, dtype=torch.int32, device="cpu").repeat(2, 1)
     rows[1, : len(slots)] = int32(slots)
     return rows
 
 
 def no_features(w: Fixture) -> Tensor:
-    """An index that names no row of any features."""
+    """Return an index that names no row of features."""
     return torch.full_like(w.op["input"], -1)
 
 
 def freed(w: Fixture) -> int:
-    return pop_ext.load(w.model, w.plan).handle  # nothing keeps the model: freed at once
+    return pop_ext.load(w.model, w.plan).handle  # no reference to the model is kept: it is freed here
 
 
 LENGTHS = ("cu_seqlens", "past_lens", "cache_start", "boundary", "logits_to_keep")

@@ -1,4 +1,4 @@
-"""`native.prefill`."""
+"""Bad calls of `native.prefill`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bad_input.fixture import NEW, PAST, Case, Fixture, ones
 
 
 def short_row() -> Tensor:
-    """A mask that leaves sequence 1 three new tokens."""
+    """Return a mask that leaves three new tokens in sequence 1."""
     mask = torch.ones(2, PAST + NEW, dtype=torch.long)
     mask[1, PAST : PAST + NEW - 3] = 0
     return mask
@@ -26,7 +26,7 @@ def small_static(w: Fixture) -> StaticCache:
 
 
 def changed_cache(w: Fixture, change: Callable[[Any], None], static: bool = False) -> Any:
-    """A copy of the fixture's cache with one change."""
+    """Return a copy of the fixture's cache, changed by `change`."""
     cache = copy.deepcopy(w.static if static else w.dynamic)
     change(cache.layers)
     return cache
