@@ -179,7 +179,7 @@ def _print_arms(console: Console, report: dict[str, Any]) -> None:
     console.print(ratios)
     repeats = len(report["arms"][0]["ttft_ms"]["all"])
     for note in (
-        f"First token: time to first token, medians of {repeats} interleaved runs.",
+        f"first token: time to first token, medians of {repeats} interleaved runs.",
         "log p/token: mean log-probability of the true continuation's tokens, in nats.",
         "as stock: leading tokens of the greedy continuation that equal the stock model's.",
         "ceiling: ratio of FLOPs, the speed-up from omitted work alone; kernels give the rest.",
