@@ -177,6 +177,11 @@ def test_two_plans_or_an_unknown_dtype_are_refused(folder):
         PopLM(str(folder), dtype="int8")
 
 
+def test_a_bad_list_of_layers_is_refused_by_the_name_omit(folder):
+    with pytest.raises(ValueError, match="^omit: expected layers like 22-31 or 8,9,11, got '3-x'"):
+        PopLM(str(folder), omit="3-x")
+
+
 def test_the_harness_runs_tasks_of_local_files(model, tasks):
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     names = [f"pop_test_{name}" for name in TASKS]

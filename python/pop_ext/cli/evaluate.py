@@ -97,7 +97,8 @@ def evaluate(
 
     An ablation leaves out one part of the method.
 
-    Without --plan and --counts the model's default plan is measured: the one published for it, else its deepest third.
+    Without --plan and --counts the preset of the model is measured (pop-ext info lists presets), else its deepest
+    third.
 
     Results are saved after each way to run a plan; a stopped run resumes from them.
     """
@@ -137,6 +138,7 @@ def evaluate(
 
 
 def _plans(config: Any, paths: list[Path], counts: str | None, boundary: str | None) -> list[Plan]:
+    """Return the plans of --plan, then those of --counts, each with every boundary of --boundary."""
     depth = config.get_text_config().num_hidden_layers
     plans = [Plan.load(path) for path in paths]
     plans += [Plan.last(depth, count=count) for count in options.parse_numbers("--counts", counts or "")]
@@ -180,4 +182,5 @@ def _print(result: Evaluation) -> None:
 
 
 def _mean(mean: Any, sign: str = "", digits: int = 3) -> str:
+    """Format a mean and, in brackets, its standard error."""
     return f"{mean.value:{sign}.{digits}f} ({mean.error:.{digits}f})"

@@ -57,9 +57,9 @@ def generate(
     The three are the stock Hugging Face model, pop_ext's own prefill of all layers (native full), and the pruned
     prefill (POP). The stock model decodes after each.
 
-    --plan, --omit or --count choose the plan, one of them at most. Default: the plan published for the model, else its
-    deepest third. It runs even if the prompt is shorter than its
-    min_tokens, below which pop_ext.enable runs all layers.
+    --plan, --omit or --count choose the plan, one of them at most. Default: the preset of the model (pop-ext info lists
+    presets), else its deepest third. The plan runs even if the prompt is shorter than its min_tokens, below which
+    pop_ext.enable runs all layers.
     """
     with output.errors_on_one_line():
         options.set_threads(threads)
@@ -179,7 +179,7 @@ def _print_arms(console: Console, report: dict[str, Any]) -> None:
     console.print(ratios)
     repeats = len(report["arms"][0]["ttft_ms"]["all"])
     for note in (
-        f"First token: time to first token, medians of {repeats} interleaved runs.",
+        f"first token: time to first token, medians of {repeats} interleaved runs.",
         "log p/token: mean log-probability of the true continuation's tokens, in nats.",
         "as stock: leading tokens of the greedy continuation that equal the stock model's.",
         "ceiling: ratio of FLOPs, the speed-up from omitted work alone; kernels give the rest.",

@@ -30,8 +30,8 @@ def info(
     The possible speed-up is the ratio of FLOPs: what omitting work alone can gain.
 
 
-    --plan, --omit or --count choose the plan, one of them at most. Default: the plan published for the model, else its
-    deepest third.
+    --plan, --omit or --count choose the plan, one of them at most. Default: the preset of the model, else its deepest
+    third.
     """
     with output.errors_on_one_line():
         report = env_info.installation()
@@ -65,7 +65,7 @@ def _print_info(report: dict[str, Any]) -> None:
         "attention": ", ".join(f"{device}: {provider}" for device, provider in report["attention"].items()),
         "prepack": report["prepack"],
         "families": ", ".join(report["families"]),
-        "presets": "\n".join(
+        "presets (omitted layers)": "\n".join(
             f"{preset['omitted']:2} of {preset['layers']} layers: {preset['names'][0]}"
             f"{' (published)' if preset['published'] else ''}"
             for preset in report["presets"]
@@ -86,13 +86,13 @@ def _print_model(console: Console, model: dict[str, Any]) -> None:
         f"{model['layers']} layers of hidden {model['hidden_size']}, {model['heads']} heads and {model['kv_heads']} "
         f"KV heads of {model['head_dim']}, MLP {model['intermediate_size']}; vocabulary {model['vocab_size']}",
         f"plan: omits {plan['omit']}, boundary {plan['boundary']}, min_tokens {plan['min_tokens']}",
-        f"folded K/V weights: {model['extra_bytes'] / 2**20:.1f} MiB",
+        f"extra memory for K/V weights of omitted layers: {model['extra_bytes'] / 2**20:.1f} MiB",
     ]
     if windows:
         lines.insert(3, f"sliding windows: {windows}")
     for line in lines:
         console.print(Text(line))
-    table = output.new_table("ceiling, batch 1", "POP vs HF full", "POP vs native full", "native full vs HF full")
+    table = output.new_table("FLOP ceiling, batch 1", "POP vs HF full", "POP vs native full", "native full vs HF full")
     for row in model["ceilings"]:
         ratios = (row[name] for name in ("pop_over_stock", "pop_over_native_full", "native_full_over_stock"))
         table.add_row(f"{row['tokens']} tokens", *(f"{ratio:.3f}x" for ratio in ratios))

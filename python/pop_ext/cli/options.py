@@ -93,7 +93,7 @@ def find_files(option: str, names: Sequence[str]) -> list[Path]:
 
 
 def choose_plan(config: Any, path: Path | None, omit: str | None, count: int | None, boundary: int | None) -> Plan:
-    """Return the plan that --plan, --omit or --count names, else the model's default plan.
+    """Return the plan that --plan, --omit or --count names, else the preset of the model, else its deepest third.
 
     Args:
         config: Configuration of the model.
