@@ -1,4 +1,4 @@
-"""Prompts of texts and of JSON lines, recall prompts, and the sequences of a calibration."""
+"""Prompts from plain texts and JSON lines, recall prompts, and calibration sequences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pop_ext.importance: virtual gates against real ones and finite differences, alone and in batches; bad input."""
+"""pop_ext.importance: virtual gates against real gates and finite differences, batches, bad arguments, plots."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def derivatives(model, ids, **how):
 
 
 def drawn_targets(model, ids) -> torch.Tensor:
-    """[batch, ROWS], by walking along each row's distribution until the uniform number is passed."""
+    """Draw targets [batch, ROWS]: add up each row's probabilities until their sum exceeds the uniform number."""
     p = model(ids).logits[:, -ROWS:].double().softmax(-1)
     targets = torch.zeros(len(ids), ROWS, dtype=torch.long)
     for i, row in enumerate(uniforms(len(ids))):
@@ -46,7 +46,7 @@ def drawn_targets(model, ids) -> torch.Tensor:
 
 
 def gated_loss(model, ids, targets, gates) -> torch.Tensor:
-    """-log p of the targets, with a scalar [layers, 2] at each layer's branch: context rows, loss rows."""
+    """Return -log p of the targets, with real gates [layers, 2] on each layer's branch: context rows, loss rows."""
     is_context = (torch.arange(ids.shape[1]) < ids.shape[1] - ROWS)[None, :, None]
 
     def gated(index, forward):
@@ -111,7 +111,7 @@ def test_virtual_gates_match_finite_differences_of_the_loss():
 
 
 def real_branch_gates(model, ids, targets):
-    """Derivatives [2, layers] each of scalars put on what attention and MLP add to the residual stream."""
+    """Return the derivatives [2, layers] of real gates on the attention and MLP branches."""
     is_context = (torch.arange(ids.shape[1]) < CONTEXT)[None, :, None]
     sandwich = hasattr(model.model.layers[0], "pre_feedforward_layernorm")
     names = {
@@ -275,10 +275,7 @@ def test_importance_leaves_the_model_unchanged(how):
     assert ("forward" in model.__dict__) == (how == "enabled")
 
 
-# Saved and resumed
-
-
-# Bad input
+# Bad arguments
 
 
 BAD = [
@@ -332,7 +329,7 @@ def test_inference_mode_weights_are_refused():
         pop_ext.importance(model, uneven_batches(model))
 
 
-# Shown
+# Progress and plots
 
 
 def test_progress_counts_sequences():

@@ -18,12 +18,12 @@ def batches(model):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Times by the number of omitted layers and tokens, instead of measured ones."""
+    """Replace measured times by a formula in omitted layers and tokens."""
     loaded = []
 
     def seconds(native, ids):
         loaded.append(len(native.plan.omit))
-        # A millisecond a layer and token, and a cost of pruning that short prompts do not win back.
+        # 1 ms per layer and token, and a fixed cost of pruning that short prompts do not win back.
         overhead = 0.05 if native.plan.omit else 0.0
         return (6 - len(native.plan.omit)) * ids.shape[1] / 1000 + overhead
 
@@ -75,12 +75,12 @@ def test_plan_within_refuses_bad_budgets_by_name(clock, how, kind, text):
 
 
 def test_shortest_paying_finds_where_pruning_stays_faster(clock):
-    # Two of six layers save 2 ms a token of 1000 and cost 50 ms: from 25 tokens on.
+    # Omitting two of six layers saves 2 ms per token and costs 50 ms, so it pays from 25 tokens on.
     model, plan = shared("llama"), Plan.last(6, 2)
     told = []
     found = pop_ext.shortest_paying(model, plan, (16, 64, 32, 8), repeats=1, progress=lambda *done: told.append(done))
     assert found == 32
-    assert told == [(1, 4), (2, 4), (3, 4)]  # a length at which it does not pay ends the search
+    assert told == [(1, 4), (2, 4), (3, 4)]  # the first length at which it does not pay ends the search
     assert pop_ext.shortest_paying(model, plan, (8, 16), repeats=1) is None
     assert pop_ext.shortest_paying(model, plan, (30, 40), repeats=1) == 30
 
