@@ -261,7 +261,7 @@ def test_importance_leaves_the_model_unchanged(how):
     with ExitStack() as stack:
         stack.enter_context(outside())
         if how == "failing":
-            with pytest.raises(ValueError, match="ids from 0 to 262, got 999 in number 3"):
+            with pytest.raises(ValueError, match="ids from 0 to 262, got 999 in batch 3"):
                 pop_ext.importance(called, given)
         else:
             assert pop_ext.importance(called, given).layer == expected
@@ -281,13 +281,13 @@ def test_importance_leaves_the_model_unchanged(how):
 BAD = [
     (dict(batches=[]), ValueError, "batches: expected at least one sequence, got none"),
     (dict(batches=torch.zeros(2, 9).long()), TypeError, "batches: expected an iterable of input_ids [batch, T], got"),
-    (dict(batches=[[1, 2, 3]]), TypeError, "batches: expected int64 or int32 tensors, got list as number 0"),
+    (dict(batches=[[1, 2, 3]]), TypeError, "batches: expected int64 or int32 tensors, got list in batch 0"),
     (dict(batches=[torch.zeros(1, 9)]), TypeError, "batches: expected int64 or int32 tensors, got torch.float32"),
     (dict(batches=[torch.zeros(9).long()]), ValueError, "batches: expected [batch, T] with at least 3 tokens, got [9]"),
-    (dict(batches=[torch.zeros(1, 2).long()]), ValueError, "with at least 3 tokens, got [1, 2] as number 0"),
-    (dict(batches=[torch.full((1, 9), -1)]), ValueError, "batches: expected ids from 0 to 262, got -1 in number 0"),
+    (dict(batches=[torch.zeros(1, 2).long()]), ValueError, "with at least 3 tokens, got [1, 2] in batch 0"),
+    (dict(batches=[torch.full((1, 9), -1)]), ValueError, "batches: expected ids from 0 to 262, got -1 in batch 0"),
     (dict(continuation=0), ValueError, "continuation: expected at least 1, got 0"),
-    (dict(continuation=19), ValueError, "continuation: expected at most 18 (the 20 tokens but 2), got 19"),
+    (dict(continuation=19), ValueError, "continuation: expected at most 18 (20 tokens less 2), got 19"),
     (dict(continuation=2.0), TypeError, "continuation: expected an int, got float 2.0"),
     (dict(seed=None), TypeError, "seed: expected an int, got NoneType None"),
     (dict(progress="yes"), TypeError, "progress: expected a bool or a callable, got str"),
@@ -318,7 +318,7 @@ def test_infinite_derivatives_raise_value_error():
     model = copy.deepcopy(shared("llama"))
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = math.inf
-    with pytest.raises(ValueError, match="model: expected finite derivatives"):
+    with pytest.raises(ValueError, match="model: expected finite derivatives, got NaN or infinity"):
         pop_ext.importance(model, uneven_batches(model))
 
 

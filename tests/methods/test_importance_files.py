@@ -62,7 +62,7 @@ def test_a_stopped_run_resumes_where_it_stopped(tmp_path, after, regrouped):
         (dict(seed=1), "resume: expected seed 1 in PATH, got 0"),
         (dict(continuation=4), "resume: expected continuation 4 in PATH, got None"),
         (dict(branches=True), r"resume: expected gates ('layer', 'attention', 'mlp') in PATH, got ('layer',)"),
-        (dict(others=True), "resume: expected batches to begin with the 8 sequences of the file, got others"),
+        (dict(others=True), "resume: expected batches to begin with the 8 sequences of the file, got other sequences"),
         (dict(fewer=True), "resume: expected batches to begin with the 8 sequences of the file, got 3"),
     ],
     ids=["seed", "continuation", "gates", "other sequences", "fewer sequences"],
