@@ -1,4 +1,4 @@
-"""What the build promises: one library for every torch >= 2.11, torch-free parts, a torch that is used, not fetched."""
+"""The build: one library for every torch >= 2.11, parts without torch, and the torch of the environment."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def includes(path: Path) -> list[str]:
 
 
 def reachable(path: Path, seen: set[Path] | None = None) -> set[Path]:
-    """The file and every file of ours that it includes."""
+    """Return the file and every file of the project that it includes."""
     seen = set() if seen is None else seen
     if path not in seen:
         seen.add(path)
@@ -54,7 +54,7 @@ def reachable(path: Path, seen: set[Path] | None = None) -> set[Path]:
 
 
 def listed_in_cmake(variable: str) -> list[str]:
-    """The sources between `variable` and the closing parenthesis."""
+    """Return the sources between `variable` and the closing parenthesis."""
     body = re.search(rf"\({variable}\b([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
     assert body is not None, variable
     return re.findall(r"cpp/\S+\.cpp", body.group(1))
@@ -112,7 +112,7 @@ def test_torch_free_parts_include_no_torch_header():
 
 @needs_nm
 def test_instruction_set_files_emit_no_weak_symbols():
-    """It keeps one copy of a weak symbol, and that could be the one with AVX-512 in it."""
+    """The linker keeps one copy of a weak symbol, which could be the one compiled for AVX-512."""
     objects = list((ROOT / "build").glob("**/pop_cpu_*.dir/**/*.o"))
     if not objects:
         pytest.skip("needs a build tree")
@@ -121,7 +121,7 @@ def test_instruction_set_files_emit_no_weak_symbols():
 
 
 def test_early_launched_kernels_wait_for_their_predecessors():
-    """All of a file that launches early: one that did not wait would read what is not there yet, on a GPU alone."""
+    """Check every kernel of a file that launches early: one that does not wait reads stale data, only on a GPU."""
     early = [path for path in sources("cuda") if "launch_early(" in path.read_text(encoding="utf-8")]
     assert len(early) == 6
     for path in early:
@@ -199,7 +199,7 @@ def test_build_requires_torch_only_if_missing(monkeypatch, tmp_path):
 
 
 def build(hook: str, folder: Path, **settings: str) -> Path:
-    """What `python -m build --no-isolation` calls, in a process of its own; the path of what it has built."""
+    """Call the build backend in its own process, as `python -m build --no-isolation` does, and return what it built."""
     pytest.importorskip("scikit_build_core")
     code = f"import pop_build, sys; print(pop_build.{hook}(sys.argv[1], {settings!r}))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "build_backend")}
@@ -210,7 +210,7 @@ def build(hook: str, folder: Path, **settings: str) -> Path:
 
 
 def files_below(*names: str) -> set[str]:
-    """Files of the source tree by their path in it, without what was built or cached there."""
+    """Return the paths of source files below the given folders, without built or cached files."""
     found = [path for name in names for path in [ROOT / name, *(ROOT / name).rglob("*")] if path.is_file()]
     kept = [path for path in found if path.suffix != ".so" and "__pycache__" not in path.parts]
     return {path.relative_to(ROOT).as_posix() for path in kept}
@@ -227,7 +227,7 @@ def test_sdist_holds_sources_and_nothing_built(tmp_path):
 
 
 def test_wheel_holds_every_module_and_the_command(tmp_path):
-    """Without the libraries: compiling them takes a minute, and CI looks into a whole wheel."""
+    """Build without the libraries, because compiling them takes a minute; CI checks a complete wheel."""
     with zipfile.ZipFile(build("build_wheel", tmp_path, **{"wheel.cmake": "false"})) as archive:
         names = {name for name in archive.namelist() if name.startswith("pop_ext/")}
         [entry_points] = [name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt")]

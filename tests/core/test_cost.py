@@ -1,4 +1,4 @@
-"""The cost model: against a count by the method's rules, row by row, and the ceilings that the project quotes."""
+"""The cost model against a count row by row, and the ceilings that the project quotes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SPARSE = spec(6, 24, 6, 2, 8, 40, 100, window=[0, 5, 1, 0, 5, 3], sparse=[1, 0, 
 LLAMA_8B = spec(32, 4096, 32, 8, 128, 14336, 128256)
 LLAMA_1B = spec(16, 2048, 32, 8, 64, 8192, 128256)
 QWEN3_VL_8B = spec(36, 4096, 32, 8, 128, 12288, 151936, qk_norm=True)
-# Gemma's four norms a layer are no FLOPs here, so the spec can express its shape.
+# Norms count no FLOPs here, so a spec without Gemma's four norms per layer has its cost.
 GEMMA_12B = spec(
     48, 3840, 16, 8, 256, 15360, 262208, qk_norm=True, window=[0 if i % 6 == 5 else 1024 for i in range(48)]
 )
@@ -45,7 +45,7 @@ def flops(cost: dict) -> dict[str, float]:
 
 
 def count(model: ModelSpec, plan: Plan | None, batch: list[SequenceShape]) -> dict[str, float]:
-    """FLOPs by stage, one row and one layer at a time; without a plan, the stock model's."""
+    """Count FLOPs by stage, one row and one layer at a time. Without a plan, count those of the stock model."""
     by_stage = dict.fromkeys(STAGES, 0)
     kv = 2 * model.hidden_size * 2 * model.kv_dim
     for sequence, layer in itertools.product(batch, range(model.num_layers)):
@@ -141,7 +141,7 @@ def test_logits_of_all_rows_cost_the_stock_flops():
 
 
 def ceilings(model: ModelSpec, plan: Plan, tokens: int = 2048) -> tuple[float, float]:
-    """Of the plan against the stock model, and against native full prefill."""
+    """Return the plan's highest possible speed-up over the stock model and over the native full prefill."""
     batch = [SequenceShape(tokens)]
     native = plan_cost(model, plan.replace(omit=()), batch)["flops"]
     work = plan_cost(model, plan, batch)["flops"]
@@ -169,7 +169,7 @@ def test_kv_projection_has_the_published_share_of_its_layers():
     cost = plan_cost(LLAMA_8B, Plan.last(32), [SequenceShape(2048)])
     per_layer = (stock_cost(LLAMA_8B, [SequenceShape(2048)])["flops"] - flops(cost)["lm_head"]) / 32
     share = flops(cost)["kv_project"] / (10 * per_layer)
-    assert share == pytest.approx(0.0385, rel=0.05)  # of the weights; attention scores make it a little less
+    assert share == pytest.approx(0.0385, rel=0.05)  # by weights; attention scores lower it slightly
 
 
 def test_the_boundary_step_of_llama_8b_streams_4_36_gb():
@@ -197,7 +197,7 @@ def test_run_bytes_read_hidden_states_once():
 def test_attention_bytes_count_only_visible_keys_and_values():
     model = spec(1, 24, 6, 2, 8, 40, 100, window=[5])
     batch = [SequenceShape(3, past=10, boundary=3, logits_to_keep=3)]
-    # Rows at 10, 11, 12 see positions 6 ... 12.
+    # The rows at 10, 11 and 12 see positions 6 to 12.
     assert stock_cost(model, batch)["stages"]["attention"]["bytes"] == 2 * (2 * 3 * 48 + 2 * 7 * 16)
 
 

@@ -1,4 +1,4 @@
-"""ModelSpec: the tensors that pop::load takes, what is refused, and the JSON form."""
+"""ModelSpec: fields, the weight slots of pop::load, refusals and JSON."""
 
 from __future__ import annotations
 

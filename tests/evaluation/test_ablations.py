@@ -1,4 +1,4 @@
-"""The ablations of an evaluation, each against another form of the same computation."""
+"""Ablations of an evaluation, each against an independent implementation."""
 
 from __future__ import annotations
 
@@ -56,12 +56,13 @@ def test_no_boundary_makes_every_prompt_row_a_context_row(family):
 
 
 def masked_forward(model, ids, omit, first):
-    """Third form of `no-kv`: omitted layers compute all rows, under a mask that hides the context from later rows."""
+    """Compute `no-kv` in another way: omitted layers run all rows, and a mask hides context rows from later ones."""
     rows = torch.arange(ids.shape[1])
 
     def enter(layer, args, kwargs):
-        hidden = (rows[None] < first) & (rows[:, None] != rows[None])  # a row may see itself, so as to be finite
-        mask = kwargs["attention_mask"]  # of the model, with its window
+        # A row still sees itself, so that its softmax is finite.
+        hidden = (rows[None] < first) & (rows[:, None] != rows[None])
+        mask = kwargs["attention_mask"]  # the model's own mask, with its window
         if mask is None:
             mask = (rows[None] <= rows[:, None])[None, None]
         if mask.dtype == torch.bool:

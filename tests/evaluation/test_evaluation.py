@@ -1,4 +1,4 @@
-"""pop_ext.evaluation: arms, what is measured of each, means with errors, runs that go on."""
+"""pop_ext.evaluation: arms, measures, means with errors, resumed runs, timing and figures."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_make_arms_refuses_bad_plans_and_kinds(plans, kinds, text):
         make_arms(plans, kinds)
 
 
-# Measuring
+# Measures
 
 
 def test_losses_match_score_and_agreement_matches_generate():
@@ -307,7 +307,7 @@ def test_figures_are_drawn_only_where_there_is_data(tmp_path):
 
 
 def drawn(monkeypatch, draw, result, tmp_path):
-    """The axes that a figure was drawn on."""
+    """Draw a figure and return its first axes."""
     made, original = [], plots.new_figure
 
     def watched(*args, **kwargs):
@@ -321,7 +321,7 @@ def drawn(monkeypatch, draw, result, tmp_path):
 
 
 def made_result(plans, length, rates):
-    """A result of two prompts of ``length`` tokens, and of times: (arm, tokens) -> how often as fast as native full."""
+    """Make a result of two prompts of ``length`` tokens. ``rates``: (arm, tokens) -> speed relative to native full."""
     facts = {"model": "m", "num_layers": 6, "sets": [{"kind": "text", "length": length, "prompts": 2}]}
     result = Evaluation(facts)
     for number, arm in enumerate(make_arms(plans, ["pop"])):

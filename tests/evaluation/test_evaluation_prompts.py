@@ -1,4 +1,4 @@
-"""Prompts of texts and of JSON lines, recall prompts, and the sequences of a calibration."""
+"""Prompts from plain texts and JSON lines, recall prompts, and calibration sequences."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_recall_asks_last_for_what_the_first_line_defines(texts, tokenizer):
     assert len(names) == len(found.pairs) == 9
     assert found.digest == recall_sets(texts, tokenizer, [60], 9)[0].digest
     assert found.digest != recall_sets(texts, tokenizer, [60], 9, seed=1)[0].digest
-    with pytest.raises(ValueError, match=r"lengths: expected at least 22 tokens, to define and to ask, got 20"):
+    with pytest.raises(ValueError, match=r"lengths: expected at least 22 tokens to hold both lines, got 20"):
         recall_sets(texts, tokenizer, [20], 9)
 
 
@@ -109,7 +109,7 @@ def test_calibration_joins_prompt_and_continuation_of_json_lines(tmp_path, token
 
 
 def test_unusable_texts_and_lengths_are_refused_by_name(texts, tokenizer):
-    with pytest.raises(ValueError, match="text: expected one of at least 508 tokens, got 300"):
+    with pytest.raises(ValueError, match="text: expected a text of at least 508 tokens, got 300"):
         text_sets(texts, tokenizer, [500], 8, 4)
     with pytest.raises(ValueError, match=r"lengths: expected at most 56 \(the model takes 64\), got 60"):
         text_sets(texts, tokenizer, [60], 8, 4, limit=64)

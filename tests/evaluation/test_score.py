@@ -1,4 +1,4 @@
-"""pop_ext.score: log-likelihoods under the enabled plan, against the oracle and pair by pair."""
+"""pop_ext.score: log-likelihoods under the enabled plan, against the oracle, the stock model and generate."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from against_oracle import GAPS, LAST, plan_of, run_stock
 from models import FAMILIES, llama, tokens
 from pop_ext import Plan, reference
 
-# (tokens of the context, of the continuation)
+# (tokens of the context, tokens of the continuation)
 LENGTHS = [(40, 5), (1, 1), (1, 9), (19, 1), (2, 3), (33, 30), (111, 2)]
-TOLERANCE = 5e-4  # of sums of up to 30 log-probabilities
+TOLERANCE = 5e-4  # for sums of up to 30 log-probabilities
 
 
 @functools.cache
 def shared(family: str = "llama"):
-    """A model that tests only read."""
+    """Return a model that tests must not change."""
     return FAMILIES[family]()
 
 
@@ -29,7 +29,7 @@ def pairs(model) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 
 def of_rows(logits: torch.Tensor, continuation: torch.Tensor) -> tuple[float, bool]:
-    """Of logits [n, vocab] that predict the n tokens of a continuation."""
+    """Return log-likelihood and greediness of a continuation from the logits [n, vocab] that predict its n tokens."""
     total, greedy = 0.0, True
     for row, token in zip(logits.double(), continuation, strict=True):
         total += float(row[token] - row.logsumexp(0))
@@ -82,7 +82,7 @@ def test_pruning_changes_a_score():
 
 @pytest.mark.parametrize("boundary", [1, 4])
 def test_a_score_equals_prefill_and_decode(boundary):
-    # Of its own greedy continuation, so that every token is the most probable one, too.
+    # The continuation is the model's own greedy one, so every token is the most probable one.
     model = copy.deepcopy(shared())
     pop_ext.enable(model, plan_of(model, LAST, boundary), strict=True)
     context = tokens(model, 1, 33)
@@ -100,7 +100,7 @@ def test_a_score_equals_prefill_and_decode(boundary):
     assert greedy
     assert score.is_greedy
     assert score.log_likelihood == pytest.approx(total, abs=TOLERANCE)
-    # One other token at the end or in the middle, and it is greedy no longer.
+    # Another token at the end or in the middle makes it no longer greedy.
     for place in (5, 11):
         other = continuation.clone()
         other[place] = (other[place] + 1) % model.config.vocab_size

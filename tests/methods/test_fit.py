@@ -1,4 +1,4 @@
-"""pop_ext.fit: what it reads of a model, how lambda is chosen, and what it refuses."""
+"""pop_ext.fit: its solution against least squares, fitted plans against the oracle, planted mistakes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def fitted(family, dtype=torch.float32, omit=GAPS, boundary=3, ridge=0.1, weight
     return model, pop_ext.fit(model, plan, batches(model), lambdas=[ridge], weighting=weighting)
 
 
-# What is solved
+# The solution
 
 
-def read_and_wanted(model, ids, layer, omit):
-    """What layer `layer` reads in the pruned model, normalised, and the full model's K and V there, without biases."""
+def inputs_and_targets(model, ids, layer, omit):
+    """Return a layer's normalised input in the pruned model, and its K and V in the full model without biases."""
     decoder, seen = model.model, {}
     with ExitStack() as stack:
 
@@ -62,8 +62,8 @@ def read_and_wanted(model, ids, layer, omit):
     return x.flatten(0, 1).double(), torch.cat(wanted, -1).flatten(0, 1).double()
 
 
-def paid_by_the_last_rows(model, ids, run, queries):
-    """[rows]: what the last `queries` rows pay to each row before them, mean of the layers of a run, 1 on the mean."""
+def attention_of_last_rows(model, ids, run, queries):
+    """Return the attention [rows] that the last `queries` rows pay to each row before, averaged over a run, mean 1."""
     before = model.config._attn_implementation
     model.config._attn_implementation = "eager"
     attentions = model(ids, output_attentions=True).attentions
@@ -82,10 +82,10 @@ def test_a_fit_solves_ridge_from_pruned_inputs_to_full_kv(family, weighting):
     assert plan.projections.report.weighting == weighting
     for layer in GAPS:
         run = next(run for run in plan.runs if layer in run)
-        parts = [read_and_wanted(model, ids, layer, GAPS) for ids in batches(model)]
+        parts = [inputs_and_targets(model, ids, layer, GAPS) for ids in batches(model)]
         x, y = (torch.cat(rows) for rows in zip(*parts, strict=True))
-        if weighting == "attention":  # of 40 rows a quarter stands for what follows
-            root = torch.cat([paid_by_the_last_rows(model, ids, run, 10) for ids in batches(model)]).sqrt()[:, None]
+        if weighting == "attention":  # a quarter of 40 rows stands for the continuation
+            root = torch.cat([attention_of_last_rows(model, ids, run, 10) for ids in batches(model)]).sqrt()[:, None]
             x, y = x * root, y * root
         original = original_projection(model.model.layers[layer]).double()
         scale = math.sqrt(0.1 * float((x.T @ x).diagonal().mean()))
@@ -151,7 +151,7 @@ def test_larger_lambdas_stay_closer_to_the_original_projection():
     assert off[1e6] < 1e-5 < 0.05 < off[1.0] < off[1e-3]
 
 
-# Executed
+# Execution
 
 
 @pytest.mark.parametrize("family", NATIVE)
@@ -211,15 +211,15 @@ def test_the_oracle_of_a_fitted_plan_equals_the_hook_reference(family, boundary)
 
                 hook = getattr(layer.self_attn, name).register_forward_hook(on_context_rows)
                 stack.callback(hook.remove)
-        expected = third_form_logits_and_cache(model, ids, boundary)
-    assert_close_to_third_form(model, plan, ids, boundary, expected)
+        expected = hook_logits_and_cache(model, ids, boundary)
+    assert_close_to_hook_reference(model, plan, ids, boundary, expected)
 
 
-def third_form_logits_and_cache(model, ids, boundary):
+def hook_logits_and_cache(model, ids, boundary):
     return held_back_forward(model, ids, GAPS, context_rows(torch.ones_like(ids), [boundary] * len(ids)))
 
 
-def assert_close_to_third_form(model, plan, ids, boundary, expected):
+def assert_close_to_hook_reference(model, plan, ids, boundary, expected):
     logits, cache = pop_ext.reference.prefill(model, ids, plan, boundary, boundary=boundary)
     assert_close_fp32(logits, expected[0][:, -boundary:], "logits")
     compare_caches(cache, expected[1])
@@ -230,10 +230,10 @@ def test_the_hook_reference_tells_fitted_from_unfitted_plans():
     ids = tokens(model, 2, 19, seed=3)
     assert_equals_third_form(model, ids, GAPS)
     with pytest.raises(AssertionError, match="worst at"):
-        assert_close_to_third_form(model, plan, ids, 1, third_form_logits_and_cache(model, ids, 1))
+        assert_close_to_hook_reference(model, plan, ids, 1, hook_logits_and_cache(model, ids, 1))
 
 
-# Mistakes
+# Planted mistakes
 
 
 def swap_k_and_v(matrices):

@@ -1,4 +1,4 @@
-"""pop_ext.fit: how lambda is chosen, what the model is afterwards, what is refused and what is told on the way."""
+"""pop_ext.fit: choice of lambda, holdout, the model afterwards, progress, origin and refusals."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_last_of_fewer_than_eight_sequences_is_held_out(count, size):
     for layer in LAST:
         assert_close_fp32(ours.projections.matrices[layer], theirs.projections.matrices[layer], "W", 1e-4)
     assert (ours.projections.report.holdout, ours.projections.report.sequences) == (1, count - 1)
-    assert told[-1] == (count + 1, count + 1)  # count - 1 read, one scored for each lambda
+    assert told[-1] == (count + 1, count + 1)  # count - 1 sequences read, and one scored for each lambda
 
 
 def test_iterators_and_lists_hold_out_the_same_sequences():
@@ -80,7 +80,7 @@ def test_a_nan_names_the_batch_that_has_it():
     whole = tokens(model, 3, 12).clamp_min(1)
     whole[0, 3] = 0
     model.model.embed_tokens.weight.data[0] = float("nan")
-    with pytest.raises(ValueError, match="got others from number 0"):
+    with pytest.raises(ValueError, match="got NaN or infinity in batch 0"):
         pop_ext.fit(model, plan_of(model, LAST), whole.split(1), lambdas=[0.1, 10])
 
 
@@ -113,7 +113,7 @@ def test_batches_may_differ_in_length_and_be_a_generator():
     plan = plan_of(model, LAST)
     once = pop_ext.fit(model, plan, (ids for ids in given), lambdas=[0.1])
     assert once.projections == pop_ext.fit(model, plan, given, lambdas=[0.1]).projections
-    assert once.projections.report.tokens == 2 * 39 - 2 * 9  # the last quarter weighs nothing
+    assert once.projections.report.tokens == 2 * 39 - 2 * 9  # the last quarter has weight 0
 
 
 # The model
@@ -151,7 +151,7 @@ def test_progress_counts_sequences_read_and_scored():
         model, plan_of(model, LAST), batches(model), holdout=held, lambdas=[1, 2], progress=lambda *x: told.append(x)
     )
     assert told == [(3, 12), (6, 12), *((n, 12) for n in range(7, 13))]
-    told.clear()  # of 16 sequences two are held out
+    told.clear()  # two of 16 sequences are held out
     given = [tokens(model, 8, 20, seed=seed) for seed in (1, 2)]
     pop_ext.fit(model, plan_of(model, LAST), given, lambdas=[1, 2], progress=lambda *x: told.append(x))
     assert told == [(7, 18), (14, 18), *((n, 18) for n in range(15, 19))]
@@ -169,7 +169,7 @@ def test_the_origin_states_the_fit():
     assert by_hand.origin.config_hash == plan.origin.config_hash
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize("boundary", [1, 2, 70])

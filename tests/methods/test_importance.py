@@ -1,4 +1,4 @@
-"""pop_ext.importance: virtual gates against real ones and finite differences, alone and in batches; bad input."""
+"""pop_ext.importance: virtual gates against real gates and finite differences, batches, bad arguments, plots."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def derivatives(model, ids, **how):
 
 
 def drawn_targets(model, ids) -> torch.Tensor:
-    """[batch, ROWS], by walking along each row's distribution until the uniform number is passed."""
+    """Draw targets [batch, ROWS]: add up each row's probabilities until their sum exceeds the uniform number."""
     p = model(ids).logits[:, -ROWS:].double().softmax(-1)
     targets = torch.zeros(len(ids), ROWS, dtype=torch.long)
     for i, row in enumerate(uniforms(len(ids))):
@@ -46,7 +46,7 @@ def drawn_targets(model, ids) -> torch.Tensor:
 
 
 def gated_loss(model, ids, targets, gates) -> torch.Tensor:
-    """-log p of the targets, with a scalar [layers, 2] at each layer's branch: context rows, loss rows."""
+    """Return -log p of the targets, with real gates [layers, 2] on each layer's branch: context rows, loss rows."""
     is_context = (torch.arange(ids.shape[1]) < ids.shape[1] - ROWS)[None, :, None]
 
     def gated(index, forward):
@@ -111,7 +111,7 @@ def test_virtual_gates_match_finite_differences_of_the_loss():
 
 
 def real_branch_gates(model, ids, targets):
-    """Derivatives [2, layers] each of scalars put on what attention and MLP add to the residual stream."""
+    """Return the derivatives [2, layers] of real gates on the attention and MLP branches."""
     is_context = (torch.arange(ids.shape[1]) < CONTEXT)[None, :, None]
     sandwich = hasattr(model.model.layers[0], "pre_feedforward_layernorm")
     names = {
@@ -261,7 +261,7 @@ def test_importance_leaves_the_model_unchanged(how):
     with ExitStack() as stack:
         stack.enter_context(outside())
         if how == "failing":
-            with pytest.raises(ValueError, match="ids from 0 to 262, got 999 in number 3"):
+            with pytest.raises(ValueError, match="ids from 0 to 262, got 999 in batch 3"):
                 pop_ext.importance(called, given)
         else:
             assert pop_ext.importance(called, given).layer == expected
@@ -275,22 +275,19 @@ def test_importance_leaves_the_model_unchanged(how):
     assert ("forward" in model.__dict__) == (how == "enabled")
 
 
-# Saved and resumed
-
-
-# Bad input
+# Bad arguments
 
 
 BAD = [
     (dict(batches=[]), ValueError, "batches: expected at least one sequence, got none"),
     (dict(batches=torch.zeros(2, 9).long()), TypeError, "batches: expected an iterable of input_ids [batch, T], got"),
-    (dict(batches=[[1, 2, 3]]), TypeError, "batches: expected int64 or int32 tensors, got list as number 0"),
+    (dict(batches=[[1, 2, 3]]), TypeError, "batches: expected int64 or int32 tensors, got list in batch 0"),
     (dict(batches=[torch.zeros(1, 9)]), TypeError, "batches: expected int64 or int32 tensors, got torch.float32"),
     (dict(batches=[torch.zeros(9).long()]), ValueError, "batches: expected [batch, T] with at least 3 tokens, got [9]"),
-    (dict(batches=[torch.zeros(1, 2).long()]), ValueError, "with at least 3 tokens, got [1, 2] as number 0"),
-    (dict(batches=[torch.full((1, 9), -1)]), ValueError, "batches: expected ids from 0 to 262, got -1 in number 0"),
+    (dict(batches=[torch.zeros(1, 2).long()]), ValueError, "with at least 3 tokens, got [1, 2] in batch 0"),
+    (dict(batches=[torch.full((1, 9), -1)]), ValueError, "batches: expected ids from 0 to 262, got -1 in batch 0"),
     (dict(continuation=0), ValueError, "continuation: expected at least 1, got 0"),
-    (dict(continuation=19), ValueError, "continuation: expected at most 18 (the 20 tokens but 2), got 19"),
+    (dict(continuation=19), ValueError, "continuation: expected at most 18 (20 tokens less 2), got 19"),
     (dict(continuation=2.0), TypeError, "continuation: expected an int, got float 2.0"),
     (dict(seed=None), TypeError, "seed: expected an int, got NoneType None"),
     (dict(progress="yes"), TypeError, "progress: expected a bool or a callable, got str"),
@@ -321,7 +318,7 @@ def test_infinite_derivatives_raise_value_error():
     model = copy.deepcopy(shared("llama"))
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = math.inf
-    with pytest.raises(ValueError, match="model: expected finite derivatives"):
+    with pytest.raises(ValueError, match="model: expected finite derivatives, got NaN or infinity"):
         pop_ext.importance(model, uneven_batches(model))
 
 
@@ -332,7 +329,7 @@ def test_inference_mode_weights_are_refused():
         pop_ext.importance(model, uneven_batches(model))
 
 
-# Shown
+# Progress and plots
 
 
 def test_progress_counts_sequences():

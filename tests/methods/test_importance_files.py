@@ -1,4 +1,4 @@
-"""The files of pop_ext.importance: saved, read again, resumed, and refused where they are of another run or model."""
+"""Files of pop_ext.importance: save, load, resume, and refusal of files of another run or model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_load_returns_what_save_wrote(tmp_path):
         found = pop_ext.importance(model, [torch.cat(uneven_batches(model))[:count]], branches=branches)
         found.save(tmp_path / "importance.json")
         loaded = Importance.load(tmp_path / "importance.json")
-        assert repr(loaded) == repr(found)  # NaN, a single sample's standard error, equals nothing
+        assert repr(loaded) == repr(found)  # by repr, because NaN, the error of a single sample, does not equal itself
         assert "NaN" not in (tmp_path / "importance.json").read_text()
     assert loaded.origin.config_hash is not None
     assert [path.name for path in tmp_path.iterdir()] == ["importance.json"]
@@ -46,7 +46,7 @@ def test_a_stopped_run_resumes_where_it_stopped(tmp_path, after, regrouped):
     hook = model.model.layers[0].register_forward_hook(lambda m, args, out: rows.append(len(out)))
     resumed = pop_ext.importance(model, again, branches=True, resume=path)
     hook.remove()
-    assert sum(rows) == 8 - sum(len(ids) for ids in given[:after])  # the others were not computed again
+    assert sum(rows) == 8 - sum(len(ids) for ids in given[:after])  # samples in the file are not computed again
     for kind, scores in whole.gates().items():
         for values, expected in zip(vars(resumed.gates()[kind]).values(), vars(scores).values(), strict=True):
             assert values == pytest.approx(expected, rel=1e-4, abs=1e-9)
@@ -62,7 +62,7 @@ def test_a_stopped_run_resumes_where_it_stopped(tmp_path, after, regrouped):
         (dict(seed=1), "resume: expected seed 1 in PATH, got 0"),
         (dict(continuation=4), "resume: expected continuation 4 in PATH, got None"),
         (dict(branches=True), r"resume: expected gates ('layer', 'attention', 'mlp') in PATH, got ('layer',)"),
-        (dict(others=True), "resume: expected batches to begin with the 8 sequences of the file, got others"),
+        (dict(others=True), "resume: expected batches to begin with the 8 sequences of the file, got other sequences"),
         (dict(fewer=True), "resume: expected batches to begin with the 8 sequences of the file, got 3"),
     ],
     ids=["seed", "continuation", "gates", "other sequences", "fewer sequences"],

@@ -1,4 +1,4 @@
-"""The least squares behind pop_ext.fit: moments, their solution, weights of rows, condition."""
+"""Least squares of pop_ext.fit: moments, solutions, row weights, condition number."""
 
 from __future__ import annotations
 

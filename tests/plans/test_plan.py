@@ -1,4 +1,4 @@
-"""Plan: what is accepted, what is refused and how, and the ways a plan travels."""
+"""Plan: accepted and refused arguments, copies, JSON and files, presets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a plan comes from: it travels with the plan, counts in no comparison, and keeps it from other models."""
+"""The origin of a plan: copies and files keep it, equality ignores it, and models of another config refuse it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_origin_must_have_its_type_and_ignores_unknown_members():
     assert Plan.from_json(json.dumps(known)).origin == Origin(method="by hand")
 
 
-# The hash
+# The config hash
 
 
 @pytest.mark.parametrize("change", [dict(hidden=64), dict(layers=5), dict(vocab=264), dict(heads=8), dict(kv_heads=1)])
@@ -102,7 +102,7 @@ def test_config_hash_fills_in_a_missing_head_dim():
     assert config_hash(config) == before
 
 
-# Refused
+# Plans of other models
 
 
 WAYS = {

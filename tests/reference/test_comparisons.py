@@ -1,4 +1,4 @@
-"""What other tests stand on: models in which every part matters, and comparisons that notice a mistake."""
+"""Checks of the tests themselves: every layer of a test model matters, and comparisons catch planted mistakes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_each_rope_scaling_differs_from_the_default(kind):
     assert rms(scaled - default) > 0.1 * rms(default)
 
 
-# Planted mutations: the comparison must notice each of them
+# Planted mutations, each of which the comparison must catch
 
 
 def without_rope(layer, hidden_states, cos, sin, fitted=None):

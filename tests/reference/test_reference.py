@@ -1,4 +1,4 @@
-"""The oracle against the stock model and against the third form; what it leaves alone; what it refuses."""
+"""The oracle against the stock model and the hook reference; batches, side effects and refusals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYERS = 6
 OMITS = {"last third": LAST, "gaps": (1, 3, 4), "first": (0,), "all but the last": (0, 1, 2, 3, 4), "middle": (2, 3)}
 
 
-# Against the third form
+# Against the hook reference
 
 
 @pytest.mark.parametrize("omit", OMITS.values(), ids=OMITS.keys())
@@ -256,7 +256,7 @@ def test_a_replaced_forward_of_the_instance_is_not_called(monkeypatch):
     assert torch.equal(logits, expected)
 
 
-# Errors name the argument, what was expected and what came
+# Refusals: each text names the argument, what was expected and what came
 
 
 def holes():
@@ -349,7 +349,8 @@ def test_an_unfit_cache_is_refused_and_unchanged():
 def test_a_cache_that_dropped_needed_positions_is_refused():
     model = shared("mistral")
     first, mask = pad([tokens(model, n, seed=n) for n in (30, 11)], "right")
-    given = DynamicCache(config=model.config)  # keeps the last columns, for the second sequence mostly padding
+    # A sliding layer keeps the last columns, which are mostly padding for the second sequence.
+    given = DynamicCache(config=model.config)
     run_stock(model, first, attention_mask=mask, past_key_values=given)
     mask = torch.cat([mask, torch.ones(2, 8, dtype=torch.long)], dim=1)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The oracle over a cache that is there already, and decode by the stock model over the oracle's."""
+"""The oracle over a filled cache, and decode by the stock model over the oracle's cache."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def backend_of(model: Any) -> str:
 def logits_after_prefill(model: Any, prefill: Callable[[Tensor], Any], context: Tensor, continuation: Tensor) -> Tensor:
     """Return the logits that predict a continuation which the stock model reads after a native prefill.
 
-    This is what generation computes, except that the continuation runs in one call. No row of it runs in a prefill.
+    This is what generation computes, except that the continuation runs in one call. Its rows have no 8-bit products.
 
     Args:
         model: Stock model, which reads the continuation.

@@ -175,7 +175,7 @@ def recall_sets(
             room = length - len(beginning) - 2 * len(asked) - len(answer) - len(line)
             if room < 1:
                 raise ValueError(
-                    f"lengths: expected at least {length - room + 1} tokens, to define and to ask, got {length}"
+                    f"lengths: expected at least {length - room + 1} tokens to hold both lines, got {length}"
                 )
             pairs.append((torch.cat([beginning, asked, answer, line, text[at - room : at], asked]), answer))
         sets.append(PromptSet(RECALL, length, tuple(pairs)))
@@ -237,7 +237,7 @@ def _window_ends(texts: Sequence[Tensor], before: int, after: int, samples: int)
     places = [(text, at) for text in texts for at in range(before, len(text) - after + 1, after)]
     if not places:
         longest = max((len(text) for text in texts), default=0)
-        raise ValueError(f"text: expected one of at least {before + after} tokens, got {longest}")
+        raise ValueError(f"text: expected a text of at least {before + after} tokens, got {longest}")
     count = min(samples, len(places))
     return [places[index * len(places) // count] for index in range(count)]
 

@@ -131,8 +131,7 @@ class Evaluation:
             found, wanted = fact(before.facts), fact(self.facts)
             if found != wanted:
                 raise ValueError(
-                    f"resume: expected {what} {wanted} in {path}, got {found}; "
-                    "what differs goes into another file (--out)"
+                    f"resume: expected {what} {wanted} in {path}, got {found}; write this run to another file (--out)"
                 )
         self.cells, self.timings = before.cells, before.timings
 

@@ -92,15 +92,15 @@ def check_batches(batches: Batches, model: Any, least: int = 1) -> Iterator[Tens
     for index, ids in enumerate(batches):
         if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
             kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-            raise TypeError(f"batches: expected int64 or int32 tensors, got {kind} as number {index}")
+            raise TypeError(f"batches: expected int64 or int32 tensors, got {kind} in batch {index}")
         if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] < least:
             raise ValueError(
-                f"batches: expected [batch, T] with at least {least} tokens, got {list(ids.shape)} as number {index}"
+                f"batches: expected [batch, T] with at least {least} tokens, got {list(ids.shape)} in batch {index}"
             )
         low, high = (int(bound) for bound in ids.aminmax())
         if low < 0 or high >= weight.shape[0]:
             found = low if low < 0 else high
-            raise ValueError(f"batches: expected ids from 0 to {weight.shape[0] - 1}, got {found} in number {index}")
+            raise ValueError(f"batches: expected ids from 0 to {weight.shape[0] - 1}, got {found} in batch {index}")
         yield ids.to(weight.device, torch.int64)
 
 

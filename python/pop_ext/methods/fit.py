@@ -225,7 +225,8 @@ def _check_held(held: list[Tensor], plan: Plan, fitted: int) -> list[Tensor]:
     if not held:
         raise ValueError(
             f"holdout: expected sequences to choose lambda by (or a single lambda), got none of {fitted} sequences: "
-            f"without a holdout every {HOLD_EVERY}th of the batches' is taken, of fewer the last but never the only one"
+            f"without a holdout, every {HOLD_EVERY}th sequence of the batches is held out, or the last one of fewer, "
+            "but never the only one"
         )
     longer = [ids for ids in held if ids.shape[1] - 1 > plan.boundary - 1 + count_continuation(ids)]
     if not longer:

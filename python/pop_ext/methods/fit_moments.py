@@ -106,7 +106,7 @@ class MomentsReader:
         for run, moments in zip(self.plan.runs, self.moments, strict=True):
             moments.add(self._run_inputs[run.start], {layer: targets[layer] for layer in run}, self._row_weights(run))
         if not all(run.is_finite() for run in self.moments):
-            raise ValueError(f"batches: expected finite hidden states, K and V, got others from number {number}")
+            raise ValueError(f"batches: expected finite hidden states, K and V, got NaN or infinity in batch {number}")
         self.sequences += len(ids)
         self.advance(len(ids))
 

@@ -134,7 +134,7 @@ def _norm_between(layer: Any, index: int) -> nn.Module:
         middle = None
     if before is None or middle is None:
         raise ValueError(
-            f"branches: expected layers that add attention first and MLP second, behind a norm each, got "
+            f"branches: expected layers that add attention first and MLP second, each after its own norm, got "
             f"{type(layer).__name__} as layer {index}"
         )
     return middle

@@ -271,7 +271,7 @@ def _loss_rows(tokens: int, continuation: int | None) -> int:
     """Return the number of loss rows of a sequence of ``tokens`` ids, which leaves at least one context row."""
     rows = max(1, min(64, tokens // 4)) if continuation is None else continuation
     if rows > tokens - 2:
-        raise ValueError(f"continuation: expected at most {tokens - 2} (the {tokens} tokens but 2), got {rows}")
+        raise ValueError(f"continuation: expected at most {tokens - 2} ({tokens} tokens less 2), got {rows}")
     return rows
 
 
@@ -335,7 +335,8 @@ class _State:
             self.seen += 1
             if self.resumed is not None and self.seen == self.num_resumed and self.digest != self.resumed.digest:
                 raise ValueError(
-                    f"resume: expected batches to begin with the {self.num_resumed} sequences of the file, got others"
+                    f"resume: expected batches to begin with the {self.num_resumed} sequences of the file, got other "
+                    "sequences"
                 )
         return known
 
@@ -343,7 +344,9 @@ class _State:
         """Add the derivatives of new samples, kind of gate -> [batch, 2, layers] float64."""
         squares = torch.stack([derivatives[kind] for kind in self.kinds], dim=1) ** 2  # [batch, kinds, 2, layers]
         if not squares.isfinite().all():
-            raise ValueError("model: expected finite derivatives, got others (float16 overflows: use bfloat16)")
+            raise ValueError(
+                "model: expected finite derivatives, got NaN or infinity (float16 overflows: use bfloat16)"
+            )
         for square in squares:
             self.samples += 1
             delta = square - self.mean

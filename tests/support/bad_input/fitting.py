@@ -88,19 +88,19 @@ FIT = [
         "a sequence of one token",
         lambda w: fit(w, batches=[w.ids[:, :1]]),
         ValueError,
-        r"batches: expected \[batch, T\] with at least 2 tokens, got \[2, 1\] as number 0",
+        r"batches: expected \[batch, T\] with at least 2 tokens, got \[2, 1\] in batch 0",
     ),
     Case(
         "an id outside the vocabulary",
         lambda w: fit(w, batches=[w.ids, w.ids + 50]),
         ValueError,
-        r"batches: expected ids from 0 to 49, got \d+ in number 1",
+        r"batches: expected ids from 0 to 49, got \d+ in batch 1",
     ),
     Case(
         "a model with a NaN",
         lambda w: fit(w),
         ValueError,
-        "batches: expected finite hidden states, K and V, got others from number 0",
+        "batches: expected finite hidden states, K and V, got NaN or infinity in batch 0",
         with_nan,
     ),
     Case(
