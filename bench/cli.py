@@ -132,7 +132,7 @@ def _problem(options: argparse.Namespace) -> str | None:
     except ValueError as error:
         return str(error)
     if options.calibrate and (options.via != "enable" or options.model is None):
-        return "--calibrate: expected --model, and --via enable, which alone looks at min_tokens"
+        return "--calibrate: expected --model, and --via enable, the only way that respects min_tokens"
     if not options.device.startswith("cuda"):
         unknown = {name for text in options.tune for name in parse_options(text)} - {"gemm_blocks"}
         if unknown:

@@ -80,12 +80,12 @@ def check_config(config: dict[str, Any]) -> None:
         ValueError: names the member of the config.
     """
     if config["model_type"] != "llama":
-        raise ValueError(f"model_type: expected llama, the one architecture written here, got {config['model_type']}")
+        raise ValueError(f"model_type: expected llama, the only supported architecture, got {config['model_type']}")
     kind = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type", "default")
     if kind != "default":
         raise ValueError(f"rope_type: expected default, got {kind}")
     if config.get("attention_bias") or config.get("mlp_bias"):
-        raise ValueError("attention_bias, mlp_bias: expected none")
+        raise ValueError("attention_bias, mlp_bias: expected false, got true")
 
 
 def rope_theta(config: dict[str, Any]) -> float:

@@ -302,7 +302,7 @@ def test_a_model_that_cannot_be_loaded_fails_alone(config_dir, tmp_path, capsys,
         (["--repeats", "0"], "--repeats: expected at least 1, got 0"),
         (["--device", "tpu"], "--device: expected cpu or cuda, got tpu"),
         (["--tune", "early_launch"], '--tune: expected options such as "early_launch=1,sdpa_rows=0", got'),
-        (["--calibrate"], "--calibrate: expected --model, and --via enable, which alone looks at min_tokens"),
+        (["--calibrate"], "--calibrate: expected --model, and --via enable, the only way that respects min_tokens"),
         (["--model", "demo", "--calibrate", "--via", "prefill"], "--calibrate: expected --model, and --via enable"),
         (
             ["--tune", "gemm_blocks=0,early_launch=1"],

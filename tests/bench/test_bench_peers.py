@@ -221,9 +221,9 @@ def test_arranged_rows_turn_neighbour_rope_into_half_rope():
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"model_type": "qwen3"}, "model_type: expected llama"),
+        ({"model_type": "qwen3"}, "model_type: expected llama, the only supported architecture, got qwen3"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type: expected default, got llama3"),
-        ({"attention_bias": True}, "attention_bias, mlp_bias: expected none"),
+        ({"attention_bias": True}, "attention_bias, mlp_bias: expected false, got true"),
     ],
 )
 def test_a_checkpoint_that_gguf_cannot_express_is_refused(change, text):

@@ -10,7 +10,7 @@ import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, LAST, NATIVE, assert_equals_oracle, plan_of, run_native
-from hook_reference import assert_equals_third_form, context_rows, held_back_forward
+from hook_reference import assert_equals_hook_reference, context_rows, held_back_forward
 from models import FAMILIES, batches, llama, shared, tokens
 from pop_ext.methods.fit_moments import original_projection
 from pop_ext.plans.projections import Projections, normalize_unweighted
@@ -228,7 +228,7 @@ def assert_close_to_hook_reference(model, plan, ids, boundary, expected):
 def test_the_hook_reference_tells_fitted_from_unfitted_plans():
     model, plan = fitted("llama")
     ids = tokens(model, 2, 19, seed=3)
-    assert_equals_third_form(model, ids, GAPS)
+    assert_equals_hook_reference(model, ids, GAPS)
     with pytest.raises(AssertionError, match="worst at"):
         assert_close_to_hook_reference(model, plan, ids, 1, hook_logits_and_cache(model, ids, 1))
 

@@ -8,7 +8,7 @@ import models
 import pytest
 import torch
 from against_oracle import GAPS, LAST, plan_of, run_stock
-from hook_reference import assert_equals_third_form, context_rows, held_back_forward
+from hook_reference import assert_equals_hook_reference, context_rows, held_back_forward
 from models import FAMILIES, ROPE_KINDS, WINDOW, float32_twin, llama, pad, qwen2, shared, tokens
 from pop_ext import Plan, reference
 from pop_ext.reference import projection
@@ -27,7 +27,7 @@ OMITS = {"last third": LAST, "gaps": (1, 3, 4), "first": (0,), "all but the last
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_oracle_equals_the_hook_reference(family, omit):
     model = shared(family)
-    assert_equals_third_form(model, tokens(model, 2, T), omit, boundary=2)
+    assert_equals_hook_reference(model, tokens(model, 2, T), omit, boundary=2)
 
 
 @pytest.mark.parametrize(
@@ -44,39 +44,39 @@ def test_the_oracle_equals_the_hook_reference(family, omit):
 )
 def test_the_oracle_equals_the_hook_reference_in_every_shape(over):
     model = llama(**over)
-    assert_equals_third_form(model, tokens(model, 1, T), GAPS, boundary=3)
+    assert_equals_hook_reference(model, tokens(model, 1, T), GAPS, boundary=3)
 
 
 @pytest.mark.parametrize("length", [19, T, 70])
 @pytest.mark.parametrize("kind", ROPE_KINDS)
 def test_the_oracle_equals_the_hook_reference_under_every_rope_scaling(kind, length):
     model = shared("llama", rope=kind)
-    assert_equals_third_form(model, tokens(model, 1, length), GAPS)
+    assert_equals_hook_reference(model, tokens(model, 1, length), GAPS)
 
 
 def test_mixed_full_and_sliding_layers_equal_the_hook_reference():
     model = qwen2(use_sliding_window=True)
-    assert_equals_third_form(model, tokens(model, 2, T), GAPS, boundary=5)
+    assert_equals_hook_reference(model, tokens(model, 2, T), GAPS, boundary=5)
 
 
 @pytest.mark.parametrize("boundary", [1, 2, 17, T - 1, T])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_any_boundary_equals_the_hook_reference(family, boundary):
     model = shared(family)
-    assert_equals_third_form(model, tokens(model, 1, T), GAPS, boundary)
+    assert_equals_hook_reference(model, tokens(model, 1, T), GAPS, boundary)
 
 
 @pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW])
 @pytest.mark.parametrize("boundary", [1, 5])
 def test_prompts_around_the_sliding_window_equal_the_hook_reference(length, boundary):
     model = shared("mistral")
-    assert_equals_third_form(model, tokens(model, 1, length), LAST, boundary)
+    assert_equals_hook_reference(model, tokens(model, 1, length), LAST, boundary)
 
 
 @pytest.mark.parametrize("boundary", [WINDOW - 1, WINDOW, WINDOW + 1])
 def test_boundaries_around_the_sliding_window_equal_the_hook_reference(boundary):
     model = shared("mistral")
-    assert_equals_third_form(model, tokens(model, 1, T), LAST, boundary)
+    assert_equals_hook_reference(model, tokens(model, 1, T), LAST, boundary)
 
 
 def test_left_padding_equals_the_hook_reference():
@@ -93,8 +93,8 @@ def test_left_padding_equals_the_hook_reference():
 def test_explicit_position_ids_equal_the_hook_reference():
     model = shared("llama")
     positions = torch.arange(T)[None] * 2 + torch.tensor([[3], [50]])
-    assert_equals_third_form(model, tokens(model, 2, T), LAST, position_ids=positions)
-    assert_equals_third_form(model, tokens(model, 2, T), LAST, position_ids=positions[:1])
+    assert_equals_hook_reference(model, tokens(model, 2, T), LAST, position_ids=positions)
+    assert_equals_hook_reference(model, tokens(model, 2, T), LAST, position_ids=positions[:1])
 
 
 # Equalities with the stock model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from against_oracle import GAPS, LAST, plan_of, run_stock
-from hook_reference import assert_equals_third_form, context_rows, held_back_forward
+from hook_reference import assert_equals_hook_reference, context_rows, held_back_forward
 from models import FAMILIES, WINDOW, pad, shared, tokens
 from pop_ext import reference
 from tolerance import assert_close_fp32, compare_caches, stored_layers
@@ -19,7 +19,7 @@ T = 40
 def test_a_second_turn_equals_the_hook_reference(family, past):
     model = shared(family)
     _, cache = reference.prefill(model, tokens(model, 2, past, seed=1), plan_of(model, LAST))
-    assert_equals_third_form(model, tokens(model, 2, 19), GAPS, boundary=2, past=cache)
+    assert_equals_hook_reference(model, tokens(model, 2, 19), GAPS, boundary=2, past=cache)
 
 
 @pytest.mark.parametrize("past", [1, WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 1, 30])

@@ -50,7 +50,7 @@ def context_rows(mask: Tensor, boundary: list[int]) -> Tensor:
     return mask.bool() & (from_end >= torch.tensor(boundary)[:, None])
 
 
-def assert_equals_third_form(
+def assert_equals_hook_reference(
     model: nn.Module,
     ids: Tensor,
     omit: tuple[int, ...],
