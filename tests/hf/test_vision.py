@@ -12,7 +12,7 @@ from against_oracle import GAPS, LAST, OMITS, assert_equals_oracle, run_native, 
 from enabled_models import generate
 from hook_reference import context_rows, held_back_forward
 from pop_ext import Plan, reference
-from pop_ext.hf.vision import widened
+from pop_ext.hf.packing import snap_to_span_start
 from tolerance import assert_close_fp32, compare_caches
 from transformers import DynamicCache
 from vision_models import BATCHES, IMAGE, VISION, Prompt, gemma3_vl, prompt, qwen3_vl
@@ -160,11 +160,11 @@ def test_the_oracle_equals_the_third_form(family, omit, boundary):
 def test_a_boundary_inside_of_an_image_is_widened_to_its_start():
     blocks = [(0, 3, 8), (1, 0, 4), (1, 6, 9)]
     tokens = [10, 12]
-    assert widened([2, 3], tokens, blocks) == [2, 3]
-    assert widened([3, 6], tokens, blocks) == [7, 6]
-    assert widened([6, 4], tokens, blocks) == [7, 6]
-    assert widened([7, 9], tokens, blocks) == [7, 12]
-    assert widened([8, 12], tokens, blocks) == [8, 12]
+    assert snap_to_span_start([2, 3], tokens, blocks) == [2, 3]
+    assert snap_to_span_start([3, 6], tokens, blocks) == [7, 6]
+    assert snap_to_span_start([6, 4], tokens, blocks) == [7, 6]
+    assert snap_to_span_start([7, 9], tokens, blocks) == [7, 12]
+    assert snap_to_span_start([8, 12], tokens, blocks) == [8, 12]
 
 
 @pytest.mark.parametrize(("boundary", "expected"), [(1, 1), (6, 6), (7, 7), (8, 23), (22, 23), (23, 23), (24, 24)])
