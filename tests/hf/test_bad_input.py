@@ -100,7 +100,7 @@ def shown(error: Exception) -> str:
 
 
 @pytest.mark.cpu
-def test_the_document_shows_the_messages_as_they_are():
+def test_the_document_shows_the_current_messages():
     assert DOCUMENT.read_text(encoding="utf-8") == generate(), "run `python tests/hf/test_bad_input.py`"
 
 
@@ -181,7 +181,7 @@ def cases_of(changes):
 
 
 @pytest.mark.parametrize("change", cases_of(CHANGES.values()))
-def test_changed_weights_are_noticed_and_refresh_takes_them(change):
+def test_changed_weights_are_detected_and_refresh_loads_them(change):
     fixture, error = stale_error(change)
     assert re.search(r"weight \S+: expected .*native\.refresh\(\)", str(error))
     fixture.native.refresh()
@@ -191,7 +191,7 @@ def test_changed_weights_are_noticed_and_refresh_takes_them(change):
     assert refreshed.logits.dtype == fixture.model.dtype
 
 
-def test_a_square_matrix_that_was_transposed_in_place_is_noticed():
+def test_a_square_matrix_transposed_in_place_is_detected():
     model = llama(layers=2, hidden=128, heads=2)
     native, ids = pop_ext.load(model), tokens(model, 1, 9)
     expected = native.prefill(ids).logits
@@ -209,7 +209,7 @@ def test_a_square_matrix_that_was_transposed_in_place_is_noticed():
 
 
 @pytest.mark.parametrize("change", cases_of(SEEN_BY_THE_OPERATOR))
-def test_the_operator_notices_what_it_can_see(change):
+def test_the_operator_detects_changes_of_the_weights_it_holds(change):
     fixture = Fixture()
     change(fixture)
     before = fixture.snapshot()
@@ -218,7 +218,7 @@ def test_the_operator_notices_what_it_can_see(change):
     assert fixture.snapshot() == before
 
 
-def test_the_operator_keeps_to_the_weights_it_holds():
+def test_the_operator_ignores_reassigned_parameters_and_replaced_modules():
     for change in (reassign, replace_module):
         fixture, untouched = Fixture(), Fixture()
         change(fixture)
@@ -232,7 +232,7 @@ def fresh_caches(fixture):
     return {name: [torch.ones_like(cache) for cache in fixture.op[name]] for name in ("key_cache", "value_cache")}
 
 
-def test_a_refresh_to_something_that_cannot_run_keeps_what_was_loaded():
+def test_a_failed_refresh_keeps_the_loaded_weights():
     fixture = Fixture()
     before, handle = fixture.prefill(past_key_values=None).logits, fixture.native.handle
     fixture.model.double()
@@ -318,7 +318,7 @@ print("restored", total)
 """
 
 
-def test_a_failure_in_the_middle_of_the_layer_loop_restores_every_cache():
+def test_a_failure_inside_the_layer_loop_restores_every_cache():
     # In a process of its own: it replaces torch's matrix product.
     device = torch.get_default_device().type
     start = f"import torch; torch.set_num_threads(1); torch.set_default_device({device!r})\n"

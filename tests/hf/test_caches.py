@@ -64,7 +64,7 @@ def assert_decode_equals_the_oracles(model, cache, oracle_cache, mask=None):
 @pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1, 40])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
-def test_an_empty_cache_of_any_kind_is_filled_and_decoded_as_the_oracles(name, kind, length):
+def test_filling_an_empty_cache_and_decoding_equal_the_oracle(name, kind, length):
     model, given = shared(name), new_cache(kind, shared(name))
     plan, ids = plan_of(model, GAPS, 2), tokens(model, 2, length)
     ours = run_native(model, plan, ids, past_key_values=given)
@@ -106,7 +106,7 @@ def test_a_second_turn_over_what_the_stock_model_filled_equals_the_oracle(name, 
 @pytest.mark.parametrize("chunks", [(20, 1, 9), (1, 1, 30), (WINDOW, WINDOW, 1)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_chunked_prefill_fills_any_cache(name, kind, chunks):
+def test_a_chunked_prefill_into_any_cache_equals_the_oracle(name, kind, chunks):
     model, plan = shared(name), plan_of(shared(name), GAPS, 2)
     given, oracle_cache = new_cache(kind, model), None
     ids = tokens(model, 1, sum(chunks))
@@ -121,7 +121,7 @@ def test_a_chunked_prefill_fills_any_cache(name, kind, chunks):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_decode_and_prefill_take_turns_on_one_cache(name, kind):
+def test_alternating_prefill_and_decode_on_one_cache_equal_the_oracle(name, kind):
     model, plan = shared(name), plan_of(shared(name), GAPS, 2)
     given, oracle_cache = new_cache(kind, model), None
     for turn in range(3):
@@ -132,7 +132,7 @@ def test_decode_and_prefill_take_turns_on_one_cache(name, kind):
     compare_caches(given, oracle_cache)
 
 
-def test_no_cache_given_makes_the_cache_of_the_stock_forward():
+def test_without_a_cache_the_stock_cache_class_is_created():
     for name in MODELS:
         model = shared(name)
         ours = run_native(model, plan_of(model), tokens(model, 1, 20)).cache
@@ -146,7 +146,7 @@ def test_no_cache_given_makes_the_cache_of_the_stock_forward():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_static_cache_keeps_its_memory_and_is_reused_after_a_reset(name):
+def test_a_reset_static_cache_is_reused_in_place(name):
     model, plan = shared(name), plan_of(shared(name), GAPS, 2)
     given = new_cache("StaticCache", model)
     run_native(model, plan, tokens(model, 2, 33, seed=4), past_key_values=given)
@@ -162,7 +162,7 @@ def test_a_static_cache_keeps_its_memory_and_is_reused_after_a_reset(name):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", MODELS)
-def test_masked_slots_of_a_static_cache_that_held_other_tokens_become_zero(name, side):
+def test_masked_slots_of_a_reused_static_cache_become_zero(name, side):
     model, plan = shared(name), plan_of(shared(name), GAPS, 2)
     given = new_cache("StaticCache", model)
     run_native(model, plan, tokens(model, 2, 33, seed=4), past_key_values=given)
@@ -173,7 +173,7 @@ def test_masked_slots_of_a_static_cache_that_held_other_tokens_become_zero(name,
     compare_caches(given, run_oracle(model, plan, ids, attention_mask=mask).cache, mask=mask)
 
 
-def test_slots_behind_the_new_tokens_of_a_static_cache_are_left_alone():
+def test_static_slots_after_the_new_tokens_are_not_written():
     model = shared("llama")
     given = new_cache("StaticCache", model)
     run_native(model, plan_of(model), tokens(model, 2, 8), past_key_values=given)
@@ -186,7 +186,7 @@ def test_slots_behind_the_new_tokens_of_a_static_cache_are_left_alone():
             assert not (cache[:, :, :8] == 7.0).any()
 
 
-def test_holes_that_right_padding_left_in_a_static_cache_are_bridged():
+def test_holes_from_right_padding_in_a_static_cache_are_skipped():
     model, plan = shared("llama"), plan_of(shared("llama"), GAPS, 2)
     given, oracle_cache, mask = new_cache("StaticCache", model), None, torch.zeros(2, 0, dtype=torch.long)
     for turn, lengths in enumerate([(13, 5), (2, 9), (6, 6)]):
@@ -222,7 +222,7 @@ def test_a_static_cache_of_exactly_the_needed_length_is_enough():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_static_cache_that_is_too_small_is_refused_and_stays_as_it_was(name):
+def test_a_too_small_static_cache_is_refused_and_unchanged(name):
     model = shared(name)
     given = new_cache("StaticCache", model, capacity=12)
     native = pop_ext.load(model, plan_of(model))
@@ -236,7 +236,7 @@ def test_a_static_cache_that_is_too_small_is_refused_and_stays_as_it_was(name):
     compare_caches(given, before, atol=0.0)
 
 
-def test_a_window_shorter_than_the_models_is_refused_where_it_would_drop_a_position_in_reach():
+def test_a_cache_window_that_drops_visible_positions_is_refused():
     model, other = shared("mistral"), FAMILIES["mistral"](sliding_window=WINDOW // 2)
     native = pop_ext.load(model, plan_of(model))
     native.prefill(tokens(model, 1, WINDOW // 2 - 1), past_key_values=DynamicCache(config=other.config))
@@ -254,7 +254,7 @@ def test_a_window_shorter_than_the_models_is_refused_where_it_would_drop_a_posit
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_deep_copy_of_a_filled_cache_goes_its_own_way(name, kind):
+def test_a_deep_copy_of_a_filled_cache_is_independent(name, kind):
     model, plan = shared(name), plan_of(shared(name), GAPS, 2)
     given = new_cache(kind, model)
     run_native(model, plan, tokens(model, 1, 21), past_key_values=given)
@@ -282,7 +282,7 @@ def test_a_prefix_is_reused_by_cropping():
     compare_caches(given, oracle_prefix)
 
 
-def test_a_recorded_window_is_reused_by_cropping():
+def test_a_sliding_cache_that_records_its_past_can_be_cropped():
     model, plan = shared("mistral"), plan_of(shared("mistral"), GAPS, 2)
     given = DynamicCache(config=model.config)
     for layer in given.layers:
@@ -296,7 +296,7 @@ def test_a_recorded_window_is_reused_by_cropping():
         given.crop(-9)
 
 
-def test_a_cache_whose_sequences_were_reordered_is_continued():
+def test_a_second_turn_over_a_reordered_cache_equals_the_oracle():
     model, plan = shared("llama"), plan_of(shared("llama"), GAPS, 2)
     first, ids = tokens(model, 2, 12, seed=1), tokens(model, 2, 9)
     given = run_native(model, plan, first).cache
@@ -305,7 +305,7 @@ def test_a_cache_whose_sequences_were_reordered_is_continued():
     assert_equals_oracle(model, plan, ids, past=given, oracle_past=oracle_cache)
 
 
-def test_past_keys_of_any_stride_are_continued():
+def test_a_second_turn_over_strided_keys_equals_the_oracle():
     model, plan = shared("llama"), plan_of(shared("llama"), GAPS, 2)
     given = run_oracle(model, plan, tokens(model, 2, 12, seed=1)).cache
     strided = copy.deepcopy(given)
@@ -315,7 +315,7 @@ def test_past_keys_of_any_stride_are_continued():
     assert_equals_oracle(model, plan, tokens(model, 2, 9), past=strided, oracle_past=given)
 
 
-def test_a_call_without_grad_mode_off_leaves_no_graph_in_the_cache():
+def test_grad_mode_leaves_no_graph_in_the_cache():
     model = shared("llama")
     with torch.enable_grad():
         cache = run_native(model, plan_of(model), tokens(model, 1, 9)).cache
@@ -335,7 +335,7 @@ def test_a_call_without_grad_mode_off_leaves_no_graph_in_the_cache():
     ],
     ids=["encoder-decoder", "offloaded", "too few layers", "a list of tensors"],
 )
-def test_a_cache_of_an_unknown_kind_is_named(make, message):
+def test_an_unsupported_cache_is_named(make, message):
     model = shared("llama")
     with pytest.raises((ValueError, TypeError), match=message):
         run_native(model, plan_of(model), tokens(model, 1, 5), past_key_values=make(model))
@@ -346,7 +346,7 @@ def test_a_cache_of_an_unknown_kind_is_named(make, message):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("past", [0, 9])
-def test_an_aborted_transaction_leaves_the_cache_as_it_was(kind, past):
+def test_an_aborted_transaction_leaves_the_cache_unchanged(kind, past):
     model = shared("qwen2 mixed")
     given = new_cache(kind, model)
     if past:
@@ -370,7 +370,7 @@ def test_an_aborted_transaction_leaves_the_cache_as_it_was(kind, past):
 @pytest.mark.parametrize("filled", [0, 12, 40])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_head_that_raises_leaves_the_cache_as_it_was(name, kind, filled):
+def test_a_failing_head_leaves_the_cache_unchanged(name, kind, filled):
     model = copy.deepcopy(shared(name))
     native, cache = pop_ext.load(model), new_cache(kind, model)
     if filled:

@@ -71,7 +71,7 @@ def score():
 @pytest.mark.parametrize(
     "call", [native_prefill, oracle_prefill, generate, generate_with_the_oracle, score], ids=lambda call: call.__name__
 )
-def test_the_default_device_of_torch_changes_nothing_for_a_model_that_is_elsewhere(call):
+def test_the_default_device_of_torch_changes_no_result(call):
     for ours, expected in zip(call(), under_cpu(call), strict=True):
         assert ours.device.type == "cpu"
         assert torch.equal(ours, expected)

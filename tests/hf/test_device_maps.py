@@ -90,7 +90,7 @@ def test_a_map_that_offloads_a_part_is_refused_and_the_reference_backend_runs_it
 
 
 @pytest.mark.parametrize("at_once", [None, ["LlamaDecoderLayer"]], ids=["by module", "by layer"])
-def test_the_reference_backend_runs_a_model_whose_weights_come_and_go(at_once):
+def test_the_reference_backend_runs_a_cpu_offloaded_model(at_once):
     assert_the_oracle_runs(cpu_offload(llama(), execution_device="cpu", preload_module_classes=at_once))
 
 
@@ -122,7 +122,7 @@ class Reversing(ModelHook):
 
 @pytest.mark.parametrize("first", ["hook", "enable"])
 @torch.no_grad()
-def test_a_hook_on_the_whole_model_runs_around_the_native_prefill(first):
+def test_a_hook_on_the_model_wraps_the_native_prefill(first):
     model, hook = llama(), Reversing()
     ids = tokens(model, 1, T)
     expected = reference.prefill(model, ids.flip(1), PLAN)[0]
@@ -170,7 +170,7 @@ def shard(linear: nn.Linear, mesh: Any) -> None:
     linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Shard(0)]))
 
 
-def test_a_tensor_parallel_model_is_refused_by_name_and_left_alone(mesh):
+def test_a_tensor_parallel_model_is_refused_and_unchanged(mesh):
     model = llama()
     shard(model.model.layers[4].self_attn.k_proj, mesh)
     for refuse in (pop_ext.load, pop_ext.enable):
@@ -180,7 +180,7 @@ def test_a_tensor_parallel_model_is_refused_by_name_and_left_alone(mesh):
 
 
 @torch.no_grad()
-def test_a_model_that_becomes_tensor_parallel_is_left_to_the_stock_forward(mesh):
+def test_a_model_made_tensor_parallel_runs_the_stock_forward(mesh):
     model = pop_ext.enable(llama(), PLAN)
     shard(model.model.layers[4].self_attn.k_proj, mesh)
     decision = pop_ext.explain(model, tokens(model, 1, T), logits_to_keep=1)

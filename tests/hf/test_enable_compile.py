@@ -137,7 +137,7 @@ def test_generate_that_compiles_decode_for_a_static_cache_prefills_natively(buil
     assert hasattr(model, "_compiled_call")
 
 
-def test_of_a_compiled_model_the_one_inside_is_loaded():
+def test_load_unwraps_a_compiled_model():
     model = tiny()
     ids = tokens(model, 2, T)
     native = pop_ext.load(torch.compile(model, backend="eager"), TINY_PLAN)

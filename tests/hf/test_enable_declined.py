@@ -340,7 +340,7 @@ def test_a_declined_call_warns_once(declined):
     assert ours[0].filename == __file__
 
 
-def test_explain_gives_the_reason_of_a_declined_call_and_runs_nothing(declined):
+def test_explain_names_the_reason_for_a_decline_without_running(declined):
     case, model, ids, call = declined
     pop_ext.enable(model, PLAN)
     before = copy.deepcopy(call)
@@ -378,7 +378,7 @@ def test_flex_attention_and_that_of_continuous_batching_are_declined(name):
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "eager", "sdpa"])
 @torch.no_grad()
-def test_eager_sdpa_and_flash_attention_are_known(name):
+def test_eager_sdpa_and_flash_attention_are_supported(name):
     model = pop_ext.enable(llama(), PLAN)
     model.config._attn_implementation = name
     assert pop_ext.explain(model, tokens(model, 1, T), logits_to_keep=1).native

@@ -114,7 +114,7 @@ def test_embeddings_as_prompt_generate_as_the_oracle():
     assert pop_ext.last_call(native).native
 
 
-def test_logits_and_cache_of_generate_are_returned_as_before():
+def test_generate_returns_the_oracles_logits_and_cache():
     model = llama()
     ids = tokens(model, 1, T)
     native, oracle = native_and_oracle(model)
@@ -147,7 +147,7 @@ def test_a_static_cache_is_prefilled_natively(family, attention, padded):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
-def test_a_static_cache_no_longer_than_the_prompt_is_prefilled_natively(family):
+def test_a_static_cache_of_prompt_length_is_prefilled_natively(family):
     model = pop_ext.enable(FAMILIES[family](), PLAN, strict=True)
     for length in (9, T):  # within the window, for which transformers may make no mask, and beyond it
         ids = tokens(model, 2, length)
@@ -155,7 +155,7 @@ def test_a_static_cache_no_longer_than_the_prompt_is_prefilled_natively(family):
         assert pop_ext.last_call(model).tokens == (length, length)
 
 
-def test_a_static_cache_is_used_again_for_another_prompt():
+def test_a_static_cache_is_reused_for_another_prompt():
     model = pop_ext.enable(llama(), PLAN, strict=True)
     cache = StaticCache(config=model.config, max_cache_len=64)
     for seed in (1, 2):
@@ -199,7 +199,7 @@ def test_a_second_turn_generates_as_the_oracle(family, padded):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_second_turn_in_a_static_cache_generates_as_in_a_dynamic_one(family):
+def test_second_turns_in_static_and_dynamic_caches_generate_alike(family):
     model = pop_ext.enable(FAMILIES[family](), PLAN, strict=True)
     first, mask = pad([tokens(model, n, seed=n) for n in (11, T)], "left")
     second = tokens(model, 2, 13, seed=9)
@@ -278,7 +278,7 @@ def test_a_chunked_prefill_prunes_each_chunk_as_the_oracle(family, size, cache):
     assert [d.tokens for d in decisions] == [(n,) for n in chunks if n > 1]
 
 
-def test_generation_that_asks_for_hidden_states_keeps_the_stock_prefill():
+def test_requesting_hidden_states_keeps_the_stock_prefill():
     model = llama()
     ids = tokens(model, 1, T)
     how = {"output_hidden_states": True, "return_dict_in_generate": True}
@@ -293,12 +293,12 @@ def test_generation_that_asks_for_hidden_states_keeps_the_stock_prefill():
 
 
 @pytest.mark.parametrize("length", [15, 16, 17, 40])
-def test_prompts_around_and_beyond_the_sliding_window_generate_as_the_oracle(length):
+def test_prompts_around_the_sliding_window_generate_as_the_oracle(length):
     model = mistral()
     assert_generates_as_the_oracle(model, tokens(model, 1, length), 24)
 
 
-def test_a_boundary_window_generates_as_the_oracle():
+def test_a_boundary_of_several_rows_generates_as_the_oracle():
     model = llama()
     ids, mask = pad([tokens(model, n, seed=n) for n in (5, T)], "left")
     assert_generates_as_the_oracle(model, ids, plan=PLAN.replace(boundary=8), attention_mask=mask)
@@ -338,7 +338,7 @@ def tiny_tokenizer(size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def test_a_text_generation_pipeline_writes_what_the_oracle_writes():
+def test_a_text_generation_pipeline_equals_the_oracle():
     model = llama()
     prompts = [" ".join(f"w{i:03}" for i in tokens(model, n, seed=n).tolist()) for n in (9, T)]
     texts = []
@@ -354,7 +354,7 @@ def test_a_text_generation_pipeline_writes_what_the_oracle_writes():
 
 
 @pytest.mark.parametrize("how", [{"use_cache": False}, {"output_hidden_states": True, "return_dict_in_generate": True}])
-def test_generate_with_what_a_pruned_prefill_lacks_gives_the_stock_tokens(how):
+def test_generate_options_that_decline_give_the_stock_tokens(how):
     model = llama()
     ids = tokens(model, 1, T)
     expected = generate(model, ids, 6, **how)

@@ -78,7 +78,7 @@ def test_disabling_a_model_that_is_not_enabled_changes_nothing():
     assert model.__dict__ == before
 
 
-def test_a_forward_that_was_replaced_before_enable_runs_and_comes_back():
+def test_a_forward_replaced_before_enable_runs_and_is_restored():
     model = llama()
     ids = tokens(model, 1, T)
     original = model.forward
@@ -98,7 +98,7 @@ def test_a_forward_that_was_replaced_before_enable_runs_and_comes_back():
     assert model.__dict__["forward"] is mine
 
 
-def test_a_forward_wrapped_after_enable_is_named():
+def test_a_forward_wrapped_after_enable_raises():
     import functools
 
     model = pop_ext.enable(llama(), PLAN)
@@ -189,7 +189,7 @@ def test_a_deepcopy_outlives_the_original():
     assert_enabled_equals_oracle(twin, tokens(twin, 1, T))
 
 
-def test_a_shallow_copy_prefills_as_the_original_with_whose_weights_it_shares():
+def test_a_shallow_copy_shares_weights_and_prefills_as_the_original():
     model = pop_ext.enable(llama(), PLAN, strict=True)
     ids = tokens(model, 1, T)
     twin = copy.copy(model)
@@ -257,7 +257,7 @@ def test_a_pickled_model_comes_back_enabled(how):
     assert_enabled_equals_oracle(twin, ids)
 
 
-def test_saved_files_carry_no_trace_and_load_as_a_stock_model(tmp_path: Path):
+def test_an_enabled_model_saves_the_files_of_the_stock_model(tmp_path: Path):
     model = llama()
     model.save_pretrained(tmp_path / "stock")
     pop_ext.enable(model, PLAN)
@@ -360,13 +360,13 @@ def test_two_threads_may_make_the_first_call_of_a_copy():
             assert torch.equal(output, expected)
 
 
-def test_the_oracle_on_one_thread_leaves_the_native_prefill_of_another_alone():
+def test_the_oracle_does_not_disable_native_prefill_in_another_thread():
     model = pop_ext.enable(llama(), PLAN, strict=True)
     with model.forward.stock_inside():
         assert run_at_once(lambda: prefill(model, tokens(model, 1, T)).logits)
 
 
-def test_an_enabled_model_makes_no_noise():
+def test_an_enabled_model_emits_no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = pop_ext.enable(llama(), PLAN)

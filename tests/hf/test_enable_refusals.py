@@ -97,7 +97,7 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("build", UNSUPPORTED, ids=lambda build: build.__name__)
-def test_a_model_without_a_native_form_is_refused_and_stays_as_it_was(build):
+def test_an_unsupported_model_is_refused_and_unchanged(build):
     model = build()
     before = dict(model.__dict__)
     with pytest.raises(UnsupportedModelError, match=UNSUPPORTED[build]) as error:
@@ -106,7 +106,7 @@ def test_a_model_without_a_native_form_is_refused_and_stays_as_it_was(build):
     assert model.__dict__ == before
 
 
-def test_a_refused_model_stays_enabled_as_it_was():
+def test_a_refused_enable_keeps_the_previous_one():
     model = pop_ext.enable(llama(), PLAN)
     before = model.forward
     with pytest.raises(ValueError, match="num_layers=6"):
@@ -132,7 +132,7 @@ def test_bad_arguments_of_enable_are_named(arguments, error, text):
 
 
 @pytest.mark.parametrize("what", [None, "meta-llama/Llama-3.1-8B", nn.Linear(2, 2)])
-def test_something_that_is_no_hugging_face_model_is_refused(what):
+def test_an_argument_that_is_no_model_is_refused(what):
     with pytest.raises(TypeError, match="expected a Hugging Face model"):
         pop_ext.enable(what)
 
@@ -152,7 +152,7 @@ def test_the_reference_backend_runs_families_beyond_the_native_ones(build):
 
 
 @pytest.mark.parametrize("build", [gpt2, without_a_head])
-def test_the_reference_backend_refuses_what_it_cannot_run(build):
+def test_the_reference_backend_refuses_models_it_cannot_run(build):
     model = build()
     with pytest.raises(ValueError, match="model: expected"):
         pop_ext.enable(model, backend="reference")

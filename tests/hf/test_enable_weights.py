@@ -79,7 +79,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("speculative", [False, True], ids=["validated first", "launched first"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_changed_weights_are_taken_up(change, speculative, monkeypatch):
+def test_changed_weights_are_reloaded(change, speculative, monkeypatch):
     monkeypatch.setattr("pop_ext.hf.speculative_launch.ENABLED", speculative)
     monkeypatch.setattr("pop_ext.hf.speculative_launch.is_async", lambda device: speculative)
     model = pop_ext.enable(llama(), PLAN, strict=True)
@@ -127,7 +127,7 @@ class Wrapped(nn.Module):
 
 @pytest.mark.parametrize("adapter", [LowRank, Wrapped])
 @torch.no_grad()
-def test_adapters_put_on_after_enable_leave_the_prefill_to_the_stock_model(adapter):
+def test_adapters_added_after_enable_run_the_stock_forward(adapter):
     model = llama()
     ids = tokens(model, 1, T)
     pop_ext.enable(model, PLAN)
@@ -144,7 +144,7 @@ def test_adapters_put_on_after_enable_leave_the_prefill_to_the_stock_model(adapt
     assert torch.equal(actual, pop_ext.disable(model)(ids, logits_to_keep=1).logits)
 
 
-def test_taking_up_changed_weights_frees_the_native_handle():
+def test_reloading_changed_weights_frees_the_native_handle():
     model = pop_ext.enable(llama(), PLAN)
     handle = handle_of(model)
     multiply_in_place(model)

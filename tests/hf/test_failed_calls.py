@@ -41,7 +41,7 @@ def assert_same_state(actual: dict, expected: dict) -> None:
 @pytest.mark.parametrize("filled", [0, 12, 30])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_a_cache_that_fails_in_the_middle_is_as_before_under_the_reference_backend(kind, filled):
+def test_a_failing_cache_update_is_rolled_back_by_the_reference_backend(kind, filled):
     model = qwen2(use_sliding_window=True)
     cache = new_cache(kind, model)
     if filled:
@@ -80,7 +80,7 @@ def two_layers_in_one_memory(model):
 
 @pytest.mark.parametrize("make", [too_small, two_layers_in_one_memory])
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
-def test_a_refused_cache_leaves_the_frequencies_of_a_scaled_rope_as_they_were(rope, make):
+def test_a_refused_cache_leaves_scaled_rope_frequencies_unchanged(rope, make):
     model = llama(rope=rope)
     native, cache = pop_ext.load(model), make(model)
     before = state_of(model.model.rotary_emb)
@@ -92,7 +92,7 @@ def test_a_refused_cache_leaves_the_frequencies_of_a_scaled_rope_as_they_were(ro
 
 
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
-def test_a_failing_oracle_leaves_the_frequencies_of_a_scaled_rope_as_they_were(rope, monkeypatch):
+def test_a_failing_oracle_leaves_scaled_rope_frequencies_unchanged(rope, monkeypatch):
     model = llama(rope=rope)
     before = state_of(model.model.rotary_emb)
     monkeypatch.setattr(reference, "project_kv", lambda *_: 1 / 0)

@@ -95,7 +95,7 @@ def test_a_family_equals_the_oracle(name):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_family_in_low_precision_is_as_close_as_the_oracle(name, dtype):
+def test_a_low_precision_family_is_as_close_as_the_oracle(name, dtype):
     model = VARIANTS[name](dtype=dtype)
     assert_equals_oracle(model, plan_of(model, GAPS), tokens(model, 2, 40))
 
@@ -118,13 +118,13 @@ def test_a_router_with_narrow_margins_equals_the_oracle_in_float32(build):
     assert_equals_oracle(model, plan_of(model, GAPS), tokens(model, 2, 40))
 
 
-def test_a_prefill_of_more_rows_than_a_chunk_of_the_experts_equals_the_oracle():
+def test_a_prefill_longer_than_an_expert_chunk_equals_the_oracle():
     model = mixtral(layers=3)
     assert_equals_oracle(model, plan_of(model, (1,)), tokens(model, 1, 2100))
 
 
 @torch.no_grad()
-def test_an_output_has_the_class_and_the_fields_of_the_stock_models():
+def test_an_output_has_the_stock_class_and_fields():
     for name in models.FAMILIES:
         model = models.FAMILIES[name]()
         stock = model(tokens(model, 1, 9), logits_to_keep=1)
@@ -160,7 +160,7 @@ def test_a_norm_of_another_class_is_refused():
         describe(model)
 
 
-def test_an_attention_that_drops_the_soft_cap_is_refused_and_declined():
+def test_an_attention_without_the_soft_cap_is_refused_and_declined():
     model = gemma2()
     pop_ext.enable(model, plan_of(model))
     model.config._attn_implementation = "sdpa"  # set_attn_implementation of a release that allows it
@@ -186,7 +186,7 @@ def test_a_layer_of_another_class_is_refused():
         describe(model)
 
 
-def test_an_activation_of_another_kind_is_refused():
+def test_an_unsupported_activation_is_refused():
     with pytest.raises(UnsupportedModelError, match="config.hidden_act: expected one of .*, got relu"):
         describe(llama(hidden_act="relu"))
 

@@ -25,7 +25,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "o
 # fp8_linear
 
 
-def test_infinity_voids_its_row_and_no_other():
+def test_infinity_makes_only_its_own_row_nan():
     x, weight = random(3, 32), random(16, 32, seed=1)
     x[1, 7] = torch.inf
     out = pop.fp8_linear(x.bfloat16(), *pop.quantize_rows(weight))
@@ -35,7 +35,7 @@ def test_infinity_voids_its_row_and_no_other():
 
 @pytest.mark.parametrize("shape", [(1, 16), (3, 96), (65, 160), (2, 19, 2080)], ids=str)
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.cpu), torch.bfloat16], ids=str)
-def test_a_product_is_that_of_the_rounded_operands(dtype, shape):
+def test_a_product_equals_that_of_the_rounded_operands(dtype, shape):
     x, weight = random(*shape, dtype=dtype), random(48, shape[-1], dtype=dtype, seed=1)
     values, scale = pop.quantize_rows(weight)
     expected = rounded(x).double() @ rounded(weight).double().T
@@ -85,7 +85,7 @@ def test_a_prefill_equals_the_oracle_of_rounded_operands(family, omit):
 @pytest.mark.parametrize("kept", range(5))
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.cpu
-def test_each_layer_by_itself_equals_the_oracle(family, kept):
+def test_each_single_rounded_layer_equals_the_oracle(family, kept):
     """With one layer that rounds, what the next one reads has little that tips over; all of its products are in it."""
     model = shared(family)
     plan, ids = plan_of(model, tuple(layer for layer in range(5) if layer != kept), 2), tokens(model, 2, 40)
@@ -111,7 +111,7 @@ def test_early_launches_give_the_same_bits(way):
 
 @pytest.mark.parametrize("omit", [(), GAPS], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_bfloat16_it_is_as_close_to_that_oracle_in_float32_as_that_oracle_in_bfloat16(family, omit):
+def test_fp8_in_bfloat16_is_as_close_as_the_rounded_oracle(family, omit):
     model = shared(family, dtype=torch.bfloat16)
     plan, ids = plan_of(model, omit, 3), tokens(model, 2, 40)
     truth = run_oracle(rounded_twin(float32_twin(model), plan), plan, ids, logits_to_keep=2)
@@ -121,7 +121,7 @@ def test_in_bfloat16_it_is_as_close_to_that_oracle_in_float32_as_that_oracle_in_
     compare_caches(actual.past_key_values, same_dtype.cache, oracle_fp32=truth.cache)
 
 
-def test_it_is_another_result_than_without_and_close_to_it():
+def test_fp8_changes_the_result_slightly():
     model = shared(dtype=torch.bfloat16)
     plan, ids = plan_of(model), tokens(model, 1, 40)
     exact = pop_ext.load(model, plan).prefill(ids).logits
@@ -129,7 +129,7 @@ def test_it_is_another_result_than_without_and_close_to_it():
     assert 0.001 < rms(fp8 - exact) / rms(exact) < 0.3
 
 
-def test_projected_layers_read_their_own_weights():
+def test_omitted_layers_get_no_fp8_weights():
     """With every layer but the first omitted, boundary rows meet 8-bit products in the first layer alone."""
     model = shared(dtype=torch.bfloat16)
     plan = plan_of(model, (1, 2, 3, 4, 5))
@@ -153,7 +153,7 @@ def test_the_same_call_gives_the_same_bits():
 # Around it
 
 
-def test_an_enabled_model_prefills_in_8_bits_and_keeps_doing_so_in_copies():
+def test_an_enabled_model_and_its_copies_prefill_in_8_bits():
     model = llama(dtype=torch.bfloat16)
     plan, ids = plan_of(model), tokens(model, 1, 40)
     expected = pop_ext.load(model, plan, fp8=True).prefill(ids).logits
@@ -183,7 +183,7 @@ def test_generation_decodes_with_the_stock_model():
     assert torch.equal(generated[:, 40:], torch.cat([first, second], 1))
 
 
-def test_a_fitted_plan_goes_with_it():
+def test_fp8_works_with_a_fitted_plan():
     model = llama(dtype=torch.bfloat16)
     plan = pop_ext.fit(model, plan_of(model), [tokens(model, 2, 40, seed=seed) for seed in range(8)])
     ids = tokens(model, 1, 40)
@@ -195,7 +195,7 @@ def test_a_fitted_plan_goes_with_it():
 # What it is not for
 
 
-def test_models_with_experts_are_refused_and_run_without():
+def test_models_with_experts_are_refused_only_with_fp8():
     model = shared("mixtral", dtype=torch.bfloat16)
     with pytest.raises(UnsupportedModelError, match="fp8: expected a model without experts, got one of 4"):
         pop_ext.load(model, fp8=True)

@@ -30,7 +30,7 @@ def head_of(dtype: torch.dtype = torch.float32, bias: bool = False, cls: type[nn
 @pytest.mark.cpu
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (7,), (2, 40), (0, 1)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_plain_head_is_streamed_and_as_exact_as_the_module(dtype, shape, products):
+def test_a_plain_head_runs_pop_linear_as_exactly_as_the_module(dtype, shape, products):
     head, hidden = head_of(dtype), random(*shape, HIDDEN, dtype=dtype)
     logits, exact = apply_head(head, hidden), hidden.double() @ head.weight.double().T
     assert products == [(*shape, HIDDEN)]
@@ -42,7 +42,7 @@ def test_a_plain_head_is_streamed_and_as_exact_as_the_module(dtype, shape, produ
 
 
 @pytest.mark.cpu
-def test_a_prefill_streams_its_plain_head(products):
+def test_a_prefill_runs_its_plain_head_with_pop_linear(products):
     model = shared("llama")
     pop_ext.load(model).prefill(tokens(model, 2, 9), logits_to_keep=2)
     assert products == [(2, 2, model.config.hidden_size)]
@@ -142,7 +142,7 @@ def test_a_hook_on_every_module_sees_the_head(kind, products):
 
 
 @pytest.mark.cpu
-def test_a_replaced_class_is_called(monkeypatch, products):
+def test_a_replaced_linear_forward_is_called(monkeypatch, products):
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: x.sum())
     assert apply_head(head_of(), random(2, HIDDEN)).dim() == 0
     assert products == []

@@ -71,7 +71,7 @@ def test_a_press_sees_each_layer_once_with_the_whole_prompt(example, backend):
 @pytest.mark.parametrize("boundary", [1, 7])
 @pytest.mark.parametrize("build", [llama, qwen3, phi3, gemma2], ids=lambda build: build.__name__)
 @pytest.mark.parametrize("backend", ["reference", "stock"])
-def test_hidden_states_are_what_each_layer_projected_its_keys_and_values_from(example, build, boundary, backend):
+def test_hidden_states_reproduce_the_keys_and_values_of_each_layer(example, build, boundary, backend):
     over = {} if build in (llama, qwen3) else {"sliding_window": None if build is phi3 else 4 * T}
     model, press = build(**over), Watching()
     cache = DynamicCache()
@@ -92,7 +92,7 @@ class WithoutNorm:
 
 @torch.no_grad()
 @pytest.mark.parametrize("build", [llama, olmo2], ids=lambda build: build.__name__)
-def test_a_native_prefill_and_the_reference_leave_the_same_compressed_cache(example, build):
+def test_native_and_reference_backends_leave_the_same_compressed_cache(example, build):
     model, caches = build(), []
     press = example["KeyNormPress"](compression_ratio=0.25)
     # Each token once: a token's keys have the same norm in layer 0 wherever it stands, but for rounding.
@@ -116,7 +116,7 @@ def decode(model: Any, ids: torch.Tensor, cache: Any, logits: torch.Tensor, new:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_generate_goes_on_over_the_compressed_cache_at_the_positions_of_the_text(example, backend):
+def test_generate_continues_over_the_compressed_cache_at_text_positions(example, backend):
     model, press = llama(), example["KeyNormPress"](compression_ratio=0.5)
     ids = tokens(model, 1, T)
     with enabled(model, backend), example["pressed"](model, press), torch.no_grad():
@@ -141,7 +141,7 @@ def test_later_turns_and_decode_steps_are_not_compressed(example):
 
 @torch.no_grad()
 @pytest.mark.parametrize("build", [mistral, gemma3], ids=lambda build: build.__name__)
-def test_layers_whose_cache_keeps_a_window_are_left_alone(example, build):
+def test_layers_with_a_sliding_window_cache_are_not_compressed(example, build):
     model, press = build(), Watching()
     with enabled(model, "native"), example["pressed"](model, press):
         model(tokens(model, 1, T), logits_to_keep=1, use_cache=True)
@@ -151,7 +151,7 @@ def test_layers_whose_cache_keeps_a_window_are_left_alone(example, build):
 
 
 @torch.no_grad()
-def test_the_model_is_as_before_and_stays_bound_natively(example):
+def test_the_press_is_removed_and_the_model_keeps_its_handle(example):
     model = pop_ext.enable(llama(), PLAN, strict=True)
     model.model.layers[1].self_attn.masked_key_indices = (torch.tensor([0]),) * 3  # as AdaKV left it for a prompt
     handle = model.forward.backend.native.handle
@@ -181,7 +181,7 @@ class Scoring(Watching):
     [lambda h, _: h[:, -4:], lambda h, _: torch.relu(h), lambda h, _: h.norm(dim=-1), lambda _, rope: (*rope,)],
     ids=["slice", "function", "method", "rope"],
 )
-def test_a_press_that_reads_hidden_states_which_nobody_kept_is_told_so(example, read):
+def test_a_press_reading_hidden_states_natively_raises(example, read):
     model = llama()
     with (
         enabled(model, "native"),
@@ -220,7 +220,7 @@ def hooked_attentions(model: Any):
 
 @torch.no_grad()
 @pytest.mark.parametrize("boundary", [1, 3, T])
-def test_hooks_that_compress_within_the_call_are_never_run_halfway(example, boundary):
+def test_hooks_that_compress_during_the_call_are_refused_or_declined(example, boundary):
     model = llama()
     ids = tokens(model, 1, T)
     with hooked_attentions(model):
@@ -253,7 +253,7 @@ def test_presses_of_kvpress_run_after_a_pruned_prefill(press, tmp_path):
 
 
 @torch.no_grad()
-def test_a_later_turn_over_a_compressed_cache_runs_natively_at_the_positions_it_is_given(example):
+def test_a_later_turn_over_a_compressed_cache_uses_given_positions(example):
     model, press = llama(), example["KeyNormPress"](compression_ratio=0.5)
     more = tokens(model, 1, 9, seed=1)
     positions = torch.arange(T, T + 9, device=model.device)[None]
@@ -270,7 +270,7 @@ def test_a_later_turn_over_a_compressed_cache_runs_natively_at_the_positions_it_
 
 
 @torch.no_grad()
-def test_layers_that_hold_different_numbers_of_positions_are_left_to_the_stock_forward(example):
+def test_a_cache_with_uneven_layers_runs_the_stock_forward(example):
     model = llama()
     with pop_ext.enabled(model, PLAN):
         cache = cache_of(model(tokens(model, 1, T), logits_to_keep=1, use_cache=True))

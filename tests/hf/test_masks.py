@@ -51,7 +51,7 @@ def filled_cache(model: Any, mask: Tensor) -> StaticCache:
 @pytest.mark.parametrize("columns", [2, WINDOW - 1, WINDOW, WINDOW + 1, T])
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("family", BUILDS)
-def test_the_masks_of_generate_are_read_as_the_padding_they_were_made_from(family, static, columns):
+def test_generate_masks_are_read_as_their_padding(family, static, columns):
     model = BUILDS[family]()
     cache = StaticCache(config=model.config, max_cache_len=CAPACITY) if static else None
     _, mask = pad([torch.zeros(n) for n in (1, columns)], "left")
@@ -62,7 +62,7 @@ def test_the_masks_of_generate_are_read_as_the_padding_they_were_made_from(famil
 @pytest.mark.parametrize("past", [3, WINDOW - 1, WINDOW, WINDOW + 1, T])
 @pytest.mark.parametrize("columns", [2, WINDOW + 3])
 @pytest.mark.parametrize("family", BUILDS)
-def test_masks_over_a_past_are_read_as_the_padding_they_were_made_from(family, columns, past):
+def test_masks_over_a_past_are_read_as_their_padding(family, columns, past):
     model = BUILDS[family]()
     _, first = pad([torch.zeros(n) for n in (2, past)], "left")
     cache = filled_cache(model, first)
@@ -75,7 +75,7 @@ def test_masks_over_a_past_are_read_as_the_padding_they_were_made_from(family, c
 
 @pytest.mark.parametrize("over", [-1, 1])
 @pytest.mark.parametrize("family", BUILDS)
-def test_a_window_other_than_the_model_s_is_declined(family, over):
+def test_a_mask_of_another_window_is_declined(family, over):
     model, other = BUILDS[family](), BUILDS[family]()
     other.config.sliding_window += over
     _, mask = pad([torch.zeros(n) for n in (T - 2, T)], "left")  # without padding there may be no mask to read
@@ -107,7 +107,7 @@ def test_masks_of_two_kinds_that_disagree_on_padding_are_declined():
             read(model, {**masks[0], kind: masks[1][kind]}, 2, T)
 
 
-def test_tokens_that_see_each_other_are_expected_where_the_call_says_so_and_only_there():
+def test_bidirectional_spans_must_match_those_of_the_call():
     model = gemma3()
     mask = torch.ones(1, T, dtype=torch.long)
     mask[:, :2] = 0
@@ -123,7 +123,7 @@ def test_tokens_that_see_each_other_are_expected_where_the_call_says_so_and_only
         read(model, causal, 1, T, blocks=[(0, 2, 22)])
 
 
-def test_no_mask_for_a_kind_is_causal_where_that_is_all():
+def test_a_missing_mask_means_causal_where_causal_is_enough():
     model = gemma3()
     none = {"full_attention": None, "sliding_attention": None}
     assert read(model, none, 2, WINDOW) is None
@@ -151,12 +151,12 @@ def test_no_mask_for_a_kind_is_causal_where_that_is_all():
         ("left", "expected a 2-D mask of padding or a 4-D one, got str"),
     ],
 )
-def test_masks_of_another_form_are_named(mask, text):
+def test_malformed_masks_are_named(mask, text):
     with pytest.raises(CustomMaskError, match=text):
         read(gemma3(), mask, 1, T)
 
 
-def test_layers_of_a_kind_that_nothing_is_known_of_take_a_mask_of_padding_only():
+def test_unknown_layer_types_accept_only_a_padding_mask():
     model = gemma3()
     model.config.layer_types = ["chunked_attention"] * 6
     assert read(model, torch.ones(1, T), 1, T).shape == (1, T)

@@ -30,7 +30,7 @@ def mixed_padding(model):
 @pytest.mark.parametrize("side", ["left", "right", "mixed"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_padded_batch_equals_the_oracle_and_its_masked_slots_are_zero(dtype, family, side):
+def test_a_padded_batch_equals_the_oracle_with_zero_masked_slots(dtype, family, side):
     model = shared(family, dtype=dtype)
     if side == "mixed":
         ids, mask = mixed_padding(model)
@@ -95,7 +95,7 @@ def test_a_third_turn_over_two_holes_equals_the_oracle():
         cache = assert_equals_oracle(model, plan, ids, past=cache, mask=mask).cache
 
 
-def test_slots_that_the_caller_masks_in_the_past_are_not_attended():
+def test_masked_slots_of_the_past_are_not_attended():
     model = shared("llama")
     _, cache = run_stock(model, tokens(model, 1, 12, seed=1))
     mask = torch.ones(1, 12 + 9, dtype=torch.long)
@@ -184,7 +184,7 @@ def test_decode_over_the_native_cache_equals_decode_over_the_oracles(family, sid
 
 
 @pytest.mark.parametrize("family", NATIVE)
-def test_greedy_generation_is_the_oracles_token_by_token(family):
+def test_greedy_generation_equals_the_oracle(family):
     # Tied, scaled embeddings of random weights would repeat one token.
     original = shared(family, tied=False) if family.startswith("gemma") else shared(family)
     ids = tokens(original, 2, 33, seed=1)

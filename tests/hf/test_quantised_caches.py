@@ -51,7 +51,7 @@ def assert_holds(cache: QuantizedCache, expected: DynamicCache, first: int, back
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_prefill_into_an_empty_quantised_cache_equals_the_oracle_and_is_quantised_then(backend, batch):
+def test_a_prefill_into_a_quantised_cache_equals_the_oracle(backend, batch):
     model = shared()
     cache = new_cache(backend, model)
     expected = run_oracle(model, plan_of(model), tokens(model, batch, T))
@@ -64,7 +64,7 @@ def test_a_prefill_into_an_empty_quantised_cache_equals_the_oracle_and_is_quanti
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("turns", [(T, 5, 9), (3, 1, 30), (40, 17)])
-def test_later_turns_read_what_a_quantised_cache_gives_back(backend, turns):
+def test_later_turns_read_dequantised_keys_and_values(backend, turns):
     model = shared()
     cache = new_cache(backend, model)
     for turn, length in enumerate(turns):
@@ -76,7 +76,7 @@ def test_later_turns_read_what_a_quantised_cache_gives_back(backend, turns):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_padding_in_a_quantised_cache_is_masked_as_in_any_other(backend):
+def test_padding_in_a_quantised_cache_is_masked(backend):
     model = shared()
     ids, mask = pad([tokens(model, n, seed=n) for n in (4, T, 11)], "left")
     expected = run_oracle(model, plan_of(model), ids, attention_mask=mask)
@@ -86,7 +86,7 @@ def test_padding_in_a_quantised_cache_is_masked_as_in_any_other(backend):
 
 @pytest.mark.skipif("fp8" not in BACKENDS, reason="before 5.24 transformers does not reorder what is quantised")
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_reordered_quantised_cache_is_continued(backend):
+def test_a_turn_over_a_reordered_quantised_cache_equals_the_oracle(backend):
     model = shared()
     cache = new_cache(backend, model)
     run_native(model, plan_of(model), tokens(model, 2, T), past_key_values=cache)
@@ -98,7 +98,7 @@ def test_a_reordered_quantised_cache_is_continued(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("past", [0, T])
-def test_an_aborted_call_leaves_a_quantised_cache_as_it_was(backend, past):
+def test_an_aborted_call_leaves_a_quantised_cache_unchanged(backend, past):
     model = shared()
     cache = new_cache(backend, model)
     if past:

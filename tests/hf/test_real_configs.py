@@ -10,7 +10,7 @@ from real_configs import EXTRA, LAYER, REAL, WINDOWS, assert_shapes, real
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_a_real_config_maps_name_by_name(name):
+def test_a_real_config_maps_every_weight_by_name(name):
     model = real(name)
     config = model.config
     description = map_weights(model)
@@ -32,7 +32,7 @@ def test_a_real_config_maps_name_by_name(name):
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_a_real_config_gives_its_numbers(name):
+def test_a_real_config_gives_the_expected_spec(name):
     numbers = REAL[name][2]
     spec = map_weights(real(name)).spec
     head_dim = numbers.get("head_dim", numbers["hidden_size"] // numbers["num_attention_heads"])

@@ -106,7 +106,7 @@ def real(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_a_real_config_maps_name_by_name(name):
+def test_a_real_config_maps_every_weight_by_name(name):
     model = real(name)
     description = map_weights(model)
     parameters = dict(model.named_parameters())
@@ -124,7 +124,7 @@ def test_a_real_config_maps_name_by_name(name):
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_a_real_config_gives_its_numbers(name):
+def test_a_real_config_gives_the_expected_spec(name):
     numbers = REAL[name][2]["text_config"]
     spec = map_weights(real(name)).spec
     assert_shapes(spec, numbers)

@@ -60,7 +60,7 @@ def test_speculation_after_images_gives_the_tokens_of_plain_greedy_decoding(fami
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_chunked_prefill_of_text_prunes_each_chunk_as_the_oracle(family, cache):
+def test_a_chunked_text_prefill_prunes_each_chunk_as_the_oracle(family, cache):
     model = VISION[family]()
     if not ENCODES_FIRST and family == "qwen3_vl":
         pytest.skip("before 5.24 transformers does not split the positions of Qwen3-VL")
@@ -125,7 +125,7 @@ def test_a_second_turn_after_an_image_answers_as_the_oracle(family, image, cache
 @pytest.mark.filterwarnings("ignore:pop_ext")
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_second_turn_with_another_image_omitting_the_last_layer_answers_like_the_stock_model(family, cache):
+def test_a_second_image_turn_omitting_the_last_layer_equals_stock(family, cache):
     model = VISION[family]()
     first, second = prompt(model, [7, "image", 5]), prompt(model, [4, "image", 6], seed=3)
     whole = family == "gemma3"

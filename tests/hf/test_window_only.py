@@ -28,7 +28,7 @@ def build(family: str):
     return pop_ext.load(FAMILIES[family](), pop_ext.Plan(LAYERS, OMIT, boundary=2))
 
 
-def both(native, prompts, **options):
+def run_both(native, prompts, **options):
     """The same call with every position projected, and with window_only."""
     whole, windowed = (op_call(native, prompts, **options) for _ in range(2))
     return run_op(whole), run_op({**windowed, "window_only": True}), whole, windowed
@@ -37,10 +37,10 @@ def both(native, prompts, **options):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("boundary", [1, 3])
-def test_the_result_is_the_same_and_only_positions_out_of_sight_are_left_out(family, length, boundary):
+def test_window_only_skips_only_positions_out_of_reach(family, length, boundary):
     native = build(family)
     prompts = [tokens(native.model, n, seed=n) for n in (length, 5, length + 2)]
-    expected, actual, whole, windowed = both(native, prompts, boundary=[boundary] * 3, start=[0, 2, 1])
+    expected, actual, whole, windowed = run_both(native, prompts, boundary=[boundary] * 3, start=[0, 2, 1])
     torch.testing.assert_close(actual, expected)
     for layer in range(LAYERS):
         window = native.spec.window[layer] if layer in OMIT else 0
@@ -53,7 +53,7 @@ def test_the_result_is_the_same_and_only_positions_out_of_sight_are_left_out(fam
                 assert (ours[i, :, start : start + seen] == SENTINEL).all(), (name, layer, i)
 
 
-def test_some_position_is_left_out_at_all():
+def test_window_only_skips_some_position():
     native = build("mistral")
     windowed = op_call(native, [tokens(native.model, 3 * WINDOW)])
     run_op({**windowed, "window_only": True})
@@ -62,10 +62,10 @@ def test_some_position_is_left_out_at_all():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_later_turns_never_see_what_was_left_out(family):
+def test_later_turns_never_read_skipped_positions(family):
     native = build(family)
     prompts = [tokens(native.model, n, seed=n) for n in (WINDOW + 9, WINDOW + 1)]
-    _, _, whole, windowed = both(native, prompts, capacity=80)
+    _, _, whole, windowed = run_both(native, prompts, capacity=80)
     past = [len(prompt) for prompt in prompts]
     for turn in (1, WINDOW):
         more = [tokens(native.model, turn, seed=turn + i) for i in range(2)]
@@ -79,7 +79,7 @@ def test_later_turns_never_see_what_was_left_out(family):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_native_prefill_leaves_zeros_where_it_projects_nothing_and_decodes_alike(kind):
+def test_skipped_positions_are_zero_and_decode_is_unchanged(kind):
     native = build("mistral")
     ids = tokens(native.model, 2, 2 * WINDOW)
     results, caches = [], []
