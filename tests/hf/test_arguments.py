@@ -1,4 +1,4 @@
-"""Arguments of the public functions: what counts as an integer, and what another kind of thing gets."""
+"""Test argument checks of the public functions: accepted integers, and the error for a wrong kind of value."""
 
 from __future__ import annotations
 

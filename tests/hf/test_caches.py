@@ -1,4 +1,4 @@
-"""Every kind of Hugging Face cache that native.prefill fills, and decode by the stock model after each."""
+"""Test native.prefill into every kind of Hugging Face cache, and decode by the stock model afterwards."""
 
 from __future__ import annotations
 
@@ -9,53 +9,34 @@ import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, assert_equals_oracle, plan_of, run_native, run_oracle, run_stock
+from cache_kinds import KINDS, decode, new_cache
 from models import FAMILIES, WINDOW, offloaded_cache, pad, tokens
 from pop_ext.hf.kv_cache import CacheTransaction
 from tolerance import assert_close_fp32, compare_caches
-from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
-KINDS = ("DynamicCache()", "DynamicCache(config)", "StaticCache")
 MODELS = ("llama", "mistral", "qwen2 mixed")
-CAPACITY = 64
 
 
 @functools.cache
 def shared(name: str):
-    """A model that tests only read."""
+    """Return a cached model that tests must not change."""
     family, _, mixed = name.partition(" ")
     return FAMILIES[family](use_sliding_window=True) if mixed else FAMILIES[family]()
 
 
-def new_cache(kind: str, model, capacity: int = CAPACITY):
-    if kind == "StaticCache":
-        return StaticCache(config=model.config, max_cache_len=capacity)
-    return DynamicCache(config=model.config) if "config" in kind else DynamicCache()
-
-
 def fill(cache, value: float):
-    """Overwrites what an initialised cache holds, beyond its length too."""
+    """Overwrite all slots of an initialised cache, also those beyond its length."""
     for layer in cache.layers:
         layer.keys.fill_(value)
         layer.values.fill_(value)
 
 
-@torch.no_grad()
-def decode(model, cache, steps: int = 4, mask=None):
-    """Logits [batch, steps, vocab] of the stock model decoding fixed tokens."""
-    batch = cache.layers[0].keys.shape[0]
-    ids, logits = tokens(model, batch, steps, seed=9), []
-    for step in range(steps):
-        call = {}
-        if mask is not None:
-            mask = torch.cat([mask, torch.ones(batch, 1, dtype=mask.dtype)], dim=1)
-            call = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
-        logits.append(model(ids[:, step : step + 1], past_key_values=cache, use_cache=True, **call).logits)
-    return torch.cat(logits, dim=1)
-
-
 def assert_decode_equals_the_oracles(model, cache, oracle_cache, mask=None):
-    assert_close_fp32(decode(model, cache, mask=mask), decode(model, oracle_cache, mask=mask), "decode logits")
+    """Compare decode of four fixed tokens by the stock model over both caches."""
+    ids = tokens(model, cache.layers[0].keys.shape[0], 4, seed=9)
+    assert_close_fp32(decode(model, cache, ids, mask), decode(model, oracle_cache, ids, mask), "decode logits")
 
 
 # Each kind of cache
@@ -341,7 +322,7 @@ def test_an_unsupported_cache_is_named(make, message):
         run_native(model, plan_of(model), tokens(model, 1, 5), past_key_values=make(model))
 
 
-# The transaction by itself
+# CacheTransaction
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -364,7 +345,7 @@ def test_an_aborted_transaction_leaves_the_cache_unchanged(kind, past):
         compare_caches(given, copies, atol=0.0)
 
 
-# A failure behind the operator
+# A failure after the operator
 
 
 @pytest.mark.parametrize("filled", [0, 12, 40])

@@ -1,4 +1,4 @@
-"""The cache goes by `past_key_values`, and by `cache` from transformers 5.24 on."""
+"""Test both names of the cache argument: `past_key_values`, and `cache` from transformers 5.24 on."""
 
 from __future__ import annotations
 

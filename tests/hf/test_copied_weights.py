@@ -1,4 +1,4 @@
-"""What loading with copies of weights, `fp8` or `prepack`, has in common: stale copies, rows that do not mix."""
+"""Test what `fp8` and `prepack` share: copies of weights that can become stale, and rows that do not mix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Models that accelerate has spread or offloaded: native on one device, else refused, declined or run by the oracle."""
+"""Test models that accelerate placed or offloaded.
+
+On one device they run natively; otherwise they are refused, declined or run by the oracle.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ PLACES = ("model.embed_tokens", *(f"model.layers.{i}" for i in range(6)), "model
 
 @pytest.fixture
 def mesh() -> Iterator[Any]:
-    """A device mesh of this process alone."""
+    """Yield a device mesh of one process."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
@@ -107,7 +110,7 @@ def test_hooks_that_move_arguments_between_devices_are_left_to_the_stock_forward
 
 
 class Reversing(ModelHook):
-    """Turns around what goes in and counts what comes out: a hook on the whole model may do so."""
+    """Hook of a whole model that reverses its input ids and counts its outputs."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -166,7 +169,7 @@ def test_a_model_that_is_moved_as_a_whole_for_each_call_runs_natively():
 
 
 def shard(linear: nn.Linear, mesh: Any) -> None:
-    """As tensor parallelism leaves a projection: each process holds some of its rows."""
+    """Shard a projection by rows, as tensor parallelism does."""
     linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Shard(0)]))
 
 

@@ -1,4 +1,4 @@
-"""Which calls of an enabled model are no prefill, what is harmless to one, and what `explain` and `last_call` say."""
+"""Test calls of an enabled model that are no prefill, harmless hooks, and what `explain` and `last_call` report."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from transformers import DynamicCache, StaticCache
 
 
 def assert_silent_stock(model: nn.Module, rule: str, ids: torch.Tensor, **call: Any) -> None:
-    """Strict or not, with the bits of the un-enabled model."""
+    """Assert that the call gives the bits of the stock model without a warning, strict or not."""
     expected = model(ids, **copy.deepcopy(call))
     for strict in (False, True):
         twin = enabled_twin(model, strict=strict)
@@ -114,7 +114,7 @@ def test_a_chunk_that_is_all_padding_for_a_sequence_runs_the_stock_forward():
 @torch.no_grad()
 def test_an_early_exit_call_never_warns_or_raises():
     model = llama()
-    model.config.num_hidden_layers = 3  # as generate sets it for drafts by early exit
+    model.config.num_hidden_layers = 3  # as generate sets it to draft by early exit
     expected = model(tokens(model, 1, T), logits_to_keep=1)
     model.config.num_hidden_layers = LAYERS
     twin = enabled_twin(model, strict=True)
@@ -124,7 +124,7 @@ def test_an_early_exit_call_never_warns_or_raises():
     assert pop_ext.last_call(twin) is None
 
 
-# What is harmless
+# Hooks and other changes that keep a prefill native
 
 
 @torch.no_grad()
@@ -230,7 +230,7 @@ def test_the_signature_of_forward_stays_visible():
     assert "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-# min_tokens, batch mates, last_call
+# min_tokens, batch mates, last_call, explain
 
 
 @torch.no_grad()

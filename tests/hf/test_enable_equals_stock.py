@@ -1,4 +1,4 @@
-"""A call that runs natively means what it meant: with nothing pruned it gives what the stock model gives."""
+"""Test that `enable` keeps the meaning of a call: with nothing pruned the result equals the stock model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from transformers.masking_utils import create_causal_mask
 
 
 def assert_equals_stock(model: nn.Module, *args: Any, real: torch.Tensor | None = None, **call: Any) -> None:
-    """With nothing pruned: the stock model's logits, and its K/V wherever `real` [batch, slots]."""
+    """Assert that a native call with nothing pruned gives the stock logits and K/V.
+
+    Args:
+        real: [batch, slots], the slots whose K/V are compared; None compares all.
+    """
     expected = model(*copy.deepcopy(args), **copy.deepcopy(call))
     for omit in ((), (LAYERS - 1,)):
         twin = enabled_twin(model, Plan(LAYERS, omit), strict=True)

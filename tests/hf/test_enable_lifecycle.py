@@ -1,9 +1,11 @@
-"""What becomes of an enabled model: enabled again, copied, saved, deleted, used by two threads."""
+"""Test the life of an enabled model: enabled again, copied, saved, deleted, used by two threads."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+import inspect
 import io
 import json
 import pickle
@@ -88,7 +90,7 @@ def test_a_forward_replaced_before_enable_runs_and_is_restored():
         seen.append(1)
         return original(*args, **kwargs)
 
-    mine.__signature__ = __import__("inspect").signature(original)
+    mine.__signature__ = inspect.signature(original)
     model.forward = mine
     pop_ext.enable(model, PLAN)
     with pytest.warns(match="replaced forward"), torch.no_grad():
@@ -99,8 +101,6 @@ def test_a_forward_replaced_before_enable_runs_and_is_restored():
 
 
 def test_a_forward_wrapped_after_enable_raises():
-    import functools
-
     model = pop_ext.enable(llama(), PLAN)
     model.forward = functools.update_wrapper(functools.partial(model.forward), model.forward)
     for act in (pop_ext.enable, pop_ext.disable, pop_ext.last_call):
@@ -283,7 +283,7 @@ def test_the_state_dict_is_unchanged():
     assert list(model.named_modules()) == modules
 
 
-# The end
+# Freeing
 
 
 def test_disable_frees_the_native_handle():
@@ -327,7 +327,7 @@ def test_a_forward_outlives_its_model_as_a_bound_method_does():
         assert torch.equal(forward(ids, logits_to_keep=1).logits, expected)
 
 
-# Several at once
+# Several models and threads
 
 
 def test_two_enabled_models_do_not_disturb_each_other():

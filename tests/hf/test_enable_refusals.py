@@ -1,4 +1,4 @@
-"""Models that have no native form, what `enable` says of them, and what `backend="reference"` makes of them."""
+"""Test models without a native form: the error of `enable`, and `backend="reference"` for them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def with_an_adapter() -> nn.Module:
     return model
 
 
-def with_a_layer_less() -> nn.Module:
+def with_one_layer_fewer() -> nn.Module:
     model = llama()
     del model.model.layers[5]
     return model
@@ -68,14 +68,14 @@ def without_a_head() -> nn.Module:
 
 
 class MyLlama(LlamaForCausalLM):
-    """Somebody's own model, which may compute something else."""
+    """A user's subclass, which may compute something else."""
 
 
 def of_a_subclass() -> nn.Module:
     return models.build(MyLlama, LlamaConfig, {})
 
 
-def looking_both_ways() -> nn.Module:
+def bidirectional() -> nn.Module:
     return gemma3(use_bidirectional_attention=True)
 
 
@@ -87,10 +87,10 @@ UNSUPPORTED = {
     of_mixed_dtype: "layers.3.gate_proj.*torch.bfloat16",
     in_float64: "float32, bfloat16 or float16.*float64",
     with_an_adapter: "plain torch.nn.Linear, got enabled_models.LowRank",
-    with_a_layer_less: "6 decoder layers.*got 5",
+    with_one_layer_fewer: "6 decoder layers.*got 5",
     gpt2: "expected an architecture of .*llama, mistral.*got gpt2",
     granite: "got granite",
-    looking_both_ways: "use_bidirectional_attention: expected a causal model",
+    bidirectional: "use_bidirectional_attention: expected a causal model",
     without_a_head: "expected a LlamaForCausalLM, got LlamaModel",
     of_a_subclass: "expected a LlamaForCausalLM, got MyLlama",
 }

@@ -1,4 +1,4 @@
-"""What a call that fails halfway puts back: the oracle's cache, and what a rotary module keeps of a call."""
+"""Test the rollback of failed calls: the cache under the oracle, and the frequencies of rotary modules."""
 
 from __future__ import annotations
 
@@ -8,21 +8,14 @@ import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, plan_of, run_stock
+from cache_kinds import KINDS, new_cache
 from models import llama, qwen2, tokens
 from pop_ext import reference
-from transformers import DynamicCache, StaticCache
-
-KINDS = ("DynamicCache()", "DynamicCache(config)", "StaticCache")
-
-
-def new_cache(kind: str, model):
-    if kind == "StaticCache":
-        return StaticCache(config=model.config, max_cache_len=48)
-    return DynamicCache(config=model.config) if "config" in kind else DynamicCache()
+from transformers import StaticCache
 
 
 def state_of(thing) -> dict:
-    """Attributes of a module or a cache layer, copied."""
+    """Return a copy of the attributes of a module or a cache layer."""
     return {name: copy.deepcopy(value) for name, value in thing.__dict__.items() if name != "_modules"}
 
 
@@ -43,7 +36,7 @@ def assert_same_state(actual: dict, expected: dict) -> None:
 @torch.no_grad()
 def test_a_failing_cache_update_is_rolled_back_by_the_reference_backend(kind, filled):
     model = qwen2(use_sliding_window=True)
-    cache = new_cache(kind, model)
+    cache = new_cache(kind, model, capacity=48)
     if filled:
         run_stock(model, tokens(model, 1, filled), past_key_values=cache)
     layers, before = list(cache.layers), [state_of(layer) for layer in cache.layers]
@@ -64,7 +57,7 @@ def test_a_failing_cache_update_is_rolled_back_by_the_reference_backend(kind, fi
         assert_same_state(layer.__dict__, kept)
 
 
-# Rotary modules keep frequencies for the length that they saw last.
+# Rotary modules of a scaled RoPE keep frequencies for the length of the last call.
 
 
 def too_small(model):

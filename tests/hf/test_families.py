@@ -1,4 +1,4 @@
-"""Families in their variants against the oracle, and what a family's map refuses."""
+"""Test every family and its variants against the oracle, and what its weight map refuses."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_an_output_has_the_stock_class_and_fields():
         assert list(output) == list(stock)
 
 
-# What a family's map refuses
+# Refused models
 
 
 def test_experts_of_another_class_are_refused_by_name():
@@ -163,13 +163,13 @@ def test_a_norm_of_another_class_is_refused():
 def test_an_attention_without_the_soft_cap_is_refused_and_declined():
     model = gemma2()
     pop_ext.enable(model, plan_of(model))
-    model.config._attn_implementation = "sdpa"  # set_attn_implementation of a release that allows it
+    model.config._attn_implementation = "sdpa"  # as set_attn_implementation of another release may allow
     with torch.no_grad():
         decision = pop_ext.explain(model, tokens(model, 1, 9), logits_to_keep=1)
     assert (decision.backend, decision.rule) == ("stock", "attention")
     with pytest.raises(UnsupportedModelError, match=r"sdpa: it leaves out the soft cap of scores \(1.5\)"):
         describe(model)
-    for other in (gemma3(attn_logit_softcapping=1.5), gemma2(attn_logit_softcapping=None)):  # none applies such a cap
+    for other in (gemma3(attn_logit_softcapping=1.5), gemma2(attn_logit_softcapping=None)):  # neither applies a cap
         other.config._attn_implementation = "sdpa"
         describe(other)
 

@@ -1,4 +1,4 @@
-"""Plans with fitted projections: files, equality, copies, and models that they do not belong to."""
+"""Test plans with fitted projections: files, equality, copies, and models they were not fitted on."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def fitted(family="llama", dtype=torch.float32):
     return pop_ext.fit(model, plan_of(model, GAPS, 2), [tokens(model, 16, 30, seed=1)], lambdas=[0.1, math.inf])
 
 
-def of(plan, **changes):
-    """The plan with other matrices."""
+def with_matrices(plan, **changes):
+    """Return the plan with new `Projections`, some matrices replaced by `changes["matrices"]`."""
     fit = plan.projections
     return plan.replace(
         projections=Projections({**fit.matrices, **changes.pop("matrices", {})}, fit.samples, fit.report)
@@ -57,11 +57,11 @@ def test_a_plan_file_names_its_matrices_and_their_digest(tmp_path):
     plan = fitted()
     plan.save(tmp_path / "some.plan.json")
     members = json.loads((tmp_path / "some.plan.json").read_text())["projections"]
-    beside = tmp_path / members["file"]
-    assert beside == tmp_path / "some.plan.safetensors"
-    assert members["sha256"] == hashlib.sha256(beside.read_bytes()).hexdigest()
+    matrix_file = tmp_path / members["file"]
+    assert matrix_file == tmp_path / "some.plan.safetensors"
+    assert members["sha256"] == hashlib.sha256(matrix_file.read_bytes()).hexdigest()
     assert members["losses"][1][0] is None  # JSON has no infinity
-    assert set(load_file(beside)) == {f"layers.{layer}.{kind}" for layer in GAPS for kind in ("kv", "sample")}
+    assert set(load_file(matrix_file)) == {f"layers.{layer}.{kind}" for layer in GAPS for kind in ("kv", "sample")}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["some.plan.json", "some.plan.safetensors"]
 
 
@@ -76,7 +76,7 @@ def test_a_plan_is_not_saved_over_a_models_weights(tmp_path):
         assert weights.read_bytes() == content
         assert not (tmp_path / "model.json").exists()
     fitted().save(tmp_path / "plan.json")
-    fitted().save(tmp_path / "plan.json")  # over its own
+    fitted().save(tmp_path / "plan.json")  # replaces its own file
 
 
 def test_both_files_may_move_together(tmp_path):
@@ -140,16 +140,16 @@ def test_a_plan_is_not_saved_over_its_own_matrices(tmp_path):
 def test_plans_are_equal_if_their_matrices_are():
     plan = fitted()
     matrix = plan.projections.matrices[4]
-    assert plan == of(plan)
-    assert hash(plan) == hash(of(plan))
-    assert plan != of(plan, matrices={4: matrix + 1e-6})
+    assert plan == with_matrices(plan)
+    assert hash(plan) == hash(with_matrices(plan))
+    assert plan != with_matrices(plan, matrices={4: matrix + 1e-6})
     assert plan != plan.replace(projections=None)
     assert plan.replace(projections=None) == plan_of(shared("llama"), GAPS, 2)
     halved = Projections(
         {k: m.half() for k, m in plan.projections.matrices.items()}, plan.projections.samples, plan.projections.report
     )
     assert plan != plan.replace(projections=halved)
-    assert len({plan, of(plan), plan.replace(projections=None)}) == 2
+    assert len({plan, with_matrices(plan), plan.replace(projections=None)}) == 2
 
 
 def test_a_repr_says_that_a_plan_is_fitted():

@@ -1,5 +1,7 @@
-"""Prefill with products in 8-bit floats: a product, and a whole prefill against the oracle whose operands are rounded
-alike. Rounding itself is in test_quantize_rows.py."""
+"""Test prefill in 8-bit floats: a single product, and a whole prefill against an oracle that rounds its operands alike.
+
+Rounding itself is tested in test_quantize_rows.py.
+"""
 
 from __future__ import annotations
 
@@ -48,28 +50,30 @@ def test_a_product_equals_that_of_the_rounded_operands(dtype, shape):
 # A whole prefill
 
 
-def calm_tokens(model, plan):
-    """Ids at which no operand of the first layer is so close to a tie that float32's last bits decide about it: a few
-    such ties move what follows by more than the tests below allow."""
+def tokens_without_ties(model, plan):
+    """Return ids without rounding ties in the first layer: no operand whose rounding the last bits of float32 decide.
+
+    A few such ties move the following layers by more than the tests below allow.
+    """
     for seed in range(20):
         ids = tokens(model, 2, 40, seed=seed)
-        exact, calm, *moved = (
+        exact, rounded_values, *moved = (
             stored_layers(run_oracle(m, plan, ids).cache)[1].values
             for m in (model, rounded_twin(model, plan), *(rounded_twin(model, plan, noise=1e-7) for _ in range(4)))
         )
-        if all(rms(values - calm) < 0.03 * rms(exact - calm) for values in moved):
+        if all(rms(values - rounded_values) < 0.03 * rms(exact - rounded_values) for values in moved):
             return ids
-    raise AssertionError("expected such ids within 20 seeds")
+    raise AssertionError("expected ids without rounding ties within 20 seeds")
 
 
 @pytest.mark.parametrize("omit", [(), LAST, GAPS], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.cpu  # CUDA devices take bfloat16 alone
 def test_a_prefill_equals_the_oracle_of_rounded_operands(family, omit):
-    """But for rounding that tips over, more of it in each layer: a part of what rounding does, a small one at first."""
+    """Allow a part of the rounding error, since some roundings tip over: little at first, more in later layers."""
     model = shared(family)
     plan = plan_of(model, omit, 2)
-    ids = calm_tokens(model, plan)
+    ids = tokens_without_ties(model, plan)
     exact, expected = (run_oracle(m, plan, ids, logits_to_keep=2) for m in (model, rounded_twin(model, plan)))
     actual = pop_ext.load(model, plan, fp8=True).prefill(ids, logits_to_keep=2)
     assert rms(actual.logits - expected.logits) < 0.5 * rms(exact.logits - expected.logits)
@@ -86,7 +90,7 @@ def test_a_prefill_equals_the_oracle_of_rounded_operands(family, omit):
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.cpu
 def test_each_single_rounded_layer_equals_the_oracle(family, kept):
-    """With one layer that rounds, what the next one reads has little that tips over; all of its products are in it."""
+    """Retain one layer, so that only its products round and few roundings tip over before the next layer reads them."""
     model = shared(family)
     plan, ids = plan_of(model, tuple(layer for layer in range(5) if layer != kept), 2), tokens(model, 2, 40)
     exact, expected = (run_oracle(m, plan, ids) for m in (model, rounded_twin(model, plan)))
@@ -130,7 +134,7 @@ def test_fp8_changes_the_result_slightly():
 
 
 def test_omitted_layers_get_no_fp8_weights():
-    """With every layer but the first omitted, boundary rows meet 8-bit products in the first layer alone."""
+    """Omit every layer but the first, so that only the first layer gets 8-bit weights: matrices and scales."""
     model = shared(dtype=torch.bfloat16)
     plan = plan_of(model, (1, 2, 3, 4, 5))
     native = pop_ext.load(model, plan, fp8=True)
@@ -150,7 +154,7 @@ def test_the_same_call_gives_the_same_bits():
     assert torch.equal(native.prefill(ids).logits, native.prefill(ids).logits)
 
 
-# Around it
+# Enabled models, generation, fitted plans
 
 
 def test_an_enabled_model_and_its_copies_prefill_in_8_bits():
@@ -192,7 +196,7 @@ def test_fp8_works_with_a_fitted_plan():
         assert torch.equal(a.values[:, :, :-1], b.values[:, :, :-1]) == (index not in plan.omit)
 
 
-# What it is not for
+# Refused models
 
 
 def test_models_with_experts_are_refused_only_with_fp8():

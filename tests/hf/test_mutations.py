@@ -1,6 +1,6 @@
-"""Planted mistakes: each must make the comparison with the oracle fail, in float32 and by the rule for bfloat16.
+"""Test the tests: every planted mistake must fail the comparison with the oracle, in float32 and in bfloat16.
 
-A mistake is planted in what the operator is given (weights, spec, tables, lengths) or in what it leaves behind.
+A mistake changes an input of the operator (weights, spec, RoPE tables, lengths) or its output (hidden states, caches).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def oracle(family: str, dtype: torch.dtype, truth: bool) -> Result:
 
 @dataclass
 class Run:
-    """One call of the operator, before and after it ran; a mutation changes it at either point."""
+    """One call of the operator. A mutation changes it before or after `execute`."""
 
     native: NativeModel
     spec: dict[str, Any]
@@ -73,7 +73,7 @@ class Run:
 
 
 def compare(run: Run, family: str, dtype: torch.dtype) -> None:
-    """Hidden states and K/V of every layer and position, with the oracle."""
+    """Compare hidden states and K/V of every layer and position with the oracle."""
     same, truth = oracle(family, dtype, False), oracle(family, dtype, True)
 
     def assert_equal(actual: Tensor, theirs: Tensor, exact: Tensor, name: str) -> None:
@@ -89,7 +89,7 @@ def compare(run: Run, family: str, dtype: torch.dtype) -> None:
             assert_equal(ours, getattr(layer, kind), getattr(exact, kind), f"{kind} of layer {index}")
 
 
-# Mutations of what goes in
+# Mutations of inputs
 
 
 def swap(run: Run, one: str, other: str) -> None:
@@ -193,7 +193,7 @@ def narrow_the_window(run):
 
 
 def set_spec(**fields: Any) -> Callable[[Run], None]:
-    """A spec that says something else."""
+    """Return a mutation that sets fields of the spec. It is named after the fields."""
 
     def mutate(run: Run) -> None:
         assert all(run.spec[name] != value for name, value in fields.items())
@@ -249,7 +249,7 @@ def norm_each_head_separately(run):
 
 
 def normalise_layer_inputs(run):
-    norm_each_head_separately(run)  # norms over all heads and of inputs do not go together
+    norm_each_head_separately(run)  # input norms exclude norms over all heads
     run.spec["input_norms"] = True
     ones = torch.ones_like(run.weights["norm"])
     added = {f"layers.{i}.{name}": ones for i in range(6) for name in ("input_norm", "post_norm")}
@@ -281,7 +281,7 @@ def roll_the_router_of_a_retained_layer(run):
     run.weights["layers.0.router"] = run.weights["layers.0.router"].roll(1, 0)
 
 
-# Mutations of what comes out
+# Mutations of outputs
 
 
 def forget_the_boundary_kv(run):
@@ -299,7 +299,7 @@ def write_the_boundary_kv_one_slot_early(run):
 
 
 def project_the_boundary_rows_as_context(run):
-    """K/V of the boundary rows from their state before the run, as if they were context."""
+    """Replace the K/V of the boundary rows by projections of their state before the run, as for context rows."""
     other = Run.of(run.native)
     other.call["boundary"], other.call["logits_to_keep"] = torch.ones(2, 1, dtype=torch.int32)
     other.execute()
@@ -421,7 +421,7 @@ def test_a_mistake_in_the_outputs_is_caught(dtype, mutate):
 
 
 def test_a_uniform_rope_shift_is_caught_only_by_the_cache():
-    # Attention sees differences of positions alone: a comparison of logits would pass.
+    # Attention depends only on differences of positions, so a comparison of logits alone would pass.
     run = Run.of(loaded("llama", torch.float32))
     shift_rope_by_one(run)
     run.execute()

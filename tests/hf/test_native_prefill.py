@@ -1,4 +1,4 @@
-"""native.prefill against the oracle and against the stock model: logits, hidden states and K/V of every layer."""
+"""Compare native.prefill with the oracle and the stock model: logits, hidden states and K/V of every layer."""
 
 from __future__ import annotations
 
@@ -110,7 +110,10 @@ def test_every_model_variant_equals_the_oracle(over):
 
 
 LONGROPE = {"phi3": True, "gemma3": False}
-"""Phi-3's config knows no other scaling; transformers 5.17 fails in it where tables differ by layer, as in Gemma 3."""
+"""Families with only "longrope" (Phi-3, whose config has no other scaling) or never with it.
+
+Transformers 5.17 fails with "longrope" where RoPE tables differ by layer, as in Gemma 3.
+"""
 
 SCALED = [
     (family, kind)
@@ -118,12 +121,12 @@ SCALED = [
     for kind in ROPE_KINDS
     if kind != "default" and LONGROPE.get(family, kind == "longrope") == (kind == "longrope")
 ]
-"""The scalings of each family; its default is what all other tests run."""
+"""RoPE scalings of each family. All other tests run the default."""
 
 
 def scaled(family: str, kind: str) -> torch.nn.Module:
     over = {"layers": 3, "rope": kind}
-    if family == "phi3":  # whose config measures factors by hidden size and heads
+    if family == "phi3":  # its config derives the number of factors from hidden size and heads
         half = {**rope_parameters(kind, 32), "partial_rotary_factor": 0.5}
         over = {"layers": 3, "hidden": 256, "rope_parameters": half}
     elif kind == "dynamic":
@@ -134,7 +137,7 @@ def scaled(family: str, kind: str) -> torch.nn.Module:
 @pytest.mark.parametrize(("family", "kind"), SCALED)
 def test_every_rope_scaling_equals_the_oracle_around_its_length(family, kind):
     for length in (ROPE_LENGTH, *((ROPE_LENGTH - 3, ROPE_LENGTH + 1) if family == "llama" else ()), 3 * ROPE_LENGTH):
-        # "dynamic" remembers the longest prompt it saw: each side gets a model of its own.
+        # "dynamic" remembers the longest prompt, so the native path and the oracle get a model each.
         model, oracle = scaled(family, kind), scaled(family, kind)
         ids, plan = tokens(model, 1, length), Plan(num_layers=3, omit=(1,), boundary=2)
         ours, theirs = run_native(model, plan, ids), run_oracle(oracle, plan, ids)
@@ -151,11 +154,11 @@ def test_weights_with_gaps_between_rows_equal_the_oracle():
         for layer in model.model.layers:
             for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.mlp.gate_proj, layer.mlp.down_proj):
                 rows, columns = linear.weight.shape
-                wider = torch.full((rows, columns + 5), float("nan"))
-                wider[:, :columns] = linear.weight
-                linear.weight = torch.nn.Parameter(wider[:, :columns])
+                with_gaps = torch.full((rows, columns + 5), float("nan"))
+                with_gaps[:, :columns] = linear.weight
+                linear.weight = torch.nn.Parameter(with_gaps[:, :columns])
                 assert not linear.weight.is_contiguous()
-    for length in (3, 111):  # few rows and many go through different matrix products
+    for length in (3, 111):  # few and many rows take different matrix products
         assert_equals_oracle(model, plan_of(model, GAPS, 2), tokens(model, 1, length))
 
 
@@ -223,7 +226,7 @@ def test_pruning_changes_the_logits_and_the_cache():
         compare_caches(ours.cache, expected_cache)
 
 
-# Wanted rows
+# logits_to_keep
 
 
 @pytest.mark.parametrize("keep", [1, 3, T])
@@ -285,20 +288,20 @@ def test_strided_and_int32_inputs_give_the_same_bits():
     native = pop_ext.load(model, plan_of(model))
     expected = native.prefill(ids, attention_mask=mask)
     embeds = model.model.embed_tokens(ids).detach()
-    wider = torch.zeros(2, T, 2, 96)
-    wider[:, :, 1] = embeds
+    with_gaps = torch.zeros(2, T, 2, 96)
+    with_gaps[:, :, 1] = embeds
     for call in (
         {"input_ids": ids.t().contiguous().t(), "attention_mask": mask.t().contiguous().t()},
         {"input_ids": torch.stack([ids, -ids], dim=-1)[..., 0], "attention_mask": mask.bool()},
         {"input_ids": ids.int(), "attention_mask": mask.float()},
-        {"inputs_embeds": wider[:, :, 1], "attention_mask": mask.int()},
+        {"inputs_embeds": with_gaps[:, :, 1], "attention_mask": mask.int()},
     ):
         out = native.prefill(**call)
         assert torch.equal(out.logits, expected.logits)
         compare_caches(out.past_key_values, expected.past_key_values, atol=0.0)
     # Without a mask the packed rows are a view of the caller's tensor.
     unpadded = native.prefill(ids)
-    assert torch.equal(native.prefill(inputs_embeds=wider[:, :, 1]).logits, unpadded.logits)
+    assert torch.equal(native.prefill(inputs_embeds=with_gaps[:, :, 1]).logits, unpadded.logits)
 
 
 def test_explicit_position_ids_equal_the_oracle():

@@ -1,4 +1,4 @@
-"""Another attention than transformers' own: what the reference backend runs, and what a window natively does."""
+"""Test a custom attention: the reference backend runs it, and native windows equal it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RETAINED = [layer for layer in range(LAYERS) if layer not in PLAN.omit]
 
 @pytest.fixture
 def calls() -> Iterator[list[tuple[int, int, int]]]:
-    """(layer, rows, keys) of each call of an attention with a window of WINDOW in the retained layers of PLAN."""
+    """Register an attention with windows in the retained layers of PLAN. Record (layer, rows, keys) of each call."""
     seen: list[tuple[int, int, int]] = []
 
     def windowed(module: Any, query: Any, key: Any, value: Any, mask: Any, **how: Any) -> Any:
@@ -44,13 +44,14 @@ def calls() -> Iterator[list[tuple[int, int, int]]]:
 
 
 def with_attention(model: Any) -> Any:
+    """Return a copy of the model with the attention of `calls`."""
     model = copy.deepcopy(model)
     model.set_attn_implementation("test_windowed")
     return model
 
 
 def with_native_windows(model: Any) -> Any:
-    """A Qwen2 with the same weights and the same windows, but said by its config."""
+    """Return a Qwen2 with the same weights, whose config sets the same windows."""
     kinds = ["sliding_attention" if layer in RETAINED else "full_attention" for layer in range(LAYERS)]
     twin = qwen2(use_sliding_window=True, layer_types=kinds)
     twin.load_state_dict(model.state_dict())
@@ -60,7 +61,7 @@ def with_native_windows(model: Any) -> Any:
 def test_context_and_boundary_rows_both_use_the_custom_attention(calls):
     model = with_attention(llama())
     reference.prefill(model, tokens(model, 1, LENGTH), PLAN.replace(boundary=3))
-    of_rows = {(layer, rows) for layer, rows, keys in calls if (rows, keys) != (1, 1)}  # but not one row alone
+    of_rows = {(layer, rows) for layer, rows, keys in calls if (rows, keys) != (1, 1)}  # without calls on a single row
     context = {(layer, LENGTH - 3) for layer in RETAINED}
     boundary = {(layer, 3) for layer in range(LAYERS)}
     assert of_rows == context | boundary

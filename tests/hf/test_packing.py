@@ -1,4 +1,4 @@
-"""From a padded batch to packed rows and cache slots."""
+"""Test packing: from a padded batch to packed rows and cache slots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prefill with prepacked weights: against the oracle as without them, when they are used, and what a change does."""
+"""Test prefill with prepacked weights: accuracy, when they are used, copies, and changes of the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tolerance import assert_low_precision, compare_caches, rms
 pytestmark = [pytest.mark.avx512_bf16, pytest.mark.cpu]
 
 DENSE = tuple(family for family in NATIVE if family not in ("mixtral", "qwen3_moe"))
-FEW = 12  # rows up to which weights are streamed all the same
+FEW = 12  # up to this many rows, weights are streamed unpacked
 LINEAR = "mkldnn::_linear_pointwise"
 
 
@@ -73,7 +73,7 @@ def test_prepacked_weights_are_used_from_thirteen_rows(without_linear):
 
 @pytest.fixture
 def without_linear():
-    """A block in which the library's product with prepacked weights is not there."""
+    """Return a context manager that disables torch's product with prepacked weights."""
 
     class Without:
         def __enter__(self):

@@ -1,4 +1,4 @@
-"""Caches that quantise what they hold: the call reads exact K and V, and later calls what comes back."""
+"""Test quantised caches: a call reads its own K and V exactly, and earlier ones dequantised."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def new_cache(backend: str, model) -> QuantizedCache:
 
 
 def exact(cache: QuantizedCache) -> DynamicCache:
-    """What the cache gives back, at full precision."""
+    """Return the dequantised content of a cache."""
     result = DynamicCache()
     for index, layer in enumerate(cache.layers):
         result.update(*dequantized(layer), index)
@@ -38,7 +38,10 @@ def exact(cache: QuantizedCache) -> DynamicCache:
 
 
 def assert_holds(cache: QuantizedCache, expected: DynamicCache, first: int, backend: str, model) -> None:
-    """From column `first` on, what a new cache would give back of `expected`: but for values on a rounding's edge."""
+    """Assert that from column `first` on, `cache` holds the quantised values of `expected`.
+
+    Up to 2 % of the values may differ: those on the edge of a rounding.
+    """
     theirs = new_cache(backend, model)
     for index, layer in enumerate(expected.layers):
         theirs.update(layer.keys[:, :, first:], layer.values[:, :, first:], index)

@@ -1,4 +1,4 @@
-"""The same call gives the same bits; neither batch mates, other threads nor the number of threads change a result."""
+"""Test determinism: repeated calls give the same bits; batch mates, threads and thread counts change no result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import DynamicCache, StaticCache
 
 
 def parts(out) -> list[torch.Tensor]:
-    """Everything that a prefill leaves behind."""
+    """Return logits, hidden states, and keys and values of every layer."""
     caches = [x for layer in out.past_key_values.layers for x in (layer.keys, layer.values)]
     return [out.logits, out.hidden_states, *caches]
 
@@ -68,7 +68,7 @@ def test_every_cache_kind_gives_the_same_logits():
 
 
 def test_a_call_leaves_no_state_for_the_next():
-    # Another call in between, of another shape, and one that fails.
+    # In between: a call of another shape, and one that fails.
     model = shared()
     native = pop_ext.load(model, plan_of(model))
     ids = tokens(model, 2, 40)
@@ -80,11 +80,9 @@ def test_a_call_leaves_no_state_for_the_next():
 
 
 def test_uninitialised_memory_is_never_read():
-    # What torch hands out is full of NaN here.
-    torch.utils.deterministic.fill_uninitialized_memory, before = (
-        True,
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
+    # In its deterministic mode torch fills new memory with NaN.
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
     try:
         model = shared()

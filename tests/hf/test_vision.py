@@ -1,15 +1,17 @@
-"""Vision-language models: a prefill of text and images against the oracle, the oracle against the third form."""
+"""Test vision-language models: native prefill of text and images against the oracle, and the oracle itself.
+
+The oracle is compared with the stock model and with the hook reference.
+"""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, LAST, OMITS, assert_equals_oracle, run_native, run_stock
-from enabled_models import generate
+from enabled_models import generate, native_and_oracle
 from hook_reference import context_rows, held_back_forward
 from pop_ext import Plan, reference
 from pop_ext.hf.packing import snap_to_span_start
@@ -68,7 +70,7 @@ def test_a_second_turn_with_another_image_equals_the_oracle(family):
     first = prompt(model, [9, "image", 6], [4, "image", 3])
     past = assert_prompt_equals_oracle(model, plan_of(GAPS), first).cache
     second = prompt(model, [3, "image", 2], [1, "image", 4], seed=1)
-    second.mask.fill_(1)  # no padding in between: a window's cache keeps slots, masked or not
+    second.mask.fill_(1)  # no padding in between: a sliding-window cache also keeps masked slots
     mask = torch.cat([first.mask, second.mask], 1)
     assert_equals_oracle(model, plan_of(LAST, 2), second.ids, past=past, mask=mask, **second.vision)
 
@@ -80,7 +82,7 @@ def test_embeddings_with_images_in_place_equal_the_oracle(family):
     with torch.no_grad():
         embeds = model.get_input_embeddings()(p.ids)
     vision = {**p.vision, "inputs_embeds": embeds}
-    vision.pop("mm_token_type_ids", None)  # positions of images are counted from ids: without them, as text
+    vision.pop("mm_token_type_ids", None)  # without ids, positions are counted as for text
     assert_equals_oracle(model, plan_of(GAPS), mask=p.mask, **vision)
 
 
@@ -114,7 +116,7 @@ def test_windows_longer_than_the_prompt_equal_the_oracle(window):
     assert_prompt_equals_oracle(model, plan_of(GAPS), prompt(model, [7, "image", 5], [30, "image"]))
 
 
-# Against the stock model, and the third form
+# Against the stock model and the hook reference
 
 
 @pytest.mark.parametrize("omit", [(), (LAYERS - 1,)])
@@ -122,7 +124,7 @@ def test_windows_longer_than_the_prompt_equal_the_oracle(window):
 def test_omitting_nothing_or_the_last_layer_equals_the_stock_model(family, omit):
     model = VISION[family]()
     p = prompt(model, *BATCHES["0, 1 and 2 images"])
-    if family == "gemma3":  # its stock forward counts masked columns
+    if family == "gemma3":  # its stock forward counts masked columns in positions
         p.vision["position_ids"] = (p.mask.cumsum(1) - 1).clamp(min=0)
     expected, cache = run_stock(model, p.ids, **p.call)
     actual = run_native(model, plan_of(omit), p.ids, **p.call)
@@ -158,13 +160,13 @@ def test_the_oracle_equals_the_hook_reference(family, omit, boundary):
 
 
 def test_a_boundary_inside_an_image_snaps_to_its_start():
-    blocks = [(0, 3, 8), (1, 0, 4), (1, 6, 9)]
+    spans = [(0, 3, 8), (1, 0, 4), (1, 6, 9)]
     tokens = [10, 12]
-    assert snap_to_span_start([2, 3], tokens, blocks) == [2, 3]
-    assert snap_to_span_start([3, 6], tokens, blocks) == [7, 6]
-    assert snap_to_span_start([6, 4], tokens, blocks) == [7, 6]
-    assert snap_to_span_start([7, 9], tokens, blocks) == [7, 12]
-    assert snap_to_span_start([8, 12], tokens, blocks) == [8, 12]
+    assert snap_to_span_start([2, 3], tokens, spans) == [2, 3]
+    assert snap_to_span_start([3, 6], tokens, spans) == [7, 6]
+    assert snap_to_span_start([6, 4], tokens, spans) == [7, 6]
+    assert snap_to_span_start([7, 9], tokens, spans) == [7, 12]
+    assert snap_to_span_start([8, 12], tokens, spans) == [8, 12]
 
 
 @pytest.mark.parametrize(("boundary", "expected"), [(1, 1), (6, 6), (7, 7), (8, 23), (22, 23), (23, 23), (24, 24)])
@@ -201,9 +203,7 @@ def test_native_prefill_snaps_a_boundary_inside_an_image():
 def test_64_greedy_tokens_after_images_are_those_of_the_oracle(family):
     model = VISION[family](**({"tied": False} if family == "gemma3" else {}))
     p = prompt(model, [7, "image", 5], [3, "image", 4, "image", 9])
-    twins = [
-        pop_ext.enable(copy.deepcopy(model), plan_of(GAPS), strict=True, backend=b) for b in ("native", "reference")
-    ]
+    twins = native_and_oracle(model, plan_of(GAPS))
     outputs = [generate(twin, p.ids, 64, **p.call) for twin in twins]
     assert torch.equal(*outputs)
     assert len(set(outputs[0][:, p.ids.shape[1] :].flatten().tolist())) >= 16
@@ -216,9 +216,7 @@ def test_64_greedy_tokens_after_images_are_those_of_the_oracle(family):
 def test_beams_and_samples_after_images_are_those_of_the_oracle(family, how):
     model = VISION[family]()
     p = prompt(model, [7, "image", 5])
-    twins = [
-        pop_ext.enable(copy.deepcopy(model), plan_of(GAPS), strict=True, backend=b) for b in ("native", "reference")
-    ]
+    twins = native_and_oracle(model, plan_of(GAPS))
     outputs = []
     for twin in twins:
         torch.manual_seed(0)

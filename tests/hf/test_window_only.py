@@ -1,4 +1,4 @@
-"""`window_only`: an omitted layer with a sliding window is projected as far back as a later row can see, no further."""
+"""Test `window_only`: omitted layers with a sliding window project only positions that a later row can see."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def build(family: str):
 
 
 def run_both(native, prompts, **options):
-    """The same call with every position projected, and with window_only."""
+    """Run a call with every position projected, and with window_only. Return both outputs and both calls."""
     whole, windowed = (op_call(native, prompts, **options) for _ in range(2))
     return run_op(whole), run_op({**windowed, "window_only": True}), whole, windowed
 
@@ -84,7 +84,7 @@ def test_skipped_positions_are_zero_and_decode_is_unchanged(kind):
     ids = tokens(native.model, 2, 2 * WINDOW)
     results, caches = [], []
     for window_only in (False, True):
-        # A cache that keeps every position, as a caller may bring it for a model with windows.
+        # A full-length cache, which a caller may pass to a model with windows.
         cache = DynamicCache() if kind == "dynamic" else full_length_static_cache(native, 4 * WINDOW)
         first = native.prefill(ids, past_key_values=cache, window_only=window_only)
         second = native.prefill(tokens(native.model, 2, 1), past_key_values=cache, window_only=window_only)
@@ -98,7 +98,7 @@ def test_skipped_positions_are_zero_and_decode_is_unchanged(kind):
 
 
 def recorded_cache(model) -> DynamicCache:
-    """Its layers keep what their windows have left behind, to be cropped later."""
+    """Return a cache whose layers also keep positions before the window, so that it can be cropped."""
     cache = DynamicCache(config=model.config)
     for layer in cache.layers:
         layer.activate_past_recording()
