@@ -65,7 +65,7 @@ def test_a_bad_argument_is_named_and_changes_nothing(case):
 def generate() -> str:
     """Return the text of docs/bad-input.md, made from the errors of the cases."""
     lines = [
-        "# What bad input gets",
+        "# Errors for bad input",
         "",
         "Every error names the argument, what was expected and what came. A failed call leaves every byte of the",
         "model and the cache as it was. The tests run these cases, compare the bytes and compare this page with the",

@@ -303,7 +303,7 @@ def test_grad_mode_leaves_no_graph_in_the_cache():
     assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in cache.layers)
 
 
-# What is refused
+# Refused caches
 
 
 @pytest.mark.parametrize(

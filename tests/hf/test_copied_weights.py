@@ -39,7 +39,7 @@ def test_a_changed_weight_is_detected_and_copied_again(option, name):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.cpu  # values are sampled in host memory
+@pytest.mark.cpu  # only values in host memory are sampled
 def test_a_change_through_data_is_detected(option):
     model = llama(dtype=torch.bfloat16)
     native = load(model, option)

@@ -92,9 +92,9 @@ def test_a_map_that_offloads_a_part_is_refused_and_the_reference_backend_runs_it
     assert_the_oracle_runs(model)
 
 
-@pytest.mark.parametrize("at_once", [None, ["LlamaDecoderLayer"]], ids=["by module", "by layer"])
-def test_the_reference_backend_runs_a_cpu_offloaded_model(at_once):
-    assert_the_oracle_runs(cpu_offload(llama(), execution_device="cpu", preload_module_classes=at_once))
+@pytest.mark.parametrize("preloaded_classes", [None, ["LlamaDecoderLayer"]], ids=["by module", "by layer"])
+def test_the_reference_backend_runs_a_cpu_offloaded_model(preloaded_classes):
+    assert_the_oracle_runs(cpu_offload(llama(), execution_device="cpu", preload_module_classes=preloaded_classes))
 
 
 @torch.no_grad()

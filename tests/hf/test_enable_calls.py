@@ -176,20 +176,20 @@ def test_inner_modules_are_all_modules_below_the_decoder():
     assert dict(InnerModules(model).named) == dict(model.model.named_modules(prefix="model"))
 
 
-def put_an_adapter_beside_a_module(model):
+def add_a_submodule(model):
     model.model.layers[1].mlp.add_module("adapter", nn.Identity())
 
 
-def take_an_equal_module(model):
+def replace_a_module_by_an_equal_one(model):
     model.model.layers[1].mlp = copy.deepcopy(model.model.layers[1].mlp)
 
 
-def take_an_equal_parameter(model):
+def replace_a_parameter_by_an_equal_one(model):
     linear = model.model.layers[1].mlp.up_proj
     linear.weight = nn.Parameter(linear.weight.detach().clone())
 
 
-def give_a_bias(model):
+def add_a_bias(model):
     linear = model.model.layers[1].mlp.up_proj
     linear.bias = nn.Parameter(torch.zeros(len(linear.weight)))
 
@@ -199,17 +199,17 @@ def swap_two_layers(model):
     layers[1], layers[2] = layers[2], layers[1]
 
 
-def take_another_decoder(model):
+def replace_the_decoder_by_a_copy(model):
     model.model = copy.copy(model.model)
 
 
 CHANGES = (
-    put_an_adapter_beside_a_module,
-    take_an_equal_module,
-    take_an_equal_parameter,
-    give_a_bias,
+    add_a_submodule,
+    replace_a_module_by_an_equal_one,
+    replace_a_parameter_by_an_equal_one,
+    add_a_bias,
     swap_two_layers,
-    take_another_decoder,
+    replace_the_decoder_by_a_copy,
 )
 
 

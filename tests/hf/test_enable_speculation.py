@@ -18,7 +18,7 @@ def test_assisted_generation_gives_the_tokens_of_plain_greedy_decoding(family):
     model = pop_ext.enable(FAMILIES[family](), PLAN, strict=True)
     assistant = FAMILIES[family]()
     for parameter in assistant.model.layers[5].parameters():
-        parameter.data.mul_(0.9)  # so that some drafts are rejected
+        parameter.data.mul_(0.9)  # so that drafts are accepted often, not always
     ids = tokens(model, 1, T)
     expected = generate(model, ids, 24)
     decisions = recorded(model)

@@ -64,14 +64,14 @@ def too_small(model):
     return StaticCache(config=model.config, max_cache_len=40)
 
 
-def two_layers_in_one_memory(model):
+def two_layers_in_the_same_memory(model):
     cache = StaticCache(config=model.config, max_cache_len=200)
     pop_ext.load(model).prefill(tokens(model, 1, 9), past_key_values=cache)
     cache.layers[2].keys = cache.layers[1].keys
     return cache
 
 
-@pytest.mark.parametrize("make", [too_small, two_layers_in_one_memory])
+@pytest.mark.parametrize("make", [too_small, two_layers_in_the_same_memory])
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
 def test_a_refused_cache_leaves_scaled_rope_frequencies_unchanged(rope, make):
     model = llama(rope=rope)

@@ -65,7 +65,7 @@ VARIANTS: dict[str, Any] = {
     "gemma3, capped logits": lambda **over: gemma3(final_logit_softcapping=2.0, **over),
     "olmo2": olmo2,
     "olmo2, one head": lambda **over: olmo2(kv_heads=1, head_dim=128, **over),
-    "olmo2, a head of K and V for each of Q, tied": lambda **over: olmo2(heads=3, kv_heads=3, tied=True, **over),
+    "olmo2, without GQA, tied": lambda **over: olmo2(heads=3, kv_heads=3, tied=True, **over),
     "mixtral": mixtral,
     "mixtral, window, all experts": lambda **over: mixtral(sliding_window=WINDOW, num_experts_per_tok=4, **over),
     "mixtral, one expert": lambda **over: mixtral(num_experts_per_tok=1, tied=True, **over),

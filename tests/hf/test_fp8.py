@@ -104,12 +104,12 @@ def test_each_single_rounded_layer_equals_the_oracle(family, kept):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("way", [{"early_launch": 1}, {"early_launch": 1, "overlap": 1}], ids=str)
-def test_early_launches_give_the_same_bits(way):
+@pytest.mark.parametrize("settings", [{"early_launch": 1}, {"early_launch": 1, "overlap": 1}], ids=str)
+def test_early_launches_give_the_same_bits(settings):
     model = shared(dtype=torch.bfloat16)
     native, ids = pop_ext.load(model, plan_of(model), fp8=True), tokens(model, 2, 200)
     expected = native.prefill(ids).logits
-    with tuned(**way):
+    with tuned(**settings):
         assert torch.equal(native.prefill(ids).logits, expected)
 
 

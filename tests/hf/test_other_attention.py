@@ -61,7 +61,7 @@ def with_native_windows(model: Any) -> Any:
 def test_context_and_boundary_rows_both_use_the_custom_attention(calls):
     model = with_attention(llama())
     reference.prefill(model, tokens(model, 1, LENGTH), PLAN.replace(boundary=3))
-    of_rows = {(layer, rows) for layer, rows, keys in calls if (rows, keys) != (1, 1)}  # without calls on a single row
+    of_rows = {(layer, rows) for layer, rows, keys in calls if (rows, keys) != (1, 1)}  # no one row over one key
     context = {(layer, LENGTH - 3) for layer in RETAINED}
     boundary = {(layer, 3) for layer in range(LAYERS)}
     assert of_rows == context | boundary

@@ -273,7 +273,7 @@ def test_a_failing_head_leaves_model_and_cache_unchanged(family):
     assert getattr(model.model, "rope_deltas", None) is None
 
 
-# What is declined or refused
+# Declined and refused calls
 
 
 def test_token_types_without_the_past_run_the_stock_forward():
