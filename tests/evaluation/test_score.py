@@ -58,7 +58,7 @@ def test_a_score_equals_the_oracles(family, boundary):
 
 
 @pytest.mark.parametrize("plan", [(), (5,)], ids=["nothing omitted", "last layer omitted"])
-def test_a_score_of_a_plan_that_changes_nothing_equals_the_stock_models(plan):
+def test_scores_without_pruning_equal_the_stock_models(plan):
     model = shared()
     contexts, continuations = pairs(model)
     with pop_ext.enabled(model, plan_of(model, plan)):
@@ -81,7 +81,7 @@ def test_pruning_changes_a_score():
 
 
 @pytest.mark.parametrize("boundary", [1, 4])
-def test_a_score_is_that_of_prefill_and_decode(boundary):
+def test_a_score_equals_prefill_and_decode(boundary):
     # Of its own greedy continuation, so that every token is the most probable one, too.
     model = copy.deepcopy(shared())
     pop_ext.enable(model, plan_of(model, LAST, boundary), strict=True)
@@ -108,7 +108,7 @@ def test_a_score_is_that_of_prefill_and_decode(boundary):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-def test_the_batch_size_and_the_order_of_pairs_do_not_change_a_score(batch_size):
+def test_batch_size_and_order_do_not_change_scores(batch_size):
     model = shared()
     contexts, continuations = pairs(model)
     with pop_ext.enabled(model, plan_of(model, GAPS, 2)):
@@ -121,7 +121,7 @@ def test_the_batch_size_and_the_order_of_pairs_do_not_change_a_score(batch_size)
             assert score.is_greedy == alone.is_greedy
 
 
-def test_lists_and_tensors_of_any_integer_give_the_same_score():
+def test_lists_and_integer_tensors_give_the_same_scores():
     model = shared()
     contexts, continuations = pairs(model)
     with pop_ext.enabled(model, plan_of(model)):
@@ -133,7 +133,7 @@ def test_lists_and_tensors_of_any_integer_give_the_same_score():
     assert isinstance(expected[0].is_greedy, bool)
 
 
-def test_the_reference_backend_scores_as_the_native_one():
+def test_reference_and_native_backends_give_the_same_scores():
     model, plan = shared(), plan_of(shared(), GAPS, 2)
     contexts, continuations = pairs(model)
     scores = {}
@@ -145,7 +145,7 @@ def test_the_reference_backend_scores_as_the_native_one():
         assert ours.is_greedy == theirs.is_greedy
 
 
-def test_a_score_executes_the_plan_whatever_its_min_tokens():
+def test_a_score_ignores_min_tokens():
     model = shared()
     contexts, continuations = pairs(model)
     scores = []
@@ -176,7 +176,7 @@ def test_no_pairs_have_no_scores():
         assert pop_ext.score(model, [], []) == []
 
 
-def test_a_score_follows_weights_that_changed():
+def test_a_score_follows_changed_weights():
     model = pop_ext.enable(llama(), Plan.last(6))
     contexts, continuations = pairs(model)
     before = pop_ext.score(model, contexts[:1], continuations[:1])

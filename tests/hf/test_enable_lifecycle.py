@@ -17,7 +17,6 @@ from typing import Any
 import pop_ext
 import pytest
 import torch
-from at_once import run_at_once
 from enabled_models import (
     LAYERS,
     OTHER,
@@ -33,6 +32,7 @@ from enabled_models import (
 from models import llama, mistral, qwen2, tokens
 from pop_ext import Plan
 from pop_ext.hf.forward import PrefillForward
+from threads import run_threads
 from transformers import LlamaForCausalLM
 
 # enable, disable, enabled
@@ -345,7 +345,7 @@ def test_two_threads_generate_at_once_on_one_model(build):
     model = pop_ext.enable(build(), PLAN, strict=True)
     prompts = [tokens(model, 1, n, seed=n) for n in (T, 33)]
     expected = [generate(model, prompt) for prompt in prompts]
-    actual = run_at_once(*(lambda prompt=prompt: [generate(model, prompt) for _ in range(4)] for prompt in prompts))
+    actual = run_threads(*(lambda prompt=prompt: [generate(model, prompt) for _ in range(4)] for prompt in prompts))
     for outputs, wanted in zip(actual, expected, strict=True):
         assert all(torch.equal(output, wanted) for output in outputs)
 
@@ -356,14 +356,14 @@ def test_two_threads_may_make_the_first_call_of_a_copy():
     expected = prefill(model, ids).logits
     for _ in range(3):
         twin = copy.deepcopy(model)
-        for output in run_at_once(*[lambda twin=twin: prefill(twin, ids).logits] * 2):
+        for output in run_threads(*[lambda twin=twin: prefill(twin, ids).logits] * 2):
             assert torch.equal(output, expected)
 
 
 def test_the_oracle_does_not_disable_native_prefill_in_another_thread():
     model = pop_ext.enable(llama(), PLAN, strict=True)
     with model.forward.stock_inside():
-        assert run_at_once(lambda: prefill(model, tokens(model, 1, T)).logits)
+        assert run_threads(lambda: prefill(model, tokens(model, 1, T)).logits)
 
 
 def test_an_enabled_model_emits_no_warnings():

@@ -11,6 +11,7 @@ from against_oracle import GAPS, plan_of, run_stock
 from cache_kinds import KINDS, new_cache
 from models import llama, qwen2, tokens
 from pop_ext import reference
+from pop_ext.reference import projection
 from transformers import StaticCache
 
 
@@ -88,7 +89,7 @@ def test_a_refused_cache_leaves_scaled_rope_frequencies_unchanged(rope, make):
 def test_a_failing_oracle_leaves_scaled_rope_frequencies_unchanged(rope, monkeypatch):
     model = llama(rope=rope)
     before = state_of(model.model.rotary_emb)
-    monkeypatch.setattr(reference, "project_kv", lambda *_: 1 / 0)
+    monkeypatch.setattr(projection, "project_kv", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         reference.prefill(model, tokens(model, 1, 150), plan_of(model, GAPS))
     assert_same_state(state_of(model.model.rotary_emb), before)

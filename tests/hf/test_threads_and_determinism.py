@@ -8,10 +8,10 @@ import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, LAST, plan_of, run_oracle
-from at_once import run_at_once
 from models import float32_twin, llama, pad, shared, tokens
 from op_operands import DTYPES
 from pop_ext import reference
+from threads import run_threads
 from tolerance import assert_close_fp32, assert_low_precision
 from transformers import DynamicCache, StaticCache
 
@@ -149,7 +149,7 @@ def test_two_threads_prefilling_one_model_give_the_serial_results():
     native = pop_ext.load(model, plan_of(model, GAPS, 2))
     prompts = [tokens(model, 2, 130, seed=1), tokens(model, 1, 190, seed=2)]
     serial = [parts(native.prefill(ids)) for ids in prompts]
-    for results, expected in zip(run_at_once(*(repeated(native, ids) for ids in prompts)), serial, strict=True):
+    for results, expected in zip(run_threads(*(repeated(native, ids) for ids in prompts)), serial, strict=True):
         for result in results:
             assert_same_bits(result, expected)
 
@@ -160,7 +160,7 @@ def test_two_threads_prefilling_two_models_give_the_serial_results():
     prompts = [tokens(models[0], 2, 130, seed=1), tokens(models[1], 1, 190, seed=2)]
     serial = [parts(native.prefill(ids)) for native, ids in zip(natives, prompts, strict=True)]
     jobs = [repeated(native, ids) for native, ids in zip(natives, prompts, strict=True)]
-    for results, expected in zip(run_at_once(*jobs), serial, strict=True):
+    for results, expected in zip(run_threads(*jobs), serial, strict=True):
         for result in results:
             assert_same_bits(result, expected)
 
@@ -174,7 +174,7 @@ def test_two_threads_run_the_oracle_of_one_model_at_once():
 
     serial = [run_oracle_repeatedly(ids)[0] for ids in prompts]
     for results, expected in zip(
-        run_at_once(*(functools.partial(run_oracle_repeatedly, ids) for ids in prompts)), serial, strict=True
+        run_threads(*(functools.partial(run_oracle_repeatedly, ids) for ids in prompts)), serial, strict=True
     ):
         assert all(torch.equal(result, expected) for result in results)
     assert not any("forward" in module.__dict__ for module in model.modules())
@@ -189,7 +189,7 @@ def test_loading_and_freeing_models_does_not_disturb_a_prefill():
     def load_and_free():
         return [pop_ext.load(model, pop_ext.Plan.last(3)).handle for _ in range(20)]
 
-    results, handles = run_at_once(repeated(native, ids, 10), load_and_free)
+    results, handles = run_threads(repeated(native, ids, 10), load_and_free)
     assert len(set(handles)) == 20
     for result in results:
         assert_same_bits(result, expected)
@@ -200,6 +200,6 @@ def test_refresh_does_not_disturb_a_prefill_in_another_thread():
     native = pop_ext.load(model, pop_ext.Plan.last(3))
     ids = tokens(model, 1, 150)
     expected = parts(native.prefill(ids))
-    results, _ = run_at_once(repeated(native, ids, 10), lambda: [native.refresh() for _ in range(30)])
+    results, _ = run_threads(repeated(native, ids, 10), lambda: [native.refresh() for _ in range(30)])
     for result in results:
         assert_same_bits(result, expected)

@@ -12,8 +12,8 @@ import torch
 from against_oracle import GAPS, LAST, NATIVE, assert_equals_oracle, plan_of, run_native
 from hook_reference import assert_equals_third_form, context_rows, held_back_forward
 from models import FAMILIES, batches, llama, shared, tokens
-from pop_ext.methods.fit import original_projection
-from pop_ext.plans.projections import Projections, without_gamma
+from pop_ext.methods.fit_moments import original_projection
+from pop_ext.plans.projections import Projections, normalize_unweighted
 from tolerance import assert_close_fp32, compare_caches
 
 INF = math.inf
@@ -76,7 +76,7 @@ def paid_by_the_last_rows(model, ids, run, queries):
 @pytest.mark.parametrize("weighting", ["attention", "uniform"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "olmo2"])
 @torch.no_grad()
-def test_a_fit_maps_what_the_pruned_model_reads_to_what_the_full_one_has(family, weighting):
+def test_a_fit_solves_ridge_from_pruned_inputs_to_full_kv(family, weighting):
     model, plan = fitted(family, weighting=weighting)
     assert model.config._attn_implementation == "sdpa"
     assert plan.projections.report.weighting == weighting
@@ -102,7 +102,7 @@ def test_a_fit_maps_what_the_pruned_model_reads_to_what_the_full_one_has(family,
 
 @pytest.mark.parametrize("family", NATIVE)
 @torch.no_grad()
-def test_the_original_projection_is_what_the_layer_computes(family):
+def test_original_projection_equals_the_layers_kv(family):
     model = shared(family)
     layer = model.model.layers[2]
     h = 3 * torch.randn(7, 96)
@@ -113,10 +113,10 @@ def test_the_original_projection_is_what_the_layer_computes(family):
     else:
         biases = 0 if attention.k_proj.bias is None else torch.cat([attention.k_proj.bias, attention.v_proj.bias])
         expected = torch.cat([attention.k_proj(normed), attention.v_proj(normed)], -1) - biases
-    assert_close_fp32(without_gamma(layer, h) @ original_projection(layer).T, expected, "K, V", 1e-4)
+    assert_close_fp32(normalize_unweighted(layer, h) @ original_projection(layer).T, expected, "K, V", 1e-4)
 
 
-def test_the_first_layer_of_a_run_keeps_its_projection_and_those_after_it_change():
+def test_only_later_layers_of_a_run_change():
     model, plan = fitted("llama", omit=LAST)
     first, second = (original_projection(model.model.layers[layer]) for layer in LAST)
     matrices = plan.projections.matrices
@@ -124,7 +124,7 @@ def test_the_first_layer_of_a_run_keeps_its_projection_and_those_after_it_change
     assert (matrices[LAST[1]] - second).norm() > 0.1 * second.norm()
 
 
-def test_layers_that_add_nothing_leave_the_fit_nothing_to_do():
+def test_layers_with_zero_branches_need_no_fit():
     model = llama()
     for name in ("self_attn.o_proj", "mlp.down_proj"):
         model.model.layers[4].get_submodule(name).weight.data.zero_()
@@ -141,7 +141,7 @@ def test_an_infinite_lambda_equals_the_unfitted_plan(family):
     compare_caches(ours.cache, theirs.cache, atol=1e-5)
 
 
-def test_a_large_lambda_comes_near_it_and_a_small_one_does_not():
+def test_larger_lambdas_stay_closer_to_the_original_projection():
     model = shared("llama")
     original = original_projection(model.model.layers[5])
     off = {}
@@ -156,7 +156,7 @@ def test_a_large_lambda_comes_near_it_and_a_small_one_does_not():
 
 @pytest.mark.parametrize("family", NATIVE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_fitted_plan_runs_as_the_oracle(family, dtype):
+def test_a_fitted_plan_equals_the_oracle(family, dtype):
     model, plan = fitted(family, dtype)
     assert plan.projections.dtype == dtype
     assert_equals_oracle(model, plan, tokens(model, 2, 37, seed=5))
@@ -164,21 +164,21 @@ def test_a_fitted_plan_runs_as_the_oracle(family, dtype):
 
 @pytest.mark.parametrize("boundary", [1, 2, 17, 36, 37])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_a_fitted_plan_runs_as_the_oracle_at_any_boundary(boundary, dtype):
+def test_a_fitted_plan_equals_the_oracle_at_any_boundary(boundary, dtype):
     model, plan = fitted("qwen3", dtype, LAST)
     assert_equals_oracle(model, plan, tokens(model, 1, 37, seed=6), boundary=boundary)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1), (8, 1)])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_a_fitted_plan_with_any_grouping_of_heads_runs_as_the_oracle(heads, dtype):
+def test_a_fitted_plan_with_gqa_equals_the_oracle(heads, dtype):
     model = llama(heads=heads[0], kv_heads=heads[1], dtype=dtype, head_dim=80)
     plan = pop_ext.fit(model, plan_of(model, GAPS), batches(model), lambdas=[0.3])
     assert_equals_oracle(model, plan, tokens(model, 2, 19))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
-def test_a_second_turn_after_a_fitted_prefill_runs_as_the_oracle(family):
+def test_a_second_turn_after_a_fitted_prefill_equals_the_oracle(family):
     model, plan = fitted(family)
     first = run_native(model, plan, tokens(model, 2, 21, seed=7))
     assert_equals_oracle(model, plan, tokens(model, 2, 18, seed=8), past=first.cache)
@@ -193,7 +193,7 @@ def test_a_retained_last_layer_keeps_its_own_projection():
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "olmo2"])
 @pytest.mark.parametrize("boundary", [1, 5])
-def test_the_oracle_of_a_fitted_plan_equals_the_third_form(family, boundary):
+def test_the_oracle_of_a_fitted_plan_equals_the_hook_reference(family, boundary):
     model, plan = fitted(family)
     ids = tokens(model, 2, 19, seed=3)
     is_context = (torch.arange(19) < 19 - boundary)[None, :, None]
@@ -225,7 +225,7 @@ def assert_close_to_third_form(model, plan, ids, boundary, expected):
     compare_caches(cache, expected[1])
 
 
-def test_the_third_form_tells_a_fitted_plan_from_an_unfitted_one():
+def test_the_hook_reference_tells_fitted_from_unfitted_plans():
     model, plan = fitted("llama")
     ids = tokens(model, 2, 19, seed=3)
     assert_equals_third_form(model, ids, GAPS)
@@ -254,7 +254,7 @@ def multiply_by_gamma_again(matrices):
 
 
 @pytest.mark.parametrize("mutate", [swap_k_and_v, swap_two_layers, forget_one, multiply_by_gamma_again])
-def test_a_mistake_in_what_the_operator_is_given_is_caught(mutate, monkeypatch):
+def test_planted_mistakes_in_the_matrices_are_caught(mutate, monkeypatch):
     model, plan = fitted("llama")
 
     def stack_rows(self, like):

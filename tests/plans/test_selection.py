@@ -36,18 +36,18 @@ def omit(scores, count, contiguous):
         (5, (1, 2, 3, 4, 5), (1, 2, 3, 4, 5)),
     ],
 )
-def test_the_lowest_scores_are_omitted_together_or_each_for_itself(count, together, apart):
+def test_lowest_scores_are_omitted_as_a_run_or_singly(count, together, apart):
     scores = [9.0, 1.0, 8.0, 2.5, 0.5, 2.0]
     assert omit(scores, count, True) == together
     assert omit(scores, count, False) == apart
 
 
-def test_of_equal_layers_the_deeper_ones_go():
+def test_ties_omit_the_deeper_layers():
     assert omit([1.0] * 5, 2, True) == (3, 4)
     assert omit([1.0] * 5, 2, False) == (3, 4)
 
 
-def test_a_ranked_plan_says_how_it_was_made():
+def test_a_ranked_plan_has_its_method_in_its_origin():
     assert ranked_plan([1.0, 2.0, 3.0], ORIGIN, 1, contiguous=True).origin == Origin(
         "m", "0" * 16, "gates, contiguous", 8
     )
@@ -59,7 +59,7 @@ def test_a_ranked_plan_says_how_it_was_made():
         ranked_plan([1.0], ORIGIN, 0, contiguous="no")
 
 
-def test_a_plan_of_an_importance_is_of_its_prefill_scores_and_contiguous():
+def test_importance_plan_omits_the_lowest_contiguous_prefill_scores():
     model = shared("llama")
     imp = pop_ext.importance(model, batches(model))
     scores = (9.0, 1.0, 8.0, 2.5, 0.5, 2.0)
@@ -96,7 +96,7 @@ def test_block_influence_is_one_minus_the_mean_cosine(family):
     assert found.error == pytest.approx((samples.std(0) / math.sqrt(len(samples))).tolist(), abs=1e-5)
 
 
-def test_a_plan_by_block_influence_takes_each_layer_for_itself_as_shortgpt_does(tmp_path):
+def test_block_influence_plan_is_not_contiguous_by_default(tmp_path):
     model = shared("llama")
     found = pop_ext.block_influence(model, batches(model))
     found = dataclasses.replace(found, influence=(9.0, 1.0, 8.0, 2.5, 0.5, 2.0))
@@ -108,7 +108,7 @@ def test_a_plan_by_block_influence_takes_each_layer_for_itself_as_shortgpt_does(
     assert '"influence": [' in (tmp_path / "influence.json").read_text()
 
 
-def test_block_influence_of_an_enabled_model_is_that_of_the_stock_forward():
+def test_block_influence_of_an_enabled_model_reads_the_stock_forward():
     model = shared("llama")
     expected = pop_ext.block_influence(model, batches(model))
     told = []
@@ -139,7 +139,7 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize(("budget", "count"), [(0.61, 0), (0.6, 0), (0.55, 1), (0.46, 2), (0.451, 2), (0.151, 5)])
-def test_a_budget_takes_the_fewest_layers_that_keep_it(clock, budget, count):
+def test_plan_within_finds_the_fewest_layers_within_seconds(clock, budget, count):
     model = shared("llama")
     choose = functools.partial(Plan.last, 6)
     found = pop_ext.plan_within(model, choose, seconds=budget, tokens=100, repeats=1)
@@ -151,7 +151,7 @@ def test_a_budget_takes_the_fewest_layers_that_keep_it(clock, budget, count):
     assert found.plan.origin.config_hash == config_hash(model.config)
 
 
-def test_a_budget_may_be_a_ratio_to_the_full_prefill(clock):
+def test_plan_within_takes_a_speedup_over_the_full_prefill(clock):
     model = shared("llama")
     imp = pop_ext.importance(model, batches(model))
     found = pop_ext.plan_within(model, imp.plan, speedup=1.3, tokens=100, repeats=1)  # 0.6 / 1.3 = 0.46
@@ -174,14 +174,14 @@ def test_a_budget_may_be_a_ratio_to_the_full_prefill(clock):
         (dict(seconds=1, repeats=1.5), TypeError, "repeats: expected an int, got float 1.5"),
     ],
 )
-def test_a_budget_that_cannot_be_kept_or_is_none_is_named(clock, how, kind, text):
+def test_plan_within_refuses_bad_budgets_by_name(clock, how, kind, text):
     arguments = {"tokens": 100, "repeats": 1, **how}
     with pytest.raises(kind) as error:
         pop_ext.plan_within(shared("llama"), functools.partial(Plan.last, 6), **arguments)
     assert str(error.value) == text
 
 
-def test_pruning_pays_from_the_length_on_from_which_it_is_always_faster(clock):
+def test_shortest_paying_finds_where_pruning_stays_faster(clock):
     # Two of six layers save 2 ms a token of 1000 and cost 50 ms: from 25 tokens on.
     model, plan = shared("llama"), Plan.last(6, 2)
     told = []
@@ -192,7 +192,7 @@ def test_pruning_pays_from_the_length_on_from_which_it_is_always_faster(clock):
     assert pop_ext.shortest_paying(model, plan, (30, 40), repeats=1) == 30
 
 
-def test_times_are_really_measured():
+def test_latency_measures_real_times():
     model = shared("llama")
     found = pop_ext.plan_within(model, functools.partial(Plan.last, 6), seconds=60, tokens=40, repeats=2)
     assert found.plan == Plan.last(6, 0)
