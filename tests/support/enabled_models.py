@@ -25,6 +25,11 @@ def enabled_twin(model: nn.Module, plan: Plan = PLAN, **how: Any) -> nn.Module:
     return pop_ext.enable(copy.deepcopy(model), plan, **how)
 
 
+def native_and_oracle(model: nn.Module, plan: Plan) -> tuple[nn.Module, nn.Module]:
+    """Return two copies of a model, enabled under `strict`: one runs natively, the other the oracle."""
+    return tuple(enabled_twin(model, plan, strict=True, backend=backend) for backend in ("native", "reference"))
+
+
 @torch.no_grad()
 def prefill(model: nn.Module, ids: Tensor) -> Any:
     """Call the model, and check that it ran natively."""

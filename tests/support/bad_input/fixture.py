@@ -1,4 +1,4 @@
-"""The state that a bad call must not change, and the form of a case."""
+"""The model and caches that a bad call must not change, and the dataclass of a case."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYERS, PAST, NEW, CAPACITY = 3, 5, 8, 20
 
 
 class Fixture:
-    """A loaded model and filled caches of every kind. A bad call must leave all of it unchanged."""
+    """A loaded model and filled caches of every kind, which a bad call must not change."""
 
     def __init__(self, new: int = NEW, capacity: int = CAPACITY) -> None:
         self.model = llama(layers=LAYERS, hidden=32, intermediate=48, vocab=50, heads=2, kv_heads=2)
@@ -60,21 +60,28 @@ def bytes_of(x: Tensor) -> bytes:
 
 @dataclass(frozen=True)
 class Case:
-    """A bad call and the error that it must raise."""
+    """A bad call and the error that it must get.
+
+    Attributes:
+        given: what is passed, for the id of the test and the first column of docs/bad-input.md.
+        call: makes the bad call.
+        error: expected type of the error.
+        text: regular expression for the message: the argument, what was expected, what came.
+        prepare: runs first; its changes are part of the state before the call.
+        on_cuda: False if the case applies to CPU models only, for example because values in CUDA memory are not
+            checked.
+    """
 
     given: str
     call: Callable[[Fixture], Any]
     error: type[Exception]
     text: str
-    """Regular expression for the message, with the argument, the expected and the actual value."""
     prepare: Callable[[Fixture], Any] | None = None
-    """Runs before the call; its changes are part of the state before it."""
     on_cuda: bool = True
-    """Whether the call raises this error with a model on a GPU, where values of tensors are not checked."""
 
 
 def ones(**values: int) -> Tensor:
-    """Return an attention mask of ones except for the values given by row and column: ones(r1c6=0)."""
+    """Return a mask of ones. Keywords set single elements: ones(r1c6=0) masks row 1, column 6."""
     mask = torch.ones(2, PAST + NEW, dtype=torch.long)
     for place, value in values.items():
         row, column = place.removeprefix("r").split("c")
