@@ -1,4 +1,4 @@
-# make demo | test | lint | format | dev | shim | avx512 | vllm
+# make demo | test | lint | format | docs | dev | shim | avx512 | vllm
 #
 # On a plain machine (python3 >= 3.10, a C++20 compiler, network for pip) demo, test, lint and format make .venv and
 # install into it; they use the torch of python3, if it has one. With PYTHON=... that interpreter is used as it is,
@@ -13,6 +13,7 @@ PYTEST = -m pytest -n $(WORKERS) --dist worksteal
 ifdef PYTHON
 RUN := PYTHONPATH=$(CURDIR)/python $(PYTHON)
 CLANG_FORMAT ?= clang-format
+LINT_IMPORTS ?= lint-imports
 FOR_DEMO := dev
 FOR_TEST := dev
 FOR_LINT :=
@@ -21,12 +22,13 @@ PYTHON := $(CURDIR)/$(VENV)/bin/python
 RUN := $(PYTHON)
 # A venv over site packages that have it gets none of its own.
 CLANG_FORMAT ?= $(firstword $(wildcard $(VENV)/bin/clang-format) clang-format)
+LINT_IMPORTS ?= $(VENV)/bin/lint-imports
 FOR_DEMO := $(VENV)/installed-hf,cli
 FOR_TEST := $(VENV)/installed-dev
 FOR_LINT := $(FOR_TEST)
 endif
 
-.PHONY: demo test lint format dev core shim avx512 vllm clean
+.PHONY: demo test lint format docs dev core shim avx512 vllm clean
 
 # One prompt three ways: the stock model, native at full depth, pruned. More options: make demo DEMO='--count 6'
 demo: $(FOR_DEMO)
@@ -38,16 +40,23 @@ test: $(FOR_TEST)
 
 CPP_FILES = git ls-files '*.h' '*.cpp' '*.cuh' '*.cu'
 
-lint: $(FOR_LINT)
+lint: $(FOR_LINT) docs
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	PYTHONPATH=python $(LINT_IMPORTS) --no-cache --no-logo
+	$(PYTHON) scripts/code_metrics.py --cycles
 	$(CPP_FILES) | xargs $(CLANG_FORMAT) --dry-run --Werror
 
 format: $(FOR_LINT)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 	$(CPP_FILES) | xargs $(CLANG_FORMAT) -i
+
+# The site, into build/site. A broken link, a missing anchor, a missing symbol or a page outside the navigation fails it.
+# The API pages are read from the sources, so nothing needs to be built first.
+docs: $(FOR_LINT)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 # The package in .venv, with the extras of the target's name.
 SOURCES := $(shell find CMakeLists.txt pyproject.toml build_backend cmake cpp cuda python -type f \

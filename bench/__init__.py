@@ -1,1 +1,1 @@
-"""Measurements of pop_ext against Hugging Face: ``python bench/run.py``."""
+"""Benchmarks of pop_ext against Hugging Face: ``python bench/run.py``."""

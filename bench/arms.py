@@ -1,4 +1,4 @@
-"""The arms of a comparison: the same call on the same weights, run by Hugging Face or by pop_ext."""
+"""The arms of a comparison: one call on the same weights, by Hugging Face and in several ways by pop_ext."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Arm(Timed):
     """One way to prefill.
 
     Attributes:
-        what: how it is called, in words.
-        flops: of one call, by the cost model.
-        make: builds ``call``; what it raises is the arm's result.
-        plan: of a native arm; None for Hugging Face.
-        options: of the backend during its calls.
-        copies: how it is loaded with copies of weights: "fp8" or "prepack"; None: without.
-        folded_bytes: folded K/V weights and such copies: memory that the arm adds to the checkpoint's.
+        what: the call in words.
+        flops: FLOPs of one call by the cost model.
+        make: builds ``call``; if it raises, the arm has failed.
+        plan: plan of a native arm; None for Hugging Face.
+        options: backend options during its calls.
+        copies: copies of weights that it is loaded with: "fp8" or "prepack"; None: none.
+        folded_bytes: memory beyond the checkpoint's: folded K/V weights, and the copies.
         warmup: seconds of the calls before the timed ones; the first may compile.
-        memory: of one call.
-        error: RMS difference of its logits to hf-eager's, relative to theirs.
+        memory: memory of one call.
+        error: RMS difference of its logits from hf-eager's, relative to the RMS of hf-eager's.
     """
 
     what: str
@@ -49,32 +49,32 @@ class Arm(Timed):
 
     @property
     def load_options(self) -> dict[str, bool]:
-        """For ``pop_ext.load`` and ``enable``."""
+        """Keyword arguments for ``pop_ext.load`` and ``enable``."""
         return {} if self.copies is None else {self.copies: True}
 
     @property
     def full_depth(self) -> bool:
-        """Whether it computes what the stock model computes."""
+        """Whether its result should equal the stock model's: at most the last layer is omitted."""
         return self.plan is None or set(self.plan.omit) <= {self.plan.num_layers - 1}
 
     def prepare(self) -> None:
-        """Makes ``call``, or sets ``failed``."""
+        """Build ``call``, or set ``failed``."""
         self.call = self.attempt(lambda: tuned(self.make(self), self.options))
 
 
 def sequence_shapes(batch: int, tokens: int, plan: Plan | None = None) -> list[_core.SequenceShape]:
-    """The batch as the cost model wants it: no past, one row of logits a sequence; min_tokens as under ``enable``."""
+    """Return a batch for the cost model: no past, one row of logits a sequence, ``min_tokens`` as under ``enable``."""
     boundary = 1 if plan is None else tokens if tokens < plan.min_tokens else min(plan.boundary, tokens)
     return [_core.SequenceShape(tokens, boundary=boundary, logits_to_keep=1)] * batch
 
 
 def stock_flops(spec: _core.ModelSpec, batch: int, tokens: int) -> float:
-    """FLOPs of Hugging Face's full prefill."""
+    """Return the FLOPs of Hugging Face's full prefill."""
     return float(_core.stock_cost(spec, sequence_shapes(batch, tokens))["flops"])
 
 
 def plan_flops(spec: _core.ModelSpec, plan: Plan, batch: int, tokens: int) -> float:
-    """FLOPs of the native prefill under a plan."""
+    """Return the FLOPs of a native prefill under a plan."""
     return float(_core.plan_cost(spec, plan, sequence_shapes(batch, tokens, plan))["flops"])
 
 
@@ -88,17 +88,17 @@ def make_arms(
     tunings: Sequence[Mapping[str, int]] = (),
     copies: Sequence[str] = (),
 ) -> list[Arm]:
-    """All arms of a case; none is prepared yet.
+    """Return all arms of a case, not yet prepared.
 
     Args:
-        model: a stock Hugging Face model; it stays one.
+        model: a stock Hugging Face model; it is not changed.
         spec: its shape.
         input_ids: ``[batch, tokens]``, the prompt of every arm.
-        plans: each makes an arm; native-full is there anyway.
+        plans: one arm each, beside native-full.
         compile_mode: mode of ``torch.compile`` for hf-compile. None: no such arm.
-        via: "enable": the enabled model is called like the stock one; "prefill": ``native.prefill``.
-        tunings: options of the backend; each makes one more arm of every plan.
-        copies: "fp8", "prepack": each makes one more arm of native-full and of every plan.
+        via: "enable": call the enabled model like the stock one; "prefill": call ``native.prefill``.
+        tunings: backend options; each adds an arm for every plan.
+        copies: "fp8", "prepack"; each adds an arm for native-full and for every plan.
     """
     batch, tokens = input_ids.shape
     flops = stock_flops(spec, batch, tokens)
@@ -137,18 +137,18 @@ def make_arms(
 
 
 def options_text(options: Mapping[str, int]) -> str:
-    """ "overlap=1,sdpa_rows=0"."""
+    """Format backend options as ``--tune`` takes them: "early_launch=1,sdpa_rows=0"."""
     return ",".join(f"{name}={value}" for name, value in options.items())
 
 
 def plan_name(plan: Plan) -> str:
-    """ "pop 5/16": omitted of all layers, with the boundary where it is not 1."""
+    """Format a plan's number of omitted layers, "pop 5/16", and its boundary if that is not 1."""
     boundary = f" b{plan.boundary}" if plan.boundary > 1 else ""
     return f"pop {len(plan.omit)}/{plan.num_layers}{boundary}"
 
 
 def layers_text(plan: Plan) -> str:
-    """ "layers 3, 11-15"."""
+    """Format the omitted layers: "layers 3, 11-15"."""
     runs = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in plan.runs]
     return f"layers {', '.join(runs)}" if runs else "nothing"
 
@@ -168,13 +168,13 @@ def _forward(model: Any, input_ids: torch.Tensor) -> Callable[[], Any]:
 
 
 def _compiled(model: Any, input_ids: torch.Tensor, mode: str) -> Callable[[], Any]:
-    torch.compiler.reset()  # of the shape before this one, too
+    torch.compiler.reset()  # also drops what was compiled for the shape before this one
     return _forward(torch.compile(model, mode=mode, dynamic=False), input_ids)
 
 
 def _enabled_maker(model: Any, input_ids: torch.Tensor) -> Callable[[Arm], Callable[[], Any]]:
     def make(arm: Arm) -> Callable[[], Any]:
-        view = copy.copy(model)  # shares every module and weight; only its `forward` is its own
+        view = copy.copy(model)  # shares modules and weights, but not `forward`
         pop_ext.enable(view, arm.plan, strict=True, **arm.load_options)
         arm.folded_bytes = view.forward.backend.native.extra_bytes
         with torch.no_grad():
@@ -196,5 +196,5 @@ def _loaded_maker(model: Any, input_ids: torch.Tensor) -> Callable[[Arm], Callab
 
 
 def find(arms: Sequence[Arm], name: str) -> Arm | None:
-    """The arm of that name, unless it failed."""
+    """Return the arm with this name; None if it failed or does not exist."""
     return next((arm for arm in arms if arm.name == name and arm.failed is None), None)

@@ -1,4 +1,4 @@
-"""A case: one model, batch and length, every arm in turn."""
+"""Run a case: one model, batch size and length, with all arms in turn."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from typing import Any
 import torch
 from pop_ext import _core
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.progress import ProgressBar
 
 from bench.arms import HF_COMPILE, HF_EAGER, NATIVE_FULL, Arm, find, make_arms
 from bench.measure import MIN_REPEATS, Summary, WallClock, error_line, interleave, paired_ratio
 from bench.memory import measure_memory, release_memory
-from bench.progress import Progress
 from bench.rates import Gemm, peak_rate, reference_gemms
 from bench.shapes import BenchModel
 
-_LARGEST_ERROR = 0.1  # RMS difference of full-depth logits to hf-eager's; rounding stays far below
-_LARGEST_ERROR_FP8 = 0.4  # the same, of products in 8-bit floats
+_LARGEST_ERROR = 0.1  # of ``Arm.error`` at full depth; rounding stays far below it
+_LARGEST_ERROR_FP8 = 0.4  # the same, with products in 8-bit floats
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How cases are run.
+    """Settings that all cases of a run share.
 
     Attributes:
-        repeats: rounds.
-        warmup: calls of each arm before them; the last one is also watched for its memory.
-        compile_mode: of hf-compile; None leaves that arm out.
-        via: how native arms are called (``bench.arms``).
-        tunings: options of the backend that make arms of their own (``bench.arms``).
-        copies: so do these copies of weights ("fp8", "prepack").
-        quiet: no progress bar.
+        repeats: number of timed rounds.
+        warmup: untimed calls of each arm before them; the last one also measures memory.
+        compile_mode: mode of hf-compile; None: no such arm.
+        via: how native arms are called, as in `make_arms`.
+        tunings: backend options that get arms of their own, as in `make_arms`.
+        copies: copies of weights that get arms of their own, as in `make_arms`.
+        quiet: show no progress bar.
     """
 
     repeats: int = 11
@@ -48,12 +48,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm against a baseline.
+    """An arm compared with a baseline.
 
     Attributes:
-        speedup: ratio of medians, baseline by arm.
-        paired: median of the ratios of each round.
-        ceiling: FLOPs of the baseline by FLOPs of the arm.
+        speedup: median of the baseline divided by the median of the arm.
+        paired: median over rounds of the same ratio.
+        ceiling: FLOPs of the baseline divided by FLOPs of the arm.
     """
 
     arm: str
@@ -64,13 +64,13 @@ class Comparison:
 
     @property
     def share(self) -> float:
-        """Of the ceiling."""
+        """Measured speed-up as a share of the ceiling."""
         return self.speedup / self.ceiling
 
 
 @dataclass
 class Case:
-    """What was measured."""
+    """A case and its measurements."""
 
     model: BenchModel
     spec: _core.ModelSpec
@@ -89,18 +89,18 @@ class Case:
 
     @property
     def peak(self) -> float | None:
-        """FLOP/s of the best product of this run."""
+        """FLOP/s of the fastest matrix product of this run."""
         return peak_rate(self.gemms)
 
     def baseline(self) -> Arm | None:
-        """The faster of the Hugging Face arms, or native-full if none ran."""
+        """Return the faster of the Hugging Face arms; native-full if none of them ran."""
         stock = [arm for arm in self.arms if arm.name in (HF_EAGER, HF_COMPILE) and arm.samples and not arm.failed]
         if not stock:
             return find(self.arms, NATIVE_FULL)
         return min(stock, key=lambda arm: Summary.of(arm.samples).median)
 
     def compare(self, arm: Arm, baseline: Arm) -> Comparison | None:
-        """None where one of them has no figure."""
+        """Compare two arms; None if one of them has no samples."""
         if arm.failed or baseline.failed or not arm.samples or not baseline.samples:
             return None
         medians = [Summary.of(samples.samples).median for samples in (baseline, arm)]
@@ -108,7 +108,7 @@ class Case:
         return Comparison(arm.name, baseline.name, medians[0] / medians[1], paired, baseline.flops / arm.flops)
 
     def comparisons(self) -> list[Comparison]:
-        """Every arm against every baseline: the Hugging Face arms and native-full."""
+        """Compare every arm with every baseline: the Hugging Face arms and native-full."""
         names = (HF_EAGER, HF_COMPILE, NATIVE_FULL)
         baselines = [arm for arm in self.arms if arm.name in names]
         order = {name: index for index, name in enumerate(names)}
@@ -131,17 +131,17 @@ def run_case(
     budget: float | None = None,
     arms_of: Callable[..., list[Arm]] = make_arms,
 ) -> Case:
-    """Prepares, checks and times all arms.
+    """Prepare, check and time all arms.
 
     Args:
         model: the stock model.
         spec: its shape.
-        batch: sequences.
-        tokens: of each.
-        plans: of the pruned arms.
-        settings: how.
-        budget: seconds for all of it; past them no further round starts once a few are done. None: all rounds.
-        arms_of: makes the arms.
+        batch: number of sequences.
+        tokens: length of each sequence.
+        plans: plans of the pruned arms.
+        settings: settings of the run.
+        budget: seconds for the whole case; once they are spent, no round starts beyond the fewest. None: no limit.
+        arms_of: builds the arms.
     """
     started = time.monotonic()
     device = next(model.model.parameters()).device
@@ -154,7 +154,8 @@ def run_case(
     timed = [*arms, *gemms]
     clock = WallClock(device)
     steps = len(arms) * settings.warmup + settings.repeats * len(timed)
-    with Progress(case.title, steps, settings.quiet) as bar:
+    with ProgressBar(case.title, steps, quiet=settings.quiet) as bar:
+        bar.log(case.title)
         expected: torch.Tensor | None = None
         for arm in arms:
             logits = _warm_up(arm, clock, settings.warmup, device, bar)
@@ -166,17 +167,19 @@ def run_case(
             gemm.warm_up()
         _announce(case, settings, budget, started, bar)
         deadline = None if budget is None else started + budget
-        case.rounds = interleave(timed, clock, settings.repeats, deadline, step=lambda item: bar.step(item.name))
+        case.rounds = interleave(
+            timed, clock, settings.repeats, deadline, step=lambda item: bar.advance(label=item.name)
+        )
     if case.rounds < MIN_REPEATS:
         why = "as asked for" if settings.repeats < MIN_REPEATS else "the time budget was spent"
         case.warnings.append(f"only {case.rounds} repeats ({why}), fewer than {MIN_REPEATS}: indicative figures")
     for arm in arms:
-        arm.call = None  # lets go of the folded weights
+        arm.call = None  # frees the folded weights
     return case
 
 
-def _warm_up(arm: Arm, clock: WallClock, calls: int, device: torch.device, bar: Progress) -> torch.Tensor | None:
-    """Runs an arm before its figures count, and returns the logits of its last call; None when it failed."""
+def _warm_up(arm: Arm, clock: WallClock, calls: int, device: torch.device, bar: ProgressBar) -> torch.Tensor | None:
+    """Call an arm untimed and measure its memory. Return the logits of the last call; None if the arm failed."""
     arm.prepare()
     outputs: list[Any] = []
 
@@ -194,13 +197,13 @@ def _warm_up(arm: Arm, clock: WallClock, calls: int, device: torch.device, bar: 
             arm.warmup = arm.warmup if seconds is None else (*arm.warmup, seconds)
             if arm.failed is not None:
                 outputs.clear()
-                release_memory(device)  # of a call that ran out of it
-        bar.step(f"{arm.name}, warm-up")
+                release_memory(device)  # a failed call may have run out of memory
+        bar.advance(label=f"{arm.name}, warm-up")
     return outputs[0].logits.detach().float().cpu() if outputs and arm.failed is None else None
 
 
 def _check_logits(arm: Arm, logits: torch.Tensor, expected: torch.Tensor) -> None:
-    """A fast arm that computes something else is a failed arm."""
+    """Set an arm's error, and mark it as failed if it computes something else than hf-eager."""
     if not bool(logits.isfinite().all()) and bool(expected.isfinite().all()):
         arm.failed = "logits are not finite"
         return
@@ -212,19 +215,19 @@ def _check_logits(arm: Arm, logits: torch.Tensor, expected: torch.Tensor) -> Non
         arm.failed = f"logits differ from {HF_EAGER}'s by {100 * arm.error:.1f} % (RMS), at full depth"
 
 
-def _announce(case: Case, settings: Settings, budget: float | None, started: float, bar: Progress) -> None:
-    """Says how long the rounds will take, by the last warm-up call of each arm."""
+def _announce(case: Case, settings: Settings, budget: float | None, started: float, bar: ProgressBar) -> None:
+    """Print how long the rounds will take, estimated from the last warm-up call of each arm."""
     for arm in case.arms:
         if arm.failed:
-            bar.say(f"  {arm.name} failed: {arm.failed}")
+            bar.log(f"  {arm.name} failed: {arm.failed}")
     seconds = settings.repeats * sum(arm.warmup[-1] for arm in case.arms if arm.warmup and not arm.failed)
     limit = ""
     if budget is not None:
         left = max(0.0, budget - (time.monotonic() - started))
         limit = f"; {left:.0f} s are left, so there will be fewer" if seconds > left else ""
-    bar.say(f"  {settings.repeats} rounds take about {seconds:.0f} s{limit}")
+    bar.log(f"  {settings.repeats} rounds take about {seconds:.0f} s{limit}")
 
 
 def failed_model(name: str, error: Exception) -> dict[str, str]:
-    """A model that could not be loaded, for the report."""
+    """Return the report's entry for a model that could not be loaded."""
     return {"model": name, "failed": error_line(error)}

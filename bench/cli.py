@@ -1,4 +1,4 @@
-"""The command line of the bench."""
+"""The command line of ``bench/run.py``."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ from bench.shapes import SHAPES, BenchModel, load_model
 RESULTS = Path(__file__).resolve().parent / "results"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-_AUTO_BUDGET = 165.0  # seconds of a run without arguments, start of the interpreter not counted
+_AUTO_BUDGET = 165.0  # seconds of a run without arguments, without the start of the interpreter
 _AUTO_LENGTHS = (512, 256, 128)
-_SLOW = 20.0  # seconds of the demo model at 512 tokens, past which a run without arguments does less
-_OVERHEAD = 1.4  # of a real prefill over its FLOPs at the rate of a bare product, to plan with
+_SLOW = 20.0  # seconds of the demo model at 512 tokens; on slower machines a run without arguments does less
+_OVERHEAD = 1.4  # estimated time of a prefill, relative to its FLOPs at the rate of a bare product
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every option, with its default."""
+    """Return the parser with all options."""
     p = argparse.ArgumentParser(
         prog="bench/run.py",
-        description="Times prefill by Hugging Face and by pop_ext, interleaved in one run.",
+        description="Time prefill by Hugging Face and by pop_ext, interleaved in one run.",
         epilog="Without --model: the demo model, and llama-3.2-1b with kernels, within three minutes on two cores.",
     )
     names = ", ".join(["demo", *SHAPES])
     p.add_argument("--model", nargs="+", help=f"shapes ({names}), directories or Hugging Face names")
     p.add_argument("--random-weights", action="store_true", help="read only the configs of --model")
     p.add_argument("--lengths", nargs="+", type=int, default=[512, 2048], help="tokens per sequence")
-    p.add_argument("--batch", nargs="+", type=int, default=[1], help="sequences")
-    p.add_argument("--dtype", default="bfloat16", choices=[*_DTYPES, *_SHORT], help="of the weights")
+    p.add_argument("--batch", nargs="+", type=int, default=[1], help="batch sizes")
+    p.add_argument("--dtype", default="bfloat16", choices=[*_DTYPES, *_SHORT], help="dtype of the weights")
     p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    p.add_argument("--threads", type=int, help="of torch and of the kernels (default: torch's)")
+    p.add_argument("--threads", type=int, help="threads of torch and of the kernels (default: torch's)")
     p.add_argument("--plan", nargs="+", action="extend", type=Path, default=[], help="plan files (Plan.save)")
     p.add_argument(
         "--omit",
@@ -63,17 +63,19 @@ def parser() -> argparse.ArgumentParser:
         help='omitted layers, such as "11-15" or "8,9,12-15"; each a plan',
     )
     p.add_argument(
-        "--count", nargs="+", action="extend", type=int, default=[], help="how many of the deepest layers; each a plan"
+        "--count", nargs="+", action="extend", type=int, default=[], help="omit the COUNT deepest layers; each a plan"
     )
-    p.add_argument("--boundary", nargs="+", type=int, help="rows at full depth; each makes its own arms")
+    p.add_argument("--boundary", nargs="+", type=int, help="boundary rows; each adds arms")
     p.add_argument(
-        "--calibrate", action="store_true", help="first find each plan's min_tokens among --lengths, and keep it"
+        "--calibrate",
+        action="store_true",
+        help="first find each plan's min_tokens among --lengths, and time the plan with it",
     )
     p.add_argument("--via", choices=VIA, default="enable", help="how native arms are called (default: enable)")
-    p.add_argument("--repeats", type=int, default=11, help="rounds (default: 11)")
-    p.add_argument("--warmup", type=int, default=2, help="calls of each arm before them (default: 2)")
-    p.add_argument("--budget", type=float, help="seconds for the whole run; fewer rounds rather than more time")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="the hf-compile arm")
+    p.add_argument("--repeats", type=int, default=11, help="timed rounds (default: 11)")
+    p.add_argument("--warmup", type=int, default=2, help="untimed calls of each arm before the rounds (default: 2)")
+    p.add_argument("--budget", type=float, help="seconds for the whole run; fewer rounds run if it is spent")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="run the hf-compile arm")
     p.add_argument("--compile-mode", default="default", help="mode of torch.compile (default: default)")
     p.add_argument("--compile-lengths", nargs="+", type=int, help="lengths that hf-compile runs at (default: all)")
     p.add_argument(
@@ -81,20 +83,20 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         default=[],
-        help='options of the backend, such as "gemm_blocks=0" or "overlap=1,sdpa_rows=0"; each makes its own arms',
+        help='backend options, such as "gemm_blocks=0" or "early_launch=1,sdpa_rows=0"; each adds arms',
     )
-    p.add_argument("--fp8", action="store_true", help="native arms with products in 8-bit floats, too")
-    p.add_argument("--prepack", action="store_true", help="native arms with prepacked weights, too (CPU)")
-    p.add_argument("--profile", action="store_true", help="where a native prefill's time goes, stage by stage")
-    p.add_argument("--kernels", action=argparse.BooleanOptionalAction, default=None, help="the kernel table")
-    p.add_argument("--cases", action=argparse.BooleanOptionalAction, default=True, help="the comparisons")
+    p.add_argument("--fp8", action="store_true", help="add native arms with products in 8-bit floats")
+    p.add_argument("--prepack", action="store_true", help="add native arms with prepacked weights (CPU)")
+    p.add_argument("--profile", action="store_true", help="profile native prefills stage by stage")
+    p.add_argument("--kernels", action=argparse.BooleanOptionalAction, default=None, help="measure the kernel table")
+    p.add_argument("--cases", action=argparse.BooleanOptionalAction, default=True, help="run the comparisons")
     p.add_argument("--json", type=Path, help="where to save (default: bench/results/local-<time>.json)")
     p.add_argument("--quiet", action="store_true", help="no progress on stderr")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the bench. Returns 0, 1 when an arm, a kernel or a model failed, 2 for bad arguments."""
+    """Run the bench. Return 0; 1 if an arm, a kernel or a model failed; 2 for bad arguments."""
     argv = sys.argv[1:] if arguments is None else list(arguments)
     options = parser().parse_args(argv)
     problem = _problem(options)
@@ -130,7 +132,7 @@ def _problem(options: argparse.Namespace) -> str | None:
     except ValueError as error:
         return str(error)
     if options.calibrate and (options.via != "enable" or options.model is None):
-        return "--calibrate: expected --model, and --via enable, which alone looks at min_tokens"
+        return "--calibrate: expected --model, and --via enable, the only way that respects min_tokens"
     if not options.device.startswith("cuda"):
         unknown = {name for text in options.tune for name in parse_options(text)} - {"gemm_blocks"}
         if unknown:
@@ -139,7 +141,7 @@ def _problem(options: argparse.Namespace) -> str | None:
 
 
 class Run:
-    """One run: its options, its clock and its results."""
+    """A run of the bench: options, start time and results."""
 
     def __init__(self, options: argparse.Namespace, argv: list[str]) -> None:
         self.started = time.monotonic()
@@ -164,11 +166,11 @@ class Run:
         }
 
     def left(self, budget: float | None, share: float = 1.0) -> float | None:
-        """Seconds that may still be spent; None: any."""
+        """Return a share of the seconds that are left of the budget; None without a budget."""
         return None if budget is None else max(0.0, share * (budget - (time.monotonic() - self.started)))
 
     def asked(self) -> None:
-        """What the arguments name."""
+        """Run the models, cases, kernels and profiles that the arguments name."""
         options = self.options
         compiled = options.compile_mode if options.compile else None
         if options.cases and not compiled:
@@ -180,7 +182,7 @@ class Run:
             model = self.load(name)
             if model is None:
                 continue
-            to_do = each * (len(options.model) - index)  # each gets an equal part of what is left
+            to_do = each * (len(options.model) - index)  # the rest of the budget is divided equally
             if options.kernels:
                 self.kernels(model, options.lengths, self.left(options.budget, 1 / to_do))
                 to_do -= 1
@@ -200,7 +202,7 @@ class Run:
             self.release(model)
 
     def auto(self) -> None:
-        """Something useful within three minutes on two cores: what is quick first, then what fits."""
+        """Run a selection that ends within three minutes on two cores: quick cases first, then those that fit."""
         options = self.options
         budget = options.budget or _AUTO_BUDGET
         print(f"no --model: the demo model, then llama-3.2-1b, within about {budget:.0f} s")
@@ -230,7 +232,7 @@ class Run:
         self.release(large)
 
     def load(self, name: str) -> BenchModel | None:
-        """The model, or None with the reason printed."""
+        """Load a model. On failure print the reason and return None."""
         try:
             model = load_model(name, self.dtype, self.device, self.options.random_weights)
             describe(model.model)
@@ -243,17 +245,17 @@ class Run:
             return None
 
     def release(self, model: BenchModel) -> None:
-        """Frees the weights before the next model comes."""
+        """Free a model's weights before the next one is loaded."""
         model.model = None
         torch.compiler.reset()
         gc.collect()
         release_memory(self.device)
 
     def plans(self, model: BenchModel) -> list[Plan]:
-        """The plans that the arguments name, else the model's default.
+        """Return the plans that the arguments name, else the model's default plan.
 
         Raises:
-            ValueError: a plan that is none, or one for another depth.
+            ValueError: a file holds no plan, or a plan for another depth.
         """
         options, config = self.options, model.model.config
         depth = config.num_hidden_layers
@@ -265,10 +267,10 @@ class Run:
             plans = [plan.replace(boundary=boundary) for plan in plans for boundary in options.boundary]
         if options.calibrate:
             return [plan.replace(min_tokens=self.paying(model, plan)) for plan in plans]
-        return [plan.replace(min_tokens=0) for plan in plans]  # a bench times the plan at every length
+        return [plan.replace(min_tokens=0) for plan in plans]  # plans are timed at every length
 
     def paying(self, model: BenchModel, plan: Plan) -> int:
-        """From which of the lengths on a plan pays, timed once; past the longest where it does not."""
+        """Return the shortest of the run's lengths at which a plan is faster; beyond the longest if it never is."""
         if (model.name, plan) not in self._paying:
             batch, longest = min(self.options.batch), max(self.options.lengths)
             found = shortest_paying(model.model, plan, self.options.lengths, batch=batch)
@@ -277,7 +279,7 @@ class Run:
         return self._paying[model.name, plan]
 
     def case(self, model: BenchModel, batch: int, tokens: int, compiled: str | None, budget: float | None) -> None:
-        """Runs one case, prints it and keeps its figures."""
+        """Run one case, print it and add it to the report."""
         options = self.options
         tunings = tuple(parse_options(text) for text in options.tune)
         copies = tuple(name for name in ("fp8", "prepack") if getattr(options, name))
@@ -295,7 +297,7 @@ class Run:
         self.failed |= _has_failure(case)
 
     def kernels(self, model: BenchModel, lengths: list[int], budget: float | None) -> None:
-        """Runs the kernel table, prints it and keeps its figures."""
+        """Measure the kernel table, print it and add it to the report."""
         options = self.options
         try:
             native = load(model.model, self.plans(model)[0])
@@ -308,7 +310,7 @@ class Run:
         self.failed |= any(row.failed is not None for row in found.rows)
 
     def profile(self, model: BenchModel, batch: int, tokens: int) -> None:
-        """Takes native-full and every plan apart by stages, prints them and keeps their figures."""
+        """Profile native-full and every plan by stages, print the profiles and add them to the report."""
         try:
             spec = describe(model.model).spec
             ids = torch.randint(0, spec.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
@@ -322,7 +324,7 @@ class Run:
         self.report["profiles"] += profile_json(model.name, dtype, found)
 
     def fits(self, model: BenchModel, batch: int, tokens: int, budget: float | None) -> bool:
-        """Whether the fewest rounds of a case would end within the budget; says so where they would not."""
+        """Return whether the fewest rounds of a case fit the budget; if not, print that the case is left out."""
         if budget is None:
             return True
         spec, plans = describe(model.model).spec, self.plans(model)
@@ -338,7 +340,7 @@ class Run:
         return False
 
     def rate(self, spec: Any) -> float:
-        """FLOP/s of a matrix product of the model's, measured once."""
+        """Return FLOP/s of one of the model's matrix products, measured at the first call."""
         if self._rate is None:
             probe = make_gemm("probe", 512, spec.intermediate_size, spec.hidden_size, self.dtype, self.device)
             probe.warm_up()
@@ -348,14 +350,14 @@ class Run:
         return self._rate
 
     def fail(self, model: BenchModel, what: str, error: Exception) -> None:
-        """Prints and keeps what could not be run."""
+        """Print a failure and add it to the report."""
         failure = failed_model(f"{model.name}, {what}", error)
         print(f"\n{failure['model']} failed: {failure['failed']}")
         self.report["failed_models"].append(failure)
         self.failed = True
 
     def fitting_length(self, model: BenchModel, seconds: float) -> int:
-        """The longest of a few lengths whose rounds fit, judged by a matrix product."""
+        """Return the longest of a few lengths whose rounds fit, estimated from the speed of a matrix product."""
         spec, plans = describe(model.model).spec, self.plans(model)
         rate = self.rate(spec)
         rounds = self.options.warmup + MIN_REPEATS
@@ -368,7 +370,7 @@ class Run:
         return _AUTO_LENGTHS[-1]
 
     def finish(self) -> int:
-        """Saves the report."""
+        """Save the report, and return the exit status."""
         self.report["seconds"] = round(time.monotonic() - self.started, 1)
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         path = self.options.json or RESULTS / f"local-{stamp}.json"
@@ -382,15 +384,15 @@ def _has_failure(case: Case) -> bool:
 
 
 def parse_options(text: str) -> dict[str, int]:
-    """``"overlap=1,sdpa_rows=0"`` -> ``{"overlap": 1, "sdpa_rows": 0}``.
+    """Parse backend options: "early_launch=1,sdpa_rows=0" -> ``{"early_launch": 1, "sdpa_rows": 0}``.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the text has another form.
     """
     options = {}
     for part in text.split(","):
         name, sign, value = part.strip().partition("=")
         if not name or not sign or not value.isdigit():
-            raise ValueError(f'--tune: expected options such as "overlap=1,sdpa_rows=0", got {text!r}')
+            raise ValueError(f'--tune: expected options such as "early_launch=1,sdpa_rows=0", got {text!r}')
         options[name] = int(value)
     return options

@@ -1,4 +1,4 @@
-"""What a figure depends on besides the code: processor, threads, versions, commit."""
+"""Facts that results depend on besides the code: processor, threads, versions, commit."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from bench.shapes import ROOT
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Facts about this process and machine, as plain data."""
+    """Return facts about this process and machine as JSON values."""
     import pop_ext
     import transformers
-    from pop_ext import _core
+    from pop_ext import _core, env_info
 
     facts: dict[str, Any] = {
-        "processor": processor(),
+        "processor": env_info.processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -50,7 +50,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _nvidia_smi(index: int) -> dict[str, str]:
-    """What only the driver's own tool tells; nothing where it is missing."""
+    """Return facts that only nvidia-smi reports; an empty dict if it is missing."""
     fields = ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.memory")
     command = ["nvidia-smi", f"--id={index}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
@@ -60,18 +60,9 @@ def _nvidia_smi(index: int) -> dict[str, str]:
     return dict(zip(fields, (value.strip() for value in line.split(",")), strict=False))
 
 
-def processor() -> str:
-    """Name of the processor."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def _commit() -> dict[str, Any]:
+    """Return the commit of the checkout and whether files are modified; None values without git."""
+
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""What the host does around the operator in a call of an enabled model: a device waits for what comes before it."""
+"""Measure the host time around the operator in a call of an enabled model; a device idles during the part before."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from bench.measure import synchronize
 
 @dataclass(frozen=True)
 class HostTimes:
-    """Seconds of one call, medians.
+    """Seconds of the parts of one call, medians over calls.
 
     Attributes:
-        before: until ``pop::prefill`` is called: what kind of call it is, packing, RoPE, cache, and on a CPU the look
-            at the model's modules and weights.
-        inside: of the operator; on CUDA it launches and does not wait.
-        after: the head, the cache's new state and the output; on CUDA also the look, all beside what was launched.
+        before: until ``pop::prefill`` is called: classifying the call, packing, RoPE tables, cache, and on a CPU
+            validating the model's modules and weights.
+        inside: in the operator; on CUDA it launches kernels and does not wait for them.
+        after: head, cache state and output; on CUDA also validating the model. The device computes meanwhile.
     """
 
     before: float
@@ -33,13 +33,13 @@ class HostTimes:
 
 
 def host_times(model: Any, plan: Plan, input_ids: torch.Tensor, calls: int = 5) -> HostTimes:
-    """Times calls that start on an idle device.
+    """Time calls that start on an idle device.
 
     Args:
         model: a Hugging Face model of a native family, enabled or not.
-        plan: executed as given, whatever its ``min_tokens``.
+        plan: executed as given; its ``min_tokens`` is ignored.
         input_ids: ``[batch, tokens]``, on the model's device.
-        calls: timed ones, after another.
+        calls: number of timed calls; an untimed one comes first.
     """
     samples = []
     with enabled(model, plan.replace(min_tokens=0), strict=True), torch.no_grad():
@@ -57,7 +57,7 @@ def host_times(model: Any, plan: Plan, input_ids: torch.Tensor, calls: int = 5) 
 
 @contextmanager
 def _operator_seen() -> Iterator[list[float]]:
-    """When ``torch.ops.pop.prefill`` was entered and left within the block."""
+    """Record when ``torch.ops.pop.prefill`` is entered and left within the block (``time.perf_counter``)."""
     prefill, seen = torch.ops.pop.prefill, []
 
     def timed(*arguments: Any) -> torch.Tensor:

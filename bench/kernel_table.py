@@ -1,4 +1,4 @@
-"""The kernel table: each building block alone, on cold caches, beside what it could reach."""
+"""Measure the kernel table: each operator alone, on cold caches, as a share of the machine's peak."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from pop_ext import _core
 from pop_ext.hf.native_model import NativeModel
+from pop_ext.utils.progress import ProgressBar
 
 from bench.arms import sequence_shapes
 from bench.measure import KernelClock, Summary, Timed, captured, interleave, tuned
 from bench.operands import BoundaryStep, Operands, with_layers
-from bench.progress import Progress
 from bench.rates import Gemm, layer_gemms, make_gemm, measure_bandwidth, reference_gemms
 
 Maker = Callable[[Operands], tuple[Callable[[], Any], int]]
@@ -23,13 +23,13 @@ Maker = Callable[[Operands], tuple[Callable[[], Any], int]]
 
 @dataclass(kw_only=True)
 class Row(Timed):
-    """A line of the table.
+    """A row of the table.
 
     Attributes:
         tokens: rows of the prompt.
-        flops: of one call, by the cost model; None for a row that only moves memory.
-        bytes: read and written, each once; None where FLOPs are what counts.
-        beside: a row whose time this one's is held against.
+        flops: FLOPs of one call by the cost model; None for a kernel that is bound by memory.
+        bytes: bytes read and written, each operand once; None for a kernel that is bound by FLOPs.
+        beside: name of the row that this one is compared with.
     """
 
     tokens: int
@@ -39,18 +39,18 @@ class Row(Timed):
 
     @property
     def rate(self) -> float | None:
-        """FLOP/s, or bytes per second for a row that only moves memory."""
+        """FLOP/s, or bytes per second for a kernel that is bound by memory; None without samples."""
         work = self.bytes if self.flops is None else self.flops
         return work / Summary.of(self.samples).median if self.samples and work else None
 
 
 @dataclass
 class KernelTable:
-    """What was measured.
+    """The measured rows and the machine's peaks in this run.
 
     Attributes:
-        bandwidth: bytes per second of a big "copy" and "read".
-        peak: FLOP/s of the best matrix product among the rows.
+        bandwidth: bytes per second of a large "copy" and of a large "read".
+        peak: FLOP/s of the fastest matrix product among the rows.
     """
 
     model: str
@@ -62,12 +62,12 @@ class KernelTable:
     warnings: list[str] = field(default_factory=list)
 
     def share(self, row: Row) -> float | None:
-        """Of the peak that bounds the row: matrix products, or memory."""
+        """Return a row's rate as a share of the peak that bounds it, FLOP/s or bandwidth."""
         peak = max(self.bandwidth.values(), default=None) if row.flops is None else self.peak
         return row.rate / peak if row.rate is not None and peak else None
 
     def relative(self, row: Row) -> float | None:
-        """How many times as fast as the row beside it."""
+        """Return how many times as fast a row is as the one that it is compared with."""
         other = next((r for r in self.rows if r.name == row.beside and r.tokens == row.tokens), None)
         if other is None or not other.samples or not row.samples:
             return None
@@ -82,21 +82,23 @@ def measure_kernels(
     budget: float | None = None,
     quiet: bool = False,
 ) -> KernelTable:
-    """Times every row at every length.
+    """Time every row at every length.
 
     Args:
-        name: of the model.
-        native: the model; its plan's longest run is what kv_project and the boundary step are measured with.
-        lengths: tokens of the prompt, at least 2.
-        repeats: rounds.
-        budget: seconds; past its share of them a length starts no further round. None: all rounds.
-        quiet: no progress bar.
+        name: name of the model.
+        native: the model; kv_project and the boundary step are measured on the longest run of its plan.
+        lengths: tokens of the prompts, each at least 2.
+        repeats: number of rounds.
+        budget: seconds, shared by the lengths; a length that has spent its share starts no further round. None: no
+            limit.
+        quiet: show no progress bar.
     """
     started = time.monotonic()
     clock = KernelClock(native.device)
     table = KernelTable(name, str(native.dtype).removeprefix("torch."), [], measure_bandwidth(native.device), None, 0)
     rounds = []
-    with Progress(f"kernels, {name}", quiet=quiet) as bar:
+    with ProgressBar(f"kernels, {name}", quiet=quiet) as bar:
+        bar.log(f"kernels, {name}")
         for index, tokens in enumerate(lengths):
             operands = Operands(native.spec, tokens, native.dtype, native.device)
             rows = kernel_rows(native, operands)
@@ -107,8 +109,8 @@ def measure_kernels(
                 _capture(item, native.device)
             deadline = None if budget is None else started + budget * (index + 1) / len(lengths)
             timed = [*rows, *products]
-            bar.steps = len(timed) * repeats * len(lengths)
-            rounds.append(interleave(timed, clock, repeats, deadline, step=lambda item: bar.step(item.name)))
+            bar.total = len(timed) * repeats * len(lengths)
+            rounds.append(interleave(timed, clock, repeats, deadline, step=lambda item: bar.advance(label=item.name)))
             table.rows += [*rows, *(_gemm_row(gemm, tokens) for gemm in products)]
             for item in (*rows, *products):
                 item.call = None
@@ -120,14 +122,14 @@ def measure_kernels(
 
 
 def _capture(item: Timed, device: torch.device) -> None:
-    """On CUDA what is timed is the replay of a graph."""
+    """Replace an item's call by the replay of its graph on CUDA."""
     call = item.call
     if call is not None and item.failed is None:
         item.call = item.attempt(lambda: captured(call, device))
 
 
 def kernel_rows(native: NativeModel, operands: Operands) -> list[Row]:
-    """The building blocks of ``torch.ops.pop``, the boundary step, and torch's attention beside ours."""
+    """Return rows of the operators of ``torch.ops.pop``, of the boundary step, and of torch's attention."""
     spec, tokens = operands.spec, operands.tokens
     attention = stock_stage(spec, tokens, "attention")["flops"]
     rows = [
@@ -152,7 +154,7 @@ def kernel_rows(native: NativeModel, operands: Operands) -> list[Row]:
         return rows
     layers = "1 layer" if len(run) == 1 else f"{len(run)} layers"
     bare = make_gemm("its bare gemm", tokens, len(run) * 2 * spec.kv_dim, spec.hidden_size, *operands.kind)
-    projected = run_stage(spec, run, tokens + 1, "kv_project")["flops"]  # of `tokens` context rows
+    projected = run_stage(spec, run, tokens + 1, "kv_project")["flops"]  # the cost of `tokens` context rows
     rows += [
         _row(f"kv_project, {layers}", operands, _kv_project(len(run)), projected, beside=bare.name),
         Row(name=bare.name, tokens=tokens, call=bare.call, failed=bare.failed, flops=bare.flops),
@@ -170,7 +172,7 @@ def kernel_rows(native: NativeModel, operands: Operands) -> list[Row]:
 
 
 def _fp8_rows(operands: Operands) -> list[Row]:
-    """The MLP's product as a prefill with fp8 computes it, with the rounding of its rows; where it can."""
+    """Return the row of the MLP's product with fp8, rounding of its input included; none if fp8 is not supported."""
     spec = operands.spec
     if torch.ops.pop.fp8_missing(spec.to_json(), operands.rows()):
         return []
@@ -179,6 +181,7 @@ def _fp8_rows(operands: Operands) -> list[Row]:
 
 
 def _boundary_row(native: NativeModel, run: range, tokens: int, count: int, **options: int) -> Row:
+    """Return the row of ``count`` boundary rows through a run, under backend options."""
     layers = "1 layer" if len(run) == 1 else f"{len(run)} layers"
     parts = ["boundary step", layers, *([f"{count} rows"] if count > 1 else []), *options]
     row = Row(name=", ".join(parts), tokens=tokens)
@@ -188,12 +191,12 @@ def _boundary_row(native: NativeModel, run: range, tokens: int, count: int, **op
 
 
 def stock_stage(spec: _core.ModelSpec, tokens: int, stage: str) -> dict[str, float]:
-    """FLOPs and bytes of a stage of one layer, by the cost model."""
+    """Return FLOPs and bytes of a stage of one layer by the cost model."""
     return _core.stock_cost(with_layers(spec, [0]), sequence_shapes(1, tokens))["stages"][stage]
 
 
 def run_stage(spec: _core.ModelSpec, run: range, tokens: int, stage: str, boundary: int = 1) -> dict[str, float]:
-    """FLOPs and bytes of a stage of a run of omitted layers, by the cost model: the run behind one retained layer."""
+    """Return FLOPs and bytes of a stage of a run of omitted layers by the cost model, behind one retained layer."""
     retained = 0 if run.start > 0 else run.stop
     cut = with_layers(spec, [retained, *run])
     plan = _core.Plan(len(run) + 1, list(range(1, len(run) + 1)))
@@ -202,7 +205,7 @@ def run_stage(spec: _core.ModelSpec, run: range, tokens: int, stage: str, bounda
 
 
 def _under(make: Maker, **options: int) -> Maker:
-    """A maker whose call runs under options of the CUDA backend."""
+    """Return a maker whose call runs under options of the CUDA backend."""
 
     def under(operands: Operands) -> tuple[Callable[[], Any], int]:
         call, moved = make(operands)
@@ -226,7 +229,7 @@ def _gemm_row(gemm: Gemm, tokens: int) -> Row:
     return Row(name=name, tokens=tokens, samples=gemm.samples, failed=gemm.failed, flops=gemm.flops, beside=beside)
 
 
-# Each maker returns the call and the bytes that it reads and writes, every operand and result once.
+# A maker returns a call and the bytes that it reads and writes, every operand and result once (0: not used).
 
 
 def _rms_norm(operands: Operands) -> tuple[Callable[[], Any], int]:
@@ -237,7 +240,7 @@ def _rms_norm(operands: Operands) -> tuple[Callable[[], Any], int]:
 
 def _add_rms_norm(operands: Operands) -> tuple[Callable[[], Any], int]:
     x, delta, gamma = operands.rows(), operands.rows(), operands.rand(operands.spec.hidden_size)
-    delta.zero_()  # the sum stays where it is however often it is formed
+    delta.zero_()  # repeated calls leave x unchanged
     eps = operands.spec.rms_norm_eps
     return lambda: torch.ops.pop.add_rms_norm(x, delta, gamma, eps), 4 * x.nbytes
 

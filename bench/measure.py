@@ -1,4 +1,4 @@
-"""Clocks, interleaved repeats, and what is said about samples."""
+"""Clocks, interleaved rounds, and statistics of samples."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any, Protocol
 
 import torch
 
-MIN_REPEATS = 7  # fewer make a figure that is printed with a warning
-FEWEST_REPEATS = 3  # not even a spent time budget goes below
+MIN_REPEATS = 7  # with fewer, results are printed with a warning
+FEWEST_REPEATS = 3  # run even if the time budget is spent
 
 
 @dataclass
 class Timed:
-    """Something that is timed in turn with others.
+    """A call that is timed in turn with others.
 
     Attributes:
-        name: what the table calls it.
-        call: runs it once; what it returns is dropped after the clock has stopped.
+        name: its name in tables.
+        call: the call; its result is freed after the clock has stopped.
         samples: seconds, one a round.
-        failed: why it has no figure; None if it has.
+        failed: the reason why it has no samples; None if it did not fail.
     """
 
     name: str
@@ -32,32 +32,32 @@ class Timed:
     failed: str | None = None
 
     def run(self) -> Any:
-        """Runs it once.
+        """Call it once.
 
         Raises:
-            RuntimeError: there is nothing to run.
+            RuntimeError: ``call`` is not set.
         """
         if self.call is None:
             raise RuntimeError(f"{self.name}: expected something to run, got none")
         return self.call()
 
     def warm_up(self) -> None:
-        """Runs it once untimed, unless it failed."""
+        """Call it once untimed, unless it failed."""
         if self.failed is None:
             self.attempt(self.run)
 
     def attempt(self, step: Callable[[], Any]) -> Any:
-        """``step()``, or None with ``failed`` set when it raises."""
+        """Return ``step()``. If it raises, set ``failed`` and return None."""
         try:
             return step()
-        except Exception as error:  # whatever an arm raises is its result
+        except Exception as error:  # an arm may raise anything; the others go on
             self.failed = error_line(error)
             return None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Samples in five numbers, in seconds."""
+    """Five numbers that summarise samples, in seconds."""
 
     repeats: int
     median: float
@@ -67,6 +67,7 @@ class Summary:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Summary:
+        """Summarise samples in seconds."""
         if len(samples) == 1:
             return cls(1, samples[0], samples[0], samples[0], samples[0])
         q1, median, q3 = statistics.quantiles(samples, n=4, method="inclusive")
@@ -74,13 +75,13 @@ class Summary:
 
 
 class Clock(Protocol):
-    """Seconds that one call takes."""
+    """Measures the seconds that one call takes."""
 
     def time(self, call: Callable[[], Any]) -> float: ...
 
 
 class WallClock:
-    """Host time from an idle device to an idle device: what a user waits for."""
+    """Host time of a call from an idle device to an idle device, as a user waits for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -96,17 +97,17 @@ class WallClock:
 
 
 class KernelClock:
-    """Time of one call on cold caches: before it, a buffer larger than the last-level cache is read.
+    """Time of one call on cold caches: a buffer larger than the last-level cache is read before it.
 
-    Not written: what lay in the cache would be written back within the time of a call that moves less than it holds.
+    The buffer is not written: the cache would write it back during a call that moves less than the cache holds.
 
-    On CUDA between two events on the current stream, of a graph of the call (``captured``): what the GPU needs, without
-    the host, whose work overlaps with the flush. Else on the host.
+    On CUDA the time is that between two events on the current stream, and the call a graph (`captured`). It is the
+    GPU's time alone: the host's work overlaps with the flush. Otherwise it is host time.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # Ones: pages of zeros may all be one page.
+        # Not zeros: the system may map all pages of zeros to one page.
         self._flush = torch.ones((256 if device.type == "cuda" else 96) * 2**18, dtype=torch.int32, device=device)
 
     def time(self, call: Callable[[], Any]) -> float:
@@ -127,16 +128,20 @@ class KernelClock:
 
 
 class Replay:
-    """Replays a CUDA graph of ``call``, which was called before; what it made stays as long as this does.
+    """A CUDA graph of ``call``, replayed when called. It keeps the memory of the call's result.
+
+    Args:
+        call: must have been called before.
+        device: a CUDA device.
 
     Raises:
-        RuntimeError: a call that cannot be captured.
+        RuntimeError: the call cannot be captured.
     """
 
     def __init__(self, call: Callable[[], Any], device: torch.device) -> None:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):  # libraries make what they keep for each stream
+        with torch.cuda.stream(stream):  # libraries allocate their workspaces for each stream
             call()
         torch.cuda.synchronize(device)
         self._call = call
@@ -149,12 +154,12 @@ class Replay:
 
 
 def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
-    """On CUDA the replay of a graph of the call, else the call itself."""
+    """Return the replay of a graph of the call on CUDA, else the call itself."""
     return Replay(call, device) if device.type == "cuda" else call
 
 
 def tuned(call: Callable[[], Any], options: Mapping[str, int]) -> Callable[[], Any]:
-    """The call under options of a backend (``torch.ops.pop.tune``), which are put back after it."""
+    """Return the call under backend options (``torch.ops.pop.tune``), which are restored after it."""
     if not options:
         return call
 
@@ -170,7 +175,7 @@ def tuned(call: Callable[[], Any], options: Mapping[str, int]) -> Callable[[], A
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the device; nothing to wait for on a CPU."""
+    """Wait for the device; no-op on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -183,21 +188,21 @@ def interleave(
     fewest: int = FEWEST_REPEATS,
     step: Callable[[Timed], None] | None = None,
 ) -> int:
-    """Times every item once a round, so that drift of the machine meets all of them alike.
+    """Time every item once a round, so that a drift of the machine affects all of them alike.
 
-    The order rotates by one each round and every second round is reversed: no item always follows the same other.
-    An item that raises is marked as failed and left out from then on.
+    The order rotates by one each round, and every second round is reversed, so that no item always follows the same
+    other one. An item that raises is marked as failed and skipped from then on.
 
     Args:
-        timed: items; those already failed are skipped.
-        clock: how a call is timed.
-        repeats: rounds.
-        deadline: ``time.monotonic()`` after which no further round starts. None: none.
-        fewest: rounds that run whatever the deadline.
+        timed: items; those that failed before are skipped.
+        clock: measures a call.
+        repeats: number of rounds.
+        deadline: value of ``time.monotonic()`` after which no further round starts. None: no deadline.
+        fewest: rounds that run regardless of the deadline.
         step: called after each sample.
 
     Returns:
-        Rounds that ran.
+        The number of rounds that ran.
     """
     longest = 0.0
     for done in range(repeats):
@@ -220,11 +225,11 @@ def _sample(item: Timed, clock: Clock) -> None:
 
 
 def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """Median over rounds of ``numerator[i] / denominator[i]``: a slow phase of the machine cancels out."""
+    """Return the median of ``numerator[i] / denominator[i]`` over rounds: slow phases of the machine cancel out."""
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
 def error_line(error: BaseException) -> str:
-    """An exception as one line of at most 200 characters."""
+    """Return an exception as one line of at most 200 characters."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:200]

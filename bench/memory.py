@@ -1,4 +1,4 @@
-"""Peak memory of one call, above what was resident before it."""
+"""Measure the peak memory of one call, above the memory that was resident before it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pop_ext.hf.compat import cache_of
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"  # proc(5): resets VmHWM to the current VmRSS
+_RESET_PEAK = "5"  # proc(5): this value resets VmHWM to the current VmRSS
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of one call.
+    """Memory of one call, in bytes.
 
     Attributes:
-        peak_extra: most that was resident above the level before the call, K/V cache included.
-        kv_cache: of ``peak_extra``, what the returned cache holds.
+        peak_extra: peak above the level before the call, K/V cache included.
+        kv_cache: the part of ``peak_extra`` that the returned K/V cache holds.
         method: "kernel peak" (VmHWM), "sampled" (VmRSS every millisecond) or "allocator" (CUDA).
     """
 
@@ -35,14 +35,14 @@ class MemoryUse:
 
     @property
     def working(self) -> int:
-        """``peak_extra`` without the K/V cache."""
+        """Peak without the K/V cache."""
         return max(0, self.peak_extra - self.kv_cache)
 
 
 def measure_memory(call: Callable[[], Any], device: torch.device) -> MemoryUse | None:
-    """Runs ``call`` once; None where the system does not tell what it took.
+    """Call ``call`` once and measure it; return None if the system does not report memory.
 
-    Memory that a library has kept from earlier calls counts as resident before this one.
+    Memory that a library keeps from earlier calls counts as resident before this one.
     """
     release_memory(device)
     if device.type == "cuda":
@@ -64,13 +64,13 @@ def measure_memory(call: Callable[[], Any], device: torch.device) -> MemoryUse |
 
 
 def kv_cache_bytes(output: Any) -> int:
-    """Bytes of the K/V cache in what a prefill returned."""
+    """Return the bytes of the K/V cache in a prefill's output."""
     layers = getattr(cache_of(output), "layers", None) or []
     return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None)
 
 
 def release_memory(device: torch.device) -> None:
-    """Gives memory that nobody uses back to the system, so that it does not hide what a call needs."""
+    """Return unused memory to the system, so that a call cannot reuse it unnoticed."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -79,7 +79,7 @@ def release_memory(device: torch.device) -> None:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that a new model may take; None where the system does not tell."""
+    """Return the bytes that a new model may use; None if the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -90,6 +90,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def _resident(field: str) -> int:
+    """Return VmRSS or VmHWM of this process in bytes; 0 if the system does not report it."""
     for line in _STATUS.read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
@@ -97,6 +98,7 @@ def _resident(field: str) -> int:
 
 
 def _reset_peak(resident: int) -> bool:
+    """Reset VmHWM to the current level; return whether that worked."""
     try:
         _CLEAR_REFS.write_text(_RESET_PEAK)
     except OSError:
@@ -106,6 +108,7 @@ def _reset_peak(resident: int) -> bool:
 
 @contextmanager
 def _sampled() -> Iterator[list[int]]:
+    """Sample VmRSS every millisecond within the block."""
     samples = [_resident("VmRSS")]
     done = threading.Event()
 

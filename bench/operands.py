@@ -1,4 +1,4 @@
-"""Tensors for single kernels of one shape: a prompt of ``tokens`` rows, no past."""
+"""Operands of single kernels, in the shapes of a prompt of ``tokens`` rows without a past."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ class Operands:
     """Random operands of the building blocks.
 
     Attributes:
-        spec, tokens, dtype, device: what they are for.
-        cos, sin: ``[tokens, rotary_dim]`` float32.
-        lengths: ``cu_seqlens, past_lens, cache_start`` of one sequence.
+        spec: shape of the model.
+        tokens: rows of the prompt.
+        dtype: of the operands.
+        device: of the operands.
+        cos: ``[tokens, rotary_dim]`` float32.
+        sin: ``[tokens, rotary_dim]`` float32.
+        lengths: ``cu_seqlens``, ``past_lens`` and ``cache_start`` of one sequence.
     """
 
     spec: _core.ModelSpec
@@ -36,27 +40,27 @@ class Operands:
 
     @property
     def kind(self) -> tuple[torch.dtype, torch.device]:
-        """dtype and device."""
+        """The dtype and the device."""
         return self.dtype, self.device
 
     def rand(self, *shape: int) -> torch.Tensor:
-        """Normal numbers in the model's dtype."""
+        """Return normally distributed numbers in the model's dtype."""
         return torch.empty(shape, dtype=self.dtype, device=self.device).normal_()
 
     def rows(self) -> torch.Tensor:
-        """``[tokens, hidden_size]``."""
+        """Return random hidden states ``[tokens, hidden_size]``."""
         return self.rand(self.tokens, self.spec.hidden_size)
 
     def cache(self) -> torch.Tensor:
-        """``[1, kv_heads, tokens, head_dim]``."""
+        """Return a random cache tensor ``[1, kv_heads, tokens, head_dim]``."""
         return self.rand(1, self.spec.num_kv_heads, self.tokens, self.spec.head_dim)
 
     def queries(self) -> torch.Tensor:
-        """``[tokens, heads, head_dim]``."""
+        """Return random Q ``[tokens, heads, head_dim]``."""
         return self.rand(self.tokens, self.spec.num_heads, self.spec.head_dim)
 
     def keys(self) -> torch.Tensor:
-        """``[tokens, kv_heads, head_dim]``."""
+        """Return random K or V ``[tokens, kv_heads, head_dim]``."""
         return self.rand(self.tokens, self.spec.num_kv_heads, self.spec.head_dim)
 
 
@@ -65,7 +69,7 @@ def _zeros(count: int) -> list[torch.Tensor]:
 
 
 def with_layers(spec: _core.ModelSpec, layers: Sequence[int]) -> _core.ModelSpec:
-    """The spec of a model that has only these layers, in this order."""
+    """Return the spec of a model that has only these layers, in this order."""
     facts = json.loads(spec.to_json())
     facts["num_layers"] = len(layers)
     for name in ("window", "rope_table", "sparse"):
@@ -74,10 +78,16 @@ def with_layers(spec: _core.ModelSpec, layers: Sequence[int]) -> _core.ModelSpec
 
 
 class BoundaryStep:
-    """The last ``rows`` rows of a prompt through a run of omitted layers, over a cache of the tokens before them.
+    """The boundary rows of a prompt through a run of omitted layers, over a cache of the tokens before them.
 
-    Done by ``pop::prefill`` on a model of only those layers (and the embedding and final norm, which hardly count),
-    with ``tokens - rows`` positions in the cache: its time is that of streaming the weights.
+    Calls ``pop::prefill`` on a model of only these layers (with the embedding and the final norm, which take little
+    time) with ``tokens - rows`` positions in the cache. Its time is mostly that of reading the weights.
+
+    Args:
+        native: the whole model.
+        run: the layers.
+        tokens: length of the prompt.
+        rows: number of boundary rows.
     """
 
     def __init__(self, native: NativeModel, run: range, tokens: int, rows: int = 1) -> None:
@@ -113,7 +123,7 @@ class BoundaryStep:
 
 
 def _slot_in(name: str, run: range) -> str:
-    """ "layers.0.q_proj" of the cut-out model is "layers.11.q_proj" of the whole one."""
+    """Translate a weight's name to the whole model's: "layers.0.q_proj" -> "layers.11.q_proj" for a run from 11."""
     if not name.startswith(_LAYER):
         return name
     index, _, rest = name.removeprefix(_LAYER).partition(".")

@@ -1,4 +1,4 @@
-"""A comparison with other engines as a table and as JSON."""
+"""Print a comparison with other engines as a table, and convert it to JSON."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _MIB = 2**20
 
 
 def baselines(case: PeerCase) -> list[PeerArm]:
-    """pop_ext's arms, that the others are held against: full depth, and the first plan."""
+    """Return the arms of pop_ext that the others are compared with: full depth, and the first plan."""
     names = [NATIVE_FULL, *(plan_name(plan) for plan in case.engines.plans[:1])]
     return [arm for arm in case.arms if arm.name in names and arm.samples and not arm.failed]
 
 
 def ratio(arm: PeerArm, native: PeerArm) -> dict[str, float]:
-    """How many times as long an arm takes as one of pop_ext's: of medians, and the median over rounds."""
+    """Return an arm's time relative to an arm of pop_ext: ratio of medians, and median of the ratios of rounds."""
     medians = [Summary.of(item.samples).median for item in (arm, native)]
     return {"of_medians": medians[0] / medians[1], "paired": paired_ratio(arm.samples, native.samples)}
 
 
 def case_text(case: PeerCase) -> str:
-    """The table of a length, who is missing from it, and how each arm is called."""
+    """Format the results at one length: a table, the engines that are missing, and how each arm is called."""
     engines, natives = case.engines, baselines(case)
     header = ["arm", "median ms", "IQR", "min", *(f"by {arm.name}" for arm in natives)]
     header += ["GFLOP/s", "same token", "error", "peak MiB"]
@@ -71,7 +71,7 @@ def _cells(arm: PeerArm, natives: list[PeerArm]) -> list[str]:
 
 
 def case_json(case: PeerCase) -> dict[str, Any]:
-    """A length with every sample."""
+    """Return the results at one length as JSON values, with every sample."""
     engines, natives = case.engines, baselines(case)
     return {
         "model": engines.model,

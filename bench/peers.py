@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Times the prefill of other CPU engines beside pop_ext, in one run: ``python bench/peers.py``; see bench/README.md."""
+"""Time the prefill of other CPU engines and of pop_ext in one run: ``python bench/peers.py``; see bench/README.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # the directory of this file would come before installed modules of the same names
+    sys.path[0] = str(ROOT)  # else modules of this directory would hide installed ones of the same names
 if find_spec("pop_ext") is None:
     sys.path.insert(1, str(ROOT / "python"))  # built in place by `make dev`
 
@@ -42,32 +42,44 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every option, with its default."""
-    p = argparse.ArgumentParser(prog="bench/peers.py", description="Times prefill by other CPU engines and by pop_ext.")
+    """Return the parser with all options."""
+    p = argparse.ArgumentParser(prog="bench/peers.py", description="Time prefill by other CPU engines and by pop_ext.")
     p.add_argument("--model", default="llama-3.2-1b", help=f"a shape (demo, {', '.join(SHAPES)}) or a directory")
     p.add_argument("--random-weights", action="store_true", help="read only the config of --model")
-    p.add_argument("--lengths", nargs="+", type=int, default=[512, 2048], help="tokens")
-    p.add_argument("--dtype", default="bfloat16", choices=_DTYPES, help="of the weights")
-    p.add_argument("--threads", type=int, help="of every engine (default: one for each core that may be used)")
-    p.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="engines beside these (default: all)")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="the hf-compile arm")
+    p.add_argument("--lengths", nargs="+", type=int, default=[512, 2048], help="prompt lengths in tokens")
+    p.add_argument("--dtype", default="bfloat16", choices=_DTYPES, help="dtype of the weights")
+    p.add_argument("--threads", type=int, help="threads of every engine (default: one for each core that may be used)")
+    p.add_argument(
+        "--peers",
+        nargs="*",
+        choices=PEERS,
+        default=list(PEERS),
+        help="engines beside Hugging Face and pop_ext (default: all)",
+    )
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="run the hf-compile arm")
     p.add_argument("--compile-mode", default="default", help="mode of torch.compile (default: default)")
     p.add_argument("--plan", nargs="+", type=Path, default=[], help="plan files (Plan.save)")
-    p.add_argument("--count", nargs="+", type=int, default=[], help="how many of the deepest layers; each a plan")
-    p.add_argument("--repeats", type=int, default=7, help="rounds (default: 7)")
-    p.add_argument("--warmup", type=int, default=2, help="prefills of each arm before them (default: 2)")
-    p.add_argument("--budget", type=float, help="seconds of each length's rounds; fewer rounds rather than more time")
-    p.add_argument("--timeout", type=float, default=1200, help="seconds that one answer may take (default: 1200)")
-    p.add_argument("--install", action=argparse.BooleanOptionalAction, default=True, help="make venvs that are missing")
+    p.add_argument("--count", nargs="+", type=int, default=[], help="omit the COUNT deepest layers; each a plan")
+    p.add_argument("--repeats", type=int, default=7, help="timed rounds (default: 7)")
+    p.add_argument("--warmup", type=int, default=2, help="untimed prefills of each arm before the rounds (default: 2)")
+    p.add_argument(
+        "--budget", type=float, help="seconds for the rounds of each length; fewer rounds run if it is spent"
+    )
+    p.add_argument(
+        "--timeout", type=float, default=1200, help="seconds that an engine may take for one answer (default: 1200)"
+    )
+    p.add_argument(
+        "--install", action=argparse.BooleanOptionalAction, default=True, help="create venvs that are missing"
+    )
     p.add_argument("--fresh", action="store_true", help="convert the weights again")
-    p.add_argument("--folder", type=Path, default=FOLDER, help="of venvs and weights (default: build/peers)")
+    p.add_argument("--folder", type=Path, default=FOLDER, help="folder of venvs and weights (default: build/peers)")
     p.add_argument("--json", type=Path, help="where to save (default: bench/results/local-peers-<time>.json)")
     p.add_argument("--quiet", action="store_true", help="no progress on stderr")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the comparison. Returns 0, 1 when an arm or a peer has no figure, 2 for bad arguments."""
+    """Run the comparison. Return 0; 1 if an arm or an engine has no samples; 2 for bad arguments."""
     argv = sys.argv[1:] if arguments is None else list(arguments)
     options = parser().parse_args(argv)
     problem = _problem(options)
@@ -98,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _problem(options: argparse.Namespace) -> str | None:
+    """Return the error of bad options; None if they are good."""
     if not hasattr(os, "sched_setaffinity"):
         return "this needs Linux: engines are held to the same cores"
     if any(tokens < 2 for tokens in options.lengths):
@@ -115,7 +128,7 @@ def _has_gap(case: PeerCase) -> bool:
 
 
 def prepared(options: argparse.Namespace, cpus: list[int]) -> Engines:
-    """Saves the weights that all engines read, and says what is to be run on them."""
+    """Save the weights that all engines read, and return the settings of the comparison."""
     model = load_model(options.model, _DTYPES[options.dtype], CPU, options.random_weights)
     config = model.model.config
     depth = config.num_hidden_layers
@@ -137,12 +150,13 @@ def prepared(options: argparse.Namespace, cpus: list[int]) -> Engines:
 
 
 def _holds(weights: Path, spec: _core.ModelSpec, model: Any) -> bool:
+    """Return whether a folder holds the weights of this model already."""
     path = weights.parent / "spec.json"
     return path.is_file() and path.read_text() == _fingerprint(spec, model)
 
 
 def _fingerprint(spec: _core.ModelSpec, model: Any) -> str:
-    """What tells weights of one name apart: the shape, and a few numbers of every tensor."""
+    """Return a text that differs between models of one name: the shape, and a few values of every tensor."""
     sums = [float(p.detach().view(-1)[:: max(1, p.numel() // 64)].double().sum()) for p in model.parameters()]
     return f"{spec.to_json()}\n{sums}\n"
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Draws reports of the bench: ``python bench/plot.py OUT.png REPORT.json ...``.
+"""Draw reports of the bench: ``python bench/plot.py OUT.png REPORT.json ...``.
 
-Above, how many times as fast as each baseline every arm is, against the length, with the arm's FLOP ceiling; below,
-the stages of each profile as shares of the slowest one of its shape.
+The upper panels show the speed-up of every arm over each baseline by prompt length, with the arm's FLOP ceiling. The
+lower panels show the stages of each profile, relative to the slowest profile of its shape.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_WIDTH, _HEIGHT = 5.2, 3.6  # inches of a panel
+_WIDTH, _HEIGHT = 5.2, 3.6  # of a panel, in inches
 _STAGE_COLOURS = "tab20"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the figure. Returns 1 where the reports hold nothing to draw."""
-    parser = argparse.ArgumentParser(prog="bench/plot.py", description="Draws reports of the bench.")
-    parser.add_argument("out", type=Path, help="the figure; its ending says the format")
+    """Write the figure. Return 1 if the reports hold nothing to draw, else 0."""
+    parser = argparse.ArgumentParser(prog="bench/plot.py", description="Draw reports of the bench.")
+    parser.add_argument("out", type=Path, help="the figure; its suffix is the format")
     parser.add_argument("reports", nargs="+", type=Path, help="JSON files of bench/run.py")
     options = parser.parse_args(arguments)
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in options.reports]
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def draw(reports: Sequence[dict[str, Any]]) -> Any | None:
-    """A matplotlib figure of all reports; None where there is nothing to draw."""
+    """Return a matplotlib figure of all reports; None if they hold nothing to draw."""
     from matplotlib.figure import Figure
 
     panels = speedup_panels(reports)
@@ -65,7 +65,7 @@ def _device(report: dict[str, Any]) -> str:
 
 
 def speedup_panels(reports: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float, float]]]]:
-    """Panel (model, batch, baseline) -> arm -> points (tokens, speedup, ceiling), by length."""
+    """Return panel title (model, batch, baseline) -> arm -> points (tokens, speedup, ceiling), by length."""
     panels: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
     for case in (case for report in reports for case in report["cases"]):
         for item in case["comparisons"]:
@@ -79,7 +79,7 @@ def speedup_panels(reports: Sequence[dict[str, Any]]) -> dict[str, dict[str, lis
 
 
 def profile_groups(reports: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Group (model, batch, tokens) -> its profiles."""
+    """Return group title (model, batch, tokens) -> its profiles."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for item in (item for report in reports for item in report.get("profiles", [])):
         title = f"{item['model']}, batch {item['batch']}, {item['tokens']} tokens"

@@ -1,8 +1,8 @@
-"""Where the time of a native prefill goes, stage by stage: ``python bench/run.py --profile``.
+"""Measure the stages of a native prefill: ``python bench/run.py --profile``.
 
-``pop::prefill`` opens a profiler range for each stage of each layer; the head and the whole call get theirs here.
-torch.profiler gives their times: on a CPU those of the ranges, on CUDA those of the kernels that were launched inside,
-where the profiler slows the host down, so that the whole call is one timed without it.
+``pop::prefill`` opens a profiler range for each stage of each layer; the ranges of the head and of the whole call are
+added here. torch.profiler reports their times: on a CPU those of the ranges, on CUDA those of the kernels launched
+within them. On CUDA the profiler slows the host down, so the whole call is timed without it.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ from bench.rates import measure_bandwidth, peak_rate, reference_gemms
 from bench.report import table
 
 LAYER_STAGES = ("qkv", "rope_cache_write", "attention", "o_proj", "mlp")
-"""What each layer does, in this order."""
+"""Stages of a layer, in this order."""
 HEAD = "lm_head"
 CALL = "call"
-"""The range around a whole call."""
+"""Name of the range around a whole call."""
 ONCE_STAGES = ("place_rows", "embed", "kv_project", "final_norm", HEAD)
 STAGES = ("place_rows", "embed", *LAYER_STAGES, "kv_project", "boundary", "final_norm", HEAD)
 REST = "rest"
-"""Outside of the stages: checks, cache, on CUDA also the time that no kernel of a stage runs."""
+"""Name of the time outside the stages: checks, cache, and on CUDA the time in which no kernel of a stage runs."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage, over all layers that have it.
+    """A stage, summed over all layers that have it.
 
     Attributes:
         seconds: median over the profiled calls.
-        flops, bytes: by the cost model, where it knows none by ``moved_bytes``; None where neither does.
+        flops: by the cost model; None if it does not model the stage.
+        bytes: by the cost model, else by `moved_bytes`; None if neither models the stage.
     """
 
     name: str
@@ -53,15 +54,15 @@ class Stage:
 
 @dataclass
 class StageProfile:
-    """One call, taken apart.
+    """The profile of one arm's call.
 
     Attributes:
-        name: of the arm.
-        seconds: of the whole call; median.
-        stages: in the order of a call; what is left of ``seconds`` is the last one, ``REST``.
-        peak: FLOP/s that matrix products reach in this run; None: unknown.
-        bandwidth: bytes per second that memory reaches in this run; None: unknown.
-        host: what the host does in a call of the enabled model.
+        name: name of the arm.
+        seconds: median of the whole call.
+        stages: in the order of a call; the last one, ``REST``, is the remainder of ``seconds``.
+        peak: FLOP/s of matrix products in this run; None: unknown.
+        bandwidth: bytes per second of memory in this run; None: unknown.
+        host: host times of a call of the enabled model.
     """
 
     name: str
@@ -75,18 +76,18 @@ class StageProfile:
     host: HostTimes | None = None
 
     def share_of_peak(self, stage: Stage) -> float | None:
-        """Of what bounds it: of both limits the one that would take longer."""
+        """Return a stage's speed as a share of its bound: of both limits, the one that takes longer."""
         if stage.seconds <= 0 or not self.peak or not self.bandwidth or not (stage.flops or stage.bytes):
             return None
         return max((stage.flops or 0.0) / self.peak, (stage.bytes or 0.0) / self.bandwidth) / stage.seconds
 
 
 class _Probe:
-    """Calls of one prefill that are taken apart.
+    """Profiles calls of one prefill.
 
     Attributes:
         calls: seconds of each call.
-        stages: stage -> seconds, of each call.
+        stages: for each call, stage -> seconds.
     """
 
     def __init__(self, native: NativeModel, input_ids: torch.Tensor) -> None:
@@ -100,12 +101,12 @@ class _Probe:
         return self.native.prefill(self._input_ids)
 
     def warm_up(self) -> None:
-        """Twice, untimed."""
+        """Call it twice, untimed."""
         for _ in range(2):
             self.run()
 
     def sample(self) -> None:
-        """One call; on CUDA two, for the whole one is timed without the profiler.
+        """Profile one call; on CUDA a second call is timed without the profiler.
 
         Raises:
             RuntimeError: the profiler did not see the stages.
@@ -126,13 +127,13 @@ class _Probe:
 
 
 def profile_plans(model: Any, input_ids: torch.Tensor, plans: Sequence[Plan], rounds: int = 5) -> list[StageProfile]:
-    """Profiles of one prompt under several plans, held against what this device reaches now.
+    """Profile one prompt under several plans, relative to the peaks of this device in the same run.
 
     Args:
         model: a Hugging Face model of a native family.
         input_ids: ``[batch, tokens]``.
         plans: executed as given.
-        rounds: each takes one call of every plan apart, and times the products and the memory they are held against.
+        rounds: number of rounds; each profiles one call of every plan, and times matrix products and memory.
 
     Raises:
         RuntimeError: the profiler did not see the stages.
@@ -175,9 +176,16 @@ def _profile_of(probe: _Probe, input_ids: torch.Tensor, peak: float | None, band
 
 
 def moved_bytes(spec: _core.ModelSpec, plan: Plan, rows: int, element: int) -> dict[str, float]:
-    """Bytes that stages without products read and write, each operand once, for ``rows`` rows without a past.
+    """Return the bytes that stages without products read and write, each operand once, for rows without a past.
 
-    Omitted layers and the last one write their caches in the stage kv_project; of their few other rows none is counted.
+    Omitted layers and the last layer write their caches in the stage kv_project. Their few boundary rows are not
+    counted.
+
+    Args:
+        spec: shape of the model.
+        plan: the plan.
+        rows: rows of the prompt.
+        element: bytes of an element.
     """
     through = set(range(spec.num_layers - 1)) - set(plan.omit)
     return {
@@ -188,7 +196,7 @@ def moved_bytes(spec: _core.ModelSpec, plan: Plan, rows: int, element: int) -> d
 
 @contextmanager
 def _head_as_a_stage(native: NativeModel) -> Iterator[None]:
-    """A range of the profiler around the head, which Python calls after the operator."""
+    """Open a profiler range around the head within the block; Python calls the head after the operator."""
     logits_of = native.logits_of
 
     def in_a_range(hidden: torch.Tensor) -> torch.Tensor:
@@ -203,16 +211,20 @@ def _head_as_a_stage(native: NativeModel) -> Iterator[None]:
 
 
 def stage_sums(ranges: Iterable[tuple[str, float]], plan: Plan) -> dict[str, float]:
-    """Sums ``(stage, seconds)`` in the order of a call.
+    """Sum the seconds of each stage over layers.
+
+    Args:
+        ranges: ``(stage, seconds)``, in the order of a call.
+        plan: plan of the call.
 
     Raises:
-        RuntimeError: other stages than those of a call under this plan.
+        RuntimeError: the stages are not those of a call under this plan.
     """
     sums: dict[str, float] = {}
     counts = dict.fromkeys(LAYER_STAGES, 0)
     for stage, seconds in ranges:
         if stage in counts:
-            # Layers come in order, each with every stage once: so the count of a stage is the layer's number.
+            # Layers run in order, and each has every stage once: the count of a stage is the index of its layer.
             layer = counts[stage]
             counts[stage] += 1
             stage = "boundary" if layer in plan.omit else stage
@@ -223,12 +235,12 @@ def stage_sums(ranges: Iterable[tuple[str, float]], plan: Plan) -> dict[str, flo
 
 
 def _microseconds(event: Any, on_gpu: bool) -> float:
-    """On CUDA the time of the kernels launched inside the range, by it and by the operators that it calls."""
+    """Return a range's time; on CUDA that of the kernels launched in it, by its operators as well."""
     return float(event.device_time_total if on_gpu else event.cpu_time_total)
 
 
 def profile_text(found: StageProfile) -> str:
-    """The table of one profile."""
+    """Format a profile as a table."""
     header = ["stage", "us", "share", "rate", "unit", "of peak"]
     lines = [
         f"{found.name}, batch {found.batch}, {found.tokens} tokens: {1e6 * found.seconds:,.0f} us a call",
@@ -255,7 +267,7 @@ def _cells(found: StageProfile, stage: Stage) -> list[str]:
 
 
 def _rate(found: StageProfile, stage: Stage) -> tuple[float | None, str]:
-    """GFLOP/s, or GB/s for a stage that memory bounds."""
+    """Format a stage's GFLOP/s; GB/s if it is bound by memory."""
     flops, moved = stage.flops or 0.0, stage.bytes or 0.0
     if stage.seconds <= 0 or not (flops or moved):
         return None, ""
@@ -265,7 +277,7 @@ def _rate(found: StageProfile, stage: Stage) -> tuple[float | None, str]:
 
 
 def profile_json(model: str, dtype: str, found: Sequence[StageProfile]) -> list[dict[str, Any]]:
-    """Profiles as plain data."""
+    """Return profiles as JSON values."""
     return [
         {
             "model": model,

@@ -1,4 +1,4 @@
-"""What this machine reaches in this run: matrix products and memory bandwidth. Shares are shares of these."""
+"""Measure the machine's peaks in this run, matrix products and memory bandwidth; shares are relative to them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Gemm(Timed):
 
     @property
     def rate(self) -> float | None:
-        """FLOP/s by the median sample."""
+        """FLOP/s of the median sample."""
         return self.flops / Summary.of(self.samples).median if self.samples else None
 
 
@@ -36,14 +36,14 @@ Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def own_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The product that a native prefill uses, where ``F.linear`` is that of the stock model."""
+    """Compute ``x . weight^T`` as a native prefill does; the stock model calls ``F.linear``."""
     return torch.ops.pop.linear(x, weight)
 
 
 def make_gemm(
     name: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, product: Product = F.linear
 ) -> Gemm:
-    """A product on random operands; a failed allocation is its result."""
+    """Return a product of random operands; it is marked as failed if they cannot be allocated."""
     gemm = Gemm(name=name, m=m, n=n, k=k)
 
     def make() -> object:
@@ -56,9 +56,9 @@ def make_gemm(
 
 
 def layer_gemms(spec: _core.ModelSpec, tokens: int, dtype: torch.dtype, device: torch.device) -> list[Gemm]:
-    """A layer's products for ``tokens`` rows; those of equal shape once. On a CPU those of a native prefill as well.
+    """Return the matrix products of a layer for ``tokens`` rows, one for each shape.
 
-    (On CUDA a native prefill asks the same library.)
+    On a CPU those of a native prefill are added; on CUDA it calls the same library as torch.
     """
     sizes = {
         "q_proj": (spec.q_dim, spec.hidden_size),
@@ -79,10 +79,11 @@ def layer_gemms(spec: _core.ModelSpec, tokens: int, dtype: torch.dtype, device: 
 
 
 def reference_gemms(spec: _core.ModelSpec, rows: int, dtype: torch.dtype, device: torch.device) -> list[Gemm]:
-    """What a prefill of ``rows`` rows is held against: its MLP's product, and a square one.
+    """Return the products that define the peak for ``rows`` rows: the MLP's product and a square one.
 
-    On a CPU the MLP's product also as a native prefill computes it, and with 16-bit weights a square one in float32:
-    where the library has only a plain loop for 16 bits, they are widened, which reaches more than that loop does.
+    On a CPU there are two more: the MLP's product as a native prefill computes it, and for 16-bit weights a square
+    product in float32. Where the library has only a plain loop for 16 bits, weights are widened to float32, which is
+    faster than that loop.
     """
     side = _SQUARE.get(device.type, _SQUARE["cpu"])
     inner, hidden = spec.intermediate_size, spec.hidden_size
@@ -99,20 +100,20 @@ def reference_gemms(spec: _core.ModelSpec, rows: int, dtype: torch.dtype, device
 
 
 def peak_rate(gemms: list[Gemm]) -> float | None:
-    """The best median FLOP/s of these products."""
+    """Return the highest median FLOP/s of these products."""
     return max((gemm.rate for gemm in gemms if gemm.rate is not None), default=None)
 
 
 def measure_bandwidth(device: torch.device, repeats: int = 7) -> dict[str, float]:
-    """Bytes per second of a big copy (bytes read plus written) and of a big read."""
-    elements = 2**28 if device.type == "cuda" else 2**25  # float32: 1 GiB, 128 MiB
+    """Return the bytes per second of a large copy (read plus written) and of a large read."""
+    elements = 2**28 if device.type == "cuda" else 2**25  # of float32: 1 GiB, 128 MiB
     source = torch.ones(elements, device=device)
     target = torch.empty_like(source)
     copy = Timed("copy", lambda: target.copy_(source))
     read = Timed("read", lambda: source.sum())
     clock = KernelClock(device)
     for item in (copy, read):
-        item.warm_up()  # and first touch of the pages
+        item.warm_up()  # the system maps the pages now
     interleave([copy, read], clock, repeats)
     size = source.nbytes
     moved = {"copy": 2 * size, "read": size}

@@ -1,4 +1,4 @@
-"""Results as tables for people and as JSON for programs."""
+"""Format results as tables, and convert them to JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _MIB = 2**20
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of one width: the first to the left, the others to the right. A row of two cells is name and sentence."""
+    """Format a table: the first column is left-aligned, the others right-aligned.
+
+    A row of two cells is a name and a sentence; the sentence may span the other columns.
+    """
     full = [row for row in rows if len(row) == len(header)]
     widths = [max(len(row[i]) for row in [header, *full]) for i in range(len(header))]
     widths[0] = max(widths[0], *(len(row[0]) for row in rows)) if rows else widths[0]
@@ -36,7 +39,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def environment_text(facts: dict[str, Any]) -> str:
-    """The head of a report."""
+    """Format the environment for the head of a report."""
     commit = facts["git_commit"] or "unknown commit"
     modified = ", modified" if facts["git_modified"] else ""
     lines = [
@@ -55,7 +58,7 @@ def environment_text(facts: dict[str, Any]) -> str:
 
 
 def case_text(case: Case) -> str:
-    """The table of a case, and what goes with it."""
+    """Format a case: its table, comparisons, memory and warnings."""
     baseline = case.baseline()
     against = baseline.name if baseline else "baseline"
     header = ["arm", "median ms", "IQR", "min", f"vs {against}", "paired", "ceiling", "of ceiling"]
@@ -71,7 +74,10 @@ def case_text(case: Case) -> str:
 
 
 def length_text(cases: Sequence[dict[str, Any]], model: str) -> str:
-    """By length and batch: median of hf-eager, and how many times as fast each other arm is, paired. From the JSON."""
+    """Format the results of a model by length and batch size.
+
+    A row has the median of hf-eager and the paired speed-up of every other arm. Takes the cases as JSON values.
+    """
     of_model = [case for case in cases if case["model"] == model]
     names = list(dict.fromkeys(arm["name"] for case in of_model for arm in case["arms"]))
     rows = []
@@ -111,7 +117,7 @@ def _arm_cells(case: Case, arm: Arm, baseline: Arm | None) -> list[str]:
 
 
 def _comparison_lines(case: Case, baseline: Arm | None) -> list[str]:
-    """The comparisons that the table does not hold."""
+    """Format the comparisons that are not in the table."""
     shown = baseline.name if baseline else None
     return [_comparison_line(comparison) for comparison in case.comparisons() if comparison.baseline != shown]
 
@@ -142,7 +148,7 @@ def _gemm_line(case: Case) -> str:
 
 
 def kernel_text(kernels: KernelTable) -> str:
-    """The kernel table."""
+    """Format the kernel table."""
     header = ["kernel", "tokens", "us", "IQR", "rate", "unit", "of peak", "beside"]
     bandwidth = ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in kernels.bandwidth.items())
     peak = f"{kernels.peak / 1e9:,.0f} GFLOP/s" if kernels.peak else "unknown"
@@ -179,7 +185,7 @@ def _percent(share: float | None) -> str:
 
 
 def case_json(case: Case) -> dict[str, Any]:
-    """A case with every sample."""
+    """Return a case as JSON values, with every sample."""
     baseline = case.baseline()
     return {
         "model": case.model.name,
@@ -228,7 +234,7 @@ def _timing(timed: Timed, flops: float | None) -> dict[str, Any]:
 
 
 def kernel_json(kernels: KernelTable) -> dict[str, Any]:
-    """The kernel table with every sample."""
+    """Return the kernel table as JSON values, with every sample."""
     return {
         "model": kernels.model,
         "dtype": kernels.dtype,
@@ -254,6 +260,6 @@ def kernel_json(kernels: KernelTable) -> dict[str, Any]:
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Writes a report; directories are made."""
+    """Write a report; missing directories are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

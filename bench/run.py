@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Times prefill by Hugging Face and by pop_ext in one run: ``python bench/run.py``; see bench/README.md."""
+"""Time prefill by Hugging Face and by pop_ext in one run: ``python bench/run.py``; see bench/README.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # the directory of this file would come before installed modules of the same names
+    sys.path[0] = str(ROOT)  # else modules of this directory would hide installed ones of the same names
 
 from importlib.util import find_spec  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""Models to time: named shapes with random weights, the demo model, checkpoints."""
+"""Load the models to time: named shapes with random weights, the demo model, checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.memory import available_bytes
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "demo_model" / "model"
 
-# Sizes as the demo model has them, for a checkout without it.
+# The sizes of the demo model, for a checkout without its weights.
 _DEMO_SIZES = {
     "model_type": "llama",
     "num_hidden_layers": 12,
@@ -29,7 +29,7 @@ _DEMO_SIZES = {
     "max_position_embeddings": 2048,
 }
 _TIED = ("Llama-3.2-", "Qwen2-0.5B", "Qwen2-1.5B", "Qwen2.5-0.5B", "Qwen2.5-1.5B", "Qwen2.5-3B")
-_POOL = 2**24 + 43  # odd, so that rows of a matrix that is larger start at different places of it
+_POOL = 2**24 + 43  # odd, so that rows of a larger matrix start at different places of the pool
 _STD = 0.02
 
 
@@ -38,7 +38,7 @@ def _short(name: str) -> str:
 
 
 SHAPES = {_short(name): name for name in PRESETS if "-Instruct" not in name}
-"""Short name -> Hugging Face name of a preset, whose sizes it takes; ``demo`` comes on top."""
+"""Short name -> Hugging Face name of the preset with these sizes. The name ``demo`` is handled apart."""
 
 
 @dataclass
@@ -46,10 +46,10 @@ class BenchModel:
     """A model in memory.
 
     Attributes:
-        name: as asked for.
-        model: a PreTrainedModel; None once it is released.
-        weights: "random", or where they are from.
-        note: what the user should know about it; "" for nothing.
+        name: the name that the user gave.
+        model: a PreTrainedModel; None after it was released.
+        weights: "random", or the source of the weights.
+        note: a remark for the user; "" for none.
     """
 
     name: str
@@ -59,19 +59,19 @@ class BenchModel:
 
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device, random_weights: bool = False) -> BenchModel:
-    """Loads a model by the name of a shape, "demo", a directory or a Hugging Face name.
+    """Load a model by the name of a shape, "demo", a directory or a Hugging Face name.
 
     Args:
-        name: a key of ``SHAPES``: random weights. "demo": the demo model, or its shape where its weights
-            are missing. A directory: its checkpoint, or random weights if it holds only a config.json.
+        name: a key of ``SHAPES``: random weights. "demo": the demo model, or its shape with random weights if its
+            own are missing. A directory: its checkpoint, or random weights if it holds only a config.json.
             Anything else: ``from_pretrained``.
-        dtype: of all weights.
-        device: where they go.
-        random_weights: never read or fetch a checkpoint.
+        dtype: dtype of all weights.
+        device: device of the weights.
+        random_weights: never read or download a checkpoint.
 
     Raises:
-        ValueError: weights that do not fit the free memory.
-        OSError: no such model.
+        ValueError: the weights do not fit into free memory.
+        OSError: there is no such model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -108,7 +108,7 @@ def _has_weights(path: Path) -> bool:
 
 
 def _random_model(name: str, config: Any, dtype: torch.dtype, device: torch.device, note: str = "") -> BenchModel:
-    """A model of that shape without the library's own slow initialisation, and without a second copy."""
+    """Build a model with random weights, without transformers' slow initialisation and without a second copy."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -125,9 +125,9 @@ def _random_model(name: str, config: Any, dtype: torch.dtype, device: torch.devi
 
 
 def fill_random(model: torch.nn.Module, seed: int = 0) -> None:
-    """Draws matrices from N(0, 0.02^2) and zeroes biases; norms keep the ones they are made with.
+    """Draw matrices from N(0, 0.02^2) and set biases to zero; norms keep their initial weights.
 
-    Numbers are copied from one pool of 16 million: a draw for each of 8 billion would take a minute.
+    Values are copied from a pool of 16 million numbers: drawing 8 billion would take a minute.
     """
     parameters = [(name, parameter.data) for name, parameter in model.named_parameters()]
     first = parameters[0][1]
@@ -150,5 +150,5 @@ def fill_random(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 def spec_facts(spec: Any) -> dict[str, Any]:
-    """A ModelSpec as plain data, for the report."""
+    """Return a ModelSpec as JSON values."""
     return json.loads(spec.to_json())

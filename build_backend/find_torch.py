@@ -1,6 +1,7 @@
-"""Prints "version;folder" of the torch that this interpreter sees, or exits with what is wrong with it.
+"""Print "version;folder" of this interpreter's torch, or exit with the reason why it cannot be used.
 
-Run as ``python -I``: isolated, Python does not see what pip fetched for the build, only its environment.
+Run it as ``python -I``: an isolated interpreter sees its environment, and not the packages that pip fetched for the
+build.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import os
 import re
 import sys
 
-MINIMUM = (2, 11)  # also `dependencies` of pyproject.toml and TORCH_TARGET_VERSION
+MINIMUM = (2, 11)  # the same as in `dependencies` of pyproject.toml and TORCH_TARGET_VERSION
 
 
 def main() -> None:
+    """Find torch, and print its version and folder."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         sys.exit("torch is not installed")

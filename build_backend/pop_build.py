@@ -1,7 +1,7 @@
-"""scikit-build-core, with torch as a build requirement only where the environment has none.
+"""scikit-build-core as the build backend, with torch as a build requirement only if the environment has none.
 
-pop_ext compiles against torch's headers, and any torch >= 2.11 has the right ones. Were torch listed in
-``build-system.requires``, pip would fetch gigabytes of another one beside the one that is installed.
+pop_ext compiles against torch's headers, and any torch >= 2.11 will do. If torch were listed in
+``build-system.requires``, pip would download gigabytes of a second torch beside the installed one.
 """
 
 from __future__ import annotations
@@ -36,13 +36,16 @@ _FIND_TORCH = Path(__file__).with_name("find_torch.py")
 
 
 def _torch_requirement() -> list[str]:
+    """Return the requirement of a torch; an empty list if the environment has one that will do."""
     found = subprocess.run([sys.executable, "-I", str(_FIND_TORCH)], capture_output=True, check=False)
     return [] if found.returncode == 0 else ["torch>=2.11"]
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
+    """Return the requirements of a wheel (PEP 517)."""
     return [*_build.get_requires_for_build_wheel(config_settings), *_torch_requirement()]
 
 
 def get_requires_for_build_editable(config_settings: dict[str, Any] | None = None) -> list[str]:
+    """Return the requirements of an editable install (PEP 660)."""
     return [*_build.get_requires_for_build_editable(config_settings), *_torch_requirement()]

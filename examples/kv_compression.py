@@ -1,11 +1,11 @@
-"""A pruned prefill, then a smaller KV cache: presses of kvpress after the prefill of an enabled model.
+"""Compress the KV cache after a pruned prefill, with presses of kvpress.
 
     python examples/kv_compression.py --model meta-llama/Llama-3.2-1B-Instruct --prompt-file prompt.txt
     python examples/kv_compression.py --model ... --prompt-file ... --press kvpress.SnapKVPress --hidden-states
 
-``pressed`` stands in the place of kvpress's own ``with press(model):``. That one hooks every attention, which a native
-prefill does not call and the reference calls twice; this one calls the press once for each layer, omitted ones
-included, when the whole prompt is in the cache. docs/composition.md says what each kind of press sees.
+``pressed`` replaces kvpress's ``with press(model):``, which hooks every attention module. A native prefill does not
+call these modules, and the reference calls them twice. ``pressed`` calls the press once for each layer, omitted layers
+included, when the whole prompt is in the cache. docs/composition.md describes what each kind of press sees.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers.cache_utils import DynamicLayer
 class KeyNormPress:
     """Drops the positions with the largest keys, as kvpress's KnormPress does (Devoto et al., arXiv 2406.11430).
 
-    It has the interface of kvpress's presses, as far as ``pressed`` needs it.
+    It has the part of the interface of kvpress's presses that ``pressed`` uses.
     """
 
     compression_ratio: float = 0.5
@@ -45,7 +45,7 @@ class KeyNormPress:
 
 
 class NotKept:
-    """In the place of hidden states that nobody kept: their shape. A press that reads more is told what to do."""
+    """Stands for hidden states that were not kept. It has their shape; reading more raises an error."""
 
     def __init__(self, *shape: int) -> None:
         self.shape = torch.Size(shape)
@@ -61,25 +61,27 @@ class NotKept:
 
 
 class Press:
-    """A press on the calls of one model: what its layers read, and what is done when a prefill is through."""
+    """Applies a press to the calls of one model: keeps the layers' inputs, and compresses after a prefill."""
 
     def __init__(self, model: Any, press: Any) -> None:
         decoder = model.get_decoder()
         self.model, self.press, self.layers = model, press, decoder.layers
-        self.read: list[list[Tensor]] = [[] for _ in self.layers]  # [1 or batch, rows, hidden], call by call
+        self.read: list[list[Tensor]] = [
+            [] for _ in self.layers
+        ]  # inputs of each layer, [1 or batch, rows, hidden] a call
         self.rope: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.layers]
 
     def begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A pre-hook of the whole model: nothing is left of the call before, nor of the prompt before."""
+        """Drop what earlier calls left; a pre-hook of the whole model."""
         for parts in (*self.read, *self.rope):
             parts.clear()
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if cache is None or cache.get_seq_length() == 0:
-            for layer in self.layers:  # by head, AdaKV drops positions so; its masks are of another prompt
+            for layer in self.layers:  # AdaKV marks dropped positions by head; its masks are of the previous prompt
                 layer.self_attn.__dict__.pop("masked_key_indices", None)
 
     def record(self, index: int) -> Callable[..., None]:
-        """A pre-hook of a layer: the oracle calls it for context rows and for boundary rows, omitted or not."""
+        """Keep a layer's input; a pre-hook, which the oracle calls for context rows and for boundary rows."""
 
         def before(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.read[index].append(args[0] if args else kwargs["hidden_states"])
@@ -88,20 +90,20 @@ class Press:
         return before
 
     def after(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """A hook of the whole model: the press, once, on each layer of a cache that holds this call's tokens alone."""
+        """Apply the press once to each layer if the cache has this call's tokens only; a hook of the whole model."""
         tokens = kwargs.get("input_ids", args[0] if args else None)
         tokens = kwargs["inputs_embeds"] if tokens is None else tokens
         cache = getattr(output, "cache", None) or output.past_key_values
         batch, length = tokens.shape[:2]
         if length == 1 or cache.get_seq_length() != length:
-            return  # a decode step, or a later turn: as in kvpress, only a first prefill is compressed
+            return  # a decode step or a later turn: as in kvpress, only a first prefill is compressed
         mask = kwargs.get("attention_mask")
         if mask is not None and not bool(mask.all()):
             raise ValueError("attention_mask: expected no padding, since a press takes it for tokens")
         for index, layer in enumerate(self.layers):
             held = cache.layers[index]
             if getattr(held, "is_sliding", False):
-                continue  # it keeps a window already
+                continue  # the layer keeps only a window already
             if type(held) is not DynamicLayer:
                 raise ValueError(f"past_key_values: expected a DynamicCache, got a {type(held).__name__}")
             self._press(layer, index, cache, batch, length)
@@ -109,7 +111,7 @@ class Press:
     def _press(self, layer: Any, index: int, cache: Any, batch: int, length: int) -> None:
         hidden_states, rope = NotKept(batch, length, self.model.config.hidden_size), NotKept()
         if self.read[index]:
-            # The oracle computes sequence by sequence; the stock forward all in one call.
+            # The oracle runs one sequence after the other, the stock forward all in one call.
             rows = torch.cat(self.read[index], dim=1).view(batch, length, -1)
             hidden_states = layer.input_layernorm(rows)
             rope = tuple(torch.cat(parts, dim=1)[:, :length] for parts in zip(*self.rope[index], strict=True))
@@ -124,17 +126,19 @@ class Press:
 
 @contextmanager
 def pressed(model: Any, press: Any, hidden_states: bool = False) -> Iterator[None]:
-    """Within it, each first prefill of a text model, ``generate``'s too, ends with the press on every layer's K and V.
+    """Apply a press to every layer's K and V after each first prefill within the block, also in ``generate``.
 
     Args:
-        model: a Hugging Face causal language model, enabled with either backend, or not at all.
-        press: of kvpress, or with ``post_init_from_model`` and ``forward_hook`` as ``KeyNormPress`` has them.
-        hidden_states: keep what the layers read, for presses that score by it (SnapKV, ExpectedAttention). That takes
-            hooks on the layers, so the model has to be enabled with ``backend="reference"``, or not at all: a native
-            prefill would be left to the stock forward.
+        model: a Hugging Face causal language model, enabled with either backend, or not enabled.
+        press: a press of kvpress, or an object with the ``post_init_from_model`` and ``forward_hook`` of
+            ``KeyNormPress``.
+        hidden_states: keep the layers' inputs for presses that use them (SnapKV, ExpectedAttention). This needs hooks
+            on the layers, so the model must be enabled with ``backend="reference"`` or not enabled: with the native
+            backend, such calls run in the stock forward.
 
     Raises:
-        ValueError: in a call: padding, another cache than a DynamicCache, or hidden states that were not kept.
+        ValueError: a call has padding or another cache than a DynamicCache, or the press needs hidden states that were
+            not kept.
     """
     press.post_init_from_model(model)
     state, rotary = Press(model, press), model.get_decoder().rotary_emb
@@ -142,7 +146,7 @@ def pressed(model: Any, press: Any, hidden_states: bool = False) -> Iterator[Non
         handles = [model.register_forward_pre_hook(state.begin, with_kwargs=True)]
         handles.append(model.register_forward_hook(state.after, with_kwargs=True))
         for index, layer in enumerate(state.layers):
-            # Where kvpress looks for it. Not as a submodule: the native prefill is bound to those that it found.
+            # kvpress looks for it here. It is not registered as a submodule: the native prefill accepts no new ones.
             layer.self_attn.__dict__["rotary_emb"] = rotary
             stack.callback(layer.self_attn.__dict__.pop, "rotary_emb", None)
             if hidden_states:
@@ -153,7 +157,7 @@ def pressed(model: Any, press: Any, hidden_states: bool = False) -> Iterator[Non
 
 
 def find_press(name: str) -> type[Any]:
-    """ "KeyNormPress", or "kvpress.SnapKVPress"."""
+    """Return the class of a press: "KeyNormPress" of this file, or a name such as "kvpress.SnapKVPress"."""
     module, _, kind = name.rpartition(".")
     found: type[Any] = getattr(importlib.import_module(module), kind) if module else globals()[kind]
     return found
@@ -163,9 +167,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hugging Face name")
     parser.add_argument("--prompt-file", required=True)
-    parser.add_argument("--press", default="KeyNormPress", help="of this file, or of a module: kvpress.SnapKVPress")
+    parser.add_argument(
+        "--press", default="KeyNormPress", help="a class of this file, or of a module: kvpress.SnapKVPress"
+    )
     parser.add_argument("--ratio", type=float, default=0.5, help="share of the cache to drop")
-    parser.add_argument("--hidden-states", action="store_true", help="keep them for the press: plain PyTorch, slow")
+    parser.add_argument(
+        "--hidden-states", action="store_true", help="keep hidden states for the press, with the slow reference backend"
+    )
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)

@@ -1,9 +1,9 @@
-"""An engine of one's own on ``torch.ops.pop.prefill``: packed prompts, one's own KV cache, one's own decode loop.
+"""A small engine on ``torch.ops.pop.prefill``, with packed prompts and its own KV cache and decode loop.
 
     python examples/own_engine.py --model meta-llama/Llama-3.2-1B-Instruct --prompt-file prompt.txt
 
-Hugging Face gives weights, RoPE tables and the language-model head; its forward is never called. Decode is the op
-once more: one new token per sequence is a call whose every row is a boundary row, so that no layer is omitted.
+Hugging Face provides weights, RoPE tables and the language-model head; its forward is never called. Decode calls the
+same op with one new token per sequence. That token is a boundary row, so no layer is omitted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CAPACITY = 4096
 
 
 class Engine:
-    """Greedy generation for a fixed batch. Caches are ``[batch, kv_heads, capacity, head_dim]``, one pair a layer."""
+    """Generates greedily for a fixed batch. Caches are ``[batch, kv_heads, capacity, head_dim]``, one pair a layer."""
 
     def __init__(self, native: pop_ext.NativeModel, batch: int, capacity: int) -> None:
         self.native = native
@@ -30,7 +30,7 @@ class Engine:
         self.past = torch.zeros(batch, dtype=torch.int32)
 
     def step(self, tokens: list[Tensor]) -> Tensor:
-        """Feeds new tokens ``[T_i]`` of each sequence, behind what its cache holds; the next token of each, [batch]."""
+        """Append new tokens ``[T_i]`` to each sequence, and return the next token of each, ``[batch]``."""
         model, lengths = self.native.model, torch.tensor([len(ids) for ids in tokens], dtype=torch.int32)
         positions = torch.cat([torch.arange(int(p), int(p + n)) for p, n in zip(self.past, lengths, strict=True)])
         cos, sin = model.model.rotary_emb(torch.empty(0), positions[None])
@@ -41,9 +41,9 @@ class Engine:
             sin[0],
             torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32),
             self.past,
-            torch.zeros_like(lengths),  # every sequence begins in slot 0
+            torch.zeros_like(lengths),  # cache_start: every sequence begins in slot 0
             torch.minimum(lengths, torch.tensor(self.native.plan.boundary, dtype=torch.int32)),
-            torch.ones_like(lengths),  # the hidden state of the last row of each
+            torch.ones_like(lengths),  # logits_to_keep: the last row of each sequence
             self.keys,
             self.values,
         )

@@ -1,4 +1,4 @@
-"""pop_ext in a program that uses Hugging Face: the same generate(), a faster first token.
+"""Use pop_ext with Hugging Face: the same generate(), with a faster first token.
 
 python examples/quickstart.py --model meta-llama/Llama-3.2-1B-Instruct --prompt-file prompt.txt
 """
@@ -17,7 +17,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hugging Face name")
     parser.add_argument("--prompt-file", required=True)
-    parser.add_argument("--boundary", type=int, default=1, help="last tokens of the prompt at full depth")
+    parser.add_argument(
+        "--boundary", type=int, default=1, help="boundary rows: last tokens of the prompt, which run at full depth"
+    )
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)

@@ -1,19 +1,19 @@
-"""What a machine with an NVIDIA GPU has to show, without a network, within nine minutes: ``scripts/gpu_check.sh OUT``.
+"""Test and measure on a machine with an NVIDIA GPU, offline, within nine minutes: ``scripts/gpu_check.sh OUT``.
 
-Stages, in this order, each within its own limit; a failed one does not stop the next:
+The stages run in this order, each with a time limit; after a failed stage the next one still runs:
 
-    build      the package in place, for this GPU's architecture alone, and the kernel checks
+    build      build the package in place, for this GPU's architecture only, and the kernel checks
     tests      the suite with --device cuda
     sanitizer  the kernel checks, plain and under compute-sanitizer: memcheck, racecheck
     bench-8b   Llama-3.1-8B against Hugging Face's sdpa, eager and compiled, on random weights
     bench-1b   Llama-3.2-1B against Hugging Face's sdpa
-    kernels    each kernel beside its floor
-    profile    where a prefill's time goes, stage by stage
-    plot       of what the stages before it left in OUT
+    kernels    each kernel, relative to the peak that bounds it
+    profile    a native prefill, stage by stage
+    plot       plot the results of the stages before it
 
-``scripts/gpu_check.sh OUT build tests`` runs those two. OUT then holds log.txt, summary.json, bench-8b.json,
-bench-1b.json, kernels.json, profile.json and plot.png; the exit status is 0 if every stage's was. Without a GPU, or
-with DRY_RUN=1, the same stages run on a CPU with tiny models, to test themselves: their figures mean nothing.
+``scripts/gpu_check.sh OUT build tests`` runs only these two. The folder OUT gets log.txt, summary.json, bench-8b.json,
+bench-1b.json, kernels.json, profile.json and plot.png. The exit status is 0 if every stage succeeded. Without a GPU, or
+with DRY_RUN=1, the same stages run on a CPU with tiny models, as a test of this script: their figures mean nothing.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ LIMITS = {
     "profile": 30,
     "plot": 15,
 }
-"""Seconds; together below nine minutes."""
+"""Time limits of the stages in seconds; together below nine minutes."""
 
-PROCESSES = 14  # of the tests, on 16 cores: most of their time is the host's
+PROCESSES = 14  # of pytest, on 16 cores: the tests spend most of their time on the host
 TIMED_OUT = 124
-DRY_PATIENCE = 4  # a dry run measures nothing, on a machine that may be slow
-GRACE = 5  # seconds between asking a command to stop and ending it
+DRY_PATIENCE = 4  # factor of the limits in a dry run, whose machine may be slow
+GRACE = 5  # seconds between asking a command to stop and killing it
 TOOLKIT = "/usr/local/cuda/bin"
 RACY = ("attention of boundary rows", "attention of many rows", "rms_norm", "skinny_gemm", "kv_project_sm90")
-"""Kernel checks whose kernels share memory among threads."""
+"""The kernel checks whose kernels use shared memory."""
 
 
 @dataclass
 class Stage:
-    """What happened in a stage."""
+    """The outcome of a stage."""
 
     name: str
     limit: float
@@ -66,7 +66,7 @@ class Stage:
 
 
 class Run:
-    """One run of the script."""
+    """A run of the script."""
 
     def __init__(self, out: Path, dry: bool) -> None:
         self.out, self.dry = out, dry
@@ -75,7 +75,7 @@ class Run:
         self.deadline = 0.0
         self.stages: list[Stage] = []
         path = os.environ.get("PATH", "")
-        in_place = "" if dry else str(ROOT / "python")  # a dry run builds nothing there: it takes what is installed
+        in_place = "" if dry else str(ROOT / "python")  # a dry run builds nothing there and uses the installed package
         self.environment = {
             **os.environ,
             "PATH": f"{Path(sys.executable).parent}:{path}:{TOOLKIT}",
@@ -85,7 +85,7 @@ class Run:
         }
 
     def stage(self, name: str, work: Callable[[Run, Stage], int]) -> None:
-        """Runs a stage, and writes the summary so far."""
+        """Run a stage, and write the summary so far."""
         stage = Stage(name, LIMITS[name] * (DRY_PATIENCE if self.dry else 1))
         self.stages.append(stage)
         self.say(f"=== {name}")
@@ -106,11 +106,11 @@ class Run:
         print(line, file=self.log, flush=True)
 
     def command(self, *argv: str) -> int:
-        """Runs a command within what is left of the stage; its output goes to the log, the end of it to the screen."""
+        """Run a command within the stage's remaining time. Log its output, and print the end of it."""
         return self.together([argv])
 
     def together(self, commands: Sequence[Sequence[str]]) -> int:
-        """Runs commands side by side, and logs them one after the other. Returns 0 if all did, else an exit code."""
+        """Run commands in parallel, and log their outputs in order. Return 0, or the exit status of one that failed."""
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder, str(number)) for number in range(len(commands))]
             processes = [self.start(argv, file) for argv, file in zip(commands, files, strict=True)]
@@ -167,7 +167,7 @@ print(json.dumps(found))
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """Ends a command and what it started."""
+    """End a command with all that it started."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sign)
@@ -181,7 +181,7 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def output(*argv: str) -> str | None:
-    """What a command prints; None where it fails."""
+    """Return a command's output; None if it fails."""
     try:
         return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -228,7 +228,7 @@ def tests(run: Run, stage: Stage) -> int:
 
 
 def test_groups(count: int) -> list[list[str]]:
-    """The test files in groups of about the same size."""
+    """Divide the test files into groups of about equal size."""
     groups: list[list[str]] = [[] for _ in range(count)]
     sizes = [0] * count
     for file in sorted((ROOT / "tests").glob("*/test_*.py"), key=lambda file: file.stat().st_size, reverse=True):
@@ -239,7 +239,7 @@ def test_groups(count: int) -> list[list[str]]:
 
 
 def test_counts(reports: Sequence[Path]) -> dict[str, int]:
-    """Tests, failures, errors and skips of JUnit reports."""
+    """Count tests, failures, errors and skips in JUnit reports."""
     suites = [suite for report in reports for suite in ElementTree.parse(report).getroot().iter("testsuite")]
     names = ("tests", "failures", "errors", "skipped")
     return {name: sum(int(suite.get(name, 0)) for suite in suites) for name in names}
@@ -262,7 +262,7 @@ def sanitizer(run: Run, stage: Stage) -> int:
 
 
 def bench(name: str, model: str, *arguments: str) -> Callable[[Run, Stage], int]:
-    """A stage that is one run of the bench, with a budget that leaves time to load."""
+    """Return a stage that runs the bench once, with a budget that leaves time for loading."""
     tiny = ["--model", "demo", "--lengths", "24", "--repeats", "1", "--warmup", "1", "--count", "4"]
     small = [flag for flag in ("--kernels", "--profile", "--no-cases") if flag in arguments]
 
@@ -283,7 +283,7 @@ def plot(run: Run, stage: Stage) -> int:
 
 
 LENGTHS = ("--lengths", "2048", "8192", "512", "32768", "--batch", "1", "8")
-"""The most important first: what a budget does not reach is left out, and said to be."""
+"""Lengths of the bench, the most important first: those beyond the budget are left out, which the output says."""
 
 STAGES: dict[str, Callable[[Run, Stage], int]] = {
     "build": build,
@@ -293,7 +293,7 @@ STAGES: dict[str, Callable[[Run, Stage], int]] = {
         "bench-8b",
         "llama-3.1-8b",
         *LENGTHS,
-        *("--compile", "--compile-lengths", "2048", "--tune", "overlap=1", "fused_kv_project=1"),
+        *("--compile", "--compile-lengths", "2048", "--tune", "fused_kv_project=1"),
     ),
     "bench-1b": bench("bench-1b", "llama-3.2-1b", *LENGTHS),
     "kernels": bench("kernels", "llama-3.1-8b", "--lengths", "2048", "512", "--kernels", "--no-cases"),
@@ -303,7 +303,7 @@ STAGES: dict[str, Callable[[Run, Stage], int]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the stages. Returns 0, 1 when one failed, 2 for bad arguments."""
+    """Run the stages. Return 0; 1 if a stage failed; 2 for bad arguments."""
     if not arguments or arguments[0].startswith("-"):
         print("expected: scripts/gpu_check.sh OUT [stage ...]", file=sys.stderr)
         return 2

@@ -1,8 +1,8 @@
-"""What every test stands on: a device, one torch thread, a fixed seed, no network; a closing count of what was skipped.
+"""Settings of all tests: a device, one torch thread, a fixed seed, no network, and a count of skipped tests at the end.
 
-`pytest --device cuda` makes that device the default of torch, so that models and tensors of the tests are there. Tests
-marked `cpu` and the modules of ON_THE_CPU stay on the CPU, whatever it says: what they test is there alone, or the same
-everywhere; `-m "not cpu"` leaves them out. Lengths of operators are on the CPU anyway (op_calls.int32).
+`pytest --device cuda` makes CUDA the default device of torch, so that models and tensors of the tests are created
+there. Tests marked `cpu` and the modules of ON_THE_CPU always run on the CPU: they test code that exists only there, or
+that depends on no device; `-m "not cpu"` leaves them out. Lengths for operators are always on the CPU (op_calls.int32).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 from collections import Counter
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download something fails at once
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for in its deterministic mode
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that tries to download something fails
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by torch's deterministic mode
 
 import instruction_sets
 import pytest
@@ -25,6 +25,7 @@ ON_THE_CPU = {
     "test_bench_peers",
     "test_build",
     "test_cli",
+    "test_code_metrics",
     "test_commands",
     "test_comparisons",
     "test_composition",
@@ -51,23 +52,23 @@ ON_THE_CPU = {
     "test_reference",
     "test_reference_turns",
 }
-"""Modules about the CPU's kernels, about the oracle, or about what has no device."""
+"""Modules that test the CPU's kernels, the oracle, or code without a device."""
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", help="of the models and tensors of tests that are not marked cpu")
+    parser.addoption("--device", default="cpu", help="device of models and tensors in tests that are not marked cpu")
 
 
 @pytest.fixture(autouse=True)
 def on_device(request):
-    """The default device of torch during a test; with `--device cpu` it is left as it is."""
+    """Set torch's default device during a test; no-op for the CPU."""
     wanted = request.config.getoption("--device")
     if request.node.get_closest_marker("cuda") is not None:
         wanted = "cuda"
     if wanted == "cpu" or request.node.get_closest_marker("cpu") is not None:
         yield
         return
-    torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32, also in the oracle
+    torch.backends.cuda.matmul.allow_tf32 = False  # full float32 precision, also in the oracle
     torch.backends.cudnn.allow_tf32 = False
     torch.set_default_device(wanted)
     yield
@@ -76,7 +77,7 @@ def on_device(request):
 
 @pytest.fixture(autouse=True)
 def one_thread_and_one_seed():
-    """The models are tiny: more threads only wait for each other. A test may set its own number of them."""
+    """Run on one thread, since the models are tiny, and with a fixed seed. A test may set its own number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -86,8 +87,11 @@ def one_thread_and_one_seed():
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects by marker
 def pytest_collection_modifyitems(config, items):
-    """Marks the tests of ON_THE_CPU; those marked `cuda` are skipped, under one reason, where there is no GPU; those
-    marked `avx512_bf16` are left out on another processor, where the closing line says so."""
+    """Mark the tests of ON_THE_CPU, and leave out tests that this machine cannot run.
+
+    Without a GPU, tests marked `cuda` are skipped, all with one reason. Without AVX-512 BF16, tests marked
+    `avx512_bf16` are deselected, and the last line of the output says so.
+    """
     if not instruction_sets.has_avx512_bf16():
         elsewhere = [item for item in items if item.get_closest_marker("avx512_bf16") is not None]
         config.hook.pytest_deselected(items=elsewhere)
@@ -100,7 +104,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Closes with `skips: none`, or a line `skips: <count> x <reason>` each, for .ci/run to compare with its list."""
+    """Print `skips: none`, or a line `skips: <count> x <reason>` per reason; .ci/run compares them with its list."""
     reasons = Counter(skip_reason(report) for report in terminalreporter.stats.get("skipped", []))
     terminalreporter.section("skips")
     for reason, count in sorted(reasons.items()):
@@ -111,5 +115,6 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def skip_reason(report) -> str:
+    """Return the reason of a skipped test in one line."""
     text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     return " ".join(text.removeprefix("Skipped: ").split())

@@ -1,1 +1,1 @@
-"""Inference engines that `bench/peers.py` times, each in a process of its own."""
+"""The inference engines that ``bench/peers.py`` times, each in a process of its own."""

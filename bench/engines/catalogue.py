@@ -1,11 +1,11 @@
-"""Which engines `bench/peers.py` knows, and what each needs."""
+"""The engines that ``bench/peers.py`` can time, and their requirements."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 HERE = "here"
-"""The engine of the environment that runs the bench: Hugging Face and pop_ext."""
+"""Name of the engine in the bench's own environment: Hugging Face and pop_ext."""
 
 
 @dataclass(frozen=True)
@@ -13,14 +13,15 @@ class Peer:
     """An engine beside pop_ext.
 
     Attributes:
-        name: for ``--peers``.
-        module: whose ``Engine`` runs it (``bench.engines.child``).
-        requirements: what pip installs, in this order, one call each; ``{torch}`` is the version that runs the bench.
-        uninstall: what is taken out again afterwards.
-        memory: bytes that it holds, by bytes of the checkpoint; more than are free, and it is not started.
-        python: the least version that its packages are for.
-        venv: the folder of its venv, where it shares that of another peer; else it is called like the peer.
-        pop_ext: whether it is run with pop_ext on its path.
+        name: its name for ``--peers``.
+        module: the module whose ``Engine`` runs it (see `bench.engines.child`).
+        requirements: pip requirements, installed in this order by one call each; ``{torch}`` becomes the torch
+            version of the bench.
+        uninstall: packages that are uninstalled afterwards.
+        memory: bytes that it holds, relative to the bytes of the checkpoint; it is not started if fewer are free.
+        python: the oldest Python that its packages support.
+        venv: the folder of its venv if it shares another engine's; None: a venv of its own.
+        pop_ext: whether pop_ext is on its path.
     """
 
     name: str
@@ -33,7 +34,7 @@ class Peer:
     pop_ext: bool = False
 
 
-# torchvision, torchaudio and torchcodec come for another torch, and break the import of transformers.
+# torchvision, torchaudio and torchcodec are built for another torch and break the import of transformers.
 _VLLM = Peer(
     "vllm",
     "bench.engines.vllm_cpu",
@@ -48,7 +49,7 @@ PEERS = {
     for peer in (
         _VLLM,
         replace(_VLLM, name="vllm-pop", module="bench.engines.vllm_pop", venv="vllm", pop_ext=True),
-        # optimum-intel would bring torchvision; of its other requirements only these are used.
+        # Not with its requirements: they include torchvision. Of the others only these are used.
         Peer(
             "openvino",
             "bench.engines.openvino_cpu",

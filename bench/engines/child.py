@@ -1,17 +1,18 @@
-"""A process that runs one engine and answers its parent: ``python bench/engines/child.py MODULE CPUS``.
+"""The child process that runs one engine: ``python bench/engines/child.py MODULE CPUS``.
 
-A request is a line of JSON on stdin, its answer a line on what was stdout; whatever libraries print goes to stderr.
-It runs in venvs that hold neither torch nor pop_ext: this file and the engines for peers import nothing of the bench
-that does.
+A request is a line of JSON on stdin, its answer a line of JSON on the original stdout. What libraries print goes to
+stderr. The process may run in a venv without torch or pop_ext, so this file and the modules of other engines import no
+part of the bench that needs them.
 
 | request | answer |
 |---|---|
-| ``{"op": "load", ...job}`` | ``{"arms": {name: how it is called}, "versions": {...}, "resident": bytes}`` |
-| ``{"op": "time", "arm": name, "ids": [...]}`` | ``{"seconds": of one prefill}`` |
+| ``{"op": "load", ...job}`` | ``{"arms": {name: the call in words}, "versions": {...}, "resident": bytes}`` |
+| ``{"op": "time", "arm": name, "ids": [...]}`` | ``{"seconds": time of one prefill}`` |
 | ``{"op": "check", "arm": name, "ids": [...], "keep": k}`` | ``{"log_probs": [[id, value], ...], "peak": bytes}`` |
 
-A job: ``weights`` (a folder: config.json and safetensors), ``work`` (a folder for what the engine makes of them),
-``dtype``, ``threads``, ``max_tokens``, ``options`` (of the engine). An answer ``{"error": text}`` says what it raised.
+The members of a job are ``weights`` (a folder with config.json and safetensors), ``work`` (a folder for converted
+weights), ``dtype``, ``threads``, ``max_tokens`` and ``options`` (of the engine). If the engine raises, the answer is
+``{"error": text}``.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ _STATUS = Path("/proc/self/status")
 
 
 class Engine(Protocol):
-    """What an engine's module calls ``Engine``."""
+    """The interface of the class ``Engine`` in an engine's module."""
 
     def load(self, job: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
-        """Loads the weights of a job. Returns its arms, name -> how it is called, and the packages it is made of."""
+        """Load the weights of a job. Return its arms, name -> the call in words, and the names of its packages."""
 
     def prefill(self, arm: str, ids: list[int]) -> Any:
-        """One prefill that makes a K/V cache and one row of logits: what is timed. Nothing of it is reused."""
+        """Run one prefill that fills a K/V cache and computes one row of logits, and reuses nothing; it is timed."""
 
     def log_probs(self, arm: str, ids: list[int], keep: int | None) -> dict[int, float]:
-        """Token -> log-probability after the prompt, of the ``keep`` most probable ones or of all."""
+        """Return token -> log-probability after the prompt, of the ``keep`` most probable tokens or of all."""
 
 
 def main() -> int:
-    """Serves until stdin ends."""
+    """Answer requests until stdin ends."""
     module, cpus = sys.argv[1:]
-    os.setpgid(0, 0)  # the parent stops and resumes all that this process starts
+    os.setpgid(0, 0)  # the parent stops and resumes this process with all that it starts
     os.sched_setaffinity(0, {int(cpu) for cpu in cpus.split(",")})
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -55,17 +56,17 @@ def main() -> int:
             if engine is None:
                 engine = import_module(module).Engine()
             answer = answer_to(engine, request)
-        except Exception as error:  # whatever an engine raises is its result
+        except Exception as error:  # an engine may raise anything; the parent gets the text
             answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]}
         print(json.dumps(answer), file=answers, flush=True)
     return 0
 
 
 def answer_to(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
-    """Does what a request asks for.
+    """Carry out a request and return its answer.
 
     Raises:
-        ValueError: an unknown request.
+        ValueError: the request is unknown.
     """
     operation = request["op"]
     if operation == "load":
@@ -87,7 +88,7 @@ def answer_to(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def versions(packages: list[str]) -> dict[str, str]:
-    """Package -> installed version, of those that are installed."""
+    """Return package -> version of those packages that are installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
@@ -100,7 +101,7 @@ def versions(packages: list[str]) -> dict[str, str]:
 
 
 def status_bytes(field: str) -> int | None:
-    """VmRSS or VmHWM of this process; None where the system does not tell."""
+    """Return VmRSS or VmHWM of this process in bytes; None if the system does not report it."""
     try:
         lines = _STATUS.read_text().splitlines()
     except OSError:
@@ -109,7 +110,7 @@ def status_bytes(field: str) -> int | None:
 
 
 def reset_peak() -> None:
-    """Sets VmHWM to what is resident now, where that is allowed (proc(5))."""
+    """Reset VmHWM to the current VmRSS, if the system allows it (proc(5))."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -117,5 +118,5 @@ def reset_peak() -> None:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # the directory of this file would come before installed modules of the same names
+    sys.path[0] = str(ROOT)  # else modules of this directory would hide installed ones of the same names
     sys.exit(main())

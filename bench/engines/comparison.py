@@ -1,4 +1,4 @@
-"""Starts the engines, checks that they compute the same thing, and times them in turn."""
+"""Start the engines, check that their results agree, and time them in turn."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pop_ext
 import torch
 from pop_ext import _core
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.progress import ProgressBar
 
 from bench.arms import HF_EAGER, plan_flops, plan_name, stock_flops
 from bench.engines.catalogue import HERE, PEERS, Peer
@@ -24,11 +25,10 @@ from bench.engines.environments import InstallError, venv_python
 from bench.engines.process import Child, ChildError
 from bench.measure import MIN_REPEATS, Timed, interleave
 from bench.memory import available_bytes
-from bench.progress import Progress
 
 KEPT = 20
-"""Log-probabilities that are compared: of the tokens that an engine finds most probable."""
-LARGEST_ERROR = 0.1  # of full depth, see ``logits_error``; rounding stays far below
+"""Number of log-probabilities that are compared: those of an engine's most probable tokens."""
+LARGEST_ERROR = 0.1  # of `logits_error` at full depth; rounding stays far below it
 _HERE = Peer(HERE, "bench.engines.here", (), memory=1.5)
 _OURS = {HERE, *(name for name, peer in PEERS.items() if peer.pop_ext)}
 _CPU = torch.device("cpu")
@@ -36,17 +36,17 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Engines:
-    """What is to be compared.
+    """Settings of a comparison.
 
     Attributes:
-        options: the command line's.
-        model: its name.
-        origin: of the weights.
-        spec: its shape.
-        plans: of the pruned arms.
-        home: folder of the saved weights and of what engines make of them.
+        options: options of the command line.
+        model: name of the model.
+        origin: source of the weights.
+        spec: shape of the model.
+        plans: plans of the pruned arms.
+        home: folder of the saved weights and of their conversions.
         size: bytes of the weights.
-        cpus: that every engine may use, one thread on each.
+        cpus: processors that every engine uses, one thread on each.
     """
 
     options: argparse.Namespace
@@ -64,14 +64,14 @@ class PeerArm(Timed):
     """One way to prefill.
 
     Attributes:
-        peer: the engine that it belongs to.
-        what: how it is called.
-        flops: of one prefill, by the cost model.
-        full_depth: whether it is to compute what the stock model does.
+        peer: name of its engine.
+        what: the call in words.
+        flops: FLOPs of one prefill by the cost model.
+        full_depth: whether its result should equal the stock model's.
         warmup: seconds of the prefills before the timed ones; the first may compile.
-        error: ``logits_error`` against hf-eager.
+        error: `logits_error` relative to hf-eager.
         same_token: whether its most probable token is hf-eager's.
-        peak: most bytes that its process held during a prefill.
+        peak: peak memory of its process during a prefill, in bytes.
     """
 
     peer: str
@@ -89,10 +89,10 @@ class Started:
     """An engine that has loaded the weights.
 
     Attributes:
-        arms: name -> how it is called.
-        versions: of its packages.
-        resident: bytes that it held after loading.
-        seconds: that loading took, conversion included.
+        arms: name -> the call in words.
+        versions: versions of its packages.
+        resident: bytes resident after loading.
+        seconds: time of loading, conversion included.
     """
 
     peer: str
@@ -105,7 +105,7 @@ class Started:
 
 @dataclass
 class PeerCase:
-    """All arms at one length; ``missing``: engine -> why it has none."""
+    """All arms at one length; ``missing`` maps an engine without arms to the reason."""
 
     engines: Engines
     tokens: int
@@ -117,7 +117,7 @@ class PeerCase:
 
 
 class Reported:
-    """The clock of items whose call returns the seconds that it took."""
+    """Clock for calls that return the seconds they took."""
 
     def time(self, call: Callable[[], Any]) -> float:
         return float(call())
@@ -126,7 +126,7 @@ class Reported:
 def run_peers(
     engines: Engines, lengths: Sequence[int], repeats: int, warmup: int, budget: float | None = None
 ) -> list[PeerCase]:
-    """Starts every engine once, and runs the arms of all of them in turn, at one length after the other."""
+    """Start every engine once, and run the arms of all engines in turn at each length."""
     cases: list[PeerCase] = []
     with ExitStack() as stack:
         started, missing = _start_all(engines, stack)
@@ -138,7 +138,7 @@ def run_peers(
 
 
 def _start_all(engines: Engines, stack: ExitStack) -> tuple[list[Started], dict[str, str]]:
-    """What runs, and why the rest does not."""
+    """Start the engines; return those that run, and the reasons why others do not."""
     started: list[Started] = []
     missing: dict[str, str] = {}
     for peer in (_HERE, *(PEERS[name] for name in engines.options.peers)):
@@ -187,7 +187,7 @@ def _start(engines: Engines, peer: Peer, stack: ExitStack) -> Started:
 
 
 def _alone(package: Path, folder: Path) -> Path:
-    """A folder with a link to the package; its own may be full of packages that another venv must not see."""
+    """Make a folder with a link to the package alone, so that a venv does not see other packages beside it."""
     folder.mkdir(exist_ok=True)
     link = folder / package.name
     link.unlink(missing_ok=True)
@@ -210,14 +210,15 @@ def _arms(engines: Engines, started: Sequence[Started], tokens: int) -> list[Pee
 
 
 def run_case(case: PeerCase, repeats: int, warmup: int, budget: float | None) -> None:
-    """Warms up, checks and times every arm of a case."""
+    """Warm up, check and time every arm of a case."""
     engines = case.engines
     vocabulary, generator = engines.spec.vocab_size, torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (case.tokens,), generator=generator).tolist()
     children = {engine.peer: engine.child for engine in case.started}
     deadline = None if budget is None else time.monotonic() + budget
     title = f"{engines.model}, {case.tokens} tokens"
-    with Progress(title, len(case.arms) * (1 + repeats), engines.options.quiet) as bar:
+    with ProgressBar(title, len(case.arms) * (1 + repeats), quiet=engines.options.quiet) as bar:
+        bar.log(title)
         reference: dict[int, float] | None = None
         for arm in case.arms:
             ask = partial(children[arm.peer].ask, engines.options.timeout, arm=arm.name, ids=ids)
@@ -227,10 +228,12 @@ def run_case(case: PeerCase, repeats: int, warmup: int, budget: float | None) ->
                 reference = found
             elif found is not None and reference is not None:
                 _check(arm, found, reference)
-            bar.step(f"{arm.name}, warm-up")
+            bar.advance(label=f"{arm.name}, warm-up")
             if arm.failed:
-                bar.say(f"  {arm.name} failed: {arm.failed}")
-        case.rounds = interleave(case.arms, Reported(), repeats, deadline, step=lambda item: bar.step(item.name))
+                bar.log(f"  {arm.name} failed: {arm.failed}")
+        case.rounds = interleave(
+            case.arms, Reported(), repeats, deadline, step=lambda item: bar.advance(label=item.name)
+        )
     if case.rounds < MIN_REPEATS:
         case.warnings.append(f"only {case.rounds} repeats, fewer than {MIN_REPEATS}: indicative figures")
     if reference is None:
@@ -238,7 +241,7 @@ def run_case(case: PeerCase, repeats: int, warmup: int, budget: float | None) ->
 
 
 def _warm_up(arm: PeerArm, ask: Callable[..., dict[str, Any]], calls: int) -> dict[int, float]:
-    """Runs an arm before its figures count; returns its log-probabilities."""
+    """Call an arm untimed; return its log-probabilities."""
     for _ in range(calls):
         arm.warmup = (*arm.warmup, ask(op="time")["seconds"])
     answer = ask(op="check", keep=None if arm.name == HF_EAGER else KEPT)
@@ -247,7 +250,7 @@ def _warm_up(arm: PeerArm, ask: Callable[..., dict[str, Any]], calls: int) -> di
 
 
 def _check(arm: PeerArm, found: dict[int, float], reference: dict[int, float]) -> None:
-    """A fast arm that computes something else is a failed arm."""
+    """Set an arm's error, and mark it as failed if it computes something else than hf-eager."""
     arm.error = logits_error(found, reference)
     arm.same_token = max(found, key=found.__getitem__) == max(reference, key=reference.__getitem__)
     if arm.full_depth and not arm.error <= LARGEST_ERROR:
@@ -255,8 +258,11 @@ def _check(arm: PeerArm, found: dict[int, float], reference: dict[int, float]) -
 
 
 def logits_error(found: dict[int, float], reference: dict[int, float]) -> float:
-    """RMS difference of log-probabilities over the tokens of ``found``, by the standard deviation of all of the
-    reference's: 0 for the same logits, about 1 or more for those of another model."""
+    """Return the RMS difference of log-probabilities over the tokens of ``found``.
+
+    It is relative to the standard deviation of all log-probabilities of the reference: 0 for equal logits, about 1 or
+    more for those of another model.
+    """
     mean = sum(reference.values()) / len(reference)
     variance = sum((value - mean) ** 2 for value in reference.values()) / len(reference)
     squares = [(value - reference[token]) ** 2 for token, value in found.items()]

@@ -1,4 +1,4 @@
-"""Weights in an engine's own format, made by a process of its own: what that takes is not the engine's."""
+"""Convert weights to an engine's format in a separate process, so that the engine's memory is not affected."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _CODE = (
 
 
 def in_new_process(module: str, function: str, *arguments: str) -> None:
-    """Runs ``module.function(*arguments)`` in another process of this interpreter.
+    """Call ``module.function(*arguments)`` in a new process of this interpreter.
 
     Raises:
-        RuntimeError: it failed; its traceback is in the log.
+        RuntimeError: the call failed; the log has its traceback.
     """
     result = subprocess.run([sys.executable, "-c", _CODE, str(ROOT), module, function, *arguments])
     if result.returncode:

@@ -1,4 +1,4 @@
-"""A venv for each peer, made once: peers pin other releases of the same packages."""
+"""Create a venv for each engine, once: engines pin different releases of the same packages."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from pathlib import Path
 
 from bench.engines.catalogue import Peer
 
-_DONE = "installed.txt"  # holds what was installed; another text, and the venv is made again
+_DONE = "installed.txt"  # lists what was installed; a venv with another list is created again
 
 
 class InstallError(RuntimeError):
-    """A venv that could not be made; the text says why in a line."""
+    """A venv could not be created; the text gives the reason in one line."""
 
 
 def venv_python(peer: Peer, folder: Path, torch: str, install: bool, say: Callable[[str], None]) -> Path:
-    """The interpreter of a peer's venv, made where it is missing or older than its requirements.
+    """Return the interpreter of an engine's venv; create the venv if it is missing or has other requirements.
 
     Args:
-        peer: whose.
-        folder: where venvs are kept, one folder for each.
-        torch: the version that the bench runs on.
-        install: make it where it is missing; this uses the network and may take minutes.
-        say: told what is going on.
+        peer: the engine.
+        folder: parent folder of the venvs.
+        torch: torch version of the bench.
+        install: create a missing venv; this uses the network and may take minutes.
+        say: called with messages about the progress.
 
     Raises:
-        InstallError: no venv, or pip has failed.
+        InstallError: there is no venv and ``install`` is False, or pip failed.
     """
     if sys.version_info[:2] < peer.python:
         raise InstallError(f"expected Python {'.'.join(map(str, peer.python))} or newer, got {sys.version.split()[0]}")

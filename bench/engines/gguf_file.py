@@ -1,4 +1,4 @@
-"""A Llama checkpoint as a GGUF file, in its own dtype: what llama.cpp reads."""
+"""Convert a Llama checkpoint to a GGUF file for llama.cpp, in the dtype of the checkpoint."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _STORED = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2
 
 
 def write_gguf(weights: str, out: str) -> None:
-    """Writes ``out`` from config.json and the safetensors of a folder.
+    """Write a GGUF file from config.json and the safetensors of a folder.
 
     Args:
-        weights: folder of a Llama model as ``save_pretrained`` leaves it; plain RoPE, no biases.
-        out: the file; it appears when it is complete.
+        weights: folder of a Llama model, as written by ``save_pretrained``; plain RoPE, no biases.
+        out: the file; it is renamed to this path when it is complete.
 
     Raises:
-        ValueError: another architecture, or a RoPE that this does not write.
+        ValueError: the architecture or the RoPE is not supported.
     """
     import gguf
 
@@ -61,9 +61,9 @@ def write_gguf(weights: str, out: str) -> None:
         if name == "lm_head.weight" and config.get("tie_word_embeddings"):
             continue
         array = arrange(name, tensor, config)
-        if array.ndim == 1:  # llama.cpp wants norms in float32
+        if array.ndim == 1:  # llama.cpp expects norms in float32
             kind, array = "F32", as_float32(kind, array)
-        if kind == "BF16":  # no dtype of numpy: raw bytes, whose last dimension counts bytes
+        if kind == "BF16":  # numpy has no bfloat16: raw bytes, whose last dimension counts bytes
             array = np.ascontiguousarray(array).view(np.uint8)
         writer.add_tensor(gguf_name(name), array, raw_dtype=kinds[kind])
     writer.write_header_to_file()
@@ -74,27 +74,27 @@ def write_gguf(weights: str, out: str) -> None:
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """Refuses what would make another model of the weights.
+    """Refuse a config that the GGUF file could not express.
 
     Raises:
-        ValueError: names what it is.
+        ValueError: names the member of the config.
     """
     if config["model_type"] != "llama":
-        raise ValueError(f"model_type: expected llama, the one architecture written here, got {config['model_type']}")
+        raise ValueError(f"model_type: expected llama, the only supported architecture, got {config['model_type']}")
     kind = (config.get("rope_parameters") or config.get("rope_scaling") or {}).get("rope_type", "default")
     if kind != "default":
         raise ValueError(f"rope_type: expected default, got {kind}")
     if config.get("attention_bias") or config.get("mlp_bias"):
-        raise ValueError("attention_bias, mlp_bias: expected none")
+        raise ValueError("attention_bias, mlp_bias: expected false, got true")
 
 
 def rope_theta(config: dict[str, Any]) -> float:
-    """The base, where either release of transformers writes it."""
+    """Return the base of RoPE; releases of transformers store it in different places."""
     return float((config.get("rope_parameters") or {}).get("rope_theta") or config["rope_theta"])
 
 
 def stored_tensors(folder: Path) -> Iterator[tuple[str, str, np.ndarray]]:
-    """``(name, dtype, array)`` of every tensor in a folder's safetensors files; bfloat16 as its 16 bits."""
+    """Yield ``(name, dtype, array)`` of every tensor in a folder's safetensors files; bfloat16 as its 16 bits."""
     for path in sorted(folder.glob("*.safetensors")):
         raw = np.memmap(path, dtype=np.uint8, mode="r")
         size = int(raw[:8].view("<u8")[0])
@@ -107,10 +107,10 @@ def stored_tensors(folder: Path) -> Iterator[tuple[str, str, np.ndarray]]:
 
 
 def gguf_name(name: str) -> str:
-    """ "model.layers.3.mlp.up_proj.weight" -> "blk.3.ffn_up.weight".
+    """Translate a weight's name: "model.layers.3.mlp.up_proj.weight" -> "blk.3.ffn_up.weight".
 
     Raises:
-        ValueError: a tensor that a Llama does not have.
+        ValueError: a Llama has no such weight.
     """
     stem, _, kind = name.rpartition(".")
     if stem in _TOP_NAMES:
@@ -122,7 +122,10 @@ def gguf_name(name: str) -> str:
 
 
 def arrange(name: str, tensor: np.ndarray, config: dict[str, Any]) -> np.ndarray:
-    """Rows of q and k in llama.cpp's order: RoPE there turns neighbours, in Hugging Face a head's two halves."""
+    """Reorder the rows of Q and K for llama.cpp.
+
+    Its RoPE rotates neighbouring channels of a head; Hugging Face's rotates channels of the two halves.
+    """
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     part = name.split(".")[-2]
     if part not in heads:
@@ -133,7 +136,7 @@ def arrange(name: str, tensor: np.ndarray, config: dict[str, Any]) -> np.ndarray
 
 
 def as_float32(kind: str, array: np.ndarray) -> np.ndarray:
-    """Any stored dtype as float32."""
+    """Convert an array of any stored dtype to float32."""
     if kind == "BF16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32)

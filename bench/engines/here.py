@@ -1,4 +1,4 @@
-"""Hugging Face and pop_ext, in the environment that runs the bench: the arms of `bench/run.py` on shared weights."""
+"""Hugging Face and pop_ext in the bench's own environment: the arms of ``bench/run.py``, on the shared weights."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pop_ext.plans.plan import Plan
 from bench.arms import Arm, make_arms
 from bench.engines.log_probs import log_probs_of
 
-_ALL_LENGTHS = [[0, 0]]  # what an arm is called does not depend on the prompt
+_ALL_LENGTHS = [[0, 0]]  # the names of arms do not depend on the prompt
 
 
 class Engine:
-    """Job options: ``plans`` (JSON texts of the pruned arms) and ``compile_mode`` (None: no hf-compile)."""
+    """The engine. Job options: ``plans`` (JSON texts of the pruned arms), ``compile_mode`` (None: no hf-compile)."""
 
     def load(self, job: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         torch.set_num_threads(job["threads"])
@@ -43,10 +43,10 @@ class Engine:
         return log_probs_of(logits[0, -1].float().numpy(), keep)
 
     def _arm(self, name: str, ids: list[int]) -> Arm:
-        """The arm, made for that prompt; those of the prompt before it are let go.
+        """Return the arm for a prompt; the arms of another prompt are freed.
 
         Raises:
-            RuntimeError: it cannot be made.
+            RuntimeError: the arm cannot be built.
         """
         if ids != self._prompt:
             self._arms = {arm.name: arm for arm in self._make(torch.tensor([ids]))}

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python, on weights of the model's dtype in a GGUF file."""
+"""llama.cpp through llama-cpp-python; the GGUF file has the weights in the model's dtype."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from bench.engines.conversion import in_new_process
 from bench.engines.log_probs import log_probs_of
 
 _ARM = "llama.cpp"
-_MARGIN = 16  # positions past the prompt
+_MARGIN = 16  # positions beyond the prompt
 
 
 class Engine:
-    """No job options. The K/V cache is float16, llama.cpp's default."""
+    """The engine, without job options. The K/V cache is float16, llama.cpp's default."""
 
     def load(self, job: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         from llama_cpp import Llama

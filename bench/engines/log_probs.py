@@ -1,4 +1,4 @@
-"""Logits as what engines are compared by; needs numpy alone, which every engine brings."""
+"""Compute the log-probabilities that engines are compared by. Needs numpy only, which every engine installs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 
 
 def log_probs_of(logits: Any, keep: int | None) -> dict[int, float]:
-    """Token -> log-probability of the ``keep`` most probable tokens, or of all.
+    """Return token -> log-probability of the ``keep`` most probable tokens, or of all.
 
     Args:
-        logits: ``[vocab]``, anything that numpy reads.
-        keep: how many; None for all.
+        logits: ``[vocab]``, in any form that numpy accepts.
+        keep: number of tokens; None: all.
     """
     row = np.asarray(logits, dtype=np.float64)
     shifted = row - row.max()

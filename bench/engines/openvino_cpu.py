@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: the model that optimum-intel exports, with a K/V cache in it, cut to one row of logits."""
+"""OpenVINO on the CPU: the model as exported by optimum-intel, with a K/V cache, cut to one row of logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LAST_ROW = ([-1], [np.iinfo(np.int64).max], [1], [1])  # start, stop, step, axi
 
 
 class Engine:
-    """No job options. It computes in the precision that OpenVINO itself chooses for this processor."""
+    """The engine, without job options. It computes in the precision that OpenVINO chooses for this processor."""
 
     def load(self, job: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         import openvino as ov
@@ -51,7 +51,7 @@ class Engine:
 
 
 def export(weights: str, folder: str, dtype: str) -> None:
-    """Converts a checkpoint, its weights in their own dtype."""
+    """Convert a checkpoint; the weights keep their dtype."""
     import torch
     from optimum.intel import OVModelForCausalLM
 
@@ -62,10 +62,10 @@ def export(weights: str, folder: str, dtype: str) -> None:
 
 
 def keep_last_row(model: Any) -> None:
-    """Has the head compute the last row alone, as OpenVINO GenAI does with the same file.
+    """Change the model to compute logits of the last row only, as OpenVINO GenAI does with the same file.
 
     Raises:
-        ValueError: no matrix product before the logits.
+        ValueError: there is no matrix product before the logits.
     """
     from openvino import opset13 as ops
 

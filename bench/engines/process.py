@@ -1,4 +1,4 @@
-"""The parent's side of `child.py`: a process that runs only while it is asked something."""
+"""The parent's side of ``child.py``: a process that runs only while a request is open."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from bench.engines.child import ROOT
 
 
 class ChildError(RuntimeError):
-    """A child that answered with an error, or not at all."""
+    """A child answered with an error, or did not answer."""
 
 
 class Child:
-    """An engine in a process.
+    """An engine in a child process.
 
-    It is stopped (SIGSTOP, with all that it started) whenever no question is open, so that threads which wait by
-    spinning take nothing from whoever is timed.
+    While no request is open, the process group is stopped (SIGSTOP). Threads that wait by spinning then take no time
+    from the engine that is being timed.
     """
 
     def __init__(self, python: Path, module: str, cpus: list[int], log: Path, pythonpath: str | None = None) -> None:
@@ -47,10 +47,10 @@ class Child:
             )
 
     def ask(self, timeout: float, **request: Any) -> dict[str, Any]:
-        """The answer to a request.
+        """Send a request and return its answer.
 
         Raises:
-            ChildError: it says that it failed, it ended, or it took longer than ``timeout`` seconds and was killed.
+            ChildError: the request failed, the child ended, or it took longer than ``timeout`` seconds and was killed.
         """
         self._signal(signal.SIGCONT)
         try:
@@ -71,7 +71,7 @@ class Child:
         return answer
 
     def close(self) -> None:
-        """Ends it, with all that it started."""
+        """Kill the child with all that it started."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
@@ -82,7 +82,7 @@ class Child:
                     pipe.close()
 
     def _line(self, timeout: float) -> bytes:
-        """A whole line of its answer; empty when it has ended."""
+        """Return a whole line of the child's output; an empty one if it ended."""
         stdout = self._process.stdout
         assert stdout is not None
         deadline = time.monotonic() + timeout
@@ -100,7 +100,7 @@ class Child:
         return b"".join(parts)
 
     def _signal(self, number: signal.Signals) -> None:
-        """To its process group, which it makes before it first answers; there is nothing to resume before that."""
+        """Send a signal to the child's process group; no-op before its first answer: there may be no group yet."""
         if (number == signal.SIGCONT) != self._stopped:
             return
         with suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""vLLM's CPU build, in this process: ``LLM.generate`` of one token."""
+"""vLLM's CPU build, in this process: ``LLM.generate`` with one new token."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-_MARGIN = 16  # positions past the prompt
+_MARGIN = 16  # positions beyond the prompt
 
 
 class Engine:
-    """No job options. Prompts are computed whole: no chunks, no prefix cache."""
+    """The engine, without job options. Prompts run whole: no chunks, no prefix cache."""
 
-    def settle(self, job: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """The name of the arm, and what else the engine is told."""
+    def arm_and_arguments(self, job: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Return the name of the arm, and further arguments of ``vllm.LLM``."""
         return "vllm", {}
 
     def load(self, job: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
@@ -26,7 +26,7 @@ class Engine:
         os.environ["VLLM_CACHE_ROOT"] = os.path.join(job["work"], "cache")
         from vllm import LLM
 
-        name, more = self.settle(job)
+        name, more = self.arm_and_arguments(job)
         self._engine = LLM(
             model=job["weights"],
             skip_tokenizer_init=True,
@@ -60,7 +60,7 @@ class Engine:
 
 
 def cache_gib(weights: str, tokens: int) -> int:
-    """Whole GiB that hold the K/V cache of a prompt in 16 bits, twice: vLLM cuts it into blocks, and keeps one."""
+    """Return whole GiB for twice the K/V cache of a prompt in 16 bits: vLLM uses blocks, and reserves one."""
     config = json.loads((Path(weights) / "config.json").read_text())
     width = config["num_key_value_heads"] * config["head_dim"]
     needed = 2 * 2 * 2 * config["num_hidden_layers"] * width * tokens

@@ -1,4 +1,4 @@
-"""vLLM's CPU build with pop_ext's plugin: the same calls, with pruned prefills."""
+"""vLLM's CPU build with pop_ext's plugin: the same calls with pruned prefills."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from bench.engines import vllm_cpu
 
 
 class Engine(vllm_cpu.Engine):
-    """Job options: ``plans`` (JSON texts). An engine has one plan: more of them are refused."""
+    """The engine. Job option: ``plans``, a list with one JSON text; more plans are refused."""
 
-    def settle(self, job: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    def arm_and_arguments(self, job: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         import pop_ext.vllm
         from pop_ext.plans.plan import Plan
 
         from bench.arms import plan_name
 
-        pop_ext.vllm.register()  # nobody has installed pop_ext here, so that vLLM finds no entry point
+        pop_ext.vllm.register()  # pop_ext is on the path only: vLLM finds no entry point of it
         if len(job["options"]["plans"]) != 1:
             raise ValueError(f"plans: expected one for an engine of vLLM, got {len(job['options']['plans'])}")
         plan = Plan.from_json(job["options"]["plans"][0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 LAYERS, OMITTED, PROMPT, DECODED = 12, 4, 14, 3
@@ -47,6 +48,7 @@ def panel(left: int, title: str, pruned: bool) -> list[str]:
 
 
 def main() -> None:
+    out = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_suffix(".svg")
     width, height = LEFT + 2 * PANEL - 30, TOP + LAYERS * CELL + 62
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
@@ -62,7 +64,7 @@ def main() -> None:
         parts += [cell(x, y, fill), text(x + CELL + 3, y + 11.5, label)]
         x += 44 + 6 * len(label)
     parts.append("</svg>")
-    Path(__file__).with_suffix(".svg").write_text("\n".join(parts) + "\n", encoding="utf-8")
+    out.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Pieces that merges never cross: a line break with the indentation after it (one token a line), a word with the blank
-# or dot before it, a single digit, a run of punctuation, other white space.
+# Merges stay within these pieces: a line break with the following indentation (so that it is one token a line), a word
+# with the preceding blank or dot, a single digit, a run of punctuation, other white space.
 _PIECES = r"(?:\r?\n)+[ \t]*|[ .]?[\p{L}_]+|\p{N}| ?[^\s\p{L}\p{N}_]+|\s+(?!\S)|\s+"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Learn a BPE of `vocab_size` entries, the 256 bytes and one special token among them."""
+    """Learn a BPE of `vocab_size` entries, including the 256 bytes and one special token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -36,7 +36,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """`tokenizer` as transformers wants it; encoding adds no special token, decoding gives back the exact text."""
+    """Wrap a tokenizer for transformers. Encoding adds no special token, and decoding restores the exact text."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,

@@ -1,8 +1,9 @@
-"""Pruned prefill beside compressed caches and windowed attention: ``python examples/demo_model/composition.py``.
+"""Combine pruned prefill with compressed caches and windowed attention: ``python examples/demo_model/composition.py``.
 
-Each table has the loss of a continuation above that at full depth with nothing else: the other method alone, POP alone,
-both, and what POP adds where the other method is there already; paired, prompt by prompt. The presses are those of
-kvpress (``pip install --no-deps kvpress cachetools fire termcolor``); without it there is no table of them.
+Each table gives the loss of a continuation above that at full depth without any method. Its columns are the other
+method alone, POP alone, both, and the loss that POP adds to the other method. Differences are paired by prompt. The
+presses come from kvpress (``pip install --no-deps kvpress cachetools fire termcolor``); without it, their table is left
+out.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ BATCH = 8
 
 @dataclass
 class Prompts:
-    """context int64 [prompts, T]; continuation int64 [prompts, n]."""
+    """Prompts and their continuations: context int64 [prompts, T], continuation int64 [prompts, n]."""
 
     context: Tensor
     continuation: Tensor
@@ -52,9 +53,17 @@ class Prompts:
 
 @torch.no_grad()
 def pressed_losses(model: Any, plan: Plan | None, press: Any, prompts: Prompts, hidden_states: bool) -> Tensor:
-    """[prompts] float64: nats a token of continuations which the stock model reads over the compressed caches.
+    """Score continuations with the stock model over compressed caches of the prompts.
 
-    plan: None: the stock prefill. press: None: nothing is compressed.
+    Args:
+        model: the model.
+        plan: plan of the prefill; None: the stock prefill.
+        press: the compression; None: no compression.
+        prompts: prompts and continuations.
+        hidden_states: keep the layers' inputs for presses that need them.
+
+    Returns:
+        The loss in nats a token, [prompts] float64.
     """
     found = []
     backend = "reference" if hidden_states else "native"
@@ -65,7 +74,7 @@ def pressed_losses(model: Any, plan: Plan | None, press: Any, prompts: Prompts, 
             nullcontext() if press is None else pressed(model, press, hidden_states),
         ):
             prompt = model(context, logits_to_keep=1, use_cache=True)
-        # At the positions that they have in the text, however few are left in the cache.
+        # Positions are those in the text, even though the cache has fewer entries.
         positions = torch.arange(length, length + new - 1)[None]
         call = {"position_ids": positions, "use_cache": True, **with_cache(model, cache_of(prompt))}
         following = model(continuation[:, :-1], **call)
@@ -90,7 +99,7 @@ def press_rows(model: Any, plans: dict[str, Plan], prompts: Prompts, full: Tenso
 
 @contextmanager
 def windowed_attention(model: Any, window: int, sinks: int, layers: range) -> Iterator[None]:
-    """Within it rows of ``layers`` see ``window`` positions, themselves included, and the first ``sinks`` ones."""
+    """Limit attention of ``layers`` within a block: the last ``window`` positions, and the first ``sinks`` ones."""
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **how: Any) -> Any:
         position = torch.arange(key.shape[2] - query.shape[2], key.shape[2])[:, None]
@@ -110,7 +119,7 @@ def windowed_attention(model: Any, window: int, sinks: int, layers: range) -> It
 
 
 def with_windows(model: Any, window: int, layers: range) -> Any:
-    """The same model as a Qwen2, whose config has a window for each layer: what runs natively."""
+    """Return the model as a Qwen2, whose config can give each layer a window, so that it runs natively."""
     config, depth = model.config.to_dict(), model.config.num_hidden_layers
     kinds = ["sliding_attention" if layer in layers else "full_attention" for layer in range(depth)]
     for name in ("model_type", "architectures", "attention_bias", "mlp_bias"):
@@ -123,7 +132,7 @@ def with_windows(model: Any, window: int, layers: range) -> Any:
 
 
 def losses(model: Any, plan: Plan, prompts: Prompts, backend: str = "native") -> Tensor:
-    """[prompts] float64: nats a token of each continuation, by ``pop_ext.score``."""
+    """Score continuations by ``pop_ext.score``; return the loss in nats a token, [prompts] float64."""
     with pop_ext.enabled(model, plan, backend=backend):
         scores = pop_ext.score(model, list(prompts.context), list(prompts.continuation), BATCH)
     return (
@@ -133,7 +142,7 @@ def losses(model: Any, plan: Plan, prompts: Prompts, backend: str = "native") ->
 
 def window_rows(model: Any, plans: dict[str, Plan], prompts: Prompts, full: Tensor) -> Iterator[dict[str, Any]]:
     depth = model.config.num_hidden_layers
-    retained = range(min(min(plan.omit) for plan in plans.values()))  # in every plan
+    retained = range(min(min(plan.omit) for plan in plans.values()))  # retained in every plan
     for window in WINDOWS:
         twin = with_windows(model, window, retained)
         alone = losses(twin, Plan(depth, ()), prompts)
@@ -174,12 +183,12 @@ def show(title: str, rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Prints the tables, and writes them as JSON on request."""
+    """Print the tables, and write them as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--length", type=int, default=256, help="tokens of a prompt")
     parser.add_argument("--continuation", type=int, default=32)
-    parser.add_argument("--count", type=int, default=4, help="how many of the deepest layers are omitted")
+    parser.add_argument("--count", type=int, default=4, help="omit the COUNT deepest layers")
     parser.add_argument("--boundary", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()

@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 HELD_OUT_PERCENT = 7
-# Long enough to be a test of context, short enough that no one file rules the mean.
+# Long enough to test the use of context, short enough that no single file dominates the mean.
 HELD_OUT_BYTES = range(4096, 65536)
-# A module is not held out if another file repeats this share of its distinct long lines: it would leak.
+# A module is not held out if another file has this share of its distinct long lines: the test would leak.
 MAX_SHARED_LINES = 0.25
 LONG_LINE = 20
 
@@ -25,7 +25,7 @@ _SKIPPED_PARTS = {"site-packages", "pydoc_data", "__pycache__"}
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of the library: `path` relative to it in POSIX form, `text`, `weight` = chance of being in an epoch."""
+    """A file of the library: relative POSIX `path`, `text`, and `weight`, the probability of being in an epoch."""
 
     path: str
     text: str
@@ -33,7 +33,7 @@ class SourceFile:
 
 
 def stdlib_files(root: Path | None = None) -> list[SourceFile]:
-    """All distinct UTF-8 `*.py` files under `root` (default: this interpreter's standard library), sorted by path."""
+    """Return all distinct UTF-8 `*.py` files under `root` (default: the standard library), sorted by path."""
     root = root or Path(sysconfig.get_paths()["stdlib"])
     files: list[SourceFile] = []
     seen: set[str] = set()
@@ -56,9 +56,9 @@ def stdlib_files(root: Path | None = None) -> list[SourceFile]:
 def _weight(rel: str) -> float:
     parts = set(PurePosixPath(rel).parts)
     if parts & _TABLE_PARTS:
-        return 0.1  # character maps: many bytes, little language
+        return 0.1  # character maps: many bytes with little language
     if parts & _TEST_PARTS:
-        return 0.3  # over half of all bytes, and less like the library code that is held out
+        return 0.3  # over half of all bytes, and less similar to the held-out library code
     return 1.0
 
 
@@ -67,7 +67,7 @@ def _long_lines(text: str) -> set[str]:
 
 
 def shared_lines(candidates: list[SourceFile], others: list[SourceFile]) -> dict[str, tuple[float, str]]:
-    """For each candidate: the largest share of its distinct long lines found in one other file, and that file."""
+    """Return for each candidate the largest share of its distinct long lines that another file has, and that file."""
     owners: dict[str, list[str]] = {}
     lines = {c.path: _long_lines(c.text) for c in candidates}
     wanted = set().union(*lines.values()) if lines else set()
@@ -83,10 +83,9 @@ def shared_lines(candidates: list[SourceFile], others: list[SourceFile]) -> dict
 
 
 def split(files: list[SourceFile]) -> tuple[list[SourceFile], list[SourceFile], dict[str, tuple[float, str]]]:
-    """Training files, held-out files, and the held-out files' largest overlap with a training file.
+    """Return training files, held-out files, and the held-out files' largest overlap with a training file.
 
-    The choice depends on a file's path alone (a hash of it), then drops what another file largely repeats. A
-    candidate so dropped goes to training.
+    Candidates are chosen by a hash of the path. A candidate that another file largely repeats goes to training.
     """
     candidates = [f for f in files if f.weight == 1.0 and len(f.text.encode()) in HELD_OUT_BYTES]
     candidates = [f for f in candidates if _bucket(f.path) < HELD_OUT_PERCENT]
@@ -104,8 +103,8 @@ def _bucket(rel: str) -> int:
 class WindowStream:
     """Endless shuffled windows of the training tokens; every epoch draws its files by weight.
 
-    `docs` are uint16 token arrays, each starting with the document separator. The position is a plain tuple, so that
-    a checkpoint can hold it.
+    `docs` are uint16 token arrays that start with the document separator. The position is a plain tuple, so that it
+    can be saved in a checkpoint.
     """
 
     def __init__(self, docs: list[np.ndarray], weights: list[float], seed: int, window: int, epoch: int = 0) -> None:
@@ -124,11 +123,11 @@ class WindowStream:
 
     @property
     def state(self) -> tuple[int, int, int]:
-        """(window, epoch, index) of the next window: arguments of `start`."""
+        """Return (window, epoch, index) of the next window, the arguments of `start`."""
         return self.window, self.epoch, self.index
 
     def batch(self, count: int) -> np.ndarray:
-        """The next `count` windows: int64 [count, window + 1]."""
+        """Return the next `count` windows, int64 [count, window + 1]."""
         return np.stack([next(self._windows()) for _ in range(count)]).astype(np.int64)
 
     def _windows(self) -> Iterator[np.ndarray]:

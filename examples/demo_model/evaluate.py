@@ -1,4 +1,4 @@
-"""Bits per byte of a text under a model, with long sliding windows."""
+"""Compute a model's bits per byte of a text, with long sliding windows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STRIDE = 512
 
 
 def windows(tokens: np.ndarray, context: int = CONTEXT, stride: int = STRIDE) -> list[tuple[np.ndarray, int]]:
-    """Windows of at most `context` + 1 tokens, and from which prediction on each one counts.
+    """Yield windows of at most `context` + 1 tokens, each with the index of its first prediction that counts.
 
     Every token after the first is predicted exactly once, with at least `context - stride` tokens before it where the
     text has that many.
@@ -29,7 +29,7 @@ def windows(tokens: np.ndarray, context: int = CONTEXT, stride: int = STRIDE) ->
 
 
 def total_nll(nll: Callable[[Tensor], Tensor], docs: list[np.ndarray], context: int = CONTEXT) -> float:
-    """Nats to predict every token of `docs` (each begins with the separator, which is given, not predicted)."""
+    """Return the nats of all tokens of `docs` except the separator that each begins with."""
     total = 0.0
     for doc in docs:
         for window, first in windows(doc, context, context // 2):
@@ -39,5 +39,5 @@ def total_nll(nll: Callable[[Tensor], Tensor], docs: list[np.ndarray], context: 
 
 
 def bits_per_byte(nats: float, byte_count: int) -> float:
-    """Nats over a text of `byte_count` bytes, in bits per byte."""
+    """Convert the nats of a text of `byte_count` bytes to bits per byte."""
     return nats / math.log(2) / byte_count

@@ -1,8 +1,8 @@
-"""How much of pruning's loss `pop_ext.fit` wins back on this model: ``python examples/demo_model/fit_quality.py``.
+"""Measure how much of pruning's loss `pop_ext.fit` recovers: ``python examples/demo_model/fit_quality.py``.
 
-Calibration and the choice of lambda take windows of training files, lambda's from files of its own; the loss is that
-of the held-out files, which neither the model nor the fit has seen. Each window is a prompt and its continuation; the
-continuation's loss is compared with that at full depth, window by window.
+The fit uses windows of training files, and chooses lambda on training files that it does not fit to. The loss is
+measured on held-out files, which neither the model nor the fit has seen. Each window is a prompt and its continuation;
+the loss of the continuation is compared with that at full depth, window by window.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 MODEL = Path(__file__).parent / "model"
-HOLDOUT_FILES = 8  # of the training files every eighth chooses lambda
+HOLDOUT_FILES = 8  # every eighth training file is for the choice of lambda
 
 
 def windows(files: list[SourceFile], tokenizer: Any, length: int, limit: int | None) -> Tensor:
-    """[windows, length] int64: every file from its start, cut into windows; of all of them a fixed random choice."""
+    """Cut files into windows, and return a fixed random choice of them, int64 [windows, length]."""
     found: list[Tensor] = []
     for file in files:
         ids = torch.tensor([tokenizer.bos_token_id, *tokenizer(file.text, verbose=False)["input_ids"]])
@@ -39,7 +39,7 @@ def windows(files: list[SourceFile], tokenizer: Any, length: int, limit: int | N
 
 @torch.no_grad()
 def losses(model: Any, plan: Plan, ids: Tensor, continuation: int) -> Tensor:
-    """[windows] float64: nats a token of each window's continuation, under the plan."""
+    """Return the loss of each window's continuation under the plan in nats a token, [windows] float64."""
     with pop_ext.enabled(model, plan):
         scores = pop_ext.score(model, list(ids[:, :-continuation]), list(ids[:, -continuation:]))
     return -torch.tensor([score.log_likelihood for score in scores], dtype=torch.float64) / continuation
@@ -50,7 +50,7 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 
 
 def row(plan: Plan, report: FitReport, pop: Tensor, fitted: Tensor) -> dict[str, Any]:
-    """One line of the table, printed, and what the JSON has of it; losses less those at full depth."""
+    """Print a row of the table, and return its JSON values; losses are differences to full depth."""
     values = {"pop": pop, "fitted": fitted, "difference": fitted - pop}
     found = {name: mean_and_error(value) for name, value in values.items()}
     shown = " | ".join(f"{mean:+.4f} ({error:.4f})" for mean, error in found.values())
@@ -61,16 +61,18 @@ def row(plan: Plan, report: FitReport, pop: Tensor, fitted: Tensor) -> dict[str,
 
 
 def main() -> int:
-    """Prints the table, and writes it as JSON on request."""
+    """Print the table, and write it as JSON if asked to."""
     parser = argparse.ArgumentParser(description="Loss of POP on the demo model, fitted and not.")
-    parser.add_argument("--tokens", type=int, default=512, help="of a window, continuation included")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a window, continuation included")
     parser.add_argument("--continuation", type=int, default=64)
     parser.add_argument("--calibration", type=int, default=256, help="windows to fit on")
-    parser.add_argument("--holdout", type=int, default=64, help="windows to choose lambda by")
+    parser.add_argument("--holdout", type=int, default=64, help="windows for the choice of lambda")
     parser.add_argument("--windows", type=int, default=None, help="held-out windows; by default all")
-    parser.add_argument("--omit", type=int, nargs="+", default=[4, 6], help="how many of the deepest layers")
+    parser.add_argument("--omit", type=int, nargs="+", default=[4, 6], help="omit the OMIT deepest layers; each a plan")
     parser.add_argument("--boundary", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--weighting", nargs="+", default=["attention", "uniform"], help="of calibration rows")
+    parser.add_argument(
+        "--weighting", nargs="+", default=["attention", "uniform"], help="weightings of calibration rows"
+    )
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
 

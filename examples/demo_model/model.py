@@ -1,4 +1,4 @@
-"""A Llama for training: plain PyTorch, weights of all layers stacked, and its export to the Hugging Face layout."""
+"""A Llama for training in plain PyTorch, with stacked weights of all layers, and its export to Hugging Face."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MIN_QUERY_ROWS = 256  # smaller blocks of queries save less work than their calls cost
+MIN_QUERY_ROWS = 256  # smaller blocks of queries save less time than their calls take
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Shape:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum of the negative log-likelihoods of `target` under softmax(h @ w.T); makes its gradient in the forward pass.
+    """Summed negative log-likelihood of `target` under softmax(h @ w.T); the forward pass computes the gradient.
 
-    Logits never live in more than one fp32 copy, and autograd keeps nothing of the size of the vocabulary.
+    There is only one fp32 copy of the logits, and autograd saves no tensor of the size of the vocabulary.
     """
 
     @staticmethod
@@ -63,24 +63,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def rope_tables(shape: Shape, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [length, 1, head_dim / 2]."""
+    """Return cos and sin, each [length, 1, head_dim / 2]."""
     inv_freq = shape.rope_theta ** (-torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
     angle = torch.arange(length, dtype=torch.float32)[:, None] * inv_freq
     return angle.cos()[:, None].to(dtype), angle.sin()[:, None].to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Llama's RMSNorm over the last dimension, statistics in fp32."""
+    """Apply Llama's RMSNorm to the last dimension, with statistics in fp32."""
     x32 = x.float()
     return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention: q [batch, time, heads, dim], k and v [batch, time, kv_heads, dim].
+    """Apply causal attention to q [batch, time, heads, dim], k and v [batch, time, kv_heads, dim].
 
     Returns [batch, time, heads * dim].
 
-    Plain matrix products over blocks of queries, each with the keys up to its end: this trains faster on a CPU than
+    It uses matrix products over blocks of queries, each with the keys up to its end. On a CPU this trains faster than
     `scaled_dot_product_attention`, whose backward pass is slow there.
     """
     batch, time, heads, dim = q.shape
@@ -101,7 +101,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def block(x: Tensor, w: tuple[Tensor, ...], cos: Tensor, sin: Tensor, shape: Shape) -> Tensor:
-    """One decoder layer over x [batch, time, hidden]; `w` = qkv, o, gate_up, down and the two norms (see `Llama`)."""
+    """Apply a decoder layer to x [batch, time, hidden]; `w`: qkv, o, gate_up, down and the two norms (see `Llama`)."""
     qkv_w, o_w, gate_up_w, down_w, norms = w
     batch, time, _ = x.shape
     heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
@@ -115,7 +115,7 @@ def block(x: Tensor, w: tuple[Tensor, ...], cos: Tensor, sin: Tensor, shape: Sha
 
 
 class Llama(nn.Module):
-    """Stacked weights: one parameter per kind of matrix, first dimension = layer, so that the optimiser can batch."""
+    """A Llama with one parameter for each kind of matrix, stacked over layers, so that the optimiser can batch."""
 
     def __init__(self, shape: Shape, block_fn: Callable[..., Tensor] = block) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Llama(nn.Module):
         layers, hidden, inner = shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size
         self.embed = nn.Parameter(torch.randn(shape.vocab_size, hidden) * 0.02)
         self.qkv = nn.Parameter(torch.randn(layers, shape.q_rows + 2 * shape.kv_rows, hidden) * hidden**-0.5 * 0.5)
-        # Output projections start at zero: every layer begins as the identity and takes part as it learns.
+        # Output projections start at zero: every layer begins as the identity.
         self.o = nn.Parameter(torch.zeros(layers, hidden, shape.q_rows))
         self.gate_up = nn.Parameter(torch.randn(layers, 2 * inner, hidden) * hidden**-0.5 * 0.5)
         self.down = nn.Parameter(torch.zeros(layers, hidden, inner))
@@ -131,7 +131,7 @@ class Llama(nn.Module):
         self.final_norm = nn.Parameter(torch.ones(hidden))
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        """Final-norm hidden states [batch, time, hidden] of tokens [batch, time]."""
+        """Return final-norm hidden states [batch, time, hidden] of tokens [batch, time]."""
         x = F.embedding(tokens, self.embed)
         cos, sin = rope_tables(self.shape, tokens.shape[1], x.dtype)
         for w in zip(*(p.unbind(0) for p in (self.qkv, self.o, self.gate_up, self.down, self.norms)), strict=True):
@@ -139,18 +139,18 @@ class Llama(nn.Module):
         return rms_norm(x, self.final_norm, self.shape.rms_norm_eps)
 
     def loss(self, tokens: Tensor, scale: float) -> Tensor:
-        """`scale` times the summed loss (nats) of predicting tokens[:, 1:] from tokens[:, :-1]; differentiable."""
+        """Return `scale` times the summed loss (nats) of predicting tokens[:, 1:] from tokens[:, :-1]."""
         h = self.hidden(tokens[:, :-1]).flatten(0, 1)
         return _LinearCrossEntropy.apply(h, self.embed, tokens[:, 1:].flatten(), scale)
 
     @torch.no_grad()
     def nll(self, tokens: Tensor) -> Tensor:
-        """Loss in nats of each next token: fp32 [batch, time - 1]."""
+        """Return the loss of each next token in nats, fp32 [batch, time - 1]."""
         logits = (self.hidden(tokens[:, :-1]) @ self.embed.t()).float()
         return F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
 
     def hf_state_dict(self) -> dict[str, Tensor]:
-        """The weights under the names of `LlamaForCausalLM`, in bf16."""
+        """Return the weights in bf16, under the names of `LlamaForCausalLM`."""
         shape, state = self.shape, {"model.embed_tokens.weight": self.embed, "model.norm.weight": self.final_norm}
         for i in range(shape.num_hidden_layers):
             q, k, v = self.qkv[i].split([shape.q_rows, shape.kv_rows, shape.kv_rows])

@@ -1,4 +1,4 @@
-"""Muon for the matrices, AdamW for the rest; fp32 masters of bf16 parameters."""
+"""An optimiser: Muon for matrices, AdamW for other parameters, with fp32 masters of bf16 parameters."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ ADAM_EPS = 1e-10
 
 
 def orthogonalise(m: Tensor, steps: int = 5) -> Tensor:
-    """Each matrix of m [..., rows, columns] with its singular values moved to about 1, in bf16.
+    """Move the singular values of each matrix of m [..., rows, columns] to about 1, in bf16.
 
-    The quintic Newton-Schulz iteration of Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+    Uses the quintic Newton-Schulz iteration of Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = m.bfloat16()
@@ -29,10 +29,10 @@ def orthogonalise(m: Tensor, steps: int = 5) -> Tensor:
 
 
 class Optimiser:
-    """Steps bf16 parameters through fp32 masters.
+    """Updates bf16 parameters through fp32 masters.
 
-    `matrices` maps a stacked parameter [layers, rows, columns] to the row counts of the matrices fused in it, each of
-    which is orthogonalised alone; `others` are stepped by AdamW.
+    `matrices` maps a stacked parameter [layers, rows, columns] to the row counts of the matrices that are fused in it;
+    each is orthogonalised by itself. AdamW updates `others`.
     """
 
     def __init__(self, matrices: dict[nn.Parameter, list[int]], others: list[nn.Parameter]) -> None:
@@ -45,7 +45,7 @@ class Optimiser:
 
     @torch.no_grad()
     def step(self, grads: list[Tensor], matrix_lr: float, other_lr: float) -> None:
-        """One update from fp32 gradients in the order of `params`; overwrites them."""
+        """Update once from fp32 gradients in the order of `params`; the gradients are overwritten."""
         self.count += 1
         split = len(self.matrices)
         matrices = (grads[:split], self.matrices.values(), self.masters[:split], self.first[:split])
@@ -73,12 +73,12 @@ class Optimiser:
         master.addcdiv_(first, root, value=-lr / (1 - beta1**self.count))
 
     def state_dict(self) -> dict[str, object]:
-        """Everything a run needs to go on; the bf16 parameters are copies of the masters."""
+        """Return the state that a resumed run needs; the bf16 parameters are copies of the masters."""
         return {"masters": self.masters, "first": self.first, "second": self.second, "count": self.count}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Take up `state_dict`'s result, and refresh the parameters from the masters."""
+        """Load the result of `state_dict`, and copy the masters to the parameters."""
         self.masters, self.first, self.second = state["masters"], state["first"], state["second"]
         self.count = state["count"]
         for param, master in zip(self.params, self.masters, strict=True):

@@ -1,7 +1,7 @@
-"""Gradients of a batch, computed by single-threaded processes that draw its parts from one queue.
+"""Compute the gradients of a batch in single-threaded processes that take its parts from one queue.
 
-On a machine that is shared with other work this loses far less than threads inside each operation: a process that is
-held up delays nothing but its own part.
+On a machine shared with other work, this loses far less time than threads within each operation: a process that is
+interrupted delays only its own part.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _Shared = dict[str, Tensor]
 
 
 class GradientWorkers:
-    """`count` processes, this one among them, over one set of shared parameters."""
+    """`count` processes, including this one, with one set of shared parameters."""
 
     def __init__(
         self, model: llama.Llama, count: int, batch_tokens: int, part_tokens: int, compile_block: bool
@@ -25,7 +25,7 @@ class GradientWorkers:
         model.share_memory()
         self.params = dict(model.named_parameters())
         params = {name: p.detach() for name, p in self.params.items()}
-        # Room for the targets of single-token windows, the most that a batch can need.
+        # Memory for the targets of single-token windows, the most that a batch can need.
         batch = torch.zeros(2 * batch_tokens, dtype=torch.int64).share_memory_()
         grads = [
             {n: torch.zeros_like(p, dtype=torch.float32).share_memory_() for n, p in params.items()}
@@ -42,7 +42,7 @@ class GradientWorkers:
             self.pipes.append(here)
 
     def gradients(self, tokens: Tensor) -> tuple[float, dict[str, Tensor]]:
-        """Mean loss over tokens [windows, length + 1] in nats per token, and its gradients in fp32 by parameter name.
+        """Return the mean loss of tokens [windows, length + 1] in nats per token, and fp32 gradients by parameter name.
 
         The gradients are overwritten by the next call.
         """
@@ -62,7 +62,7 @@ class GradientWorkers:
 
 
 class _Job:
-    """One process's share: takes parts of the shared batch until none is left."""
+    """The work of one process: it takes parts of the shared batch until none is left."""
 
     def __init__(
         self,
@@ -113,6 +113,6 @@ def _serve(job: _Job, pipe) -> None:
     while True:
         try:
             size = pipe.recv()
-        except EOFError:  # the parent has ended
+        except EOFError:  # the parent process ended
             return
         pipe.send(job.run(size))

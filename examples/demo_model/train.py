@@ -25,18 +25,18 @@ from transformers import GenerationConfig, LlamaConfig
 
 HERE = Path(__file__).resolve().parent
 BATCH_TOKENS = 8192
-PART_TOKENS = 1024  # what one process takes at a time
+PART_TOKENS = 1024  # tokens of a part, which a process computes at a time
 MATRIX_LR, OTHER_LR = 0.02, 0.003
 WARMUP_STEPS = 50
 LOG_STEPS = 25
 SEED = 20260203
-# From which progress on (0..1) windows of how many tokens are used: most is learned from short, cheap ones.
+# (progress 0..1, tokens of a window from there on): short windows are cheap and teach most.
 PHASES = ((0.0, 256), (0.82, 2048))
 
 
 @dataclass
 class Corpus:
-    """Token arrays (uint16, each begins with the separator) of the training and of the held-out files."""
+    """Token arrays of training and held-out files: uint16, each begins with the separator."""
 
     train: list[np.ndarray]
     weights: list[float]
@@ -68,7 +68,7 @@ def load_corpus(tokenizer_dir: Path) -> Corpus:
 
 
 def learning_rate(progress: float, step: int, decay: float) -> float:
-    """Factor on the peak rates: linear warm-up, flat, then linear to zero over the last `decay` of the budget."""
+    """Return the factor of the peak rates: linear warm-up, flat, then linear to zero over the last `decay` of a run."""
     return min(1.0, (step + 1) / WARMUP_STEPS, max(0.0, (1 - progress) / decay))
 
 
@@ -97,15 +97,15 @@ class Run:
         self.stopping = False
 
     def _stop(self, *_: object) -> None:
-        self.stopping = True  # the step under way is finished first
+        self.stopping = True  # the current step is finished first
 
     @property
     def progress(self) -> float:
-        """Share of the budget used, 0..1."""
+        """Return the used share of the budget, 0..1."""
         return max(self.tokens / self.args.tokens, self.seconds / 60 / self.args.minutes)
 
     def train(self) -> None:
-        """Train to the end of the budget, with checkpoints and exports on the way."""
+        """Train to the end of the budget, with checkpoints and exports in between."""
         signal.signal(signal.SIGTERM, self._stop)
         saved = exported = logged = self.seconds
         losses: list[float] = []
@@ -115,7 +115,7 @@ class Run:
             if window != self.stream.window:
                 self.stream.start(window, self.stream.epoch + 1, 0)
             losses.append(self.step(learning_rate(progress, self.steps, self.args.decay)))
-            # A pause counts as time used: the run ends when it was promised to.
+            # A pause counts as used time, so that the run ends when announced.
             self.seconds = time.monotonic() - origin
             if self.steps % LOG_STEPS == 0:
                 rate = len(losses) * BATCH_TOKENS / max(self.seconds - logged, 1e-9)
@@ -140,7 +140,7 @@ class Run:
         self.save()
 
     def step(self, rate: float) -> float:
-        """One optimiser step over `BATCH_TOKENS` tokens; returns the mean loss in nats per token."""
+        """Take an optimiser step over `BATCH_TOKENS` tokens; return the mean loss in nats per token."""
         batch = torch.from_numpy(self.stream.batch(BATCH_TOKENS // self.stream.window))
         loss, grads = self.workers.gradients(batch)
         grads = [grads[self.names[param]] for param in self.optimiser.params]
@@ -156,7 +156,7 @@ class Run:
         print(f"validation {nats / sum(len(d) - 1 for d in docs):.3f} nats/token on a sample", flush=True)
 
     def validate(self) -> float:
-        """Bits per byte over all bytes of all held-out files."""
+        """Return the bits per byte over all held-out files."""
         return evaluate.bits_per_byte(
             evaluate.total_nll(self.model.nll, self.corpus.held_out), self.corpus.held_out_bytes
         )
@@ -173,7 +173,7 @@ class Run:
         os.replace(partial, self.args.work / "checkpoint.pt")
 
     def resume(self) -> None:
-        """Go on from the checkpoint in the work directory."""
+        """Load the checkpoint from the work directory."""
         state = torch.load(self.args.work / "checkpoint.pt", weights_only=True)
         self.optimiser.load_state_dict(state["optimiser"])
         self.stream.start(*state["stream"])
@@ -214,7 +214,7 @@ class Run:
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=115, help="time budget, wall clock")
     parser.add_argument("--tokens", type=float, default=24e6, help="token budget")
@@ -224,15 +224,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--save-minutes", type=float, default=5)
     parser.add_argument("--export-minutes", type=float, default=10)
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --work")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --work")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="do not use torch.compile")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Train, measure, export."""
+    """Train, measure and export the model."""
     args = parse_args()
-    torch.set_num_threads(1)  # the processes are the parallelism; see parallel.py
+    torch.set_num_threads(1)  # processes run in parallel instead, see parallel.py
     run = Run(args)
     train_tokens = math.fsum(w * len(d) for w, d in zip(run.corpus.weights, run.corpus.train, strict=True))
     print(

@@ -1,14 +1,15 @@
 """Prefill-Only Pruning (POP, arXiv 2602.03295) for Hugging Face language models.
 
-``pop_ext.enable(model)``, then ``model.generate(...)`` as before: long prompts get their first token
-sooner, decode stays the full model. ``torch.ops.pop.prefill`` is the same for an engine of one's own.
+After ``pop_ext.enable(model)``, ``model.generate(...)`` works as before. Long prompts get their first token sooner,
+because their context rows skip the layers that a plan omits. Decode runs the full model. An engine that does not use
+``generate`` can call the same prefill as ``torch.ops.pop.prefill``.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch  # noqa: F401  (its libraries must be in the process before ours load)
+import torch  # noqa: F401  (its shared libraries must be loaded before those of pop_ext)
 
 from pop_ext import ops as _ops  # noqa: F401  (registers torch.ops.pop)
 from pop_ext._core import __version__
@@ -53,7 +54,7 @@ __all__ = [
     "supported_models",
 ]
 
-# What needs transformers is imported at first use: the operators work without it.
+# Names that need transformers are imported at first use, because the operators work without it.
 _LAZY = {
     "BlockInfluence": "pop_ext.methods.block_influence",
     "BudgetedPlan": "pop_ext.methods.latency",

@@ -1,4 +1,4 @@
-"""``python -m pop_ext``: the ``pop-ext`` command."""
+"""Run ``pop-ext`` as ``python -m pop_ext``."""
 
 from pop_ext.cli import main
 

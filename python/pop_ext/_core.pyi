@@ -1,11 +1,16 @@
+"""The torch-free core: the shape of a model, a plan, and the cost model over both."""
+
 from collections.abc import Sequence
 from typing import Any
 
 __version__: str
 
-def build_info() -> dict[str, str]: ...
+def build_info() -> dict[str, str]:
+    """Return ``version``, ``torch_headers``, ``compiler`` and ``cuda`` ("" if built without) of this build."""
 
 class ModelSpec:
+    """The shape of a model; docs/ops.md describes its members."""
+
     def __init__(
         self,
         *,
@@ -104,12 +109,15 @@ class ModelSpec:
     def q_dim(self) -> int: ...
     @property
     def kv_dim(self) -> int: ...
-    def weight_slots(self) -> list[tuple[str, int, tuple[int, ...]]]: ...
+    def weight_slots(self) -> list[tuple[str, int, tuple[int, ...]]]:
+        """Return (name, layer, shape) of every weight, in the order in which ``torch.ops.pop.load`` takes them."""
     def to_json(self) -> str: ...
     @staticmethod
     def from_json(text: str) -> ModelSpec: ...
 
 class Plan:
+    """Omitted layers and the boundary; ``pop_ext.Plan`` adds everything else."""
+
     def __init__(self, num_layers: int, omit: Sequence[int], boundary: int = 1, min_tokens: int = 0) -> None: ...
     @property
     def num_layers(self) -> int: ...
@@ -128,6 +136,8 @@ class Plan:
     def from_json(text: str) -> Plan: ...
 
 class SequenceShape:
+    """New tokens of one sequence, its cached positions, boundary rows, and rows whose logits are computed."""
+
     def __init__(self, tokens: int, *, past: int = 0, boundary: int = 1, logits_to_keep: int = 1) -> None: ...
     @property
     def tokens(self) -> int: ...
@@ -138,5 +148,8 @@ class SequenceShape:
     @property
     def logits_to_keep(self) -> int: ...
 
-def stock_cost(spec: ModelSpec, batch: Sequence[SequenceShape]) -> dict[str, Any]: ...
-def plan_cost(spec: ModelSpec, plan: Plan, batch: Sequence[SequenceShape]) -> dict[str, Any]: ...
+def stock_cost(spec: ModelSpec, batch: Sequence[SequenceShape]) -> dict[str, Any]:
+    """Return ``flops``, ``bytes`` and ``stages`` of the stock model's prefill, causal attention counted as half."""
+
+def plan_cost(spec: ModelSpec, plan: Plan, batch: Sequence[SequenceShape]) -> dict[str, Any]:
+    """Return the same of a native prefill under a plan."""

@@ -1,27 +1,42 @@
-"""What is installed, and what a plan means for a model: the facts behind ``pop-ext info``."""
+"""Facts about the installation and about a model under a plan, as ``pop-ext info`` prints them."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from pop_ext import _core, ops
 from pop_ext.hf.architectures import FAMILIES
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.presets import PRESETS
 
-if TYPE_CHECKING:
-    from pop_ext.hf.native_model import NativeModel
-
 CEILING_TOKENS = (512, 2048, 8192)
+"""Lengths of the prompts for which `model_summary` gives the ceilings."""
+
+
+class LoadedModel(Protocol):
+    """The members of a ``NativeModel`` that `model_summary` reads."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def plan(self) -> Plan: ...
+
+    @property
+    def spec(self) -> _core.ModelSpec: ...
+
+    @property
+    def extra_bytes(self) -> int: ...
 
 
 def installation() -> dict[str, Any]:
-    """Versions, instruction set, CUDA part, checks, families and presets."""
+    """Return versions, instruction set, state of CUDA, checks at import, families and presets, as JSON values."""
     build = _core.build_info()
     return {
         "pop_ext": build["version"],
@@ -49,8 +64,8 @@ def installation() -> dict[str, Any]:
     }
 
 
-def model_summary(native: NativeModel) -> dict[str, Any]:
-    """Shape, plan, extra memory in bytes and ceilings of one model."""
+def model_summary(native: LoadedModel) -> dict[str, Any]:
+    """Return shape, plan, extra memory (bytes) and FLOP ceilings of a loaded model, as JSON values."""
     spec, plan = native.spec, native.plan
     return {
         "architecture": spec.architecture,
@@ -71,6 +86,7 @@ def model_summary(native: NativeModel) -> dict[str, Any]:
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
+    """Return a plan as JSON values, without its fitted projections."""
     return {
         "num_layers": plan.num_layers,
         "omit": list(plan.omit),
@@ -80,7 +96,11 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
 
 
 def ceilings(spec: _core.ModelSpec, plan: Plan, tokens: int) -> dict[str, float]:
-    """Ratios of FLOPs at batch 1: the most that leaving out work can gain for a prompt of ``tokens``."""
+    """Return FLOP ratios at batch 1: upper bounds of the speed-up for a prompt of ``tokens`` tokens.
+
+    Returns:
+        ``tokens`` and the ratios ``pop_over_stock``, ``pop_over_native_full`` and ``native_full_over_stock``.
+    """
     rows = [_core.SequenceShape(tokens, boundary=min(plan.boundary, tokens))]
     full_plan = Plan(plan.num_layers, ())
     pruned = _core.plan_cost(spec, plan, rows)["flops"]
@@ -95,7 +115,7 @@ def ceilings(spec: _core.ModelSpec, plan: Plan, tokens: int) -> dict[str, float]
 
 
 def processor() -> str:
-    """Name of the processor."""
+    """Return the name of the processor."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -106,6 +126,7 @@ def processor() -> str:
 
 
 def _version_of(package: str) -> str | None:
+    """Return the installed version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -113,7 +134,7 @@ def _version_of(package: str) -> str | None:
 
 
 def _prepack() -> str:
-    """Whether a dense model's weights can be prepacked here."""
+    """Return whether the weights of a dense model can be prepacked on this machine, or the reason why not."""
     spec = _core.ModelSpec(
         architecture="llama",
         dtype="bfloat16",
@@ -129,6 +150,7 @@ def _prepack() -> str:
 
 
 def _cuda(built: str) -> str:
+    """Return the state of CUDA, given the version that the library was built with ("" for none)."""
     if not built:
         return "not built"
     if torch.version.cuda is None:

@@ -1,4 +1,4 @@
-"""bench/: what it prints and saves is what was measured, and a failure is shown as one."""
+"""bench/run.py prints and saves what it measured, and reports failures."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def tiny(config_dir):
 
 @pytest.fixture
 def small_reference(monkeypatch):
-    """The square product that shares refer to, small enough for a test."""
+    """Make the square product that defines the peak small enough for a test."""
     monkeypatch.setattr("bench.rates._SQUARE", {"cpu": 64})
     monkeypatch.setattr("bench.kernel_table.measure_bandwidth", lambda device: {"copy": 1e9, "read": 2e9})
 
 
 class Ticks:
-    """A clock that runs the call and reports what it is told."""
+    """A clock that runs the call and returns given seconds."""
 
     def __init__(self, *seconds: float) -> None:
         self.seconds = list(seconds)
@@ -102,7 +102,7 @@ def test_a_run_saves_every_sample_and_prints_every_arm(config_dir, tmp_path, cap
     assert all(row["failed"] is None and row["median_s"] > 0 for row in rows.values())
 
 
-def test_ceilings_are_those_of_the_cost_model(tiny, small_reference):
+def test_ceilings_come_from_the_cost_model(tiny, small_reference):
     plan = Plan(LAYERS, (3, 4, 5), boundary=2)
     spec = describe(tiny.model).spec
     case = run_case(tiny, spec, 2, 20, [plan], SETTINGS)
@@ -132,7 +132,7 @@ def test_native_arms_compute_what_the_stock_model_computes(tiny, via, small_refe
 
 
 def broken_arms(broken):
-    """`make_arms`, with the call of native-full replaced."""
+    """Return a `make_arms` whose native-full has another call."""
 
     def arms_of(*arguments):
         arms = make_arms(*arguments)
@@ -155,7 +155,7 @@ def test_an_arm_that_raises_is_printed_as_failed(tiny, small_reference):
     assert [item["baseline"] for item in report.case_json(case)["comparisons"]] == ["hf-eager"]
 
 
-def test_a_full_depth_arm_with_other_logits_is_failed(tiny, small_reference):
+def test_a_full_depth_arm_with_other_logits_fails(tiny, small_reference):
     def broken(arm):
         return lambda: SimpleNamespace(logits=torch.ones(1, 1, SIZES["vocab_size"]), past_key_values=None)
 
@@ -178,10 +178,10 @@ def test_a_failed_kernel_is_printed_as_failed(tiny, monkeypatch, small_reference
     assert row["failed"] == "RuntimeError: not on this device"
 
 
-def test_kernel_flops_are_those_of_the_cost_model(tiny, small_reference):
+def test_kernel_flops_come_from_the_cost_model(tiny, small_reference):
     from pop_ext.hf.native_model import load
 
-    plan = Plan(LAYERS, (1, 2))  # not at the end: the last layer's own projection must not count
+    plan = Plan(LAYERS, (1, 2))  # not the last layers: the last layer's own projection must not count
     native = load(tiny.model, plan)
     table = measure_kernels("tiny", native, [16], repeats=1, quiet=True)
     rows = {row.name: row for row in table.rows}
@@ -201,12 +201,12 @@ def test_rounds_interleave_and_change_their_order():
     assert all(item.samples == [1.0] * 3 for item in items)
 
 
-def test_a_spent_budget_ends_the_rounds_but_never_below_the_fewest():
+def test_a_spent_budget_ends_rounds_after_the_fewest():
     item = Timed("a", lambda: None)
     assert interleave([item], Ticks(*[1.0] * 9), repeats=9, deadline=0.0, fewest=3) == 3
 
 
-def test_too_few_repeats_are_said(tiny, small_reference):
+def test_too_few_repeats_give_a_warning(tiny, small_reference):
     case = run_case(tiny, describe(tiny.model).spec, 1, 16, [], Settings(9, 1, quiet=True), budget=0.0)
     assert case.rounds == 3
     assert "only 3 repeats (the time budget was spent)" in report.case_text(case)
@@ -232,7 +232,7 @@ def test_the_baseline_is_the_faster_stock_arm(tiny):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_peak_memory_sees_what_a_call_frees_again():
+def test_peak_memory_includes_memory_that_a_call_frees():
     size = 48 * 2**20
 
     def call():
@@ -244,7 +244,7 @@ def test_peak_memory_sees_what_a_call_frees_again():
     assert use.kv_cache == 0
 
 
-def test_random_weights_are_finite_and_the_same_each_time(config_dir, tiny):
+def test_random_weights_are_finite_and_reproducible(config_dir, tiny):
     again = load_model(str(config_dir), torch.float32, CPU)
     assert again.weights == "random"
     assert "holds no weights" in again.note
@@ -254,14 +254,14 @@ def test_random_weights_are_finite_and_the_same_each_time(config_dir, tiny):
     assert float(tiny.model.lm_head.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
 
 
-def test_weights_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):
+def test_weights_beyond_free_memory_are_refused(monkeypatch):
     monkeypatch.setattr("bench.shapes.available_bytes", lambda device: 2**30)
     with pytest.raises(ValueError, match=r"llama-3.1-8b: torch.bfloat16 weights take 15.0 GiB, 1.0 GiB are free"):
         load_model("llama-3.1-8b", torch.bfloat16, CPU)
 
 
 @pytest.mark.parametrize(("paying", "expected"), [(32, 32), (None, 33)])
-def test_plans_keep_the_min_tokens_that_calibration_finds(
+def test_plans_keep_the_calibrated_min_tokens(
     paying, expected, config_dir, tmp_path, capsys, small_reference, monkeypatch
 ):
     asked = []
@@ -301,10 +301,13 @@ def test_a_model_that_cannot_be_loaded_fails_alone(config_dir, tmp_path, capsys,
         (["--lengths", "1"], "--lengths: expected integers from 2, got [1]"),
         (["--repeats", "0"], "--repeats: expected at least 1, got 0"),
         (["--device", "tpu"], "--device: expected cpu or cuda, got tpu"),
-        (["--tune", "overlap"], '--tune: expected options such as "overlap=1,sdpa_rows=0", got'),
-        (["--calibrate"], "--calibrate: expected --model, and --via enable, which alone looks at min_tokens"),
+        (["--tune", "early_launch"], '--tune: expected options such as "early_launch=1,sdpa_rows=0", got'),
+        (["--calibrate"], "--calibrate: expected --model, and --via enable, the only way that respects min_tokens"),
         (["--model", "demo", "--calibrate", "--via", "prefill"], "--calibrate: expected --model, and --via enable"),
-        (["--tune", "gemm_blocks=0,overlap=1"], "--tune: expected gemm_blocks, or --device cuda, got overlap"),
+        (
+            ["--tune", "gemm_blocks=0,early_launch=1"],
+            "--tune: expected gemm_blocks, or --device cuda, got early_launch",
+        ),
     ],
 )
 def test_bad_arguments_are_named(arguments, text, capsys):
@@ -319,7 +322,7 @@ def test_plans_are_named_by_what_they_omit():
     assert plan_name(Plan(16, range(11, 16), boundary=32)) == "pop 5/16 b32"
 
 
-def test_the_named_shapes_are_there():
+def test_named_shapes_exist():
     assert {"llama-3.2-1b", "llama-3.1-8b"} <= set(SHAPES)
     assert run.ROOT == ROOT
 
@@ -361,7 +364,7 @@ def test_a_profile_accounts_for_the_whole_call(config_dir, tmp_path, capsys, sma
         }
 
 
-def test_a_case_that_cannot_end_in_time_is_left_out_and_said_to_be(config_dir, tmp_path, capsys, small_reference):
+def test_a_case_beyond_the_budget_is_left_out_and_reported(config_dir, tmp_path, capsys, small_reference):
     path = tmp_path / "report.json"
     options = ["--model", str(config_dir), "--lengths", "24", "4096", "--budget", "1e-9", "--quiet"]
     assert cli.main([*options, "--json", str(path)]) == 0
@@ -372,7 +375,7 @@ def test_a_case_that_cannot_end_in_time_is_left_out_and_said_to_be(config_dir, t
 
 
 @pytest.mark.parametrize("via", ["enable", "prefill"])
-def test_copies_of_weights_make_arms_that_are_loaded_with_them(tiny, via):
+def test_copies_of_weights_add_arms_loaded_with_them(tiny, via):
     spec, ids = describe(tiny.model).spec, torch.zeros(1, 8, dtype=torch.int64)
     arms = make_arms(tiny.model, spec, ids, [Plan.last(LAYERS)], None, via, copies=("fp8", "prepack"))
     names = ["native-full", "pop 2/6"]
@@ -387,8 +390,8 @@ def test_copies_of_weights_make_arms_that_are_loaded_with_them(tiny, via):
     assert fp8 > plain
 
 
-def test_options_of_a_backend_make_arms_that_run_under_them(tiny, monkeypatch):
-    state = {"overlap": 0}
+def test_backend_options_add_arms_that_run_under_them(tiny, monkeypatch):
+    state = {"early_launch": 0}
     seen = []
 
     def tune(name, value):
@@ -397,17 +400,17 @@ def test_options_of_a_backend_make_arms_that_run_under_them(tiny, monkeypatch):
 
     monkeypatch.setattr(torch.ops.pop, "tune", tune)
     spec, ids = describe(tiny.model).spec, torch.zeros(1, 8, dtype=torch.int64)
-    arms = make_arms(tiny.model, spec, ids, [Plan.last(LAYERS)], None, "prefill", [{"overlap": 1}])
-    assert [arm.name for arm in arms] == ["hf-eager", "native-full", "pop 2/6", "pop 2/6 overlap=1"]
+    arms = make_arms(tiny.model, spec, ids, [Plan.last(LAYERS)], None, "prefill", [{"early_launch": 1}])
+    assert [arm.name for arm in arms] == ["hf-eager", "native-full", "pop 2/6", "pop 2/6 early_launch=1"]
     for arm in arms[2:]:
-        arm.make = lambda arm: lambda: seen.append(state["overlap"])
+        arm.make = lambda arm: lambda: seen.append(state["early_launch"])
         arm.prepare()
         arm.run()
     assert seen == [0, 1]
-    assert state == {"overlap": 0}
+    assert state == {"early_launch": 0}
 
 
-def test_a_figure_holds_a_panel_for_each_baseline_and_each_profile(tmp_path, capsys):
+def test_a_figure_has_a_panel_per_baseline_and_profile(tmp_path, capsys):
     reports = sorted((ROOT / "bench" / "results").glob("cpu-*.json"))
     panels = plot.speedup_panels([json.loads(path.read_text()) for path in reports])
     assert set(panels) == {

@@ -1,4 +1,4 @@
-"""bench/peers.py: who is timed, who is not and why, and that all of them compute the same thing."""
+"""bench/peers.py times engines that compute the same result, and reports why others are missing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SIZES = {
     "vocab_size": 263,
     "max_position_embeddings": 128,
 }
-FAKES = {name: Peer(name, "tests.peer_engine", ()) for name in ("fake", "dying", "absent")}
+FAKES = {name: Peer(name, "tests.support.peer_engine", ()) for name in ("fake", "dying", "absent")}
 CPUS = sorted(os.sched_getaffinity(0))[:1] if hasattr(os, "sched_getaffinity") else [0]
 
 
@@ -52,7 +52,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def fake_peers(monkeypatch):
-    """Peers of this interpreter, and one whose venv is missing."""
+    """Replace the engines by made-up ones of this interpreter, one of them without a venv."""
 
     def python_of(peer, *arguments):
         if peer.name == "absent":
@@ -64,7 +64,7 @@ def fake_peers(monkeypatch):
     monkeypatch.setattr(comparison, "venv_python", python_of)
 
 
-def test_peers_are_timed_and_checked_and_each_gap_has_its_reason(folder, fake_peers, capsys):
+def test_engines_are_timed_and_checked_and_gaps_have_reasons(folder, fake_peers, capsys):
     options = ["--model", str(folder / "tiny"), "--lengths", "20", "--dtype", "float32", "--threads", "1"]
     options += ["--peers", "fake", "dying", "absent", "--no-compile", "--repeats", "2", "--warmup", "1", "--quiet"]
     path = folder / "report.json"
@@ -91,7 +91,7 @@ def test_peers_are_timed_and_checked_and_each_gap_has_its_reason(folder, fake_pe
     assert case["engines"][1]["versions"] == {"torch": torch.__version__}
 
 
-def test_an_engine_that_would_not_fit_is_not_started(folder, fake_peers, monkeypatch):
+def test_an_engine_beyond_free_memory_is_not_started(folder, fake_peers, monkeypatch):
     monkeypatch.setattr(comparison, "available_bytes", lambda device: 1)
     options = ["--model", str(folder / "tiny"), "--lengths", "4", "--peers", "--quiet", "--folder", str(folder)]
     assert peers.main([*options, "--json", str(folder / "report.json")]) == 1
@@ -100,7 +100,7 @@ def test_an_engine_that_would_not_fit_is_not_started(folder, fake_peers, monkeyp
     assert "GiB are free" in case["not_measured"]["here"]
 
 
-def test_weights_are_saved_again_when_they_are_other_ones(folder):
+def test_other_weights_are_saved_again(folder):
     options = ["--model", str(folder / "tiny"), "--folder", str(folder)]
     saved = peers.prepared(peers.parser().parse_args(options), CPUS).home / "weights" / "model.safetensors"
     first = saved.stat().st_mtime_ns
@@ -111,7 +111,7 @@ def test_weights_are_saved_again_when_they_are_other_ones(folder):
     assert saved.stat().st_mtime_ns != first
 
 
-def test_a_child_is_stopped_while_nothing_is_asked(tmp_path):
+def test_a_child_is_stopped_between_requests(tmp_path):
     child = Child(Path(sys.executable), "no.such.module", CPUS, tmp_path / "log.txt")
     try:
         with pytest.raises(ChildError, match="ModuleNotFoundError"):
@@ -128,7 +128,7 @@ def test_a_child_is_stopped_while_nothing_is_asked(tmp_path):
     assert child._process.poll() is not None
 
 
-def test_a_child_that_does_not_answer_in_time_is_ended(tmp_path):
+def test_a_child_that_exceeds_its_timeout_is_killed(tmp_path):
     child = Child(Path(sys.executable), "bench.engines.child", CPUS, tmp_path / "log.txt")
     child._process.kill()
     child._process.wait()
@@ -141,7 +141,7 @@ def test_a_child_that_does_not_answer_in_time_is_ended(tmp_path):
     assert slow._process.poll() is not None
 
 
-def test_a_venv_is_made_once_and_again_for_other_requirements(tmp_path, monkeypatch):
+def test_a_venv_is_created_again_for_other_requirements(tmp_path, monkeypatch):
     ran = []
 
     def run(command, log):
@@ -164,7 +164,7 @@ def test_a_venv_is_made_once_and_again_for_other_requirements(tmp_path, monkeypa
     assert len(ran) == 8
 
 
-def test_a_failed_install_is_one_line(tmp_path):
+def test_a_failed_install_is_reported_in_one_line(tmp_path):
     peer = Peer("broken", "module", (("--no-index", "no-such-package-of-any-name"),))
     with pytest.raises(InstallError, match=r"pip install --no-index ... failed: ERROR: No matching distribution"):
         venv_python(peer, tmp_path, "2.13.0", True, lambda text: None)
@@ -173,7 +173,7 @@ def test_a_failed_install_is_one_line(tmp_path):
         venv_python(newer, tmp_path, "2.13.0", True, lambda text: None)
 
 
-def test_the_error_of_log_probabilities_tells_rounding_from_another_model():
+def test_logits_error_tells_rounding_from_another_model():
     logits = torch.randn(500, generator=torch.Generator().manual_seed(0))
     reference = log_probs_of(logits, None)
     assert sum(np.exp(list(reference.values()))) == pytest.approx(1.0)
@@ -183,7 +183,7 @@ def test_the_error_of_log_probabilities_tells_rounding_from_another_model():
     assert logits_error(log_probs_of(logits.roll(1), 20), reference) > 1.0
 
 
-def test_a_gguf_file_holds_the_weights_of_the_checkpoint(folder):
+def test_a_gguf_file_has_the_weights_of_the_checkpoint(folder):
     from bench.shapes import load_model
 
     model = load_model(str(folder / "tiny"), torch.bfloat16, torch.device("cpu")).model
@@ -200,7 +200,7 @@ def test_a_gguf_file_holds_the_weights_of_the_checkpoint(folder):
         gguf_name("model.layers.0.self_attn.q_norm.weight")
 
 
-def test_rope_of_neighbours_on_arranged_rows_is_rope_of_halves():
+def test_arranged_rows_turn_neighbour_rope_into_half_rope():
     heads, dim, hidden = 3, 8, 5
     random = np.random.default_rng(0)
     weight, x, angle = (
@@ -221,12 +221,12 @@ def test_rope_of_neighbours_on_arranged_rows_is_rope_of_halves():
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"model_type": "qwen3"}, "model_type: expected llama"),
+        ({"model_type": "qwen3"}, "model_type: expected llama, the only supported architecture, got qwen3"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_type: expected default, got llama3"),
-        ({"attention_bias": True}, "attention_bias, mlp_bias: expected none"),
+        ({"attention_bias": True}, "attention_bias, mlp_bias: expected false, got true"),
     ],
 )
-def test_a_checkpoint_that_gguf_would_change_is_refused(change, text):
+def test_a_checkpoint_that_gguf_cannot_express_is_refused(change, text):
     check_config(SIZES)
     with pytest.raises(ValueError, match=text):
         check_config(SIZES | change)

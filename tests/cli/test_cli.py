@@ -1,4 +1,4 @@
-"""The command line: what generate and info report, what bad options get, and what it says without typer and rich."""
+"""`pop-ext generate` and `info`: reports, refused options, messages for missing dependencies."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ import transformers
 from instruction_sets import has_avx512_bf16
 from model_folder import save_tiny_llama
 from pop_ext import cli
-from pop_ext.cli import shared
-from pop_ext.cli.app import app, parse_layers
+from pop_ext.cli import options, output
+from pop_ext.cli.app import app
 from pop_ext.cli.compare import compare, count_steps, split_prompt
 from pop_ext.env_info import ceilings
+from pop_ext.utils.layer_ranges import parse_layers
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -82,7 +83,7 @@ def test_generate_without_continuation_has_no_likelihood(folder, prompt_file):
     assert all(arm["log_likelihood_per_token"] is None for arm in report["arms"])
 
 
-def test_generate_executes_a_saved_plan_whatever_its_min_tokens(folder, prompt_file, tmp_path):
+def test_generate_executes_a_saved_plan_despite_min_tokens(folder, prompt_file, tmp_path):
     path = tmp_path / "plan.json"
     pop_ext.Plan(6, omit=[2, 4], boundary=3, min_tokens=1000).save(path)
     report = json.loads(generate(folder, prompt_file, "--json", "--plan", path).stdout)
@@ -91,7 +92,7 @@ def test_generate_executes_a_saved_plan_whatever_its_min_tokens(folder, prompt_f
     assert "shorter than min_tokens" in generate(folder, prompt_file, "--plan", path).stdout
 
 
-def test_likelihood_is_that_of_score():
+def test_likelihood_and_continuation_equal_score_and_generate():
     model = models.llama()
     context, continuation = models.tokens(model, 30).tolist(), models.tokens(model, 5, seed=1).tolist()
     plan = pop_ext.Plan(6, omit=[1, 4], boundary=3)
@@ -106,7 +107,7 @@ def test_likelihood_is_that_of_score():
     assert result.arms[2].continuation == text.tolist()
 
 
-def test_ceilings_of_the_published_shape_are_those_of_the_paper():
+def test_ceilings_of_the_published_shape_match_the_paper():
     spec = pop_ext._core.ModelSpec(
         architecture="llama",
         dtype="bfloat16",
@@ -124,7 +125,7 @@ def test_ceilings_of_the_published_shape_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("arguments", "message"),
     [
         (["--prompt-tokens", 500], "--prompt-tokens: expected at most 88"),
         (["--continuation", 96], "expected more than the 96 tokens of --continuation"),
@@ -141,8 +142,8 @@ def test_ceilings_of_the_published_shape_are_those_of_the_paper():
         (["--plan", "absent.json"], "absent.json"),
     ],
 )
-def test_bad_options_are_one_line_and_status_2(folder, prompt_file, options, message):
-    result = generate(folder, prompt_file, *options)
+def test_bad_options_are_one_line_and_status_2(folder, prompt_file, arguments, message):
+    result = generate(folder, prompt_file, *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.output
@@ -152,14 +153,14 @@ def test_a_failure_is_one_line_and_status_1(folder, prompt_file, monkeypatch):
     def fail(*_):
         raise RuntimeError("planted failure")
 
-    monkeypatch.setattr(shared, "load_model", fail)
+    monkeypatch.setattr(options, "load_model", fail)
     for result in (generate(folder, prompt_file), run("info", "--model", folder)):
         assert result.exit_code == 1
         assert result.stderr == "pop-ext: planted failure\n"
         assert result.stdout == ""
 
 
-def test_an_architecture_without_a_native_form_is_told_of_what_python_offers(tmp_path, prompt_file):
+def test_an_unsupported_architecture_points_to_the_reference_backend(tmp_path, prompt_file):
     folder = save_tiny_llama(tmp_path)
     transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=3, n_embd=8, n_head=2)).save_pretrained(folder)
     result = generate(folder, prompt_file)
@@ -174,20 +175,20 @@ def test_the_spinner_turns_while_a_model_loads(monkeypatch):
 
     terminal = Terminal()
     console = functools.partial(Console, file=terminal, force_terminal=True, _environ={"TERM": "xterm"})
-    monkeypatch.setattr(shared, "Console", lambda stderr: console())
-    with shared.loading(quiet=False):
+    monkeypatch.setattr(output, "Console", lambda stderr: console())
+    with output.loading_spinner(quiet=False):
         time.sleep(0.5)
     frames = set(re.findall("[\u2800-\u28ff]", terminal.getvalue()))
     assert len(frames) >= 2
     assert "loading" in terminal.getvalue()
 
 
-def test_nothing_is_drawn_where_json_is_wanted_or_no_terminal_is(folder, prompt_file):
-    for options in ((), ("--json",)):
-        assert generate(folder, prompt_file, *options).stderr == ""
+def test_nothing_is_drawn_without_a_terminal_or_with_json(folder, prompt_file):
+    for arguments in ((), ("--json",)):
+        assert generate(folder, prompt_file, *arguments).stderr == ""
 
 
-def test_info_states_what_is_installed():
+def test_info_reports_the_installation():
     report = json.loads(run("info", "--json").stdout)
     assert report["pop_ext"] == pop_ext.__version__
     assert report["torch"] == torch.__version__
@@ -201,7 +202,7 @@ def test_info_states_what_is_installed():
     assert torch.__version__ in run("info").stdout
 
 
-def test_info_of_a_model_states_plan_memory_and_ceilings(folder):
+def test_info_of_a_model_reports_plan_memory_and_ceilings(folder):
     result = run("info", "--model", folder, "--omit", "2-3,5", "--boundary", 4, "--json")
     model = json.loads(result.stdout)["model"]
     assert model["plan"] == {"num_layers": 6, "omit": [2, 3, 5], "boundary": 4, "min_tokens": 0}
@@ -212,7 +213,7 @@ def test_info_of_a_model_states_plan_memory_and_ceilings(folder):
 
 
 @pytest.mark.parametrize(("text", "layers"), [("", []), ("3", [3]), ("3,5-7", [3, 5, 6, 7]), ("5 - 6, 8", [5, 6, 8])])
-def test_layers_are_read_from_numbers_and_ranges(text, layers):
+def test_layers_are_parsed_from_numbers_and_ranges(text, layers):
     assert parse_layers(text) == layers
 
 
@@ -235,18 +236,18 @@ def test_a_prompt_leaves_room_for_what_follows():
         ((range(10), 3, 8, None), "--prompt-tokens: expected at most 7 (the text has 10 tokens), got 8"),
     ],
 )
-def test_a_text_without_room_for_a_prompt_is_refused_in_numbers_that_can_be(arguments, message):
+def test_a_text_without_room_for_a_prompt_is_refused(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         split_prompt(*arguments)
 
 
-def test_without_typer_it_says_what_to_install(monkeypatch):
+def test_without_typer_main_says_what_to_install(monkeypatch):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "typer" else object())
     with pytest.raises(SystemExit, match=re.escape("needs typer: pip install 'pop_ext[cli,hf]'")):
         cli.main()
 
 
-def test_it_runs_as_a_module():
+def test_python_m_pop_ext_runs_the_command():
     result = subprocess.run(
         [sys.executable, "-m", "pop_ext", "info", "--json"], capture_output=True, text=True, check=True
     )

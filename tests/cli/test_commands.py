@@ -1,4 +1,4 @@
-"""pop-ext calibrate, fit, eval, report and bench, run for real on a tiny model with a tokenizer."""
+"""`pop-ext calibrate`, `fit`, `eval` and `report` on a tiny model with a tokenizer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,9 @@ import pop_ext
 import pytest
 from model_folder import save_tiny_llama
 from pop_ext import Plan
-from pop_ext.cli import html_report, shared
 from pop_ext.cli.app import app
-from pop_ext.cli.shared import parse_numbers
+from pop_ext.cli.options import find_files, parse_numbers
 from typer.testing import CliRunner
-
-bench = sys.modules["pop_ext.cli.bench"]  # its function bears the same name
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +24,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def files(tmp_path):
-    """Texts of a calibration, and one of an evaluation."""
+    """Two texts to calibrate on, and one to evaluate on."""
     for name, letter in (("a", "x"), ("b", "y"), ("eval", "z")):
         (tmp_path / f"{name}.txt").write_text(f"def square({letter}):\n    return {letter} * {letter}\n" * 8)
     return [tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "eval.txt"
@@ -38,9 +34,14 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+def texts(paths):
+    """The option --text once per path."""
+    return [word for path in paths for word in ("--text", path)]
+
+
 def calibrate(folder, files, out, *options):
     common = ("--tokens", 32, "--samples", 6, "--pays-from", "16,64")
-    return run("calibrate", folder, "--text", *files[0], "-o", out, *common, *options)
+    return run("calibrate", folder, *texts(files[0]), "-o", out, *common, *options)
 
 
 QUICK = ("--counts", "1-2", "--boundary", "1,4", "--lengths", "24,48", "--continuation", 6, "--samples", 3)
@@ -51,7 +52,7 @@ def evaluate(folder, files, out, *options):
     return run("eval", folder, "--text", files[1], "-o", out, *QUICK, *options)
 
 
-def test_calibrate_writes_a_plan_of_this_model_its_importance_and_a_figure(folder, files, tmp_path):
+def test_calibrate_writes_plan_importance_and_figure(folder, files, tmp_path):
     result = calibrate(folder, files, tmp_path / "out" / "plan.json", "--count", 2, "--json", "--boundary", 3)
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
@@ -69,7 +70,7 @@ def test_calibrate_writes_a_plan_of_this_model_its_importance_and_a_figure(folde
         assert text in printed.stdout
 
 
-def test_calibrate_within_a_budget_says_what_was_timed(folder, files, tmp_path):
+def test_calibrate_within_a_budget_reports_the_measured_times(folder, files, tmp_path):
     options = ("--budget-ms", 60000, "--budget-tokens", 20, "--pays-from", "", "--json")
     result = calibrate(folder, files, tmp_path / "plan.json", *options)
     assert result.exit_code == 0, result.output
@@ -80,7 +81,7 @@ def test_calibrate_within_a_budget_says_what_was_timed(folder, files, tmp_path):
     assert "the fewest within 60 s" in Plan.load(tmp_path / "plan.json").origin.method
 
 
-def test_fit_holds_out_the_last_sequences_and_saves_what_comes_back(folder, files, tmp_path, monkeypatch):
+def test_fit_holds_out_the_last_sequences_and_saves_the_plan(folder, files, tmp_path, monkeypatch):
     seen, fit = {}, pop_ext.fit
 
     def watched(model, plan, batches, **options):
@@ -90,7 +91,7 @@ def test_fit_holds_out_the_last_sequences_and_saves_what_comes_back(folder, file
     monkeypatch.setattr(pop_ext, "fit", watched)
     Plan(6, (4, 5)).save(tmp_path / "plan.json")
     out = tmp_path / "fitted" / "plan.json"
-    common = ("--text", *files[0], "-o", out, "--samples", 10, "--tokens", 32)
+    common = (*texts(files[0]), "-o", out, "--samples", 10, "--tokens", 32)
     result = run("fit", folder, tmp_path / "plan.json", *common, "--json")
     assert result.exit_code == 0, result.output
     report, fitted = json.loads(result.stdout), Plan.load(out)
@@ -112,7 +113,7 @@ def test_fit_holds_out_the_last_sequences_and_saves_what_comes_back(folder, file
         assert text in printed
 
 
-def test_eval_measures_every_arm_and_draws_what_it_has(folder, files, tmp_path):
+def test_eval_measures_every_arm_and_draws_the_figures(folder, files, tmp_path):
     result = evaluate(folder, files, tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
@@ -125,7 +126,7 @@ def test_eval_measures_every_arm_and_draws_what_it_has(folder, files, tmp_path):
     ]
     assert {(row["set"], row["length"]) for row in report["rows"]} == {("text", 24), ("text", 48), ("recall", 32)}
     exact = next(row for row in report["rows"] if row["arm"] == "pop 5 b1")
-    assert exact["delta_loss"][0] == pytest.approx(0, abs=1e-4)  # nobody reads the last layer's context rows
+    assert exact["delta_loss"][0] == pytest.approx(0, abs=1e-4)  # no row reads the last layer's context rows
     names = {Path(path).stem for path in report["plots"]}
     assert names == {"cost", "frontier", "lengths", "recall", "ttft"}
     printed = evaluate(folder, files, tmp_path / "out")
@@ -137,7 +138,7 @@ def test_eval_measures_every_arm_and_draws_what_it_has(folder, files, tmp_path):
 def test_eval_takes_saved_plans_and_refuses_a_folder_of_other_prompts(folder, files, tmp_path):
     Plan(6, (1, 2)).save(tmp_path / "one.json")
     Plan(6, (3,)).save(tmp_path / "two.json")
-    plans = ("--plan", tmp_path / "one.json", tmp_path / "two.json")
+    plans = ("--plan", tmp_path / "one.json", "--plan", tmp_path / "two.json")
     how = ("--lengths", 24, "--samples", 2, "--recall", "", "--time-lengths", "", "--greedy", 0, "--continuation", 4)
     base = ("eval", folder, "--text", files[1], *plans, "-o", tmp_path / "out", "--kinds", "pop")
     result = run(*base, *how, "--json")
@@ -185,13 +186,13 @@ def test_bad_options_of_eval_are_one_line_and_status_2(folder, files, tmp_path, 
     assert "Traceback" not in result.output
 
 
-def test_two_ways_to_choose_a_number_of_layers_are_refused(folder, files, tmp_path):
+def test_two_ways_to_choose_the_layers_are_refused(folder, files, tmp_path):
     result = calibrate(folder, files, tmp_path / "plan.json", "--count", 2, "--speedup", 1.2)
     assert result.exit_code == 2
     assert "--count and --speedup: expected one of them" in result.stderr
 
 
-def test_a_report_is_one_page_with_every_table_and_figure_and_needs_no_network(folder, files, tmp_path):
+def test_a_report_is_one_page_that_needs_no_network(folder, files, tmp_path):
     out = tmp_path / "out"
     assert evaluate(folder, files, out, "--json").exit_code == 0
     assert calibrate(folder, files, out / "plan.json", "--count", 2, "--json").exit_code == 0
@@ -199,7 +200,7 @@ def test_a_report_is_one_page_with_every_table_and_figure_and_needs_no_network(f
     profile = {"model": "m", "dtype": "float32", "arm": "pop 2/6", "tokens": 64, "seconds": 0.004, "stages": [stage]}
     (out / "bench.json").write_text(json.dumps({"cases": [], "profiles": [profile]}))
     (out / "other.json").write_text("[1]")
-    fitting = ("--text", *files[0], "-o", out / "fitted.json", "--samples", 10, "--tokens", 32)
+    fitting = (*texts(files[0]), "-o", out / "fitted.json", "--samples", 10, "--tokens", 32)
     assert run("fit", folder, out / "plan.json", *fitting).exit_code == 0
     fitted = Plan.load(out / "fitted.json").projections.report
     result = run("report", out, "--json")
@@ -228,9 +229,24 @@ def test_a_report_is_one_page_with_every_table_and_figure_and_needs_no_network(f
         assert text in page, text
 
 
-def test_what_comes_from_files_is_escaped():
+def test_a_report_escapes_the_contents_of_files(tmp_path):
     members = {"omit": [1], "num_layers": 2, "origin": {"method": "<script>"}}
-    assert "<script>" not in html_report._plan(members, "<b>.json")
+    (tmp_path / "<b>.json").write_text(json.dumps(members))
+    (tmp_path / '"><i>.png').write_bytes(b"")
+    assert run("report", tmp_path).exit_code == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert "<b>" not in page
+    assert "<i>" not in page
+
+
+def test_a_report_without_jinja2_says_what_to_install(tmp_path, monkeypatch):
+    Plan(6, (4, 5)).save(tmp_path / "plan.json")
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    result = run("report", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr == "pop-ext: report: expected jinja2: pip install 'pop_ext[cli]'\n"
 
 
 def test_a_folder_without_results_is_named(tmp_path):
@@ -242,41 +258,14 @@ def test_a_folder_without_results_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"), [('{"facts": ', "expected JSON"), ('{"gates": {}, "origin": 1}', "expected a result as")]
 )
-def test_a_file_that_a_report_cannot_read_is_named(tmp_path, text, said):
+def test_a_report_names_the_file_it_cannot_read(tmp_path, text, said):
     (tmp_path / "broken.json").write_text(text)
     result = run("report", tmp_path)
     assert result.exit_code == 2
     assert f"{tmp_path / 'broken.json'}: {said}" in result.stderr
 
 
-def test_bench_hands_its_arguments_to_the_bench_of_the_checkout(monkeypatch, tmp_path):
-    assert bench._script() == ROOT / "bench" / "run.py"
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import sys, pathlib\n"
-        "if '--json' in sys.argv: pathlib.Path(sys.argv[sys.argv.index('--json') + 1]).write_text('{\"a\": 1}')\n"
-        "pathlib.Path(sys.argv[0]).with_name('seen').write_text(' '.join(sys.argv[1:4]))\n"
-        "sys.exit(1 if 'fail' in sys.argv else 0)\n"
-    )
-    monkeypatch.setattr(bench, "_script", lambda: script)
-    assert run("bench", "--model", "demo", "--profile").exit_code == 0
-    assert (tmp_path / "seen").read_text() == "--model demo --profile"
-    result = run("bench", "--json", "--model", "demo")
-    assert json.loads(result.stdout) == {"a": 1}
-    assert run("bench", "fail").exit_code == 1
-
-
-def test_bench_says_where_it_is_where_it_is_not(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "_TREE", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    result = run("bench")
-    assert result.exit_code == 2
-    assert "in a checkout it is bench/run.py" in result.stderr
-
-
-def test_without_matplotlib_results_are_kept_and_the_figures_are_said_to_be_missing(
-    folder, files, tmp_path, monkeypatch
-):
+def test_without_matplotlib_eval_keeps_results_and_reports_missing_figures(folder, files, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = evaluate(folder, files, tmp_path / "out", "--json")
     assert result.exit_code == 0, result.output
@@ -284,7 +273,27 @@ def test_without_matplotlib_results_are_kept_and_the_figures_are_said_to_be_miss
     assert "no figures: plot: expected matplotlib: pip install 'pop_ext[plot]'" in result.stderr
 
 
-def test_numbers_are_read_from_lists_and_ranges():
+def test_numbers_are_parsed_from_lists_and_ranges():
     assert parse_numbers("--x", "1-3, 8") == [1, 2, 3, 8]
     assert parse_numbers("--x", " ") == []
-    assert shared.parse_numbers("--x", "5") == [5]
+    assert parse_numbers("--x", "5") == [5]
+
+
+def test_a_pattern_stands_for_its_files_sorted(files, tmp_path):
+    (a, b), other = files
+    (tmp_path / "c.txt").mkdir()  # a folder is no text
+    assert find_files("--text", [str(other), f"{tmp_path}/[ab].txt"]) == [other, a, b]
+    assert find_files("--text", [f"{tmp_path.parent}/**/{tmp_path.name}/*.txt"]) == [a, b, other]
+    assert find_files("--text", ["absent.txt"]) == [Path("absent.txt")]  # reading it fails with its name
+    (tmp_path / "[1].txt").write_text("x")
+    assert find_files("--text", [f"{tmp_path}/[1].txt"]) == [tmp_path / "[1].txt"]
+    with pytest.raises(ValueError, match=r"--text: expected a pattern that matches a file, got '.*\*\.none'"):
+        find_files("--text", [f"{tmp_path}/*.none"])
+
+
+def test_eval_takes_a_pattern_of_texts(folder, files, tmp_path):
+    result = run(
+        "eval", folder, "--text", f"{tmp_path}/*al.txt", "-o", tmp_path / "out", *QUICK, "--counts", 1, "--json"
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["texts"] == [str(files[1])]

@@ -1,4 +1,4 @@
-"""What the build promises: one library for every torch >= 2.11, torch-free parts, a torch that is used, not fetched."""
+"""The build: one library for every torch >= 2.11, parts without torch, and the torch of the environment."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def includes(path: Path) -> list[str]:
 
 
 def reachable(path: Path, seen: set[Path] | None = None) -> set[Path]:
-    """The file and every file of ours that it includes."""
+    """Return the file and every file of the project that it includes."""
     seen = set() if seen is None else seen
     if path not in seen:
         seen.add(path)
@@ -54,7 +54,7 @@ def reachable(path: Path, seen: set[Path] | None = None) -> set[Path]:
 
 
 def listed_in_cmake(variable: str) -> list[str]:
-    """The sources between `variable` and the closing parenthesis."""
+    """Return the sources between `variable` and the closing parenthesis."""
     body = re.search(rf"\({variable}\b([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
     assert body is not None, variable
     return re.findall(r"cpp/\S+\.cpp", body.group(1))
@@ -65,20 +65,20 @@ def listed_in_cmake(variable: str) -> list[str]:
 
 @needs_nm
 @pytest.mark.parametrize("library", [OPS, CORE], ids=["_ops", "_core"])
-def test_no_symbol_of_the_unstable_abi_is_needed(library):
+def test_libraries_need_only_stable_abi_symbols(library):
     undefined = nm(library, "-D", "--undefined-only")
     assert undefined
     assert [line for line in undefined if re.search(r"\b(at|c10|torch|caffe2)::", line)] == []
 
 
 @needs_nm
-def test_the_core_needs_no_torch_at_all():
+def test_the_core_needs_no_torch():
     assert [line for line in nm(CORE, "-D", "--undefined-only") if "torch" in line] == []
 
 
 @needs_nm
 @pytest.mark.parametrize("library", [OPS, CORE], ids=["_ops", "_core"])
-def test_no_symbol_of_ours_is_exported(library):
+def test_libraries_export_no_pop_symbol(library):
     exported = nm(library, "-D", "--defined-only")
     assert [line for line in exported if re.search(r"\bpop::", line)] == []
 
@@ -111,8 +111,8 @@ def test_torch_free_parts_include_no_torch_header():
 
 
 @needs_nm
-def test_files_compiled_per_instruction_set_leave_no_inline_function_to_the_linker():
-    """It keeps one copy of a weak symbol, and that could be the one with AVX-512 in it."""
+def test_instruction_set_files_emit_no_weak_symbols():
+    """The linker keeps one copy of a weak symbol, which could be the one compiled for AVX-512."""
     objects = list((ROOT / "build").glob("**/pop_cpu_*.dir/**/*.o"))
     if not objects:
         pytest.skip("needs a build tree")
@@ -120,8 +120,8 @@ def test_files_compiled_per_instruction_set_leave_no_inline_function_to_the_link
     assert weak == []
 
 
-def test_kernels_that_start_early_wait_for_those_in_front():
-    """All of a file that launches early: one that did not wait would read what is not there yet, on a GPU alone."""
+def test_early_launched_kernels_wait_for_their_predecessors():
+    """Check every kernel of a file that launches early: one that does not wait reads stale data, only on a GPU."""
     early = [path for path in sources("cuda") if "launch_early(" in path.read_text(encoding="utf-8")]
     assert len(early) == 6
     for path in early:
@@ -131,7 +131,7 @@ def test_kernels_that_start_early_wait_for_those_in_front():
             assert text.count(call) == text.count("__global__"), f"{path.name}: {call}"
 
 
-def test_every_source_is_listed():
+def test_cmake_lists_every_source():
     text = (ROOT / "CMakeLists.txt").read_text() + "".join(path.read_text() for path in (ROOT / "cmake").iterdir())
     unlisted = [path for path in sources("cpp", "cuda") if path.suffix in (".cpp", ".cu")]
     unlisted = [name for name in (path.relative_to(ROOT).as_posix() for path in unlisted) if name not in text]
@@ -141,7 +141,7 @@ def test_every_source_is_listed():
 # Which torch, which version
 
 
-def test_the_version_of_the_library_is_that_of_pyproject():
+def test_library_version_equals_pyproject():
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert version is not None
     assert pop_ext.__version__ == _core.__version__ == _core.build_info()["version"] == version.group(1)
@@ -161,24 +161,24 @@ def fake_torch(folder: Path, version: str) -> Path:
     return folder
 
 
-def test_the_torch_of_the_environment_is_found_and_not_one_of_pythonpath(tmp_path):
+def test_build_finds_the_environments_torch_not_pythonpath(tmp_path):
     import torch
 
     found = find_torch("-I", path=fake_torch(tmp_path, "2.99.0"))
     assert found.stdout.strip() == f"{torch.__version__};{Path(torch.__file__).parent}"
 
 
-def test_without_isolation_the_torch_that_was_fetched_for_the_build_is_found(tmp_path):
+def test_build_without_isolation_finds_the_fetched_torch(tmp_path):
     assert find_torch(path=fake_torch(tmp_path, "2.11.0+cpu")).stdout.strip() == f"2.11.0+cpu;{tmp_path / 'torch'}"
 
 
-def test_a_torch_that_is_too_old_is_refused(tmp_path):
+def test_an_old_torch_is_refused(tmp_path):
     found = find_torch(path=fake_torch(tmp_path, "2.9.1"))
     assert found.returncode != 0
     assert "torch 2.9.1 is older than 2.11" in found.stderr
 
 
-def test_torch_is_required_for_the_build_only_where_there_is_none(monkeypatch, tmp_path):
+def test_build_requires_torch_only_if_missing(monkeypatch, tmp_path):
     pytest.importorskip("scikit_build_core")
     spec = importlib.util.spec_from_file_location("pop_build", ROOT / "build_backend" / "pop_build.py")
     backend = importlib.util.module_from_spec(spec)
@@ -199,7 +199,7 @@ def test_torch_is_required_for_the_build_only_where_there_is_none(monkeypatch, t
 
 
 def build(hook: str, folder: Path, **settings: str) -> Path:
-    """What `python -m build --no-isolation` calls, in a process of its own; the path of what it has built."""
+    """Call the build backend in its own process, as `python -m build --no-isolation` does, and return what it built."""
     pytest.importorskip("scikit_build_core")
     code = f"import pop_build, sys; print(pop_build.{hook}(sys.argv[1], {settings!r}))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "build_backend")}
@@ -210,13 +210,13 @@ def build(hook: str, folder: Path, **settings: str) -> Path:
 
 
 def files_below(*names: str) -> set[str]:
-    """Files of the source tree by their path in it, without what was built or cached there."""
+    """Return the paths of source files below the given folders, without built or cached files."""
     found = [path for name in names for path in [ROOT / name, *(ROOT / name).rglob("*")] if path.is_file()]
     kept = [path for path in found if path.suffix != ".so" and "__pycache__" not in path.parts]
     return {path.relative_to(ROOT).as_posix() for path in kept}
 
 
-def test_an_sdist_holds_every_file_that_a_build_reads_and_nothing_built(tmp_path):
+def test_sdist_holds_sources_and_nothing_built(tmp_path):
     with tarfile.open(build("build_sdist", tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     read = files_below("cpp", "cuda", "cmake", "build_backend", "python/pop_ext")
@@ -226,8 +226,8 @@ def test_an_sdist_holds_every_file_that_a_build_reads_and_nothing_built(tmp_path
     assert [name for name in names if re.search(r"\.so$|__pycache__|^(build|dist|\.venv)/|\.safetensors$", name)] == []
 
 
-def test_a_wheel_holds_every_module_and_the_command(tmp_path):
-    """Without the libraries: compiling them takes a minute, and CI looks into a whole wheel."""
+def test_wheel_holds_every_module_and_the_command(tmp_path):
+    """Build without the libraries, because compiling them takes a minute; CI checks a complete wheel."""
     with zipfile.ZipFile(build("build_wheel", tmp_path, **{"wheel.cmake": "false"})) as archive:
         names = {name for name in archive.namelist() if name.startswith("pop_ext/")}
         [entry_points] = [name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt")]
@@ -243,7 +243,7 @@ def test_a_wheel_holds_every_module_and_the_command(tmp_path):
     ("option", "message"),
     [("ON", "POP_CUDA=ON, and no nvcc was found"), ("maybe", "POP_CUDA: expected AUTO, ON, OFF or SHIM, got maybe")],
 )
-def test_cuda_that_cannot_be_built_as_asked_stops_the_configuration(tmp_path, option, message):
+def test_unbuildable_cuda_options_stop_the_configuration(tmp_path, option, message):
     options = [f"-DPOP_CUDA={option}", "-DCMAKE_CUDA_COMPILER=NOTFOUND", f"-DPython_EXECUTABLE={sys.executable}"]
     command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path), *options]
     run = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The cost model: against a count by the method's rules, row by row, and the ceilings that the project quotes."""
+"""The cost model against a count row by row, and the ceilings that the project quotes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SPARSE = spec(6, 24, 6, 2, 8, 40, 100, window=[0, 5, 1, 0, 5, 3], sparse=[1, 0, 
 LLAMA_8B = spec(32, 4096, 32, 8, 128, 14336, 128256)
 LLAMA_1B = spec(16, 2048, 32, 8, 64, 8192, 128256)
 QWEN3_VL_8B = spec(36, 4096, 32, 8, 128, 12288, 151936, qk_norm=True)
-# Gemma's four norms a layer are no FLOPs here, so the spec can express its shape.
+# Norms count no FLOPs here, so a spec without Gemma's four norms per layer has its cost.
 GEMMA_12B = spec(
     48, 3840, 16, 8, 256, 15360, 262208, qk_norm=True, window=[0 if i % 6 == 5 else 1024 for i in range(48)]
 )
@@ -45,7 +45,7 @@ def flops(cost: dict) -> dict[str, float]:
 
 
 def count(model: ModelSpec, plan: Plan | None, batch: list[SequenceShape]) -> dict[str, float]:
-    """FLOPs by stage, one row and one layer at a time; without a plan, the stock model's."""
+    """Count FLOPs by stage, one row and one layer at a time. Without a plan, count those of the stock model."""
     by_stage = dict.fromkeys(STAGES, 0)
     kv = 2 * model.hidden_size * 2 * model.kv_dim
     for sequence, layer in itertools.product(batch, range(model.num_layers)):
@@ -103,7 +103,7 @@ OMITTED = [(), (5,), (0,), (1, 2), (4, 5), (0, 2, 4), (1, 3, 4, 5), (0, 1, 2, 3,
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
 @pytest.mark.parametrize("omit", OMITTED, ids=str)
 @pytest.mark.parametrize("model", [SMALL, SPARSE], ids=["dense", "sparse"])
-def test_flops_of_a_plan_are_those_of_the_rows_that_run(model, batch, omit):
+def test_plan_flops_equal_a_row_by_row_count(model, batch, omit):
     plan = Plan(6, omit)
     cost = plan_cost(model, plan, batch)
     assert flops(cost) == count(model, plan, batch)
@@ -111,7 +111,7 @@ def test_flops_of_a_plan_are_those_of_the_rows_that_run(model, batch, omit):
 
 
 @pytest.mark.parametrize(("rows", "touched"), [(1, 2), (2, 4), (3, 5), (19, 5)])
-def test_bytes_of_a_sparse_layer_are_those_of_the_experts_that_its_rows_can_touch(rows, touched):
+def test_sparse_layer_bytes_count_the_reachable_experts(rows, touched):
     model = spec(1, 24, 6, 2, 8, 40, 100, sparse=[1], **EXPERTS)
     batch = [SequenceShape(rows, boundary=rows, logits_to_keep=rows)]
     router = rows * 24 + 5 * 24 + rows * 5
@@ -120,7 +120,7 @@ def test_bytes_of_a_sparse_layer_are_those_of_the_experts_that_its_rows_can_touc
 
 
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
-def test_flops_of_the_stock_model_are_those_of_every_row_in_every_layer(batch):
+def test_stock_flops_equal_a_row_by_row_count(batch):
     assert flops(stock_cost(SMALL, batch)) == count(SMALL, None, batch)
 
 
@@ -129,19 +129,19 @@ def test_stages_are_the_documented_ones():
     assert set(stock_cost(SMALL, [SequenceShape(9)])["stages"]) == set(STAGES) - {"kv_project", "boundary"}
 
 
-def test_omitting_only_the_last_layer_costs_as_much_as_omitting_none():
+def test_omitting_only_the_last_layer_saves_nothing():
     batch = [SequenceShape(19, boundary=3)]
     assert plan_cost(SMALL, Plan(6, [5]), batch)["flops"] == plan_cost(SMALL, Plan(6, []), batch)["flops"]
 
 
-def test_all_rows_wanted_cost_what_the_stock_model_costs():
+def test_logits_of_all_rows_cost_the_stock_flops():
     batch = [SequenceShape(19, past=3, boundary=19, logits_to_keep=19)]
     for omit in OMITTED:
         assert plan_cost(SMALL, Plan(6, omit), batch)["flops"] == stock_cost(SMALL, batch)["flops"]
 
 
 def ceilings(model: ModelSpec, plan: Plan, tokens: int = 2048) -> tuple[float, float]:
-    """Of the plan against the stock model, and against native full prefill."""
+    """Return the plan's highest possible speed-up over the stock model and over the native full prefill."""
     batch = [SequenceShape(tokens)]
     native = plan_cost(model, plan.replace(omit=()), batch)["flops"]
     work = plan_cost(model, plan, batch)["flops"]
@@ -165,11 +165,11 @@ def test_ceilings_at_2048_tokens_are_the_quoted_ones(model, omitted, against_sto
         assert native == pytest.approx(against_native, abs=0.005)
 
 
-def test_the_kv_projection_is_the_published_share_of_the_layers_it_stands_for():
+def test_kv_projection_has_the_published_share_of_its_layers():
     cost = plan_cost(LLAMA_8B, Plan.last(32), [SequenceShape(2048)])
     per_layer = (stock_cost(LLAMA_8B, [SequenceShape(2048)])["flops"] - flops(cost)["lm_head"]) / 32
     share = flops(cost)["kv_project"] / (10 * per_layer)
-    assert share == pytest.approx(0.0385, rel=0.05)  # of the weights; attention scores make it a little less
+    assert share == pytest.approx(0.0385, rel=0.05)  # by weights; attention scores lower it slightly
 
 
 def test_the_boundary_step_of_llama_8b_streams_4_36_gb():
@@ -177,7 +177,7 @@ def test_the_boundary_step_of_llama_8b_streams_4_36_gb():
     assert stage["bytes"] == pytest.approx(4.36e9, rel=0.01)
 
 
-def test_bytes_count_weights_once_however_many_sequences_there_are():
+def test_bytes_count_weights_once_per_batch():
     one = stock_cost(LLAMA_8B, [SequenceShape(1)])
     eight = stock_cost(LLAMA_8B, [SequenceShape(1)] * 8)
     weights = 2 * (32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336) + 128256 * 4096)
@@ -185,7 +185,7 @@ def test_bytes_count_weights_once_however_many_sequences_there_are():
     assert eight["flops"] == 8 * one["flops"]
 
 
-def test_bytes_of_a_run_read_its_hidden_states_once():
+def test_run_bytes_read_hidden_states_once():
     rows, kv = 99, 2 * SMALL.kv_dim
     for layers in (1, 3):
         stages = plan_cost(SMALL, Plan(6, range(1, 1 + layers)), [SequenceShape(rows + 1)])["stages"]
@@ -194,10 +194,10 @@ def test_bytes_of_a_run_read_its_hidden_states_once():
         assert stages["kv_project"]["bytes"] == run + last
 
 
-def test_attention_bytes_read_the_keys_and_values_that_some_row_sees():
+def test_attention_bytes_count_only_visible_keys_and_values():
     model = spec(1, 24, 6, 2, 8, 40, 100, window=[5])
     batch = [SequenceShape(3, past=10, boundary=3, logits_to_keep=3)]
-    # Rows at 10, 11, 12 see positions 6 ... 12.
+    # The rows at 10, 11 and 12 see positions 6 to 12.
     assert stock_cost(model, batch)["stages"]["attention"]["bytes"] == 2 * (2 * 3 * 48 + 2 * 7 * 16)
 
 
@@ -217,7 +217,7 @@ def test_float32_moves_twice_the_bytes_of_bfloat16():
         (SequenceShape(4, boundary=5), "tokens: expected an integer >= 5, got 4"),
     ],
 )
-def test_a_sequence_that_cannot_be_is_refused(sequence, text):
+def test_impossible_sequences_are_refused(sequence, text):
     with pytest.raises(ValueError, match="expected") as error:
         stock_cost(SMALL, [sequence])
     assert str(error.value) == text

@@ -1,4 +1,4 @@
-"""ModelSpec: the tensors that pop::load takes, what is refused, and the JSON form."""
+"""ModelSpec: fields, the weight slots of pop::load, refusals and JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def spec(**changes) -> ModelSpec:
     return ModelSpec(**{**SIZES, **changes})
 
 
-def test_what_is_left_out_takes_the_usual_value():
+def test_omitted_fields_take_their_defaults():
     plain = spec()
     assert plain.rotary_dim == 32
     assert plain.attention_scale == 32**-0.5
@@ -67,7 +67,7 @@ def test_fields_read_back_as_given():
     assert {name: getattr(made, name) for name in SIZES} == {**SIZES, "dtype": "float16"}
 
 
-def test_weight_slots_of_a_plain_layer_come_in_the_order_of_load():
+def test_plain_weight_slots_have_the_order_of_load():
     assert spec(num_layers=1).weight_slots() == [
         ("embed_tokens", -1, (1000, 96)),
         ("norm", -1, (96,)),
@@ -83,7 +83,7 @@ def test_weight_slots_of_a_plain_layer_come_in_the_order_of_load():
     ]
 
 
-def test_weight_slots_with_everything_have_the_optional_ones_in_place():
+def test_optional_weight_slots_have_their_places():
     slots = spec(num_layers=1, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True).weight_slots()
     assert [(name.removeprefix("layers.0."), shape) for name, layer, shape in slots if layer == 0] == [
         ("input_norm", (96,)),
@@ -117,12 +117,12 @@ def test_weight_slots_with_everything_have_the_optional_ones_in_place():
         ("qk_norm", {"q_norm", "k_norm"}),
     ],
 )
-def test_a_flag_adds_its_own_slots_to_every_layer_and_no_others(flag, names):
+def test_a_flag_adds_only_its_own_slots(flag, names):
     added = [slot for slot in spec(**{flag: True}).weight_slots() if slot not in spec().weight_slots()]
     assert {name for name, _, _ in added} == {f"layers.{layer}.{name}" for layer in (0, 1) for name in names}
 
 
-def test_a_sparse_layer_has_a_router_and_experts_in_the_place_of_its_mlp():
+def test_a_sparse_layer_has_a_router_and_experts():
     slots = spec(sparse=(0, 1), num_experts=8, experts_per_token=3, moe_intermediate_size=40).weight_slots()
     mlp = {name: shape for name, _, shape in slots if "experts" in name or "router" in name or "gate" in name}
     assert mlp == {
@@ -189,13 +189,13 @@ def test_norms_over_all_heads_are_as_wide_as_the_projections():
         (dict(activation="relu"), "activation: expected one of silu, gelu_tanh, gelu, got relu"),
     ],
 )
-def test_a_bad_field_is_a_value_error_that_names_it(changes, text):
+def test_bad_fields_raise_value_error_with_the_name(changes, text):
     with pytest.raises(ValueError, match="expected") as error:
         spec(**changes)
     assert str(error.value) == text
 
 
-def test_json_comes_back_equal_to_the_last_bit():
+def test_json_round_trip_is_exact():
     made = spec(rms_norm_eps=1.0000001e-5, attention_scale=1 / 3, window=[0, 4096], qk_norm=True)
     again = ModelSpec.from_json(made.to_json())
     assert again == made
@@ -203,13 +203,13 @@ def test_json_comes_back_equal_to_the_last_bit():
     assert json.loads(made.to_json())["rms_norm_eps"] == 1.0000001e-5
 
 
-def test_an_architecture_name_may_hold_any_character():
+def test_architecture_names_may_hold_any_character():
     for name in ('a "quoted" \\ name', "tab\there\x01", "é ü 中 😀"):
         assert json.loads(spec(architecture=name).to_json())["architecture"] == name
         assert ModelSpec.from_json(json.dumps(json.loads(spec(architecture=name).to_json()))).architecture == name
 
 
-def test_json_with_a_missing_or_an_unknown_field_is_refused():
+def test_json_with_missing_or_unknown_fields_is_refused():
     fields = json.loads(spec().to_json())
     for name in fields:
         rest = {key: value for key, value in fields.items() if key != name}
@@ -230,7 +230,7 @@ def test_json_with_a_missing_or_an_unknown_field_is_refused():
         (dict(num_kv_heads=4), "num_kv_heads: expected a divisor of num_heads (6), got 4"),
     ],
 )
-def test_json_with_a_field_of_another_type_is_refused(changes, text):
+def test_json_with_fields_of_other_types_is_refused(changes, text):
     with pytest.raises(ValueError, match="expected") as error:
         ModelSpec.from_json(json.dumps({**json.loads(spec().to_json()), **changes}))
     assert str(error.value) == text

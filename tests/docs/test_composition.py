@@ -1,4 +1,4 @@
-"""examples/demo_model/composition.py: its arms are what they say."""
+"""The arms of examples/demo_model/composition.py compute what their names say."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def prompts(script):
     return script["Prompts"](tokens(model, 10, T), tokens(model, 10, NEW, seed=1))
 
 
-def test_a_cache_that_nothing_was_dropped_from_has_the_loss_of_score(script, key_norm, prompts):
+def test_an_uncompressed_cache_has_the_loss_of_score(script, key_norm, prompts):
     model = llama()
     for plan in (Plan(LAYERS, ()), Plan.last(LAYERS, 3, boundary=5)):
         expected = script["losses"](model, plan, prompts)
@@ -48,7 +48,7 @@ def test_a_cache_that_nothing_was_dropped_from_has_the_loss_of_score(script, key
     assert ((dropped - expected).abs() > 1e-2).all()
 
 
-def test_windows_of_the_twin_and_of_the_attention_are_the_same(script, prompts):
+def test_windows_by_config_and_by_attention_agree(script, prompts):
     model, retained = llama(), range(3)
     for plan in (Plan(LAYERS, ()), Plan.last(LAYERS, 3)):
         native = script["losses"](script["with_windows"](model, 9, retained), plan, prompts)
@@ -62,7 +62,7 @@ def test_windows_of_the_twin_and_of_the_attention_are_the_same(script, prompts):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_it_prints_a_table_of_windows_and_says_where_kvpress_is_missing():
+def test_it_prints_a_table_of_windows_and_reports_missing_kvpress():
     options = ["--prompts", "2", "--length", "72", "--continuation", "3", "--boundary", "1"]
     run = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

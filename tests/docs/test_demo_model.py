@@ -1,4 +1,4 @@
-"""The demo model: real text through a trained model, where quality can be seen."""
+"""The demo model: real text through a trained model, which shows the quality of pruned prefills."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def pairs(tokenizer):
 
 
 def loss(model, plan, pairs) -> float:
-    """Mean loss of the true continuations after pruned prompts, nats a token."""
+    """Return the mean loss of the true continuations after pruned prompts, in nats a token."""
     with pop_ext.enabled(model, plan, strict=True):
         scores = pop_ext.score(model, *pairs)
     return -sum(score.log_likelihood for score in scores) / sum(len(ids) for ids in pairs[1])
 
 
-def test_its_weights_fit_in_24_mib():
+def test_weights_fit_into_24_mib():
     assert (DEMO / "model" / "model.safetensors").stat().st_size <= 24 * 2**20
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_the_tokenizer_gives_back_every_character(tokenizer, path):
+def test_the_tokenizer_preserves_every_character(tokenizer, path):
     text = path.read_text()
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
 

@@ -1,4 +1,4 @@
-"""docs/semantics.md names the tests that show what it says."""
+"""docs/calls.md names existing tests for what it says."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-DOCUMENT = TESTS.parent / "docs" / "semantics.md"
+DOCUMENT = TESTS.parent / "docs" / "calls.md"
 
 
 def rows() -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""The ablations of an evaluation, each against another form of the same computation."""
+"""Ablations of an evaluation, each against an independent implementation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pair(model, batch=2):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dropped_in_both_stages_is_a_model_without_those_layers(family):
+def test_dropped_equals_a_model_without_those_layers(family):
     model = shared(family)
     context, continuation = pair(model)
     found = ablated_logits(model, DROPPED, Plan(6, OMIT), context, continuation)
@@ -45,7 +45,7 @@ def test_dropped_in_both_stages_is_a_model_without_those_layers(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_boundary_handling_the_last_prompt_row_is_a_context_row_and_its_kv_are_still_there(family):
+def test_no_boundary_makes_every_prompt_row_a_context_row(family):
     model = shared(family)
     context, continuation = pair(model)
     found = ablated_logits(model, NO_BOUNDARY, Plan(6, OMIT, boundary=7), context, continuation)
@@ -56,12 +56,13 @@ def test_without_boundary_handling_the_last_prompt_row_is_a_context_row_and_its_
 
 
 def masked_forward(model, ids, omit, first):
-    """Third form of `no-kv`: omitted layers compute all rows, under a mask that hides the context from later rows."""
+    """Compute `no-kv` in another way: omitted layers run all rows, and a mask hides context rows from later ones."""
     rows = torch.arange(ids.shape[1])
 
     def enter(layer, args, kwargs):
-        hidden = (rows[None] < first) & (rows[:, None] != rows[None])  # a row may see itself, so as to be finite
-        mask = kwargs["attention_mask"]  # of the model, with its window
+        # A row still sees itself, so that its softmax is finite.
+        hidden = (rows[None] < first) & (rows[:, None] != rows[None])
+        mask = kwargs["attention_mask"]  # the model's own mask, with its window
         if mask is None:
             mask = (rows[None] <= rows[:, None])[None, None]
         if mask.dtype == torch.bool:
@@ -81,7 +82,7 @@ def masked_forward(model, ids, omit, first):
 
 @pytest.mark.parametrize("boundary", [1, 7, PROMPT, 200])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_the_kv_projection_no_row_sees_the_context_in_an_omitted_layer(family, boundary):
+def test_no_kv_hides_context_rows_in_omitted_layers(family, boundary):
     model = shared(family)
     context, continuation = pair(model)
     found = ablated_logits(model, NO_KV, Plan(6, OMIT, boundary), context, continuation)
@@ -90,7 +91,7 @@ def test_without_the_kv_projection_no_row_sees_the_context_in_an_omitted_layer(f
     assert_close_fp32(found, expected, "logits")
 
 
-def test_every_ablation_differs_from_pop_from_full_depth_and_from_each_other():
+def test_ablations_differ_from_pop_full_depth_and_each_other():
     model = shared("llama")
     context, continuation = pair(model, batch=1)
     plan = Plan(6, OMIT, boundary=3)
@@ -102,7 +103,7 @@ def test_every_ablation_differs_from_pop_from_full_depth_and_from_each_other():
         assert (logits[one] - logits[other]).abs().max() > 0.05, f"{one}, {other}"
 
 
-def test_ablations_that_omit_nothing_are_the_stock_model_also_of_an_enabled_one():
+def test_ablations_that_omit_nothing_equal_the_stock_model():
     model = shared("llama")
     context, continuation = pair(model)
     ids = torch.cat([context, continuation[:, :-1]], dim=1)
@@ -115,13 +116,13 @@ def test_ablations_that_omit_nothing_are_the_stock_model_also_of_an_enabled_one(
     assert all("forward" not in layer.__dict__ for layer in model.model.layers)
 
 
-def test_an_unknown_ablation_is_named():
+def test_an_unknown_ablation_is_refused_by_name():
     model = shared("llama")
     with pytest.raises(ValueError, match="kind: expected one of no-kv, no-boundary, dropped, got 'pop'"):
         ablated_logits(model, "pop", Plan(6, ()), *pair(model))
 
 
-def test_batches_have_one_shape_each_and_every_pair_once():
+def test_group_by_shape_batches_every_pair_once():
     pairs = [(torch.zeros(n), torch.zeros(m)) for n, m in ((3, 1), (4, 1), (3, 1), (3, 2), (3, 1))]
     groups = group_by_shape(pairs, 2)
     assert sorted(index for group in groups for index in group) == [0, 1, 2, 3, 4]

@@ -1,4 +1,4 @@
-"""pop_ext.evaluation: arms, what is measured of each, means with errors, runs that go on."""
+"""pop_ext.evaluation: arms, measures, means with errors, resumed runs, timing and figures."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def prompt_sets(model, prompts=3):
 # Arms
 
 
-def test_each_kind_of_each_plan_is_an_arm_once():
+def test_arms_are_each_kind_of_each_plan_once():
     plans = [Plan(6, (4, 5), boundary) for boundary in (1, 16)]
     names = [arm.name for arm in make_arms(plans)]
     assert names == [
@@ -54,7 +54,7 @@ def test_each_kind_of_each_plan_is_an_arm_once():
     assert make_arms([Plan(6, (1,), min_tokens=9)], ["pop"])[1].plan.min_tokens == 0
 
 
-def test_a_plan_with_fitted_projections_has_an_arm_with_and_one_without_them():
+def test_a_fitted_plan_has_arms_with_and_without_its_fit():
     model = shared("llama")
     ids = torch.randint(0, model.config.vocab_size, (8, 24), generator=torch.Generator().manual_seed(2))
     fitted = pop_ext.fit(model, PLAN, [ids], lambdas=[0.1])
@@ -67,7 +67,7 @@ def test_a_plan_with_fitted_projections_has_an_arm_with_and_one_without_them():
     assert losses["pop-fitted"] != losses["pop"] != losses["full"]
 
 
-def test_a_run_goes_on_with_what_it_has_but_measures_a_new_fit_again(tmp_path):
+def test_resume_measures_a_new_fit_again(tmp_path):
     model, path = shared("llama"), tmp_path / "evaluation.json"
     ids = torch.randint(0, model.config.vocab_size, (8, 24), generator=torch.Generator().manual_seed(2))
     first, second = (pop_ext.fit(model, PLAN, [ids], lambdas=[ridge]) for ridge in (0.1, 0.01))
@@ -89,15 +89,15 @@ def test_a_run_goes_on_with_what_it_has_but_measures_a_new_fit_again(tmp_path):
         ([Plan(6, ())], ["full", "none"], "kinds: expected of full, pop, .*, got 'none'"),
     ],
 )
-def test_arms_that_make_no_comparison_are_named(plans, kinds, text):
+def test_make_arms_refuses_bad_plans_and_kinds(plans, kinds, text):
     with pytest.raises(ValueError, match=text):
         make_arms(plans, kinds)
 
 
-# Measuring
+# Measures
 
 
-def test_losses_are_those_of_score_and_agreement_is_that_of_generate():
+def test_losses_match_score_and_agreement_matches_generate():
     model = shared("llama")
     sets = prompt_sets(model)
     told = []
@@ -121,7 +121,7 @@ def test_losses_are_those_of_score_and_agreement_is_that_of_generate():
     assert result.find(1, "full")["samples"].keys() == {"loss", "first", "exact"}
 
 
-def test_arms_with_8_bit_products_prefill_by_them_and_decode_as_stock():
+def test_fp8_arms_prefill_in_fp8_and_decode_as_stock():
     model = shared("llama")
     sets = prompt_sets(model)
     result = evaluate(model, sets, [PLAN, PLAN.replace(boundary=3)], kinds=["full-fp8", "pop-fp8"], greedy_tokens=0)
@@ -140,7 +140,7 @@ def test_arms_with_8_bit_products_prefill_by_them_and_decode_as_stock():
             assert loss == pytest.approx(-float(found.mean()), abs=2e-3)
 
 
-def test_greedy_is_the_most_probable_token_whatever_the_checkpoint_says_of_generation(monkeypatch):
+def test_greedy_ignores_the_checkpoints_generation_config(monkeypatch):
     model = shared("llama")
     own = GenerationConfig(eos_token_id=2, repetition_penalty=1.3, suppress_tokens=[5], min_new_tokens=2)
     monkeypatch.setattr(model, "generation_config", own)
@@ -156,7 +156,7 @@ def test_greedy_is_the_most_probable_token_whatever_the_checkpoint_says_of_gener
     assert result.find(0, "pop 5 b1")["samples"]["agreement"] == [1.0] * 3
 
 
-def test_a_summary_has_paired_differences_with_standard_errors():
+def test_summary_has_paired_differences_with_standard_errors():
     model = shared("llama")
     result = evaluate(model, prompt_sets(model), [PLAN], kinds=["pop"], greedy_tokens=5)
     rows = {(row["set"], row["kind"]): row for row in result.summary()}
@@ -173,7 +173,7 @@ def test_a_summary_has_paired_differences_with_standard_errors():
 
 
 @pytest.mark.parametrize("kinds", [["dropped", "no-kv"], ["pop"]])
-def test_a_plan_of_another_model_is_refused_by_ablations_too(kinds):
+def test_plans_of_other_models_are_refused_for_every_kind(kinds):
     model = shared("llama")
     other = Plan(6, (5,), origin=origin_of(shared("qwen3"), "by hand"))
     with pytest.raises(ValueError, match="plan: expected one made with a model of config hash"):
@@ -182,14 +182,14 @@ def test_a_plan_of_another_model_is_refused_by_ablations_too(kinds):
         evaluate(model, prompt_sets(model), [Plan(5, (4,))], kinds=kinds)
 
 
-def test_a_model_without_a_native_form_runs_by_the_reference():
+def test_a_model_without_native_form_uses_the_reference():
     model = models.granite()
     result = evaluate(model, prompt_sets(model, 2), [Plan(6, (4, 5))], kinds=["pop"], greedy_tokens=0)
     assert result.facts["backend"] == "reference"
     assert result.find(0, "pop 4-5 b1")["samples"]["loss"][0] > 0
 
 
-def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_a_stopped_evaluation_resumes_where_it_stopped(tmp_path, monkeypatch):
     model = shared("llama")
     sets, path = prompt_sets(model), tmp_path / "deep" / "evaluation.json"
     whole = evaluate(model, sets, [PLAN], greedy_tokens=5)
@@ -216,7 +216,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
         evaluate(model, sets, [PLAN], resume=path)
 
 
-def test_what_keeps_a_run_from_going_on_is_said_in_words(tmp_path):
+def test_resume_names_the_fact_that_differs(tmp_path):
     model, path = shared("llama"), tmp_path / "evaluation.json"
     sets, how = prompt_sets(model), {"kinds": ["pop"], "resume": path}
     evaluate(model, sets, [PLAN], greedy_tokens=2, **how)
@@ -238,7 +238,7 @@ def test_what_keeps_a_run_from_going_on_is_said_in_words(tmp_path):
         evaluate(models.qwen3(), sets, [PLAN], greedy_tokens=2, **how)
 
 
-def test_a_result_says_on_what_it_was_measured(tmp_path):
+def test_a_saved_evaluation_states_versions_sets_and_plans(tmp_path):
     model = shared("llama")
     result = evaluate(model, prompt_sets(model), [PLAN], kinds=["pop"], greedy_tokens=0)
     result.save(tmp_path / "e.json")
@@ -252,7 +252,7 @@ def test_a_result_says_on_what_it_was_measured(tmp_path):
     assert (plan["omit"], plan["boundary"]) == ([1, 4, 5], 2)
 
 
-def test_a_sample_that_is_not_finite_is_saved_as_null_and_read_as_nan(tmp_path):
+def test_infinite_samples_are_saved_as_null_and_read_as_nan(tmp_path):
     result = Evaluation({"schema": SCHEMA, "sets": []})
     result.add(0, make_arms([PLAN])[0], {"loss": [math.nan, 1.5, math.inf]})
     result.save(tmp_path / "e.json")
@@ -265,7 +265,7 @@ def test_a_sample_that_is_not_finite_is_saved_as_null_and_read_as_nan(tmp_path):
 # Timing and figures
 
 
-def test_times_are_of_the_stock_model_native_full_and_each_plan_in_turn():
+def test_time_plans_times_stock_native_full_and_each_plan():
     model = shared("llama")
     found = time_plans(model, [PLAN, PLAN.replace(boundary=1)], [16, 32], repeats=3)
     assert [timing["arm"] for timing in found[:4]] == [STOCK, NATIVE_FULL, "pop 1,4-5 b2", "pop 1,4-5 b1"]
@@ -277,7 +277,7 @@ def test_times_are_of_the_stock_model_native_full_and_each_plan_in_turn():
     assert speedup(fake, "b", 8) is None
 
 
-def test_plans_are_loaded_once_for_all_boundaries_and_lengths_and_run_with_their_own_boundary(monkeypatch):
+def test_time_plans_loads_each_plan_once_and_keeps_boundaries(monkeypatch):
     model = shared("llama")
     loaded, boundaries = [], []
     load, native = timing.load, timing._native
@@ -291,7 +291,7 @@ def test_plans_are_loaded_once_for_all_boundaries_and_lengths_and_run_with_their
     assert found[2]["extra_bytes"] == found[3]["extra_bytes"] > found[4]["extra_bytes"] > 0
 
 
-def test_every_figure_is_drawn_where_there_is_data_and_none_where_there_is_not(tmp_path):
+def test_figures_are_drawn_only_where_there_is_data(tmp_path):
     model = shared("llama")
     long = prompt_sets(model)
     short = PromptSet("text", 12, tuple((context[-12:], after) for context, after in long[0].pairs))
@@ -307,7 +307,7 @@ def test_every_figure_is_drawn_where_there_is_data_and_none_where_there_is_not(t
 
 
 def drawn(monkeypatch, draw, result, tmp_path):
-    """The axes that a figure was drawn on."""
+    """Draw a figure and return its first axes."""
     made, original = [], plots.new_figure
 
     def watched(*args, **kwargs):
@@ -321,7 +321,7 @@ def drawn(monkeypatch, draw, result, tmp_path):
 
 
 def made_result(plans, length, rates):
-    """A result of two prompts of ``length`` tokens, and of times: (arm, tokens) -> how often as fast as native full."""
+    """Make a result of two prompts of ``length`` tokens. ``rates``: (arm, tokens) -> speed relative to native full."""
     facts = {"model": "m", "num_layers": 6, "sets": [{"kind": "text", "length": length, "prompts": 2}]}
     result = Evaluation(facts)
     for number, arm in enumerate(make_arms(plans, ["pop"])):
@@ -332,7 +332,7 @@ def made_result(plans, length, rates):
     return result
 
 
-def test_the_frontier_has_speed_and_loss_of_one_length_and_the_layers_at_each_point(tmp_path, monkeypatch):
+def test_the_frontier_uses_the_timed_length_and_labels_layers(tmp_path, monkeypatch):
     plans = [Plan(6, (1, 4, 5)), Plan(6, (5,))]
     slow, fast = {"pop 1,4-5 b1": 1.5, "pop 5 b1": 1.2}, {"pop 1,4-5 b1": 3.0, "pop 5 b1": 2.0}
     rates = {(NATIVE_FULL, 24): 1.0, (NATIVE_FULL, 96): 1.0}
@@ -347,7 +347,7 @@ def test_the_frontier_has_speed_and_loss_of_one_length_and_the_layers_at_each_po
     assert "32 tokens" in ax.get_ylabel()
 
 
-def test_a_line_joins_no_plans_of_other_layers(tmp_path, monkeypatch):
+def test_a_line_joins_only_nested_plans(tmp_path, monkeypatch):
     plans = [Plan(6, omit) for omit in ((5,), (4, 5), (1, 2), (3, 4, 5), (1, 2, 3))]
     ax = drawn(monkeypatch, plots.draw_cost, made_result(plans, 24, {}), tmp_path)
     lines = [list(container[0].get_xdata()) for container in ax.containers]

@@ -1,4 +1,4 @@
-"""Prompts of texts and of JSON lines, recall prompts, and the sequences of a calibration."""
+"""Prompts from plain texts and JSON lines, recall prompts, and calibration sequences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def texts(tmp_path, tokenizer):
     return read_texts([tmp_path / "a.txt", tmp_path / "b.txt"], tokenizer)
 
 
-def test_windows_share_continuations_that_do_not_overlap_and_shorter_prompts_are_ends_of_longer_ones(texts, tokenizer):
+def test_prompt_lengths_share_disjoint_continuations(texts, tokenizer):
     short, long = text_sets(texts, tokenizer, [40, 16], 8, 100)
     assert (short.length, long.length) == (16, 40)
     assert len(short.pairs) == len(long.pairs) == (300 - 40) // 8 + (90 - 40) // 8
@@ -35,7 +35,7 @@ def test_windows_share_continuations_that_do_not_overlap_and_shorter_prompts_are
     assert any(int(after[0]) == ord("B") - 32 for _, after in text_sets(texts, tokenizer, [40], 8, 7)[0].pairs)
 
 
-def test_json_lines_are_taken_as_they_are_and_lose_their_beginning_where_the_model_takes_less(tmp_path, tokenizer):
+def test_json_lines_keep_their_pairs_and_are_cut_to_the_limit(tmp_path, tokenizer):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "abcdef", "continuation": "gh"}\n\n{"prompt": "x", "continuation": "yz!"}\n')
     [found] = text_sets(read_texts([path], tokenizer), tokenizer, [], 8, 10)
@@ -56,7 +56,7 @@ def test_json_lines_are_taken_as_they_are_and_lose_their_beginning_where_the_mod
         read_texts([path], tokenizer)
 
 
-def test_a_prompt_that_is_cut_keeps_the_token_before_every_text(tmp_path, tokenizer):
+def test_a_cut_prompt_keeps_the_bos_token(tmp_path, tokenizer):
     def beginning(text, **options):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return {"input_ids": ids if options.get("add_special_tokens") is False else [7, *ids]}
@@ -72,7 +72,7 @@ def test_a_prompt_that_is_cut_keeps_the_token_before_every_text(tmp_path, tokeni
     assert batch.tolist() == [[7, *(ord(letter) - 32 for letter in text)] for text in ("abcd", "efgh")]
 
 
-def test_recall_asks_in_the_last_line_for_what_the_first_one_defines(texts, tokenizer):
+def test_recall_asks_last_for_what_the_first_line_defines(texts, tokenizer):
     [found] = recall_sets(texts, tokenizer, [60], 9)
     names = set()
     for context, answer in found.pairs:
@@ -87,7 +87,7 @@ def test_recall_asks_in_the_last_line_for_what_the_first_one_defines(texts, toke
     assert len(names) == len(found.pairs) == 9
     assert found.digest == recall_sets(texts, tokenizer, [60], 9)[0].digest
     assert found.digest != recall_sets(texts, tokenizer, [60], 9, seed=1)[0].digest
-    with pytest.raises(ValueError, match=r"lengths: expected at least 22 tokens, to define and to ask, got 20"):
+    with pytest.raises(ValueError, match=r"lengths: expected at least 22 tokens to hold both lines, got 20"):
         recall_sets(texts, tokenizer, [20], 9)
 
 
@@ -97,7 +97,7 @@ def test_calibration_sequences_do_not_overlap(texts, tokenizer):
     assert torch.equal(torch.cat(batches)[:6].flatten(), texts.plain[0][:300])
 
 
-def test_calibration_takes_json_lines_as_texts_of_prompt_and_continuation(tmp_path, tokenizer):
+def test_calibration_joins_prompt_and_continuation_of_json_lines(tmp_path, tokenizer):
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "abcdef", "continuation": "gh"}\n{"prompt": "x", "continuation": "yz!"}\n')
     batches = calibration_batches(read_texts([path], tokenizer), tokenizer, 4, 10)
@@ -108,8 +108,8 @@ def test_calibration_takes_json_lines_as_texts_of_prompt_and_continuation(tmp_pa
     ]
 
 
-def test_texts_and_lengths_that_make_no_prompt_are_named(texts, tokenizer):
-    with pytest.raises(ValueError, match="text: expected one of at least 508 tokens, got 300"):
+def test_unusable_texts_and_lengths_are_refused_by_name(texts, tokenizer):
+    with pytest.raises(ValueError, match="text: expected a text of at least 508 tokens, got 300"):
         text_sets(texts, tokenizer, [500], 8, 4)
     with pytest.raises(ValueError, match=r"lengths: expected at most 56 \(the model takes 64\), got 60"):
         text_sets(texts, tokenizer, [60], 8, 4, limit=64)

@@ -1,4 +1,4 @@
-"""The model of lm-evaluation-harness, on a tiny model, and on tasks of local files."""
+"""`PopLM` of lm-evaluation-harness on a tiny model and on tasks of local files."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """A folder of task files, whose documents are in a local file."""
+    """Return a folder of task files whose documents lie in a local file."""
     path = tmp_path_factory.mktemp("tasks")
     data = path / "documents.jsonl"
     data.write_text("\n".join(json.dumps(document) for document in DOCUMENTS))
@@ -82,11 +82,11 @@ def requests(kind, *arguments):
     return [Instance(kind, {}, args, index) for index, args in enumerate(arguments)]
 
 
-def test_it_is_registered_under_the_name_pop():
+def test_the_harness_knows_the_model_pop():
     assert get_model("pop") is PopLM
 
 
-def test_loglikelihood_is_pop_score_whatever_min_tokens_says(folder, tmp_path):
+def test_loglikelihood_equals_score_despite_min_tokens(folder, tmp_path):
     Plan(6, (2, 4, 5), boundary=3, min_tokens=1000).save(tmp_path / "plan.json")
     model = PopLM(str(folder), plan=str(tmp_path / "plan.json"), batch_size=2)
     pairs = [("def square(x):\n    return", " x * x"), ("abc", "d"), ("", "import os"), ("x = 1 ", "+ 2")]
@@ -103,7 +103,7 @@ def test_loglikelihood_is_pop_score_whatever_min_tokens_says(folder, tmp_path):
         assert greedy == score.is_greedy
 
 
-def test_rolling_is_that_of_the_stock_model_in_windows_that_share_no_prediction(folder):
+def test_rolling_loglikelihood_equals_the_stock_model_in_windows(folder):
     model = PopLM(str(folder), count=3, max_length=16, batch_size=2)
     text = "def square(x):\n    return x * x\nprint(square(4))"
     [found] = model.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)), disable_tqdm=True)
@@ -119,7 +119,7 @@ def test_rolling_is_that_of_the_stock_model_in_windows_that_share_no_prediction(
     assert found == pytest.approx(total, abs=1e-3)
 
 
-def test_generate_until_is_generate_of_the_enabled_model_up_to_a_stop(model):
+def test_generate_until_equals_generate_up_to_a_stop_text(model):
     prompt = "def square(x):\n    return"
     ids = torch.tensor([model.tok_encode(prompt)])
     made = model.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
@@ -133,7 +133,7 @@ def test_generate_until_is_generate_of_the_enabled_model_up_to_a_stop(model):
     assert cut == whole.partition(stop)[0]
 
 
-def test_a_context_loses_its_beginning_where_the_model_takes_less(folder):
+def test_a_context_too_long_loses_its_beginning(folder):
     model = PopLM(str(folder), count=2, max_length=8)
     long, short = model.loglikelihood(requests("loglikelihood", ("a" * 30, "bc"), ("a" * 7, "bc")), disable_tqdm=True)
     assert long == short
@@ -141,7 +141,7 @@ def test_a_context_loses_its_beginning_where_the_model_takes_less(folder):
         model.loglikelihood(requests("loglikelihood", ("a", "b" * 9)), disable_tqdm=True)
 
 
-def test_a_context_keeps_its_end_however_many_tokens_are_to_be_written(folder, monkeypatch):
+def test_a_context_keeps_its_end_for_any_number_of_new_tokens(folder, monkeypatch):
     model, seen = PopLM(str(folder), count=2, max_length=8), []
     generate = model.model.generate
     monkeypatch.setattr(
@@ -154,15 +154,15 @@ def test_a_context_keeps_its_end_however_many_tokens_are_to_be_written(folder, m
         assert seen.pop() == wanted[-room:]
 
 
-def test_a_gpu_that_somebody_asked_for_is_not_replaced_by_the_cpu(folder, monkeypatch):
+def test_only_the_default_gpu_is_replaced_by_the_cpu(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"device: expected cpu \(torch finds no CUDA device\), got 'cuda'"):
         PopLM(str(folder), count=2, device="cuda")
-    with pytest.warns(UserWarning, match="the CPU instead of cuda:0"):  # what the harness asks for unasked
+    with pytest.warns(UserWarning, match="the CPU instead of cuda:0"):  # the harness's default
         assert PopLM(str(folder), count=2, device="cuda:0").model.device.type == "cpu"
 
 
-def test_the_longest_input_is_that_of_the_text_config(folder, monkeypatch):
+def test_max_length_comes_from_the_text_config(folder, monkeypatch):
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     text = copy.deepcopy(loaded.config)
     monkeypatch.setattr(type(loaded.config), "get_text_config", lambda self, *args, **kwargs: text)
@@ -177,7 +177,12 @@ def test_two_plans_or_an_unknown_dtype_are_refused(folder):
         PopLM(str(folder), dtype="int8")
 
 
-def test_the_harness_runs_tasks_of_local_files_with_it(model, tasks):
+def test_a_bad_list_of_layers_is_refused_by_the_name_omit(folder):
+    with pytest.raises(ValueError, match="^omit: expected layers like 22-31 or 8,9,11, got '3-x'"):
+        PopLM(str(folder), omit="3-x")
+
+
+def test_the_harness_runs_tasks_of_local_files(model, tasks):
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     names = [f"pop_test_{name}" for name in TASKS]
     results = simple_evaluate(model, tasks=names, task_manager=manager, bootstrap_iters=0)["results"]
@@ -186,7 +191,7 @@ def test_the_harness_runs_tasks_of_local_files_with_it(model, tasks):
     assert results["pop_test_continue"]["exact_match,none"] == 0.0
 
 
-def test_its_command_line_knows_the_model(folder, tasks, tmp_path):
+def test_the_command_line_of_the_harness_knows_pop(folder, tasks, tmp_path):
     command = [sys.executable, "-m", "pop_ext.lm_eval", "run", "--model", "pop"]
     command += ["--model_args", f"pretrained={folder},omit=2+4-5,boundary=3", "--tasks", "pop_test_choice"]
     command += ["--include_path", str(tasks), "--output_path", str(tmp_path)]

@@ -1,4 +1,4 @@
-"""pop_ext.score: log-likelihoods under the enabled plan, against the oracle and pair by pair."""
+"""pop_ext.score: log-likelihoods under the enabled plan, against the oracle, the stock model and generate."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from against_oracle import GAPS, LAST, plan_of, run_stock
 from models import FAMILIES, llama, tokens
 from pop_ext import Plan, reference
 
-# (tokens of the context, of the continuation)
+# (tokens of the context, tokens of the continuation)
 LENGTHS = [(40, 5), (1, 1), (1, 9), (19, 1), (2, 3), (33, 30), (111, 2)]
-TOLERANCE = 5e-4  # of sums of up to 30 log-probabilities
+TOLERANCE = 5e-4  # for sums of up to 30 log-probabilities
 
 
 @functools.cache
 def shared(family: str = "llama"):
-    """A model that tests only read."""
+    """Return a model that tests must not change."""
     return FAMILIES[family]()
 
 
@@ -29,7 +29,7 @@ def pairs(model) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 
 def of_rows(logits: torch.Tensor, continuation: torch.Tensor) -> tuple[float, bool]:
-    """Of logits [n, vocab] that predict the n tokens of a continuation."""
+    """Return log-likelihood and greediness of a continuation from the logits [n, vocab] that predict its n tokens."""
     total, greedy = 0.0, True
     for row, token in zip(logits.double(), continuation, strict=True):
         total += float(row[token] - row.logsumexp(0))
@@ -58,7 +58,7 @@ def test_a_score_equals_the_oracles(family, boundary):
 
 
 @pytest.mark.parametrize("plan", [(), (5,)], ids=["nothing omitted", "last layer omitted"])
-def test_a_score_of_a_plan_that_changes_nothing_equals_the_stock_models(plan):
+def test_scores_without_pruning_equal_the_stock_models(plan):
     model = shared()
     contexts, continuations = pairs(model)
     with pop_ext.enabled(model, plan_of(model, plan)):
@@ -81,8 +81,8 @@ def test_pruning_changes_a_score():
 
 
 @pytest.mark.parametrize("boundary", [1, 4])
-def test_a_score_is_that_of_prefill_and_decode(boundary):
-    # Of its own greedy continuation, so that every token is the most probable one, too.
+def test_a_score_equals_prefill_and_decode(boundary):
+    # The continuation is the model's own greedy one, so every token is the most probable one.
     model = copy.deepcopy(shared())
     pop_ext.enable(model, plan_of(model, LAST, boundary), strict=True)
     context = tokens(model, 1, 33)
@@ -100,7 +100,7 @@ def test_a_score_is_that_of_prefill_and_decode(boundary):
     assert greedy
     assert score.is_greedy
     assert score.log_likelihood == pytest.approx(total, abs=TOLERANCE)
-    # One other token at the end or in the middle, and it is greedy no longer.
+    # Another token at the end or in the middle makes it no longer greedy.
     for place in (5, 11):
         other = continuation.clone()
         other[place] = (other[place] + 1) % model.config.vocab_size
@@ -108,7 +108,7 @@ def test_a_score_is_that_of_prefill_and_decode(boundary):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-def test_the_batch_size_and_the_order_of_pairs_do_not_change_a_score(batch_size):
+def test_batch_size_and_order_do_not_change_scores(batch_size):
     model = shared()
     contexts, continuations = pairs(model)
     with pop_ext.enabled(model, plan_of(model, GAPS, 2)):
@@ -121,7 +121,7 @@ def test_the_batch_size_and_the_order_of_pairs_do_not_change_a_score(batch_size)
             assert score.is_greedy == alone.is_greedy
 
 
-def test_lists_and_tensors_of_any_integer_give_the_same_score():
+def test_lists_and_integer_tensors_give_the_same_scores():
     model = shared()
     contexts, continuations = pairs(model)
     with pop_ext.enabled(model, plan_of(model)):
@@ -133,7 +133,7 @@ def test_lists_and_tensors_of_any_integer_give_the_same_score():
     assert isinstance(expected[0].is_greedy, bool)
 
 
-def test_the_reference_backend_scores_as_the_native_one():
+def test_reference_and_native_backends_give_the_same_scores():
     model, plan = shared(), plan_of(shared(), GAPS, 2)
     contexts, continuations = pairs(model)
     scores = {}
@@ -145,7 +145,7 @@ def test_the_reference_backend_scores_as_the_native_one():
         assert ours.is_greedy == theirs.is_greedy
 
 
-def test_a_score_executes_the_plan_whatever_its_min_tokens():
+def test_a_score_ignores_min_tokens():
     model = shared()
     contexts, continuations = pairs(model)
     scores = []
@@ -176,7 +176,7 @@ def test_no_pairs_have_no_scores():
         assert pop_ext.score(model, [], []) == []
 
 
-def test_a_score_follows_weights_that_changed():
+def test_a_score_follows_changed_weights():
     model = pop_ext.enable(llama(), Plan.last(6))
     contexts, continuations = pairs(model)
     before = pop_ext.score(model, contexts[:1], continuations[:1])

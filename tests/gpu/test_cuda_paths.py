@@ -1,4 +1,4 @@
-"""Every way through the CUDA backend gives the oracle's result, and the memory of a call is bounded."""
+"""Every path through the CUDA backend gives the oracle's result, and the memory of a call is bounded."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ pytestmark = pytest.mark.cuda
 LOW = (torch.bfloat16, torch.float16)
 FLASH, SDPA = "aten::_flash_attention_forward", "aten::scaled_dot_product_attention"
 
-# Ways to compute the same: options of torch.ops.pop.tune.
-WAYS = {
+# Options of torch.ops.pop.tune that select another path to the same result.
+PATHS = {
     "default": {},
-    "overlap": {"overlap": 1},
     "no skinny products": {"skinny_rows": 0},
     "every product of up to 64 rows skinny": {"skinny_rows": 64},
     "own attention": {"library_attention": 0},
@@ -32,42 +31,40 @@ WAYS = {
     "projection layer by layer": {"kv_project_kib": 1},
     "projection of two layers at a time": {"kv_project_kib": 400},
     "early launches": {"early_launch": 1},
-    "early launches beside the projection": {"early_launch": 1, "overlap": 1},
-    "fused projection beside boundary rows": {"fused_kv_project": 1, "overlap": 1},
 }
 
 
-def wide(dtype: torch.dtype):
-    """A model of a shape that every kernel of the backend serves."""
+def supported_model(dtype: torch.dtype):
+    """Return a model whose shape every kernel of the backend supports."""
     return shared("qwen3", dtype=dtype, hidden=256, heads=4, kv_heads=2, head_dim=64, intermediate=512)
 
 
-# Ways
+# Paths
 
 
 @pytest.mark.parametrize("boundary", [1, 8, 9, 17, 64, 65, 149, 150])
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize("options", PATHS.values(), ids=PATHS.keys())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_way_equals_the_oracle_at_any_boundary(dtype, way, boundary):
-    model = wide(dtype)
+def test_every_path_equals_the_oracle_at_any_boundary(dtype, options, boundary):
+    model = supported_model(dtype)
     ids, mask = pad([tokens(model, n, seed=n) for n in (150, 150, 40)], "left")
-    with tuned(**way):
+    with tuned(**options):
         assert_equals_oracle(model, plan_of(model, GAPS, boundary), ids, mask=mask)
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize("options", PATHS.values(), ids=PATHS.keys())
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-def test_every_way_continues_a_cache(family, way):
+def test_every_path_continues_a_cache(family, options):
     model = shared(family, dtype=torch.bfloat16)
     plan = plan_of(model, GAPS, 2)
     past = run_oracle(model, plan, tokens(model, 2, 77, seed=1)).cache
-    with tuned(**way):
+    with tuned(**options):
         assert_equals_oracle(model, plan, tokens(model, 2, 131), past=past)
 
 
 def kernels_of(call) -> str:
-    """Names of what ran on the GPU, and of torch's operators."""
-    call()  # warms up, and makes plans
+    """Return the names of the kernels and of torch's operators that ran."""
+    call()  # warms up, and builds the plans of libraries
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         call()
@@ -75,10 +72,10 @@ def kernels_of(call) -> str:
     return " ".join(event.key for event in seen.key_averages())
 
 
-def test_the_fused_projection_runs_where_it_is_asked_for():
+def test_the_fused_projection_runs_when_selected():
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
-    model = wide(torch.bfloat16)
+    model = supported_model(torch.bfloat16)
     ids = tokens(model, 1, 150)
     native = pop_ext.load(model, plan_of(model, GAPS))
     assert "kv_project_sm90" not in kernels_of(lambda: native.prefill(ids))
@@ -87,7 +84,7 @@ def test_the_fused_projection_runs_where_it_is_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("way", "present", "absent"),
+    ("options", "present", "absent"),
     [
         ({"sdpa_rows": 0}, {FLASH}, {SDPA}),
         ({"sdpa_rows": 100}, {SDPA}, {FLASH}),
@@ -96,17 +93,17 @@ def test_the_fused_projection_runs_where_it_is_asked_for():
     ],
     ids=["flash", "sdpa", "sdpa, then flash", "own"],
 )
-def test_the_attention_that_is_asked_for_is_what_runs(way, present, absent):
+def test_the_selected_attention_runs(options, present, absent):
     providers = pop_ext.ops.attention_providers()["cuda"]
-    if "FlashAttention" in providers and way.get("library_attention", 1):
+    if "FlashAttention" in providers and options.get("library_attention", 1):
         pytest.skip("needs an environment without flash-attn, which goes before torch's attention")
-    if way.get("sdpa_rows") and torch.cuda.get_device_capability() < (9, 0):
+    if options.get("sdpa_rows") and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
     model = shared(dtype=torch.bfloat16, layers=1)
     native, ids = pop_ext.load(model, Plan(1, ())), tokens(model, 2, 200)
-    with tuned(**way):
+    with tuned(**options):
         names = kernels_of(lambda: native.prefill(ids, logits_to_keep=200))
-    # Torch's own choice behind sdpa may be the flash kernel: then that is no sign of rows that were left.
+    # torch may choose the flash kernel behind sdpa. Then its name does not show that rows were left to it.
     chosen = {name for name in (FLASH, SDPA, "attention") if name in names}
     assert present <= chosen
     if not (SDPA in present and "cudnn" not in names):
@@ -117,7 +114,7 @@ def test_the_attention_that_is_asked_for_is_what_runs(way, present, absent):
 
 
 @pytest.mark.parametrize(
-    "way",
+    "options",
     [{"sdpa_rows": 0}, {"sdpa_rows": 1}, {"sdpa_rows": 64}, {"library_attention": 0}],
     ids=["flash", "sdpa", "both", "own"],
 )
@@ -127,8 +124,8 @@ def test_the_attention_that_is_asked_for_is_what_runs(way, present, absent):
 )
 @pytest.mark.parametrize("shape", [(4, 4, 64), (8, 2, 128), (8, 1, 80), (2, 1, 256), (6, 2, 96)], ids=str)
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_every_attention_equals_the_reference(dtype, shape, lengths, pasts, window, way):
-    with tuned(**way):
+def test_every_attention_equals_the_reference(dtype, shape, lengths, pasts, window, options):
+    with tuned(**options):
         assert_equals_reference(make_call(shape, lengths, pasts, dtype, window, one_start=True))
 
 
@@ -162,13 +159,13 @@ def test_a_prompt_of_40000_tokens_in_chunks_equals_the_whole():
 # Memory
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
-def test_the_memory_of_a_call_beside_cache_and_rows_is_bounded(way):
-    # Rows of 128 channels: what grows with the prompt is x, y, z, k, v and the tables; MLP and projection go in chunks.
+@pytest.mark.parametrize("options", PATHS.values(), ids=PATHS.keys())
+def test_memory_beside_cache_and_rows_is_bounded(options):
+    # Rows of 128 channels: x, y, z, k, v and the tables grow with the prompt; MLP and projection run in chunks.
     model = llama(layers=6, hidden=128, heads=2, kv_heads=2, intermediate=4096, dtype=torch.bfloat16)
     native = pop_ext.load(model, Plan(6, (2, 3, 4, 5)))
     extra = []
-    with tuned(**way):
+    with tuned(**options):
         for length in (16_384, 32_768):
             ids = tokens(model, 1, length)
             native.prefill(ids)
@@ -182,7 +179,7 @@ def test_the_memory_of_a_call_beside_cache_and_rows_is_bounded(way):
             del out
     row = (3 * 128 + 2 * 128) * 2 + 4 + 2 * 32 * 4 + 3 * 8  # x, y, z, k, v; rstd; cos, sin; tables
     chunks = 2 * 2048 * 4096 * 2 + (96 << 20) + (17 << 20)  # gate and up; the projection; partial results
-    # Beside the operator: ids, positions, RoPE tables of the whole prompt in float32, a library's attention result.
+    # Outside the operator: ids, positions, RoPE tables of the prompt in float32, the attention result of a library.
     beside = 8 * 8 + 6 * 64 * 4 + 2 * 128 * 2
     for length, bytes_ in zip((16_384, 32_768), extra, strict=True):
         assert bytes_ <= length * (row + beside) + chunks, f"{length} tokens: {bytes_ / 2**20:.1f} MiB"

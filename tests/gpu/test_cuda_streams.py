@@ -1,4 +1,4 @@
-"""The CUDA backend among streams, graphs, threads and devices: in order, and without a synchronisation of its own."""
+"""The CUDA backend with streams, graphs, threads and devices keeps the order and does not synchronise."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, plan_of, run_oracle
-from at_once import run_at_once
 from models import llama, shared, tokens
 from op_calls import SENTINEL, op_call, run_op
+from threads import run_threads
 from tolerance import assert_close_fp32
 from tuning import tuned
 
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.cuda
 LONG = 1_000_000_000  # clock cycles: about half a second, far longer than a call takes on the host
 LENGTHS = (150, 3, 70)
 
-# Options of torch.ops.pop.tune under which order is at stake.
-WAYS = ({}, {"overlap": 1}, {"early_launch": 1}, {"overlap": 1, "early_launch": 1})
+# Options of torch.ops.pop.tune that affect the order of kernels.
+OPTIONS = ({}, {"early_launch": 1})
 
 
 def native_of(dtype: torch.dtype = torch.bfloat16, boundary: int = 2):
@@ -43,10 +43,10 @@ def assert_same_bits(actual, expected):
 # Streams
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_a_prefill_behind_slow_work_on_its_stream_waits_for_it_and_the_host_does_not(way):
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_prefill_waits_for_its_stream_and_the_host_does_not(options):
     native = native_of()
-    with tuned(**way):
+    with tuned(**options):
         expected = results(call_of(native))
         call = call_of(native)
         prompt = call["input"]
@@ -55,17 +55,17 @@ def test_a_prefill_behind_slow_work_on_its_stream_waits_for_it_and_the_host_does
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             torch.cuda._sleep(LONG)
-            call["input"].copy_(prompt)  # the prompt arrives late
+            call["input"].copy_(prompt)  # the prompt is copied after the slow work
             actual = [part.clone() for part in results(call)]
         assert not stream.query(), "the call synchronised, or the machine took half a second to enqueue it"
         stream.synchronize()
     assert_same_bits(actual, expected)
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
-def test_what_follows_on_the_stream_sees_a_finished_prefill(way):
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_later_work_on_the_stream_sees_a_finished_prefill(options):
     native = native_of()
-    with tuned(**way):
+    with tuned(**options):
         expected = results(call_of(native))
         stream = torch.cuda.Stream()
         torch.cuda.synchronize()
@@ -74,14 +74,14 @@ def test_what_follows_on_the_stream_sees_a_finished_prefill(way):
             outputs = []
             for call in calls:
                 outputs.append(results(call))
-                for elements in (1 << 12, 1 << 18, 1 << 22):  # memory that the call has given back is written at once
+                for elements in (1 << 12, 1 << 18, 1 << 22):  # overwrites memory that the call has freed
                     torch.full((elements,), float("nan"))
         stream.synchronize()
     for actual in outputs:
         assert_same_bits(actual, expected)
 
 
-def test_native_prefill_works_on_a_stream_of_the_callers_choice():
+def test_native_prefill_runs_on_the_callers_stream():
     native = native_of()
     ids = tokens(native.model, 2, 150)
     expected = native.prefill(ids).logits
@@ -97,7 +97,7 @@ def test_native_prefill_works_on_a_stream_of_the_callers_choice():
 
 
 def captured(call):
-    """The graph of a call and its result, after a call to warm up."""
+    """Return the graph of a call, captured after a warm-up call, and its result."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -109,12 +109,12 @@ def captured(call):
     return graph, hidden
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("boundary", [1, 17])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_captured_prefill_replays_on_other_ids(dtype, boundary, way):
+def test_a_captured_prefill_replays_on_other_ids(dtype, boundary, options):
     native = native_of(dtype, boundary)
-    with tuned(**way):
+    with tuned(**options):
         call = call_of(native)
         graph, hidden = captured(call)
         for seed in (1, 2):
@@ -126,33 +126,31 @@ def test_a_captured_prefill_replays_on_other_ids(dtype, boundary, way):
             assert_same_bits([hidden, *call["key_cache"], *call["value_cache"]], results(fresh))
 
 
-def test_two_prefills_in_one_graph_replay_one_after_the_other():
+def test_two_prefills_in_one_graph_replay_in_order():
     native = native_of()
-    with tuned(overlap=1):
-        calls = [call_of(native, seed) for seed in (1, 2)]
-        expected = [results(call_of(native, seed)) for seed in (1, 2)]
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            hidden = [run_op(call) for call in calls]
-        graph.replay()
-        for call, result, theirs in zip(calls, hidden, expected, strict=True):
-            assert_same_bits([result, *call["key_cache"], *call["value_cache"]], theirs)
+    calls = [call_of(native, seed) for seed in (1, 2)]
+    expected = [results(call_of(native, seed)) for seed in (1, 2)]
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        hidden = [run_op(call) for call in calls]
+    graph.replay()
+    for call, result, theirs in zip(calls, hidden, expected, strict=True):
+        assert_same_bits([result, *call["key_cache"], *call["value_cache"]], theirs)
 
 
-def test_a_call_outside_a_capture_takes_no_line_that_is_being_captured():
+def test_a_call_beside_a_capture_does_not_join_it():
     native = native_of()
-    with tuned(overlap=1):
-        expected = results(call_of(native))
-        inside, outside = call_of(native), call_of(native)
-        graph, other = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, capture_error_mode="relaxed"):
-            run_op(inside)
-            with torch.cuda.stream(other):
-                actual = results(outside)
-        other.synchronize()
-        assert_same_bits(actual, expected)
+    expected = results(call_of(native))
+    inside, outside = call_of(native), call_of(native)
+    graph, other = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+        run_op(inside)
+        with torch.cuda.stream(other):
+            actual = results(outside)
+    other.synchronize()
+    assert_same_bits(actual, expected)
 
 
 # Threads, devices
@@ -168,21 +166,21 @@ def repeated(native, ids, stream, times: int = 8):
     return run
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("shared_stream", [False, True], ids=["own streams", "one stream"])
-def test_two_threads_prefilling_at_once_give_the_serial_results(shared_stream, way):
+def test_two_threads_prefilling_together_give_the_serial_results(shared_stream, options):
     native = native_of()
     prompts = [tokens(native.model, 2, 130, seed=1), tokens(native.model, 1, 190, seed=2)]
     streams = [torch.cuda.default_stream()] * 2 if shared_stream else [torch.cuda.Stream() for _ in prompts]
-    with tuned(**way):
+    with tuned(**options):
         serial = [repeated(native, ids, torch.cuda.default_stream(), 1)()[0] for ids in prompts]
         jobs = [repeated(native, ids, stream) for ids, stream in zip(prompts, streams, strict=True)]
-        for outputs, expected in zip(run_at_once(*jobs), serial, strict=True):
+        for outputs, expected in zip(run_threads(*jobs), serial, strict=True):
             for output in outputs:
                 assert_same_bits(output, expected)
 
 
-def test_a_model_on_another_device_than_the_current_one_prefills_there():
+def test_a_model_prefills_on_its_device_not_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two NVIDIA GPUs")
     with torch.device("cuda:1"):
@@ -201,7 +199,7 @@ def test_a_model_on_another_device_than_the_current_one_prefills_there():
 
 
 @pytest.mark.parametrize("bad", [-1, 263, 2**40])
-def test_an_id_outside_the_vocabulary_is_clamped_and_reported_by_the_next_call_alone(bad):
+def test_an_unknown_id_is_clamped_and_reported_by_the_next_call_only(bad):
     native = native_of()
     call, clamped = call_of(native), call_of(native)
     call["input"][7] = bad
@@ -214,7 +212,7 @@ def test_an_id_outside_the_vocabulary_is_clamped_and_reported_by_the_next_call_a
     assert_same_bits(actual, results(clamped))
 
 
-def test_native_prefill_refuses_an_id_outside_the_vocabulary_at_once():
+def test_native_prefill_refuses_an_unknown_id_in_the_same_call():
     native = native_of()
     ids = tokens(native.model, 1, 9)
     ids[0, 4] = 263

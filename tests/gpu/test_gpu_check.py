@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh: what it says of a run is what happened, and nothing stops it halfway. Here without a GPU."""
+"""scripts/gpu_check.sh reports what happened and runs every stage. Tested here as a dry run, without a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_a_failed_stage_is_reported_and_the_next_ones_run(tmp_path):
+def test_a_failed_stage_is_reported_and_the_next_runs(tmp_path):
     done = check(str(tmp_path), "plot", "build")  # nothing to draw yet
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert done.returncode == 1, done.stdout + done.stderr
@@ -62,7 +62,7 @@ def test_bad_arguments_are_refused(arguments, capsys):
     assert "expected" in capsys.readouterr().err
 
 
-def test_a_command_that_takes_too_long_is_ended_with_what_it_started(tmp_path):
+def test_a_slow_command_is_ended_with_what_it_started(tmp_path):
     run = gpu_check.Run(tmp_path, dry=True)
     run.stage("plot", lambda run, stage: stall(run))
     [stage] = run.stages
@@ -76,7 +76,7 @@ def stall(run: gpu_check.Run) -> int:
     return run.command("sh", "-c", "sleep 60 & sleep 60")
 
 
-def test_the_stages_fit_into_nine_minutes():
+def test_stages_fit_into_nine_minutes():
     assert set(gpu_check.LIMITS) == set(gpu_check.STAGES)
     assert sum(gpu_check.LIMITS.values()) < 9 * 60
 

@@ -1,4 +1,4 @@
-"""PEFT's adapters: merged they run natively, unmerged they are refused by name or left to the stock forward."""
+"""Test PEFT adapters: merged ones run natively, others are refused by name or run the stock forward."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def lora(*targets: str) -> Any:
 
 
 def adapted(*targets: str):
-    """PEFT's wrapper around a model with adapters that change what it computes."""
+    """Wrap a Llama in PEFT adapters that change its result."""
     return peft.get_peft_model(llama(), lora(*targets)).eval()
 
 
@@ -38,7 +38,7 @@ def test_an_adapter_on_any_projection_is_refused_with_its_class(target):
     assert "forward" not in model.get_base_model().__dict__
 
 
-# Adapters beside the projections of a Llama: what carries them, and the weights that they are added to.
+# Adapters on other weights than the projections of a Llama: the model, and the arguments of LoraConfig.
 ELSEWHERE: dict[str, Any] = {
     "experts of Mixtral": (mixtral, {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
     "experts of Qwen3-MoE": (qwen3_moe, {"target_parameters": ["mlp.experts.down_proj"]}),
@@ -65,7 +65,7 @@ def test_an_adapter_elsewhere_is_refused_by_name_and_runs_merged_and_by_the_orac
     assert_close_fp32(merged(ids, logits_to_keep=1).logits, expected, "logits")
     assert pop_ext.last_call(merged).native
     plain = pop_ext.enable(build(), PLAN)(ids, logits_to_keep=1).logits
-    assert (where == "a norm beside an adapter") or (plain - expected).abs().max() > 0.1, "an adapter of nothing"
+    assert (where == "a norm beside an adapter") or (plain - expected).abs().max() > 0.1, "the adapter changes nothing"
 
 
 @torch.no_grad()
@@ -78,7 +78,8 @@ def test_an_adapter_on_the_head_runs_natively():
     assert (reference.prefill(llama(), ids, PLAN)[0] - expected).abs().max() > 0.1
 
 
-# Before padding, virtual tokens of the prompt leave a hole behind them; those of the cache do not.
+# Prompt tuning puts its virtual tokens before the padding, which leaves a hole in the mask, so that case has none.
+# Prefix tuning puts them into the cache.
 @pytest.mark.parametrize(("kind", "padding"), [("PromptTuningConfig", 0), ("PrefixTuningConfig", 4)])
 @torch.no_grad()
 def test_virtual_tokens_before_the_prompt_run_natively(kind, padding):

@@ -1,4 +1,4 @@
-"""Arguments of the public functions: what counts as an integer, and what another kind of thing gets."""
+"""Test argument checks of the public functions: accepted integers, and the error for a wrong kind of value."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ def test_integers_of_numpy_are_integers():
     ],
     ids=["disable", "explain", "preset", "reference", "window_only"],
 )
-def test_an_argument_of_another_kind_is_named(call, error, message):
+def test_an_argument_of_the_wrong_kind_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()

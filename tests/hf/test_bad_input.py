@@ -1,6 +1,6 @@
-"""Bad input gets an error that names the argument, what was expected and what came; nothing changes, byte for byte.
+"""Test bad input: the error names the argument, what was expected and what came; models and caches keep every byte.
 
-`python tests/hf/test_bad_input.py` writes docs/bad-input.md from the messages that the cases get.
+Run `PYTHONPATH=tests/support python tests/hf/test_bad_input.py` to write docs/bad-input.md from the messages.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CASES = [
 
 
 def error_of(case: Case) -> Exception:
-    """What a case raises, after checking that it left the fixture as it was and that the fixture still works."""
+    """Return the error of a case. Check that the fixture is unchanged and still works."""
     return _error_of(case, torch.get_default_device())
 
 
@@ -59,17 +59,17 @@ def test_a_bad_argument_is_named_and_changes_nothing(case):
     assert re.search(text, str(error), re.DOTALL), f"{type(error).__name__}: {error}"
 
 
-# The document
+# docs/bad-input.md
 
 
 def generate() -> str:
-    """docs/bad-input.md, from the errors themselves."""
+    """Return the text of docs/bad-input.md, made from the errors of the cases."""
     lines = [
-        "# What bad input gets",
+        "# Errors for bad input",
         "",
-        "Every error names the argument, what was expected and what came. The cache and the model are byte for byte",
-        "as they were before the call. The tests run these cases, compare the bytes, and compare this table with what",
-        "comes (`python tests/hf/test_bad_input.py` writes it anew).",
+        "Every error names the argument, what was expected and what came. A failed call leaves every byte of the",
+        "model and the cache as it was. The tests run these cases, compare the bytes and compare this page with the",
+        "messages. Run `PYTHONPATH=tests/support python tests/hf/test_bad_input.py` to write the page again.",
         "",
     ]
     for section, cases in SECTIONS.items():
@@ -83,25 +83,29 @@ def generate() -> str:
         "|---|---|",
         *(f"| {given} | {shown(stale_error(change)[1])} |" for given, change in CHANGES.items()),
         "",
-        "`native.refresh()` takes the weights as they are then; an enabled model does so by itself. A change through",
-        "`.data` moves no version counter: of the weights that were folded, 64 values are compared, so that a change",
-        "may pass unseen that leaves those alone; with `fp8` or `prepack` so are those of all other matrices. Other",
-        "weights are read where they are, and `.data` changes to them just apply.",
+        "`native.refresh()` loads the current weights; an enabled model refreshes automatically. A change through",
+        "`.data` moves no version counter. To detect it, 64 values of every folded weight are compared, and with `fp8`",
+        "or `prepack` also 64 values of every other matrix. A change that leaves these values alone is missed. All",
+        "other weights are read in place, so a change through `.data` takes effect at once.",
         "",
     ]
     return "\n".join(lines)
 
 
 def shown(error: Exception) -> str:
-    """Type and first line of a message, as a table cell; handles and digests depend on what ran before, and where."""
+    """Return type and first line of an error as a table cell.
+
+    Handles and digests become placeholders: they depend on earlier calls and on the platform.
+    """
     text = re.sub(r"(not freed, got) \d+", r"\1 *n*", str(error).splitlines()[0])
     text = re.sub(r"\b[0-9a-f]{64}\b", "*digest*", text)
     return f"`{type(error).__name__}`: {text}".replace("|", "\\|")
 
 
 @pytest.mark.cpu
-def test_the_document_shows_the_messages_as_they_are():
-    assert DOCUMENT.read_text(encoding="utf-8") == generate(), "run `python tests/hf/test_bad_input.py`"
+def test_the_document_shows_the_current_messages():
+    page = DOCUMENT.read_text(encoding="utf-8")
+    assert page == generate(), "run `PYTHONPATH=tests/support python tests/hf/test_bad_input.py`"
 
 
 # Weights changed, moved or re-assigned after load
@@ -146,15 +150,15 @@ def load_a_state_dict(fixture):
 
 CHANGES = {
     "`weight.add_(1)`": add_in_place,
-    "`weight.add_(1)`, of an omitted layer's projection": add_in_place_to_a_folded_weight,
-    "`weight.data.add_(1)`, of an omitted layer's norm": add_through_data,
+    "`weight.add_(1)` on a projection of an omitted layer": add_in_place_to_a_folded_weight,
+    "`weight.data.add_(1)` on a norm of an omitted layer": add_through_data,
     "`linear.weight = nn.Parameter(...)`": reassign,
-    "another module in a module's place": replace_module,
+    "a module replaced by another": replace_module,
     "`weight.data = ...`": move_data,
     "`model.to(torch.bfloat16)`": to_another_dtype,
     "`model.load_state_dict(...)`": load_a_state_dict,
 }
-SEEN_BY_THE_OPERATOR = (
+DETECTED_BY_THE_OPERATOR = (
     add_in_place_to_a_folded_weight,
     add_through_data,
     move_data,
@@ -164,7 +168,7 @@ SEEN_BY_THE_OPERATOR = (
 
 
 def stale_error(change) -> tuple[Fixture, Exception]:
-    """What prefill raises after the change, having left the caches alone."""
+    """Return the changed fixture and the error of its prefill. Check that the caches are unchanged."""
     fixture = Fixture()
     change(fixture)
     before = fixture.snapshot()
@@ -175,13 +179,13 @@ def stale_error(change) -> tuple[Fixture, Exception]:
 
 
 def cases_of(changes):
-    """Parameters; of weights on a GPU no values are sampled."""
-    at_once = {add_through_data: pytest.mark.cpu}
-    return [pytest.param(change, id=change.__name__, marks=at_once.get(change, ())) for change in changes]
+    """Return pytest parameters. A change through `.data` is tested on the CPU: values on a GPU are not sampled."""
+    marks = {add_through_data: pytest.mark.cpu}
+    return [pytest.param(change, id=change.__name__, marks=marks.get(change, ())) for change in changes]
 
 
 @pytest.mark.parametrize("change", cases_of(CHANGES.values()))
-def test_changed_weights_are_noticed_and_refresh_takes_them(change):
+def test_changed_weights_are_detected_and_refresh_loads_them(change):
     fixture, error = stale_error(change)
     assert re.search(r"weight \S+: expected .*native\.refresh\(\)", str(error))
     fixture.native.refresh()
@@ -191,7 +195,7 @@ def test_changed_weights_are_noticed_and_refresh_takes_them(change):
     assert refreshed.logits.dtype == fixture.model.dtype
 
 
-def test_a_square_matrix_that_was_transposed_in_place_is_noticed():
+def test_a_square_matrix_transposed_in_place_is_detected():
     model = llama(layers=2, hidden=128, heads=2)
     native, ids = pop_ext.load(model), tokens(model, 1, 9)
     expected = native.prefill(ids).logits
@@ -208,8 +212,8 @@ def test_a_square_matrix_that_was_transposed_in_place_is_noticed():
     assert torch.equal(native.prefill(ids).logits, expected)
 
 
-@pytest.mark.parametrize("change", cases_of(SEEN_BY_THE_OPERATOR))
-def test_the_operator_notices_what_it_can_see(change):
+@pytest.mark.parametrize("change", cases_of(DETECTED_BY_THE_OPERATOR))
+def test_the_operator_detects_changes_of_the_weights_it_holds(change):
     fixture = Fixture()
     change(fixture)
     before = fixture.snapshot()
@@ -218,7 +222,7 @@ def test_the_operator_notices_what_it_can_see(change):
     assert fixture.snapshot() == before
 
 
-def test_the_operator_keeps_to_the_weights_it_holds():
+def test_the_operator_ignores_reassigned_parameters_and_replaced_modules():
     for change in (reassign, replace_module):
         fixture, untouched = Fixture(), Fixture()
         change(fixture)
@@ -232,7 +236,7 @@ def fresh_caches(fixture):
     return {name: [torch.ones_like(cache) for cache in fixture.op[name]] for name in ("key_cache", "value_cache")}
 
 
-def test_a_refresh_to_something_that_cannot_run_keeps_what_was_loaded():
+def test_a_failed_refresh_keeps_the_loaded_weights():
     fixture = Fixture()
     before, handle = fixture.prefill(past_key_values=None).logits, fixture.native.handle
     fixture.model.double()
@@ -305,7 +309,7 @@ for ours, theirs in zip(fixture.static.layers, expected.static.layers, strict=Tr
 fixture.run_op()
 fixture.prefill()
 
-# Without the guard the operator says so and does not promise it.
+# With restore_on_error=False the operator leaves the caches partly written.
 for cache in fixture.op["key_cache"]:
     cache.normal_()
 calls, fail_at, before = 0, total, fixture.snapshot()
@@ -318,8 +322,8 @@ print("restored", total)
 """
 
 
-def test_a_failure_in_the_middle_of_the_layer_loop_restores_every_cache():
-    # In a process of its own: it replaces torch's matrix product.
+def test_a_failure_inside_the_layer_loop_restores_every_cache():
+    # Runs in its own process, because it replaces torch's matrix product.
     device = torch.get_default_device().type
     start = f"import torch; torch.set_num_threads(1); torch.set_default_device({device!r})\n"
     run = subprocess.run(

@@ -1,4 +1,4 @@
-"""Every kind of Hugging Face cache that native.prefill fills, and decode by the stock model after each."""
+"""Test native.prefill into every kind of Hugging Face cache, and decode by the stock model afterwards."""
 
 from __future__ import annotations
 
@@ -9,53 +9,34 @@ import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, assert_equals_oracle, plan_of, run_native, run_oracle, run_stock
+from cache_kinds import KINDS, decode, new_cache
 from models import FAMILIES, WINDOW, offloaded_cache, pad, tokens
 from pop_ext.hf.kv_cache import CacheTransaction
 from tolerance import assert_close_fp32, compare_caches
-from transformers import Cache, DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
-KINDS = ("DynamicCache()", "DynamicCache(config)", "StaticCache")
 MODELS = ("llama", "mistral", "qwen2 mixed")
-CAPACITY = 64
 
 
 @functools.cache
 def shared(name: str):
-    """A model that tests only read."""
+    """Return a cached model that tests must not change."""
     family, _, mixed = name.partition(" ")
     return FAMILIES[family](use_sliding_window=True) if mixed else FAMILIES[family]()
 
 
-def new_cache(kind: str, model, capacity: int = CAPACITY):
-    if kind == "StaticCache":
-        return StaticCache(config=model.config, max_cache_len=capacity)
-    return DynamicCache(config=model.config) if "config" in kind else DynamicCache()
-
-
 def fill(cache, value: float):
-    """Overwrites what an initialised cache holds, beyond its length too."""
+    """Overwrite all slots of an initialised cache, also those beyond its length."""
     for layer in cache.layers:
         layer.keys.fill_(value)
         layer.values.fill_(value)
 
 
-@torch.no_grad()
-def decode(model, cache, steps: int = 4, mask=None):
-    """Logits [batch, steps, vocab] of the stock model decoding fixed tokens."""
-    batch = cache.layers[0].keys.shape[0]
-    ids, logits = tokens(model, batch, steps, seed=9), []
-    for step in range(steps):
-        call = {}
-        if mask is not None:
-            mask = torch.cat([mask, torch.ones(batch, 1, dtype=mask.dtype)], dim=1)
-            call = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
-        logits.append(model(ids[:, step : step + 1], past_key_values=cache, use_cache=True, **call).logits)
-    return torch.cat(logits, dim=1)
-
-
 def assert_decode_equals_the_oracles(model, cache, oracle_cache, mask=None):
-    assert_close_fp32(decode(model, cache, mask=mask), decode(model, oracle_cache, mask=mask), "decode logits")
+    """Compare decode of four fixed tokens by the stock model over both caches."""
+    ids = tokens(model, cache.layers[0].keys.shape[0], 4, seed=9)
+    assert_close_fp32(decode(model, cache, ids, mask), decode(model, oracle_cache, ids, mask), "decode logits")
 
 
 # Each kind of cache
@@ -64,7 +45,7 @@ def assert_decode_equals_the_oracles(model, cache, oracle_cache, mask=None):
 @pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1, 40])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
-def test_an_empty_cache_of_any_kind_is_filled_and_decoded_as_the_oracles(name, kind, length):
+def test_filling_an_empty_cache_and_decoding_equal_the_oracle(name, kind, length):
     model, given = shared(name), new_cache(kind, shared(name))
     plan, ids = plan_of(model, GAPS, 2), tokens(model, 2, length)
     ours = run_native(model, plan, ids, past_key_values=given)
@@ -106,7 +87,7 @@ def test_a_second_turn_over_what_the_stock_model_filled_equals_the_oracle(name, 
 @pytest.mark.parametrize("chunks", [(20, 1, 9), (1, 1, 30), (WINDOW, WINDOW, 1)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_chunked_prefill_fills_any_cache(name, kind, chunks):
+def test_a_chunked_prefill_into_any_cache_equals_the_oracle(name, kind, chunks):
     model, plan = shared(name), plan_of(shared(name), GAPS, 2)
     given, oracle_cache = new_cache(kind, model), None
     ids = tokens(model, 1, sum(chunks))
@@ -121,7 +102,7 @@ def test_a_chunked_prefill_fills_any_cache(name, kind, chunks):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_decode_and_prefill_take_turns_on_one_cache(name, kind):
+def test_alternating_prefill_and_decode_on_one_cache_equal_the_oracle(name, kind):
     model, plan = shared(name), plan_of(shared(name), GAPS, 2)
     given, oracle_cache = new_cache(kind, model), None
     for turn in range(3):
@@ -132,7 +113,7 @@ def test_decode_and_prefill_take_turns_on_one_cache(name, kind):
     compare_caches(given, oracle_cache)
 
 
-def test_no_cache_given_makes_the_cache_of_the_stock_forward():
+def test_without_a_cache_the_stock_cache_class_is_created():
     for name in MODELS:
         model = shared(name)
         ours = run_native(model, plan_of(model), tokens(model, 1, 20)).cache
@@ -146,7 +127,7 @@ def test_no_cache_given_makes_the_cache_of_the_stock_forward():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_static_cache_keeps_its_memory_and_is_reused_after_a_reset(name):
+def test_a_reset_static_cache_is_reused_in_place(name):
     model, plan = shared(name), plan_of(shared(name), GAPS, 2)
     given = new_cache("StaticCache", model)
     run_native(model, plan, tokens(model, 2, 33, seed=4), past_key_values=given)
@@ -162,7 +143,7 @@ def test_a_static_cache_keeps_its_memory_and_is_reused_after_a_reset(name):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", MODELS)
-def test_masked_slots_of_a_static_cache_that_held_other_tokens_become_zero(name, side):
+def test_masked_slots_of_a_reused_static_cache_become_zero(name, side):
     model, plan = shared(name), plan_of(shared(name), GAPS, 2)
     given = new_cache("StaticCache", model)
     run_native(model, plan, tokens(model, 2, 33, seed=4), past_key_values=given)
@@ -173,7 +154,7 @@ def test_masked_slots_of_a_static_cache_that_held_other_tokens_become_zero(name,
     compare_caches(given, run_oracle(model, plan, ids, attention_mask=mask).cache, mask=mask)
 
 
-def test_slots_behind_the_new_tokens_of_a_static_cache_are_left_alone():
+def test_static_slots_after_the_new_tokens_are_not_written():
     model = shared("llama")
     given = new_cache("StaticCache", model)
     run_native(model, plan_of(model), tokens(model, 2, 8), past_key_values=given)
@@ -186,7 +167,7 @@ def test_slots_behind_the_new_tokens_of_a_static_cache_are_left_alone():
             assert not (cache[:, :, :8] == 7.0).any()
 
 
-def test_holes_that_right_padding_left_in_a_static_cache_are_bridged():
+def test_holes_from_right_padding_in_a_static_cache_are_skipped():
     model, plan = shared("llama"), plan_of(shared("llama"), GAPS, 2)
     given, oracle_cache, mask = new_cache("StaticCache", model), None, torch.zeros(2, 0, dtype=torch.long)
     for turn, lengths in enumerate([(13, 5), (2, 9), (6, 6)]):
@@ -222,7 +203,7 @@ def test_a_static_cache_of_exactly_the_needed_length_is_enough():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_static_cache_that_is_too_small_is_refused_and_stays_as_it_was(name):
+def test_a_too_small_static_cache_is_refused_and_unchanged(name):
     model = shared(name)
     given = new_cache("StaticCache", model, capacity=12)
     native = pop_ext.load(model, plan_of(model))
@@ -236,7 +217,7 @@ def test_a_static_cache_that_is_too_small_is_refused_and_stays_as_it_was(name):
     compare_caches(given, before, atol=0.0)
 
 
-def test_a_window_shorter_than_the_models_is_refused_where_it_would_drop_a_position_in_reach():
+def test_a_cache_window_that_drops_visible_positions_is_refused():
     model, other = shared("mistral"), FAMILIES["mistral"](sliding_window=WINDOW // 2)
     native = pop_ext.load(model, plan_of(model))
     native.prefill(tokens(model, 1, WINDOW // 2 - 1), past_key_values=DynamicCache(config=other.config))
@@ -254,7 +235,7 @@ def test_a_window_shorter_than_the_models_is_refused_where_it_would_drop_a_posit
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_deep_copy_of_a_filled_cache_goes_its_own_way(name, kind):
+def test_a_deep_copy_of_a_filled_cache_is_independent(name, kind):
     model, plan = shared(name), plan_of(shared(name), GAPS, 2)
     given = new_cache(kind, model)
     run_native(model, plan, tokens(model, 1, 21), past_key_values=given)
@@ -282,7 +263,7 @@ def test_a_prefix_is_reused_by_cropping():
     compare_caches(given, oracle_prefix)
 
 
-def test_a_recorded_window_is_reused_by_cropping():
+def test_a_sliding_cache_that_records_its_past_can_be_cropped():
     model, plan = shared("mistral"), plan_of(shared("mistral"), GAPS, 2)
     given = DynamicCache(config=model.config)
     for layer in given.layers:
@@ -296,7 +277,7 @@ def test_a_recorded_window_is_reused_by_cropping():
         given.crop(-9)
 
 
-def test_a_cache_whose_sequences_were_reordered_is_continued():
+def test_a_second_turn_over_a_reordered_cache_equals_the_oracle():
     model, plan = shared("llama"), plan_of(shared("llama"), GAPS, 2)
     first, ids = tokens(model, 2, 12, seed=1), tokens(model, 2, 9)
     given = run_native(model, plan, first).cache
@@ -305,7 +286,7 @@ def test_a_cache_whose_sequences_were_reordered_is_continued():
     assert_equals_oracle(model, plan, ids, past=given, oracle_past=oracle_cache)
 
 
-def test_past_keys_of_any_stride_are_continued():
+def test_a_second_turn_over_strided_keys_equals_the_oracle():
     model, plan = shared("llama"), plan_of(shared("llama"), GAPS, 2)
     given = run_oracle(model, plan, tokens(model, 2, 12, seed=1)).cache
     strided = copy.deepcopy(given)
@@ -315,14 +296,14 @@ def test_past_keys_of_any_stride_are_continued():
     assert_equals_oracle(model, plan, tokens(model, 2, 9), past=strided, oracle_past=given)
 
 
-def test_a_call_without_grad_mode_off_leaves_no_graph_in_the_cache():
+def test_grad_mode_leaves_no_graph_in_the_cache():
     model = shared("llama")
     with torch.enable_grad():
         cache = run_native(model, plan_of(model), tokens(model, 1, 9)).cache
     assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in cache.layers)
 
 
-# What is refused
+# Refused caches
 
 
 @pytest.mark.parametrize(
@@ -335,18 +316,18 @@ def test_a_call_without_grad_mode_off_leaves_no_graph_in_the_cache():
     ],
     ids=["encoder-decoder", "offloaded", "too few layers", "a list of tensors"],
 )
-def test_a_cache_of_an_unknown_kind_is_named(make, message):
+def test_an_unsupported_cache_is_named(make, message):
     model = shared("llama")
     with pytest.raises((ValueError, TypeError), match=message):
         run_native(model, plan_of(model), tokens(model, 1, 5), past_key_values=make(model))
 
 
-# The transaction by itself
+# CacheTransaction
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("past", [0, 9])
-def test_an_aborted_transaction_leaves_the_cache_as_it_was(kind, past):
+def test_an_aborted_transaction_leaves_the_cache_unchanged(kind, past):
     model = shared("qwen2 mixed")
     given = new_cache(kind, model)
     if past:
@@ -364,13 +345,13 @@ def test_an_aborted_transaction_leaves_the_cache_as_it_was(kind, past):
         compare_caches(given, copies, atol=0.0)
 
 
-# A failure behind the operator
+# A failure after the operator
 
 
 @pytest.mark.parametrize("filled", [0, 12, 40])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_head_that_raises_leaves_the_cache_as_it_was(name, kind, filled):
+def test_a_failing_head_leaves_the_cache_unchanged(name, kind, filled):
     model = copy.deepcopy(shared(name))
     native, cache = pop_ext.load(model), new_cache(kind, model)
     if filled:

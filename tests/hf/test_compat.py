@@ -1,4 +1,4 @@
-"""The cache goes by `past_key_values`, and by `cache` from transformers 5.24 on."""
+"""Test both names of the cache argument: `past_key_values`, and `cache` from transformers 5.24 on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = [OLD_CACHE_NAME, NEW_CACHE_NAME] if RENAMED else [OLD_CACHE_NAME]
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_a_prefill_takes_its_cache_under_each_name_that_the_stock_forward_takes(name):
+def test_a_prefill_takes_its_cache_under_every_stock_name(name):
     model = pop_ext.enable(llama(), PLAN, strict=True)
     cache = filled_cache(model)
     expected, filled = reference.prefill(model, tokens(model, 1, T), PLAN, past_key_values=cache)
@@ -43,7 +43,7 @@ def test_a_prefill_takes_its_cache_by_position():
 
 
 @torch.no_grad()
-def test_of_two_caches_the_one_under_the_new_name_counts():
+def test_the_new_cache_name_takes_precedence_over_the_old_one():
     signature = pop_ext.enable(llama(), PLAN).forward.__signature__
     arguments = {OLD_CACHE_NAME: "old", NEW_CACHE_NAME: "new"}
     rename_cache(arguments, signature)
@@ -52,7 +52,7 @@ def test_of_two_caches_the_one_under_the_new_name_counts():
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @torch.no_grad()
-def test_transformers_has_nothing_to_warn_about(backend, caplog):
+def test_enabled_calls_cause_no_warnings(backend, caplog):
     model = pop_ext.enable(llama(), PLAN, strict=True, backend=backend)
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""What loading with copies of weights, `fp8` or `prepack`, has in common: stale copies, rows that do not mix."""
+"""Test what `fp8` and `prepack` share: copies of weights that can become stale, and rows that do not mix."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_sequence_does_not_depend_on_its_batch_mates(option):
 
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_a_changed_weight_is_noticed_and_copied_again(option, name):
+def test_a_changed_weight_is_detected_and_copied_again(option, name):
     model = llama(dtype=torch.bfloat16)
     native, ids = load(model, option), tokens(model, 1, 19)
     with torch.no_grad():
@@ -39,8 +39,8 @@ def test_a_changed_weight_is_noticed_and_copied_again(option, name):
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.cpu  # values are sampled in host memory
-def test_a_change_through_data_is_noticed(option):
+@pytest.mark.cpu  # only values in host memory are sampled
+def test_a_change_through_data_is_detected(option):
     model = llama(dtype=torch.bfloat16)
     native = load(model, option)
     model.model.layers[0].mlp.gate_proj.weight.data.mul_(2)

@@ -1,4 +1,7 @@
-"""Calls on a CPU model under another default device of torch: every tensor that a call makes names its own."""
+"""Test calls of a CPU model while the default device of torch is another one.
+
+Every tensor that a call creates must name its device.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def model_and_batch(build):
 @pytest.fixture
 def meta_by_default() -> Iterator[None]:
     for build in (llama, mistral):
-        model_and_batch(build)  # made before
+        model_and_batch(build)  # built on the CPU, and cached
     torch.set_default_device("meta")
     yield
     torch.set_default_device(None)
@@ -45,7 +48,7 @@ def oracle_prefill():
     return [logits, cache.layers[1].keys]
 
 
-# `generate` makes its cache itself: one with windows fails there, in the stock model, too.
+# `generate` creates its own cache. With sliding windows this fails in the stock model too, so llama is used here.
 
 
 def generate():
@@ -71,7 +74,7 @@ def score():
 @pytest.mark.parametrize(
     "call", [native_prefill, oracle_prefill, generate, generate_with_the_oracle, score], ids=lambda call: call.__name__
 )
-def test_the_default_device_of_torch_changes_nothing_for_a_model_that_is_elsewhere(call):
+def test_the_default_device_of_torch_changes_no_result(call):
     for ours, expected in zip(call(), under_cpu(call), strict=True):
         assert ours.device.type == "cpu"
         assert torch.equal(ours, expected)

@@ -1,4 +1,7 @@
-"""Models that accelerate has spread or offloaded: native on one device, else refused, declined or run by the oracle."""
+"""Test models that accelerate placed or offloaded.
+
+On one device they run natively; otherwise they are refused, declined or run by the oracle.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ PLACES = ("model.embed_tokens", *(f"model.layers.{i}" for i in range(6)), "model
 
 @pytest.fixture
 def mesh() -> Iterator[Any]:
-    """A device mesh of this process alone."""
+    """Yield a device mesh of one process."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
@@ -89,9 +92,9 @@ def test_a_map_that_offloads_a_part_is_refused_and_the_reference_backend_runs_it
     assert_the_oracle_runs(model)
 
 
-@pytest.mark.parametrize("at_once", [None, ["LlamaDecoderLayer"]], ids=["by module", "by layer"])
-def test_the_reference_backend_runs_a_model_whose_weights_come_and_go(at_once):
-    assert_the_oracle_runs(cpu_offload(llama(), execution_device="cpu", preload_module_classes=at_once))
+@pytest.mark.parametrize("preloaded_classes", [None, ["LlamaDecoderLayer"]], ids=["by module", "by layer"])
+def test_the_reference_backend_runs_a_cpu_offloaded_model(preloaded_classes):
+    assert_the_oracle_runs(cpu_offload(llama(), execution_device="cpu", preload_module_classes=preloaded_classes))
 
 
 @torch.no_grad()
@@ -107,7 +110,7 @@ def test_hooks_that_move_arguments_between_devices_are_left_to_the_stock_forward
 
 
 class Reversing(ModelHook):
-    """Turns around what goes in and counts what comes out: a hook on the whole model may do so."""
+    """Hook of a whole model that reverses its input ids and counts its outputs."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -122,7 +125,7 @@ class Reversing(ModelHook):
 
 @pytest.mark.parametrize("first", ["hook", "enable"])
 @torch.no_grad()
-def test_a_hook_on_the_whole_model_runs_around_the_native_prefill(first):
+def test_a_hook_on_the_model_wraps_the_native_prefill(first):
     model, hook = llama(), Reversing()
     ids = tokens(model, 1, T)
     expected = reference.prefill(model, ids.flip(1), PLAN)[0]
@@ -166,11 +169,11 @@ def test_a_model_that_is_moved_as_a_whole_for_each_call_runs_natively():
 
 
 def shard(linear: nn.Linear, mesh: Any) -> None:
-    """As tensor parallelism leaves a projection: each process holds some of its rows."""
+    """Shard a projection by rows, as tensor parallelism does."""
     linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Shard(0)]))
 
 
-def test_a_tensor_parallel_model_is_refused_by_name_and_left_alone(mesh):
+def test_a_tensor_parallel_model_is_refused_and_unchanged(mesh):
     model = llama()
     shard(model.model.layers[4].self_attn.k_proj, mesh)
     for refuse in (pop_ext.load, pop_ext.enable):
@@ -180,7 +183,7 @@ def test_a_tensor_parallel_model_is_refused_by_name_and_left_alone(mesh):
 
 
 @torch.no_grad()
-def test_a_model_that_becomes_tensor_parallel_is_left_to_the_stock_forward(mesh):
+def test_a_model_made_tensor_parallel_runs_the_stock_forward(mesh):
     model = pop_ext.enable(llama(), PLAN)
     shard(model.model.layers[4].self_attn.k_proj, mesh)
     decision = pop_ext.explain(model, tokens(model, 1, T), logits_to_keep=1)

@@ -1,4 +1,4 @@
-"""Which calls of an enabled model are no prefill, what is harmless to one, and what `explain` and `last_call` say."""
+"""Test calls of an enabled model that are no prefill, harmless hooks, and what `explain` and `last_call` report."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from transformers import DynamicCache, StaticCache
 
 
 def assert_silent_stock(model: nn.Module, rule: str, ids: torch.Tensor, **call: Any) -> None:
-    """Strict or not, with the bits of the un-enabled model."""
+    """Assert that the call gives the bits of the stock model without a warning, strict or not."""
     expected = model(ids, **copy.deepcopy(call))
     for strict in (False, True):
         twin = enabled_twin(model, strict=strict)
@@ -70,14 +70,14 @@ def test_a_decode_step_by_embeddings_never_warns_or_raises():
 @pytest.mark.parametrize("other", [{}, {"output_hidden_states": True}], ids=str)
 @pytest.mark.parametrize("keep", [0, 4, 9])
 @torch.no_grad()
-def test_the_verification_of_candidates_never_warns_or_raises(keep, other):
+def test_verifying_candidates_never_warns_or_raises(keep, other):
     model = llama()
     call = {**with_cache(model, filled_cache(model)), "logits_to_keep": keep, **other}
     assert_silent_stock(model, "verification", tokens(model, 1, 4), **call)
 
 
 @torch.no_grad()
-def test_the_verification_of_candidates_in_a_static_cache_never_warns_or_raises():
+def test_verifying_candidates_in_a_static_cache_never_warns_or_raises():
     model = llama()
     cache = StaticCache(config=model.config, max_cache_len=32)
     model(tokens(model, 1, 7), past_key_values=cache, logits_to_keep=1)
@@ -112,9 +112,9 @@ def test_a_chunk_that_is_all_padding_for_a_sequence_runs_the_stock_forward():
 
 
 @torch.no_grad()
-def test_a_call_of_the_first_layers_only_never_warns_or_raises():
+def test_an_early_exit_call_never_warns_or_raises():
     model = llama()
-    model.config.num_hidden_layers = 3  # as generate sets it for drafts by early exit
+    model.config.num_hidden_layers = 3  # as generate sets it to draft by early exit
     expected = model(tokens(model, 1, T), logits_to_keep=1)
     model.config.num_hidden_layers = LAYERS
     twin = enabled_twin(model, strict=True)
@@ -124,7 +124,7 @@ def test_a_call_of_the_first_layers_only_never_warns_or_raises():
     assert pop_ext.last_call(twin) is None
 
 
-# What is harmless
+# Hooks and other changes that keep a prefill native
 
 
 @torch.no_grad()
@@ -140,7 +140,7 @@ def test_transformers_own_recording_hooks_are_harmless():
 
 
 @torch.no_grad()
-def test_what_accelerate_leaves_behind_when_its_hooks_are_removed_is_harmless():
+def test_remains_of_removed_accelerate_hooks_are_harmless():
     from accelerate.hooks import remove_hook_from_submodules
 
     model = llama()
@@ -176,20 +176,20 @@ def test_inner_modules_are_all_modules_below_the_decoder():
     assert dict(InnerModules(model).named) == dict(model.model.named_modules(prefix="model"))
 
 
-def put_an_adapter_beside_a_module(model):
+def add_a_submodule(model):
     model.model.layers[1].mlp.add_module("adapter", nn.Identity())
 
 
-def take_an_equal_module(model):
+def replace_a_module_by_an_equal_one(model):
     model.model.layers[1].mlp = copy.deepcopy(model.model.layers[1].mlp)
 
 
-def take_an_equal_parameter(model):
+def replace_a_parameter_by_an_equal_one(model):
     linear = model.model.layers[1].mlp.up_proj
     linear.weight = nn.Parameter(linear.weight.detach().clone())
 
 
-def give_a_bias(model):
+def add_a_bias(model):
     linear = model.model.layers[1].mlp.up_proj
     linear.bias = nn.Parameter(torch.zeros(len(linear.weight)))
 
@@ -199,22 +199,22 @@ def swap_two_layers(model):
     layers[1], layers[2] = layers[2], layers[1]
 
 
-def take_another_decoder(model):
+def replace_the_decoder_by_a_copy(model):
     model.model = copy.copy(model.model)
 
 
 CHANGES = (
-    put_an_adapter_beside_a_module,
-    take_an_equal_module,
-    take_an_equal_parameter,
-    give_a_bias,
+    add_a_submodule,
+    replace_a_module_by_an_equal_one,
+    replace_a_parameter_by_an_equal_one,
+    add_a_bias,
     swap_two_layers,
-    take_another_decoder,
+    replace_the_decoder_by_a_copy,
 )
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_look_at_inner_modules_sees_that_one_is_another(change):
+def test_inner_modules_detect_a_replaced_module_or_parameter(change):
     model = llama()
     inner = InnerModules(model)
     assert inner.matches(model)
@@ -230,11 +230,11 @@ def test_the_signature_of_forward_stays_visible():
     assert "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-# min_tokens, batch mates, last_call
+# min_tokens, batch mates, last_call, explain
 
 
 @torch.no_grad()
-def test_min_tokens_is_judged_for_each_sequence():
+def test_min_tokens_applies_to_each_sequence():
     model = llama()
     ids, mask = pad([tokens(model, n, seed=n) for n in (9, T, 10)], "left")
     twin = enabled_twin(model, PLAN.replace(min_tokens=10), strict=True)
@@ -271,7 +271,7 @@ def test_batch_mates_do_not_change_a_result():
 
 
 @torch.no_grad()
-def test_rows_whose_logits_are_wanted_run_at_full_depth():
+def test_rows_with_requested_logits_run_at_full_depth():
     model = llama()
     ids = tokens(model, 1, T)
     twin = enabled_twin(model, strict=True)
@@ -282,7 +282,7 @@ def test_rows_whose_logits_are_wanted_run_at_full_depth():
 
 
 @torch.no_grad()
-def test_last_call_is_the_latest_prefill_and_not_a_decode_step():
+def test_last_call_is_the_latest_prefill_and_ignores_decode():
     model = pop_ext.enable(llama(), PLAN)
     assert pop_ext.last_call(model) is None
     output = model(tokens(model, 2, T), logits_to_keep=1)
@@ -296,7 +296,7 @@ def test_last_call_is_the_latest_prefill_and_not_a_decode_step():
 
 
 @torch.no_grad()
-def test_explain_says_what_a_prefill_would_run_and_leaves_the_cache_alone():
+def test_explain_describes_a_prefill_without_touching_the_cache():
     model = pop_ext.enable(llama(), PLAN)
     cache = filled_cache(model)
     before = copy.deepcopy(cache)

@@ -1,4 +1,4 @@
-"""A conversation of several turns through a chat template, over one cache, on the demo model."""
+"""Test a chat of several turns over one cache, with a chat template, on the demo model."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def tokenizer():
 
 
 def converse(model, tokenizer, cache) -> list[list[int]]:
-    """The tokens of each answer, sampled. What was said goes on as the tokens that the model wrote."""
-    said = torch.empty(1, 0, dtype=torch.int64)
+    """Return the sampled tokens of each answer. Each prompt begins with the token ids of all earlier turns."""
+    history = torch.empty(1, 0, dtype=torch.int64)
     answers = []
     for turn, question in enumerate(QUESTIONS):
         torch.manual_seed(turn)
-        asked = tokenizer.apply_chat_template(
+        new_ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}],
             add_generation_prompt=True,
             return_tensors="pt",
             return_dict=True,
         )["input_ids"]
-        prompt = torch.cat([said, asked], dim=1)
-        said = model.generate(
+        prompt = torch.cat([history, new_ids], dim=1)
+        history = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             past_key_values=cache,
@@ -56,7 +56,7 @@ def converse(model, tokenizer, cache) -> list[list[int]]:
             min_new_tokens=NEW,
             do_sample=True,
         )
-        answers.append(said[0, prompt.shape[1] :].tolist())
+        answers.append(history[0, prompt.shape[1] :].tolist())
     return answers
 
 
@@ -74,9 +74,9 @@ def test_each_turn_prefills_its_own_tokens_and_answers_as_the_oracle(model, toke
         lengths.append([decision.tokens[0] for decision in decisions])
     assert answers[0] == answers[1]
     assert len({token for answer in answers[0] for token in answer}) >= 16
-    # A later turn brings the question, and the answer's last token, which no step has read yet.
-    asked = [
+    # A later turn also prefills the last token of the answer before it, which no decode step has read.
+    question_lengths = [
         len(tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True)["input_ids"])
         for q in QUESTIONS
     ]
-    assert lengths[0] == lengths[1] == [asked[0], asked[1] + 1, asked[2] + 1]
+    assert lengths[0] == lengths[1] == [question_lengths[0], question_lengths[1] + 1, question_lengths[2] + 1]

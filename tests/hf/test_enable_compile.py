@@ -1,4 +1,4 @@
-"""An enabled model under `torch.compile`, before and after: prefills run natively, decode steps compiled."""
+"""Test `torch.compile` before and after `enable`: prefills run natively, decode steps run compiled."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TINY_PLAN = Plan(2, (0,))
 
 
 def prefill_and_decode(model: nn.Module, ids: Tensor) -> list[Tensor]:
-    """Logits of a prefill and of two decode steps."""
+    """Return the logits of a prefill and of two decode steps."""
     with torch.no_grad():
         output = model(ids, logits_to_keep=1, use_cache=True)
         steps = [output.logits]
@@ -130,14 +130,14 @@ def test_generate_that_compiles_decode_for_a_static_cache_prefills_natively(buil
     ids = tokens(model, 1, T)
     expected = generate(model, ids, 4)
     config = CompileConfig(backend="eager", mode=None)
-    config._compile_all_devices = True  # else only on accelerators
+    config._compile_all_devices = True  # by default only on accelerators
     output = generate(model, ids, 4, cache_implementation="static", compile_config=config)
     assert torch.equal(output, expected)
     assert pop_ext.last_call(model).tokens == (T,)
     assert hasattr(model, "_compiled_call")
 
 
-def test_of_a_compiled_model_the_one_inside_is_loaded():
+def test_load_unwraps_a_compiled_model():
     model = tiny()
     ids = tokens(model, 2, T)
     native = pop_ext.load(torch.compile(model, backend="eager"), TINY_PLAN)

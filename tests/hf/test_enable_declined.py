@@ -1,4 +1,4 @@
-"""Each reason to leave a prefill to the stock forward: its bits, one warning, and what `explain` and `strict` say."""
+"""Test every reason to decline a prefill: stock bits, one warning, and what `explain` and `strict` report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# What each reason needs: an edit of the model, a surrounding, and the arguments of the call.
+# Ingredients of a case: an edit of the model, a context manager around the call, and arguments of the call.
 
 
 def set_config(**values: Any) -> Callable[[nn.Module], None]:
@@ -78,7 +78,7 @@ def custom_attention(model: nn.Module) -> None:
 
 
 def attention_of_one_layer(model: nn.Module) -> None:
-    """A config of its own for one layer, as one gives retained layers another attention."""
+    """Give one layer its own config with another attention, as users do for retained layers."""
     AttentionInterface.register("half", half_attention)
     attention = model.model.layers[3].self_attn
     attention.config = copy.deepcopy(attention.config)
@@ -92,7 +92,7 @@ def attention_named_like_flash(model: nn.Module) -> None:
 
 
 @contextmanager
-def another_mask() -> Iterator[None]:
+def replaced_mask() -> Iterator[None]:
     original = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
     def banded(*args: Any, **kwargs: Any) -> Any:
@@ -106,7 +106,7 @@ def another_mask() -> Iterator[None]:
 
 
 @contextmanager
-def another_eager() -> Iterator[None]:
+def replaced_eager() -> Iterator[None]:
     from transformers.models.llama import modeling_llama
 
     original = modeling_llama.eager_attention_forward
@@ -127,7 +127,7 @@ def custom_experts(model: nn.Module) -> None:
 
 
 @contextmanager
-def another_sdpa() -> Iterator[None]:
+def replaced_sdpa() -> Iterator[None]:
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def half(*args: Any, **kwargs: Any) -> Any:
@@ -152,7 +152,7 @@ def global_hook(register: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def patched_class() -> Iterator[None]:
-    """A class-level patch, as kernel libraries apply them."""
+    """Patch the forward of a class, as kernel libraries do."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     original = LlamaMLP.forward
@@ -169,7 +169,7 @@ def causal_4d(columns: int, slots: int | None = None) -> torch.Tensor:
 
 
 def prefix_4d(columns: int) -> torch.Tensor:
-    """Causal, but the first five tokens see each other."""
+    """Return a causal mask in which the first five tokens also see each other."""
     mask = causal_4d(columns)
     mask[..., :5, :5] = True
     return mask
@@ -181,10 +181,22 @@ def banded_4d(columns: int) -> torch.Tensor:
 
 @dataclass
 class Case:
+    """A call that is declined.
+
+    Attributes:
+        rule: expected rule of the decision.
+        call: returns the arguments of the call.
+        edit: changes the model before it is enabled.
+        context: surrounds `enable` and the call.
+        build: builds the model.
+        batch: number of sequences.
+        grad: whether grad mode is on.
+    """
+
     rule: str
     call: Callable[[nn.Module], dict[str, Any]] = lambda model: {"logits_to_keep": 1}
     edit: Callable[[nn.Module], None] = lambda model: None
-    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
     build: Callable[..., nn.Module] = llama
     batch: int = 1
     grad: bool = False
@@ -203,7 +215,7 @@ def keep_one(**call: Any) -> Callable[[nn.Module], dict[str, Any]]:
 
 
 class OtherCache(DynamicCache):
-    """A cache that does something of its own with what it is given."""
+    """Cache whose update changes the keys that it stores."""
 
     def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         return super().update(key_states * 0.5, value_states, layer_idx, *args, **kwargs)
@@ -216,7 +228,7 @@ PACKED = torch.cat([torch.arange(8), torch.arange(T - 8)])[None]
 DECLINED = {
     "labels": Case("labels", lambda model: {"labels": tokens(model, 1, T)}),
     "grad mode": Case("grad", grad=True),
-    "autocast": Case("autocast", around=lambda: torch.autocast(torch.get_default_device().type, torch.bfloat16)),
+    "autocast": Case("autocast", context=lambda: torch.autocast(torch.get_default_device().type, torch.bfloat16)),
     "use_cache=False": Case("use_cache", keep_one(use_cache=False)),
     "use_cache=False in the config": Case("use_cache", edit=set_config(use_cache=False)),
     "logits_to_keep left out": Case("logits_to_keep", lambda model: {}),
@@ -244,7 +256,7 @@ DECLINED = {
     "output_router_logits in the config": Case(
         "output_router_logits", edit=set_config(output_router_logits=True), build=qwen3_moe
     ),
-    "some output_hidden_states": Case("output_hidden_states", keep_one(output_hidden_states=[1, 2])),
+    "output_hidden_states as a list of layers": Case("output_hidden_states", keep_one(output_hidden_states=[1, 2])),
     "a 4-D mask that is not causal": Case("mask", keep_one(attention_mask=prefix_4d(T))),
     "a 4-D mask of a band": Case("mask", keep_one(attention_mask=banded_4d(T))),
     "a 4-D mask of scores": Case("mask", keep_one(attention_mask=-torch.rand(1, 1, T, T))),
@@ -275,16 +287,16 @@ DECLINED = {
     "a hook on the rotary module": Case("hooks", edit=hook_rotary),
     "a replaced forward of an inner module": Case("hooks", edit=replace_forward),
     "accelerate's hooks": Case("hooks", edit=offload_with_accelerate),
-    "a patched class": Case("hooks", around=patched_class),
-    "a global hook": Case("hooks", around=lambda: global_hook(nn.modules.module.register_module_forward_hook)),
-    "a global pre-hook": Case("hooks", around=lambda: global_hook(nn.modules.module.register_module_forward_pre_hook)),
+    "a patched class": Case("hooks", context=patched_class),
+    "a global hook": Case("hooks", context=lambda: global_hook(nn.modules.module.register_module_forward_hook)),
+    "a global pre-hook": Case("hooks", context=lambda: global_hook(nn.modules.module.register_module_forward_pre_hook)),
     "a custom attention implementation": Case("attention", edit=custom_attention),
     "a custom attention of one layer": Case("attention", edit=attention_of_one_layer),
     "a custom attention whose name begins with flash": Case("attention", edit=attention_named_like_flash),
-    "another sdpa": Case("attention", around=another_sdpa),
-    "another mask for sdpa": Case("attention", around=another_mask),
-    "another eager attention": Case(
-        "attention", around=another_eager, build=lambda: llama(attn_implementation="eager")
+    "a replaced sdpa": Case("attention", context=replaced_sdpa),
+    "a replaced mask for sdpa": Case("attention", context=replaced_mask),
+    "a replaced eager attention": Case(
+        "attention", context=replaced_eager, build=lambda: llama(attn_implementation="eager")
     ),
     "a custom experts implementation": Case("experts", edit=custom_experts, build=mixtral),
     "bidirectional attention": Case("attention", edit=set_config(is_causal=False)),
@@ -296,7 +308,7 @@ DECLINED = {
         "cache",
         lambda model: {"past_key_values": DynamicCache(config=mistral().config), "logits_to_keep": 1},
     ),
-    "a cache of another kind": Case("cache", lambda model: {"past_key_values": OtherCache(), "logits_to_keep": 1}),
+    "a subclass of DynamicCache": Case("cache", lambda model: {"past_key_values": OtherCache(), "logits_to_keep": 1}),
 }
 
 
@@ -313,11 +325,11 @@ def declined(request: pytest.FixtureRequest) -> Iterator[tuple[Case, nn.Module, 
     call = case.call(model)
     with ExitStack() as stack:
         case.edit(model)
-        stack.enter_context(case.around())
+        stack.enter_context(case.context())
         yield case, model, tokens(model, case.batch, T), call
 
 
-# copy.deepcopy leaves replaced forwards and accelerate's partials bound to the original: enable that one itself.
+# Enables the model itself: in a deepcopy, replaced forwards and accelerate's partials stay bound to the original.
 def test_a_declined_call_gives_the_bits_of_the_stock_model(declined):
     case, model, ids, call = declined
     expected = run(model, ids, call, case.grad)
@@ -340,7 +352,7 @@ def test_a_declined_call_warns_once(declined):
     assert ours[0].filename == __file__
 
 
-def test_explain_gives_the_reason_of_a_declined_call_and_runs_nothing(declined):
+def test_explain_names_the_reason_for_a_decline_without_running(declined):
     case, model, ids, call = declined
     pop_ext.enable(model, PLAN)
     before = copy.deepcopy(call)
@@ -370,7 +382,7 @@ def test_a_declined_call_is_an_error_under_strict(declined):
 def test_flex_attention_and_that_of_continuous_batching_are_declined(name):
     model = llama()
     pop_ext.enable(model, PLAN)
-    model.config._attn_implementation = name  # not run: it would compile
+    model.config._attn_implementation = name  # only explained, since a run would compile
     decision = pop_ext.explain(model, tokens(model, 1, T), logits_to_keep=1)
     assert (decision.rule, decision.declined) == ("attention", True)
     assert name in str(decision)
@@ -378,7 +390,7 @@ def test_flex_attention_and_that_of_continuous_batching_are_declined(name):
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "eager", "sdpa"])
 @torch.no_grad()
-def test_eager_sdpa_and_flash_attention_are_known(name):
+def test_eager_sdpa_and_flash_attention_are_supported(name):
     model = pop_ext.enable(llama(), PLAN)
     model.config._attn_implementation = name
     assert pop_ext.explain(model, tokens(model, 1, T), logits_to_keep=1).native

@@ -1,4 +1,4 @@
-"""A call that runs natively means what it meant: with nothing pruned it gives what the stock model gives."""
+"""Test that `enable` keeps the meaning of a call: with nothing pruned the result equals the stock model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from transformers.masking_utils import create_causal_mask
 
 
 def assert_equals_stock(model: nn.Module, *args: Any, real: torch.Tensor | None = None, **call: Any) -> None:
-    """With nothing pruned: the stock model's logits, and its K/V wherever `real` [batch, slots]."""
+    """Assert that a native call with nothing pruned gives the stock logits and K/V.
+
+    Args:
+        real: [batch, slots], the slots whose K/V are compared; None compares all.
+    """
     expected = model(*copy.deepcopy(args), **copy.deepcopy(call))
     for omit in ((), (LAYERS - 1,)):
         twin = enabled_twin(model, Plan(LAYERS, omit), strict=True)
@@ -48,7 +52,7 @@ def test_an_unpruned_prefill_equals_the_stock_model(family, keep):
 
 @pytest.mark.parametrize("family", BUILDS)
 @torch.no_grad()
-def test_positions_of_a_left_padded_batch_count_by_column_as_in_the_stock_model(family):
+def test_left_padded_positions_count_columns_like_the_stock_model(family):
     model = BUILDS[family]()
     ids, mask = pad([tokens(model, n, seed=n) for n in (5, T, 12)], "left")
     assert_equals_stock(model, ids, attention_mask=mask, logits_to_keep=1, real=mask)
@@ -92,7 +96,7 @@ def test_a_second_turn_after_left_padding_equals_the_stock_model():
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @torch.no_grad()
-def test_a_causal_4d_mask_is_read_as_the_padding_it_was_made_from(kind):
+def test_a_causal_4d_mask_is_read_as_padding(kind):
     model = llama()
     ids, mask = pad([tokens(model, n, seed=n) for n in (5, T)], "left")
     model.config._attn_implementation = "sdpa" if kind == "bool" else "eager"
@@ -103,7 +107,7 @@ def test_a_causal_4d_mask_is_read_as_the_padding_it_was_made_from(kind):
 
 
 @torch.no_grad()
-def test_a_causal_4d_mask_over_a_static_cache_is_read_as_the_padding_it_was_made_from():
+def test_a_4d_mask_over_a_static_cache_is_read_as_padding():
     model = llama()
     ids, mask = pad([tokens(model, n, seed=n) for n in (5, T)], "left")
     cache = StaticCache(config=model.config, max_cache_len=50)
@@ -118,7 +122,7 @@ def test_a_causal_4d_mask_over_a_static_cache_is_read_as_the_padding_it_was_made
 
 
 @torch.no_grad()
-def test_a_dict_with_one_causal_mask_is_read_as_the_padding_it_was_made_from():
+def test_a_dict_of_one_causal_mask_is_read_as_padding():
     model = qwen2()
     ids, mask = pad([tokens(model, n, seed=n) for n in (5, T)], "left")
     causal = create_causal_mask(model.config, model.get_input_embeddings()(ids), mask, None)
@@ -128,7 +132,7 @@ def test_a_dict_with_one_causal_mask_is_read_as_the_padding_it_was_made_from():
 
 
 @torch.no_grad()
-def test_return_dict_false_gives_the_stock_model_s_tuple():
+def test_return_dict_false_returns_the_stock_tuple():
     model = llama()
     ids = tokens(model, 1, T)
     expected = model(ids, logits_to_keep=1, return_dict=False)
@@ -140,7 +144,7 @@ def test_return_dict_false_gives_the_stock_model_s_tuple():
 
 
 @torch.no_grad()
-def test_arguments_by_position_are_understood():
+def test_positional_arguments_are_accepted():
     model = llama()
     ids, mask = pad([tokens(model, n, seed=n) for n in (5, T)], "left")
     assert_equals_stock(model, ids, mask, None, DynamicCache(), logits_to_keep=1, real=mask)
@@ -150,7 +154,7 @@ def test_arguments_by_position_are_understood():
 @pytest.mark.parametrize("kind", ["none", "dynamic", "static"])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @torch.no_grad()
-def test_the_cache_of_the_call_is_the_one_that_is_filled(family, kind, backend):
+def test_the_given_cache_is_filled_like_the_stock_one(family, kind, backend):
     model = BUILDS[family]()
     ids = tokens(model, 2, T)
 

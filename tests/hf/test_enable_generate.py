@@ -1,4 +1,4 @@
-"""``generate`` and ``pipeline`` on an enabled model, in every way to decode, against the same over the oracle."""
+"""Test ``generate`` and ``pipeline`` on an enabled model against the oracle, with every way to decode."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pop_ext
 import pytest
 import torch
-from enabled_models import generate, recorded
+from enabled_models import generate, native_and_oracle, recorded
 from generating_families import FAMILIES, LAYERS, PLAN, T
 from models import llama, mistral, pad, tokens
 from pop_ext import Plan, reference
@@ -16,13 +16,6 @@ from tolerance import assert_close_fp32, compare_caches
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache, pipeline
 from transformers.generation.streamers import BaseStreamer
-
-
-def native_and_oracle(model: nn.Module, plan: Plan = PLAN) -> tuple[nn.Module, nn.Module]:
-    """Two copies of a model, enabled under `strict`: one runs natively, the other the oracle."""
-    return tuple(
-        pop_ext.enable(copy.deepcopy(model), plan, strict=True, backend=backend) for backend in ("native", "reference")
-    )
 
 
 def assert_generates_as_the_oracle(
@@ -44,7 +37,7 @@ def test_64_greedy_tokens_are_those_of_the_oracle(family):
     new = output[0, T:]
     assert len(new) == 64
     assert len(set(new.tolist())) >= 16
-    assert not torch.equal(generate(model, ids, 64), output), "a plan that changes nothing proves nothing"
+    assert not torch.equal(generate(model, ids, 64), output), "the plan changes nothing"
 
 
 def test_sampled_tokens_are_those_of_the_oracle():
@@ -105,7 +98,7 @@ def test_a_plan_that_omits_nothing_generates_as_the_stock_model():
 def test_embeddings_as_prompt_generate_as_the_oracle():
     model = llama()
     embeds = model.get_input_embeddings()(tokens(model, 2, T)).detach()
-    native, oracle = native_and_oracle(model)
+    native, oracle = native_and_oracle(model, PLAN)
     actual, expected = (
         twin.generate(inputs_embeds=embeds, max_new_tokens=12, do_sample=False, pad_token_id=0)
         for twin in (native, oracle)
@@ -114,10 +107,10 @@ def test_embeddings_as_prompt_generate_as_the_oracle():
     assert pop_ext.last_call(native).native
 
 
-def test_logits_and_cache_of_generate_are_returned_as_before():
+def test_generate_returns_the_oracles_logits_and_cache():
     model = llama()
     ids = tokens(model, 1, T)
-    native, oracle = native_and_oracle(model)
+    native, oracle = native_and_oracle(model, PLAN)
     how = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
     actual, expected = (generate(twin, ids, 4, **how) for twin in (native, oracle))
     assert torch.allclose(torch.stack(actual.logits), torch.stack(expected.logits), atol=1e-4)
@@ -147,15 +140,15 @@ def test_a_static_cache_is_prefilled_natively(family, attention, padded):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
-def test_a_static_cache_no_longer_than_the_prompt_is_prefilled_natively(family):
+def test_a_static_cache_of_prompt_length_is_prefilled_natively(family):
     model = pop_ext.enable(FAMILIES[family](), PLAN, strict=True)
-    for length in (9, T):  # within the window, for which transformers may make no mask, and beyond it
+    for length in (9, T):  # within the window, where transformers may create no mask, and beyond it
         ids = tokens(model, 2, length)
         assert torch.equal(generate(model, ids, 1, cache_implementation="static"), generate(model, ids, 1))
         assert pop_ext.last_call(model).tokens == (length, length)
 
 
-def test_a_static_cache_is_used_again_for_another_prompt():
+def test_a_static_cache_is_reused_for_another_prompt():
     model = pop_ext.enable(llama(), PLAN, strict=True)
     cache = StaticCache(config=model.config, max_cache_len=64)
     for seed in (1, 2):
@@ -177,7 +170,7 @@ def test_a_given_dynamic_cache_is_filled(family, with_config):
 
 
 def two_turns(model: nn.Module, first: Tensor, mask: Tensor, second: Tensor, **how: Any) -> Tensor:
-    """A chat: the second call gets all ids so far and the cache of the first."""
+    """Generate twice: the second call gets all ids so far and the cache of the first."""
     one = generate(model, first, 9, attention_mask=mask, return_dict_in_generate=True, **how)
     ids = torch.cat([one.sequences, second], dim=1)
     mask = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], dim=1)
@@ -190,16 +183,16 @@ def test_a_second_turn_generates_as_the_oracle(family, padded):
     model = FAMILIES[family]()
     first, mask = pad([tokens(model, n, seed=n) for n in ((23, T) if padded else (T, T))], "left")
     second = tokens(model, 2, 13, seed=9)
-    native, oracle = native_and_oracle(model)
+    native, oracle = native_and_oracle(model, PLAN)
     decisions = recorded(native)
     assert torch.equal(two_turns(native, first, mask, second), two_turns(oracle, first, mask, second))
-    # The last token of the first turn was never in the cache.
+    # The last token of the first turn is not in the cache yet, so the second turn prefills 14 tokens.
     assert [d.tokens for d in decisions] == [tuple(mask.sum(1).tolist()), (14, 14)]
     assert all(d.native and d.boundary == (1, 1) for d in decisions)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_second_turn_in_a_static_cache_generates_as_in_a_dynamic_one(family):
+def test_second_turns_in_static_and_dynamic_caches_generate_alike(family):
     model = pop_ext.enable(FAMILIES[family](), PLAN, strict=True)
     first, mask = pad([tokens(model, n, seed=n) for n in (11, T)], "left")
     second = tokens(model, 2, 13, seed=9)
@@ -216,7 +209,7 @@ def test_a_copied_cache_serves_several_prompts_with_one_prefix():
     model = llama()
     prefix = tokens(model, 1, 17)
     results = []
-    for twin in native_and_oracle(model):
+    for twin in native_and_oracle(model, PLAN):
         cache = twin(prefix, logits_to_keep=1).past_key_values
         outputs = []
         for seed in (1, 2):
@@ -234,7 +227,7 @@ def test_a_full_depth_turn_over_a_pruned_one_keeps_both_depths(family):
     model = FAMILIES[family]()
     first, second = tokens(model, 2, T), tokens(model, 2, 13, seed=9)
     _, expected = reference.prefill(model, first, PLAN)
-    cache = DynamicCache()  # keeps every position, so that each can be compared
+    cache = DynamicCache()  # keeps every position, so that all can be compared
     with pop_ext.enabled(model, PLAN, strict=True):
         model(first, past_key_values=cache, logits_to_keep=1)
     pruned = copy.deepcopy(cache)
@@ -253,7 +246,7 @@ def test_a_cropped_cache_serves_another_prompt_with_the_same_prefix():
     prompt = tokens(model, 1, T)
     other = torch.cat([prompt[:, :20], tokens(model, 1, 12, seed=4)], dim=1)
     results = []
-    for twin in native_and_oracle(model):
+    for twin in native_and_oracle(model, PLAN):
         cache = twin(prompt, logits_to_keep=1).past_key_values
         cache.crop(-(T - 20))
         results.append(generate(twin, other, past_key_values=cache))
@@ -270,7 +263,7 @@ def test_a_cropped_cache_serves_another_prompt_with_the_same_prefix():
 def test_a_chunked_prefill_prunes_each_chunk_as_the_oracle(family, size, cache):
     model = FAMILIES[family]()
     ids = tokens(model, 1, T)
-    native, oracle = native_and_oracle(model)
+    native, oracle = native_and_oracle(model, PLAN)
     decisions = recorded(native)
     actual, expected = (generate(twin, ids, prefill_chunk_size=size, **cache) for twin in (native, oracle))
     assert torch.equal(actual, expected)
@@ -278,7 +271,7 @@ def test_a_chunked_prefill_prunes_each_chunk_as_the_oracle(family, size, cache):
     assert [d.tokens for d in decisions] == [(n,) for n in chunks if n > 1]
 
 
-def test_generation_that_asks_for_hidden_states_keeps_the_stock_prefill():
+def test_requesting_hidden_states_keeps_the_stock_prefill():
     model = llama()
     ids = tokens(model, 1, T)
     how = {"output_hidden_states": True, "return_dict_in_generate": True}
@@ -293,12 +286,12 @@ def test_generation_that_asks_for_hidden_states_keeps_the_stock_prefill():
 
 
 @pytest.mark.parametrize("length", [15, 16, 17, 40])
-def test_prompts_around_and_beyond_the_sliding_window_generate_as_the_oracle(length):
+def test_prompts_around_the_sliding_window_generate_as_the_oracle(length):
     model = mistral()
     assert_generates_as_the_oracle(model, tokens(model, 1, length), 24)
 
 
-def test_a_boundary_window_generates_as_the_oracle():
+def test_a_boundary_of_several_rows_generates_as_the_oracle():
     model = llama()
     ids, mask = pad([tokens(model, n, seed=n) for n in (5, T)], "left")
     assert_generates_as_the_oracle(model, ids, plan=PLAN.replace(boundary=8), attention_mask=mask)
@@ -338,11 +331,11 @@ def tiny_tokenizer(size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def test_a_text_generation_pipeline_writes_what_the_oracle_writes():
+def test_a_text_generation_pipeline_equals_the_oracle():
     model = llama()
     prompts = [" ".join(f"w{i:03}" for i in tokens(model, n, seed=n).tolist()) for n in (9, T)]
     texts = []
-    for twin in native_and_oracle(model):
+    for twin in native_and_oracle(model, PLAN):
         pipe = pipeline("text-generation", model=twin, tokenizer=tiny_tokenizer(263), device=twin.device)
         texts.append(pipe(prompts, max_new_tokens=12, do_sample=False, batch_size=2))
         assert pop_ext.last_call(twin).tokens == (9, T)
@@ -350,11 +343,11 @@ def test_a_text_generation_pipeline_writes_what_the_oracle_writes():
     assert texts[0][1][0]["generated_text"].startswith(prompts[1])
 
 
-# What generate asks for that a pruned prefill does not have
+# Options of generate that decline a prefill
 
 
 @pytest.mark.parametrize("how", [{"use_cache": False}, {"output_hidden_states": True, "return_dict_in_generate": True}])
-def test_generate_with_what_a_pruned_prefill_lacks_gives_the_stock_tokens(how):
+def test_generate_options_that_decline_give_the_stock_tokens(how):
     model = llama()
     ids = tokens(model, 1, T)
     expected = generate(model, ids, 6, **how)

@@ -1,9 +1,11 @@
-"""What becomes of an enabled model: enabled again, copied, saved, deleted, used by two threads."""
+"""Test the life of an enabled model: enabled again, copied, saved, deleted, used by two threads."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+import inspect
 import io
 import json
 import pickle
@@ -15,7 +17,6 @@ from typing import Any
 import pop_ext
 import pytest
 import torch
-from at_once import run_at_once
 from enabled_models import (
     LAYERS,
     OTHER,
@@ -31,6 +32,7 @@ from enabled_models import (
 from models import llama, mistral, qwen2, tokens
 from pop_ext import Plan
 from pop_ext.hf.forward import PrefillForward
+from threads import run_threads
 from transformers import LlamaForCausalLM
 
 # enable, disable, enabled
@@ -78,7 +80,7 @@ def test_disabling_a_model_that_is_not_enabled_changes_nothing():
     assert model.__dict__ == before
 
 
-def test_a_forward_that_was_replaced_before_enable_runs_and_comes_back():
+def test_a_forward_replaced_before_enable_runs_and_is_restored():
     model = llama()
     ids = tokens(model, 1, T)
     original = model.forward
@@ -88,7 +90,7 @@ def test_a_forward_that_was_replaced_before_enable_runs_and_comes_back():
         seen.append(1)
         return original(*args, **kwargs)
 
-    mine.__signature__ = __import__("inspect").signature(original)
+    mine.__signature__ = inspect.signature(original)
     model.forward = mine
     pop_ext.enable(model, PLAN)
     with pytest.warns(match="replaced forward"), torch.no_grad():
@@ -98,9 +100,7 @@ def test_a_forward_that_was_replaced_before_enable_runs_and_comes_back():
     assert model.__dict__["forward"] is mine
 
 
-def test_a_forward_wrapped_after_enable_is_named():
-    import functools
-
+def test_a_forward_wrapped_after_enable_raises():
     model = pop_ext.enable(llama(), PLAN)
     model.forward = functools.update_wrapper(functools.partial(model.forward), model.forward)
     for act in (pop_ext.enable, pop_ext.disable, pop_ext.last_call):
@@ -189,7 +189,7 @@ def test_a_deepcopy_outlives_the_original():
     assert_enabled_equals_oracle(twin, tokens(twin, 1, T))
 
 
-def test_a_shallow_copy_prefills_as_the_original_with_whose_weights_it_shares():
+def test_a_shallow_copy_shares_weights_and_prefills_as_the_original():
     model = pop_ext.enable(llama(), PLAN, strict=True)
     ids = tokens(model, 1, T)
     twin = copy.copy(model)
@@ -257,7 +257,7 @@ def test_a_pickled_model_comes_back_enabled(how):
     assert_enabled_equals_oracle(twin, ids)
 
 
-def test_saved_files_carry_no_trace_and_load_as_a_stock_model(tmp_path: Path):
+def test_an_enabled_model_saves_the_files_of_the_stock_model(tmp_path: Path):
     model = llama()
     model.save_pretrained(tmp_path / "stock")
     pop_ext.enable(model, PLAN)
@@ -283,7 +283,7 @@ def test_the_state_dict_is_unchanged():
     assert list(model.named_modules()) == modules
 
 
-# The end
+# Freeing
 
 
 def test_disable_frees_the_native_handle():
@@ -327,7 +327,7 @@ def test_a_forward_outlives_its_model_as_a_bound_method_does():
         assert torch.equal(forward(ids, logits_to_keep=1).logits, expected)
 
 
-# Several at once
+# Several models and threads
 
 
 def test_two_enabled_models_do_not_disturb_each_other():
@@ -345,7 +345,7 @@ def test_two_threads_generate_at_once_on_one_model(build):
     model = pop_ext.enable(build(), PLAN, strict=True)
     prompts = [tokens(model, 1, n, seed=n) for n in (T, 33)]
     expected = [generate(model, prompt) for prompt in prompts]
-    actual = run_at_once(*(lambda prompt=prompt: [generate(model, prompt) for _ in range(4)] for prompt in prompts))
+    actual = run_threads(*(lambda prompt=prompt: [generate(model, prompt) for _ in range(4)] for prompt in prompts))
     for outputs, wanted in zip(actual, expected, strict=True):
         assert all(torch.equal(output, wanted) for output in outputs)
 
@@ -356,17 +356,17 @@ def test_two_threads_may_make_the_first_call_of_a_copy():
     expected = prefill(model, ids).logits
     for _ in range(3):
         twin = copy.deepcopy(model)
-        for output in run_at_once(*[lambda twin=twin: prefill(twin, ids).logits] * 2):
+        for output in run_threads(*[lambda twin=twin: prefill(twin, ids).logits] * 2):
             assert torch.equal(output, expected)
 
 
-def test_the_oracle_on_one_thread_leaves_the_native_prefill_of_another_alone():
+def test_the_oracle_does_not_disable_native_prefill_in_another_thread():
     model = pop_ext.enable(llama(), PLAN, strict=True)
     with model.forward.stock_inside():
-        assert run_at_once(lambda: prefill(model, tokens(model, 1, T)).logits)
+        assert run_threads(lambda: prefill(model, tokens(model, 1, T)).logits)
 
 
-def test_an_enabled_model_makes_no_noise():
+def test_an_enabled_model_emits_no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = pop_ext.enable(llama(), PLAN)

@@ -1,4 +1,4 @@
-"""Models that have no native form, what `enable` says of them, and what `backend="reference"` makes of them."""
+"""Test models without a native form: the error of `enable`, and `backend="reference"` for them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def with_an_adapter() -> nn.Module:
     return model
 
 
-def with_a_layer_less() -> nn.Module:
+def with_one_layer_fewer() -> nn.Module:
     model = llama()
     del model.model.layers[5]
     return model
@@ -68,14 +68,14 @@ def without_a_head() -> nn.Module:
 
 
 class MyLlama(LlamaForCausalLM):
-    """Somebody's own model, which may compute something else."""
+    """A user's subclass, which may compute something else."""
 
 
 def of_a_subclass() -> nn.Module:
     return models.build(MyLlama, LlamaConfig, {})
 
 
-def looking_both_ways() -> nn.Module:
+def bidirectional() -> nn.Module:
     return gemma3(use_bidirectional_attention=True)
 
 
@@ -87,17 +87,17 @@ UNSUPPORTED = {
     of_mixed_dtype: "layers.3.gate_proj.*torch.bfloat16",
     in_float64: "float32, bfloat16 or float16.*float64",
     with_an_adapter: "plain torch.nn.Linear, got enabled_models.LowRank",
-    with_a_layer_less: "6 decoder layers.*got 5",
+    with_one_layer_fewer: "6 decoder layers.*got 5",
     gpt2: "expected an architecture of .*llama, mistral.*got gpt2",
     granite: "got granite",
-    looking_both_ways: "use_bidirectional_attention: expected a causal model",
+    bidirectional: "use_bidirectional_attention: expected a causal model",
     without_a_head: "expected a LlamaForCausalLM, got LlamaModel",
     of_a_subclass: "expected a LlamaForCausalLM, got MyLlama",
 }
 
 
 @pytest.mark.parametrize("build", UNSUPPORTED, ids=lambda build: build.__name__)
-def test_a_model_without_a_native_form_is_refused_and_stays_as_it_was(build):
+def test_an_unsupported_model_is_refused_and_unchanged(build):
     model = build()
     before = dict(model.__dict__)
     with pytest.raises(UnsupportedModelError, match=UNSUPPORTED[build]) as error:
@@ -106,7 +106,7 @@ def test_a_model_without_a_native_form_is_refused_and_stays_as_it_was(build):
     assert model.__dict__ == before
 
 
-def test_a_refused_model_stays_enabled_as_it_was():
+def test_a_refused_enable_keeps_the_previous_one():
     model = pop_ext.enable(llama(), PLAN)
     before = model.forward
     with pytest.raises(ValueError, match="num_layers=6"):
@@ -132,7 +132,7 @@ def test_bad_arguments_of_enable_are_named(arguments, error, text):
 
 
 @pytest.mark.parametrize("what", [None, "meta-llama/Llama-3.1-8B", nn.Linear(2, 2)])
-def test_something_that_is_no_hugging_face_model_is_refused(what):
+def test_an_argument_that_is_no_model_is_refused(what):
     with pytest.raises(TypeError, match="expected a Hugging Face model"):
         pop_ext.enable(what)
 
@@ -152,7 +152,7 @@ def test_the_reference_backend_runs_families_beyond_the_native_ones(build):
 
 
 @pytest.mark.parametrize("build", [gpt2, without_a_head])
-def test_the_reference_backend_refuses_what_it_cannot_run(build):
+def test_the_reference_backend_refuses_models_it_cannot_run(build):
     model = build()
     with pytest.raises(ValueError, match="model: expected"):
         pop_ext.enable(model, backend="reference")

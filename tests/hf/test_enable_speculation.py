@@ -1,4 +1,4 @@
-"""Speculative decoding on an enabled model: drafts of an assistant, of its first layers, of the prompt itself."""
+"""Test speculative decoding of an enabled model: drafts by an assistant, by early exit and by prompt lookup."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def test_assisted_generation_gives_the_tokens_of_plain_greedy_decoding(family):
     model = pop_ext.enable(FAMILIES[family](), PLAN, strict=True)
     assistant = FAMILIES[family]()
     for parameter in assistant.model.layers[5].parameters():
-        parameter.data.mul_(0.9)  # right often, not always
+        parameter.data.mul_(0.9)  # so that drafts are accepted often, not always
     ids = tokens(model, 1, T)
     expected = generate(model, ids, 24)
     decisions = recorded(model)
     assert torch.equal(generate(model, ids, 24, assistant_model=assistant), expected)
-    # The prompt is pruned, the candidates that come with it are not; verifications are no prefill.
+    # The first call prunes the prompt but not its candidates. Later verifications are no prefill.
     (decision,) = decisions
     candidates = decision.tokens[0] - T
     assert candidates > 0
@@ -60,7 +60,7 @@ def test_candidates_in_a_static_cache_with_room_for_them_give_the_tokens_of_plai
     ids = tokens(model, 1, 12).repeat(1, 3)
     options = {"assistant_model": llama()} if how == "assistant" else {"prompt_lookup_num_tokens": 4}
     expected = generate(model, ids, 24)
-    cache = StaticCache(config=model.config, max_cache_len=96)  # one that generate makes is too short for the last ones
+    cache = StaticCache(config=model.config, max_cache_len=96)  # the one of generate is too short for the last drafts
     decisions = recorded(model)
     assert torch.equal(generate(model, ids, 24, past_key_values=cache, **options), expected)
     assert decisions[-1].native
@@ -72,7 +72,7 @@ def test_drafts_by_early_exit_give_the_tokens_of_plain_greedy_decoding():
     ids = tokens(model, 1, T)
     decisions = recorded(model)
     assert torch.equal(generate(model, ids, 24, assistant_early_exit=4), generate(twin, ids, 24))
-    (decision,) = decisions  # of the whole model: its first layers draft by the stock forward
+    (decision,) = decisions  # of the whole model; its first layers draft with the stock forward
     candidates = decision.tokens[0] - T
     assert candidates > 0
     assert decision.boundary == (candidates + 1,)

@@ -1,4 +1,4 @@
-"""Weights of an enabled model that are changed, moved, replaced or adapted are noticed at the next call."""
+"""Test weights of an enabled model that are changed, moved, replaced or adapted: the next call detects it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def grow_the_embeddings(model: nn.Module) -> None:
 
 CHANGES = [
     multiply_in_place,
-    pytest.param(change_data, marks=pytest.mark.cpu),  # of weights in CUDA memory no values are sampled
+    pytest.param(change_data, marks=pytest.mark.cpu),  # values in CUDA memory are not sampled
     change_a_retained_layer,
     reassign_a_parameter,
     replace_a_module,
@@ -79,7 +79,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("speculative", [False, True], ids=["validated first", "launched first"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_changed_weights_are_taken_up(change, speculative, monkeypatch):
+def test_changed_weights_are_reloaded(change, speculative, monkeypatch):
     monkeypatch.setattr("pop_ext.hf.speculative_launch.ENABLED", speculative)
     monkeypatch.setattr("pop_ext.hf.speculative_launch.is_async", lambda device: speculative)
     model = pop_ext.enable(llama(), PLAN, strict=True)
@@ -93,13 +93,13 @@ def test_changed_weights_are_taken_up(change, speculative, monkeypatch):
 
 def test_weights_are_checked_once_a_call(monkeypatch):
     model = pop_ext.enable(llama(), PLAN, strict=True)
-    ids, looks = tokens(model, 1, T), []
-    look = LoadedWeights.overwritten_weight
-    monkeypatch.setattr(LoadedWeights, "overwritten_weight", lambda loaded: looks.append(1) or look(loaded))
+    ids, checks = tokens(model, 1, T), []
+    check = LoadedWeights.overwritten_weight
+    monkeypatch.setattr(LoadedWeights, "overwritten_weight", lambda loaded: checks.append(1) or check(loaded))
     prefill(model, ids)
-    assert len(looks) == 1
+    assert len(checks) == 1
     pop_ext.score(model, ids, [[1]])
-    assert len(looks) == 2
+    assert len(checks) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -115,7 +115,7 @@ def test_a_model_moved_to_another_dtype_runs_in_it(dtype):
 
 
 class Wrapped(nn.Module):
-    """A module that wraps the Linear it replaces."""
+    """Module that wraps the Linear it replaces."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class Wrapped(nn.Module):
 
 @pytest.mark.parametrize("adapter", [LowRank, Wrapped])
 @torch.no_grad()
-def test_adapters_put_on_after_enable_leave_the_prefill_to_the_stock_model(adapter):
+def test_adapters_added_after_enable_run_the_stock_forward(adapter):
     model = llama()
     ids = tokens(model, 1, T)
     pop_ext.enable(model, PLAN)
@@ -144,7 +144,7 @@ def test_adapters_put_on_after_enable_leave_the_prefill_to_the_stock_model(adapt
     assert torch.equal(actual, pop_ext.disable(model)(ids, logits_to_keep=1).logits)
 
 
-def test_taking_up_changed_weights_frees_the_native_handle():
+def test_reloading_changed_weights_frees_the_native_handle():
     model = pop_ext.enable(llama(), PLAN)
     handle = handle_of(model)
     multiply_in_place(model)

@@ -1,4 +1,4 @@
-"""What a call that fails halfway puts back: the oracle's cache, and what a rotary module keeps of a call."""
+"""Test the rollback of failed calls: the cache under the oracle, and the frequencies of rotary modules."""
 
 from __future__ import annotations
 
@@ -8,21 +8,15 @@ import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, plan_of, run_stock
+from cache_kinds import KINDS, new_cache
 from models import llama, qwen2, tokens
 from pop_ext import reference
-from transformers import DynamicCache, StaticCache
-
-KINDS = ("DynamicCache()", "DynamicCache(config)", "StaticCache")
-
-
-def new_cache(kind: str, model):
-    if kind == "StaticCache":
-        return StaticCache(config=model.config, max_cache_len=48)
-    return DynamicCache(config=model.config) if "config" in kind else DynamicCache()
+from pop_ext.reference import projection
+from transformers import StaticCache
 
 
 def state_of(thing) -> dict:
-    """Attributes of a module or a cache layer, copied."""
+    """Return a copy of the attributes of a module or a cache layer."""
     return {name: copy.deepcopy(value) for name, value in thing.__dict__.items() if name != "_modules"}
 
 
@@ -41,9 +35,9 @@ def assert_same_state(actual: dict, expected: dict) -> None:
 @pytest.mark.parametrize("filled", [0, 12, 30])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_a_cache_that_fails_in_the_middle_is_as_before_under_the_reference_backend(kind, filled):
+def test_a_failing_cache_update_is_rolled_back_by_the_reference_backend(kind, filled):
     model = qwen2(use_sliding_window=True)
-    cache = new_cache(kind, model)
+    cache = new_cache(kind, model, capacity=48)
     if filled:
         run_stock(model, tokens(model, 1, filled), past_key_values=cache)
     layers, before = list(cache.layers), [state_of(layer) for layer in cache.layers]
@@ -64,23 +58,23 @@ def test_a_cache_that_fails_in_the_middle_is_as_before_under_the_reference_backe
         assert_same_state(layer.__dict__, kept)
 
 
-# Rotary modules keep frequencies for the length that they saw last.
+# Rotary modules of a scaled RoPE keep frequencies for the length of the last call.
 
 
 def too_small(model):
     return StaticCache(config=model.config, max_cache_len=40)
 
 
-def two_layers_in_one_memory(model):
+def two_layers_in_the_same_memory(model):
     cache = StaticCache(config=model.config, max_cache_len=200)
     pop_ext.load(model).prefill(tokens(model, 1, 9), past_key_values=cache)
     cache.layers[2].keys = cache.layers[1].keys
     return cache
 
 
-@pytest.mark.parametrize("make", [too_small, two_layers_in_one_memory])
+@pytest.mark.parametrize("make", [too_small, two_layers_in_the_same_memory])
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
-def test_a_refused_cache_leaves_the_frequencies_of_a_scaled_rope_as_they_were(rope, make):
+def test_a_refused_cache_leaves_scaled_rope_frequencies_unchanged(rope, make):
     model = llama(rope=rope)
     native, cache = pop_ext.load(model), make(model)
     before = state_of(model.model.rotary_emb)
@@ -92,10 +86,10 @@ def test_a_refused_cache_leaves_the_frequencies_of_a_scaled_rope_as_they_were(ro
 
 
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
-def test_a_failing_oracle_leaves_the_frequencies_of_a_scaled_rope_as_they_were(rope, monkeypatch):
+def test_a_failing_oracle_leaves_scaled_rope_frequencies_unchanged(rope, monkeypatch):
     model = llama(rope=rope)
     before = state_of(model.model.rotary_emb)
-    monkeypatch.setattr(reference, "project_kv", lambda *_: 1 / 0)
+    monkeypatch.setattr(projection, "project_kv", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         reference.prefill(model, tokens(model, 1, 150), plan_of(model, GAPS))
     assert_same_state(state_of(model.model.rotary_emb), before)

@@ -1,4 +1,4 @@
-"""Families in their variants against the oracle, and what a family's map refuses."""
+"""Test every family and its variants against the oracle, and what its weight map refuses."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ VARIANTS: dict[str, Any] = {
     "gemma3, capped logits": lambda **over: gemma3(final_logit_softcapping=2.0, **over),
     "olmo2": olmo2,
     "olmo2, one head": lambda **over: olmo2(kv_heads=1, head_dim=128, **over),
-    "olmo2, a head of K and V for each of Q, tied": lambda **over: olmo2(heads=3, kv_heads=3, tied=True, **over),
+    "olmo2, without GQA, tied": lambda **over: olmo2(heads=3, kv_heads=3, tied=True, **over),
     "mixtral": mixtral,
     "mixtral, window, all experts": lambda **over: mixtral(sliding_window=WINDOW, num_experts_per_tok=4, **over),
     "mixtral, one expert": lambda **over: mixtral(num_experts_per_tok=1, tied=True, **over),
@@ -95,7 +95,7 @@ def test_a_family_equals_the_oracle(name):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_family_in_low_precision_is_as_close_as_the_oracle(name, dtype):
+def test_a_low_precision_family_is_as_close_as_the_oracle(name, dtype):
     model = VARIANTS[name](dtype=dtype)
     assert_equals_oracle(model, plan_of(model, GAPS), tokens(model, 2, 40))
 
@@ -118,13 +118,13 @@ def test_a_router_with_narrow_margins_equals_the_oracle_in_float32(build):
     assert_equals_oracle(model, plan_of(model, GAPS), tokens(model, 2, 40))
 
 
-def test_a_prefill_of_more_rows_than_a_chunk_of_the_experts_equals_the_oracle():
+def test_a_prefill_longer_than_an_expert_chunk_equals_the_oracle():
     model = mixtral(layers=3)
     assert_equals_oracle(model, plan_of(model, (1,)), tokens(model, 1, 2100))
 
 
 @torch.no_grad()
-def test_an_output_has_the_class_and_the_fields_of_the_stock_models():
+def test_an_output_has_the_stock_class_and_fields():
     for name in models.FAMILIES:
         model = models.FAMILIES[name]()
         stock = model(tokens(model, 1, 9), logits_to_keep=1)
@@ -134,7 +134,7 @@ def test_an_output_has_the_class_and_the_fields_of_the_stock_models():
         assert list(output) == list(stock)
 
 
-# What a family's map refuses
+# Refused models
 
 
 def test_experts_of_another_class_are_refused_by_name():
@@ -160,16 +160,16 @@ def test_a_norm_of_another_class_is_refused():
         describe(model)
 
 
-def test_an_attention_that_drops_the_soft_cap_is_refused_and_declined():
+def test_an_attention_without_the_soft_cap_is_refused_and_declined():
     model = gemma2()
     pop_ext.enable(model, plan_of(model))
-    model.config._attn_implementation = "sdpa"  # set_attn_implementation of a release that allows it
+    model.config._attn_implementation = "sdpa"  # as set_attn_implementation of another release may allow
     with torch.no_grad():
         decision = pop_ext.explain(model, tokens(model, 1, 9), logits_to_keep=1)
     assert (decision.backend, decision.rule) == ("stock", "attention")
     with pytest.raises(UnsupportedModelError, match=r"sdpa: it leaves out the soft cap of scores \(1.5\)"):
         describe(model)
-    for other in (gemma3(attn_logit_softcapping=1.5), gemma2(attn_logit_softcapping=None)):  # none applies such a cap
+    for other in (gemma3(attn_logit_softcapping=1.5), gemma2(attn_logit_softcapping=None)):  # neither applies a cap
         other.config._attn_implementation = "sdpa"
         describe(other)
 
@@ -186,7 +186,7 @@ def test_a_layer_of_another_class_is_refused():
         describe(model)
 
 
-def test_an_activation_of_another_kind_is_refused():
+def test_an_unsupported_activation_is_refused():
     with pytest.raises(UnsupportedModelError, match="config.hidden_act: expected one of .*, got relu"):
         describe(llama(hidden_act="relu"))
 

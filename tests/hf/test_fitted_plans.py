@@ -1,4 +1,4 @@
-"""Plans with fitted projections: files, equality, copies, and models that they do not belong to."""
+"""Test plans with fitted projections: files, equality, copies, and models they were not fitted on."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def fitted(family="llama", dtype=torch.float32):
     return pop_ext.fit(model, plan_of(model, GAPS, 2), [tokens(model, 16, 30, seed=1)], lambdas=[0.1, math.inf])
 
 
-def of(plan, **changes):
-    """The plan with other matrices."""
+def with_matrices(plan, **changes):
+    """Return the plan with new `Projections`, some matrices replaced by `changes["matrices"]`."""
     fit = plan.projections
     return plan.replace(
         projections=Projections({**fit.matrices, **changes.pop("matrices", {})}, fit.samples, fit.report)
@@ -41,7 +41,7 @@ def of(plan, **changes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_file_gives_back_the_plan_bit_for_bit(tmp_path, dtype):
+def test_a_saved_plan_loads_bit_for_bit(tmp_path, dtype):
     plan = fitted(dtype=dtype)
     plan.save(tmp_path / "plan.json")
     again = Plan.load(tmp_path / "plan.json")
@@ -53,15 +53,15 @@ def test_a_file_gives_back_the_plan_bit_for_bit(tmp_path, dtype):
         assert torch.equal(again.projections.samples[layer], plan.projections.samples[layer])
 
 
-def test_a_file_names_its_matrices_and_their_digest(tmp_path):
+def test_a_plan_file_names_its_matrices_and_their_digest(tmp_path):
     plan = fitted()
     plan.save(tmp_path / "some.plan.json")
     members = json.loads((tmp_path / "some.plan.json").read_text())["projections"]
-    beside = tmp_path / members["file"]
-    assert beside == tmp_path / "some.plan.safetensors"
-    assert members["sha256"] == hashlib.sha256(beside.read_bytes()).hexdigest()
+    matrix_file = tmp_path / members["file"]
+    assert matrix_file == tmp_path / "some.plan.safetensors"
+    assert members["sha256"] == hashlib.sha256(matrix_file.read_bytes()).hexdigest()
     assert members["losses"][1][0] is None  # JSON has no infinity
-    assert set(load_file(beside)) == {f"layers.{layer}.{kind}" for layer in GAPS for kind in ("kv", "sample")}
+    assert set(load_file(matrix_file)) == {f"layers.{layer}.{kind}" for layer in GAPS for kind in ("kv", "sample")}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["some.plan.json", "some.plan.safetensors"]
 
 
@@ -76,7 +76,7 @@ def test_a_plan_is_not_saved_over_a_models_weights(tmp_path):
         assert weights.read_bytes() == content
         assert not (tmp_path / "model.json").exists()
     fitted().save(tmp_path / "plan.json")
-    fitted().save(tmp_path / "plan.json")  # over its own
+    fitted().save(tmp_path / "plan.json")  # replaces its own file
 
 
 def test_both_files_may_move_together(tmp_path):
@@ -111,7 +111,7 @@ def test_matrices_of_another_plan_are_refused(tmp_path):
         ({"tokens": None}, "projections: expected what Plan.save writes of a fit"),
     ],
 )
-def test_a_file_of_another_form_is_named(tmp_path, change, text):
+def test_a_malformed_plan_file_is_named(tmp_path, change, text):
     fitted().save(tmp_path / "plan.json")
     members = json.loads((tmp_path / "plan.json").read_text())
     members["projections"].update(change)
@@ -121,7 +121,7 @@ def test_a_file_of_another_form_is_named(tmp_path, change, text):
     assert text in str(error.value)
 
 
-def test_the_text_alone_says_that_it_has_no_matrices():
+def test_json_text_without_matrices_is_refused():
     text = fitted().to_json()
     assert json.loads(text)["projections"]["sequences"] == 14
     with pytest.raises(ValueError, match="projections: expected a plan file that Plan.save wrote, with its matrices"):
@@ -140,16 +140,16 @@ def test_a_plan_is_not_saved_over_its_own_matrices(tmp_path):
 def test_plans_are_equal_if_their_matrices_are():
     plan = fitted()
     matrix = plan.projections.matrices[4]
-    assert plan == of(plan)
-    assert hash(plan) == hash(of(plan))
-    assert plan != of(plan, matrices={4: matrix + 1e-6})
+    assert plan == with_matrices(plan)
+    assert hash(plan) == hash(with_matrices(plan))
+    assert plan != with_matrices(plan, matrices={4: matrix + 1e-6})
     assert plan != plan.replace(projections=None)
     assert plan.replace(projections=None) == plan_of(shared("llama"), GAPS, 2)
     halved = Projections(
         {k: m.half() for k, m in plan.projections.matrices.items()}, plan.projections.samples, plan.projections.report
     )
     assert plan != plan.replace(projections=halved)
-    assert len({plan, of(plan), plan.replace(projections=None)}) == 2
+    assert len({plan, with_matrices(plan), plan.replace(projections=None)}) == 2
 
 
 def test_a_repr_says_that_a_plan_is_fitted():
@@ -160,14 +160,14 @@ def test_a_repr_says_that_a_plan_is_fitted():
 
 
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda plan: pickle.loads(pickle.dumps(plan))])
-def test_a_copy_is_fitted_too(way):
+def test_a_copied_plan_keeps_its_fit(way):
     twin = way(fitted())
     assert twin == fitted()
     assert twin.projections.report == fitted().projections.report
     assert twin.origin == fitted().origin
 
 
-def test_other_layers_lose_the_fit_and_another_boundary_keeps_it():
+def test_replace_keeps_the_fit_unless_the_layers_change():
     plan = fitted()
     assert plan.replace(boundary=32, min_tokens=64).projections is plan.projections
     assert plan.replace(boundary=32).origin == plan.origin
@@ -180,7 +180,7 @@ def test_other_layers_lose_the_fit_and_another_boundary_keeps_it():
     assert bare.origin.config_hash == plan.origin.config_hash
 
 
-def test_projections_are_of_the_omitted_layers():
+def test_projections_must_match_the_omitted_layers():
     fit = fitted().projections
     with pytest.raises(
         ValueError, match=r"projections: expected matrices of layers \(4, 5\), those of omit, got \(1, 3"
@@ -200,7 +200,7 @@ def test_projections_are_of_the_omitted_layers():
         {1: torch.ones(2, 3).long()},
     ],
 )
-def test_matrices_have_one_shape_and_dtype(matrices):
+def test_matrices_must_share_shape_and_dtype(matrices):
     with pytest.raises(ValueError, match="projections: expected matrices"):
         Projections(matrices, {layer: torch.ones(1) for layer in matrices}, FitReport(0.1, 1, 1))
 
@@ -252,7 +252,7 @@ def test_a_fit_on_other_weights_is_refused(change):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_weights_changed_after_load_are_stale_and_a_refresh_says_that_the_fit_is(change):
+def test_refresh_after_changing_fitted_weights_raises_fit_mismatch(change):
     model = llama()
     native, ids = pop_ext.load(model, fitted()), tokens(model, 1, 12)
     before, handle = native.prefill(ids).logits, native.handle
@@ -270,7 +270,7 @@ def test_weights_changed_after_load_are_stale_and_a_refresh_says_that_the_fit_is
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @torch.no_grad()
-def test_an_enabled_model_whose_weights_left_their_fit_runs_the_stock_forward(backend):
+def test_a_model_changed_after_its_fit_runs_the_stock_forward(backend):
     model, ids = llama(), tokens(llama(), 1, 12)
     pop_ext.enable(model, fitted(), backend=backend)
     model(ids, logits_to_keep=1)
@@ -286,7 +286,7 @@ def test_an_enabled_model_whose_weights_left_their_fit_runs_the_stock_forward(ba
         model(ids, logits_to_keep=1)
 
 
-def test_other_weights_may_change():
+def test_weights_outside_the_fit_may_change():
     model = llama()
     native, ids = pop_ext.load(model, fitted()), tokens(model, 1, 12)
     model.model.layers[0].mlp.up_proj.weight.data = 1.1 * model.model.layers[0].mlp.up_proj.weight.data
@@ -306,7 +306,7 @@ def test_a_fit_of_another_shape_is_refused():
 
 
 @torch.no_grad()
-def test_enabled_models_generate_as_the_oracle_and_copies_keep_the_fit():
+def test_a_fitted_model_and_its_copies_equal_the_oracle():
     model, ids = llama(), tokens(llama(), 2, 25)
     pop_ext.enable(model, fitted(), strict=True)
     ours = model(ids, logits_to_keep=1).logits
@@ -318,7 +318,7 @@ def test_enabled_models_generate_as_the_oracle_and_copies_keep_the_fit():
     assert not torch.allclose(plain, ours, atol=1e-2)
 
 
-def test_a_fit_costs_no_memory_beyond_the_stack():
+def test_a_fit_needs_no_extra_memory():
     model = shared("llama")
     plain = pop_ext.load(model, fitted().replace(projections=None))
     assert pop_ext.load(model, fitted()).extra_bytes == plain.extra_bytes

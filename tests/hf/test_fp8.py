@@ -1,5 +1,7 @@
-"""Prefill with products in 8-bit floats: a product, and a whole prefill against the oracle whose operands are rounded
-alike. Rounding itself is in test_quantize_rows.py."""
+"""Test prefill in 8-bit floats: a single product, and a whole prefill against an oracle that rounds its operands alike.
+
+Rounding itself is tested in test_quantize_rows.py.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "o
 # fp8_linear
 
 
-def test_infinity_voids_its_row_and_no_other():
+def test_infinity_makes_only_its_own_row_nan():
     x, weight = random(3, 32), random(16, 32, seed=1)
     x[1, 7] = torch.inf
     out = pop.fp8_linear(x.bfloat16(), *pop.quantize_rows(weight))
@@ -35,7 +37,7 @@ def test_infinity_voids_its_row_and_no_other():
 
 @pytest.mark.parametrize("shape", [(1, 16), (3, 96), (65, 160), (2, 19, 2080)], ids=str)
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.cpu), torch.bfloat16], ids=str)
-def test_a_product_is_that_of_the_rounded_operands(dtype, shape):
+def test_a_product_equals_that_of_the_rounded_operands(dtype, shape):
     x, weight = random(*shape, dtype=dtype), random(48, shape[-1], dtype=dtype, seed=1)
     values, scale = pop.quantize_rows(weight)
     expected = rounded(x).double() @ rounded(weight).double().T
@@ -48,28 +50,30 @@ def test_a_product_is_that_of_the_rounded_operands(dtype, shape):
 # A whole prefill
 
 
-def calm_tokens(model, plan):
-    """Ids at which no operand of the first layer is so close to a tie that float32's last bits decide about it: a few
-    such ties move what follows by more than the tests below allow."""
+def tokens_without_ties(model, plan):
+    """Return ids without rounding ties in the first layer: no operand whose rounding the last bits of float32 decide.
+
+    A few such ties move the following layers by more than the tests below allow.
+    """
     for seed in range(20):
         ids = tokens(model, 2, 40, seed=seed)
-        exact, calm, *moved = (
+        exact, rounded_values, *moved = (
             stored_layers(run_oracle(m, plan, ids).cache)[1].values
             for m in (model, rounded_twin(model, plan), *(rounded_twin(model, plan, noise=1e-7) for _ in range(4)))
         )
-        if all(rms(values - calm) < 0.03 * rms(exact - calm) for values in moved):
+        if all(rms(values - rounded_values) < 0.03 * rms(exact - rounded_values) for values in moved):
             return ids
-    raise AssertionError("expected such ids within 20 seeds")
+    raise AssertionError("expected ids without rounding ties within 20 seeds")
 
 
 @pytest.mark.parametrize("omit", [(), LAST, GAPS], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.cpu  # CUDA devices take bfloat16 alone
 def test_a_prefill_equals_the_oracle_of_rounded_operands(family, omit):
-    """But for rounding that tips over, more of it in each layer: a part of what rounding does, a small one at first."""
+    """Allow a part of the rounding error, since some roundings tip over: little at first, more in later layers."""
     model = shared(family)
     plan = plan_of(model, omit, 2)
-    ids = calm_tokens(model, plan)
+    ids = tokens_without_ties(model, plan)
     exact, expected = (run_oracle(m, plan, ids, logits_to_keep=2) for m in (model, rounded_twin(model, plan)))
     actual = pop_ext.load(model, plan, fp8=True).prefill(ids, logits_to_keep=2)
     assert rms(actual.logits - expected.logits) < 0.5 * rms(exact.logits - expected.logits)
@@ -85,8 +89,8 @@ def test_a_prefill_equals_the_oracle_of_rounded_operands(family, omit):
 @pytest.mark.parametrize("kept", range(5))
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.cpu
-def test_each_layer_by_itself_equals_the_oracle(family, kept):
-    """With one layer that rounds, what the next one reads has little that tips over; all of its products are in it."""
+def test_each_single_rounded_layer_equals_the_oracle(family, kept):
+    """Retain one layer, so that only its products round and few roundings tip over before the next layer reads them."""
     model = shared(family)
     plan, ids = plan_of(model, tuple(layer for layer in range(5) if layer != kept), 2), tokens(model, 2, 40)
     exact, expected = (run_oracle(m, plan, ids) for m in (model, rounded_twin(model, plan)))
@@ -100,18 +104,18 @@ def test_each_layer_by_itself_equals_the_oracle(family, kept):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("way", [{"early_launch": 1}, {"early_launch": 1, "overlap": 1}], ids=str)
-def test_early_launches_give_the_same_bits(way):
+@pytest.mark.parametrize("settings", [{"early_launch": 1}, {"early_launch": 1, "overlap": 1}], ids=str)
+def test_early_launches_give_the_same_bits(settings):
     model = shared(dtype=torch.bfloat16)
     native, ids = pop_ext.load(model, plan_of(model), fp8=True), tokens(model, 2, 200)
     expected = native.prefill(ids).logits
-    with tuned(**way):
+    with tuned(**settings):
         assert torch.equal(native.prefill(ids).logits, expected)
 
 
 @pytest.mark.parametrize("omit", [(), GAPS], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_in_bfloat16_it_is_as_close_to_that_oracle_in_float32_as_that_oracle_in_bfloat16(family, omit):
+def test_fp8_in_bfloat16_is_as_close_as_the_rounded_oracle(family, omit):
     model = shared(family, dtype=torch.bfloat16)
     plan, ids = plan_of(model, omit, 3), tokens(model, 2, 40)
     truth = run_oracle(rounded_twin(float32_twin(model), plan), plan, ids, logits_to_keep=2)
@@ -121,7 +125,7 @@ def test_in_bfloat16_it_is_as_close_to_that_oracle_in_float32_as_that_oracle_in_
     compare_caches(actual.past_key_values, same_dtype.cache, oracle_fp32=truth.cache)
 
 
-def test_it_is_another_result_than_without_and_close_to_it():
+def test_fp8_changes_the_result_slightly():
     model = shared(dtype=torch.bfloat16)
     plan, ids = plan_of(model), tokens(model, 1, 40)
     exact = pop_ext.load(model, plan).prefill(ids).logits
@@ -129,8 +133,8 @@ def test_it_is_another_result_than_without_and_close_to_it():
     assert 0.001 < rms(fp8 - exact) / rms(exact) < 0.3
 
 
-def test_projected_layers_read_their_own_weights():
-    """With every layer but the first omitted, boundary rows meet 8-bit products in the first layer alone."""
+def test_omitted_layers_get_no_fp8_weights():
+    """Omit every layer but the first, so that only the first layer gets 8-bit weights: matrices and scales."""
     model = shared(dtype=torch.bfloat16)
     plan = plan_of(model, (1, 2, 3, 4, 5))
     native = pop_ext.load(model, plan, fp8=True)
@@ -150,10 +154,10 @@ def test_the_same_call_gives_the_same_bits():
     assert torch.equal(native.prefill(ids).logits, native.prefill(ids).logits)
 
 
-# Around it
+# Enabled models, generation, fitted plans
 
 
-def test_an_enabled_model_prefills_in_8_bits_and_keeps_doing_so_in_copies():
+def test_an_enabled_model_and_its_copies_prefill_in_8_bits():
     model = llama(dtype=torch.bfloat16)
     plan, ids = plan_of(model), tokens(model, 1, 40)
     expected = pop_ext.load(model, plan, fp8=True).prefill(ids).logits
@@ -183,7 +187,7 @@ def test_generation_decodes_with_the_stock_model():
     assert torch.equal(generated[:, 40:], torch.cat([first, second], 1))
 
 
-def test_a_fitted_plan_goes_with_it():
+def test_fp8_works_with_a_fitted_plan():
     model = llama(dtype=torch.bfloat16)
     plan = pop_ext.fit(model, plan_of(model), [tokens(model, 2, 40, seed=seed) for seed in range(8)])
     ids = tokens(model, 1, 40)
@@ -192,10 +196,10 @@ def test_a_fitted_plan_goes_with_it():
         assert torch.equal(a.values[:, :, :-1], b.values[:, :, :-1]) == (index not in plan.omit)
 
 
-# What it is not for
+# Refused models
 
 
-def test_models_with_experts_are_refused_and_run_without():
+def test_models_with_experts_are_refused_only_with_fp8():
     model = shared("mixtral", dtype=torch.bfloat16)
     with pytest.raises(UnsupportedModelError, match="fp8: expected a model without experts, got one of 4"):
         pop_ext.load(model, fp8=True)

@@ -1,4 +1,4 @@
-"""The head on the rows of a prefill: by the library's own product where it is a plain linear, else as a module."""
+"""Test the head of a prefill: `torch.ops.pop.linear` runs a plain linear, any other head is called as a module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HIDDEN, VOCAB = 96, 1003
 
 @pytest.fixture
 def products(monkeypatch):
-    """The shapes of what `torch.ops.pop.linear` was called on."""
+    """Return a list that records the input shape of every call of `torch.ops.pop.linear`."""
     seen, linear = [], torch.ops.pop.linear
     monkeypatch.setattr(torch.ops.pop, "linear", lambda x, weight: seen.append(tuple(x.shape)) or linear(x, weight))
     return seen
@@ -30,7 +30,7 @@ def head_of(dtype: torch.dtype = torch.float32, bias: bool = False, cls: type[nn
 @pytest.mark.cpu
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (7,), (2, 40), (0, 1)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_plain_head_is_streamed_and_as_exact_as_the_module(dtype, shape, products):
+def test_a_plain_head_runs_pop_linear_as_exactly_as_the_module(dtype, shape, products):
     head, hidden = head_of(dtype), random(*shape, HIDDEN, dtype=dtype)
     logits, exact = apply_head(head, hidden), hidden.double() @ head.weight.double().T
     assert products == [(*shape, HIDDEN)]
@@ -42,7 +42,7 @@ def test_a_plain_head_is_streamed_and_as_exact_as_the_module(dtype, shape, produ
 
 
 @pytest.mark.cpu
-def test_a_prefill_streams_its_plain_head(products):
+def test_a_prefill_runs_its_plain_head_with_pop_linear(products):
     model = shared("llama")
     pop_ext.load(model).prefill(tokens(model, 2, 9), logits_to_keep=2)
     assert products == [(2, 2, model.config.hidden_size)]
@@ -69,7 +69,7 @@ def with_another_forward(head):
 
 
 class Reversed(torch.Tensor):
-    """Weights that mean something else than their elements say, as quantised ones do."""
+    """Weight whose value is not that of its elements, as with quantised weights."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -78,7 +78,7 @@ class Reversed(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs)
 
 
-def with_a_weight_of_another_kind(head):
+def with_a_weight_subclass(head):
     weight = head.weight.detach().as_subclass(Reversed)
     del head._parameters["weight"]
     head.weight = weight
@@ -101,14 +101,14 @@ def parametrised(head):
 
 OTHER_HEADS = {
     "a bias": lambda: head_of(bias=True),
-    "a class of its own": lambda: head_of(cls=Scaled),
+    "a subclass of Linear": lambda: head_of(cls=Scaled),
     "a hook": lambda: hooked(head_of()),
     "a pre-hook": lambda: hooked_before(head_of()),
     "another forward": lambda: with_another_forward(head_of()),
     "a transposed weight": lambda: transposed(head_of()),
-    "a weight of another kind": lambda: with_a_weight_of_another_kind(head_of()),
+    "a weight subclass": lambda: with_a_weight_subclass(head_of()),
     "a parametrisation": lambda: parametrised(head_of()),
-    "no linear": lambda: nn.Sequential(head_of(), nn.Tanh()),
+    "a Sequential": lambda: nn.Sequential(head_of(), nn.Tanh()),
 }
 
 
@@ -142,7 +142,7 @@ def test_a_hook_on_every_module_sees_the_head(kind, products):
 
 
 @pytest.mark.cpu
-def test_a_replaced_class_is_called(monkeypatch, products):
+def test_a_replaced_linear_forward_is_called(monkeypatch, products):
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: x.sum())
     assert apply_head(head_of(), random(2, HIDDEN)).dim() == 0
     assert products == []

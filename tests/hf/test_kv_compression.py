@@ -1,4 +1,4 @@
-"""examples/kv_compression.py: a press sees the whole prompt once, at its end, in every layer."""
+"""Test examples/kv_compression.py: a press sees the whole prompt once in every layer, after the prefill."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def enabled(model: Any, backend: str, plan: pop_ext.Plan = PLAN) -> Any:
     return nullcontext() if backend == "stock" else pop_ext.enabled(model, plan, strict=True, backend=backend)
 
 
-class Watching:
-    """A press that drops nothing and keeps what it is given."""
+class RecordingPress:
+    """Press that records its arguments and drops nothing."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[Any, dict[str, Any], Any, Any]] = []
@@ -54,7 +54,7 @@ class Watching:
 @torch.no_grad()
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_press_sees_each_layer_once_with_the_whole_prompt(example, backend):
-    model, press = llama(), Watching()
+    model, press = llama(), RecordingPress()
     with enabled(model, backend), example["pressed"](model, press):
         cache = cache_of(model(tokens(model, 2, T), logits_to_keep=1, use_cache=True))
         assert backend == "stock" or pop_ext.last_call(model).backend == backend
@@ -66,14 +66,14 @@ def test_a_press_sees_each_layer_once_with_the_whole_prompt(example, backend):
         assert keys is cache.layers[module.layer_idx].keys
 
 
-# What they read is right where it gives the K and V that the cache holds, those of omitted layers included.
+# The hidden states are right if projecting them gives the K and V in the cache, also in omitted layers.
 @torch.no_grad()
 @pytest.mark.parametrize("boundary", [1, 7])
 @pytest.mark.parametrize("build", [llama, qwen3, phi3, gemma2], ids=lambda build: build.__name__)
 @pytest.mark.parametrize("backend", ["reference", "stock"])
-def test_hidden_states_are_what_each_layer_projected_its_keys_and_values_from(example, build, boundary, backend):
+def test_hidden_states_reproduce_the_keys_and_values_of_each_layer(example, build, boundary, backend):
     over = {} if build in (llama, qwen3) else {"sliding_window": None if build is phi3 else 4 * T}
-    model, press = build(**over), Watching()
+    model, press = build(**over), RecordingPress()
     cache = DynamicCache()
     with enabled(model, backend, PLAN.replace(boundary=boundary)), example["pressed"](model, press, hidden_states=True):
         model(tokens(model, 2, T), **with_cache(model, cache), logits_to_keep=1, use_cache=True)
@@ -86,16 +86,18 @@ def test_hidden_states_are_what_each_layer_projected_its_keys_and_values_from(ex
 
 
 class WithoutNorm:
+    """Decoder layer for `project_kv` without an input norm: presses get normalised hidden states."""
+
     def __init__(self, attention: Any) -> None:
         self.self_attn = attention
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("build", [llama, olmo2], ids=lambda build: build.__name__)
-def test_a_native_prefill_and_the_reference_leave_the_same_compressed_cache(example, build):
+def test_native_and_reference_backends_leave_the_same_compressed_cache(example, build):
     model, caches = build(), []
     press = example["KeyNormPress"](compression_ratio=0.25)
-    # Each token once: a token's keys have the same norm in layer 0 wherever it stands, but for rounding.
+    # Every token occurs once: in layer 0 the key norm of a token is the same at all positions, up to rounding.
     ids = torch.randperm(model.config.vocab_size, device=model.device)[: 2 * T].view(2, T)
     for backend in ("native", "reference"):
         with enabled(model, backend), example["pressed"](model, press):
@@ -106,7 +108,7 @@ def test_a_native_prefill_and_the_reference_leave_the_same_compressed_cache(exam
 
 @torch.no_grad()
 def decode(model: Any, ids: torch.Tensor, cache: Any, logits: torch.Tensor, new: int) -> list[int]:
-    """Greedy tokens of the stock model over a cache, each at the position it has in the text."""
+    """Return `new` greedy tokens of the stock model over a cache, with the positions of the uncompressed text."""
     found = [int(logits[0, -1].argmax())]
     for position in range(ids.shape[1], ids.shape[1] + new - 1):
         call = {"position_ids": torch.tensor([[position]], device=ids.device), **with_cache(model, cache)}
@@ -116,7 +118,7 @@ def decode(model: Any, ids: torch.Tensor, cache: Any, logits: torch.Tensor, new:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_generate_goes_on_over_the_compressed_cache_at_the_positions_of_the_text(example, backend):
+def test_generate_continues_over_the_compressed_cache_at_text_positions(example, backend):
     model, press = llama(), example["KeyNormPress"](compression_ratio=0.5)
     ids = tokens(model, 1, T)
     with enabled(model, backend), example["pressed"](model, press), torch.no_grad():
@@ -130,7 +132,7 @@ def test_generate_goes_on_over_the_compressed_cache_at_the_positions_of_the_text
 
 @torch.no_grad()
 def test_later_turns_and_decode_steps_are_not_compressed(example):
-    model, press = llama(), Watching()
+    model, press = llama(), RecordingPress()
     with enabled(model, "native"), example["pressed"](model, press):
         cache = cache_of(model(tokens(model, 1, T), logits_to_keep=1, use_cache=True))
         model(tokens(model, 1, 9), **with_cache(model, cache), logits_to_keep=1, use_cache=True)
@@ -141,8 +143,8 @@ def test_later_turns_and_decode_steps_are_not_compressed(example):
 
 @torch.no_grad()
 @pytest.mark.parametrize("build", [mistral, gemma3], ids=lambda build: build.__name__)
-def test_layers_whose_cache_keeps_a_window_are_left_alone(example, build):
-    model, press = build(), Watching()
+def test_layers_with_a_sliding_window_cache_are_not_compressed(example, build):
+    model, press = build(), RecordingPress()
     with enabled(model, "native"), example["pressed"](model, press):
         model(tokens(model, 1, T), logits_to_keep=1, use_cache=True)
     kinds = getattr(model.config, "layer_types", None) or ["sliding_attention"] * LAYERS
@@ -151,9 +153,9 @@ def test_layers_whose_cache_keeps_a_window_are_left_alone(example, build):
 
 
 @torch.no_grad()
-def test_the_model_is_as_before_and_stays_bound_natively(example):
+def test_the_press_is_removed_and_the_model_keeps_its_handle(example):
     model = pop_ext.enable(llama(), PLAN, strict=True)
-    model.model.layers[1].self_attn.masked_key_indices = (torch.tensor([0]),) * 3  # as AdaKV left it for a prompt
+    model.model.layers[1].self_attn.masked_key_indices = (torch.tensor([0]),) * 3  # as AdaKV leaves it after a prompt
     handle = model.forward.backend.native.handle
     with example["pressed"](model, example["KeyNormPress"]()):
         model(tokens(model, 1, T), logits_to_keep=1, use_cache=True)
@@ -165,7 +167,9 @@ def test_the_model_is_as_before_and_stays_bound_natively(example):
     assert cache_of(out).get_seq_length() == T
 
 
-class Scoring(Watching):
+class ReadingPress(RecordingPress):
+    """Press that applies `read` to the hidden states and position embeddings of each layer."""
+
     def __init__(self, read: Callable[[Any, Any], Any]) -> None:
         super().__init__()
         self.read = read
@@ -181,11 +185,11 @@ class Scoring(Watching):
     [lambda h, _: h[:, -4:], lambda h, _: torch.relu(h), lambda h, _: h.norm(dim=-1), lambda _, rope: (*rope,)],
     ids=["slice", "function", "method", "rope"],
 )
-def test_a_press_that_reads_hidden_states_which_nobody_kept_is_told_so(example, read):
+def test_a_press_reading_hidden_states_natively_raises(example, read):
     model = llama()
     with (
         enabled(model, "native"),
-        example["pressed"](model, Scoring(read)),
+        example["pressed"](model, ReadingPress(read)),
         pytest.raises(ValueError, match='press: it reads hidden states.*backend="reference"'),
     ):
         model(tokens(model, 1, T), logits_to_keep=1, use_cache=True)
@@ -196,7 +200,7 @@ def test_padding_and_static_caches_are_refused(example):
     model = llama()
     ids, mask = pad([tokens(model, T), tokens(model, 9)], "left")
     static = StaticCache(config=model.config, max_cache_len=2 * T)
-    with enabled(model, "native"), example["pressed"](model, Watching()):
+    with enabled(model, "native"), example["pressed"](model, RecordingPress()):
         with pytest.raises(ValueError, match="attention_mask: expected no padding"):
             model(ids, attention_mask=mask, logits_to_keep=1, use_cache=True)
         with pytest.raises(ValueError, match="past_key_values: expected a DynamicCache, got a StaticLayer"):
@@ -205,7 +209,7 @@ def test_padding_and_static_caches_are_refused(example):
 
 @contextmanager
 def hooked_attentions(model: Any):
-    """As kvpress itself does: at the end of each attention's call, a share of its layer's cache goes."""
+    """Halve the cache of a layer at the end of each attention call, as the hooks of kvpress do."""
 
     def halve(module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
         layer = kwargs.get("cache", kwargs.get("past_key_values")).layers[module.layer_idx]
@@ -220,7 +224,7 @@ def hooked_attentions(model: Any):
 
 @torch.no_grad()
 @pytest.mark.parametrize("boundary", [1, 3, T])
-def test_hooks_that_compress_within_the_call_are_never_run_halfway(example, boundary):
+def test_hooks_that_compress_during_the_call_are_refused_or_declined(example, boundary):
     model = llama()
     ids = tokens(model, 1, T)
     with hooked_attentions(model):
@@ -241,7 +245,7 @@ def test_presses_of_kvpress_run_after_a_pruned_prefill(press, tmp_path):
     (tmp_path / "prompt.txt").write_text("def square(x):\n    return x * x\n" * 20)
     command = [sys.executable, EXAMPLE, "--model", tmp_path / "model", "--prompt-file", tmp_path / "prompt.txt"]
     paths = [str(Path(pop_ext.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    run = subprocess.run(  # a process of its own: importing kvpress wraps transformers' attention functions
+    run = subprocess.run(  # in its own process: importing kvpress wraps transformers' attention functions
         [*command, "--press", *f"kvpress.{press}".split()],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
@@ -253,7 +257,7 @@ def test_presses_of_kvpress_run_after_a_pruned_prefill(press, tmp_path):
 
 
 @torch.no_grad()
-def test_a_later_turn_over_a_compressed_cache_runs_natively_at_the_positions_it_is_given(example):
+def test_a_later_turn_over_a_compressed_cache_uses_given_positions(example):
     model, press = llama(), example["KeyNormPress"](compression_ratio=0.5)
     more = tokens(model, 1, 9, seed=1)
     positions = torch.arange(T, T + 9, device=model.device)[None]
@@ -270,11 +274,11 @@ def test_a_later_turn_over_a_compressed_cache_runs_natively_at_the_positions_it_
 
 
 @torch.no_grad()
-def test_layers_that_hold_different_numbers_of_positions_are_left_to_the_stock_forward(example):
+def test_a_cache_with_uneven_layers_runs_the_stock_forward(example):
     model = llama()
     with pop_ext.enabled(model, PLAN):
         cache = cache_of(model(tokens(model, 1, T), logits_to_keep=1, use_cache=True))
-        for layer in cache.layers[1:]:  # PyramidKV gives deeper layers less
+        for layer in cache.layers[1:]:  # as PyramidKV, which keeps less in deeper layers
             layer.keys, layer.values = layer.keys[:, :, ::2], layer.values[:, :, ::2]
         call = {"past_key_values": cache, "logits_to_keep": 1}
         decision = pop_ext.explain(model, tokens(model, 1, 9), **call)

@@ -1,4 +1,7 @@
-"""4-D masks, alone or one for each kind of layers: read as padding where they say no more, declined where they do."""
+"""Test 4-D masks, one for all layers or one per layer type.
+
+A mask that holds only causality, windows and padding is read as padding; any other is declined.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +29,19 @@ BUILDS = {
 
 
 def stock_masks(model: Any, mask: Tensor, columns: int, cache: Cache | None, **over: Any) -> Any:
-    """What `generate` makes of a mask of padding [batch, past + columns]."""
+    """Return the 4-D masks that `generate` makes from a padding mask [batch, past + columns]."""
     embeds = torch.empty(len(mask), columns, 0, dtype=model.dtype)
     name = "cache" if "cache" in inspect.signature(create_masks_for_generate).parameters else "past_key_values"
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -columns:]
     return create_masks_for_generate(model.config, embeds, mask, position_ids=positions, **{name: cache}, **over)
 
 
-def read(model: Any, mask: Any, batch: int, columns: int, cache: Cache | None = None, blocks: Any = ()) -> Tensor:
+def read(model: Any, mask: Any, batch: int, columns: int, cache: Cache | None = None, spans: Any = ()) -> Tensor:
+    """Return the padding mask that `mask` holds. Raises CustomMaskError if it holds anything else."""
     past = 0 if cache is None else int(cache.get_seq_length())
     types = mask_layer_types(model.config, cache, columns)
     real = padding_mask(mask, batch, columns, past, types)
-    check_pattern(mask, real, list(blocks), columns, past, types)
+    check_pattern(mask, real, list(spans), columns, past, types)
     return real
 
 
@@ -51,7 +55,7 @@ def filled_cache(model: Any, mask: Tensor) -> StaticCache:
 @pytest.mark.parametrize("columns", [2, WINDOW - 1, WINDOW, WINDOW + 1, T])
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("family", BUILDS)
-def test_the_masks_of_generate_are_read_as_the_padding_they_were_made_from(family, static, columns):
+def test_generate_masks_are_read_as_their_padding(family, static, columns):
     model = BUILDS[family]()
     cache = StaticCache(config=model.config, max_cache_len=CAPACITY) if static else None
     _, mask = pad([torch.zeros(n) for n in (1, columns)], "left")
@@ -62,20 +66,20 @@ def test_the_masks_of_generate_are_read_as_the_padding_they_were_made_from(famil
 @pytest.mark.parametrize("past", [3, WINDOW - 1, WINDOW, WINDOW + 1, T])
 @pytest.mark.parametrize("columns", [2, WINDOW + 3])
 @pytest.mark.parametrize("family", BUILDS)
-def test_masks_over_a_past_are_read_as_the_padding_they_were_made_from(family, columns, past):
+def test_masks_over_a_past_are_read_as_their_padding(family, columns, past):
     model = BUILDS[family]()
     _, first = pad([torch.zeros(n) for n in (2, past)], "left")
     cache = filled_cache(model, first)
     mask = torch.cat([first, first.new_ones(2, columns)], 1)
     actual = read(model, stock_masks(model, mask, columns, cache), 2, columns, cache)
-    if family == "mistral":  # no layer sees behind the window of the first new token
+    if family == "mistral":  # no layer sees before the window of the first new token
         actual, mask = (each[:, max(0, past - WINDOW + 1) :] for each in (actual, mask))
     assert torch.equal(actual, mask.bool())
 
 
 @pytest.mark.parametrize("over", [-1, 1])
 @pytest.mark.parametrize("family", BUILDS)
-def test_a_window_other_than_the_model_s_is_declined(family, over):
+def test_a_mask_of_another_window_is_declined(family, over):
     model, other = BUILDS[family](), BUILDS[family]()
     other.config.sliding_window += over
     _, mask = pad([torch.zeros(n) for n in (T - 2, T)], "left")  # without padding there may be no mask to read
@@ -107,30 +111,30 @@ def test_masks_of_two_kinds_that_disagree_on_padding_are_declined():
             read(model, {**masks[0], kind: masks[1][kind]}, 2, T)
 
 
-def test_tokens_that_see_each_other_are_expected_where_the_call_says_so_and_only_there():
+def test_bidirectional_spans_must_match_those_of_the_call():
     model = gemma3()
     mask = torch.ones(1, T, dtype=torch.long)
     mask[:, :2] = 0
     blocks = torch.full((1, T), -1)
     blocks[:, 4:24] = 0  # longer than the window
     masks = stock_masks(model, mask, T, StaticCache(model.config, CAPACITY), block_sequence_ids=blocks)
-    assert torch.equal(read(model, masks, 1, T, blocks=[(0, 2, 22)]), mask.bool())
+    assert torch.equal(read(model, masks, 1, T, spans=[(0, 2, 22)]), mask.bool())
     for other in ([], [(0, 2, 21)], [(0, 3, 22)], [(0, 2, 10), (0, 10, 22)]):
         with pytest.raises(CustomMaskError, match="another pattern"):
-            read(model, masks, 1, T, blocks=other)
+            read(model, masks, 1, T, spans=other)
     causal = stock_masks(model, mask, T, StaticCache(model.config, CAPACITY))
     with pytest.raises(CustomMaskError, match="another pattern"):
-        read(model, causal, 1, T, blocks=[(0, 2, 22)])
+        read(model, causal, 1, T, spans=[(0, 2, 22)])
 
 
-def test_no_mask_for_a_kind_is_causal_where_that_is_all():
+def test_a_missing_mask_means_causal_where_causal_is_enough():
     model = gemma3()
     none = {"full_attention": None, "sliding_attention": None}
     assert read(model, none, 2, WINDOW) is None
     with pytest.raises(CustomMaskError, match="expected a mask for sliding_attention layers, got None"):
         read(model, none, 2, WINDOW + 1)
     with pytest.raises(CustomMaskError, match="layers, got None"):
-        read(model, none, 2, WINDOW, blocks=[(0, 2, 4)])
+        read(model, none, 2, WINDOW, spans=[(0, 2, 4)])
     with pytest.raises(CustomMaskError, match="layers, got None"):
         read(model, none, 2, 3, filled_cache(model, torch.ones(2, 4, dtype=torch.long)))
     padded = torch.ones(2, WINDOW, dtype=torch.long)
@@ -154,12 +158,12 @@ def test_no_mask_for_a_kind_is_causal_where_that_is_all():
         ("left", "expected a 2-D padding mask or a 4-D mask, got str"),
     ],
 )
-def test_masks_of_another_form_are_named(mask, text):
+def test_malformed_masks_are_named(mask, text):
     with pytest.raises(CustomMaskError, match=text):
         read(gemma3(), mask, 1, T)
 
 
-def test_layers_of_a_kind_that_nothing_is_known_of_take_a_mask_of_padding_only():
+def test_unknown_layer_types_accept_only_a_padding_mask():
     model = gemma3()
     model.config.layer_types = ["chunked_attention"] * 6
     assert read(model, torch.ones(1, T), 1, T).shape == (1, T)

@@ -1,6 +1,6 @@
-"""Planted mistakes: each must make the comparison with the oracle fail, in float32 and by the rule for bfloat16.
+"""Test the tests: every planted mistake must fail the comparison with the oracle, in float32 and in bfloat16.
 
-A mistake is planted in what the operator is given (weights, spec, tables, lengths) or in what it leaves behind.
+A mistake changes an input of the operator (weights, spec, RoPE tables, lengths) or its output (hidden states, caches).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def oracle(family: str, dtype: torch.dtype, truth: bool) -> Result:
 
 @dataclass
 class Run:
-    """One call of the operator, before and after it ran; a mutation changes it at either point."""
+    """One call of the operator. A mutation changes it before or after `execute`."""
 
     native: NativeModel
     spec: dict[str, Any]
@@ -73,7 +73,7 @@ class Run:
 
 
 def compare(run: Run, family: str, dtype: torch.dtype) -> None:
-    """Hidden states and K/V of every layer and position, with the oracle."""
+    """Compare hidden states and K/V of every layer and position with the oracle."""
     same, truth = oracle(family, dtype, False), oracle(family, dtype, True)
 
     def assert_equal(actual: Tensor, theirs: Tensor, exact: Tensor, name: str) -> None:
@@ -89,7 +89,7 @@ def compare(run: Run, family: str, dtype: torch.dtype) -> None:
             assert_equal(ours, getattr(layer, kind), getattr(exact, kind), f"{kind} of layer {index}")
 
 
-# Mutations of what goes in
+# Mutations of inputs
 
 
 def swap(run: Run, one: str, other: str) -> None:
@@ -145,11 +145,11 @@ def shift_rope_by_one(run):
     rope(run, torch.arange(1, T + 1))
 
 
-def start_rope_over_at_the_boundary(run):
+def restart_rope_at_the_boundary(run):
     rope(run, torch.cat([torch.arange(T - BOUNDARY), torch.arange(BOUNDARY)]))
 
 
-def turn_rope_the_other_way(run):
+def rotate_rope_backwards(run):
     run.call["sin"] = -run.call["sin"]
 
 
@@ -167,11 +167,11 @@ def run_everything_at_full_depth(run):
     run.plan = run.plan.replace(omit=())
 
 
-def omit_a_layer_more(run):
+def omit_one_more_layer(run):
     run.plan = run.plan.replace(omit=(*OMIT, 3))
 
 
-def omit_a_layer_less(run):
+def omit_one_layer_fewer(run):
     run.plan = run.plan.replace(omit=(2, 5))
 
 
@@ -193,7 +193,7 @@ def narrow_the_window(run):
 
 
 def set_spec(**fields: Any) -> Callable[[Run], None]:
-    """A spec that says something else."""
+    """Return a mutation that sets fields of the spec. It is named after the fields."""
 
     def mutate(run: Run) -> None:
         assert all(run.spec[name] != value for name, value in fields.items())
@@ -241,15 +241,15 @@ def roll_a_norm_over_heads(run):
     run.weights[name] = run.weights[name].roll(run.native.spec.head_dim)
 
 
-def norm_each_head_by_itself(run):
+def norm_each_head_separately(run):
     run.spec["qk_norm_over_heads"] = False
     for name in run.weights:
         if name.endswith(("q_norm", "k_norm")):
             run.weights[name] = run.weights[name][: run.native.spec.head_dim].contiguous()
 
 
-def normalise_what_layers_read(run):
-    norm_each_head_by_itself(run)  # norms over all heads and of inputs do not go together
+def normalise_layer_inputs(run):
+    norm_each_head_separately(run)  # input norms exclude norms over all heads
     run.spec["input_norms"] = True
     ones = torch.ones_like(run.weights["norm"])
     added = {f"layers.{i}.{name}": ones for i in range(6) for name in ("input_norm", "post_norm")}
@@ -257,7 +257,7 @@ def normalise_what_layers_read(run):
     run.weights = {name: {**run.weights, **added}[name] for name, _layer, _shape in spec.weight_slots()}
 
 
-def turn_other_channels(run):
+def rotate_half_as_many_channels(run):
     run.spec["rotary_dim"] //= 2
     for name in ("cos", "sin"):
         run.call[name] = run.call[name][:, : run.spec["rotary_dim"] // 2].contiguous()
@@ -281,7 +281,7 @@ def roll_the_router_of_a_retained_layer(run):
     run.weights["layers.0.router"] = run.weights["layers.0.router"].roll(1, 0)
 
 
-# Mutations of what comes out
+# Mutations of outputs
 
 
 def forget_the_boundary_kv(run):
@@ -299,7 +299,7 @@ def write_the_boundary_kv_one_slot_early(run):
 
 
 def project_the_boundary_rows_as_context(run):
-    """K/V of the boundary rows from their state before the run, as if they were context."""
+    """Replace the K/V of the boundary rows by projections of their state before the run, as for context rows."""
     other = Run.of(run.native)
     other.call["boundary"], other.call["logits_to_keep"] = torch.ones(2, 1, dtype=torch.int32)
     other.execute()
@@ -317,7 +317,7 @@ def return_the_rows_in_another_order(run):
     run.hidden = run.hidden.flip(0)
 
 
-IN = {
+INPUT_MUTATIONS = {
     "llama": [
         swap_gamma_of_two_omitted_layers,
         forget_gamma_in_the_fold,
@@ -329,19 +329,19 @@ IN = {
         swap_gate_and_up,
         forget_the_final_gamma,
         shift_rope_by_one,
-        start_rope_over_at_the_boundary,
-        turn_rope_the_other_way,
+        restart_rope_at_the_boundary,
+        rotate_rope_backwards,
         change_the_rope_of_the_last_row_only,
         move_the_boundary_by_one,
         run_everything_at_full_depth,
-        omit_a_layer_more,
-        omit_a_layer_less,
+        omit_one_more_layer,
+        omit_one_layer_fewer,
         change_the_attention_scale,
         change_the_epsilon,
     ],
     "qwen2": [forget_a_bias],
     "qwen3": [swap_q_and_k_norm, swap_two_k_norms_of_a_run, forget_the_k_norm_of_an_omitted_layer],
-    "phi3": [turn_other_channels, swap_gate_and_up, swap_k_and_v_of_an_omitted_layer],
+    "phi3": [rotate_half_as_many_channels, swap_gate_and_up, swap_k_and_v_of_an_omitted_layer],
     "gemma2": [set_spec(attention_softcap=0), set_spec(attention_softcap=1.6), leave_out_the_output_norms],
     "gemma3": [
         set_spec(norm_weight_offset=0),
@@ -355,8 +355,8 @@ IN = {
     ],
     "olmo2": [
         roll_a_norm_over_heads,
-        norm_each_head_by_itself,
-        normalise_what_layers_read,
+        norm_each_head_separately,
+        normalise_layer_inputs,
         forget_the_k_norm_of_an_omitted_layer,
         swap_two_k_norms_of_a_run,
         swap_the_norms_after_attention_and_mlp,
@@ -374,7 +374,7 @@ IN = {
         swap_q_and_k_norm,
     ],
 }
-OUT = [
+OUTPUT_MUTATIONS = [
     forget_the_boundary_kv,
     leave_the_last_position_unwritten,
     write_the_boundary_kv_one_slot_early,
@@ -385,7 +385,7 @@ OUT = [
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.mark.parametrize("family", IN)
+@pytest.mark.parametrize("family", INPUT_MUTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_a_mistake_the_comparison_passes(dtype, family):
     run = Run.of(loaded(family, dtype))
@@ -395,10 +395,14 @@ def test_without_a_mistake_the_comparison_passes(dtype, family):
 
 @pytest.mark.parametrize(
     ("family", "mutate"),
-    [pytest.param(family, mutate, id=mutate.__name__) for family, mutations in IN.items() for mutate in mutations],
+    [
+        pytest.param(family, mutate, id=mutate.__name__)
+        for family, mutations in INPUT_MUTATIONS.items()
+        for mutate in mutations
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_mistake_in_what_goes_in_is_caught(dtype, family, mutate):
+def test_a_mistake_in_the_inputs_is_caught(dtype, family, mutate):
     run = Run.of(loaded(family, dtype))
     mutate(run)
     run.execute()
@@ -406,9 +410,9 @@ def test_a_mistake_in_what_goes_in_is_caught(dtype, family, mutate):
         compare(run, family, dtype)
 
 
-@pytest.mark.parametrize("mutate", OUT, ids=[mutate.__name__ for mutate in OUT])
+@pytest.mark.parametrize("mutate", OUTPUT_MUTATIONS, ids=[mutate.__name__ for mutate in OUTPUT_MUTATIONS])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_mistake_in_what_comes_out_is_caught(dtype, mutate):
+def test_a_mistake_in_the_outputs_is_caught(dtype, mutate):
     run = Run.of(loaded("llama", dtype))
     run.execute()
     mutate(run)
@@ -416,8 +420,8 @@ def test_a_mistake_in_what_comes_out_is_caught(dtype, mutate):
         compare(run, "llama", dtype)
 
 
-def test_only_the_cache_shows_a_rope_that_is_off_by_one_everywhere():
-    # Attention sees differences of positions alone: a comparison of logits would pass.
+def test_a_uniform_rope_shift_is_caught_only_by_the_cache():
+    # Attention depends only on differences of positions, so a comparison of logits alone would pass.
     run = Run.of(loaded("llama", torch.float32))
     shift_rope_by_one(run)
     run.execute()

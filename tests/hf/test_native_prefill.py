@@ -1,4 +1,4 @@
-"""native.prefill against the oracle and against the stock model: logits, hidden states and K/V of every layer."""
+"""Compare native.prefill with the oracle and the stock model: logits, hidden states and K/V of every layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_every_omitted_set_equals_the_oracle(family, omit):
 @pytest.mark.parametrize("omit", [GAPS, OMITS["all but the first"]], ids=["gaps", "all but the first"])
 @pytest.mark.parametrize("family", NATIVE)
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_low_precision_is_as_close_to_the_float32_oracle_as_the_oracle_itself(dtype, family, omit):
+def test_low_precision_is_as_close_to_float32_as_the_oracle(dtype, family, omit):
     model = shared(family, dtype=dtype)
     assert_equals_oracle(model, plan_of(model, omit, 2), tokens(model, 2, T), logits_to_keep=2)
 
@@ -48,7 +48,7 @@ def test_any_prompt_length_equals_the_oracle_in_low_precision(dtype, length):
     assert_equals_oracle(model, plan_of(model, GAPS, 3), tokens(model, 2, length))
 
 
-def test_a_prompt_of_several_chunks_of_the_mlp_and_of_the_projection_equals_the_oracle():
+def test_a_prompt_of_several_chunks_equals_the_oracle():
     model = llama(layers=3, heads=2, kv_heads=1, intermediate=32, vocab=64)
     assert_equals_oracle(model, plan_of(model, (1,), 5), tokens(model, 1, 2100))
 
@@ -67,7 +67,7 @@ def test_a_boundary_per_sequence_equals_the_oracle():
         assert_equals_oracle(model, plan_of(model), ids, mask=mask, boundary=boundary)
 
 
-def test_a_plan_whose_boundary_exceeds_the_prompt_runs_it_at_full_depth():
+def test_a_boundary_longer_than_the_prompt_runs_full_depth():
     model = shared("llama")
     ids = tokens(model, 1, 7)
     assert_equals_oracle(model, plan_of(model, LAST, 100), ids)
@@ -110,7 +110,10 @@ def test_every_model_variant_equals_the_oracle(over):
 
 
 LONGROPE = {"phi3": True, "gemma3": False}
-"""Phi-3's config knows no other scaling; transformers 5.17 fails in it where tables differ by layer, as in Gemma 3."""
+"""Families with only "longrope" (Phi-3, whose config has no other scaling) or never with it.
+
+Transformers 5.17 fails with "longrope" where RoPE tables differ by layer, as in Gemma 3.
+"""
 
 SCALED = [
     (family, kind)
@@ -118,12 +121,12 @@ SCALED = [
     for kind in ROPE_KINDS
     if kind != "default" and LONGROPE.get(family, kind == "longrope") == (kind == "longrope")
 ]
-"""The scalings of each family; its default is what all other tests run."""
+"""RoPE scalings of each family. All other tests run the default."""
 
 
 def scaled(family: str, kind: str) -> torch.nn.Module:
     over = {"layers": 3, "rope": kind}
-    if family == "phi3":  # whose config measures factors by hidden size and heads
+    if family == "phi3":  # its config derives the number of factors from hidden size and heads
         half = {**rope_parameters(kind, 32), "partial_rotary_factor": 0.5}
         over = {"layers": 3, "hidden": 256, "rope_parameters": half}
     elif kind == "dynamic":
@@ -132,9 +135,9 @@ def scaled(family: str, kind: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize(("family", "kind"), SCALED)
-def test_every_rope_scaling_of_a_family_equals_the_oracle_on_both_sides_of_its_length(family, kind):
+def test_every_rope_scaling_equals_the_oracle_around_its_length(family, kind):
     for length in (ROPE_LENGTH, *((ROPE_LENGTH - 3, ROPE_LENGTH + 1) if family == "llama" else ()), 3 * ROPE_LENGTH):
-        # "dynamic" remembers the longest prompt it saw: each side gets a model of its own.
+        # "dynamic" remembers the longest prompt, so the native path and the oracle get a model each.
         model, oracle = scaled(family, kind), scaled(family, kind)
         ids, plan = tokens(model, 1, length), Plan(num_layers=3, omit=(1,), boundary=2)
         ours, theirs = run_native(model, plan, ids), run_oracle(oracle, plan, ids)
@@ -145,17 +148,17 @@ def test_every_rope_scaling_of_a_family_equals_the_oracle_on_both_sides_of_its_l
         assert rms(ours.logits - default.logits) > 0.05 * rms(default.logits), "the scaling changes nothing"
 
 
-def test_weights_that_are_views_of_a_wider_matrix_equal_the_oracle():
+def test_weights_with_gaps_between_rows_equal_the_oracle():
     model = llama()
     with torch.no_grad():
         for layer in model.model.layers:
             for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.mlp.gate_proj, layer.mlp.down_proj):
                 rows, columns = linear.weight.shape
-                wide = torch.full((rows, columns + 5), float("nan"))
-                wide[:, :columns] = linear.weight
-                linear.weight = torch.nn.Parameter(wide[:, :columns])
+                with_gaps = torch.full((rows, columns + 5), float("nan"))
+                with_gaps[:, :columns] = linear.weight
+                linear.weight = torch.nn.Parameter(with_gaps[:, :columns])
                 assert not linear.weight.is_contiguous()
-    for length in (3, 111):  # few rows and many go through different matrix products
+    for length in (3, 111):  # few and many rows take different matrix products
         assert_equals_oracle(model, plan_of(model, GAPS, 2), tokens(model, 1, length))
 
 
@@ -168,7 +171,7 @@ def test_a_massive_activation_does_not_overflow_the_projection_in_float16():
     assert result.logits.isfinite().all()
 
 
-def test_a_nan_in_a_weight_is_passed_on():
+def test_a_nan_in_a_weight_reaches_the_output():
     model = llama()
     with torch.no_grad():
         model.model.layers[4].self_attn.v_proj.weight[0, 0] = float("nan")
@@ -184,7 +187,7 @@ def test_a_nan_in_a_weight_is_passed_on():
 
 @pytest.mark.parametrize("omit", [(), (5,)], ids=["nothing", "last layer"])
 @pytest.mark.parametrize("family", NATIVE)
-def test_omitting_nothing_or_only_the_last_layer_equals_the_stock_model(family, omit):
+def test_omitting_nothing_or_the_last_layer_equals_the_stock_model(family, omit):
     model = shared(family)
     ids = tokens(model, 2, T)
     expected, expected_cache = run_stock(model, ids)
@@ -204,7 +207,7 @@ def test_a_boundary_of_the_whole_prompt_equals_the_stock_model(omit, boundary):
     compare_caches(ours.cache, expected_cache)
 
 
-def test_wanting_all_rows_equals_the_stock_model():
+def test_keeping_all_rows_equals_the_stock_model():
     model = shared("llama")
     ids = tokens(model, 2, T)
     expected, expected_cache = run_stock(model, ids)
@@ -213,7 +216,7 @@ def test_wanting_all_rows_equals_the_stock_model():
     compare_caches(ours.cache, expected_cache)
 
 
-def test_pruning_changes_the_result_where_it_should():
+def test_pruning_changes_the_logits_and_the_cache():
     model = shared("llama")
     ids = tokens(model, 1, T)
     expected, expected_cache = run_stock(model, ids)
@@ -223,18 +226,18 @@ def test_pruning_changes_the_result_where_it_should():
         compare_caches(ours.cache, expected_cache)
 
 
-# Wanted rows
+# logits_to_keep
 
 
 @pytest.mark.parametrize("keep", [1, 3, T])
 @pytest.mark.parametrize("family", NATIVE)
-def test_any_number_of_wanted_rows_equals_the_oracle(family, keep):
+def test_any_logits_to_keep_equals_the_oracle(family, keep):
     model = shared(family)
     result = assert_equals_oracle(model, plan_of(model, GAPS), tokens(model, 2, T), logits_to_keep=keep)
     assert result.logits.shape == (2, keep, model.config.vocab_size)
 
 
-def test_wanted_rows_per_sequence_are_packed_and_equal_the_oracle():
+def test_packed_logits_per_sequence_equal_the_oracle():
     model = shared("llama")
     ids, mask = pad([tokens(model, n, seed=n) for n in (T, 19, 3)], "left")
     keep = [2, 5, 3]
@@ -247,7 +250,7 @@ def test_wanted_rows_per_sequence_are_packed_and_equal_the_oracle():
     assert out.cu_rows.tolist() == [0, 2, 7, 10]
 
 
-def test_one_number_of_wanted_rows_gives_no_row_offsets():
+def test_a_single_logits_to_keep_gives_no_row_offsets():
     model = shared("llama")
     assert pop_ext.load(model, plan_of(model)).prefill(tokens(model, 1, 5)).cu_rows is None
 
@@ -269,7 +272,7 @@ def test_embeddings_equal_the_oracle(dtype):
     assert_equals_oracle(model, plan_of(model, GAPS, 2), inputs_embeds=embeds)
 
 
-def test_embeddings_of_ids_give_what_the_ids_give():
+def test_embeddings_give_the_same_bits_as_their_ids():
     model = shared("llama")
     ids = tokens(model, 2, T)
     native = pop_ext.load(model, plan_of(model))
@@ -279,26 +282,26 @@ def test_embeddings_of_ids_give_what_the_ids_give():
     compare_caches(by_embeds.past_key_values, by_ids.past_key_values, atol=0.0)
 
 
-def test_strided_and_int32_inputs_give_what_contiguous_int64_ones_give():
+def test_strided_and_int32_inputs_give_the_same_bits():
     model = shared("llama")
     ids, mask = pad([tokens(model, n, seed=n) for n in (T, 19)], "left")
     native = pop_ext.load(model, plan_of(model))
     expected = native.prefill(ids, attention_mask=mask)
     embeds = model.model.embed_tokens(ids).detach()
-    wide = torch.zeros(2, T, 2, 96)
-    wide[:, :, 1] = embeds
+    with_gaps = torch.zeros(2, T, 2, 96)
+    with_gaps[:, :, 1] = embeds
     for call in (
         {"input_ids": ids.t().contiguous().t(), "attention_mask": mask.t().contiguous().t()},
         {"input_ids": torch.stack([ids, -ids], dim=-1)[..., 0], "attention_mask": mask.bool()},
         {"input_ids": ids.int(), "attention_mask": mask.float()},
-        {"inputs_embeds": wide[:, :, 1], "attention_mask": mask.int()},
+        {"inputs_embeds": with_gaps[:, :, 1], "attention_mask": mask.int()},
     ):
         out = native.prefill(**call)
         assert torch.equal(out.logits, expected.logits)
         compare_caches(out.past_key_values, expected.past_key_values, atol=0.0)
     # Without a mask the packed rows are a view of the caller's tensor.
     unpadded = native.prefill(ids)
-    assert torch.equal(native.prefill(inputs_embeds=wide[:, :, 1]).logits, unpadded.logits)
+    assert torch.equal(native.prefill(inputs_embeds=with_gaps[:, :, 1]).logits, unpadded.logits)
 
 
 def test_explicit_position_ids_equal_the_oracle():

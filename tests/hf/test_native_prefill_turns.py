@@ -1,4 +1,4 @@
-"""native.prefill of padded batches, over caches that are there already, past sliding windows; and decode after it."""
+"""Test native.prefill of padded batches, over filled caches and beyond sliding windows, and decode afterwards."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, LAST, NATIVE, assert_equals_oracle, plan_of, run_native, run_oracle, run_stock
+from cache_kinds import decode
 from models import WINDOW, mistral, pad, shared, tokens
 from tolerance import assert_close_fp32, compare_caches
 from transformers import DynamicCache
@@ -20,32 +21,32 @@ T = 40
 
 
 def mixed_padding(model):
-    """Sequences of 23, 11 and 1 tokens: at the right, at the left, in the middle of 30 columns."""
+    """Return ids and mask [3, 30] of 23, 11 and 1 tokens, padded on the left, on the right and on both sides."""
     ids, mask = torch.zeros(3, 30, dtype=torch.long), torch.zeros(3, 30, dtype=torch.long)
     for i, (start, length) in enumerate([(7, 23), (0, 11), (14, 1)]):
         ids[i, start : start + length], mask[i, start : start + length] = tokens(model, length, seed=i), 1
     return ids, mask
 
 
+def padded_batch(model, side):
+    if side == "mixed":
+        return mixed_padding(model)
+    return pad([tokens(model, n, seed=n) for n in (T, 19, 1)], side)
+
+
 @pytest.mark.parametrize("side", ["left", "right", "mixed"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_padded_batch_equals_the_oracle_and_its_masked_slots_are_zero(dtype, family, side):
+def test_a_padded_batch_equals_the_oracle_with_zero_masked_slots(dtype, family, side):
     model = shared(family, dtype=dtype)
-    if side == "mixed":
-        ids, mask = mixed_padding(model)
-    else:
-        ids, mask = pad([tokens(model, n, seed=n) for n in (T, 19, 1)], side)
+    ids, mask = padded_batch(model, side)
     assert_equals_oracle(model, plan_of(model, GAPS, 3), ids, mask=mask)
 
 
 @pytest.mark.parametrize("side", ["left", "right", "mixed"])
 def test_a_padded_batch_of_a_windowed_model_equals_the_oracle(side):
     model = shared("mistral")
-    if side == "mixed":
-        ids, mask = mixed_padding(model)
-    else:
-        ids, mask = pad([tokens(model, n, seed=n) for n in (T, 19, 1)], side)
+    ids, mask = padded_batch(model, side)
     assert_equals_oracle(model, plan_of(model, GAPS, 3), ids, mask=mask, past=DynamicCache())
 
 
@@ -95,7 +96,7 @@ def test_a_third_turn_over_two_holes_equals_the_oracle():
         cache = assert_equals_oracle(model, plan, ids, past=cache, mask=mask).cache
 
 
-def test_slots_that_the_caller_masks_in_the_past_are_not_attended():
+def test_masked_slots_of_the_past_are_not_attended():
     model = shared("llama")
     _, cache = run_stock(model, tokens(model, 1, 12, seed=1))
     mask = torch.ones(1, 12 + 9, dtype=torch.long)
@@ -155,19 +156,6 @@ def test_the_smallest_windows_equal_the_oracle(window):
 # Decode
 
 
-@torch.no_grad()
-def decode(model, cache, ids, mask=None):
-    """Logits [batch, steps, vocab] of the stock model fed `ids` [batch, steps] one by one."""
-    logits = []
-    for step in range(ids.shape[1]):
-        call = {}
-        if mask is not None:
-            mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=mask.dtype)], dim=1)
-            call = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
-        logits.append(model(ids[:, step : step + 1], past_key_values=cache, use_cache=True, **call).logits)
-    return torch.cat(logits, dim=1)
-
-
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("family", NATIVE)
 def test_decode_over_the_native_cache_equals_decode_over_the_oracles(family, side):
@@ -184,8 +172,8 @@ def test_decode_over_the_native_cache_equals_decode_over_the_oracles(family, sid
 
 
 @pytest.mark.parametrize("family", NATIVE)
-def test_greedy_generation_is_the_oracles_token_by_token(family):
-    # Tied, scaled embeddings of random weights would repeat one token.
+def test_greedy_generation_equals_the_oracle(family):
+    # With tied and scaled embeddings, random weights would repeat one token.
     original = shared(family, tied=False) if family.startswith("gemma") else shared(family)
     ids = tokens(original, 2, 33, seed=1)
     generated = {}

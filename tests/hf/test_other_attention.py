@@ -1,4 +1,4 @@
-"""Another attention than transformers' own: what the reference backend runs, and what a window natively does."""
+"""Test a custom attention: the reference backend runs it, and native windows equal it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RETAINED = [layer for layer in range(LAYERS) if layer not in PLAN.omit]
 
 @pytest.fixture
 def calls() -> Iterator[list[tuple[int, int, int]]]:
-    """(layer, rows, keys) of each call of an attention with a window of WINDOW in the retained layers of PLAN."""
+    """Register an attention with windows in the retained layers of PLAN. Record (layer, rows, keys) of each call."""
     seen: list[tuple[int, int, int]] = []
 
     def windowed(module: Any, query: Any, key: Any, value: Any, mask: Any, **how: Any) -> Any:
@@ -44,30 +44,31 @@ def calls() -> Iterator[list[tuple[int, int, int]]]:
 
 
 def with_attention(model: Any) -> Any:
+    """Return a copy of the model with the attention of `calls`."""
     model = copy.deepcopy(model)
     model.set_attn_implementation("test_windowed")
     return model
 
 
 def with_native_windows(model: Any) -> Any:
-    """A Qwen2 with the same weights and the same windows, but said by its config."""
+    """Return a Qwen2 with the same weights, whose config sets the same windows."""
     kinds = ["sliding_attention" if layer in RETAINED else "full_attention" for layer in range(LAYERS)]
     twin = qwen2(use_sliding_window=True, layer_types=kinds)
     twin.load_state_dict(model.state_dict())
     return twin
 
 
-def test_context_and_boundary_rows_both_use_it(calls):
+def test_context_and_boundary_rows_both_use_the_custom_attention(calls):
     model = with_attention(llama())
     reference.prefill(model, tokens(model, 1, LENGTH), PLAN.replace(boundary=3))
-    of_rows = {(layer, rows) for layer, rows, keys in calls if (rows, keys) != (1, 1)}  # but not one row alone
+    of_rows = {(layer, rows) for layer, rows, keys in calls if (rows, keys) != (1, 1)}  # no one row over one key
     context = {(layer, LENGTH - 3) for layer in RETAINED}
     boundary = {(layer, 3) for layer in range(LAYERS)}
     assert of_rows == context | boundary
 
 
 @torch.no_grad()
-def test_the_reference_backend_runs_it_and_the_native_one_leaves_it_to_the_stock_forward(calls):
+def test_a_custom_attention_runs_only_in_the_reference_backend(calls):
     model = with_attention(llama())
     ids = tokens(model, 2, LENGTH)
     expected, cache = reference.prefill(model, ids, PLAN)
@@ -86,7 +87,7 @@ def test_the_reference_backend_runs_it_and_the_native_one_leaves_it_to_the_stock
 
 @torch.no_grad()
 @pytest.mark.parametrize("boundary", [1, WINDOW + 2])
-def test_windows_of_a_config_run_natively_as_an_attention_with_these_windows_does(calls, boundary):
+def test_native_windows_equal_an_attention_with_the_same_windows(calls, boundary):
     model = qwen2()
     native = pop_ext.load(with_native_windows(model), PLAN.replace(boundary=boundary))
     assert list(native.spec.window) == [WINDOW if layer in RETAINED else 0 for layer in range(LAYERS)]
@@ -95,7 +96,7 @@ def test_windows_of_a_config_run_natively_as_an_attention_with_these_windows_doe
     assert_close_fp32(native.prefill(ids).logits, expected, "logits")
 
 
-def test_generate_goes_on_with_it(calls):
+def test_generate_with_a_custom_attention_equals_native_windows(calls):
     model = qwen2()
     ids = tokens(model, 1, LENGTH)
     ours = pop_ext.enable(with_attention(model), PLAN, strict=True, backend="reference")
@@ -112,7 +113,7 @@ def test_bidirectional_models_stay_with_the_stock_forward_on_either_backend():
             assert pop_ext.explain(model, tokens(model, 1, 19), logits_to_keep=1).rule == "attention"
 
 
-def test_what_kvpress_wraps_on_import_stays_native_unless_it_masks_keys():
+def test_attention_wrapped_by_kvpress_is_native_unless_keys_are_masked():
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def wrapped(func: Any) -> Any:

@@ -1,4 +1,4 @@
-"""From a padded batch to packed rows and cache slots."""
+"""Test packing: from a padded batch to packed rows and cache slots."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def mask(*rows: str) -> torch.Tensor:
     return torch.tensor([[int(bit) for bit in row] for row in rows])
 
 
-def test_a_batch_without_a_mask_is_packed_as_it_is():
+def test_a_batch_without_a_mask_is_packed_as_a_view():
     packed = pack_batch(2, 3, 4, None)
     assert (packed.tokens, packed.past, packed.cache_start) == ([3, 3], [4, 4], [0, 0])
     assert packed.row_index is None
@@ -37,7 +37,7 @@ def test_left_padding_moves_the_first_slot():
     assert packed.padding().tolist() == [[True, True, False, False], [False] * 4]
 
 
-def test_right_and_mixed_padding_of_a_first_turn_need_no_slot_table():
+def test_padding_in_a_first_turn_needs_no_slot_table():
     packed = pack_batch(3, 4, 0, mask("1100", "0110", "0001"))
     assert (packed.tokens, packed.cache_start) == ([2, 2, 1], [0, 1, 3])
     assert packed.slot_table is None
@@ -54,12 +54,12 @@ def test_right_and_mixed_padding_of_a_first_turn_need_no_slot_table():
         (("1000", "0001"), True),
     ],
 )
-def test_padding_behind_the_last_token_of_a_sequence_is_seen(rows, ends):
+def test_padding_after_the_last_token_is_detected(rows, ends):
     assert pack_batch(2, 4, 0, mask(*rows)).ends_with_padding() is ends
     assert pack_batch(2, 4, 2, mask(*(f"10{row}" for row in rows))).ends_with_padding() is ends
 
 
-def test_a_hole_in_the_past_is_bridged_by_a_slot_table():
+def test_a_hole_in_the_past_needs_a_slot_table():
     packed = pack_batch(2, 3, 4, mask("1100111", "1111110"))
     assert (packed.tokens, packed.past, packed.cache_start) == ([3, 2], [2, 4], [0, 0])
     assert packed.slot_table.dtype == torch.int32
@@ -68,14 +68,14 @@ def test_a_hole_in_the_past_is_bridged_by_a_slot_table():
     assert packed.positions().tolist() == [2, 3, 4, 4, 5]
 
 
-def test_a_sequence_whose_past_is_all_padding_starts_at_position_zero():
+def test_a_past_of_padding_only_starts_at_position_zero():
     packed = pack_batch(2, 2, 3, mask("00011", "11111"))
     assert (packed.past, packed.cache_start) == ([0, 3], [3, 0])
     assert packed.positions().tolist() == [0, 1, 3, 4]
     assert packed.slot_table is None
 
 
-def test_embeddings_are_packed_along_with_their_width():
+def test_embeddings_are_packed_by_row():
     packed = pack_batch(2, 2, 0, mask("01", "11"))
     embeds = torch.arange(12.0).view(2, 2, 3)
     assert torch.equal(packed.pack(embeds), embeds.view(4, 3)[1:])
@@ -144,6 +144,6 @@ def test_one_value_or_one_per_sequence_is_read(value):
     ],
     ids=str,
 )
-def test_another_value_is_named(value, error, message):
+def test_an_invalid_value_is_named(value, error, message):
     with pytest.raises(error, match=message):
         per_sequence(value, 2, "boundary")

@@ -1,4 +1,4 @@
-"""Prefill with prepacked weights: against the oracle as without them, when they are used, and what a change does."""
+"""Test prefill with prepacked weights: accuracy, when they are used, copies, and changes of the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tolerance import assert_low_precision, compare_caches, rms
 pytestmark = [pytest.mark.avx512_bf16, pytest.mark.cpu]
 
 DENSE = tuple(family for family in NATIVE if family not in ("mixtral", "qwen3_moe"))
-FEW = 12  # rows up to which weights are streamed all the same
+FEW = 12  # up to this many rows, weights are streamed unpacked
 LINEAR = "mkldnn::_linear_pointwise"
 
 
@@ -28,7 +28,7 @@ def prepacked(model, omit=LAST, boundary=1):
 
 @pytest.mark.parametrize("omit", [(), LAST, GAPS], ids=str)
 @pytest.mark.parametrize("family", DENSE)
-def test_a_prefill_is_as_close_to_the_oracle_as_that_in_bfloat16(family, omit):
+def test_prepacked_prefill_is_as_close_as_the_oracle_in_bfloat16(family, omit):
     model = shared(family, dtype=torch.bfloat16)
     plan, ids = plan_of(model, omit, 3), tokens(model, 2, 111)
     truth = run_oracle(float32_twin(model), plan, ids, logits_to_keep=2)
@@ -40,7 +40,7 @@ def test_a_prefill_is_as_close_to_the_oracle_as_that_in_bfloat16(family, omit):
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("count", [1, FEW, FEW + 1, 19, 129, 500, 513, 1025])
-def test_any_number_of_rows_is_what_it_is_without_but_for_rounding(count, threads):
+def test_any_number_of_rows_matches_unpacked_weights(count, threads):
     torch.set_num_threads(threads)
     model = shared(dtype=torch.bfloat16)
     ids = tokens(model, 1, count)
@@ -48,7 +48,7 @@ def test_any_number_of_rows_is_what_it_is_without_but_for_rounding(count, thread
     assert rms(prepacked(model).prefill(ids).logits - expected) < 0.02 * rms(expected)
 
 
-def test_odd_sizes_and_rows_with_gaps_between_them():
+def test_odd_sizes_and_strided_weights_match_unpacked_weights():
     model = llama(intermediate=151, dtype=torch.bfloat16)
     ids = tokens(model, 1, 40)
     expected = prepacked(model).prefill(ids).logits
@@ -60,7 +60,7 @@ def test_odd_sizes_and_rows_with_gaps_between_them():
     assert torch.equal(prepacked(model).prefill(ids).logits, expected)
 
 
-def test_it_multiplies_with_them_from_thirteen_rows_on(without_linear):
+def test_prepacked_weights_are_used_from_thirteen_rows(without_linear):
     model = shared(dtype=torch.bfloat16)
     native, plain = prepacked(model), pop_ext.load(model, plan_of(model))
     with without_linear():
@@ -73,7 +73,7 @@ def test_it_multiplies_with_them_from_thirteen_rows_on(without_linear):
 
 @pytest.fixture
 def without_linear():
-    """A block in which the library's product with prepacked weights is not there."""
+    """Return a context manager that disables torch's product with prepacked weights."""
 
     class Without:
         def __enter__(self):
@@ -85,7 +85,7 @@ def without_linear():
     return Without
 
 
-def test_a_torch_without_that_product_is_named_and_runs_natively(without_linear):
+def test_prepack_is_refused_without_the_product_of_torch(without_linear):
     model = shared(dtype=torch.bfloat16)
     with without_linear():
         with pytest.raises(UnsupportedModelError, match=f"prepack: expected a {LINEAR} of a .* taken away; without"):
@@ -93,7 +93,7 @@ def test_a_torch_without_that_product_is_named_and_runs_natively(without_linear)
         pop_ext.load(model).prefill(tokens(model, 1, 40))
 
 
-def test_copied_are_the_matrices_of_layers_that_context_passes():
+def test_only_layers_that_context_rows_enter_are_copied():
     model = shared(dtype=torch.bfloat16)
     config, omit = model.config, (1, 2, 3, 4, 5)
     heads = 2 * (config.num_attention_heads + config.num_key_value_heads)
@@ -102,7 +102,7 @@ def test_copied_are_the_matrices_of_layers_that_context_passes():
     assert prepacked(model, omit).extra_bytes == without + 2 * elements
 
 
-def test_the_same_call_gives_the_same_bits_in_two_threads_at_once():
+def test_two_threads_at_once_get_the_same_bits():
     model = shared(dtype=torch.bfloat16)
     native, ids = prepacked(model), tokens(model, 2, 70)
     expected = native.prefill(ids).logits
@@ -111,7 +111,7 @@ def test_the_same_call_gives_the_same_bits_in_two_threads_at_once():
             assert torch.equal(out.logits, expected)
 
 
-def test_an_enabled_model_keeps_it_in_copies_until_it_is_enabled_without():
+def test_copies_of_an_enabled_model_stay_prepacked():
     model = llama(dtype=torch.bfloat16)
     plan, ids = plan_of(model), tokens(model, 1, 40)
     expected = prepacked(model).prefill(ids).logits
@@ -125,7 +125,7 @@ def test_an_enabled_model_keeps_it_in_copies_until_it_is_enabled_without():
             assert "prepack" not in repr(model.forward.backend.native)
 
 
-def test_a_model_cast_to_a_dtype_without_it_runs_the_stock_forward():
+def test_a_model_cast_to_float32_runs_the_stock_forward():
     model = llama(dtype=torch.bfloat16)
     pop_ext.enable(model, plan_of(model), prepack=True)
     model.float()
@@ -135,7 +135,7 @@ def test_a_model_cast_to_a_dtype_without_it_runs_the_stock_forward():
     assert "prepack: expected bfloat16 weights, got float32" in decision.reason
 
 
-def test_a_fitted_plan_goes_with_it():
+def test_prepack_works_with_a_fitted_plan():
     model = llama(dtype=torch.bfloat16)
     plan = pop_ext.fit(model, plan_of(model), [tokens(model, 2, 40, seed=seed) for seed in range(8)])
     ids = tokens(model, 1, 40)

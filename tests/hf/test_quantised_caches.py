@@ -1,4 +1,4 @@
-"""Caches that quantise what they hold: the call reads exact K and V, and later calls what comes back."""
+"""Test quantised caches: a call reads its own K and V exactly, and earlier ones dequantised."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def new_cache(backend: str, model) -> QuantizedCache:
 
 
 def exact(cache: QuantizedCache) -> DynamicCache:
-    """What the cache gives back, at full precision."""
+    """Return the dequantised content of a cache."""
     result = DynamicCache()
     for index, layer in enumerate(cache.layers):
         result.update(*dequantized(layer), index)
@@ -38,7 +38,10 @@ def exact(cache: QuantizedCache) -> DynamicCache:
 
 
 def assert_holds(cache: QuantizedCache, expected: DynamicCache, first: int, backend: str, model) -> None:
-    """From column `first` on, what a new cache would give back of `expected`: but for values on a rounding's edge."""
+    """Assert that from column `first` on, `cache` holds the quantised values of `expected`.
+
+    Up to 2 % of the values may differ: those on the edge of a rounding.
+    """
     theirs = new_cache(backend, model)
     for index, layer in enumerate(expected.layers):
         theirs.update(layer.keys[:, :, first:], layer.values[:, :, first:], index)
@@ -51,7 +54,7 @@ def assert_holds(cache: QuantizedCache, expected: DynamicCache, first: int, back
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_a_prefill_into_an_empty_quantised_cache_equals_the_oracle_and_is_quantised_then(backend, batch):
+def test_a_prefill_into_a_quantised_cache_equals_the_oracle(backend, batch):
     model = shared()
     cache = new_cache(backend, model)
     expected = run_oracle(model, plan_of(model), tokens(model, batch, T))
@@ -64,7 +67,7 @@ def test_a_prefill_into_an_empty_quantised_cache_equals_the_oracle_and_is_quanti
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("turns", [(T, 5, 9), (3, 1, 30), (40, 17)])
-def test_later_turns_read_what_a_quantised_cache_gives_back(backend, turns):
+def test_later_turns_read_dequantised_keys_and_values(backend, turns):
     model = shared()
     cache = new_cache(backend, model)
     for turn, length in enumerate(turns):
@@ -76,7 +79,7 @@ def test_later_turns_read_what_a_quantised_cache_gives_back(backend, turns):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_padding_in_a_quantised_cache_is_masked_as_in_any_other(backend):
+def test_padding_in_a_quantised_cache_is_masked(backend):
     model = shared()
     ids, mask = pad([tokens(model, n, seed=n) for n in (4, T, 11)], "left")
     expected = run_oracle(model, plan_of(model), ids, attention_mask=mask)
@@ -86,7 +89,7 @@ def test_padding_in_a_quantised_cache_is_masked_as_in_any_other(backend):
 
 @pytest.mark.skipif("fp8" not in BACKENDS, reason="before 5.24 transformers does not reorder what is quantised")
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_reordered_quantised_cache_is_continued(backend):
+def test_a_turn_over_a_reordered_quantised_cache_equals_the_oracle(backend):
     model = shared()
     cache = new_cache(backend, model)
     run_native(model, plan_of(model), tokens(model, 2, T), past_key_values=cache)
@@ -98,7 +101,7 @@ def test_a_reordered_quantised_cache_is_continued(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("past", [0, T])
-def test_an_aborted_call_leaves_a_quantised_cache_as_it_was(backend, past):
+def test_an_aborted_call_leaves_a_quantised_cache_unchanged(backend, past):
     model = shared()
     cache = new_cache(backend, model)
     if past:

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: refused by name where the native form is asked for, run by the reference backend."""
+"""Test quantised checkpoints: the native backend refuses them by name, the reference backend runs them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METHODS = (
 
 
 class Int8Linear(nn.Module):
-    """A matrix of int8 with a scale a row, widened when it is used, as weight-only quantisation does."""
+    """Linear with int8 weights and one scale per row, dequantised in each call, as in weight-only quantisation."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -73,4 +73,4 @@ def test_the_reference_backend_runs_a_quantised_checkpoint(build):
     assert pop_ext.last_call(model).backend == "reference"
     assert torch.equal(pruned, pop_ext.reference.prefill(model, ids, PLAN)[0])
     pop_ext.disable(model)
-    assert not torch.allclose(pruned, model(ids, logits_to_keep=1).logits, atol=1e-3), "a plan that changes nothing"
+    assert not torch.allclose(pruned, model(ids, logits_to_keep=1).logits, atol=1e-3), "the plan changes nothing"

@@ -1,4 +1,4 @@
-"""Configurations of released checkpoints, instantiated without memory and mapped name by name."""
+"""Test configs of released checkpoints: built on the meta device, with every weight mapped by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from real_configs import EXTRA, LAYER, REAL, WINDOWS, assert_shapes, real
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_a_real_config_maps_name_by_name(name):
+def test_a_real_config_maps_every_weight_by_name(name):
     model = real(name)
     config = model.config
     description = map_weights(model)
@@ -27,12 +27,12 @@ def test_a_real_config_maps_name_by_name(name):
         rows = sorted(ref.rows for ref in description.weights if ref.path == path)
         assert [begin for begin, _ in rows] == [0, *(end for _, end in rows[:-1])]
         assert rows[-1][1] == len(parameters[".".join(path)])
-    # lm_head is called as a module; nothing else is left out.
+    # Only lm_head is not mapped: it is called as a module.
     assert set(parameters) - set(expected.values()) <= {"lm_head.weight"}
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_a_real_config_gives_its_numbers(name):
+def test_a_real_config_gives_the_expected_spec(name):
     numbers = REAL[name][2]
     spec = map_weights(real(name)).spec
     head_dim = numbers.get("head_dim", numbers["hidden_size"] // numbers["num_attention_heads"])

@@ -1,6 +1,6 @@
-"""Configurations of released vision-language checkpoints, instantiated without memory.
+"""Test configs of released vision-language checkpoints, built on the meta device.
 
-The language model is mapped name by name, and the rest stays transformers'.
+The weights of the language model are mapped by name; transformers runs all other modules.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-# What the checkpoints' config.json say.
+# From the config.json of each checkpoint.
 REAL = {
     "Qwen/Qwen3-VL-8B-Instruct": (
         Qwen3VLForConditionalGeneration,
@@ -106,7 +106,7 @@ def real(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_a_real_config_maps_name_by_name(name):
+def test_a_real_config_maps_every_weight_by_name(name):
     model = real(name)
     description = map_weights(model)
     parameters = dict(model.named_parameters())
@@ -118,13 +118,13 @@ def test_a_real_config_maps_name_by_name(name):
     assert {ref.slot: ".".join(ref.path) for ref in description.weights} == expected
     for ref in description.weights:
         assert ref.find() is parameters[".".join(ref.path)]
-    # The head is called as a module, and so is what is around the language model.
-    left = set(parameters) - set(expected.values()) - {"lm_head.weight"}
-    assert {name.split(".")[1] for name in left} <= {"visual", "vision_tower", "multi_modal_projector"}
+    # The head and the modules around the language model are not mapped: they are called as modules.
+    unmapped = set(parameters) - set(expected.values()) - {"lm_head.weight"}
+    assert {name.split(".")[1] for name in unmapped} <= {"visual", "vision_tower", "multi_modal_projector"}
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_a_real_config_gives_its_numbers(name):
+def test_a_real_config_gives_the_expected_spec(name):
     numbers = REAL[name][2]["text_config"]
     spec = map_weights(real(name)).spec
     assert_shapes(spec, numbers)

@@ -1,4 +1,4 @@
-"""Speculative launches: a prefill that begins before the model is validated keeps its result only if it may."""
+"""Test speculative launches: a prefill starts before the validation, which then keeps or discards its result."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_a_rejected_launch_runs_as_the_stock_model_does(change, static, steps):
         assert_same_cache(caches[0], caches[1])
         del steps[:]
         model(ids, logits_to_keep=1)
-    assert steps == ["validate"]  # one launch was wasted, no second one
+    assert steps == ["validate"]  # no second launch is wasted
     assert pop_ext.last_call(model).rule == "hooks"
 
 

@@ -1,4 +1,4 @@
-"""The same call gives the same bits; neither batch mates, other threads nor the number of threads change a result."""
+"""Test determinism: repeated calls give the same bits; batch mates, threads and thread counts change no result."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, LAST, plan_of, run_oracle
-from at_once import run_at_once
 from models import float32_twin, llama, pad, shared, tokens
 from op_operands import DTYPES
 from pop_ext import reference
+from threads import run_threads
 from tolerance import assert_close_fp32, assert_low_precision
 from transformers import DynamicCache, StaticCache
 
 
 def parts(out) -> list[torch.Tensor]:
-    """Everything that a prefill leaves behind."""
+    """Return logits, hidden states, and keys and values of every layer."""
     caches = [x for layer in out.past_key_values.layers for x in (layer.keys, layer.values)]
     return [out.logits, out.hidden_states, *caches]
 
@@ -58,7 +58,7 @@ def test_any_number_of_threads_gives_the_oracles_result(dtype):
             assert_low_precision(out.logits, same.logits, truth.logits, f"logits under {threads} threads")
 
 
-def test_an_empty_and_a_filled_cache_of_either_kind_give_the_same_logits():
+def test_every_cache_kind_gives_the_same_logits():
     model = shared()
     native = pop_ext.load(model, plan_of(model))
     ids = tokens(model, 1, 40)
@@ -67,8 +67,8 @@ def test_an_empty_and_a_filled_cache_of_either_kind_give_the_same_logits():
         assert torch.equal(native.prefill(ids, past_key_values=cache).logits, expected)
 
 
-def test_a_call_leaves_nothing_behind_for_the_next():
-    # Another call in between, of another shape, and one that fails.
+def test_a_call_leaves_no_state_for_the_next():
+    # In between: a call of another shape, and one that fails.
     model = shared()
     native = pop_ext.load(model, plan_of(model))
     ids = tokens(model, 2, 40)
@@ -80,11 +80,9 @@ def test_a_call_leaves_nothing_behind_for_the_next():
 
 
 def test_uninitialised_memory_is_never_read():
-    # What torch hands out is full of NaN here.
-    torch.utils.deterministic.fill_uninitialized_memory, before = (
-        True,
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
+    # In its deterministic mode torch fills new memory with NaN.
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
     try:
         model = shared()
@@ -117,7 +115,7 @@ def test_a_sequence_does_not_depend_on_its_batch_mates(mates, family):
             assert_close_fp32(ours.values[place, :, -40:], theirs.values[0], "values", atol=2e-5)
 
 
-def test_a_sequence_in_bfloat16_is_as_close_to_the_oracle_in_a_batch_as_alone():
+def test_a_bfloat16_sequence_in_a_batch_stays_within_tolerance():
     model = shared(dtype=torch.bfloat16)
     plan, prompt = plan_of(model, GAPS, 2), tokens(model, 40, seed=99)
     ids, mask = pad([tokens(model, 200), prompt, tokens(model, 3)], "left")
@@ -151,7 +149,7 @@ def test_two_threads_prefilling_one_model_give_the_serial_results():
     native = pop_ext.load(model, plan_of(model, GAPS, 2))
     prompts = [tokens(model, 2, 130, seed=1), tokens(model, 1, 190, seed=2)]
     serial = [parts(native.prefill(ids)) for ids in prompts]
-    for results, expected in zip(run_at_once(*(repeated(native, ids) for ids in prompts)), serial, strict=True):
+    for results, expected in zip(run_threads(*(repeated(native, ids) for ids in prompts)), serial, strict=True):
         for result in results:
             assert_same_bits(result, expected)
 
@@ -162,44 +160,46 @@ def test_two_threads_prefilling_two_models_give_the_serial_results():
     prompts = [tokens(models[0], 2, 130, seed=1), tokens(models[1], 1, 190, seed=2)]
     serial = [parts(native.prefill(ids)) for native, ids in zip(natives, prompts, strict=True)]
     jobs = [repeated(native, ids) for native, ids in zip(natives, prompts, strict=True)]
-    for results, expected in zip(run_at_once(*jobs), serial, strict=True):
+    for results, expected in zip(run_threads(*jobs), serial, strict=True):
         for result in results:
             assert_same_bits(result, expected)
 
 
-def test_two_threads_may_ask_the_oracle_of_one_model_at_once():
+def test_two_threads_run_the_oracle_of_one_model_at_once():
     model = shared()
     prompts = [tokens(model, 1, 30, seed=seed) for seed in (1, 2)]
 
-    def ask(ids):
+    def run_oracle_repeatedly(ids):
         return [reference.prefill(model, ids, plan_of(model, GAPS, 2))[0] for _ in range(4)]
 
-    serial = [ask(ids)[0] for ids in prompts]
-    for results, expected in zip(run_at_once(*(functools.partial(ask, ids) for ids in prompts)), serial, strict=True):
+    serial = [run_oracle_repeatedly(ids)[0] for ids in prompts]
+    for results, expected in zip(
+        run_threads(*(functools.partial(run_oracle_repeatedly, ids) for ids in prompts)), serial, strict=True
+    ):
         assert all(torch.equal(result, expected) for result in results)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_models_come_and_go_while_another_thread_prefills():
+def test_loading_and_freeing_models_does_not_disturb_a_prefill():
     model = llama(layers=3)
     native = pop_ext.load(model, pop_ext.Plan.last(3))
     ids = tokens(model, 1, 150)
     expected = parts(native.prefill(ids))
 
-    def come_and_go():
+    def load_and_free():
         return [pop_ext.load(model, pop_ext.Plan.last(3)).handle for _ in range(20)]
 
-    results, handles = run_at_once(repeated(native, ids, 10), come_and_go)
+    results, handles = run_threads(repeated(native, ids, 10), load_and_free)
     assert len(set(handles)) == 20
     for result in results:
         assert_same_bits(result, expected)
 
 
-def test_refreshing_while_another_thread_prefills_disturbs_no_call():
+def test_refresh_does_not_disturb_a_prefill_in_another_thread():
     model = llama(layers=3)
     native = pop_ext.load(model, pop_ext.Plan.last(3))
     ids = tokens(model, 1, 150)
     expected = parts(native.prefill(ids))
-    results, _ = run_at_once(repeated(native, ids, 10), lambda: [native.refresh() for _ in range(30)])
+    results, _ = run_threads(repeated(native, ids, 10), lambda: [native.refresh() for _ in range(30)])
     for result in results:
         assert_same_bits(result, expected)

@@ -1,18 +1,20 @@
-"""Vision-language models: a prefill of text and images against the oracle, the oracle against the third form."""
+"""Test vision-language models: native prefill of text and images against the oracle, and the oracle itself.
+
+The oracle is compared with the stock model and with the hook reference.
+"""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, LAST, OMITS, assert_equals_oracle, run_native, run_stock
-from enabled_models import generate
+from enabled_models import generate, native_and_oracle
 from hook_reference import context_rows, held_back_forward
 from pop_ext import Plan, reference
-from pop_ext.hf.vision import widened
+from pop_ext.hf.packing import snap_to_span_start
 from tolerance import assert_close_fp32, compare_caches
 from transformers import DynamicCache
 from vision_models import BATCHES, IMAGE, VISION, Prompt, gemma3_vl, prompt, qwen3_vl
@@ -47,7 +49,7 @@ def test_images_in_low_precision_are_as_close_as_the_oracle(family, batch, dtype
 
 @pytest.mark.parametrize("boundary", [1, 2, 6, 7, 8, 14, 24, 25, 26])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_any_boundary_beside_and_inside_of_an_image_equals_the_oracle(family, boundary):
+def test_any_boundary_near_an_image_equals_the_oracle(family, boundary):
     model = VISION[family]()
     p = prompt(model, [9, "image", 6], [2, "image", "image", 3])
     assert_prompt_equals_oracle(model, plan_of(GAPS, boundary), p)
@@ -55,7 +57,7 @@ def test_any_boundary_beside_and_inside_of_an_image_equals_the_oracle(family, bo
 
 @pytest.mark.parametrize("keep", [1, 9, [2, 30]])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_wanted_rows_inside_of_an_image_equal_the_oracle(family, keep):
+def test_logits_of_rows_inside_an_image_equal_the_oracle(family, keep):
     model = VISION[family]()
     assert_prompt_equals_oracle(
         model, plan_of(GAPS), prompt(model, [9, "image", 6], [2, "image", 20]), logits_to_keep=keep
@@ -68,7 +70,7 @@ def test_a_second_turn_with_another_image_equals_the_oracle(family):
     first = prompt(model, [9, "image", 6], [4, "image", 3])
     past = assert_prompt_equals_oracle(model, plan_of(GAPS), first).cache
     second = prompt(model, [3, "image", 2], [1, "image", 4], seed=1)
-    second.mask.fill_(1)  # no padding in between: a window's cache keeps slots, masked or not
+    second.mask.fill_(1)  # no padding in between: a sliding-window cache also keeps masked slots
     mask = torch.cat([first.mask, second.mask], 1)
     assert_equals_oracle(model, plan_of(LAST, 2), second.ids, past=past, mask=mask, **second.vision)
 
@@ -80,7 +82,7 @@ def test_embeddings_with_images_in_place_equal_the_oracle(family):
     with torch.no_grad():
         embeds = model.get_input_embeddings()(p.ids)
     vision = {**p.vision, "inputs_embeds": embeds}
-    vision.pop("mm_token_type_ids", None)  # positions of images are counted from ids: without them, as text
+    vision.pop("mm_token_type_ids", None)  # without ids, positions are counted as for text
     assert_equals_oracle(model, plan_of(GAPS), mask=p.mask, **vision)
 
 
@@ -92,13 +94,13 @@ def test_videos_equal_the_oracle():
 
 @pytest.mark.parametrize("features", [0, 1, 3])
 @pytest.mark.parametrize("omit", [(0,), (1, 2), (0, 1, 2, 3), (2, 3, 4, 5)])
-def test_a_run_ends_where_features_are_added(omit, features):
+def test_runs_split_by_deepstack_features_equal_the_oracle(omit, features):
     model = qwen3_vl(features=features)
     p = prompt(model, [7, "image", 5], [3, "image", 4, "image", 9])
     assert_prompt_equals_oracle(model, plan_of(omit, 3), p)
 
 
-def test_features_reach_the_output():
+def test_deepstack_features_change_the_logits():
     model = qwen3_vl()
     p = prompt(model, [7, "image", 5])
     before = run_native(model, plan_of(), p.ids, **p.call).logits
@@ -114,7 +116,7 @@ def test_windows_longer_than_the_prompt_equal_the_oracle(window):
     assert_prompt_equals_oracle(model, plan_of(GAPS), prompt(model, [7, "image", 5], [30, "image"]))
 
 
-# Against the stock model, and the third form
+# Against the stock model and the hook reference
 
 
 @pytest.mark.parametrize("omit", [(), (LAYERS - 1,)])
@@ -122,7 +124,7 @@ def test_windows_longer_than_the_prompt_equal_the_oracle(window):
 def test_omitting_nothing_or_the_last_layer_equals_the_stock_model(family, omit):
     model = VISION[family]()
     p = prompt(model, *BATCHES["0, 1 and 2 images"])
-    if family == "gemma3":  # its stock forward counts masked columns
+    if family == "gemma3":  # its stock forward counts masked columns in positions
         p.vision["position_ids"] = (p.mask.cumsum(1) - 1).clamp(min=0)
     expected, cache = run_stock(model, p.ids, **p.call)
     actual = run_native(model, plan_of(omit), p.ids, **p.call)
@@ -131,7 +133,7 @@ def test_omitting_nothing_or_the_last_layer_equals_the_stock_model(family, omit)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_boundary_as_long_as_the_prompt_equals_the_stock_model(family):
+def test_a_boundary_of_the_whole_prompt_equals_the_stock_model(family):
     model = VISION[family]()
     p = prompt(model, [7, "image", 5])
     expected, cache = run_stock(model, p.ids, **p.call)
@@ -144,7 +146,7 @@ def test_a_boundary_as_long_as_the_prompt_equals_the_stock_model(family):
 @pytest.mark.parametrize("boundary", [1, 4])
 @pytest.mark.parametrize("omit", [LAST, GAPS, (0, 1, 2)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_oracle_equals_the_third_form(family, omit, boundary):
+def test_the_oracle_equals_the_hook_reference(family, omit, boundary):
     model = VISION[family]()
     p = prompt(model, [7, "image", 5], [4, "image", 8])
     context = context_rows(p.mask, [boundary] * 2)
@@ -157,18 +159,18 @@ def test_the_oracle_equals_the_third_form(family, omit, boundary):
 # Boundaries and images
 
 
-def test_a_boundary_inside_of_an_image_is_widened_to_its_start():
-    blocks = [(0, 3, 8), (1, 0, 4), (1, 6, 9)]
+def test_a_boundary_inside_an_image_snaps_to_its_start():
+    spans = [(0, 3, 8), (1, 0, 4), (1, 6, 9)]
     tokens = [10, 12]
-    assert widened([2, 3], tokens, blocks) == [2, 3]
-    assert widened([3, 6], tokens, blocks) == [7, 6]
-    assert widened([6, 4], tokens, blocks) == [7, 6]
-    assert widened([7, 9], tokens, blocks) == [7, 12]
-    assert widened([8, 12], tokens, blocks) == [8, 12]
+    assert snap_to_span_start([2, 3], tokens, spans) == [2, 3]
+    assert snap_to_span_start([3, 6], tokens, spans) == [7, 6]
+    assert snap_to_span_start([6, 4], tokens, spans) == [7, 6]
+    assert snap_to_span_start([7, 9], tokens, spans) == [7, 12]
+    assert snap_to_span_start([8, 12], tokens, spans) == [8, 12]
 
 
 @pytest.mark.parametrize(("boundary", "expected"), [(1, 1), (6, 6), (7, 7), (8, 23), (22, 23), (23, 23), (24, 24)])
-def test_explain_shows_the_widened_boundary(boundary, expected):
+def test_explain_shows_the_snapped_boundary(boundary, expected):
     model = pop_ext.enable(gemma3_vl(), plan_of(LAST, boundary))
     p = prompt(model, [9, "image", 6])
     with torch.no_grad():
@@ -177,7 +179,7 @@ def test_explain_shows_the_widened_boundary(boundary, expected):
     assert decision.boundary == (expected,)
 
 
-def test_the_operator_refuses_a_boundary_inside_of_a_block():
+def test_native_prefill_snaps_a_boundary_inside_an_image():
     model = gemma3_vl()
     native = pop_ext.load(model, plan_of())
     p = prompt(model, [9, "image", 6])
@@ -201,9 +203,7 @@ def test_the_operator_refuses_a_boundary_inside_of_a_block():
 def test_64_greedy_tokens_after_images_are_those_of_the_oracle(family):
     model = VISION[family](**({"tied": False} if family == "gemma3" else {}))
     p = prompt(model, [7, "image", 5], [3, "image", 4, "image", 9])
-    twins = [
-        pop_ext.enable(copy.deepcopy(model), plan_of(GAPS), strict=True, backend=b) for b in ("native", "reference")
-    ]
+    twins = native_and_oracle(model, plan_of(GAPS))
     outputs = [generate(twin, p.ids, 64, **p.call) for twin in twins]
     assert torch.equal(*outputs)
     assert len(set(outputs[0][:, p.ids.shape[1] :].flatten().tolist())) >= 16
@@ -216,9 +216,7 @@ def test_64_greedy_tokens_after_images_are_those_of_the_oracle(family):
 def test_beams_and_samples_after_images_are_those_of_the_oracle(family, how):
     model = VISION[family]()
     p = prompt(model, [7, "image", 5])
-    twins = [
-        pop_ext.enable(copy.deepcopy(model), plan_of(GAPS), strict=True, backend=b) for b in ("native", "reference")
-    ]
+    twins = native_and_oracle(model, plan_of(GAPS))
     outputs = []
     for twin in twins:
         torch.manual_seed(0)
@@ -227,7 +225,7 @@ def test_beams_and_samples_after_images_are_those_of_the_oracle(family, how):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_enabled_model_that_omits_the_last_layer_answers_like_the_stock_model(family):
+def test_generate_omitting_the_last_layer_equals_the_stock_model(family):
     model = VISION[family]()
     p = prompt(model, *BATCHES["0, 1 and 2 images"])
     expected = generate(model, p.ids, 16, **p.call)
@@ -251,7 +249,7 @@ def test_forward_returns_what_the_stock_forward_returns(family):
     assert_close_fp32(as_tuple[0], expected.logits, "logits")
 
 
-def test_a_call_leaves_the_positions_that_the_next_one_counts_from():
+def test_a_call_stores_the_stock_rope_deltas():
     model = qwen3_vl()
     p = prompt(model, [7, "image", 5])
     with torch.no_grad():
@@ -264,7 +262,7 @@ def test_a_call_leaves_the_positions_that_the_next_one_counts_from():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_call_that_fails_after_the_operator_leaves_model_and_cache_alone(family):
+def test_a_failing_head_leaves_model_and_cache_unchanged(family):
     model = VISION[family]()
     p = prompt(model, [7, "image", 5])
     cache = DynamicCache()
@@ -275,10 +273,10 @@ def test_a_call_that_fails_after_the_operator_leaves_model_and_cache_alone(famil
     assert getattr(model.model, "rope_deltas", None) is None
 
 
-# What is declined or refused
+# Declined and refused calls
 
 
-def test_types_that_leave_out_the_past_run_the_stock_forward():
+def test_token_types_without_the_past_run_the_stock_forward():
     model = pop_ext.enable(gemma3_vl(), plan_of())
     first, second = prompt(model, [9, "image", 6]), prompt(model, [3, "image", 2], seed=1)
     with torch.no_grad():
@@ -313,7 +311,7 @@ def test_a_hook_in_the_vision_tower_runs():
     assert seen == [1]
 
 
-def test_arguments_of_images_are_refused_by_a_model_of_text():
+def test_a_text_model_refuses_image_arguments():
     from models import llama, tokens
 
     model = llama()
@@ -330,14 +328,14 @@ def test_arguments_of_images_are_refused_by_a_model_of_text():
         (torch.zeros(1, 33), TypeError, "token_type_ids: expected an integer tensor, got torch.float32"),
     ],
 )
-def test_token_types_that_do_not_fit_are_refused(types, error, text):
+def test_malformed_token_types_are_refused(types, error, text):
     model = gemma3_vl()
     p = prompt(model, [9, "image", 6])
     with pytest.raises(error, match=text):
         pop_ext.load(model, plan_of()).prefill(p.ids, **{**p.call, "token_type_ids": types})
 
 
-def test_an_id_outside_of_the_vocabulary_is_refused():
+def test_an_id_outside_the_vocabulary_is_refused():
     model = qwen3_vl()
     p = prompt(model, [7, "image", 5])
     p.ids[0, 0] = 263

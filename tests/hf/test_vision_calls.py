@@ -1,4 +1,4 @@
-"""`generate` of enabled vision-language models: static caches, speculation, chunks, turns of a chat with images."""
+"""Test `generate` of enabled vision-language models: static caches, speculation, chunks, chat turns with images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS
-from enabled_models import generate, recorded
+from enabled_models import generate, native_and_oracle, recorded
 from pop_ext import Plan
 from pop_ext.hf.compat import NEW_CACHE_NAME, cache_argument
 from torch import Tensor
@@ -20,12 +20,7 @@ LAYERS = 6
 PLAN = Plan(LAYERS, GAPS)
 FAMILIES = sorted(VISION)
 ENCODES_FIRST = cache_argument(Gemma3ForConditionalGeneration.forward) == NEW_CACHE_NAME
-"""transformers 5.24: `generate` encodes images before it calls the model, and may split a prompt behind them."""
-
-
-def twins(model: Any, plan: Plan = PLAN) -> list[Any]:
-    """Two copies, enabled under `strict`: one runs natively, the other the oracle."""
-    return [pop_ext.enable(copy.deepcopy(model), plan, strict=True, backend=b) for b in ("native", "reference")]
+"""From transformers 5.24 on, `generate` encodes images before it calls the model, so that chunks may split an image."""
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -35,7 +30,7 @@ def test_a_static_cache_takes_images_natively(family, batch, attention):
     model = VISION[family]()
     model.set_attn_implementation(attention)
     p = prompt(model, *BATCHES[batch])
-    native, oracle = twins(model)
+    native, oracle = native_and_oracle(model, PLAN)
     decisions = recorded(native)
     static = generate(native, p.ids, 16, cache_implementation="static", return_dict_in_generate=True, **p.call)
     assert isinstance(static.past_key_values, StaticCache)
@@ -60,12 +55,12 @@ def test_speculation_after_images_gives_the_tokens_of_plain_greedy_decoding(fami
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_chunked_prefill_of_text_prunes_each_chunk_as_the_oracle(family, cache):
+def test_a_chunked_text_prefill_prunes_each_chunk_as_the_oracle(family, cache):
     model = VISION[family]()
     if not ENCODES_FIRST and family == "qwen3_vl":
         pytest.skip("before 5.24 transformers does not split the positions of Qwen3-VL")
     p = prompt(model, [30])
-    native, oracle = twins(model)
+    native, oracle = native_and_oracle(model, PLAN)
     decisions = recorded(native)
     how = {"prefill_chunk_size": 11, "cache_implementation": cache, **p.call}
     assert torch.equal(*(generate(twin, p.ids, 16, **how) for twin in (native, oracle)))
@@ -79,14 +74,17 @@ def test_a_chunked_prefill_may_split_an_image(family, size):
     model = VISION[family]()
     p = prompt(model, [7, "image", 5])
     how = {"prefill_chunk_size": size, **p.call}
-    assert torch.equal(*(generate(twin, p.ids, 16, **how) for twin in twins(model)))
+    assert torch.equal(*(generate(twin, p.ids, 16, **how) for twin in native_and_oracle(model, PLAN)))
     stock = generate(model, p.ids, 16, **how)
     unpruned = pop_ext.enable(model, Plan(LAYERS, (LAYERS - 1,)), strict=True)
     assert torch.equal(generate(unpruned, p.ids, 16, **how), stock)
 
 
 def second_turn(model: Any, first: Prompt, second: Prompt, cache: Any, whole: bool) -> Tensor:
-    """Tokens of the answer to a second prompt; `whole`: ids and their types are given from the first turn on."""
+    """Return the answer to a second prompt.
+
+    With `whole`, ids and token types of the first turn are passed again.
+    """
     one = generate(model, first.ids, 9, return_dict_in_generate=True, past_key_values=cache, **first.call).sequences
     ids = torch.cat([one, second.ids], 1)
     mask = torch.ones_like(ids)
@@ -94,7 +92,7 @@ def second_turn(model: Any, first: Prompt, second: Prompt, cache: Any, whole: bo
     (types,) = (name for name in first.vision if name.endswith("token_type_ids"))
     answer = torch.zeros(1, one.shape[1] - first.ids.shape[1], dtype=first.vision[types].dtype)
     vision[types] = torch.cat([first.vision[types], answer, second.vision[types]], 1)
-    if not whole:  # the answer's last token was never in the cache
+    if not whole:  # the last token of the answer is not in the cache yet
         ids, vision[types] = ids[:, one.shape[1] - 1 :], vision[types][:, one.shape[1] - 1 :]
     return generate(model, ids, 16, attention_mask=mask, past_key_values=cache, **vision)[:, -16:]
 
@@ -110,7 +108,7 @@ def cache_of_kind(kind: str, model: Any) -> Any:
 def test_a_second_turn_after_an_image_answers_as_the_oracle(family, image, cache):
     model = VISION[family]()
     first, second = prompt(model, [7, "image", 5]), prompt(model, [4, "image", 6] if image else [14], seed=3)
-    # Gemma 3 reads types from the cache's first column on, where it gets them so: else it takes them for others.
+    # Gemma 3 reads token types from the first column of the cache on. Types that begin later would be misread.
     whole = family == "gemma3" and image
     known = not whole or (ENCODES_FIRST and cache == "dynamic")
     answers = []
@@ -125,7 +123,7 @@ def test_a_second_turn_after_an_image_answers_as_the_oracle(family, image, cache
 @pytest.mark.filterwarnings("ignore:pop_ext")
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_second_turn_with_another_image_omitting_the_last_layer_answers_like_the_stock_model(family, cache):
+def test_a_second_image_turn_omitting_the_last_layer_equals_stock(family, cache):
     model = VISION[family]()
     first, second = prompt(model, [7, "image", 5]), prompt(model, [4, "image", 6], seed=3)
     whole = family == "gemma3"

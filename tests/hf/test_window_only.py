@@ -1,4 +1,4 @@
-"""`window_only`: an omitted layer with a sliding window is projected as far back as a later row can see, no further."""
+"""Test `window_only`: omitted layers with a sliding window project only positions that a later row can see."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def build(family: str):
     return pop_ext.load(FAMILIES[family](), pop_ext.Plan(LAYERS, OMIT, boundary=2))
 
 
-def both(native, prompts, **options):
-    """The same call with every position projected, and with window_only."""
+def run_both(native, prompts, **options):
+    """Run a call with every position projected, and with window_only. Return both outputs and both calls."""
     whole, windowed = (op_call(native, prompts, **options) for _ in range(2))
     return run_op(whole), run_op({**windowed, "window_only": True}), whole, windowed
 
@@ -37,10 +37,10 @@ def both(native, prompts, **options):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("boundary", [1, 3])
-def test_the_result_is_the_same_and_only_positions_out_of_sight_are_left_out(family, length, boundary):
+def test_window_only_skips_only_positions_out_of_reach(family, length, boundary):
     native = build(family)
     prompts = [tokens(native.model, n, seed=n) for n in (length, 5, length + 2)]
-    expected, actual, whole, windowed = both(native, prompts, boundary=[boundary] * 3, start=[0, 2, 1])
+    expected, actual, whole, windowed = run_both(native, prompts, boundary=[boundary] * 3, start=[0, 2, 1])
     torch.testing.assert_close(actual, expected)
     for layer in range(LAYERS):
         window = native.spec.window[layer] if layer in OMIT else 0
@@ -53,7 +53,7 @@ def test_the_result_is_the_same_and_only_positions_out_of_sight_are_left_out(fam
                 assert (ours[i, :, start : start + seen] == SENTINEL).all(), (name, layer, i)
 
 
-def test_some_position_is_left_out_at_all():
+def test_window_only_skips_some_position():
     native = build("mistral")
     windowed = op_call(native, [tokens(native.model, 3 * WINDOW)])
     run_op({**windowed, "window_only": True})
@@ -62,10 +62,10 @@ def test_some_position_is_left_out_at_all():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_later_turns_never_see_what_was_left_out(family):
+def test_later_turns_never_read_skipped_positions(family):
     native = build(family)
     prompts = [tokens(native.model, n, seed=n) for n in (WINDOW + 9, WINDOW + 1)]
-    _, _, whole, windowed = both(native, prompts, capacity=80)
+    _, _, whole, windowed = run_both(native, prompts, capacity=80)
     past = [len(prompt) for prompt in prompts]
     for turn in (1, WINDOW):
         more = [tokens(native.model, turn, seed=turn + i) for i in range(2)]
@@ -79,12 +79,12 @@ def test_later_turns_never_see_what_was_left_out(family):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_native_prefill_leaves_zeros_where_it_projects_nothing_and_decodes_alike(kind):
+def test_skipped_positions_are_zero_and_decode_is_unchanged(kind):
     native = build("mistral")
     ids = tokens(native.model, 2, 2 * WINDOW)
     results, caches = [], []
     for window_only in (False, True):
-        # A cache that keeps every position, as a caller may bring it for a model with windows.
+        # A full-length cache, which a caller may pass to a model with windows.
         cache = DynamicCache() if kind == "dynamic" else full_length_static_cache(native, 4 * WINDOW)
         first = native.prefill(ids, past_key_values=cache, window_only=window_only)
         second = native.prefill(tokens(native.model, 2, 1), past_key_values=cache, window_only=window_only)
@@ -98,7 +98,7 @@ def test_native_prefill_leaves_zeros_where_it_projects_nothing_and_decodes_alike
 
 
 def recorded_cache(model) -> DynamicCache:
-    """Its layers keep what their windows have left behind, to be cropped later."""
+    """Return a cache whose layers also keep positions before the window, so that it can be cropped."""
     cache = DynamicCache(config=model.config)
     for layer in cache.layers:
         layer.activate_past_recording()

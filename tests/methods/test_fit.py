@@ -1,4 +1,4 @@
-"""pop_ext.fit: what it reads of a model, how lambda is chosen, and what it refuses."""
+"""pop_ext.fit: its solution against least squares, fitted plans against the oracle, planted mistakes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, LAST, NATIVE, assert_equals_oracle, plan_of, run_native
-from hook_reference import assert_equals_third_form, context_rows, held_back_forward
+from hook_reference import assert_equals_hook_reference, context_rows, held_back_forward
 from models import FAMILIES, batches, llama, shared, tokens
-from pop_ext.methods.fit import original_projection
-from pop_ext.plans.projections import Projections, without_gamma
+from pop_ext.methods.fit_moments import original_projection
+from pop_ext.plans.projections import Projections, normalize_unweighted
 from tolerance import assert_close_fp32, compare_caches
 
 INF = math.inf
@@ -27,11 +27,11 @@ def fitted(family, dtype=torch.float32, omit=GAPS, boundary=3, ridge=0.1, weight
     return model, pop_ext.fit(model, plan, batches(model), lambdas=[ridge], weighting=weighting)
 
 
-# What is solved
+# The solution
 
 
-def read_and_wanted(model, ids, layer, omit):
-    """What layer `layer` reads in the pruned model, normalised, and the full model's K and V there, without biases."""
+def inputs_and_targets(model, ids, layer, omit):
+    """Return a layer's normalised input in the pruned model, and its K and V in the full model without biases."""
     decoder, seen = model.model, {}
     with ExitStack() as stack:
 
@@ -62,8 +62,8 @@ def read_and_wanted(model, ids, layer, omit):
     return x.flatten(0, 1).double(), torch.cat(wanted, -1).flatten(0, 1).double()
 
 
-def paid_by_the_last_rows(model, ids, run, queries):
-    """[rows]: what the last `queries` rows pay to each row before them, mean of the layers of a run, 1 on the mean."""
+def attention_of_last_rows(model, ids, run, queries):
+    """Return the attention [rows] that the last `queries` rows pay to each row before, averaged over a run, mean 1."""
     before = model.config._attn_implementation
     model.config._attn_implementation = "eager"
     attentions = model(ids, output_attentions=True).attentions
@@ -76,16 +76,16 @@ def paid_by_the_last_rows(model, ids, run, queries):
 @pytest.mark.parametrize("weighting", ["attention", "uniform"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "olmo2"])
 @torch.no_grad()
-def test_a_fit_maps_what_the_pruned_model_reads_to_what_the_full_one_has(family, weighting):
+def test_a_fit_solves_ridge_from_pruned_inputs_to_full_kv(family, weighting):
     model, plan = fitted(family, weighting=weighting)
     assert model.config._attn_implementation == "sdpa"
     assert plan.projections.report.weighting == weighting
     for layer in GAPS:
         run = next(run for run in plan.runs if layer in run)
-        parts = [read_and_wanted(model, ids, layer, GAPS) for ids in batches(model)]
+        parts = [inputs_and_targets(model, ids, layer, GAPS) for ids in batches(model)]
         x, y = (torch.cat(rows) for rows in zip(*parts, strict=True))
-        if weighting == "attention":  # of 40 rows a quarter stands for what follows
-            root = torch.cat([paid_by_the_last_rows(model, ids, run, 10) for ids in batches(model)]).sqrt()[:, None]
+        if weighting == "attention":  # a quarter of 40 rows stands for the continuation
+            root = torch.cat([attention_of_last_rows(model, ids, run, 10) for ids in batches(model)]).sqrt()[:, None]
             x, y = x * root, y * root
         original = original_projection(model.model.layers[layer]).double()
         scale = math.sqrt(0.1 * float((x.T @ x).diagonal().mean()))
@@ -102,7 +102,7 @@ def test_a_fit_maps_what_the_pruned_model_reads_to_what_the_full_one_has(family,
 
 @pytest.mark.parametrize("family", NATIVE)
 @torch.no_grad()
-def test_the_original_projection_is_what_the_layer_computes(family):
+def test_original_projection_equals_the_layers_kv(family):
     model = shared(family)
     layer = model.model.layers[2]
     h = 3 * torch.randn(7, 96)
@@ -113,10 +113,10 @@ def test_the_original_projection_is_what_the_layer_computes(family):
     else:
         biases = 0 if attention.k_proj.bias is None else torch.cat([attention.k_proj.bias, attention.v_proj.bias])
         expected = torch.cat([attention.k_proj(normed), attention.v_proj(normed)], -1) - biases
-    assert_close_fp32(without_gamma(layer, h) @ original_projection(layer).T, expected, "K, V", 1e-4)
+    assert_close_fp32(normalize_unweighted(layer, h) @ original_projection(layer).T, expected, "K, V", 1e-4)
 
 
-def test_the_first_layer_of_a_run_keeps_its_projection_and_those_after_it_change():
+def test_only_later_layers_of_a_run_change():
     model, plan = fitted("llama", omit=LAST)
     first, second = (original_projection(model.model.layers[layer]) for layer in LAST)
     matrices = plan.projections.matrices
@@ -124,7 +124,7 @@ def test_the_first_layer_of_a_run_keeps_its_projection_and_those_after_it_change
     assert (matrices[LAST[1]] - second).norm() > 0.1 * second.norm()
 
 
-def test_layers_that_add_nothing_leave_the_fit_nothing_to_do():
+def test_layers_with_zero_branches_need_no_fit():
     model = llama()
     for name in ("self_attn.o_proj", "mlp.down_proj"):
         model.model.layers[4].get_submodule(name).weight.data.zero_()
@@ -141,7 +141,7 @@ def test_an_infinite_lambda_equals_the_unfitted_plan(family):
     compare_caches(ours.cache, theirs.cache, atol=1e-5)
 
 
-def test_a_large_lambda_comes_near_it_and_a_small_one_does_not():
+def test_larger_lambdas_stay_closer_to_the_original_projection():
     model = shared("llama")
     original = original_projection(model.model.layers[5])
     off = {}
@@ -151,12 +151,12 @@ def test_a_large_lambda_comes_near_it_and_a_small_one_does_not():
     assert off[1e6] < 1e-5 < 0.05 < off[1.0] < off[1e-3]
 
 
-# Executed
+# Execution
 
 
 @pytest.mark.parametrize("family", NATIVE)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_fitted_plan_runs_as_the_oracle(family, dtype):
+def test_a_fitted_plan_equals_the_oracle(family, dtype):
     model, plan = fitted(family, dtype)
     assert plan.projections.dtype == dtype
     assert_equals_oracle(model, plan, tokens(model, 2, 37, seed=5))
@@ -164,21 +164,21 @@ def test_a_fitted_plan_runs_as_the_oracle(family, dtype):
 
 @pytest.mark.parametrize("boundary", [1, 2, 17, 36, 37])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_a_fitted_plan_runs_as_the_oracle_at_any_boundary(boundary, dtype):
+def test_a_fitted_plan_equals_the_oracle_at_any_boundary(boundary, dtype):
     model, plan = fitted("qwen3", dtype, LAST)
     assert_equals_oracle(model, plan, tokens(model, 1, 37, seed=6), boundary=boundary)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 1), (8, 1)])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_a_fitted_plan_with_any_grouping_of_heads_runs_as_the_oracle(heads, dtype):
+def test_a_fitted_plan_with_gqa_equals_the_oracle(heads, dtype):
     model = llama(heads=heads[0], kv_heads=heads[1], dtype=dtype, head_dim=80)
     plan = pop_ext.fit(model, plan_of(model, GAPS), batches(model), lambdas=[0.3])
     assert_equals_oracle(model, plan, tokens(model, 2, 19))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
-def test_a_second_turn_after_a_fitted_prefill_runs_as_the_oracle(family):
+def test_a_second_turn_after_a_fitted_prefill_equals_the_oracle(family):
     model, plan = fitted(family)
     first = run_native(model, plan, tokens(model, 2, 21, seed=7))
     assert_equals_oracle(model, plan, tokens(model, 2, 18, seed=8), past=first.cache)
@@ -193,7 +193,7 @@ def test_a_retained_last_layer_keeps_its_own_projection():
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "olmo2"])
 @pytest.mark.parametrize("boundary", [1, 5])
-def test_the_oracle_of_a_fitted_plan_equals_the_third_form(family, boundary):
+def test_the_oracle_of_a_fitted_plan_equals_the_hook_reference(family, boundary):
     model, plan = fitted(family)
     ids = tokens(model, 2, 19, seed=3)
     is_context = (torch.arange(19) < 19 - boundary)[None, :, None]
@@ -211,29 +211,29 @@ def test_the_oracle_of_a_fitted_plan_equals_the_third_form(family, boundary):
 
                 hook = getattr(layer.self_attn, name).register_forward_hook(on_context_rows)
                 stack.callback(hook.remove)
-        expected = third_form_logits_and_cache(model, ids, boundary)
-    assert_close_to_third_form(model, plan, ids, boundary, expected)
+        expected = hook_logits_and_cache(model, ids, boundary)
+    assert_close_to_hook_reference(model, plan, ids, boundary, expected)
 
 
-def third_form_logits_and_cache(model, ids, boundary):
+def hook_logits_and_cache(model, ids, boundary):
     return held_back_forward(model, ids, GAPS, context_rows(torch.ones_like(ids), [boundary] * len(ids)))
 
 
-def assert_close_to_third_form(model, plan, ids, boundary, expected):
+def assert_close_to_hook_reference(model, plan, ids, boundary, expected):
     logits, cache = pop_ext.reference.prefill(model, ids, plan, boundary, boundary=boundary)
     assert_close_fp32(logits, expected[0][:, -boundary:], "logits")
     compare_caches(cache, expected[1])
 
 
-def test_the_third_form_tells_a_fitted_plan_from_an_unfitted_one():
+def test_the_hook_reference_tells_fitted_from_unfitted_plans():
     model, plan = fitted("llama")
     ids = tokens(model, 2, 19, seed=3)
-    assert_equals_third_form(model, ids, GAPS)
+    assert_equals_hook_reference(model, ids, GAPS)
     with pytest.raises(AssertionError, match="worst at"):
-        assert_close_to_third_form(model, plan, ids, 1, third_form_logits_and_cache(model, ids, 1))
+        assert_close_to_hook_reference(model, plan, ids, 1, hook_logits_and_cache(model, ids, 1))
 
 
-# Mistakes
+# Planted mistakes
 
 
 def swap_k_and_v(matrices):
@@ -254,7 +254,7 @@ def multiply_by_gamma_again(matrices):
 
 
 @pytest.mark.parametrize("mutate", [swap_k_and_v, swap_two_layers, forget_one, multiply_by_gamma_again])
-def test_a_mistake_in_what_the_operator_is_given_is_caught(mutate, monkeypatch):
+def test_planted_mistakes_in_the_matrices_are_caught(mutate, monkeypatch):
     model, plan = fitted("llama")
 
     def stack_rows(self, like):

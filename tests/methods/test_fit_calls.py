@@ -1,4 +1,4 @@
-"""pop_ext.fit: how lambda is chosen, what the model is afterwards, what is refused and what is told on the way."""
+"""pop_ext.fit: choice of lambda, holdout, the model afterwards, progress, origin and refusals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from against_oracle import GAPS, LAST, plan_of
 from models import FAMILIES, batches, granite, llama, shared, tokens
 from pop_ext import Plan
-from pop_ext.methods.fit import HOLD_EVERY
+from pop_ext.methods.fit_moments import HOLD_EVERY
 from pop_ext.methods.ridge import RunMoments
 from tolerance import assert_close_fp32
 
@@ -21,7 +21,7 @@ INF = math.inf
 # Choosing lambda
 
 
-def test_lambda_is_the_one_of_the_lowest_held_out_loss():
+def test_lambda_has_the_lowest_held_out_loss():
     model = FAMILIES["mistral"]()
     held = [tokens(model, 4, 33, seed=70)]
     plan = pop_ext.fit(model, plan_of(model, LAST, 2), batches(model), holdout=held, lambdas=[0.01, 1, INF])
@@ -36,7 +36,7 @@ def test_lambda_is_the_one_of_the_lowest_held_out_loss():
     assert report.losses[1][2] == pytest.approx(float(expected.std() / 2), abs=1e-4)
 
 
-def test_every_eighth_sequence_is_held_out_where_no_other_is_given():
+def test_every_eighth_sequence_is_held_out_by_default():
     model = shared("llama")
     whole = tokens(model, 20, 24, seed=4)
     out = torch.arange(20) % HOLD_EVERY == HOLD_EVERY - 1
@@ -52,7 +52,7 @@ def test_every_eighth_sequence_is_held_out_where_no_other_is_given():
 
 
 @pytest.mark.parametrize(("count", "size"), [(2, 2), (2, 1), (5, 2), (7, 7)])
-def test_of_fewer_than_eight_sequences_the_last_is_held_out(count, size):
+def test_the_last_of_fewer_than_eight_sequences_is_held_out(count, size):
     model = shared("llama")
     whole = tokens(model, count, 24, seed=4)
     plan, told = plan_of(model, LAST), []
@@ -61,10 +61,10 @@ def test_of_fewer_than_eight_sequences_the_last_is_held_out(count, size):
     for layer in LAST:
         assert_close_fp32(ours.projections.matrices[layer], theirs.projections.matrices[layer], "W", 1e-4)
     assert (ours.projections.report.holdout, ours.projections.report.sequences) == (1, count - 1)
-    assert told[-1] == (count + 1, count + 1)  # count - 1 read, one scored for each lambda
+    assert told[-1] == (count + 1, count + 1)  # count - 1 sequences read, and one scored for each lambda
 
 
-def test_sequences_of_an_iterator_are_held_out_as_those_of_a_list():
+def test_iterators_and_lists_hold_out_the_same_sequences():
     model = shared("llama")
     parts = [tokens(model, 2, 24, seed=1), tokens(model, 1, 16, seed=2), tokens(model, 2, 20, seed=3)]
     plan = plan_of(model, LAST)
@@ -75,12 +75,12 @@ def test_sequences_of_an_iterator_are_held_out_as_those_of_a_list():
     assert (ours.projections.report.holdout, ours.projections.report.sequences) == (1, 4)
 
 
-def test_a_nan_is_blamed_on_the_batch_that_has_it():
+def test_a_nan_names_the_batch_that_has_it():
     model = llama()
     whole = tokens(model, 3, 12).clamp_min(1)
     whole[0, 3] = 0
     model.model.embed_tokens.weight.data[0] = float("nan")
-    with pytest.raises(ValueError, match="got others from number 0"):
+    with pytest.raises(ValueError, match="got NaN or infinity in batch 0"):
         pop_ext.fit(model, plan_of(model, LAST), whole.split(1), lambdas=[0.1, 10])
 
 
@@ -97,7 +97,7 @@ def test_fewer_rows_than_channels_are_enough_for_a_ridge():
     assert plan.projections.report.condition[0] == pytest.approx(1 + 96 / 0.1, rel=0.3)
 
 
-def test_how_sequences_are_grouped_does_not_matter():
+def test_grouping_into_batches_does_not_change_a_fit():
     model = shared("qwen2")
     whole, plan = tokens(model, 6, 24, seed=4), plan_of(shared("qwen2"), GAPS)
     one, other = (pop_ext.fit(model, plan, whole.split(n), lambdas=[0.1]).projections for n in (6, 1))
@@ -107,20 +107,20 @@ def test_how_sequences_are_grouped_does_not_matter():
     assert again.projections == one
 
 
-def test_batches_may_have_different_lengths_and_come_from_a_generator():
+def test_batches_may_differ_in_length_and_be_a_generator():
     model = shared("llama")
     given = [tokens(model, 2, n, seed=n) for n in (9, 30)]
     plan = plan_of(model, LAST)
     once = pop_ext.fit(model, plan, (ids for ids in given), lambdas=[0.1])
     assert once.projections == pop_ext.fit(model, plan, given, lambdas=[0.1]).projections
-    assert once.projections.report.tokens == 2 * 39 - 2 * 9  # the last quarter weighs nothing
+    assert once.projections.report.tokens == 2 * 39 - 2 * 9  # the last quarter has weight 0
 
 
 # The model
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_an_enabled_model_in_training_mode_is_fitted_as_the_stock_one_and_left_as_it_was(backend):
+def test_fitting_an_enabled_training_model_leaves_it_unchanged(backend):
     model = llama()
     expected = pop_ext.fit(model, plan_of(model, GAPS), batches(model), lambdas=[0.1])
     pop_ext.enable(model, plan_of(model, (0, 1, 2)), backend=backend)
@@ -144,20 +144,20 @@ def test_a_decoder_without_a_native_form_is_fitted_for_the_oracle():
     assert not torch.allclose(ours, plain, atol=1e-3)
 
 
-def test_progress_counts_the_sequences_read_and_those_scored():
+def test_progress_counts_sequences_read_and_scored():
     model, told = shared("llama"), []
     held = [tokens(model, 3, 20, seed=1)]
     pop_ext.fit(
         model, plan_of(model, LAST), batches(model), holdout=held, lambdas=[1, 2], progress=lambda *x: told.append(x)
     )
     assert told == [(3, 12), (6, 12), *((n, 12) for n in range(7, 13))]
-    told.clear()  # of 16 sequences two are held out
+    told.clear()  # two of 16 sequences are held out
     given = [tokens(model, 8, 20, seed=seed) for seed in (1, 2)]
     pop_ext.fit(model, plan_of(model, LAST), given, lambdas=[1, 2], progress=lambda *x: told.append(x))
     assert told == [(7, 18), (14, 18), *((n, 18) for n in range(15, 19))]
 
 
-def test_an_origin_says_how_a_plan_was_fitted():
+def test_the_origin_states_the_fit():
     model = shared("llama")
     chosen = pop_ext.block_influence(model, batches(model)).plan(count=2)
     plan = pop_ext.fit(model, chosen, batches(model), lambdas=[0.25])
@@ -169,11 +169,11 @@ def test_an_origin_says_how_a_plan_was_fitted():
     assert by_hand.origin.config_hash == plan.origin.config_hash
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize("boundary", [1, 2, 70])
-def test_a_projection_of_another_kind_is_refused_by_name(boundary):
+def test_other_kv_projections_are_refused_by_name(boundary):
     model = llama()
     attention = model.model.layers[5].self_attn
     forward = attention.forward
@@ -182,7 +182,7 @@ def test_a_projection_of_another_kind_is_refused_by_name(boundary):
         pop_ext.fit(model, plan_of(model, LAST, boundary), batches(model), lambdas=[0.1])
 
 
-def test_a_norm_that_is_no_rms_norm_is_refused_by_name():
+def test_other_norms_than_rmsnorm_are_refused_by_name():
     model = llama()
     norm = torch.nn.LayerNorm(96)
     norm.weight.data.uniform_(0.5, 2)
@@ -191,7 +191,7 @@ def test_a_norm_that_is_no_rms_norm_is_refused_by_name():
         pop_ext.fit(model, plan_of(model, LAST), batches(model), lambdas=[0.1])
 
 
-def test_an_attention_that_hands_out_no_weights_is_refused_by_name(monkeypatch):
+def test_attention_without_weights_is_refused_by_name(monkeypatch):
     model = llama()
     attention = type(model.model.layers[4].self_attn)
     forward = attention.forward
@@ -202,7 +202,7 @@ def test_an_attention_that_hands_out_no_weights_is_refused_by_name(monkeypatch):
     pop_ext.fit(model, Plan.last(6, 2), batches(model), lambdas=[0.1], weighting="uniform")
 
 
-def test_a_loss_that_is_no_number_chooses_no_lambda(monkeypatch):
+def test_a_nan_loss_never_chooses_lambda(monkeypatch):
     model, given = shared("llama"), {0.01: math.nan, 1.0: 2.0, 10.0: 3.0}
     monkeypatch.setattr(
         "pop_ext.methods.fit._held_out_loss", lambda model, plan, *_: (given[plan.projections.report.ridge], 0.1)
@@ -215,7 +215,7 @@ def test_a_loss_that_is_no_number_chooses_no_lambda(monkeypatch):
         fit()
 
 
-def test_projections_that_the_dtype_cannot_hold_are_refused(monkeypatch):
+def test_projections_beyond_the_dtype_are_refused(monkeypatch):
     model = llama(dtype=torch.float16)
     solve = RunMoments.solve
 

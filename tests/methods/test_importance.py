@@ -1,4 +1,4 @@
-"""pop_ext.importance: virtual gates against real ones and finite differences, alone and in batches; bad input."""
+"""pop_ext.importance: virtual gates against real gates and finite differences, batches, bad arguments, plots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from models import FAMILIES, float32_twin, shared, tokens, uneven_batches
 from pop_ext import Plan
 from pop_ext.hf.restore import replaced_forward
-from pop_ext.methods.calibration import stock_model, undisturbed
+from pop_ext.methods.calibration import stock_evaluation, stock_model
 from pop_ext.methods.gates import gate_derivatives
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -26,12 +26,12 @@ def uniforms(batch: int = BATCH, rows: int = ROWS) -> torch.Tensor:
 
 
 def derivatives(model, ids, **how):
-    with undisturbed(model):
+    with stock_evaluation(model):
         return gate_derivatives(model, ids, ROWS, uniforms(len(ids)), **how)
 
 
 def drawn_targets(model, ids) -> torch.Tensor:
-    """[batch, ROWS], by walking along each row's distribution until the uniform number is passed."""
+    """Draw targets [batch, ROWS]: add up each row's probabilities until their sum exceeds the uniform number."""
     p = model(ids).logits[:, -ROWS:].double().softmax(-1)
     targets = torch.zeros(len(ids), ROWS, dtype=torch.long)
     for i, row in enumerate(uniforms(len(ids))):
@@ -46,7 +46,7 @@ def drawn_targets(model, ids) -> torch.Tensor:
 
 
 def gated_loss(model, ids, targets, gates) -> torch.Tensor:
-    """-log p of the targets, with a scalar [layers, 2] at each layer's branch: context rows, loss rows."""
+    """Return -log p of the targets, with real gates [layers, 2] on each layer's branch: context rows, loss rows."""
     is_context = (torch.arange(ids.shape[1]) < ids.shape[1] - ROWS)[None, :, None]
 
     def gated(index, forward):
@@ -78,7 +78,7 @@ def some(family):
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
-def test_a_virtual_gate_has_the_derivative_of_a_real_one(family):
+def test_virtual_gates_have_the_derivatives_of_real_gates(family):
     model = some(family)
     ids = torch.randint(0, 97, (BATCH, T), generator=torch.Generator().manual_seed(1))
     found = derivatives(model, ids)["layer"]
@@ -92,10 +92,10 @@ def test_a_virtual_gate_has_the_derivative_of_a_real_one(family):
     assert (found[:, 0, :-1].abs() > 1e-5).all()
 
 
-def test_a_virtual_gate_has_the_slope_of_the_loss():
+def test_virtual_gates_match_finite_differences_of_the_loss():
     model = copy.deepcopy(shared("llama")).double()
     ids = tokens(model, 1, T)
-    with undisturbed(model), torch.no_grad():
+    with stock_evaluation(model), torch.no_grad():
         targets = drawn_targets(model, ids)
         found = gate_derivatives(model, ids, ROWS, uniforms(1))["layer"][0]
         step = 1e-3
@@ -111,7 +111,7 @@ def test_a_virtual_gate_has_the_slope_of_the_loss():
 
 
 def real_branch_gates(model, ids, targets):
-    """Derivatives [2, layers] each of scalars put on what attention and MLP add to the residual stream."""
+    """Return the derivatives [2, layers] of real gates on the attention and MLP branches."""
     is_context = (torch.arange(ids.shape[1]) < CONTEXT)[None, :, None]
     sandwich = hasattr(model.model.layers[0], "pre_feedforward_layernorm")
     names = {
@@ -140,7 +140,7 @@ def real_branch_gates(model, ids, targets):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
-def test_gates_on_the_branches_have_the_derivatives_of_real_ones(family):
+def test_branch_gates_have_the_derivatives_of_real_gates(family):
     model = shared(family)
     ids = tokens(model, 1, T)
     found = derivatives(model, ids, branches=True)
@@ -150,7 +150,7 @@ def test_gates_on_the_branches_have_the_derivatives_of_real_ones(family):
 
 
 @pytest.mark.parametrize("branches", [False, True])
-def test_recomputing_activations_changes_no_bit(branches):
+def test_recompute_gives_identical_derivatives(branches):
     model = shared("llama")
     ids = tokens(model, BATCH, T)
     kept = derivatives(model, ids, branches=branches)
@@ -159,7 +159,7 @@ def test_recomputing_activations_changes_no_bit(branches):
         assert torch.equal(recomputed[kind], expected)
 
 
-def test_recomputing_holds_one_layers_activations_at_a_time():
+def test_recompute_holds_the_activations_of_one_layer():
     model = shared("llama")
     ids = tokens(model, 2, 64)
     held = {}
@@ -170,13 +170,13 @@ def test_recomputing_holds_one_layers_activations_at_a_time():
             sizes.append(tensor.numel())
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), undisturbed(model):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), stock_evaluation(model):
             gate_derivatives(model, ids, ROWS, uniforms(2), recompute=recompute)
         held[recompute] = sum(sizes)
     assert held[True] < held[False] / 5
 
 
-def test_a_batch_is_squared_by_sequence_and_then_averaged():
+def test_derivatives_are_squared_per_sequence_then_averaged():
     model = shared("llama")
     ids = torch.cat(uneven_batches(model))
     found = pop_ext.importance(model, uneven_batches(model), continuation=ROWS, branches=True)
@@ -184,7 +184,7 @@ def test_a_batch_is_squared_by_sequence_and_then_averaged():
     squares = []
     for sequence in ids:
         drawn = torch.rand(1, ROWS, dtype=torch.float64, generator=generator)
-        with undisturbed(model):
+        with stock_evaluation(model):
             alone = gate_derivatives(model, sequence[None, :-1], ROWS, drawn, branches=True)
         squares.append({kind: values[0] ** 2 for kind, values in alone.items()})
     for kind, scores in found.gates().items():
@@ -197,7 +197,7 @@ def test_a_batch_is_squared_by_sequence_and_then_averaged():
     assert found.samples == 8
 
 
-def test_nobody_reads_the_last_layers_context_rows_so_its_prefill_importance_is_zero():
+def test_the_last_layer_has_zero_prefill_importance():
     found = pop_ext.importance(shared("llama"), uneven_batches(shared("llama")))
     assert found.prefill[-1] == 0
     assert found.prefill_error[-1] == 0
@@ -205,7 +205,7 @@ def test_nobody_reads_the_last_layers_context_rows_so_its_prefill_importance_is_
 
 
 @pytest.mark.parametrize(("length", "rows"), [(3, 1), (7, 1), (40, 10), (300, 64)])
-def test_the_default_continuation_is_a_quarter_of_the_tokens_and_at_most_64(length, rows):
+def test_default_continuation_is_a_quarter_and_at_most_64(length, rows):
     model = shared("llama")
     ids = [tokens(model, 2, length)]
     by_default = pop_ext.importance(model, ids)
@@ -215,14 +215,14 @@ def test_the_default_continuation_is_a_quarter_of_the_tokens_and_at_most_64(leng
         assert by_default.layer != pop_ext.importance(model, ids, continuation=rows + 1).layer
 
 
-def test_the_same_seed_draws_the_same_targets_and_another_does_not():
+def test_seed_decides_the_targets():
     model = shared("llama")
     a, b, c = (pop_ext.importance(model, uneven_batches(model), seed=seed).layer for seed in (0, 0, 1))
     assert a == b
     assert a.decode != c.decode
 
 
-def test_targets_are_drawn_from_the_models_own_distribution():
+def test_targets_follow_the_models_distribution():
     from pop_ext.methods.gates import _sampled_loss
 
     logits = torch.tensor([0.5, 0.25, 0.0, 0.25]).log().expand(1, 4000, 4).clone().requires_grad_()
@@ -233,7 +233,7 @@ def test_targets_are_drawn_from_the_models_own_distribution():
     assert drawn[2] == 0
 
 
-def test_bfloat16_gives_the_derivatives_of_float32_for_its_own_targets_but_for_rounding():
+def test_bfloat16_derivatives_match_float32_within_rounding():
     model = copy.deepcopy(shared("llama")).bfloat16()
     ids = tokens(model, 1, T)
     found = derivatives(model, ids)["layer"][0]
@@ -244,7 +244,7 @@ def test_bfloat16_gives_the_derivatives_of_float32_for_its_own_targets_but_for_r
 
 
 @pytest.mark.parametrize("how", ["plain", "training", "enabled", "no_grad", "inference_mode", "failing", "compiled"])
-def test_a_model_is_afterwards_as_it_was(how):
+def test_importance_leaves_the_model_unchanged(how):
     model = copy.deepcopy(shared("llama"))
     expected = pop_ext.importance(model, uneven_batches(model)).layer
     if how == "training":
@@ -261,7 +261,7 @@ def test_a_model_is_afterwards_as_it_was(how):
     with ExitStack() as stack:
         stack.enter_context(outside())
         if how == "failing":
-            with pytest.raises(ValueError, match="ids from 0 to 262, got 999 in number 3"):
+            with pytest.raises(ValueError, match="ids from 0 to 262, got 999 in batch 3"):
                 pop_ext.importance(called, given)
         else:
             assert pop_ext.importance(called, given).layer == expected
@@ -275,22 +275,19 @@ def test_a_model_is_afterwards_as_it_was(how):
     assert ("forward" in model.__dict__) == (how == "enabled")
 
 
-# Saved and resumed
-
-
-# Bad input
+# Bad arguments
 
 
 BAD = [
     (dict(batches=[]), ValueError, "batches: expected at least one sequence, got none"),
     (dict(batches=torch.zeros(2, 9).long()), TypeError, "batches: expected an iterable of input_ids [batch, T], got"),
-    (dict(batches=[[1, 2, 3]]), TypeError, "batches: expected int64 or int32 tensors, got list as number 0"),
+    (dict(batches=[[1, 2, 3]]), TypeError, "batches: expected int64 or int32 tensors, got list in batch 0"),
     (dict(batches=[torch.zeros(1, 9)]), TypeError, "batches: expected int64 or int32 tensors, got torch.float32"),
     (dict(batches=[torch.zeros(9).long()]), ValueError, "batches: expected [batch, T] with at least 3 tokens, got [9]"),
-    (dict(batches=[torch.zeros(1, 2).long()]), ValueError, "with at least 3 tokens, got [1, 2] as number 0"),
-    (dict(batches=[torch.full((1, 9), -1)]), ValueError, "batches: expected ids from 0 to 262, got -1 in number 0"),
+    (dict(batches=[torch.zeros(1, 2).long()]), ValueError, "with at least 3 tokens, got [1, 2] in batch 0"),
+    (dict(batches=[torch.full((1, 9), -1)]), ValueError, "batches: expected ids from 0 to 262, got -1 in batch 0"),
     (dict(continuation=0), ValueError, "continuation: expected at least 1, got 0"),
-    (dict(continuation=19), ValueError, "continuation: expected at most 18 (the 20 tokens but 2), got 19"),
+    (dict(continuation=19), ValueError, "continuation: expected at most 18 (20 tokens less 2), got 19"),
     (dict(continuation=2.0), TypeError, "continuation: expected an int, got float 2.0"),
     (dict(seed=None), TypeError, "seed: expected an int, got NoneType None"),
     (dict(progress="yes"), TypeError, "progress: expected a bool or a callable, got str"),
@@ -298,7 +295,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("change", "kind", "text"), BAD, ids=[text for *_, text in BAD])
-def test_bad_input_is_named(change, kind, text):
+def test_importance_refuses_bad_arguments_by_name(change, kind, text):
     model = shared("llama")
     arguments = {"batches": uneven_batches(model), **change}
     with pytest.raises(kind) as error:
@@ -306,33 +303,33 @@ def test_bad_input_is_named(change, kind, text):
     assert text in str(error.value)
 
 
-def test_what_is_no_model_is_named():
+def test_stock_model_refuses_other_modules():
     with pytest.raises(TypeError, match="model: expected a Hugging Face causal language model, got Linear"):
         stock_model(torch.nn.Linear(2, 2))
 
 
-def test_branches_of_a_layer_in_another_form_are_refused():
+def test_branches_are_refused_for_other_layer_forms():
     ids = [torch.randint(0, 97, (1, 9))]
     with pytest.raises(ValueError, match="branches: expected layers that add attention first .* got GPT2Block"):
         pop_ext.importance(gpt2(), ids, branches=True)
 
 
-def test_derivatives_that_are_not_finite_are_an_error():
+def test_infinite_derivatives_raise_value_error():
     model = copy.deepcopy(shared("llama"))
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = math.inf
-    with pytest.raises(ValueError, match="model: expected finite derivatives"):
+    with pytest.raises(ValueError, match="model: expected finite derivatives, got NaN or infinity"):
         pop_ext.importance(model, uneven_batches(model))
 
 
-def test_weights_made_in_inference_mode_are_refused():
+def test_inference_mode_weights_are_refused():
     with torch.inference_mode():
         model = FAMILIES["llama"](layers=2)
     with pytest.raises(ValueError, match="expected parameters made outside inference mode, got model.embed_tokens"):
         pop_ext.importance(model, uneven_batches(model))
 
 
-# Shown
+# Progress and plots
 
 
 def test_progress_counts_sequences():
@@ -351,13 +348,13 @@ def plotted():
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
-def test_a_plot_is_drawn(tmp_path, ending):
+def test_plot_writes_a_figure(tmp_path, ending):
     path = tmp_path / f"importance.{ending}"
     plotted().plot(path)
     assert path.stat().st_size > 5000
 
 
-def test_the_public_name_stays_a_function_however_often_it_is_asked_for():
+def test_public_importance_is_the_function_not_the_module():
     import pop_ext.methods.importance
 
     assert callable(pop_ext.importance)

@@ -1,4 +1,4 @@
-"""The files of pop_ext.importance: saved, read again, resumed, and refused where they are of another run or model."""
+"""Files of pop_ext.importance: save, load, resume, and refusal of files of another run or model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from models import FAMILIES, shared, uneven_batches
 from pop_ext.methods.importance import Importance
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path):
+def test_load_returns_what_save_wrote(tmp_path):
     model = shared("llama")
     for count, branches in ((8, True), (1, False)):
         found = pop_ext.importance(model, [torch.cat(uneven_batches(model))[:count]], branches=branches)
         found.save(tmp_path / "importance.json")
         loaded = Importance.load(tmp_path / "importance.json")
-        assert repr(loaded) == repr(found)  # NaN, a single sample's standard error, equals nothing
+        assert repr(loaded) == repr(found)  # by repr, because NaN, the error of a single sample, does not equal itself
         assert "NaN" not in (tmp_path / "importance.json").read_text()
     assert loaded.origin.config_hash is not None
     assert [path.name for path in tmp_path.iterdir()] == ["importance.json"]
@@ -34,7 +34,7 @@ def stopping_after(given, count):
 
 @pytest.mark.parametrize("after", [1, 2])
 @pytest.mark.parametrize("regrouped", [False, True])
-def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, after, regrouped):
+def test_a_stopped_run_resumes_where_it_stopped(tmp_path, after, regrouped):
     model = shared("llama")
     given, path = uneven_batches(model), tmp_path / "importance.json"
     whole = pop_ext.importance(model, given, branches=True)
@@ -46,7 +46,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, after, regrouped)
     hook = model.model.layers[0].register_forward_hook(lambda m, args, out: rows.append(len(out)))
     resumed = pop_ext.importance(model, again, branches=True, resume=path)
     hook.remove()
-    assert sum(rows) == 8 - sum(len(ids) for ids in given[:after])  # the others were not computed again
+    assert sum(rows) == 8 - sum(len(ids) for ids in given[:after])  # samples in the file are not computed again
     for kind, scores in whole.gates().items():
         for values, expected in zip(vars(resumed.gates()[kind]).values(), vars(scores).values(), strict=True):
             assert values == pytest.approx(expected, rel=1e-4, abs=1e-9)
@@ -62,12 +62,12 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, after, regrouped)
         (dict(seed=1), "resume: expected seed 1 in PATH, got 0"),
         (dict(continuation=4), "resume: expected continuation 4 in PATH, got None"),
         (dict(branches=True), r"resume: expected gates ('layer', 'attention', 'mlp') in PATH, got ('layer',)"),
-        (dict(others=True), "resume: expected batches to begin with the 8 sequences of the file, got others"),
+        (dict(others=True), "resume: expected batches to begin with the 8 sequences of the file, got other sequences"),
         (dict(fewer=True), "resume: expected batches to begin with the 8 sequences of the file, got 3"),
     ],
     ids=["seed", "continuation", "gates", "other sequences", "fewer sequences"],
 )
-def test_a_file_of_another_run_is_refused_and_stays(tmp_path, change, text):
+def test_resume_refuses_and_keeps_files_of_other_runs(tmp_path, change, text):
     model, path = shared("llama"), tmp_path / "importance.json"
     pop_ext.importance(model, uneven_batches(model), resume=path)
     before = path.read_bytes()
@@ -82,7 +82,7 @@ def test_a_file_of_another_run_is_refused_and_stays(tmp_path, change, text):
     assert path.read_bytes() == before
 
 
-def test_a_file_of_another_model_is_refused(tmp_path):
+def test_resume_refuses_a_file_of_another_model(tmp_path):
     path = tmp_path / "importance.json"
     pop_ext.importance(shared("llama"), uneven_batches(shared("llama")), resume=path)
     other = FAMILIES["llama"](intermediate=128)
@@ -90,7 +90,7 @@ def test_a_file_of_another_model_is_refused(tmp_path):
         pop_ext.importance(other, uneven_batches(other), resume=path)
 
 
-def test_a_file_of_a_model_tuned_from_this_one_is_refused(tmp_path):
+def test_resume_refuses_a_file_of_other_weights(tmp_path):
     path, model = tmp_path / "importance.json", FAMILIES["llama"]()
     pop_ext.importance(model, uneven_batches(model), resume=path)
     before = path.read_bytes()
@@ -102,14 +102,14 @@ def test_a_file_of_a_model_tuned_from_this_one_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"gates": {"layer": {"prefill": 3}}}'])
-def test_a_file_that_is_no_importance_is_named(tmp_path, text):
+def test_load_refuses_other_files_by_name(tmp_path, text):
     path = tmp_path / "importance.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"importance.json: expected an importance as Importance.save writes it"):
         Importance.load(path)
 
 
-def test_the_file_says_which_model_and_how_many_samples(tmp_path):
+def test_the_file_holds_model_and_number_of_samples(tmp_path):
     found = pop_ext.importance(shared("llama"), uneven_batches(shared("llama")), branches=True)
     found.save(tmp_path / "importance.json")
     members = json.loads((tmp_path / "importance.json").read_text())

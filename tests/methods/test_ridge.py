@@ -1,4 +1,4 @@
-"""The least squares behind pop_ext.fit: moments, their solution, weights of rows, condition."""
+"""Least squares of pop_ext.fit: moments, solutions, row weights, condition number."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_moments_recover_a_linear_map():
     assert max(after_k, after_v) < 1e-6
 
 
-def test_a_solution_is_that_of_the_stacked_least_squares():
+def test_a_solution_equals_stacked_least_squares():
     generator = torch.Generator().manual_seed(1)
     original, x, y = (torch.randn(*shape, generator=generator) for shape in ((6, 5), (30, 5), (30, 6)))
     moments = RunMoments({0: original})
@@ -37,7 +37,7 @@ def test_a_solution_is_that_of_the_stacked_least_squares():
         assert_close_fp32(original + moments.solve(ridge).changes[0], expected, f"ridge {ridge}", 1e-5)
 
 
-def test_a_row_of_weight_two_is_as_good_as_two_rows():
+def test_row_weights_equal_repeated_rows():
     generator = torch.Generator().manual_seed(3)
     original, x, y = (torch.randn(*shape, generator=generator) for shape in ((6, 5), (30, 5), (30, 6)))
     times = torch.randint(0, 4, (30,), generator=generator)
@@ -49,7 +49,7 @@ def test_a_row_of_weight_two_is_as_good_as_two_rows():
     assert weighted.residuals(0, found) == pytest.approx(repeated.residuals(0, wanted), rel=1e-4)
 
 
-def test_the_condition_is_the_ratio_of_the_eigenvalues():
+def test_condition_is_the_ratio_of_extreme_eigenvalues():
     x = torch.randn(60, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     x[:, 0] *= 20
     gram = x.T @ x

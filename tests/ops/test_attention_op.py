@@ -1,4 +1,4 @@
-"""torch.ops.pop.attention against softmax(scale * q.k) . v in float64, on every instruction set of this processor."""
+"""torch.ops.pop.attention equals softmax(scale * q.k) . v in float64, on every instruction set of this processor."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPES = [
     (3, 3, 8),
     (16, 1, 24),
 ]
-TILE = 64  # keys that the CPU kernel takes at a time
+TILE = 64  # keys in a tile of the CPU kernel
 
 
 # Against the reference
@@ -74,14 +74,14 @@ def test_any_scale_equals_the_reference(length, scale, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", [2, 200])
-def test_scores_that_keep_growing_stay_exact(length, dtype):
+def test_growing_scores_stay_exact(length, dtype):
     call = make_call((4, 2, 64), [length], [200], dtype)
     call.query.fill_(1)
     call.key.abs_().mul_(torch.linspace(0.1, 3, call.key.shape[2])[:, None])
     assert_equals_reference(replace(call, scale=0.1))
 
 
-# (lengths, pasts, blocks): whole prompts of one image, images at both ends, side by side, one token long, of any length
+# (lengths, pasts, blocks): a prompt that is one image; images at both ends, adjacent, of one token, of any length.
 BLOCKS = [
     ([19], [0], [(0, 0, 19)]),
     ([200], [77], [(0, 0, 70), (0, 70, 71), (0, 100, 200)]),
@@ -92,7 +92,7 @@ BLOCKS = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [0, 5, 90])
 @pytest.mark.parametrize(("lengths", "pasts", "blocks"), BLOCKS)
-def test_tokens_of_a_block_see_each_other(lengths, pasts, blocks, window, dtype):
+def test_tokens_of_a_block_attend_to_each_other(lengths, pasts, blocks, window, dtype):
     for shape in ((8, 2, 64), (3, 1, 40)):
         assert_equals_reference(make_call(shape, lengths, pasts, dtype, window, blocks=blocks))
 
@@ -101,14 +101,14 @@ def test_tokens_of_a_block_see_each_other(lengths, pasts, blocks, window, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_sequence_has_the_same_bits_with_and_without_batch_mates(dtype):
+def test_batch_mates_do_not_change_a_sequences_bits(dtype):
     call = make_call((8, 2, 64), [129, 1, 19, 500], [0, 77, 300, 1], dtype, window=90)
     alone = torch.cat([call.sequence(i).run() for i in range(4)])
     assert torch.equal(call.run(), alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_number_of_threads_leaves_the_bits_alone(dtype):
+def test_the_number_of_threads_does_not_change_bits(dtype):
     call = make_call((8, 2, 64), [500, 19, 1], [0, 77, 300], dtype)
     one = call.run()
     torch.set_num_threads(2)
@@ -116,7 +116,7 @@ def test_the_number_of_threads_leaves_the_bits_alone(dtype):
     assert torch.equal(call.run(), one)
 
 
-def test_two_callers_at_once_do_not_disturb_each_other():
+def test_two_concurrent_callers_do_not_disturb_each_other():
     torch.set_num_threads(2)
     calls = [make_call((8, 2, 64), [300 + i], [i], torch.bfloat16) for i in range(2)]
     expected = [call.run() for call in calls]
@@ -128,7 +128,7 @@ def test_two_callers_at_once_do_not_disturb_each_other():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", [2, 100])
-def test_a_nan_reaches_the_rows_that_see_it(length, dtype):
+def test_a_nan_reaches_only_the_heads_that_see_it(length, dtype):
     call = make_call((4, 2, 64), [length], [70], dtype)
     slot = call.slots(0)[65]
     call.key[0, 1, slot, 3] = math.nan
@@ -144,7 +144,7 @@ def test_the_operator_passes_opcheck():
     torch.library.opcheck(torch.ops.pop.attention.default, make_call((4, 2, 64), [19, 2], [0, 7]).args())
 
 
-def test_the_instruction_set_is_the_one_asked_for():
+def test_the_selected_instruction_set_runs():
     wanted = os.environ.get("POP_CPU_ISA")
     assert torch.ops.pop.cpu_isa() in ([wanted] if wanted else ISAS)
 

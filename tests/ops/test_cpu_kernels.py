@@ -1,4 +1,4 @@
-"""The row kernels and the KV projection against float64, on every instruction set of this processor."""
+"""The row kernels and the KV projection equal float64 results, on every instruction set of this processor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SENTINEL = 777.0
 
 
 def assert_rounded_once(actual: Tensor, exact: Tensor, name: str, scale: float = 1.0) -> None:
-    """`actual` is `exact` (float64) rounded to its dtype, up to fp32 arithmetic on terms of size `scale`."""
+    """Check that `actual` is `exact` (float64) rounded to its dtype, up to fp32 errors of terms of size `scale`."""
     eps = torch.finfo(actual.dtype).eps
     fp32 = 4e-6 if actual.dtype == torch.float32 else 1e-5
     subnormal = torch.finfo(actual.dtype).smallest_normal * eps
@@ -35,7 +35,7 @@ def assert_rounded_once(actual: Tensor, exact: Tensor, name: str, scale: float =
 
 
 def guarded(rows: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Random values [rows, width] inside a larger buffer of sentinels, and that buffer."""
+    """Return random values [rows, width] inside a larger buffer of sentinels, and the buffer."""
     buffer = torch.full((rows + 2, width + 5), SENTINEL, dtype=dtype)
     inside = buffer[1:-1, 2:-3]
     inside.copy_(torch.randn(rows, width))
@@ -64,7 +64,7 @@ def test_rms_norm_rounds_the_exact_result_once(width, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_residual_is_rounded_and_stored_before_its_norm_is_taken(width, with_bias, dtype):
+def test_the_residual_is_rounded_and_stored_before_its_norm(width, with_bias, dtype):
     x, buffer = guarded(3, width, dtype)
     delta, _ = guarded(3, width, dtype)
     weight, bias = torch.randn(width).to(dtype), torch.randn(width).to(dtype)
@@ -86,7 +86,7 @@ def test_rms_norm_of_zeros_is_zero_and_a_nan_stays_in_its_row(dtype):
     assert out[2].isfinite().all()
 
 
-def test_a_massive_activation_leaves_a_half_precision_norm_finite():
+def test_a_massive_activation_gives_a_finite_half_precision_norm():
     x = torch.randn(2, 4096).half()
     x[:, 7] = 65504
     weight = torch.ones(4096).half()
@@ -115,7 +115,7 @@ def test_the_gated_activation_rounds_the_exact_result_once(width, activation, bi
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_hold_over_the_whole_range(activation):
+def test_activations_are_exact_over_the_whole_range(activation):
     x = torch.cat([torch.linspace(-30, 30, 100_001), torch.tensor([0.0, -0.0, 1e-40, 1e4, -1e4, 3e38, -3e38])])
     out = torch.ops.pop.gated_act(x[None], torch.ones_like(x)[None], activation)[0]
     assert_close_fp32(
@@ -124,7 +124,7 @@ def test_activations_hold_over_the_whole_range(activation):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_an_activation_passes_infinity_and_nan_on(activation):
+def test_activations_propagate_infinity_and_nan(activation):
     x = torch.tensor([[math.inf, math.nan]])
     out = torch.ops.pop.gated_act(x, torch.ones_like(x), activation)
     assert out[0, 0] == math.inf
@@ -132,10 +132,10 @@ def test_an_activation_passes_infinity_and_nan_on(activation):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_every_16_bit_value_rounds_as_torch_rounds(dtype):
+def test_every_16_bit_value_rounds_as_in_torch(dtype):
     values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     ones = torch.ones(1, values.numel(), dtype=dtype)
-    # An activation is near enough to the identity there: silu(x + 100) * y with y the value under test.
+    # silu(x) is x to float32 precision for large x: silu(x + 100) * y, with y the value under test.
     factor = F.silu(torch.tensor(100.0))
     for scale in (1.0, 1.00390625, 1 / 3, 1e-3):
         up = (values.float() * scale).to(dtype)[None]
@@ -149,7 +149,7 @@ def test_every_16_bit_value_rounds_as_torch_rounds(dtype):
 
 @dataclass
 class RopeCall:
-    """Packed sequences of `lengths` rows after `pasts` positions; caches are filled with sentinels."""
+    """A call on packed sequences of `lengths` rows after `pasts` positions; the caches are filled with sentinels."""
 
     dtype: torch.dtype
     head_dim: int = 64
@@ -185,7 +185,7 @@ class RopeCall:
         return cu_seqlens, torch.tensor(self.pasts).int(), torch.tensor(self.starts).int()
 
     def written(self, cache: Tensor) -> Tensor:
-        """The rows of the call [rows, kv_heads, head_dim] as they lie in a cache; all else must be sentinels."""
+        """Return the call's rows in a cache, [rows, kv_heads, head_dim]; check that all other slots are sentinels."""
         rows, rest = [], torch.ones(cache.shape[0], cache.shape[2], dtype=torch.bool)
         for i, (length, past) in enumerate(zip(self.lengths, self.pasts, strict=True)):
             positions = torch.arange(past, past + length)
@@ -196,7 +196,7 @@ class RopeCall:
         return torch.cat(rows)
 
     def exact(self, x: Tensor, norm: Tensor | None = None) -> Tensor:
-        """x [rows, heads, head_dim] normalised per head and turned, in float64."""
+        """Return x [rows, heads, head_dim] after the norm of each head and RoPE, in float64."""
         x = x.double() if norm is None else rms_norm(x, norm, 1e-6)
         half = self.rotary_dim // 2
         first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
@@ -205,7 +205,7 @@ class RopeCall:
 
 
 def rope_cache_write(call: RopeCall, q_norm: Tensor | None = None, k_norm: Tensor | None = None) -> None:
-    """Runs the operator on random q, k, v and compares q and both caches."""
+    """Run the operator on random q, k, v, and compare q and both caches with float64."""
     fused = torch.full((call.rows, call.heads + 1, call.head_dim), SENTINEL, dtype=call.dtype)
     query = fused[:, : call.heads]
     query.copy_(torch.randn(query.shape))
@@ -259,13 +259,13 @@ class Projection:
         def random(*shape: int) -> list[Tensor]:
             return [torch.randn(shape).to(self.dtype) for _ in range(self.layers)]
 
-        # Folded in float32, as the runtime does, so that rounding to the dtype is the weight's own.
+        # Folded in float32 and rounded once, as in the runtime.
         self.weight = (torch.randn(self.layers * 2 * kv_dim, self.hidden_size) / self.hidden_size**0.5).to(self.dtype)
         self.k_bias, self.v_bias = (random(kv_dim) if self.biases else None for _ in range(2))
         self.k_norm = random(self.call.head_dim) if self.norms else None
 
     def run(self, hidden: Tensor, eps: float = 1e-5) -> tuple[list[Tensor], list[Tensor]]:
-        """K and V [rows, kv_heads, head_dim] of each layer, as they lie in the caches."""
+        """Return K and V [rows, kv_heads, head_dim] of each layer, read from the caches."""
         call = self.call
         caches = [[call.cache() for _ in range(self.layers)] for _ in range(2)]
         tables = (call.cos, call.sin, *call.geometry())
@@ -274,7 +274,7 @@ class Projection:
         return tuple([call.written(cache) for cache in side] for side in caches)
 
     def reference(self, hidden: Tensor, dtype: torch.dtype, eps: float = 1e-5) -> tuple[list[Tensor], list[Tensor]]:
-        """The same computed layer by layer in `dtype`, as a stock model does."""
+        """Compute the same layer by layer in `dtype`, as a stock model does."""
         call, shape = self.call, (self.call.rows, self.call.kv_heads, self.call.head_dim)
         norm = rms_norm(hidden, torch.ones(self.hidden_size), eps).to(dtype)
         stacked = self.weight.to(dtype).view(self.layers, 2, -1, self.hidden_size)
@@ -301,7 +301,7 @@ class Projection:
 
 
 def call_of(rows: int, dtype: torch.dtype, head_dim: int = 24) -> RopeCall:
-    """One call of `rows` rows, in two sequences where there are enough."""
+    """Return a call of `rows` rows, in two sequences if there are at least two."""
     lengths = (rows,) if rows < 3 else (rows // 3, rows - rows // 3)
     return RopeCall(
         dtype, head_dim, head_dim, lengths=lengths, pasts=(2, 0)[: len(lengths)], starts=(1, 3)[: len(lengths)]
@@ -310,7 +310,7 @@ def call_of(rows: int, dtype: torch.dtype, head_dim: int = 24) -> RopeCall:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 19, 48, 49, 64, 65, 111, 129, 500, 1023, 1024, 1025, 2100])
-def test_the_kv_projection_of_any_number_of_rows_equals_the_reference(rows, dtype):
+def test_kv_projection_of_any_row_count_equals_the_reference(rows, dtype):
     projection = Projection(dtype, call_of(rows, dtype))
     projection.check(torch.randn(rows, projection.hidden_size).to(dtype) * 3)
 
@@ -318,13 +318,13 @@ def test_the_kv_projection_of_any_number_of_rows_equals_the_reference(rows, dtyp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden_size", [33, 96, 500])
 @pytest.mark.parametrize("rows", [7, 77])
-def test_the_kv_projection_of_odd_widths_and_strided_rows_equals_the_reference(rows, hidden_size, dtype):
+def test_kv_projection_of_odd_widths_and_strides_equals_the_reference(rows, hidden_size, dtype):
     projection = Projection(dtype, call_of(rows, dtype, 10), hidden_size=hidden_size, biases=False, norms=False)
     projection.check(guarded(rows, hidden_size, dtype)[0])
 
 
 @pytest.mark.parametrize("rows", [3, 100])
-def test_a_massive_activation_does_not_overflow_a_half_precision_projection(rows):
+def test_a_massive_activation_does_not_overflow_half_precision(rows):
     projection = Projection(torch.float16, call_of(rows, torch.float16))
     hidden = torch.randn(rows, projection.hidden_size).half()
     hidden[:, 5] = 60000
@@ -333,8 +333,8 @@ def test_a_massive_activation_does_not_overflow_a_half_precision_projection(rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_of_a_boundary_step_has_the_same_bits_with_and_without_batch_mates(dtype):
-    rows = 24  # as many as weights are streamed past in every dtype
+def test_batch_mates_do_not_change_a_boundary_rows_bits(dtype):
+    rows = 24  # the most rows whose weights are streamed in every dtype
     call = RopeCall(dtype, lengths=(1,) * rows, pasts=(0,) * rows, starts=(0,) * rows)
     projection = Projection(dtype, call)
     hidden = torch.randn(rows, projection.hidden_size).to(dtype)
@@ -351,7 +351,7 @@ def test_a_row_of_a_boundary_step_has_the_same_bits_with_and_without_batch_mates
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_number_of_threads_leaves_the_bits_of_row_kernels_alone(dtype):
+def test_the_number_of_threads_does_not_change_row_kernels_bits(dtype):
     x, up = torch.randn(200, 500).to(dtype), torch.randn(200, 500).to(dtype)
     projection = Projection(dtype, call_of(40, dtype), hidden_size=500)
 

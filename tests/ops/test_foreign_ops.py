@@ -1,4 +1,4 @@
-"""Operators of torch that the library calls without a count of arguments: one whose schema changed is never called."""
+"""The library calls torch's operators without a count of arguments, and never one whose schema changed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pop_ext import env_info, ops
 
 @pytest.fixture
 def changed(monkeypatch):
-    """Lets torch have another schema for an operator, and looks again, as the import of pop_ext does."""
+    """Give an operator of torch another schema, and compare the schemas again, as the import of pop_ext does."""
     schema_of = ops._schema_of
 
     def change(name: str) -> None:
@@ -24,13 +24,13 @@ def changed(monkeypatch):
     ops._find_foreign()
 
 
-def test_the_operators_of_this_torch_are_those_that_the_library_knows():
+def test_the_library_knows_the_operators_of_this_torch():
     assert ops.changed_aten() == {}
     assert all(name in torch.ops.pop.foreign_schemas() for name in ops._REQUIRED)
 
 
 @pytest.mark.parametrize("name", ops._REQUIRED)
-def test_a_changed_operator_that_a_prefill_needs_is_named_and_loads_no_model(changed, name):
+def test_a_changed_required_operator_is_named_and_loading_fails(changed, name):
     changed(name)
     with pytest.raises(RuntimeError, match=rf'{name}: found {name}\(Tensor self, int surprise\).*backend="reference"'):
         pop_ext.load(shared())
@@ -39,7 +39,7 @@ def test_a_changed_operator_that_a_prefill_needs_is_named_and_loads_no_model(cha
 
 def test_a_model_loaded_before_calls_no_changed_operator(changed):
     native = pop_ext.load(shared())
-    ids = tokens(native.model, 1, 200)  # more rows than the kernel for few of them takes
+    ids = tokens(native.model, 1, 200)  # more rows than the kernel for few rows supports
     expected = native.prefill(ids).logits
     changed("aten::mm.out")
     with pytest.raises(RuntimeError, match=r"aten::mm.out: disabled: .*int surprise"):
@@ -48,7 +48,7 @@ def test_a_model_loaded_before_calls_no_changed_operator(changed):
     assert torch.equal(native.prefill(ids).logits, expected)
 
 
-def test_a_changed_operator_that_only_serves_attention_leaves_the_rest_alone(changed):
+def test_a_changed_attention_operator_affects_nothing_else(changed):
     changed("aten::scaled_dot_product_attention")
     native = pop_ext.load(shared())
     assert native.prefill(tokens(native.model, 1, 9)).logits.isfinite().all()

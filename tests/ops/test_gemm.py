@@ -1,4 +1,4 @@
-"""The CPU backend's matrix product, as `torch.ops.pop.linear`, as a whole and in blocks of columns."""
+"""The CPU backend's matrix product (`torch.ops.pop.linear`), as a whole and in blocks of columns."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 import pop_ext  # noqa: F401  (registers torch.ops.pop)
 import pytest
 import torch
-from at_once import run_at_once
 from op_operands import DTYPES, random, strided
+from threads import run_threads
 from tolerance import assert_close_fp32, assert_low_precision
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,8 +16,8 @@ from tuning import tuned
 
 linear = torch.ops.pop.linear
 
-# Rows on both sides of each limit (24, 32, 64: the kernel of few rows; 2048: a second block of rows), columns of
-# less than a block, of one and of several with a rest.
+# Numbers of rows on both sides of each limit (24, 32, 64: the kernel for few rows; 2048: a second block of rows).
+# Numbers of columns: less than a block, one block, several blocks and a remainder.
 ROWS = [1, 24, 25, 32, 33, 64, 65, 111, 500, 2049]
 COLUMNS = [1, 63, 64, 65, 193, 257, 700]
 WIDTHS = [1, 33, 96, 2048, 2049]
@@ -34,7 +34,7 @@ def operands(rows: int, columns: int, width: int, dtype: torch.dtype) -> tuple[T
 
 
 def whole_and_in_blocks(x: Tensor, weight: Tensor) -> list[Tensor]:
-    """The product under `gemm_blocks` 0 and 1."""
+    """Return the products under `gemm_blocks` 0 and 1."""
     results = []
     for value in (0, 1):
         with tuned(gemm_blocks=value):
@@ -52,33 +52,33 @@ def check(x: Tensor, weight: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
-def test_a_product_of_any_number_of_rows_is_as_exact_as_torchs(rows, dtype, blocks):
+def test_products_of_any_row_count_are_as_exact_as_torchs(rows, dtype, blocks):
     check(*operands(rows, 500, 96, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("columns", COLUMNS)
-def test_a_product_of_any_number_of_columns_is_as_exact_as_torchs(columns, width, dtype, blocks):
+def test_products_of_any_column_count_are_as_exact_as_torchs(columns, width, dtype, blocks):
     check(*operands(70, columns, width, dtype))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_product_wider_than_the_memory_for_its_operand_is_computed_in_parts(dtype, threads, blocks):
+def test_a_product_with_a_large_operand_is_computed_in_parts(dtype, threads, blocks):
     torch.set_num_threads(threads)
-    check(*operands(70, 65, 200_000, dtype))  # 41 rows of 200,000 are the 32 MiB that the operand may take
+    check(*operands(70, 65, 200_000, dtype))  # 41 rows of 200,000 fill the 32 MiB that the operand may use
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [5, 300])
-def test_a_product_of_operands_with_gaps_between_rows_is_as_exact_as_torchs(rows, dtype, blocks):
+def test_products_of_strided_rows_are_as_exact_as_torchs(rows, dtype, blocks):
     x, weight = operands(rows, 257, 96, dtype)
     check(strided(x), strided(weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_blocks_change_a_product_by_rounding_alone(dtype):
+def test_blocks_change_a_product_only_by_rounding(dtype):
     results = whole_and_in_blocks(*operands(300, 700, 500, dtype))
     tolerance = 2e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
@@ -86,12 +86,12 @@ def test_blocks_change_a_product_by_rounding_alone(dtype):
 
 @pytest.mark.cpu
 @pytest.mark.parametrize(("rows", "alike"), [(1, True), (24, True), (25, False)])
-def test_up_to_24_rows_of_float32_are_streamed_past_whatever_computes_more(rows, alike):
+def test_up_to_24_rows_of_float32_use_the_streaming_kernel(rows, alike):
     assert torch.equal(*whole_and_in_blocks(*operands(rows, 700, 500, torch.float32))) == alike
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_same_product_has_the_same_bits_under_each_number_of_threads(dtype, blocks):
+def test_the_number_of_threads_does_not_change_a_products_bits(dtype, blocks):
     x, weight = operands(300, 700, 500, dtype)
     exact = F.linear(x.double(), weight.double())
     for threads in (1, 2, 3, 16):
@@ -102,15 +102,15 @@ def test_the_same_product_has_the_same_bits_under_each_number_of_threads(dtype, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_two_threads_at_once_get_the_bits_of_one(dtype, blocks):
+def test_two_concurrent_threads_get_the_bits_of_one(dtype, blocks):
     pairs = [operands(rows, 300, 128, dtype) for rows in (70, 300)]
     alone = [linear(*pair) for pair in pairs]
     jobs = [lambda pair=pair: [linear(*pair) for _ in range(20)] for pair in pairs]
-    for results, expected in zip(run_at_once(*jobs), alone, strict=True):
+    for results, expected in zip(run_threads(*jobs), alone, strict=True):
         assert all(torch.equal(result, expected) for result in results)
 
 
-def test_a_nan_in_a_weight_reaches_its_column_and_no_other(blocks):
+def test_a_nan_in_a_weight_reaches_only_its_column(blocks):
     x, weight = operands(70, 300, 64, torch.float32)
     weight[131, 7] = math.nan
     out = linear(x, weight)
@@ -118,14 +118,14 @@ def test_a_nan_in_a_weight_reaches_its_column_and_no_other(blocks):
     assert out.isfinite().sum() == 70 * 299
 
 
-def test_leading_dimensions_and_empty_operands_give_the_shapes_of_torchs_linear(blocks):
+def test_shapes_are_those_of_torchs_linear(blocks):
     weight = random(7, 5)
     for shape in ((5,), (3, 5), (2, 40, 5), (0, 5)):
         assert_close_fp32(linear(random(*shape), weight), F.linear(random(*shape), weight), str(shape), 1e-6)
     assert linear(random(100, 5), random(0, 5)).shape == (100, 0)
 
 
-def test_a_product_refuses_operands_by_name():
+def test_bad_operands_are_refused_by_name():
     x = random(3, 5)
     for weight, message in (
         (random(7, 6), r"pop::linear: weight: expected shape \[\*, 5\], got \[7, 6\]"),

@@ -1,4 +1,4 @@
-"""What the operators hold against misuse that a caller cannot see coming: re-entrance, shared memory, odd extents."""
+"""The operators refuse or survive misuse that is easy to miss: re-entrance, shared memory, odd sizes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ZERO = torch.zeros(1, dtype=torch.int32)
 
 
 def run(code: str) -> str:
-    """Runs a script in a process of its own, since what it guards against is a hang or an abort."""
+    """Run a script in a new process, since a failure would be a hang or an abort."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120, cwd=REPOSITORY
     )
@@ -26,7 +26,7 @@ def run(code: str) -> str:
     return done.stdout
 
 
-def test_freeing_a_model_may_free_another_one_on_the_way():
+def test_freeing_a_model_may_free_another_one():
     native = pop_ext.load(llama())
     spec, plan = native.spec.to_json(), native.plan.to_json()
     weights = [ref.tensor.detach().clone() for ref in native.description.weights]
@@ -44,7 +44,7 @@ def test_freeing_a_model_may_free_another_one_on_the_way():
         torch.ops.pop.info(outer)
 
 
-def test_a_cache_made_in_inference_mode_is_put_back_when_a_layer_fails():
+def test_an_inference_mode_cache_is_restored_when_a_layer_fails():
     output = run(
         """
         import sys
@@ -114,7 +114,7 @@ def test_add_rms_norm_refuses_rows_that_share_memory():
         torch.ops.pop.add_rms_norm(torch.randn(1, 8).expand(4, 8), torch.randn(4, 8), torch.ones(8), 1e-6)
 
 
-def test_rope_cache_write_refuses_a_query_that_shares_memory_with_the_cache():
+def test_rope_cache_write_refuses_a_query_inside_the_cache():
     cache = torch.randn(1, 1, 4, 8)
     query = cache.view(4, 1, 8)
     rope = torch.ones(4, 8), torch.zeros(4, 8)
@@ -158,7 +158,7 @@ def test_a_weight_whose_layout_changed_in_place_is_stale():
     assert torch.ops.pop.stale_weight(native.handle) == "layers.0.q_proj"
 
 
-def test_a_disabled_aten_operator_is_not_called_by_any_way_in():
+def test_a_disabled_aten_operator_is_never_called():
     output = run(
         """
         import sys

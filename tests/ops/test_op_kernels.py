@@ -1,4 +1,4 @@
-"""The building blocks of torch.ops.pop against plain torch, on odd sizes and strides, in every dtype."""
+"""The operators of torch.ops.pop equal plain torch, on odd sizes and strides, in every dtype."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_gated_act_is_silu_by_default():
 @pytest.mark.parametrize("scattered", [False, True], ids=["consecutive", "slot table"])
 @pytest.mark.parametrize(("dim", "rotary"), [(64, 64), (80, 80), (128, 32), (20, 6)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rope_cache_write_turns_and_writes_only_where_it_is_told(dtype, dim, rotary, scattered, geometry):
+def test_rope_cache_write_writes_only_the_given_slots(dtype, dim, rotary, scattered, geometry):
     caches = Caches(geometry, 2, dim, dtype, scattered=scattered)
     rows = sum(count for count, _, _ in geometry)
     query, key, value = (random(rows, heads, dim, dtype=dtype, seed=heads) for heads in (6, 2, 2))
@@ -107,11 +107,11 @@ def test_rope_cache_write_turns_and_writes_only_where_it_is_told(dtype, dim, rot
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rope_cache_write_normalises_heads_and_takes_any_stride(dtype, layout):
+def test_rope_cache_write_normalises_heads_of_any_stride(dtype, layout):
     geometry, dim = GEOMETRIES["batch with past and start"], 80
     caches = Caches(geometry, 2, dim, dtype, layout)
     rows = sum(count for count, _, _ in geometry)
-    wide = random(rows, 10, dim, dtype=dtype)  # q, k and v of one fused projection
+    wide = random(rows, 10, dim, dtype=dtype)  # q, k and v are views of one fused projection
     query, key, value = wide.split([6, 2, 2], dim=1)
     norms = [random(dim, dtype=dtype, seed=seed) for seed in (1, 2)]
     cos, sin = rope_tables(rows, dim)
@@ -125,7 +125,7 @@ def test_rope_cache_write_normalises_heads_and_takes_any_stride(dtype, layout):
     caches.assert_nothing_else_changed()
 
 
-def test_rope_tables_in_bfloat16_are_those_values_in_float32():
+def test_bfloat16_rope_tables_act_as_their_float32_values():
     geometry = GEOMETRIES["past"]
     written = []
     for widen in (False, True):
@@ -144,7 +144,7 @@ def test_rope_tables_in_bfloat16_are_those_values_in_float32():
 
 
 def attention(query: Tensor, caches: Caches, scale: float, window: int, dtype) -> Tensor:
-    """Rows of each sequence over its own positions, causal and aligned at the end; computed in `dtype`."""
+    """Compute causal attention of each sequence over its positions, aligned at the end, in `dtype`."""
     out, row = [], 0
     for i, (count, past, _) in enumerate(caches.geometry):
         q = query[row : row + count].transpose(0, 1).to(dtype)
@@ -194,7 +194,7 @@ def test_attention_reads_caches_of_any_stride(scattered, layout):
     for cache, seed in ((caches.keys[0], 2), (caches.values[0], 3)):
         for i, (count, _, _) in enumerate(geometry):
             cache[i][:, caches.slots(i)] = random(2, count, 64, seed=10 * i + seed)
-    query = random(rows, 9, 64, seed=1)[:, 3:]  # rows of a wider projection
+    query = random(rows, 9, 64, seed=1)[:, 3:]  # a view of a wider projection
     out = pop.attention(
         query, caches.keys[0], caches.values[0], *caches.lengths, 0.125, 0, slot_table=caches.slot_table
     )
@@ -235,7 +235,7 @@ def test_fold_kv_stacks_the_weights_times_their_norm(dtype):
 
 
 def projected(hidden, keys, values, norms, biases, k_norms, cos, sin, dtype):
-    """K and V [rows, heads, dim] of each layer as its own modules would compute them, in `dtype`."""
+    """Return K and V [rows, heads, dim] of each layer, computed by norm, projection and RoPE in `dtype`."""
     x, out = hidden.to(dtype), []
     dim = k_norms[0].shape[0]
     for i in range(len(keys)):
@@ -251,7 +251,7 @@ def projected(hidden, keys, values, norms, biases, k_norms, cos, sin, dtype):
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("scattered", [False, True], ids=["consecutive", "slot table"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kv_project_equals_norm_projection_and_rope_layer_by_layer(dtype, scattered, layers, geometry):
+def test_kv_project_equals_projecting_layer_by_layer(dtype, scattered, layers, geometry):
     heads, dim, hidden_size = 2, 20, 33
     layout = list(LAYOUTS)[layers]
     caches = Caches(geometry, heads, dim, dtype, layout, scattered, layers)
@@ -283,8 +283,8 @@ def test_kv_project_equals_norm_projection_and_rope_layer_by_layer(dtype, scatte
     caches.assert_nothing_else_changed()
 
 
-def test_kv_project_of_several_chunks_equals_one_row_at_a_time():
-    rows = 1030  # more than are in flight at once
+def test_kv_project_in_chunks_equals_one_row_at_a_time():
+    rows = 1030  # more than one chunk
     hidden, weight = random(rows, 33), random(2 * 16, 33, seed=1)
     cos, sin = rope_tables(rows, 16)
     keys, values = torch.full((2, 1, 1, rows, 16), SENTINEL)

@@ -1,4 +1,4 @@
-"""What Gemma adds to the operators: offsets of norm weights, norms of outputs, soft caps, two tables of RoPE."""
+"""Features of Gemma in the operators: offsets of norm weights, norms of outputs, soft caps, two RoPE tables."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_rms_norm_adds_the_offset_to_its_weight(dtype, shape):
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 96), (19, 111), (129, 33), (2, 4096)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_added_to_the_residual_is_normalised_first_where_asked(dtype, shape, with_bias):
+def test_delta_norm_normalises_before_the_residual_add(dtype, shape, with_bias):
     x, delta = random(*shape, dtype=dtype), strided(7 * random(*shape, dtype=dtype, seed=1))
     weight, norm, bias = (random(shape[-1], dtype=dtype, seed=seed) for seed in (2, 3, 4))
     before = x.double()
@@ -58,7 +58,7 @@ def test_fold_kv_adds_the_offset_to_gamma_and_rounds_once(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_fold_kv_without_norms_stacks_the_weights_bit_by_bit(dtype):
+def test_fold_kv_without_norms_stacks_the_weights_unchanged(dtype):
     keys = [random(6, 33, dtype=dtype, seed=i) for i in range(2)]
     values = [strided(random(6, 33, dtype=dtype, seed=10 + i)) for i in range(2)]
     assert torch.equal(pop.fold_kv(keys, values, []), torch.cat([keys[0], values[0], keys[1], values[1]]))
@@ -121,13 +121,13 @@ def test_a_cap_far_above_the_scores_changes_nothing(dtype, softcap):
 
 
 @pytest.mark.parametrize("softcap", [-1.0, math.inf, math.nan])
-def test_a_cap_that_is_none_is_named(softcap):
+def test_an_invalid_cap_is_refused_by_name(softcap):
     with pytest.raises(RuntimeError, match="softcap: expected a finite number >= 0"):
         pop.attention(*make_call().args(), softcap=softcap)
 
 
 def capped_attention(call, softcap: float) -> torch.Tensor:
-    """[rows, heads, head_dim], float64."""
+    """Compute attention with a soft cap: [rows, heads, head_dim], float64."""
 
     def attend(q, k, v, visible):
         scores = (q.double() @ k.double().transpose(1, 2)) * call.scale
@@ -138,7 +138,7 @@ def capped_attention(call, softcap: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("build", [gemma2, gemma3])
-def test_input_embeddings_come_scaled(build):
+def test_input_embeddings_are_not_scaled_again(build):
     model = build()
     native = pop_ext.load(model, pop_ext.Plan(6, (3, 4)))
     ids = tokens(model, 2, 19)
@@ -148,7 +148,7 @@ def test_input_embeddings_come_scaled(build):
 
 
 @pytest.mark.parametrize("build", [gemma2, gemma3])
-def test_a_model_that_was_widened_keeps_the_embedding_scale_of_its_old_dtype(build):
+def test_a_widened_model_keeps_its_rounded_embedding_scale(build):
     model = build(dtype=torch.bfloat16).float()
     ids = tokens(model, 1, 19)
     expected, cache = run_stock(model, ids)
@@ -166,7 +166,7 @@ def test_a_model_that_was_widened_keeps_the_embedding_scale_of_its_old_dtype(bui
     ],
     ids=["missing", "short", "one too many"],
 )
-def test_tables_of_local_rope_that_do_not_fit_the_model_are_named(build, change, message):
+def test_unfit_local_rope_tables_are_refused_by_name(build, change, message):
     native = pop_ext.load(build(), pop_ext.Plan(6, (3, 4)))
     call = op_call(native, [tokens(native.model, 9)])
     change(call)

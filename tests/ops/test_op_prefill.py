@@ -1,4 +1,4 @@
-"""torch.ops.pop.prefill on caches of one's own, against the oracle."""
+"""torch.ops.pop.prefill on the caller's caches equals the oracle."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tolerance import assert_close_fp32
 
 
 def assert_prefill_equals_oracle(native, prompts, call, past=None):
-    """Hidden states of the wanted rows, and K/V of every layer and position, sequence by sequence."""
+    """Compare hidden states of the kept rows, and K/V of every layer and position, for each sequence."""
     hidden = run_op(call)
     boundary, keep, start = (call[name].tolist() for name in ("boundary", "logits_to_keep", "cache_start"))
     row = 0
@@ -34,7 +34,7 @@ def assert_prefill_equals_oracle(native, prompts, call, past=None):
 
 
 def assert_sentinels_outside(call, spans):
-    """Slots outside `spans[i]` of sequence i still hold the sentinel."""
+    """Check that slots of sequence i outside `spans[i]` still hold the sentinel."""
     for cache in (*call["key_cache"], *call["value_cache"]):
         for i, (begin, end) in enumerate(spans):
             assert (cache[i][:, :begin] == SENTINEL).all()
@@ -66,7 +66,7 @@ def test_prefill_writes_no_byte_between_the_views():
         assert all((buffer == SENTINEL).all() for buffer in buffers)
 
 
-def test_prefill_continues_a_cache_of_ones_own():
+def test_prefill_continues_the_callers_cache():
     native = pop_ext.load(shared(), plan_of(shared(), GAPS, 2))
     first = [tokens(native.model, n, seed=n) for n in (19, 4)]
     call = op_call(native, first, start=[2, 5], capacity=60)
@@ -94,7 +94,7 @@ def test_prefill_scatters_through_a_slot_table():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_prefill_takes_ids_of_either_width_strided_lengths_and_any_form_of_rope_tables(dtype):
+def test_prefill_accepts_other_dtypes_strides_and_table_shapes(dtype):
     model = shared(dtype=dtype)
     native = pop_ext.load(model, plan_of(model, GAPS, 2))
     prompts = [tokens(model, n, seed=n) for n in (19, 4)]
@@ -132,7 +132,7 @@ def test_prefill_takes_ids_of_either_width_strided_lengths_and_any_form_of_rope_
     assert rows == 23
 
 
-def test_each_row_takes_its_own_row_of_the_rope_tables():
+def test_each_row_uses_its_row_of_the_rope_tables():
     native = pop_ext.load(shared(), plan_of(shared(), GAPS, 2))
     prompts = [tokens(native.model, n, seed=n) for n in (9, 12)]
     together = op_call(native, prompts)
@@ -144,7 +144,7 @@ def test_each_row_takes_its_own_row_of_the_rope_tables():
         assert_close_fp32(hidden[i : i + 1], run_op(alone), f"sequence {i}")
 
 
-def test_prefill_without_a_guard_gives_the_same():
+def test_prefill_without_restore_on_error_gives_the_same():
     native = pop_ext.load(shared(), plan_of(shared()))
     prompts = [tokens(native.model, 19)]
     expected = run_op(op_call(native, prompts))

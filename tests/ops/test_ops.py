@@ -1,4 +1,4 @@
-"""torch.ops.pop as a library: handles, weights, threads, the profiler, fake tensors and opcheck."""
+"""The library torch.ops.pop: handles, weights, threads, the profiler, fake tensors and opcheck."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_unload_frees_a_handle_once():
             call(handle)
 
 
-def test_info_counts_the_folded_weights_and_nothing_else():
+def test_info_counts_only_the_folded_weights():
     model = shared()
     for omit, folded in (((), 1), (GAPS, 4), ((5,), 1)):
         native = pop_ext.load(model, plan_of(model, omit))
@@ -63,7 +63,7 @@ def test_weights_are_shared_not_copied():
     native = pop_ext.load(model, plan_of(model))
     ids = tokens(model, 1, 9)
     before = native.prefill(ids).logits
-    model.lm_head.weight.data.mul_(2)  # not folded, not even the operator's
+    model.lm_head.weight.data.mul_(2)  # not folded; the head is not part of the operator
     assert_close_fp32(native.prefill(ids).logits, 2 * before, "logits")
 
 
@@ -92,7 +92,7 @@ def test_stages_appear_in_the_profiler():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         run_op(call)
     counts = {event.key: event.count for event in profile.key_averages()}
-    # Six layers, of which the last two are a run: one projection, and every layer for the boundary row.
+    # Six layers, the last two omitted: one projection for both, and all layers for the boundary row.
     expected = {"embed": 1, "kv_project": 1, "qkv": 6, "rope_cache_write": 6, "attention": 6, "o_proj": 6, "mlp": 6}
     assert {name: counts.get(f"pop::{name}", 0) for name in expected} == expected
     assert counts.get("pop::final_norm") == 1
@@ -100,7 +100,7 @@ def test_stages_appear_in_the_profiler():
 
 
 def opcheck_cases():
-    """Operator name -> arguments, for every operator that takes tensors."""
+    """Return operator name -> arguments, for every operator that takes tensors."""
     geometry = GEOMETRIES["batch with past and start"]
     rows = sum(count for count, _, _ in geometry)
     caches = Caches(geometry, 2, 64, torch.float32, layers=2)
@@ -144,8 +144,8 @@ def test_prefill_passes_opcheck():
     torch.library.opcheck(pop.prefill.default, (), call)
 
 
-# opcheck's comparison of eager and traced results knows numbers and tensors, no text; and a traced program holds a
-# model by its handle, a constant, so that nothing of these operators is ever traced. What remains is checked.
+# opcheck compares eager and traced results only if they are numbers and tensors, not text. These operators are never
+# traced anyway: a traced program holds a model's handle as a constant. The other checks of opcheck run.
 TEXT_OPERATORS = ("info", "stale_weight", "cpu_isa", "foreign_schemas", "fp8_missing", "prepack_missing")
 WITHOUT_TEXT_COMPARISON = ("test_schema", "test_autograd_registration", "test_faketensor")
 
@@ -160,7 +160,7 @@ def test_an_operator_that_returns_text_passes_what_opcheck_can_compare(name):
 
 
 def test_fp8_linear_passes_what_opcheck_can_compare():
-    # Not its inputs before and after the call: torch has no arithmetic for e4m3.
+    # Without the check that inputs are unchanged: torch cannot compare e4m3 tensors.
     args = (random(5, 16, dtype=torch.bfloat16), *pop.quantize_rows(random(32, 16, seed=1)))
     without = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(pop.fp8_linear.default, args, test_utils=without)
@@ -169,8 +169,8 @@ def test_fp8_linear_passes_what_opcheck_can_compare():
     assert all(torch.equal(tensor.view(torch.uint8), old) for tensor, old in zip(args, before, strict=True))
 
 
-def test_load_changes_none_of_its_weights_and_unload_returns_nothing():
-    # Each call of `load` makes another handle: opcheck's comparison of two calls would find them unequal.
+def test_load_leaves_weights_unchanged_and_unload_returns_nothing():
+    # Each call of `load` returns a new handle, so opcheck would find two calls unequal.
     native = pop_ext.load(shared(), plan_of(shared()))
     weights = [ref.tensor.detach() for ref in native.description.weights]
     args = (native.spec.to_json(), native.plan.to_json(), weights)

@@ -1,4 +1,4 @@
-"""Plan: what is accepted, what is refused and how, and the ways a plan travels."""
+"""Plan: accepted and refused arguments, copies, JSON and files, presets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pop_ext.plans.plan import Plan
 from pop_ext.plans.presets import PRESETS, default_plan
 
 
-def test_omit_is_a_sorted_tuple_whatever_iterable_came():
+def test_omit_becomes_a_sorted_tuple():
     for omit in ([5, 2, 3], (3, 5, 2), {2, 3, 5}, iter([5, 3, 2]), np.array([5, 2, 3]), torch.tensor([2, 5, 3])):
         assert Plan(8, omit).omit == (2, 3, 5)
 
@@ -33,7 +33,7 @@ def test_the_runtime_projects_the_last_layer_whether_omitted_or_not():
     assert Plan(1, []).projected_runs == (range(0, 1),)
 
 
-def test_integers_of_numpy_and_torch_count_as_integers():
+def test_numpy_and_torch_integers_are_accepted():
     plan = Plan(np.int64(8), [np.int32(3)], boundary=torch.tensor(2), min_tokens=np.uint8(4))
     assert plan == Plan(8, [3], 2, 4)
     assert type(plan.boundary) is int
@@ -56,7 +56,7 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize(("changes", "text"), BAD_VALUES)
-def test_a_bad_value_is_a_value_error_that_names_it(changes, text):
+def test_bad_values_raise_value_error_with_the_name(changes, text):
     with pytest.raises(ValueError, match="expected") as error:
         Plan(**{"num_layers": 8, "omit": [1], **changes})
     assert str(error.value) == text
@@ -79,7 +79,7 @@ BAD_TYPES = [
 
 
 @pytest.mark.parametrize(("changes", "text"), BAD_TYPES, ids=[text for _, text in BAD_TYPES])
-def test_a_bad_type_is_a_type_error_that_names_it(changes, text):
+def test_bad_types_raise_type_error_with_the_name(changes, text):
     with pytest.raises(TypeError) as error:
         Plan(**{"num_layers": 8, "omit": [1], **changes})
     assert str(error.value) == text
@@ -90,7 +90,7 @@ def test_last_omits_the_deepest_third_by_default():
         assert Plan.last(depth).omit == tuple(range(depth - depth // 3, depth))
 
 
-def test_last_takes_a_count_or_a_fraction_and_the_other_arguments():
+def test_last_takes_a_count_or_a_fraction():
     assert Plan.last(8, 0).omit == ()
     assert Plan.last(8, count=2) == Plan(8, [6, 7])
     assert Plan.last(10, fraction=0.7).omit == tuple(range(3, 10))
@@ -109,13 +109,13 @@ def test_last_takes_a_count_or_a_fraction_and_the_other_arguments():
         (dict(fraction=float("nan")), "fraction: expected a number in [0, 1), got nan"),
     ],
 )
-def test_last_refuses_what_leaves_no_plan(arguments, text):
+def test_last_refuses_bad_counts_and_fractions(arguments, text):
     with pytest.raises(ValueError, match="expected") as error:
         Plan.last(8, **arguments)
     assert str(error.value) == text
 
 
-def test_last_refuses_a_count_or_fraction_of_another_type():
+def test_last_refuses_counts_and_fractions_of_bad_types():
     with pytest.raises(TypeError, match="^count: expected an integer, got 2.0$"):
         Plan.last(8, count=2.0)
     with pytest.raises(TypeError, match="^fraction: expected a number, got '1/3'$"):
@@ -129,7 +129,7 @@ def test_plans_are_equal_and_hash_by_value():
         assert Plan(8, [1, 2]) != other
 
 
-def test_a_plan_cannot_be_changed():
+def test_a_plan_is_immutable():
     plan = Plan(8, [1, 2])
     for name in ("num_layers", "omit", "boundary", "min_tokens", "runs", "note"):
         with pytest.raises(AttributeError):
@@ -139,7 +139,7 @@ def test_a_plan_cannot_be_changed():
     assert plan == Plan(8, [1, 2])
 
 
-def test_replace_gives_another_plan_and_checks_it():
+def test_replace_returns_a_checked_copy():
     plan = Plan(8, [1, 2], min_tokens=5)
     assert plan.replace(boundary=32) == Plan(8, [1, 2], 32, 5)
     assert plan.boundary == 1
@@ -149,7 +149,7 @@ def test_replace_gives_another_plan_and_checks_it():
         plan.replace(depth=4)
 
 
-def test_repr_is_an_expression_of_the_plan():
+def test_repr_evaluates_to_the_plan():
     plan = Plan(8, [1, 2], 3, 4)
     assert repr(plan) == "Plan(num_layers=8, omit=(1, 2), boundary=3, min_tokens=4)"
     assert eval(repr(plan)) == plan
@@ -164,14 +164,14 @@ def test_copies_and_pickles_are_equal_plans():
         assert other == plan
 
 
-def test_json_carries_every_argument_and_comes_back():
+def test_json_round_trip_keeps_every_argument():
     plan = Plan(8, [1, 2, 6], 3, 4)
     assert json.loads(plan.to_json()) == {"num_layers": 8, "omit": [1, 2, 6], "boundary": 3, "min_tokens": 4}
     assert Plan.from_json(plan.to_json()) == plan
     assert Plan.from_json(json.dumps({"omit": [], "num_layers": 8})) == Plan(8, [])
 
 
-def test_json_members_that_a_later_version_adds_are_ignored():
+def test_unknown_json_members_are_ignored():
     text = '{"num_layers": 8, "omit": [1], "note": {"a": [null, true, 1.5e3, "\\u00e9\\ud83d\\ude00\\n"]}}'
     assert Plan.from_json(text) == Plan(8, [1])
 
@@ -201,13 +201,13 @@ def test_json_members_that_a_later_version_adds_are_ignored():
         ('{"num_layers": 8, "omit": [8]}', "omit: expected layers in 0...7, got 8"),
     ],
 )
-def test_text_that_is_no_plan_is_refused_with_the_place(text, message):
+def test_bad_json_is_refused_with_its_offset(text, message):
     with pytest.raises(ValueError, match="expected") as error:
         Plan.from_json(text)
     assert message in str(error.value)
 
 
-def test_a_saved_plan_loads_and_a_bad_file_is_named(tmp_path):
+def test_load_reads_saved_plans_and_names_bad_files(tmp_path):
     plan = Plan(8, [1, 2], 3, 4)
     plan.save(tmp_path / "plan.json")
     assert Plan.load(str(tmp_path / "plan.json")) == plan
@@ -231,7 +231,7 @@ def test_the_published_plan_of_llama_8b_omits_10_of_32():
 PUBLISHED = ("meta-llama/Llama-3.1-8B", "google/gemma-3-12b", "Qwen/Qwen3-VL-8B")
 
 
-def test_a_supported_model_has_a_preset_and_a_native_form():
+def test_supported_models_are_those_with_a_preset():
     supported = supported_models()
     assert supported["meta-llama/Llama-3.1-8B-Instruct"].published
     assert not supported["Qwen/Qwen3-8B"].published
@@ -240,7 +240,7 @@ def test_a_supported_model_has_a_preset_and_a_native_form():
     assert set(supported) == set(PRESETS)
 
 
-def test_every_preset_that_is_not_published_says_so_and_is_the_deepest_third():
+def test_every_preset_omits_the_deepest_third_and_says_if_published():
     for name, preset in PRESETS.items():
         depth = preset.config["num_hidden_layers"]
         assert preset.plan == Plan.last(depth), name
@@ -248,19 +248,19 @@ def test_every_preset_that_is_not_published_says_so_and_is_the_deepest_third():
         assert preset.source
 
 
-def test_an_unknown_preset_is_refused_with_near_names():
+def test_unknown_presets_are_refused_with_near_names():
     with pytest.raises(ValueError, match=r"preset: expected a name like .*meta-llama/Llama-3\.1-8B.*, got 'llama-3.1'"):
         Plan.preset("llama-3.1")
 
 
-def test_the_default_plan_is_the_preset_of_that_config_or_the_deepest_third():
+def test_default_plan_is_the_matching_preset_or_the_deepest_third():
     config = SimpleNamespace(**PRESETS["meta-llama/Llama-3.2-1B"].config, rope_theta=5e5)
     assert default_plan(config) is PRESETS["meta-llama/Llama-3.2-1B"].plan
     assert default_plan(SimpleNamespace(model_type="other", num_hidden_layers=10)) == Plan(10, [7, 8, 9])
     assert default_plan(SimpleNamespace(get_text_config=lambda: config)) == Plan.last(16)
 
 
-def test_no_two_presets_are_for_one_config():
+def test_presets_have_distinct_configs():
     presets = {id(preset): preset for preset in PRESETS.values()}.values()
     configs = {tuple(preset.config.items()) for preset in presets}
     assert len(configs) == len(presets)

@@ -1,4 +1,4 @@
-"""Where a plan comes from: it travels with the plan, counts in no comparison, and keeps it from other models."""
+"""The origin of a plan: copies and files keep it, equality ignores it, and models of another config refuse it."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_an_origin_travels_with_its_plan(tmp_path):
     assert "origin" not in json.loads(Plan(6, (1, 2)).to_json())
 
 
-def test_plans_that_compute_the_same_are_equal_whatever_their_origin():
+def test_equality_ignores_the_origin():
     plan = Plan(6, (1, 2), origin=ORIGIN)
     assert plan == Plan(6, (1, 2))
     assert hash(plan) == hash(Plan(6, (1, 2)))
     assert eval(repr(plan)) == plan
 
 
-def test_another_choice_of_layers_has_the_model_of_its_origin_only():
+def test_replacing_omit_keeps_only_the_model_of_the_origin():
     plan = Plan(6, (1, 2), origin=ORIGIN)
     assert plan.replace(boundary=32).origin == ORIGIN
     assert plan.replace(omit=(2, 3)).origin == Origin("some/model", "0123456789abcdef")
@@ -65,29 +65,29 @@ def test_another_choice_of_layers_has_the_model_of_its_origin_only():
         ({"config_hash": 1.5}, "origin.config_hash: expected str, got float 1.5"),
     ],
 )
-def test_an_origin_of_another_form_is_named(origin, text):
+def test_a_malformed_origin_is_refused_with_its_member(origin, text):
     members = {"num_layers": 6, "omit": [1], "origin": origin}
     with pytest.raises(ValueError, match="origin") as error:
         Plan.from_json(json.dumps(members))
     assert str(error.value) == text
 
 
-def test_an_origin_is_an_origin():
+def test_origin_must_have_its_type_and_ignores_unknown_members():
     with pytest.raises(TypeError, match=r"origin: expected a pop_ext.plans.origin.Origin, got dict"):
         Plan(6, (1,), origin={})
     known = {"num_layers": 6, "omit": [1], "origin": {"method": "by hand", "colour": 3}}
     assert Plan.from_json(json.dumps(known)).origin == Origin(method="by hand")
 
 
-# The hash
+# The config hash
 
 
 @pytest.mark.parametrize("change", [dict(hidden=64), dict(layers=5), dict(vocab=264), dict(heads=8), dict(kv_heads=1)])
-def test_a_model_of_another_shape_has_another_hash(change):
+def test_config_hash_depends_on_the_shape(change):
     assert config_hash(llama(**change).config) != config_hash(shared("llama").config)
 
 
-def test_a_hash_is_of_architecture_and_shape_not_of_path_dtype_or_rope():
+def test_config_hash_ignores_path_dtype_rope_and_special_tokens():
     config = copy.deepcopy(shared("llama").config)
     config._name_or_path, config.rope_parameters, config.eos_token_id = "elsewhere", {"rope_type": "default"}, 3
     config.dtype = torch.bfloat16
@@ -95,14 +95,14 @@ def test_a_hash_is_of_architecture_and_shape_not_of_path_dtype_or_rope():
     assert config_hash(shared("mistral").config) != config_hash(shared("llama").config)
 
 
-def test_a_head_dim_that_follows_from_the_others_need_not_be_written():
+def test_config_hash_fills_in_a_missing_head_dim():
     config = copy.deepcopy(llama(hidden=96, heads=4, head_dim=24).config)
     before = config_hash(config)
     config.head_dim = None
     assert config_hash(config) == before
 
 
-# Refused
+# Plans of other models
 
 
 WAYS = {
@@ -127,18 +127,18 @@ def test_a_plan_of_another_model_is_refused(way):
     assert other.__dict__ == before
 
 
-def test_a_plan_without_an_origin_serves_any_model_of_its_depth():
+def test_a_plan_without_config_hash_fits_any_model_of_its_depth():
     for family in ("llama", "qwen3"):
         pop_ext.load(shared(family), Plan(6, (4, 5), origin=Origin(method="by hand")))
         pop_ext.load(shared(family), Plan(6, (4, 5)))
 
 
-def test_the_model_of_a_refused_plan_is_named():
+def test_a_refusal_names_the_model_of_the_origin():
     plan = Plan(6, (4,), origin=Origin("some/model", "0123456789abcdef"))
     with pytest.raises(ValueError, match=r"got 0123456789abcdef \(made with some/model\)"):
         pop_ext.load(shared("llama"), plan)
 
 
-def test_every_family_has_a_hash_of_its_own():
+def test_families_have_distinct_config_hashes():
     hashes = {config_hash(shared(family).config) for family in FAMILIES}
     assert len(hashes) == len(FAMILIES)

@@ -1,4 +1,4 @@
-"""What other tests stand on: models in which every part matters, and comparisons that notice a mistake."""
+"""Checks of the tests themselves: every layer of a test model matters, and comparisons catch planted mistakes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from against_oracle import LAST, plan_of
 from hook_reference import context_rows, held_back_forward
 from models import FAMILIES, ROPE_KINDS, llama, shared, tokens
 from pop_ext import reference
+from pop_ext.reference import projection
 from tolerance import assert_close_fp32, assert_low_precision, compare_caches, rms
 
 T = 40
@@ -21,7 +22,7 @@ T = 40
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_zeroing_any_one_layer_moves_the_logits_by_more_than_a_tenth(family, tied):
+def test_skipping_any_layer_moves_the_logits_by_a_tenth(family, tied):
     model = FAMILIES[family](tied=tied, layers=8)
     ids = tokens(model, 1, T)
     logits = model(ids).logits[:, -1]
@@ -34,7 +35,7 @@ def test_zeroing_any_one_layer_moves_the_logits_by_more_than_a_tenth(family, tie
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_test_model_is_deterministic_and_has_logits_of_scale_one(family):
+def test_test_models_are_deterministic_with_logits_of_scale_one(family):
     first, second = FAMILIES[family](), FAMILIES[family]()
     ids = tokens(first, 2, T)
     assert torch.equal(first(ids).logits, second(ids).logits)
@@ -43,13 +44,13 @@ def test_a_test_model_is_deterministic_and_has_logits_of_scale_one(family):
 
 @pytest.mark.parametrize("kind", [kind for kind in ROPE_KINDS if kind != "default"])
 @torch.no_grad()
-def test_each_rope_scaling_differs_visibly_from_the_default_one(kind):
+def test_each_rope_scaling_differs_from_the_default(kind):
     ids = tokens(shared("llama"), 1, T)
     default, scaled = (shared("llama")(ids).logits[:, -1], llama(rope=kind)(ids).logits[:, -1])
     assert rms(scaled - default) > 0.1 * rms(default)
 
 
-# Planted mutations: the comparison must notice each of them
+# Planted mutations, each of which the comparison must catch
 
 
 def without_rope(layer, hidden_states, cos, sin, fitted=None):
@@ -90,12 +91,12 @@ MUTATIONS = [
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_a_planted_mistake_in_the_projection_is_noticed(monkeypatch, family, mutation):
+def test_a_planted_mistake_in_the_projection_is_caught(monkeypatch, family, mutation):
     model = shared(family)
     ids = tokens(model, 1, T)
     expected, expected_cache = held_back_forward(model, ids, LAST, context_rows(torch.ones_like(ids), [1]))
-    monkeypatch.setattr(reference, "project_kv", mutation)
-    monkeypatch.setattr(reference, "check_projection", lambda *_: None)
+    monkeypatch.setattr(projection, "project_kv", mutation)
+    monkeypatch.setattr(projection, "check_projection", lambda *_: None)
     logits, cache = reference.prefill(model, ids, plan_of(model, LAST))
     with pytest.raises(AssertionError, match="logits: max error"):
         assert_close_fp32(logits, expected[:, -1:], "logits")
@@ -106,14 +107,14 @@ def test_a_planted_mistake_in_the_projection_is_noticed(monkeypatch, family, mut
 @pytest.mark.parametrize(
     "mutation", [without_rope, without_gamma, values_from_the_unnormalised_state], ids=lambda f: f.__name__
 )
-def test_a_family_that_projects_kv_in_another_way_is_refused(monkeypatch, mutation):
+def test_other_kv_projections_are_refused(monkeypatch, mutation):
     model = shared("llama")
-    monkeypatch.setattr(reference, "project_kv", mutation)
+    monkeypatch.setattr(projection, "project_kv", mutation)
     with pytest.raises(ValueError, match=r"model: expected K = .*LlamaAttention of layer 4"):
         reference.prefill(model, tokens(model, 1, T), plan_of(model, LAST))
 
 
-def test_missing_boundary_kv_is_noticed():
+def test_missing_boundary_kv_is_caught():
     model = shared("llama")
     ids = tokens(model, 1, T)
     _, expected_cache = held_back_forward(model, ids, LAST, context_rows(torch.ones_like(ids), [1]))
@@ -122,7 +123,7 @@ def test_missing_boundary_kv_is_noticed():
         compare_caches(all_context, expected_cache)
 
 
-def test_low_precision_bounds_reject_three_times_the_rms_error_and_one_wild_element():
+def test_low_precision_bounds_reject_large_rms_and_single_errors():
     truth = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     oracle = truth.bfloat16()
     assert_low_precision(oracle, oracle, truth, "same")

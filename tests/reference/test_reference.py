@@ -1,4 +1,4 @@
-"""The oracle against the stock model and against the third form; what it leaves alone; what it refuses."""
+"""The oracle against the stock model and the hook reference; batches, side effects and refusals."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import models
 import pytest
 import torch
 from against_oracle import GAPS, LAST, plan_of, run_stock
-from hook_reference import assert_equals_third_form, context_rows, held_back_forward
+from hook_reference import assert_equals_hook_reference, context_rows, held_back_forward
 from models import FAMILIES, ROPE_KINDS, WINDOW, float32_twin, llama, pad, qwen2, shared, tokens
 from pop_ext import Plan, reference
+from pop_ext.reference import projection
 from tolerance import assert_close_fp32, assert_low_precision, compare_caches, rms, stored_layers
 from transformers import DynamicCache, LlamaModel
 
@@ -19,14 +20,14 @@ LAYERS = 6
 OMITS = {"last third": LAST, "gaps": (1, 3, 4), "first": (0,), "all but the last": (0, 1, 2, 3, 4), "middle": (2, 3)}
 
 
-# Against the third form
+# Against the hook reference
 
 
 @pytest.mark.parametrize("omit", OMITS.values(), ids=OMITS.keys())
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_oracle_equals_the_third_form(family, omit):
+def test_the_oracle_equals_the_hook_reference(family, omit):
     model = shared(family)
-    assert_equals_third_form(model, tokens(model, 2, T), omit, boundary=2)
+    assert_equals_hook_reference(model, tokens(model, 2, T), omit, boundary=2)
 
 
 @pytest.mark.parametrize(
@@ -41,44 +42,44 @@ def test_the_oracle_equals_the_third_form(family, omit):
     ],
     ids=str,
 )
-def test_the_oracle_equals_the_third_form_in_every_shape(over):
+def test_the_oracle_equals_the_hook_reference_in_every_shape(over):
     model = llama(**over)
-    assert_equals_third_form(model, tokens(model, 1, T), GAPS, boundary=3)
+    assert_equals_hook_reference(model, tokens(model, 1, T), GAPS, boundary=3)
 
 
 @pytest.mark.parametrize("length", [19, T, 70])
 @pytest.mark.parametrize("kind", ROPE_KINDS)
-def test_the_oracle_equals_the_third_form_under_every_rope_scaling(kind, length):
+def test_the_oracle_equals_the_hook_reference_under_every_rope_scaling(kind, length):
     model = shared("llama", rope=kind)
-    assert_equals_third_form(model, tokens(model, 1, length), GAPS)
+    assert_equals_hook_reference(model, tokens(model, 1, length), GAPS)
 
 
-def test_mixed_full_and_sliding_layers_equal_the_third_form():
+def test_mixed_full_and_sliding_layers_equal_the_hook_reference():
     model = qwen2(use_sliding_window=True)
-    assert_equals_third_form(model, tokens(model, 2, T), GAPS, boundary=5)
+    assert_equals_hook_reference(model, tokens(model, 2, T), GAPS, boundary=5)
 
 
 @pytest.mark.parametrize("boundary", [1, 2, 17, T - 1, T])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_any_boundary_equals_the_third_form(family, boundary):
+def test_any_boundary_equals_the_hook_reference(family, boundary):
     model = shared(family)
-    assert_equals_third_form(model, tokens(model, 1, T), GAPS, boundary)
+    assert_equals_hook_reference(model, tokens(model, 1, T), GAPS, boundary)
 
 
 @pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW])
 @pytest.mark.parametrize("boundary", [1, 5])
-def test_prompts_around_the_sliding_window_equal_the_third_form(length, boundary):
+def test_prompts_around_the_sliding_window_equal_the_hook_reference(length, boundary):
     model = shared("mistral")
-    assert_equals_third_form(model, tokens(model, 1, length), LAST, boundary)
+    assert_equals_hook_reference(model, tokens(model, 1, length), LAST, boundary)
 
 
 @pytest.mark.parametrize("boundary", [WINDOW - 1, WINDOW, WINDOW + 1])
-def test_boundaries_around_the_sliding_window_equal_the_third_form(boundary):
+def test_boundaries_around_the_sliding_window_equal_the_hook_reference(boundary):
     model = shared("mistral")
-    assert_equals_third_form(model, tokens(model, 1, T), LAST, boundary)
+    assert_equals_hook_reference(model, tokens(model, 1, T), LAST, boundary)
 
 
-def test_left_padding_equals_the_third_form_under_the_same_mask():
+def test_left_padding_equals_the_hook_reference():
     model = shared("llama")
     ids, mask = pad([tokens(model, n, seed=n) for n in (T, 19, 2)], "left")
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -89,11 +90,11 @@ def test_left_padding_equals_the_third_form_under_the_same_mask():
     compare_caches(cache, expected_cache, mask=mask)
 
 
-def test_explicit_position_ids_equal_the_third_form():
+def test_explicit_position_ids_equal_the_hook_reference():
     model = shared("llama")
     positions = torch.arange(T)[None] * 2 + torch.tensor([[3], [50]])
-    assert_equals_third_form(model, tokens(model, 2, T), LAST, position_ids=positions)
-    assert_equals_third_form(model, tokens(model, 2, T), LAST, position_ids=positions[:1])
+    assert_equals_hook_reference(model, tokens(model, 2, T), LAST, position_ids=positions)
+    assert_equals_hook_reference(model, tokens(model, 2, T), LAST, position_ids=positions[:1])
 
 
 # Equalities with the stock model
@@ -121,7 +122,7 @@ def test_a_boundary_of_the_whole_prompt_equals_the_stock_model(omit, boundary):
     compare_caches(cache, expected_cache)
 
 
-def test_pruning_changes_the_result_where_it_should():
+def test_pruning_changes_results_where_it_should():
     model = shared("llama")
     ids = tokens(model, 1, T)
     expected, expected_cache = run_stock(model, ids)
@@ -132,7 +133,7 @@ def test_pruning_changes_the_result_where_it_should():
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_length_dependent_rope_follows_the_longest_sequence_of_the_call(kind):
+def test_dynamic_rope_follows_the_longest_sequence(kind):
     ids, mask = pad([tokens(shared("llama"), n, seed=n) for n in (70, 19)], "left")
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     expected, expected_cache = run_stock(llama(rope=kind), ids, attention_mask=mask, position_ids=positions)
@@ -162,7 +163,7 @@ def test_a_padded_batch_equals_its_sequences_alone(family, side):
             assert not a.values[i][:, ~mask[i].bool()].any()
 
 
-def test_per_sequence_values_give_packed_logits_and_their_own_boundaries():
+def test_per_sequence_values_give_packed_logits():
     model = shared("llama")
     sequences = [tokens(model, n, seed=n) for n in (T, 19)]
     ids, mask = pad(sequences, "right")
@@ -174,7 +175,7 @@ def test_per_sequence_values_give_packed_logits_and_their_own_boundaries():
     assert_close_fp32(logits, torch.cat([first[0], second[0]]), "logits")
 
 
-def test_wanted_logits_widen_the_boundary():
+def test_logits_to_keep_widens_the_boundary():
     model = shared("llama")
     ids = tokens(model, 1, T)
     wide, wide_cache = reference.prefill(model, ids, plan_of(model, LAST), 4, boundary=4)
@@ -191,7 +192,7 @@ def test_an_explicit_boundary_overrides_the_plan():
     assert torch.equal(logits, expected)
 
 
-def test_embeddings_give_what_their_ids_give():
+def test_embeddings_equal_their_ids():
     model = shared("llama")
     ids = tokens(model, 2, T)
     expected, _ = reference.prefill(model, ids, plan_of(model, LAST))
@@ -203,7 +204,7 @@ def test_embeddings_give_what_their_ids_give():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_keeps_its_dtype_and_two_attentions_agree_within_the_bounds(dtype):
+def test_low_precision_attentions_agree_within_the_bounds(dtype):
     model = llama(dtype=dtype)
     ids, plan = tokens(model, 2, T), plan_of(model, LAST)
     truth, truth_cache = reference.prefill(float32_twin(model), ids, plan, 4)
@@ -215,7 +216,7 @@ def test_low_precision_keeps_its_dtype_and_two_attentions_agree_within_the_bound
     compare_caches(eager_cache, cache, oracle_fp32=truth_cache)
 
 
-def test_the_same_call_gives_the_same_bits():
+def test_repeated_calls_are_bit_identical():
     model = shared("llama")
     ids = tokens(model, 2, T)
     first, second = (reference.prefill(model, ids, plan_of(model, LAST)) for _ in range(2))
@@ -223,7 +224,7 @@ def test_the_same_call_gives_the_same_bits():
     compare_caches(first[1], second[1], atol=0.0)
 
 
-def test_the_given_cache_and_the_model_stay_as_they_were():
+def test_cache_and_model_stay_unchanged():
     model = llama()
     _, given = run_stock(model, tokens(model, 1, 19))
     before, weights = (copy.deepcopy(given), {k: v.clone() for k, v in model.state_dict().items()})
@@ -234,12 +235,12 @@ def test_the_given_cache_and_the_model_stay_as_they_were():
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_a_failure_in_the_middle_of_the_layers_leaves_cache_and_model_as_they_were(monkeypatch):
+def test_a_failing_layer_leaves_cache_and_model_unchanged(monkeypatch):
     model = llama()
     _, given = run_stock(model, tokens(model, 1, 19))
     before = copy.deepcopy(given)
     project, calls = reference.project_kv, iter(range(3))
-    monkeypatch.setattr(reference, "project_kv", lambda *args: project(*args) if next(calls) < 2 else 1 / 0)
+    monkeypatch.setattr(projection, "project_kv", lambda *args: project(*args) if next(calls) < 2 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         reference.prefill(model, tokens(model, 1, T), plan_of(model, LAST), past_key_values=given)
     compare_caches(given, before, atol=0.0)
@@ -255,7 +256,7 @@ def test_a_replaced_forward_of_the_instance_is_not_called(monkeypatch):
     assert torch.equal(logits, expected)
 
 
-# Errors name the argument, what was expected and what came
+# Refusals: each text names the argument, what was expected and what came
 
 
 def holes():
@@ -321,7 +322,7 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("case", BAD_CALLS)
-def test_a_bad_argument_is_named(case):
+def test_bad_arguments_are_refused_by_name(case):
     over, message = BAD_CALLS[case]
     model = shared("llama")
     call = {"input_ids": tokens(model, 2, 8), "plan": plan_of(model, LAST), **over}
@@ -329,7 +330,7 @@ def test_a_bad_argument_is_named(case):
         reference.prefill(model, **call)
 
 
-def test_a_cache_that_does_not_fit_is_named_and_stays_as_it_was():
+def test_an_unfit_cache_is_refused_and_unchanged():
     model = shared("llama")
     _, given = run_stock(model, tokens(model, 1, 5))
     before = copy.deepcopy(given)
@@ -345,10 +346,11 @@ def test_a_cache_that_does_not_fit_is_named_and_stays_as_it_was():
         reference.prefill(model, tokens(model, 1, 8), plan_of(model, LAST), past_key_values=shallow)
 
 
-def test_a_sliding_cache_that_dropped_a_position_still_in_reach_is_refused():
+def test_a_cache_that_dropped_needed_positions_is_refused():
     model = shared("mistral")
     first, mask = pad([tokens(model, n, seed=n) for n in (30, 11)], "right")
-    given = DynamicCache(config=model.config)  # keeps the last columns, for the second sequence mostly padding
+    # A sliding layer keeps the last columns, which are mostly padding for the second sequence.
+    given = DynamicCache(config=model.config)
     run_stock(model, first, attention_mask=mask, past_key_values=given)
     mask = torch.cat([mask, torch.ones(2, 8, dtype=torch.long)], dim=1)
     with pytest.raises(
@@ -357,7 +359,7 @@ def test_a_sliding_cache_that_dropped_a_position_still_in_reach_is_refused():
         reference.prefill(model, tokens(model, 2, 8), plan_of(model, LAST), attention_mask=mask, past_key_values=given)
 
 
-def test_a_model_without_a_head_is_named():
+def test_a_model_without_head_is_refused_by_name():
     headless = LlamaModel(models.llama().config)
     with pytest.raises(ValueError, match=r"model: expected .*LlamaModel"):
         reference.prefill(headless, torch.zeros(1, 4, dtype=torch.long), Plan(num_layers=6, omit=(5,)))

@@ -1,11 +1,11 @@
-"""The oracle over a cache that is there already, and decode by the stock model over the oracle's."""
+"""The oracle over a filled cache, and decode by the stock model over the oracle's cache."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from against_oracle import GAPS, LAST, plan_of, run_stock
-from hook_reference import assert_equals_third_form, context_rows, held_back_forward
+from hook_reference import assert_equals_hook_reference, context_rows, held_back_forward
 from models import FAMILIES, WINDOW, pad, shared, tokens
 from pop_ext import reference
 from tolerance import assert_close_fp32, compare_caches, stored_layers
@@ -16,16 +16,16 @@ T = 40
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("past", [1, WINDOW - 1, WINDOW, 30])
-def test_a_second_turn_equals_the_third_form_over_the_same_cache(family, past):
+def test_a_second_turn_equals_the_hook_reference(family, past):
     model = shared(family)
     _, cache = reference.prefill(model, tokens(model, 2, past, seed=1), plan_of(model, LAST))
-    assert_equals_third_form(model, tokens(model, 2, 19), GAPS, boundary=2, past=cache)
+    assert_equals_hook_reference(model, tokens(model, 2, 19), GAPS, boundary=2, past=cache)
 
 
 @pytest.mark.parametrize("past", [1, WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 1, 30])
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2 mixed"])
-def test_a_second_turn_reads_any_cache_of_the_stock_model(name, static, past):
+def test_a_second_turn_reads_any_stock_cache(name, static, past):
     family = name.split()[0]
     model = shared(family, use_sliding_window=True) if "mixed" in name else shared(family)
     config, new = model.config, 19
@@ -44,7 +44,7 @@ def test_a_second_turn_reads_any_cache_of_the_stock_model(name, static, past):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_holes_that_right_padding_left_in_the_past_are_skipped(family):
+def test_holes_of_right_padding_in_the_past_are_skipped(family):
     model = shared(family)
     turns = [[tokens(model, n, seed=n) for n in lengths] for lengths in ((30, 11), (7, 20))]
     plan = plan_of(model, LAST, 2)
@@ -63,7 +63,7 @@ def test_holes_that_right_padding_left_in_the_past_are_skipped(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_decode_by_the_stock_model_continues_the_third_form(family):
+def test_stock_decode_continues_the_hook_reference(family):
     model = shared(family)
     ids, steps, boundary = tokens(model, 2, T + 6), 6, 3
     context = context_rows(torch.ones_like(ids), [boundary + steps] * 2)

@@ -1,4 +1,4 @@
-"""One call through the native path and through the oracle, compared in everything it leaves behind."""
+"""Run a call through the native path and through the oracle, and compare outputs and caches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tolerance import assert_close_fp32, assert_low_precision, compare_caches
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-# Families with a native form.
+# Families with native support.
 NATIVE = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "olmo2", "mixtral", "qwen3_moe")
 
 # Omitted layers of a model of six.
@@ -47,7 +47,7 @@ def plan_of(model: nn.Module, omit: tuple[int, ...] = LAST, boundary: int = 1) -
 
 @contextmanager
 def lm_head_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The hidden states [batch, rows, hidden] that the head sees inside the block, one entry a call."""
+    """Record the inputs of the head within the block: hidden states [batch, rows, hidden], one entry a call."""
     seen: list[Tensor] = []
     hook = model.lm_head.register_forward_pre_hook(lambda _module, args: seen.append(args[0].detach()))
     try:
@@ -70,7 +70,7 @@ def run_native(model: nn.Module, plan: Plan, ids: Tensor | None = None, **call: 
 
 @torch.no_grad()
 def run_stock(model: nn.Module, ids: Tensor, **call: Any) -> tuple[Tensor, Cache]:
-    """Logits of all rows and a cache that holds every position in every layer."""
+    """Return logits of all rows, and a cache with every position in every layer."""
     output = model(ids, use_cache=True, **{"past_key_values": DynamicCache(), **call})
     return output.logits, output.past_key_values
 
@@ -85,10 +85,15 @@ def assert_equals_oracle(
     mask: Tensor | None = None,
     **call: Any,
 ) -> Result:
-    """Logits, hidden states and K/V of every layer and position; float32 within 1e-4, else by the tolerance rule.
+    """Compare logits, hidden states and K/V of every layer and position: float32 within 1e-4, else `tolerance`'s rule.
 
-    `past` is what the native call continues (a copy of it), `oracle_past` what the oracle does where that differs.
-    `mask` is the attention mask: masked columns of the native cache must be zero.
+    Args:
+        model: the model.
+        plan: the plan.
+        ids: [batch, T].
+        past: the cache that the native call continues; a copy of it is used.
+        oracle_past: the cache that the oracle continues, if another.
+        mask: attention mask; masked columns of the native cache must be zero.
     """
     call["attention_mask"] = mask
     ours = run_native(model, plan, ids, past_key_values=copy.deepcopy(past), **call)
@@ -111,7 +116,7 @@ def assert_equals_oracle(
 
 
 def float32_cache(cache: Cache | None) -> Cache | None:
-    """A copy of a dynamic cache in float32."""
+    """Return a copy of a dynamic cache in float32."""
     if cache is None:
         return None
     cache = copy.deepcopy(cache)

@@ -1,4 +1,4 @@
-"""Calls of torch.ops.pop.attention on random operands, and what they compute: softmax(scale * q.k) . v in float64."""
+"""Calls of torch.ops.pop.attention on random operands, and their reference: softmax(scale * q.k) . v in float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of one call; key slots that no row may see hold NaN."""
+    """Arguments of one call. Cache slots that no row may see hold NaN."""
 
     query: Tensor  # [rows, heads, head_dim]
     key: Tensor  # [batch, kv_heads, capacity, head_dim]
@@ -24,7 +24,7 @@ class Call:
     scale: float
     window: int = 0
     table: Tensor | None = None  # int32 [batch, capacity], on the CPU
-    blocks: tuple[tuple[int, int, int], ...] = ()  # (sequence, begin, end) of new tokens that see each other
+    blocks: tuple[tuple[int, int, int], ...] = ()  # (sequence, begin, end) of new tokens that attend to each other
 
     def args(self) -> tuple:
         lengths = offsets(self.lengths), int32(self.pasts), int32(self.starts)
@@ -35,7 +35,7 @@ class Call:
         return torch.ops.pop.attention(*self.args(), blocks=blocks)
 
     def sequence(self, i: int) -> Call:
-        """The call of sequence i alone."""
+        """Return the call of sequence i alone."""
         first = sum(self.lengths[:i])
         return replace(
             self,
@@ -50,14 +50,14 @@ class Call:
         )
 
     def slots(self, i: int) -> Tensor:
-        """Slots of the positions of sequence i, from 0 on; on the CPU, like the table."""
+        """Return the slots of all positions of sequence i, on the CPU, like the table."""
         total = self.pasts[i] + self.lengths[i]
         if self.table is not None:
             return self.table[i, :total].long()
         return self.starts[i] + torch.arange(total, device="cpu")
 
     def visible(self, i: int) -> Tensor:
-        """[length, past + length]: which positions a row of sequence i sees."""
+        """Return bool [length, past + length]: the positions that each row of sequence i sees."""
         rows = self.pasts[i] + torch.arange(self.lengths[i])[:, None]
         keys = torch.arange(self.pasts[i] + self.lengths[i])[None]
         seen = keys <= rows
@@ -68,7 +68,7 @@ class Call:
         return seen & (keys > rows - self.window) if self.window else seen
 
     def per_sequence(self, attend) -> Tensor:
-        """attend(q, k, v, visible) for each sequence, on [heads, length, head_dim], packed again."""
+        """Call attend(q, k, v, visible) for each sequence, on [heads, length, head_dim], and pack the results."""
         outputs = []
         group = self.query.shape[1] // self.key.shape[1]
         for i in range(len(self.lengths)):
@@ -109,8 +109,20 @@ def make_call(
     one_start=False,
     blocks=(),
 ) -> Call:
-    """Random q, k and v. `slots_first`: the cache lies as [batch, capacity, kv_heads, head_dim]. `one_start`: every
-    sequence begins at the same slot, as a batch of equal prompts does."""
+    """Return a call on random q, k and v.
+
+    Args:
+        shape: (heads, kv_heads, head_dim).
+        lengths: new tokens of each sequence.
+        pasts: cached positions of each sequence.
+        dtype: of q, k and v.
+        window: as of the operator.
+        slots_first: the memory layout of the cache is [batch, capacity, kv_heads, head_dim].
+        permuted: a slot table gives the positions of a sequence random slots.
+        scale: as of the operator; None: 1 / sqrt(head_dim).
+        one_start: every sequence begins at the same slot, as in a batch of equal prompts.
+        blocks: as of the operator.
+    """
     heads, kv_heads, head_dim = shape
     lengths, pasts = list(lengths), list(pasts)
     batch, capacity = len(lengths), max(n + p for n, p in zip(lengths, pasts, strict=True)) + 5
@@ -120,7 +132,7 @@ def make_call(
             return torch.randn(batch, capacity, kv_heads, head_dim).to(dtype).transpose(1, 2)
         return torch.randn(batch, kv_heads, capacity, head_dim).to(dtype)
 
-    # Rows of q lie further apart than they are wide, as in a fused q, k, v projection.
+    # Rows of q are strided, as in a fused q, k, v projection.
     query = torch.randn(sum(lengths), heads + 3, head_dim).to(dtype)[:, :heads]
     table = torch.stack([torch.randperm(capacity, device="cpu") for _ in lengths]).int() if permuted else None
     call = Call(

@@ -1,4 +1,4 @@
-"""What the tests of `enable` share: a plan, calls on an enabled model, comparisons, edits of a model."""
+"""Helpers of the tests of `enable`: a plan, calls of an enabled model, comparisons, changes of a model."""
 
 from __future__ import annotations
 
@@ -21,27 +21,32 @@ OTHER = Plan(LAYERS, (1, 3))
 
 
 def enabled_twin(model: nn.Module, plan: Plan = PLAN, **how: Any) -> nn.Module:
-    """A copy of the model, enabled."""
+    """Return an enabled copy of the model."""
     return pop_ext.enable(copy.deepcopy(model), plan, **how)
+
+
+def native_and_oracle(model: nn.Module, plan: Plan) -> tuple[nn.Module, nn.Module]:
+    """Return two copies of a model, enabled under `strict`: one runs natively, the other the oracle."""
+    return tuple(enabled_twin(model, plan, strict=True, backend=backend) for backend in ("native", "reference"))
 
 
 @torch.no_grad()
 def prefill(model: nn.Module, ids: Tensor) -> Any:
-    """A call that must run natively."""
+    """Call the model, and check that it ran natively."""
     output = model(ids, logits_to_keep=1, use_cache=True)
     assert pop_ext.last_call(model).native
     return output
 
 
 def generate(model: nn.Module, ids: Tensor, new: int = 16, **how: Any) -> Any:
-    """Greedy unless `how` says otherwise; what is drawn is drawn alike in each call."""
+    """Generate greedily, or as `how` says; sampling has the same seed in each call."""
     torch.manual_seed(11)
     how = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0, **how}
     return model.generate(ids, max_new_tokens=new, **how)
 
 
 def recorded(model: nn.Module) -> list[Decision]:
-    """The prefills that the model runs from now on."""
+    """Record the prefills that the model runs from now on."""
     decisions: list[Decision] = []
 
     def record(*_: Any) -> None:
@@ -68,7 +73,7 @@ def assert_enabled_equals_oracle(model: nn.Module, ids: Tensor, plan: Plan = PLA
 
 
 def assert_same_bits(actual: Any, expected: Any) -> None:
-    """Two outputs of a model: logits, loss, recorded states and, where there is a cache, its every byte."""
+    """Compare two outputs of a model bit by bit: logits, loss, recorded states and the cache, if any."""
     assert type(actual) is type(expected)
     assert list(actual) == list(expected)
     for name in expected:
@@ -100,7 +105,7 @@ def is_alive(handle: int) -> bool:
 
 
 class LowRank(nn.Linear):
-    """A Linear with a low-rank addition that shares the weight of the one it replaces, as adapters do."""
+    """A Linear with a low-rank addition that shares the weight of the replaced Linear, as adapters do."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")

@@ -1,4 +1,4 @@
-"""What a prefill with fp8 computes, in plain torch: the stock modules with their operands rounded to e4m3."""
+"""The reference of prefills with fp8, in plain torch: the stock modules with operands rounded to e4m3."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ LARGEST = 448.0
 
 
 def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 rows and their scales, float32 ``[..., 1]``."""
+    """Return the rows of x in e4m3, and their scales, float32 ``[..., 1]``."""
     largest = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30)
-    factor = torch.full_like(largest, LARGEST) / largest  # of a number torch would take the reciprocal
+    factor = torch.full_like(largest, LARGEST) / largest  # dividing a number would make torch multiply by a reciprocal
     return (x.float() * factor).to(torch.float8_e4m3fn), largest * (1 / LARGEST)
 
 
 def rounded(x: Tensor) -> Tensor:
-    """What is left of x, float32."""
+    """Return x after rounding to e4m3, in float32."""
     values, scale = quantized(x)
     return values.float() * scale
 
@@ -29,7 +29,7 @@ def rounded(x: Tensor) -> Tensor:
 class RoundedLinear(nn.Module):
     """A Linear whose weight and input are rounded to e4m3 row by row, computed in float32.
 
-    With `noise`, elements of the input are first moved by about so much of themselves.
+    With `noise`, elements of the input are first changed by about this relative amount.
     """
 
     def __init__(self, linear: nn.Linear, noise: float) -> None:
@@ -44,7 +44,7 @@ class RoundedLinear(nn.Module):
 
 
 def rounded_twin(model: Any, plan: Plan, noise: float = 0.0) -> Any:
-    """A copy whose layers round where the native prefill does: all that context rows pass through."""
+    """Return a copy whose layers round as the native prefill does: all layers that context rows pass through."""
     twin = copy.deepcopy(model)
     for index, layer in enumerate(twin.model.layers):
         if index in plan.omit or index == plan.num_layers - 1:

@@ -1,7 +1,7 @@
-"""The third form of Prefill-Only Pruning: one stock forward whose omitted layers hold back their context rows.
+"""A second reference of Prefill-Only Pruning: one stock forward with hooks that hold back context rows.
 
-Every layer runs in full over all rows, so that its K/V are what the layer itself computes from its input; a hook on an
-omitted layer then undoes the residual update of the context rows. Nothing of pop_ext.reference has a part in it.
+Every layer runs in full over all rows and writes its own K/V. A hook on an omitted layer then restores the input of the
+layer in the context rows. This shares no code with pop_ext.reference.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from transformers import DynamicCache
 def held_back_forward(
     model: nn.Module, input_ids: Tensor, omit: Collection[int], context: Tensor, **call: Any
 ) -> tuple[Tensor, DynamicCache]:
-    """Stock forward of `input_ids` [batch, T], in which rows with `context` [batch, T] pass by the layers of `omit`.
+    """Run the stock forward of `input_ids` [batch, T]; rows in `context` (bool [batch, T]) skip the layers of `omit`.
 
-    `call` goes to the model. Returns the logits of all rows [batch, T, vocab] and the cache, full length in all layers.
+    `call` is passed to the model.
+
+    Returns:
+        The logits of all rows, [batch, T, vocab], and the cache, with the full length in all layers.
     """
     call = {"past_key_values": DynamicCache(), **call}
 
@@ -41,13 +44,13 @@ def held_back_forward(
 
 
 def context_rows(mask: Tensor, boundary: list[int]) -> Tensor:
-    """bool [batch, T]: rows before the last `boundary[i]` real ones of `mask` [batch, T]."""
+    """Return bool [batch, T]: the rows before the last `boundary[i]` real ones of `mask` [batch, T]."""
     real = mask.long()
     from_end = real.sum(1, keepdim=True) - real.cumsum(1)  # 0 at the last real row
     return mask.bool() & (from_end >= torch.tensor(boundary)[:, None])
 
 
-def assert_equals_third_form(
+def assert_equals_hook_reference(
     model: nn.Module,
     ids: Tensor,
     omit: tuple[int, ...],
@@ -55,7 +58,7 @@ def assert_equals_third_form(
     past: DynamicCache | None = None,
     **call: Any,
 ) -> tuple[Tensor, DynamicCache]:
-    """The oracle's logits of boundary rows and its K/V of all layers and positions, for sequences without padding."""
+    """Compare the oracle's logits of boundary rows and K/V of all layers and positions; sequences have no padding."""
     lengths = torch.ones_like(ids)
     expected, expected_cache = held_back_forward(
         model,

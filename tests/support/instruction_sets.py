@@ -1,4 +1,4 @@
-"""The instruction sets that CPU kernels are compiled for, and a test file run again on the lesser ones."""
+"""The instruction sets that CPU kernels are compiled for; run a test file again on the lower ones."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import pop_ext  # noqa: F401  (registers torch.ops.pop)
 import torch
 
 ISAS = ["baseline", "avx2", "avx512_bf16"]
-"""From the least to the best."""
+"""From the lowest to the highest."""
 
 
 def lesser() -> list[str]:
-    """Those below the one of this process."""
+    """Return the sets below that of this process."""
     return ISAS[: ISAS.index(torch.ops.pop.cpu_isa())]
 
 
 def has_avx512_bf16() -> bool:
-    """Of the processor, whatever POP_CPU_ISA says or emulates."""
+    """Return whether the processor has AVX-512 BF16, regardless of POP_CPU_ISA and of emulation."""
     try:
         return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -28,14 +28,14 @@ def has_avx512_bf16() -> bool:
 
 
 def report() -> str:
-    """Which sets this run tests, and which the processor, or POP_CPU_ISA, keeps it from."""
+    """Return a line with the sets that this run tests, and those that the processor or POP_CPU_ISA excludes."""
     best = torch.ops.pop.cpu_isa()
     untested = ISAS[ISAS.index(best) + 1 :] + ([] if has_avx512_bf16() else ["prepacked weights"])
     return f"instruction sets: {', '.join([*lesser(), best])}; not run here: {', '.join(untested) or 'none'}"
 
 
 def assert_lesser_sets_pass(selection: str, *tests: str) -> None:
-    """The tests `selection` (pytest's -k) among files or node ids, in a process on each set below this one's."""
+    """Run the tests `selection` (pytest's -k) of files or node ids in a new process on each lower set."""
     for isa in lesser():
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selection, *tests]
         done = subprocess.run(command, env={**os.environ, "POP_CPU_ISA": isa}, capture_output=True, text=True)

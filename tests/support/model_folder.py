@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer, saved as a Hugging Face folder: what the command line and the README load."""
+"""Save a tiny model with a tokenizer as a Hugging Face folder, for the command line and the README."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 def save_tiny_llama(path: Path) -> Path:
-    """A Llama of 6 layers, and one token a character: the id of "A" is its code minus 32, a line break is 95."""
+    """Save a Llama of 6 layers with one token a character: the id is the code minus 32, that of a line break is 95."""
     models.llama().save_pretrained(path)
     vocabulary = {chr(32 + i): i for i in range(95)} | {"\n": 95, "<unk>": 96}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))

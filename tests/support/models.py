@@ -1,8 +1,8 @@
-"""Tiny random Hugging Face models in which every part matters.
+"""Tiny random Hugging Face models in which every part affects the result.
 
-Projections are scaled so that attention is peaked, each layer adds about as much as the residual stream holds and the
-logits have a scale of about 1; norm weights and biases are random. Zeroing any one layer moves the logits by more than
-10 % (asserted in test_comparisons.py), so that a wrong RoPE or a forgotten gamma cannot hide in a tolerance.
+Projections are scaled so that attention is peaked, each layer adds about as much as the residual stream has, and the
+logits have a scale of about 1. Norm weights and biases are random. Zeroing any one layer changes the logits by more
+than 10 % (asserted in test_comparisons.py), so that a wrong RoPE or a missing gamma exceeds every tolerance.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ from transformers import (
 )
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
-"""Every RoPE scaling that transformers knows."""
+"""Every RoPE scaling of transformers."""
 
 ROPE_LENGTH = 32
-"""Original context length of the scaled variants: longer prompts take the scaled branch of "dynamic" and "longrope"."""
+"""Original context length of scaled variants: longer prompts use the scaled branch of "dynamic" and "longrope"."""
 
 WINDOW = 16
-"""Default sliding window, smaller than the prompts of the tests."""
+"""Default sliding window, shorter than the prompts of the tests."""
 
 
 def llama(**over: Any) -> LlamaForCausalLM:
-    """A Llama; options as in `build`, plus every LlamaConfig field (attention_bias, mlp_bias, ...)."""
+    """Return a Llama; options as in `build`, plus every LlamaConfig field (attention_bias, mlp_bias, ...)."""
     return build(LlamaForCausalLM, LlamaConfig, over)
 
 
 def mistral(**over: Any) -> MistralForCausalLM:
-    """A Mistral, all layers with sliding_window = WINDOW; options as in `build`."""
+    """Return a Mistral, all layers with sliding_window = WINDOW; options as in `build`."""
     return build(MistralForCausalLM, MistralConfig, {"sliding_window": WINDOW, **over})
 
 
 def qwen2(**over: Any) -> Qwen2ForCausalLM:
-    """A Qwen2 with q, k, v biases; `use_sliding_window=True` gives every second layer the window WINDOW."""
+    """Return a Qwen2 with q, k, v biases; `use_sliding_window=True` gives every second layer the window WINDOW."""
     if over.get("use_sliding_window"):
         kinds = ("full_attention", "sliding_attention")
         layer_types = [kinds[i % 2] for i in range(over.get("layers", 6))]
@@ -69,12 +69,12 @@ def qwen2(**over: Any) -> Qwen2ForCausalLM:
 
 
 def qwen3(**over: Any) -> Qwen3ForCausalLM:
-    """A Qwen3, with q_norm and k_norm; options as in `build`."""
+    """Return a Qwen3, with q_norm and k_norm; options as in `build`."""
     return build(Qwen3ForCausalLM, Qwen3Config, over)
 
 
 def gemma3(**over: Any) -> Gemma3ForCausalLM:
-    """A Gemma 3: four norms a layer, q and k norms, window WINDOW in all but every third layer, two RoPE bases."""
+    """Return a Gemma 3: four norms a layer, q and k norms, WINDOW in all but every third layer, two RoPE bases."""
     layers = over.get("layers", 6)
     layer_types = ["full_attention" if i % 3 == 2 else "sliding_attention" for i in range(layers)]
     full = rope_parameters(over.pop("rope", "default"), over.get("head_dim", 64))
@@ -84,13 +84,13 @@ def gemma3(**over: Any) -> Gemma3ForCausalLM:
 
 
 def phi3(**over: Any) -> Phi3ForCausalLM:
-    """A Phi-3: q, k, v in one matrix, gate and up in another, RoPE on half of a head's channels; WINDOW everywhere."""
+    """Return a Phi-3: fused q, k, v, fused gate and up, RoPE on half of a head's channels, WINDOW everywhere."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     return build(Phi3ForCausalLM, Phi3Config, {"sliding_window": WINDOW, "rope_parameters": rope, **over})
 
 
 def gemma2(**over: Any) -> Gemma2ForCausalLM:
-    """A Gemma 2: four norms a layer, soft caps that bite on scores and logits, WINDOW in every second layer."""
+    """Return a Gemma 2: four norms a layer, effective soft caps of scores and logits, WINDOW in every second layer."""
     kinds = ("sliding_attention", "full_attention")
     defaults = {
         "sliding_window": WINDOW,
@@ -99,29 +99,29 @@ def gemma2(**over: Any) -> Gemma2ForCausalLM:
         "query_pre_attn_scalar": 64,
         "attn_logit_softcapping": 1.5,
         "final_logit_softcapping": 2.0,
-        "attn_implementation": "eager",  # the others leave soft caps out
+        "attn_implementation": "eager",  # other implementations omit soft caps
     }
     return build(Gemma2ForCausalLM, Gemma2Config, {**defaults, **over})
 
 
 def olmo2(**over: Any) -> Olmo2ForCausalLM:
-    """An OLMo 2: norms after attention and MLP instead of before, and over all heads of q and of k together."""
+    """Return an OLMo 2: norms after attention and MLP instead of before, and over all heads of q and of k together."""
     return build(Olmo2ForCausalLM, Olmo2Config, over)
 
 
 def mixtral(**over: Any) -> MixtralForCausalLM:
-    """A Mixtral of 4 experts, 2 for each token; `router` as in `sparse`."""
+    """Return a Mixtral of 4 experts, 2 for each token; `router` as in `sparse`."""
     return sparse(MixtralForCausalLM, MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2, **over})
 
 
 def qwen3_moe(**over: Any) -> Qwen3MoeForCausalLM:
-    """A Qwen3-MoE of 8 experts, 3 for each token, with their probabilities as weights; layer 1 has an MLP instead."""
+    """Return a Qwen3-MoE: 8 experts, 3 a token, weighted by their probabilities; layer 1 has an MLP instead."""
     defaults = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 56, "mlp_only_layers": [1]}
     return sparse(Qwen3MoeForCausalLM, Qwen3MoeConfig, {**defaults, **over})
 
 
 def sparse(model_class: type, config_class: type, over: dict[str, Any]) -> Any:
-    """A model with experts; options as in `build`, and router: "wide" (`widen_margins`) or "random"."""
+    """Return a model with experts; options as in `build`, and router: "wide" (`widen_margins`) or "random"."""
     router = over.pop("router", "wide")
     model = build(model_class, config_class, over)
     if router == "wide":
@@ -131,17 +131,17 @@ def sparse(model_class: type, config_class: type, over: dict[str, Any]) -> Any:
 
 @torch.no_grad()
 def widen_margins(model: Any, seed: int) -> None:
-    """Let the token decide which experts it goes to, far from any tie.
+    """Make the experts of a token depend on the token, far from any tie.
 
-    A row near a tie may go to another expert in bfloat16 than in float32, with good reason, and leave quite another
-    result: no tolerance tells that from a mistake. So each token belongs to a class, written into the first channels of
-    its embedding, which nothing else writes to; router logits of a class are 4 / (experts - 1) apart before the norm,
-    in an order of its own for each layer and class, and the other channels move them by a tenth.
+    A row near a tie may be routed to other experts in bfloat16 than in float32, correctly, with a very different
+    result: no tolerance could tell that from a mistake. So each token belongs to a class. The class is written into the
+    first channels of its embedding, which nothing else writes to. Before the norm, the router logits of a class are
+    4 / (experts - 1) apart, in a different order for each layer and class; the other channels change them by a tenth.
     """
     experts = model.config.num_experts
     classes = torch.arange(model.config.vocab_size, device="cpu") % experts
     model.model.embed_tokens.weight[:, :experts] = 4.0 * torch.eye(experts, device="cpu")[classes].to(model.device)
-    model.model.norm.weight[:experts] = 0.0  # where the head is tied, a class must not choose the next token
+    model.model.norm.weight[:experts] = 0.0  # with a tied head, the class must not determine the next token
     for number, layer in enumerate(model.model.layers):
         layer.self_attn.o_proj.weight[:experts] = 0.0
         layer.post_attention_layernorm.weight[:experts] = 1.0
@@ -157,7 +157,7 @@ def widen_margins(model: Any, seed: int) -> None:
 
 
 def granite(**over: Any) -> GraniteForCausalLM:
-    """A Granite: a Llama with multipliers, which the native runtime has no form for; options as in `build`."""
+    """Return a Granite: a Llama with multipliers, which the native runtime does not support; options as in `build`."""
     multipliers = {"residual_multiplier": 0.8, "embedding_multiplier": 2.0, "attention_multiplier": 0.2}
     return build(GraniteForCausalLM, GraniteConfig, {**multipliers, **over})
 
@@ -177,7 +177,7 @@ FAMILIES = {
 
 
 def shared(family: str = "llama", **over: Any) -> Any:
-    """A model of FAMILIES that tests only read, on the default device of torch."""
+    """Return a model of FAMILIES that tests do not change, on torch's default device."""
     return _shared(family, torch.get_default_device(), **over)
 
 
@@ -187,10 +187,10 @@ def _shared(family: str, _device: torch.device, **over: Any) -> Any:
 
 
 def build(model_class: type, config_class: type, over: dict[str, Any]) -> Any:
-    """A model in eval mode with deterministic random weights, the same on every device.
+    """Return a model in eval mode with deterministic random weights, the same on every device.
 
     Options: hidden, heads, kv_heads, head_dim, layers, vocab, intermediate, dtype, rope (a kind of ROPE_KINDS),
-    tied (embeddings), attn_implementation, seed; anything else goes to the config.
+    tied (embeddings), attn_implementation, seed; anything else is passed to the config.
     """
     over = dict(over)
     heads, head_dim = over.pop("heads", 4), over.pop("head_dim", 64)
@@ -216,14 +216,14 @@ def build(model_class: type, config_class: type, over: dict[str, Any]) -> Any:
             **over,
         }
     )
-    with torch.random.fork_rng(devices=[]):  # the library's own initialisation draws from the global generator
+    with torch.random.fork_rng(devices=[]):  # transformers' initialisation uses the global generator
         model = model_class._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     draw_weights(model, seed)
     return model.eval()
 
 
 def rope_parameters(kind: str, head_dim: int) -> dict[str, Any]:
-    """Parameters of a RoPE variant that all differ visibly from the default one within a few dozen tokens."""
+    """Return parameters of a RoPE variant that differs clearly from the default within a few dozen tokens."""
     scaled = {"original_max_position_embeddings": ROPE_LENGTH}
     half = head_dim // 2
     extra: dict[str, Any] = {
@@ -265,28 +265,28 @@ def draw_weights(model: nn.Module, seed: int) -> None:
 
 
 def float32_twin(model: nn.Module) -> nn.Module:
-    """The same (already rounded) weights in float32: what `assert_low_precision` takes as the truth."""
+    """Return the model with the same (already rounded) weights in float32, the truth for `assert_low_precision`."""
     return copy.deepcopy(model).float()
 
 
 def tokens(model: nn.Module, *shape: int, seed: int = 0) -> Tensor:
-    """Random token ids, int64 of `shape`, on the model's device."""
+    """Return random token ids, int64 of `shape`, on the model's device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, model.config.vocab_size, shape, generator=generator, device="cpu").to(model.device)
 
 
 def batches(model, count: int = 2, batch: int = 3, length: int = 40, seed: int = 10) -> list[Tensor]:
-    """Calibration batches of random tokens."""
+    """Return calibration batches of random tokens."""
     return [tokens(model, batch, length, seed=seed + i) for i in range(count)]
 
 
 def uneven_batches(model) -> list[Tensor]:
-    """Eight sequences of 20 random tokens, as batches of 3, 1 and 4."""
+    """Return eight sequences of 20 random tokens, as batches of 3, 1 and 4."""
     return list(tokens(model, 8, 20, seed=4).split([3, 1, 4]))
 
 
 def offloaded_cache(model: nn.Module) -> DynamicCache:
-    """A cache that keeps its layers elsewhere. Making one opens a stream, which a CUDA torch refuses without a GPU."""
+    """Return a cache that offloads its layers. It opens a stream, which a CUDA build of torch refuses without a GPU."""
     can_open_a_stream = torch.cuda.is_available() or torch.version.cuda is None
     cache = DynamicCache(config=model.config, offloading=can_open_a_stream)
     cache.offloading = True
@@ -294,7 +294,7 @@ def offloaded_cache(model: nn.Module) -> DynamicCache:
 
 
 def pad(sequences: list[Tensor], side: str, fill: int = 0) -> tuple[Tensor, Tensor]:
-    """Ids [T_i] of several sequences as (ids [batch, T], mask [batch, T]), padded on the `side` "left" or "right"."""
+    """Pad sequences of ids [T_i] on the `side` "left" or "right"; return (ids [batch, T], mask [batch, T])."""
     width = max(len(ids) for ids in sequences)
     padded = torch.full((len(sequences), width), fill)
     mask = torch.zeros(len(sequences), width, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Calls of torch.ops.pop.prefill as an engine of one's own makes them, on caches of its own."""
+"""Calls of torch.ops.pop.prefill on caches of the caller, as from an engine without Hugging Face."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 from pop_ext import NativeModel
 from torch import Tensor
 
-SENTINEL = 7776.0  # exact in every dtype of the caches
+SENTINEL = 7776.0  # exact in every dtype
 
 
 def int32(values: Sequence[int]) -> Tensor:
-    """Lengths of sequences, on the CPU, where the operators read them."""
+    """Return lengths of sequences on the CPU, where the operators read them."""
     return torch.tensor(list(values), dtype=torch.int32, device="cpu")
 
 
 def offsets(lengths: Sequence[int]) -> Tensor:
-    """cu_seqlens [batch + 1] of sequences of these lengths."""
+    """Return cu_seqlens [batch + 1] of sequences of these lengths."""
     return int32([0, *lengths]).cumsum(0, dtype=torch.int32)
 
 
 def rope_of(native: NativeModel, positions: Tensor) -> dict[str, Tensor]:
-    """The operator's tables of cos and sin [rows, rotary_dim], float32, of positions [rows]."""
+    """Return the RoPE tables cos and sin, float32 [rows, rotary_dim], of positions [rows]."""
     rotary = native.model.model.rotary_emb
     kinds = (
         {"": ()} if not hasattr(rotary, "layer_types") else {"": ("full_attention",), "_local": ("sliding_attention",)}
@@ -35,8 +35,8 @@ def rope_of(native: NativeModel, positions: Tensor) -> dict[str, Tensor]:
     return tables
 
 
-# Layouts of the caches of all layers. Each returns (buffers, keys, values): keys and values one [batch, kv_heads,
-# capacity, head_dim] view a layer, buffers what they are views of, sentinels everywhere.
+# Memory layouts of the caches of all layers. Each returns (buffers, keys, values): keys and values are one view [batch,
+# kv_heads, capacity, head_dim] a layer, of the buffers, which are filled with sentinels.
 
 
 def separate(layers: int, batch: int, heads: int, capacity: int, dim: int, dtype: torch.dtype):
@@ -86,7 +86,7 @@ def op_call(
     capacity: int | None = None,
     layout: str = "separate",
 ) -> dict[str, Any]:
-    """Keyword arguments of torch.ops.pop.prefill for new tokens `prompts` [T_i] of each sequence."""
+    """Return keyword arguments of torch.ops.pop.prefill for the new tokens `prompts` [T_i] of each sequence."""
     lengths, batch = [len(ids) for ids in prompts], len(prompts)
     past, start = list(past or [0] * batch), list(start or [0] * batch)
     needed = max(s + p + n for s, p, n in zip(start, past, lengths, strict=True))

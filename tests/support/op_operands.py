@@ -1,4 +1,4 @@
-"""Operands of single operators of torch.ops.pop, and what they compute, in plain torch and float64."""
+"""Operands of the operators of torch.ops.pop, and their references in plain torch and float64."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ EPS = 1e-5
 
 
 def random(*shape: int, dtype=torch.float32, seed: int = 0) -> Tensor:
-    """Normal numbers, the same on every device, on the default one."""
+    """Return normally distributed numbers on the default device; they are the same on every device."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), device="cpu")
     return values.to(torch.get_default_device(), dtype)
 
 
 def strided(x: Tensor) -> Tensor:
-    """The same values with gaps between rows."""
+    """Return the same values with gaps between rows."""
     wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), float("nan"), dtype=x.dtype)
     wide[..., : x.shape[-1]] = x
     return wide[..., : x.shape[-1]]
 
 
 def assert_one_rounding(actual: Tensor, expected: Tensor, ulps: float = 2.0):
-    """Equal to `expected` (computed in float64) but for rounding to actual's dtype."""
+    """Check that `actual` is `expected` (float64) rounded to the dtype of `actual`."""
     eps = max(torch.finfo(actual.dtype).eps, 1e-6)
     torch.testing.assert_close(actual.double(), expected.double(), rtol=ulps * eps, atol=ulps * eps * 0.1)
 
@@ -40,7 +40,7 @@ def rope_tables(rows: int, rotary: int, dtype=torch.float32) -> tuple[Tensor, Te
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [rows, heads, dim] turned in its first `rotary` channels; float64."""
+    """Return x [rows, heads, dim] with RoPE on its first `rotary` channels, in float64."""
     rotary, x = cos.shape[1], x.double()
     half = rotary // 2
     turned, rest = x[..., :rotary], x[..., rotary:]
@@ -48,7 +48,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned * cos.double()[:, None] + crossed * sin.double()[:, None], rest], -1)
 
 
-# The geometry of a call on a cache: (tokens, past, start) of each sequence.
+# Geometries of a call on a cache: (tokens, past, start) of each sequence.
 GEOMETRIES = {
     "one token": [(1, 0, 0)],
     "19 tokens": [(19, 0, 0)],
@@ -59,7 +59,7 @@ CAPACITY = 50
 
 
 class Caches:
-    """One pair of caches inside larger buffers of sentinels, and the addresses of a geometry in it."""
+    """A pair of caches inside larger buffers of sentinels, and the slots of a geometry in it."""
 
     def __init__(self, geometry, heads, dim, dtype, layout="separate", scattered=False, layers=1):
         self.geometry = geometry
@@ -69,20 +69,20 @@ class Caches:
         if scattered:
             generator = torch.Generator().manual_seed(7)
             slots = [torch.randperm(CAPACITY, generator=generator, device="cpu") for _ in geometry]
-            # Strided on purpose; columns past a sequence's positions are not read.
+            # Strided on purpose. Columns beyond a sequence's positions are not read.
             self.slot_table = torch.stack(slots).to(torch.int32).t().contiguous().t()
         self.buffers, self.keys, self.values = LAYOUTS[layout](layers, len(geometry), heads, CAPACITY, dim, dtype)
         self.before = [buffer.clone() for buffer in self.buffers]
         self.after = None
 
     def slots(self, sequence: int, new_only: bool = True) -> Tensor:
-        """Slots of a sequence's new positions, or of all of them; on the CPU, like the slot table."""
+        """Return the slots of a sequence's new positions, or of all positions, on the CPU, like the slot table."""
         count, past, start = self.geometry[sequence]
         positions = torch.arange(past if new_only else 0, past + count, device="cpu")
         return positions + start if self.slot_table is None else self.slot_table[sequence, positions].long()
 
     def fill_past(self, seed: int = 5):
-        """Random K and V at every past position."""
+        """Write random K and V at every past position."""
         for number, cache in enumerate((*self.keys, *self.values)):
             for i, (count, past, _) in enumerate(self.geometry):
                 slots = self.slots(i, new_only=False)[:-count]
@@ -90,15 +90,15 @@ class Caches:
         self.before = [buffer.clone() for buffer in self.buffers]
 
     def new_rows(self, cache: Tensor) -> Tensor:
-        """[rows, heads, dim]: what stands at the new positions, by sequence."""
+        """Return [rows, heads, dim], the contents of the new positions of all sequences."""
         return torch.cat([cache[i][:, self.slots(i)].transpose(0, 1) for i in range(len(self.geometry))])
 
     def rows_of(self, cache: Tensor, sequence: int) -> Tensor:
-        """[heads, past + tokens, dim] of one sequence, in order."""
+        """Return [heads, past + tokens, dim], the contents of one sequence in order."""
         return cache[sequence][:, self.slots(sequence, new_only=False)]
 
     def assert_nothing_else_changed(self):
-        """Puts what stood at the new positions back: the buffers must then be what they were, bit by bit."""
+        """Restore the new positions, and check that the buffers then equal their old state bit by bit."""
         shadows = [buffer.clone() for buffer in self.buffers]
         for cache in (*self.keys, *self.values):
             for i in range(len(self.geometry)):

@@ -1,4 +1,4 @@
-"""An engine as bench/peers.py starts them: Hugging Face under other names, right, wrong and dying."""
+"""A made-up engine for bench/peers.py: Hugging Face with right and wrong results, errors, and a process that dies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Engine:
-    """Arms "right", "wrong" (other logits) and "raises"; of the peer named "dying" the arm "dies"."""
+    """Has the arms "right", "wrong" (other logits) and "raises"; under the name "dying" the arm "dies"."""
 
     def load(self, job: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         import torch

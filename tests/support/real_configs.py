@@ -1,4 +1,4 @@
-"""Configurations of released checkpoints, as their config.json has them, and the names of their weights."""
+"""Configurations of released checkpoints, from their config.json, and the names of their weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 
-# What the checkpoints' config.json say.
+# Members of the checkpoints' config.json.
 REAL = {
     "Llama-3.1-8B": (
         LlamaForCausalLM,
@@ -242,7 +242,7 @@ WINDOWS = {
     "Gemma-3-12B": [1024, 1024, 1024, 1024, 1024, 0] * 8,
 }
 
-# The runtime's name -> the checkpoint's, in a layer.
+# Name of a layer's weight in the runtime -> in the checkpoint.
 LAYER = {
     "input_norm": "input_layernorm.weight",
     "q_proj": "self_attn.q_proj.weight",
@@ -299,7 +299,7 @@ def real(name: str) -> nn.Module:
 
 
 def assert_shapes(spec: Any, numbers: dict[str, Any]) -> None:
-    """A spec has the sizes of a config.json's members."""
+    """Check that a spec has the sizes of a config.json."""
     assert spec.num_layers == numbers["num_hidden_layers"]
     assert spec.hidden_size == numbers["hidden_size"]
     assert spec.num_heads == numbers["num_attention_heads"]

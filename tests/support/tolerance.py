@@ -1,4 +1,4 @@
-"""How results are compared: against the fp32 oracle, and in low precision against the oracle's own error there."""
+"""Comparisons with the fp32 oracle; in low precision relative to the oracle's own error in that dtype."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_FACTOR = 4.0
 
 
 def worst_element(actual: Tensor, expected: Tensor) -> str:
-    """Index, both values and error of the element that is furthest off."""
+    """Describe the element with the largest error: index, both values and error."""
     error = (actual.double() - expected.double()).abs().nan_to_num(nan=torch.inf)
     flat = int(error.argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), error.shape))
@@ -26,7 +26,7 @@ def assert_same_form(actual: Tensor, expected: Tensor, name: str) -> None:
 
 
 def assert_close_fp32(actual: Tensor, expected: Tensor, name: str, atol: float = 1e-4) -> None:
-    """Max abs error <= atol, for values of scale about 1; a NaN on either side fails."""
+    """Check that the largest absolute error is at most atol, for values of scale 1; a NaN on either side fails."""
     assert_same_form(actual, expected, name)
     if actual.numel() == 0:
         return
@@ -35,10 +35,10 @@ def assert_close_fp32(actual: Tensor, expected: Tensor, name: str, atol: float =
 
 
 def assert_low_precision(actual: Tensor, oracle_same_dtype: Tensor, oracle_fp32: Tensor, name: str) -> None:
-    """RMS error to the fp32 oracle at most twice, max error at most four times, that of the oracle run in this dtype.
+    """Check the error to the fp32 oracle relative to that of the oracle run in this dtype.
 
-    Floor of both bounds: one rounding of the result to the dtype, for tensors of a few elements that the oracle happens
-    to hit exactly.
+    The RMS error may be at most twice, the largest error at most four times as large. Both bounds are at least one
+    rounding to the dtype, since the oracle may happen to be exact in tensors of a few elements.
     """
     assert_same_form(actual, oracle_fp32, name)
     assert_same_form(oracle_same_dtype, oracle_fp32, name)
@@ -62,7 +62,7 @@ def rms(x: Tensor) -> float:
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """What a cache layer holds: keys, values [batch, kv_heads, length - first, head_dim], columns first..length-1."""
+    """A cache layer: keys, values [batch, kv_heads, length - first, head_dim], of columns first..length-1."""
 
     keys: Tensor
     values: Tensor
@@ -71,7 +71,7 @@ class StoredLayer:
 
 
 def stored_layers(cache: Cache) -> list[StoredLayer]:
-    """The filled part of each layer of a dynamic or static cache; sliding layers may have dropped their front."""
+    """Return the filled part of each layer of a dynamic or static cache; sliding layers may have dropped columns."""
     layers = []
     for layer in cache.layers:
         length = int(layer.get_seq_length())
@@ -92,9 +92,9 @@ def compare_caches(
 ) -> None:
     """Compare K and V of every layer and position.
 
-    Columns are those that both caches hold (a sliding layer may have dropped its front). With `mask` [batch, columns]
-    only real columns are compared, and the masked ones of `actual` must be zero. With `oracle_fp32` the comparison is
-    `assert_low_precision`, and `expected` is the oracle in the same dtype; otherwise it is `assert_close_fp32`.
+    Only columns that both caches have are compared (a sliding layer may have dropped the first ones). With `mask`
+    [batch, columns], only real columns are compared, and masked columns of `actual` must be zero. With `oracle_fp32`,
+    `expected` is the oracle in the same dtype, compared by `assert_low_precision`; otherwise by `assert_close_fp32`.
     """
     ours, theirs = stored_layers(actual), stored_layers(expected)
     truth = theirs if oracle_fp32 is None else stored_layers(oracle_fp32)

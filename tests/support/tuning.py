@@ -1,4 +1,4 @@
-"""The switches of the backends (`torch.ops.pop.tune`), for the length of a block."""
+"""Set options of the backends (`torch.ops.pop.tune`) within a block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def tuned(**options: int) -> Iterator[None]:
-    """Sets every option, and puts it back at the end."""
+    """Set the options, and restore them at the end of the block."""
     before = {option: torch.ops.pop.tune(option, value) for option, value in options.items()}
     try:
         yield

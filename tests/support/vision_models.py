@@ -1,4 +1,4 @@
-"""Tiny random vision-language models, and prompts of text and images for them."""
+"""Tiny random vision-language models, and prompts of text, images and videos."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import (
 )
 
 START, END, IMAGE, VIDEO = 258, 259, 260, 261
-"""Ids below TEXT are text."""
+"""Token ids below this are text."""
 TEXT = 258
 
 _SHAPE = {
@@ -34,8 +34,11 @@ _SHAPE = {
 
 
 def qwen3_vl(dtype: torch.dtype = torch.float32, layers: int = 6, features: int = 3, **over: Any) -> Any:
-    """A Qwen3-VL: M-RoPE over time, height and width, features of `features` vision layers added after as many of its
-    first layers (DeepStack). `over` goes to the text config."""
+    """Return a Qwen3-VL: M-RoPE over time, height and width, and DeepStack.
+
+    The features of `features` vision layers are added after as many of the first text layers. `over` is passed to the
+    text config.
+    """
     rope = {
         "rope_type": "default",
         "rope_theta": 10000.0,
@@ -66,7 +69,7 @@ def qwen3_vl(dtype: torch.dtype = torch.float32, layers: int = 6, features: int 
 
 
 def gemma3_vl(dtype: torch.dtype = torch.float32, layers: int = 6, tied: bool = True, **over: Any) -> Any:
-    """A Gemma 3 with a vision tower: 16 tokens an image, as long as the window, and they see each other."""
+    """Return a Gemma 3 with vision: 16 tokens an image, as long as the window, which attend to each other."""
     rope = {
         "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
@@ -110,7 +113,7 @@ VISION = {"qwen3_vl": qwen3_vl, "gemma3": gemma3_vl}
 
 @dataclass
 class Prompt:
-    """A batch: ids and mask [batch, T], padded on the left, and what else `forward` takes."""
+    """A batch: ids and mask [batch, T], padded on the left, and further arguments of `forward`."""
 
     ids: Tensor
     mask: Tensor
@@ -118,12 +121,12 @@ class Prompt:
 
     @property
     def call(self) -> dict[str, Any]:
-        """All but the ids."""
+        """Arguments of `forward` other than the ids."""
         return {"attention_mask": self.mask, **self.vision}
 
 
 def prompt(model: Any, *sequences: list[int | str], seed: int = 0) -> Prompt:
-    """A batch of sequences of text (a number of tokens), "image"s and "video"s."""
+    """Return a batch of sequences, each of text (a number of tokens), "image"s and "video"s."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     build = _QwenPrompt if model.config.model_type == "qwen3_vl" else _GemmaPrompt
     builder = build(model, generator)
@@ -185,7 +188,7 @@ class _GemmaPrompt:
         return arguments
 
 
-# Sequences of a batch with no image, with one, and with several, at the start and at the end.
+# Batches whose sequences have no image, one or several, at the start and at the end.
 BATCHES = {
     "no image": ([20], [7]),
     "one image": ([7, "image", 5],),

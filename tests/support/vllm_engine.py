@@ -1,4 +1,4 @@
-"""An engine of vLLM in this process, and what it wrote into its cache."""
+"""A vLLM engine in this process, and a record of what it wrote to its cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the tests look into the model
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the tests access the model
     VLLM_NO_USAGE_STATS="1",
     VLLM_LOGGING_LEVEL="ERROR",
 )
@@ -20,12 +20,12 @@ os.environ.update(
 
 @dataclass
 class Engine:
-    """What the tests ask of an engine.
+    """A vLLM engine with access to its cache.
 
     Attributes:
-        llm: vLLM's.
-        written: layer -> slot of the cache -> (K, V), ``[kv_heads, head_dim]`` each, the last that was written there.
-        slots: of all rows, in the order in which layer 0, which no plan here omits, computed them.
+        llm: the ``vllm.LLM``.
+        written: layer -> slot of the cache -> (K, V), ``[kv_heads, head_dim]`` each, the last ones written there.
+        slots: cache slots of all rows, in the order in which layer 0 computed them; no plan here omits it.
     """
 
     llm: Any
@@ -33,7 +33,7 @@ class Engine:
     slots: list[int] = field(default_factory=list)
 
     def generate(self, prompts: list[Tensor], count: int = 1, **sampling: Any) -> list[tuple[list[int], Tensor | None]]:
-        """Greedy continuations: of each prompt ``[T]`` its tokens and the log-probabilities ``[count, vocab]``."""
+        """Generate greedily; return for each prompt ``[T]`` the tokens and the log-probabilities ``[count, vocab]``."""
         from vllm import SamplingParams
 
         parameters = SamplingParams(
@@ -44,12 +44,12 @@ class Engine:
         return [(list(output.token_ids), _table(output.logprobs)) for output in outputs]
 
     def positions(self) -> list[int]:
-        """Of the only prompt so far: those that are in the cache still. Slots that a window has left are used again."""
+        """Return the positions of the only prompt that are still cached. Slots outside a window are reused."""
         last = {slot: position for position, slot in enumerate(self.slots)}
         return sorted(last.values())
 
     def cache(self, layer: int, positions: list[int]) -> tuple[Tensor, Tensor]:
-        """K and V ``[1, kv_heads, len(positions), head_dim]`` that a layer has of these positions."""
+        """Return a layer's K and V of these positions, ``[1, kv_heads, len(positions), head_dim]``."""
         keys, values = zip(*(self.written[layer][self.slots[position]] for position in positions), strict=True)
         return torch.stack(keys, 1)[None], torch.stack(values, 1)[None]
 
@@ -57,7 +57,7 @@ class Engine:
         return self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
 
     def watch(self) -> None:
-        """From here on, keeps what every layer writes into its cache."""
+        """Record what every layer writes to its cache from now on."""
         for number, layer in enumerate(self.model().model.layers):
             self._watch(layer.self_attn.attn.impl, number)
 
@@ -77,7 +77,7 @@ class Engine:
 
 @contextlib.contextmanager
 def engine(model: Any, folder: Any, plan: Any, **options: Any) -> Any:
-    """An engine on a Hugging Face model, saved to a folder, that prunes by a plan; None: vLLM's own model."""
+    """Start an engine on a Hugging Face model, saved to a folder, with a plan; None: vLLM's own model."""
     import pop_ext.vllm
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -97,7 +97,7 @@ def engine(model: Any, folder: Any, plan: Any, **options: Any) -> Any:
         max_model_len=128,
         block_size=32,
         max_logprobs=-1,
-        kv_cache_memory_bytes=16 << 20,  # vLLM frees no cache of an engine before the process ends
+        kv_cache_memory_bytes=16 << 20,  # vLLM does not free an engine's cache before the process ends
     )
     found = Engine(LLM(str(weights), **{**defaults, **more, **options}))
     try:

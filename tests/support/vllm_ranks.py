@@ -1,4 +1,4 @@
-"""An engine as a user starts it, in processes of its own: ``python tests/support/vllm_ranks.py MODEL PLAN RANKS``.
+"""Start an engine in processes of its own, as a user does: ``python tests/support/vllm_ranks.py MODEL PLAN RANKS``.
 
 Prints the log-probabilities of the first token after the prompt 0, 7, 14, ..., as JSON.
 """
@@ -33,5 +33,5 @@ def main(model: str, plan: str, ranks: str) -> None:
     print("\n" + json.dumps([found[token].logprob for token in range(len(found))]))
 
 
-if __name__ == "__main__":  # vLLM starts this file again in its processes
+if __name__ == "__main__":  # vLLM imports this file again in its processes
     main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""An engine of vLLM with pruned prefills does what the oracle does: its logits, its cache, its decoding.
+"""A vLLM engine with pruned prefills equals the oracle in logits, cache and decoding.
 
 Needs vLLM (0.32, here its CPU build): `make vllm`.
 """
@@ -34,7 +34,7 @@ VOCAB = 263
 
 
 def model_of(family: str, **over):
-    """vLLM's Qwen2 takes hidden_size / heads for head_dim, and its CPU kernels want multiples of 32."""
+    """Return a model with sizes that vLLM supports: Qwen2 ignores head_dim, CPU kernels need multiples of 32."""
     return models.shared(family, **({"hidden": 256} if family == "qwen2" else {}), **over)
 
 
@@ -43,8 +43,11 @@ def prompt(length: int, seed: int = 0) -> Tensor:
 
 
 def turns(model, plan, prompts: list[Tensor], count: int = 1):
-    """The oracle's prefills of some prompts in turn, then stock decoding: tokens, log-probabilities ``[count, vocab]``
-    and cache."""
+    """Run the oracle's prefills of some prompts in turn, then stock decoding.
+
+    Returns:
+        The new tokens, their log-probabilities ``[count, vocab]``, and the cache.
+    """
     cache = None
     for part in prompts:
         logits, cache = reference.prefill(model, part[None], plan, past_key_values=cache)
@@ -69,7 +72,7 @@ def assert_cache(found, cache) -> None:
     "plan", [GAPS, GAPS.replace(boundary=9), pop_ext.Plan(6, [])], ids=["gaps", "boundary", "none"]
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_cache_and_decoding_are_the_oracles(family, plan, tmp_path):
+def test_logits_cache_and_decoding_equal_the_oracle(family, plan, tmp_path):
     model = model_of(family)
     ids = prompt(61)
     tokens, table, cache = turns(model, plan, [ids], 12)
@@ -81,7 +84,7 @@ def test_logits_cache_and_decoding_are_the_oracles(family, plan, tmp_path):
         assert_cache(found, cache)
 
 
-def test_each_sequence_of_a_batch_is_as_alone(tmp_path):
+def test_each_sequence_of_a_batch_runs_as_alone(tmp_path):
     model, prompts = models.shared("llama"), [prompt(length, length) for length in (33, 1, 2, 80, 7)]
     plan = GAPS.replace(boundary=4)
     with engine(model, tmp_path, plan) as found:
@@ -105,7 +108,7 @@ def test_each_chunk_of_a_prompt_keeps_its_boundary(tmp_path):
 
 def test_a_prefix_hit_is_a_second_turn(tmp_path):
     model, plan = models.shared("llama"), GAPS.replace(boundary=9)
-    first, second = prompt(64), prompt(20, 1)  # two blocks of 32 are full, the boundary of the first turn in the last
+    first, second = prompt(64), prompt(20, 1)  # two full blocks of 32; the first turn's boundary lies in the last one
     with engine(model, tmp_path, plan, enable_prefix_caching=True) as found:
         found.generate([first])
         [(tokens, log_probs)] = found.generate([torch.cat([first, second])], 6)
@@ -124,7 +127,7 @@ def test_short_chunks_run_at_full_depth_by_min_tokens(tmp_path):
     assert_close_fp32(long[1], turns(model, GAPS, [prompt(40)])[1], "40 tokens")
 
 
-def test_decoding_is_compiled_where_the_engine_compiles(tmp_path):
+def test_decoding_is_compiled_if_the_engine_compiles(tmp_path):
     model, ids = models.shared("llama"), prompt(61)
     tokens, table, _ = turns(model, GAPS, [ids], 6)
     with engine(model, tmp_path, GAPS, enforce_eager=False) as found:
@@ -135,12 +138,15 @@ def test_decoding_is_compiled_where_the_engine_compiles(tmp_path):
 
 def test_other_weights_are_refused_once_the_engine_runs(tmp_path):
     model = models.shared("llama")
-    with engine(model, tmp_path, GAPS) as found, pytest.raises(RuntimeError, match="weights: expected no others"):
+    with (
+        engine(model, tmp_path, GAPS) as found,
+        pytest.raises(RuntimeError, match="weights: expected to be loaded once"),
+    ):
         found.model().load_weights(model.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_as_good_as_the_oracles(dtype, tmp_path):
+def test_low_precision_is_as_exact_as_the_oracle(dtype, tmp_path):
     ids, plan = prompt(61), GAPS.replace(boundary=3)
     same, exact = models.shared("qwen3", dtype=dtype), models.qwen3()
     exact.load_state_dict({name: value.float() for name, value in same.state_dict().items()})
@@ -198,7 +204,7 @@ def test_log_probabilities_of_the_prompt_are_refused(tmp_path):
 @pytest.mark.skipif(not entry_points(group="vllm.general_plugins", name="pop_ext"), reason="needs vllm (make vllm)")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_engine_of_several_processes_finds_the_plugin(ranks, tmp_path):
-    """By its entry point, in the engine's process and in those of its ranks; each takes its heads of the fit."""
+    """The plugin is found in the processes of engine and ranks, and each rank takes its heads of the fit."""
     model, ids = models.shared("llama"), torch.arange(61) * 7 % VOCAB
     plan = pop_ext.fit(model, GAPS, [prompt(60, seed)[None] for seed in range(4)], lambdas=[0.1])
     model.save_pretrained(tmp_path / "model")
@@ -211,9 +217,9 @@ def test_an_engine_of_several_processes_finds_the_plugin(ranks, tmp_path):
 
 
 def test_drafts_from_the_prompt_change_no_token(tmp_path):
-    # The last test: vLLM 0.32 makes no other engine in a process that has imported numba, which drafts use.
+    # The last test: vLLM 0.32 starts no further engine in a process that imported numba, which drafts use.
     model = models.shared("llama")
-    ids = prompt(12).repeat(5)  # repeats itself, so that there are drafts to verify
+    ids = prompt(12).repeat(5)  # repetitive, so that there are drafts to verify
     drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 1}
     with engine(model, tmp_path, GAPS.replace(boundary=4), speculative_config=drafts) as found:
         [(tokens, _)] = found.generate([ids], 20, logprobs=None)

@@ -1,4 +1,4 @@
-"""Which rows of an engine's step run at full depth, and what tells an engine to prune: what needs no vLLM."""
+"""The parts of the plugin that need no vLLM: boundary rows of a step, and arguments of an engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pop_ext.vllm.rows import boundary_rows
 
 
 def rows_of(lengths: list[int], boundary: int, min_tokens: int = 0) -> list[list[int]] | None:
-    """The rows kept of each request, by a loop."""
+    """Select the boundary rows of each request by a loop."""
     kept, begin = [], 0
     for length in lengths:
         count = length if length < min_tokens else min(length, boundary)
@@ -39,7 +39,7 @@ def test_a_request_keeps_its_last_rows(lengths, boundary, min_tokens):
 
 
 @pytest.mark.parametrize("name", vllm.ARCHITECTURES)
-def test_an_engine_is_told_to_take_the_pruned_class_and_its_plan(name, tmp_path):
+def test_engine_arguments_name_the_pruned_class_and_the_plan(name, tmp_path):
     kinds = {"Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3"}
     kind = kinds[name.removesuffix("ForCausalLM")]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "architectures": [name]}))
@@ -50,7 +50,7 @@ def test_an_engine_is_told_to_take_the_pruned_class_and_its_plan(name, tmp_path)
     assert vllm.engine_arguments(str(tmp_path))["additional_config"] == {"pop_ext": {}}
 
 
-def test_another_architecture_is_refused(tmp_path):
+def test_an_unsupported_architecture_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
     with pytest.raises(ValueError, match="expected an architecture of LlamaForCausalLM, .*, got GPT2LMHeadModel"):
         vllm.engine_arguments(tmp_path)

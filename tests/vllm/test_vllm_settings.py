@@ -1,4 +1,4 @@
-"""Which engines of vLLM cannot have pruned prefills, and what they are told."""
+"""Configurations of vLLM that are refused, and those that are changed, for pruned prefills."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if importlib.util.find_spec("vllm") is not None:
 
 
 def config(**changes):
-    """As much of an engine's configuration as is looked at; `a.b` changes a member of a part."""
+    """Return the members of an engine's configuration that are read; a key `a.b` changes a nested member."""
     text = models.shared("llama").config
     found = SimpleNamespace(
         additional_config={},
@@ -88,12 +88,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("text", REFUSED)
-def test_it_is_refused_by_name(text):
+def test_unsupported_settings_are_refused_by_name(text):
     with pytest.raises((ValueError, TypeError), match=text):
         PrunedConfig.verify_and_update_config(config(**REFUSED[text]))
 
 
-def test_without_a_plan_it_is_the_models_default():
+def test_the_default_plan_is_the_models():
     assert engine_plan(config()) == pop_ext.Plan.last(6)
 
 
@@ -127,7 +127,7 @@ def test_drafts_are_verified_at_full_depth():
 
 
 @pytest.mark.parametrize("runner", [False, True])
-def test_requests_for_log_probabilities_of_the_prompt_are_checked_at_the_front(runner):
+def test_requests_for_prompt_log_probabilities_are_checked_early(runner):
     engine = config(use_v2_model_runner=runner, model_config__logits_processors=["own:Processor"])
     PrunedConfig.verify_and_update_config(engine)
     own, added = engine.model_config.logits_processors
@@ -135,7 +135,7 @@ def test_requests_for_log_probabilities_of_the_prompt_are_checked_at_the_front(r
     assert added == f"pop_ext.vllm.requests:NoPromptLogprobsV{1 + runner}"
 
 
-def test_the_first_runner_takes_no_logits_processors_with_drafts():
+def test_the_v1_runner_gets_no_logits_processors_with_drafts():
     engine = config(speculative_config=drafts("ngram"))
     PrunedConfig.verify_and_update_config(engine)
     assert engine.model_config.logits_processors is None
@@ -145,7 +145,7 @@ def test_the_first_runner_takes_no_logits_processors_with_drafts():
 
 
 @pytest.mark.parametrize("name", ["prompt_logprobs", "prompt_logprob_token_ids"])
-def test_both_runners_refuse_what_reads_the_rows_of_a_prompt(name):
+def test_both_runners_refuse_logits_of_prompt_rows(name):
     nothing = dict(prompt_logprobs=None, prompt_logprob_token_ids=None)
     for processor in (requests.NoPromptLogprobsV1, requests.NoPromptLogprobsV2):
         processor.validate_params(SimpleNamespace(**nothing))
@@ -156,7 +156,7 @@ def test_both_runners_refuse_what_reads_the_rows_of_a_prompt(name):
 @pytest.mark.parametrize(
     ("asked", "level", "given"), [(None, 2, "FULL_DECODE_ONLY"), ("NONE", 2, "NONE"), (None, 0, None)]
 )
-def test_graphs_are_of_decoding_alone(asked, level, given):
+def test_graphs_cover_only_decoding(asked, level, given):
     mode = None if asked is None else CUDAGraphMode[asked]
     engine = config(compilation_config__cudagraph_mode=mode, optimization_level=level)
     PrunedConfig.verify_and_update_config(engine)

@@ -1,4 +1,4 @@
-"""The ``pop-ext`` command: says what is missing, or hands over to ``app``."""
+"""The ``pop-ext`` command. `main` checks that its dependencies are installed before it imports them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> None:
-    """Entry point of ``pop-ext``; ends the process."""
+    """Run ``pop-ext`` and exit; without typer or rich say how to install them."""
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(f"pop-ext: the command line needs {' and '.join(missing)}: pip install 'pop_ext[cli,hf]'")

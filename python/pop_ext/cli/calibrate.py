@@ -1,8 +1,9 @@
-"""``pop-ext calibrate``: which layers to omit, chosen on one's own model and texts."""
+"""``pop-ext calibrate``: choose the layers to omit by their importance on given texts."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,8 +11,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pop_ext.cli import shared
-from pop_ext.cli.shared import (
+from pop_ext.cli import options, output
+from pop_ext.cli.options import (
+    LAYERS,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -26,59 +28,99 @@ if TYPE_CHECKING:
     from pop_ext.methods.importance import Importance
     from pop_ext.methods.latency import BudgetedPlan
 
+_PAYS_FROM = "16,32,64,128,256,512,1024"
+
 
 def calibrate(
     model: ModelArgument,
     text: TextOption,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The plan, as JSON; importance goes beside it.")],
-    count: Annotated[int | None, typer.Option(help="How many layers to omit; by default a third.")] = None,
-    budget_ms: Annotated[float | None, typer.Option(help="Or as few as a prefill within this time needs.")] = None,
-    speedup: Annotated[float | None, typer.Option(help="Or within the native full prefill's time by this.")] = None,
-    budget_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt that a budget is for.")] = 2048,
-    free: Annotated[bool, typer.Option("--free", help="Each layer for itself, not consecutive ones.")] = False,
-    boundary: Annotated[int, typer.Option(min=1, help="Last rows of a prompt at full depth.")] = 1,
-    samples: Annotated[int, typer.Option(min=1, help="Sequences at most.")] = 200,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Plan file to write, as JSON.", metavar="FILE")],
+    samples: Annotated[int, typer.Option(min=1, help="Sequences of the texts to score, at most.")] = 200,
     tokens: WindowOption = 256,
-    branches: Annotated[bool, typer.Option("--branches", help="Score attention and MLP apart, too.")] = False,
-    recompute: Annotated[bool, typer.Option("--recompute", help="Less memory, a third more time.")] = False,
+    branches: Annotated[
+        bool, typer.Option("--branches", help="Also score the attention and the MLP of each layer separately.")
+    ] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Recompute activations: less memory, about a third more time.")
+    ] = False,
     pays_from: Annotated[
-        str, typer.Option(help="Prompt lengths to time for min_tokens, like 16,64,256; empty: min_tokens 0.")
-    ] = "16,32,64,128,256,512,1024",
+        str,
+        typer.Option(
+            help="Prompt lengths to time: 16,64,256. The shortest at which the plan is faster becomes its min_tokens; "
+            "shorter prompts run all layers. Empty: time none, min_tokens is 0.",
+            metavar="LENGTHS",
+        ),
+    ] = _PAYS_FROM,
+    count: Annotated[
+        int | None, typer.Option(help="Omit this many layers. Default: a third.", rich_help_panel=LAYERS)
+    ] = None,
+    budget_ms: Annotated[
+        float | None,
+        typer.Option(
+            help="Omit as few layers as needed for a prefill within this many milliseconds.", rich_help_panel=LAYERS
+        ),
+    ] = None,
+    speedup: Annotated[
+        float | None,
+        typer.Option(
+            help="Omit as few layers as needed for this speed-up over pop_ext's prefill of all layers, such as 1.3.",
+            rich_help_panel=LAYERS,
+        ),
+    ] = None,
+    budget_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Prompt length at which --budget-ms or --speedup is measured.", rich_help_panel=LAYERS
+        ),
+    ] = 2048,
+    free: Annotated[
+        bool,
+        typer.Option(
+            "--free", help="Choose each layer by itself. Default: consecutive layers.", rich_help_panel=LAYERS
+        ),
+    ] = False,
+    boundary: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Last tokens of a prompt that run through all layers (boundary rows).", rich_help_panel=LAYERS
+        ),
+    ] = 1,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score layers by virtual gates, choose those to omit, and time from which prompt length on that pays.
+    """Choose the layers to omit by their importance on your texts, and save the plan.
 
-    Beside the plan PLAN.json come PLAN.importance.json, which a stopped run goes on with, and PLAN.importance.png.
+    A layer that matters little for encoding a prompt is omitted first. Give one of --count, --budget-ms and --speedup
+    at most.
+
+    With --out PLAN.json two more files are written: PLAN.importance.json, from which a stopped run resumes, and the
+    figure PLAN.importance.png.
     """
-    with shared.errors():
-        given = {"--count": count, "--budget-ms": budget_ms, "--speedup": speedup}
-        names = [name for name, value in given.items() if value is not None]
-        if len(names) > 1:
-            raise ValueError(f"{' and '.join(names)}: expected one of them")
-        shared.set_threads(threads)
-        with shared.loading(as_json):
-            loaded = shared.load_model(model, dtype, device)
-            tokenizer = shared.load_tokenizer(model)
+    with output.errors_on_one_line():
+        options.require_one({"--count": count, "--budget-ms": budget_ms, "--speedup": speedup})
+        files = options.find_files("--text", text)
+        options.set_threads(threads)
+        with output.loading_spinner(as_json):
+            loaded = options.load_model(model, dtype, device)
+            tokenizer = options.load_tokenizer(model)
 
         from pop_ext.evaluation import calibration_batches, read_texts
         from pop_ext.methods.importance import importance
 
-        batches = calibration_batches(read_texts(text, tokenizer), tokenizer, tokens, samples)
+        batches = calibration_batches(read_texts(files, tokenizer), tokenizer, tokens, samples)
         out.parent.mkdir(parents=True, exist_ok=True)
-        beside, bar = out.with_suffix(".importance.json"), not as_json
-        options: dict[str, Any] = {"branches": branches, "recompute": recompute, "resume": beside, "progress": bar}
-        scores = importance(loaded, batches, **options)
+        state, bar = out.with_suffix(".importance.json"), not as_json
+        scores = importance(loaded, batches, branches=branches, recompute=recompute, resume=state, progress=bar)
         choose = functools.partial(scores.plan, contiguous=not free, boundary=boundary)
-        chosen, budget = _chosen(loaded, choose, count, budget_ms, speedup, budget_tokens, bar)
-        chosen = _with_min_tokens(loaded, chosen, shared.parse_numbers("--pays-from", pays_from), bar)
+        chosen, budget = _choose(loaded, choose, count, budget_ms, speedup, budget_tokens, bar)
+        chosen = _with_min_tokens(loaded, chosen, options.parse_numbers("--pays-from", pays_from), bar)
         chosen.save(out)
-        plots = shared.draw(_draw, scores, out.with_suffix(".importance.png"))
+        plots = output.draw_figures(_draw, scores, out.with_suffix(".importance.png"))
     report = {
         "plan": str(out),
-        "importance": str(beside),
+        "importance": str(state),
         "plots": plots,
         "omit": list(chosen.omit),
         "boundary": chosen.boundary,
@@ -91,14 +133,21 @@ def calibrate(
         "decode_error": list(scores.decode_error),
     }
     if as_json:
-        shared.print_json(report)
+        output.print_json(report)
     else:
         _print(scores, chosen, report)
 
 
-def _chosen(
-    model: Any, choose: Any, count: int | None, budget_ms: float | None, speedup: float | None, tokens: int, bar: bool
+def _choose(
+    model: Any,
+    choose: Callable[[int | None], Plan],
+    count: int | None,
+    budget_ms: float | None,
+    speedup: float | None,
+    tokens: int,
+    bar: bool,
 ) -> tuple[Plan, BudgetedPlan | None]:
+    """Return the plan of ``count`` layers, or the one that keeps the budget, together with what was timed."""
     if budget_ms is None and speedup is None:
         return choose(count), None
 
@@ -110,7 +159,10 @@ def _chosen(
 
 
 def _with_min_tokens(model: Any, plan: Plan, lengths: list[int], bar: bool) -> Plan:
-    """Prompts shorter than where pruning pays run at full depth; where it never did, all that are not longer, too."""
+    """Time the plan at each prompt length and set the shortest at which it is faster as its ``min_tokens``.
+
+    If it is faster at none, ``min_tokens`` exceeds the longest length that was timed.
+    """
     from pop_ext.evaluation.arms import backend_of
     from pop_ext.methods.latency import shortest_paying
 
@@ -129,19 +181,19 @@ def _draw(scores: Importance, path: Path) -> list[str]:
 
 def _print(scores: Importance, plan: Plan, report: dict[str, Any]) -> None:
     console = Console()
-    table = shared.new_table("layer", "prompt", "(error)", "what follows", "(error)", "omitted")
+    table = output.new_table("layer", "prompt", "(error)", "what follows", "(error)", "omitted")
     columns = (scores.prefill, scores.prefill_error, scores.decode, scores.decode_error)
     for layer, values in enumerate(zip(*columns, strict=True)):
         table.add_row(str(layer), *(f"{value:.3g}" for value in values), "yes" if layer in plan.omit else "")
     console.print(table)
     if report["budget"] is not None:
         times = ", ".join(f"{n}: {1e3 * s:.1f} ms" for n, s in sorted(report["budget"]["measured_seconds"].items()))
-        console.print(Text(f"prefill by omitted layers, median: {times}"))
+        console.print(Text(f"median time of a prefill by the number of omitted layers: {times}"))
     console.print(
         Text(
-            f"omits layers {list(plan.omit)}, boundary {plan.boundary}, from {plan.min_tokens} tokens on "
+            f"omits layers {list(plan.omit)} of prompts of {plan.min_tokens} tokens and more, boundary {plan.boundary} "
             f"({scores.samples} samples)"
         )
     )
-    for name in ("plan", "importance", "plots"):  # a console would break a long path
+    for name in ("plan", "importance", "plots"):  # print, because a console breaks long paths
         print(f"{name}: {report[name] if isinstance(report[name], str) else ', '.join(report[name])}")

@@ -1,4 +1,4 @@
-"""One prompt, prefilled by the stock model, natively in full, and pruned: time, text and likelihood side by side."""
+"""Time, text and likelihood of one prompt prefilled by the stock model, natively in full, and pruned."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pop_ext.hf.compat import cache_of, with_cache
 from pop_ext.hf.native_model import load
 from pop_ext.plans.plan import Plan
 
-# Given the number of wanted rows: ids [1, T] -> logits [1, rows, vocab] and the filled cache.
 Prefill = Callable[[torch.Tensor, int], tuple[torch.Tensor, Any]]
+"""Maps ids [1, T] and a number of last rows to their logits [1, rows, vocab] and the filled KV cache."""
 
 WARM_UPS = 2
 STOCK, FULL, PRUNED = "Hugging Face full", "native full", "POP"
 
 
 class Prompt(NamedTuple):
-    """A text cut in two: what the model reads, and what truly follows."""
+    """Token ids of a text, split into the prompt and its true continuation."""
 
     context: list[int]
     truth: list[int]
@@ -31,13 +31,15 @@ class Prompt(NamedTuple):
 
 @dataclass
 class Arm:
-    """One way to prefill, and what came of it.
+    """One way to prefill, and its measurements.
 
     Attributes:
-        flops: of its prefill of the prompt, by the cost model.
-        seconds: time to first token of each repeat: prefill and the choice of the first token.
-        continuation: greedy tokens after the prompt, decoded by the full model.
-        log_likelihood: mean log-probability of the true continuation's tokens, in nats; None without one.
+        name: Label in tables.
+        prefill: Prefills a prompt.
+        flops: FLOPs of prefilling the prompt, by the cost model.
+        seconds: Time to first token of each repeat: prefill and argmax of the last row.
+        continuation: Greedy tokens after the prompt, decoded by the stock model.
+        log_likelihood: Mean log-probability of the true continuation's tokens, in nats; None without a continuation.
     """
 
     name: str
@@ -49,28 +51,28 @@ class Arm:
 
     @property
     def median(self) -> float:
-        """Median time to first token in seconds."""
+        """Return the median time to first token in seconds."""
         return statistics.median(self.seconds)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The arms of one prompt: stock, native full, pruned."""
+    """The three arms of one prompt, in this order: stock, native full, pruned."""
 
     prompt: Prompt
     plan: Plan
     arms: list[Arm]
 
     def speedup(self, arm: int, baseline: int) -> float:
-        """Measured: ratio of median times to first token."""
+        """Return the measured ratio of median times to first token."""
         return self.arms[baseline].median / self.arms[arm].median
 
     def ceiling(self, arm: int, baseline: int) -> float:
-        """Ratio of FLOPs: what leaving out work alone can gain."""
+        """Return the ratio of FLOPs, which is the speed-up from omitted work alone."""
         return self.arms[baseline].flops / self.arms[arm].flops
 
     def agreement(self, arm: int) -> int:
-        """How many leading tokens of the greedy continuation are those of the stock model."""
+        """Return how many leading tokens of the greedy continuation equal those of the stock model."""
         pairs = zip(self.arms[0].continuation, self.arms[arm].continuation, strict=False)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), len(self.arms[arm].continuation))
 
@@ -78,17 +80,17 @@ class Comparison:
 def split_prompt(
     ids: Sequence[int], continuation: int, prompt_tokens: int | None, limit: int | None, max_new_tokens: int = 0
 ) -> Prompt:
-    """Cuts a text into prompt and true continuation.
+    """Split a text into a prompt and its true continuation.
 
     Args:
-        ids: tokens of the whole text.
-        continuation: tokens that are held back as the true continuation; 0: none.
-        prompt_tokens: tokens of the prompt, from the start of the text. None: all before the continuation.
-        limit: how many tokens the model takes; None: any number.
-        max_new_tokens: how many it is to generate after the prompt.
+        ids: Token ids of the whole text.
+        continuation: Number of tokens after the prompt that are its true continuation; 0 for none.
+        prompt_tokens: Length of the prompt, from the start of the text. None: as long as text and model allow.
+        limit: Longest sequence that the model takes, in tokens; None for no limit.
+        max_new_tokens: Number of tokens to generate after the prompt, which must fit into ``limit``, too.
 
     Raises:
-        ValueError: the text is too short, or the limit too small.
+        ValueError: The text is too short, or the limit too small.
     """
     most, reason = len(ids) - continuation, f"the text has {len(ids)} tokens"
     if most < 1:
@@ -115,17 +117,22 @@ def compare(
     max_new_tokens: int,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Comparison:
-    """Runs the three arms on one prompt.
+    """Run the three arms on one prompt.
 
-    Times are taken after two warm-up rounds, the arms in turn within each of ``repeats`` rounds. The plan is
-    executed as given, whatever its ``min_tokens``.
+    After two warm-up rounds each of ``repeats`` rounds times every arm once, in turn. The plan is executed as given,
+    whatever its ``min_tokens``.
 
     Args:
-        model: a Hugging Face causal language model, not enabled.
-        progress: called with a description before each of ``count_steps`` steps.
+        model: Hugging Face causal language model, not enabled.
+        prompt: Prompt and true continuation.
+        plan: Plan of the pruned arm.
+        repeats: Number of timed rounds.
+        max_new_tokens: Number of tokens to generate greedily after the prompt.
+        progress: Called with a description before each of ``count_steps`` steps.
 
     Raises:
-        UnsupportedModelError, ValueError: a model or plan without a native form.
+        UnsupportedModelError: The model has no native prefill.
+        ValueError: The plan does not fit the model.
     """
     ids = torch.tensor([prompt.context], device=model.device)
     arms = _arms(model, plan, ids.shape[1])
@@ -147,7 +154,7 @@ def compare(
 
 
 def count_steps(prompt: Prompt, repeats: int) -> int:
-    """How often ``compare`` calls ``progress``."""
+    """Return how often ``compare`` calls ``progress``."""
     return 3 * (WARM_UPS + repeats + (2 if prompt.truth else 1))
 
 
@@ -172,7 +179,7 @@ def _stock_prefill(model: Any) -> Prefill:
 
 def _native_prefill(native: Any) -> Prefill:
     def prefill(ids: torch.Tensor, wanted: int) -> tuple[torch.Tensor, Any]:
-        # As in `score`: the boundary counts from the end of the prompt, a continuation runs at full depth.
+        # As in `score`, the boundary ends with the prompt, and the continuation after it runs through all layers.
         boundary = min(native.plan.boundary - 1 + wanted, ids.shape[1])
         out = native.prefill(ids, boundary=boundary, logits_to_keep=wanted)
         return out.logits, out.past_key_values
@@ -188,7 +195,7 @@ def _time_to_first_token(prefill: Prefill, ids: torch.Tensor) -> float:
 
 
 def _greedy(model: Any, prefill: Prefill, ids: torch.Tensor, count: int) -> list[int]:
-    """Prefill, then plain decode steps of the full model; ends early at an end-of-sequence token."""
+    """Prefill, then decode up to ``count`` tokens with the stock model; stop after an end-of-sequence token."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     tokens: list[int] = []

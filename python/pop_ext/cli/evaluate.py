@@ -1,4 +1,4 @@
-"""``pop-ext eval``: what plans cost in quality, beside full depth and beside their ablations, and what they gain."""
+"""``pop-ext eval``: what plans cost in quality and gain in time, beside full depth and ablations."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pop_ext.cli import shared
-from pop_ext.cli.shared import (
-    BoundariesOption,
+from pop_ext.cli import options, output
+from pop_ext.cli.options import (
+    LAYERS,
     DeviceOption,
     DtypeOption,
     JsonOption,
     ModelArgument,
-    OutFolderOption,
     TextOption,
     ThreadsOption,
 )
@@ -27,80 +26,129 @@ if TYPE_CHECKING:
     from pop_ext.evaluation import Evaluation
 
 RESULT = "evaluation.json"
+_KINDS = "pop,pop-fitted,no-kv,no-boundary,dropped"
 
 
 def evaluate(
     model: ModelArgument,
     text: TextOption,
-    out: OutFolderOption,
-    plan: Annotated[list[Path] | None, typer.Option(help="Plans to read, as Plan.save wrote them.")] = None,
-    counts: Annotated[str | None, typer.Option(help="Numbers of the deepest layers, like 1-6: each a plan.")] = None,
-    boundary: BoundariesOption = None,
-    kinds: Annotated[str, typer.Option(help="Of pop, pop-fitted, no-kv, no-boundary, dropped, full-fp8, pop-fp8.")] = (
-        "pop,pop-fitted,no-kv,no-boundary,dropped"
-    ),
-    lengths: Annotated[str, typer.Option(help="Tokens of prompts, like 128,256,512.")] = "256",
-    continuation: Annotated[int, typer.Option(min=1, help="Tokens after each prompt that are scored.")] = 32,
-    samples: Annotated[int, typer.Option(min=1, help="Prompts of each length at most.")] = 48,
-    greedy: Annotated[int, typer.Option(min=0, help="Tokens of the greedy continuations; 0: none.")] = 8,
-    recall: Annotated[str, typer.Option(help="Tokens of prompts that ask for their first line; empty: none.")] = "128",
-    time_lengths: Annotated[str, typer.Option(help="Prompt lengths to time; empty: none.")] = "256",
-    repeats: Annotated[int, typer.Option(min=3, help="Rounds of timing.")] = 7,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of the results; made if it does not exist.", metavar="FOLDER")
+    ],
+    kinds: Annotated[
+        str,
+        typer.Option(
+            help="Ways to run each plan, separated by commas; the full model always runs. pop: the plan. pop-fitted: "
+            "the plan with its fitted projections. Ablations: no-kv (context rows leave no keys and values in omitted "
+            "layers), no-boundary (no token of the prompt runs through all layers), dropped (decoding omits the "
+            "layers, too). full-fp8, pop-fp8: the full model and the plan with matrix products in 8-bit floats.",
+            metavar="KINDS",
+        ),
+    ] = _KINDS,
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens: 128,256,512.", metavar="LENGTHS")] = "256",
+    continuation: Annotated[int, typer.Option(min=1, help="Tokens after each prompt whose loss is measured.")] = 32,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts of each length, at most.")] = 48,
+    greedy: Annotated[
+        int, typer.Option(min=0, help="Tokens of the full model's greedy continuation to compare with; 0: none.")
+    ] = 8,
+    recall: Annotated[
+        str,
+        typer.Option(
+            help="Lengths of recall prompts, which ask at their end for a number on their first line. Empty: none.",
+            metavar="LENGTHS",
+        ),
+    ] = "128",
+    time_lengths: Annotated[
+        str, typer.Option(help="Prompt lengths to time: 256,1024. Empty: none.", metavar="LENGTHS")
+    ] = "256",
+    repeats: Annotated[int, typer.Option(min=3, help="Timed prefills of each plan; medians are shown.")] = 7,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per forward.")] = 8,
+    plan: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Plan file, as calibrate, fit or Plan.save writes it. Repeat the option for more plans.",
+            metavar="FILE",
+            rich_help_panel=LAYERS,
+        ),
+    ] = None,
+    counts: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of deepest layers to omit, one plan each: 1-6 or 4,8.",
+            metavar="COUNTS",
+            rich_help_panel=LAYERS,
+        ),
+    ] = None,
+    boundary: Annotated[
+        str | None,
+        typer.Option(
+            help="Last tokens of a prompt that run through all layers (boundary rows). 1,16,64 runs each plan three "
+            "times. Default: the plan's.",
+            metavar="ROWS",
+            rich_help_panel=LAYERS,
+        ),
+    ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure loss, greedy continuations and recall of plans beside full depth and ablations, and time them.
+    """Measure the loss, greedy continuations, recall and time of plans, beside the full model and ablations.
 
-    A run that was stopped goes on where it was: results are saved into the folder after each arm.
+    An ablation leaves out one part of the method.
+
+    Without --plan and --counts the preset of the model is measured (pop-ext info lists presets), else its deepest
+    third.
+
+    Results are saved after each way to run a plan; a stopped run resumes from them.
     """
-    with shared.errors():
-        shared.set_threads(threads)
-        with shared.loading(as_json):
-            loaded = shared.load_model(model, dtype, device)
-            tokenizer = shared.load_tokenizer(model)
+    with output.errors_on_one_line():
+        options.set_threads(threads)
+        files = options.find_files("--text", text)
+        with output.loading_spinner(as_json):
+            loaded = options.load_model(model, dtype, device)
+            tokenizer = options.load_tokenizer(model)
         plans = _plans(loaded.config, plan or [], counts, boundary)
 
         from pop_ext.evaluation import evaluate as run
         from pop_ext.evaluation import read_texts, recall_sets, text_sets, time_plans
 
         limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-        texts = read_texts(text, tokenizer)
-        sets = text_sets(texts, tokenizer, shared.parse_numbers("--lengths", lengths), continuation, samples, limit)
-        asked = shared.parse_numbers("--recall", recall)
+        texts = read_texts(files, tokenizer)
+        sets = text_sets(texts, tokenizer, options.parse_numbers("--lengths", lengths), continuation, samples, limit)
+        asked = options.parse_numbers("--recall", recall)
         sets += recall_sets(texts, tokenizer, asked, samples, limit=limit) if asked else []
         path, bar = out / RESULT, not as_json
         wanted = [kind.strip() for kind in kinds.split(",")]
-        options: dict[str, Any] = {"greedy_tokens": greedy, "batch_size": batch_size, "resume": path, "progress": bar}
-        result = run(loaded, sets, plans, kinds=wanted, **options)
-        timed = shared.parse_numbers("--time-lengths", time_lengths)
+        how: dict[str, Any] = {"greedy_tokens": greedy, "batch_size": batch_size, "resume": path, "progress": bar}
+        result = run(loaded, sets, plans, kinds=wanted, **how)
+        timed = options.parse_numbers("--time-lengths", time_lengths)
         if timed and result.facts["backend"] == "native":
-            # Times compare within their rounds alone, so plans of earlier calls into the folder run again with these.
+            # Only times of the same rounds compare, so the plans that the folder already holds are timed again.
             times = time_plans(loaded, [*result.plans(), *plans], timed, repeats=repeats, progress=bar)
             result.timings = [old for old in result.timings if old["tokens"] not in timed] + times
-        result.facts["texts"] = [str(file) for file in text]
+        result.facts["texts"] = [str(file) for file in files]
         result.save(path)
-        plots = shared.draw(draw_evaluation, result, out)
+        plots = output.draw_figures(draw_evaluation, result, out)
     if as_json:
-        shared.print_json({"result": str(path), "plots": plots, **result.facts, "rows": result.summary()})
+        output.print_json({"result": str(path), "plots": plots, **result.facts, "rows": result.summary()})
     else:
         _print(result)
-        print(f"{path}: every sample; pop-ext report {out} makes a page of it")
+        print(f"{path}: results of every sample; pop-ext report {out} makes a page of them")
 
 
 def _plans(config: Any, paths: list[Path], counts: str | None, boundary: str | None) -> list[Plan]:
+    """Return the plans of --plan, then those of --counts, each with every boundary of --boundary."""
     depth = config.get_text_config().num_hidden_layers
     plans = [Plan.load(path) for path in paths]
-    plans += [Plan.last(depth, count=count) for count in shared.parse_numbers("--counts", counts or "")]
+    plans += [Plan.last(depth, count=count) for count in options.parse_numbers("--counts", counts or "")]
     plans = plans or [default_plan(config)]
-    boundaries = shared.parse_numbers("--boundary", boundary or "")
+    boundaries = options.parse_numbers("--boundary", boundary or "")
     return [plan.replace(boundary=rows) for plan in plans for rows in boundaries] if boundaries else plans
 
 
 def draw_evaluation(result: Evaluation, folder: Path) -> list[str]:
-    """Every figure that the result has data for; returns their paths."""
+    """Draw every figure that the result has data for; return their paths."""
     from pop_ext.evaluation import plots
 
     drawn = []
@@ -115,21 +163,24 @@ def _print(result: Evaluation) -> None:
     rows = result.summary()
     for number, prompts in enumerate(result.facts["sets"]):
         length = "" if prompts["length"] is None else f" of {prompts['length']} tokens"
-        console.print(Text(f"{prompts['prompts']} {prompts['kind']} prompts{length}: nats a token, (standard error)"))
+        console.print(Text(f"{prompts['prompts']} {prompts['kind']} prompts{length}: nats per token (standard error)"))
         recall = prompts["kind"] == "recall"
         shares = {"exact": "exact"} if recall else {"agreement": "as full", "match": "match"}
-        table = shared.new_table("arm", "loss", "to full", "first token", *shares.values())
+        table = output.new_table("arm", "loss", "to full", "first token", *shares.values())
         of_set = [row for row, cell in zip(rows, result.cells, strict=True) if cell["set"] == number]
         for row in of_set:
             cells = [_mean(row["loss"]), _mean(row["delta_loss"], "+"), _mean(row["delta_first"], "+")]
             table.add_row(row["arm"], *cells, *(_mean(row[name], digits=2) if name in row else "-" for name in shares))
         console.print(table)
     note = (
-        "To full, first token: difference to full depth, of all tokens and of the first one. As full: leading share of "
-        "the full model's greedy continuation; match: all of it. Exact: the definition of the first line was found."
+        "loss: of the true continuation. to full: its difference to the full model's loss. first token: that "
+        "difference for the first token alone. as full: share of the full model's greedy continuation before the first "
+        "token that differs. match: share of prompts where all of it is equal. exact: share of prompts whose first "
+        "line was recalled."
     )
     console.print(Text(note, style="dim"))
 
 
 def _mean(mean: Any, sign: str = "", digits: int = 3) -> str:
+    """Format a mean and, in brackets, its standard error."""
     return f"{mean.value:{sign}.{digits}f} ({mean.error:.{digits}f})"

@@ -1,4 +1,4 @@
-"""``pop-ext fit``: K/V projections of omitted layers, fitted on one's own texts."""
+"""``pop-ext fit``: fit K/V projections of a plan's omitted layers on given texts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pop_ext.cli import shared
-from pop_ext.cli.shared import (
+from pop_ext.cli import options, output
+from pop_ext.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -24,45 +24,61 @@ from pop_ext.plans.projections import FitReport
 
 def fit(
     model: ModelArgument,
-    plan: Annotated[Path, typer.Argument(help="Plan whose layers get projections, as Plan.save wrote it.")],
+    plan: Annotated[Path, typer.Argument(help="Plan file, as calibrate or Plan.save writes it.", metavar="PLAN")],
     text: TextOption,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The fitted plan, as JSON; matrices go beside it.")],
-    samples: Annotated[int, typer.Option(min=2, help="Sequences at most, those held out included.")] = 200,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Plan file to write, as JSON. Its matrices go to a .safetensors beside it.",
+            metavar="FILE",
+        ),
+    ],
+    samples: Annotated[int, typer.Option(min=2, help="Sequences of the texts, at most, held-out ones included.")] = 200,
     tokens: WindowOption = 256,
     holdout: Annotated[
-        float, typer.Option(min=0.01, max=0.9, help="Share of them, one at least, that chooses the pull.")
+        float,
+        typer.Option(min=0.01, max=0.9, help="Share of the sequences to hold out, at least one sequence."),
     ] = 0.2,
     uniform: Annotated[
-        bool, typer.Option("--uniform", help="All rows count alike, not as much as later rows attend to them.")
+        bool,
+        typer.Option(
+            "--uniform", help="Weight all rows alike. Default: a row weighs as much as later rows attend to it."
+        ),
     ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit K/V projections of the plan's omitted layers, at no extra cost of a prefill.
+    """Fit the K/V projections of a plan's omitted layers on your texts, at no cost in prefill time.
 
-    The last share of the sequences is held out: the loss after them chooses how strong the pull towards the original
-    projections is. Use texts that no evaluation uses.
+    Decoding needs the prompt's keys and values of omitted layers, too. A prefill projects them from the hidden states
+    before those layers, and the fit adapts these projections.
+
+    The fit is a ridge regression towards the original projections. The last sequences are held out, and the loss after
+    them chooses the strength of the ridge, lambda. Use texts that no evaluation uses.
     """
-    with shared.errors():
-        shared.set_threads(threads)
+    with output.errors_on_one_line():
+        options.set_threads(threads)
         before = Plan.load(plan)
-        with shared.loading(as_json):
-            loaded = shared.load_model(model, dtype, device)
-            tokenizer = shared.load_tokenizer(model)
+        files = options.find_files("--text", text)
+        with output.loading_spinner(as_json):
+            loaded = options.load_model(model, dtype, device)
+            tokenizer = options.load_tokenizer(model)
 
         import pop_ext
         from pop_ext.evaluation import calibration_batches, read_texts
 
-        batches = calibration_batches(read_texts(text, tokenizer), tokenizer, tokens, samples, batch=1)
+        batches = calibration_batches(read_texts(files, tokenizer), tokenizer, tokens, samples, batch=1)
         kept = min(len(batches) - 1, max(1, round(holdout * len(batches))))
         used, held = batches[: len(batches) - kept], batches[len(batches) - kept :]
         weighting = "uniform" if uniform else "attention"
         fitted = pop_ext.fit(loaded, before, used, holdout=held or None, weighting=weighting, progress=not as_json)
         out.parent.mkdir(parents=True, exist_ok=True)
         fitted.save(out)
-    assert fitted.projections is not None  # fit's result
+    assert fitted.projections is not None  # fit has set them
     found = fitted.projections.report
     report = {
         "plan": str(out),
@@ -75,7 +91,7 @@ def fit(
         "origin": fitted.origin.to_dict() if fitted.origin else None,
     }
     if as_json:
-        shared.print_json(report)
+        output.print_json(report)
     else:
         _print(found)
         print(f"fitted layers {report['omit']} on {len(used)} sequences, {len(held)} held out")
@@ -83,16 +99,16 @@ def fit(
 
 
 def _print(found: FitReport) -> None:
-    """The pull's choice, and what the fit explains of each layer that it did not explain before."""
+    """Print the loss of each lambda, and each layer's error in K and V before and after the fit."""
     console = Console()
     if found.losses:
-        table = shared.new_table("pull (lambda)", "loss after held-out prompts", "")
+        table = output.new_table("lambda", "loss after held-out prompts", "")
         for ridge, loss, error in found.losses:
             table.add_row(
                 found.ridge_text(ridge), f"{loss:.4f} ({error:.4f})", "chosen" if ridge == found.ridge else ""
             )
         console.print(table)
-    table = shared.new_table("layer", "error of K, before", "after", "of V, before", "after")
+    table = output.new_table("layer", "error of K, before", "after", "of V, before", "after")
     for layer, shares in sorted(found.residuals.items()):
         table.add_row(str(layer), *(f"{share:.1%}" for share in shares))
     console.print(table)

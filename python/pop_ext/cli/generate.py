@@ -1,4 +1,4 @@
-"""``pop-ext generate``: one prompt, continued three ways."""
+"""``pop-ext generate``: one prompt prefilled by the stock model, natively in full, and pruned."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from pop_ext import env_info as facts
-from pop_ext.cli import shared
-from pop_ext.cli.shared import (
+from pop_ext import env_info
+from pop_ext.cli import options, output
+from pop_ext.cli.options import (
     BoundaryOption,
     CountOption,
     DeviceOption,
@@ -23,51 +23,65 @@ from pop_ext.cli.shared import (
     PlanOption,
     ThreadsOption,
 )
+from pop_ext.utils.progress import ProgressBar
 
 
 def generate(
     model: ModelOption,
-    prompt_file: Annotated[Path, typer.Option(help="Text of the prompt and, after it, its true continuation.")],
+    prompt_file: Annotated[
+        Path, typer.Option(help="Text to split into a prompt and its true continuation.", metavar="FILE")
+    ],
     prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of the prompt; by default all before the continuation.")
+        int | None,
+        typer.Option(
+            min=1, help="Length of the prompt, from the start of the text. Default: all but the continuation."
+        ),
     ] = None,
     continuation: Annotated[
-        int, typer.Option(min=0, help="Tokens after the prompt that are held back as its true continuation.")
+        int,
+        typer.Option(min=0, help="Tokens after the prompt whose log-probability is measured; 0 measures none."),
     ] = 64,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the greedy continuations.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate, greedily.")] = 48,
+    repeats: Annotated[int, typer.Option(min=3, help="Timed prefills of each kind; medians are shown.")] = 7,
     plan: PlanOption = None,
     omit: OmitOption = None,
     count: CountOption = None,
     boundary: BoundaryOption = None,
-    repeats: Annotated[int, typer.Option(min=3, help="Rounds of timing; medians are shown.")] = 7,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Continue a text three ways: stock model, native at full depth, pruned; compare time, text and likelihood."""
-    with shared.errors():
-        shared.set_threads(threads)
+    """Prefill one prompt three ways and compare time, text and likelihood.
+
+    The three are the stock Hugging Face model, pop_ext's own prefill of all layers (native full), and the pruned
+    prefill (POP). The stock model decodes after each.
+
+    --plan, --omit or --count choose the plan, one of them at most. Default: the preset of the model (pop-ext info lists
+    presets), else its deepest third. The plan runs even if the prompt is shorter than its min_tokens, below which
+    pop_ext.enable runs all layers.
+    """
+    with output.errors_on_one_line():
+        options.set_threads(threads)
         text = prompt_file.read_text(encoding="utf-8")
-        with shared.loading(as_json):
-            loaded = shared.load_model(model, dtype, device)
-            tokenizer = shared.load_tokenizer(model)
-        chosen = shared.choose_plan(loaded.config, plan, omit, count, boundary)
+        with output.loading_spinner(as_json):
+            loaded = options.load_model(model, dtype, device)
+            tokenizer = options.load_tokenizer(model)
+        chosen = options.choose_plan(loaded.config, plan, omit, count, boundary)
 
         from pop_ext.cli.compare import compare, count_steps, split_prompt
 
         limit = getattr(loaded.config, "max_position_embeddings", None)
         prompt = split_prompt(tokenizer(text)["input_ids"], continuation, prompt_tokens, limit, max_new_tokens)
-        with shared.stepwise(as_json) as bar:
-            task = bar.add_task("", total=count_steps(prompt, repeats))
+        with ProgressBar("comparing", count_steps(prompt, repeats), quiet=as_json) as bar:
 
             def advance(stage: str) -> None:
-                bar.update(task, description=stage, advance=1, refresh=True)
+                bar.advance(label=stage)
 
             result = compare(loaded, prompt, chosen, repeats, max_new_tokens, advance)
         report = _generate_report(model, str(prompt_file), loaded, tokenizer, result)
     if as_json:
-        shared.print_json(report)
+        output.print_json(report)
     else:
         _print_generate(report)
 
@@ -92,7 +106,7 @@ def _generate_report(name: str, prompt_file: str, model: Any, tokenizer: Any, re
             }
         )
     pairs = [(1, 0), (2, 0), (2, 1)]
-    installed = facts.installation()
+    installed = env_info.installation()
     return {
         "model": name,
         "prompt_file": prompt_file,
@@ -100,7 +114,7 @@ def _generate_report(name: str, prompt_file: str, model: Any, tokenizer: Any, re
         "prompt_end": tokenizer.decode(result.prompt.context[-48:]),
         "true_continuation_ids": result.prompt.truth,
         "true_continuation": tokenizer.decode(result.prompt.truth) if result.prompt.truth else None,
-        "plan": facts.describe_plan(result.plan),
+        "plan": env_info.describe_plan(result.plan),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "attention": model.config._attn_implementation,
@@ -127,10 +141,13 @@ def _print_generate(report: dict[str, Any]) -> None:
     lines = [
         f"{report['model']}: {report['dtype']} on {report['device']} ({kernels})",
         f"prompt: the first {report['prompt_tokens']} tokens of {report['prompt_file']}",
-        f"POP omits {len(plan['omit'])} of {plan['num_layers']} layers for all of them but the last {plan['boundary']}",
+        f"POP omits {len(plan['omit'])} of {plan['num_layers']} layers for all tokens of the prompt but the last "
+        f"{plan['boundary']}",
     ]
     if report["prompt_tokens"] < plan["min_tokens"]:
-        lines.append(f"(enable() would run it at full depth: it is shorter than min_tokens, {plan['min_tokens']})")
+        lines.append(
+            f"(pop_ext.enable would run all layers: the prompt is shorter than min_tokens, {plan['min_tokens']})"
+        )
     for line in lines:
         console.print(Text(line))
     _print_arms(console, report)
@@ -145,7 +162,7 @@ def _print_generate(report: dict[str, Any]) -> None:
 
 
 def _print_arms(console: Console, report: dict[str, Any]) -> None:
-    times = shared.new_table("first token", "median ms", "range", "log p/token", "as stock")
+    times = output.new_table("first token", "median ms", "range", "log p/token", "as stock")
     for arm in report["arms"]:
         ttft, likelihood = arm["ttft_ms"], arm["log_likelihood_per_token"]
         times.add_row(
@@ -156,15 +173,16 @@ def _print_arms(console: Console, report: dict[str, Any]) -> None:
             f"{arm['agreement']} of {len(arm['continuation_ids'])}",
         )
     console.print(times)
-    ratios = shared.new_table("speed-up", "measured", "ceiling")
+    ratios = output.new_table("speed-up", "measured", "ceiling")
     for row in report["speedups"]:
         ratios.add_row(f"{row['arm']} vs {row['baseline']}", f"{row['measured']:.2f}x", f"{row['ceiling']:.2f}x")
     console.print(ratios)
     repeats = len(report["arms"][0]["ttft_ms"]["all"])
     for note in (
-        f"Time to first token: medians of {repeats} interleaved runs. log p: nats, of the true",
-        "continuation. As stock: leading tokens of the greedy continuation. Ceiling: ratio",
-        "of FLOPs, what omitting work alone can gain; more than that is owed to the kernels.",
+        f"first token: time to first token, medians of {repeats} interleaved runs.",
+        "log p/token: mean log-probability of the true continuation's tokens, in nats.",
+        "as stock: leading tokens of the greedy continuation that equal the stock model's.",
+        "ceiling: ratio of FLOPs, the speed-up from omitted work alone; kernels give the rest.",
     ):
         console.print(Text(note, style="dim"))
 

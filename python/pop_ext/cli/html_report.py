@@ -1,66 +1,85 @@
-"""One self-contained HTML page of a folder's results: tables with standard errors, figures inline, no network."""
+"""The page of ``pop-ext report``: the results of a folder as sections of tables and figures, rendered by jinja2."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from pop_ext.evaluation.results import Evaluation, Mean
 from pop_ext.evaluation.timing import NATIVE_FULL, speedup
 from pop_ext.methods.plots import plot_stages
 from pop_ext.plans.projections import FitReport
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --line: #d0d0d0; --soft: #666; --band: #f4f6f8; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e6e6; --paper: #16181b; --line: #3a3f45; --soft: #a0a6ad; --band: #1f2327; }
-}
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 68rem;
-       margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-p.soft, figcaption { color: var(--soft); font-size: .87rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; }
-th, td { padding: .22rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-tr:nth-child(even) td { background: var(--band); }
-td small { color: var(--soft); }
-figure { margin: 1.2rem 0; } img { max-width: 100%; background: #fff; border-radius: 4px; }
-""".strip()
-
-# File names without ending -> what the figure shows; others get their name.
+# Captions by file name without suffix; the figure of any other name is captioned by that name.
 _CAPTIONS = {
-    "importance": "How much each layer matters for encoding a prompt and for what follows: squared gate derivatives.",
-    "cost": "What each arm costs, by the number of omitted layers: loss above full depth, with standard errors.",
-    "frontier": "Quality against measured speed, a point a plan. Down and to the right is better.",
-    "lengths": "What each arm costs, by the length of the prompt.",
-    "recall": "How often the definition of a prompt's first line is found again at its end.",
-    "ttft": "Time to first token by length of the prompt.",
-    "stages": "Where the time of a prefill goes, stage by stage.",
+    "importance": "Importance of each layer for encoding a prompt and for what follows: squared gate derivatives.",
+    "cost": "Loss above full depth by the number of omitted layers, with standard errors.",
+    "frontier": "Loss above full depth against measured speed, one point per plan. Down and to the right is better.",
+    "lengths": "Loss above full depth by the length of the prompt.",
+    "recall": "Share of recall prompts whose first line is found again at their end.",
+    "ttft": "Time to first token by the length of the prompt.",
+    "stages": "Time of a prefill by stage.",
 }
 
 
 class Page(NamedTuple):
-    """A page, and the files that it is made of."""
+    """An HTML page and the names of the files that it is made from."""
 
     html: str
     sources: list[str]
 
 
+class Cell(NamedTuple):
+    """A cell of a table: its text and, in small print, a standard error."""
+
+    text: str
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table under an optional heading."""
+
+    kind: ClassVar[str] = "table"
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A PNG image, base64-encoded, and its caption."""
+
+    kind: ClassVar[str] = "figure"
+    caption: str
+    data: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """The part of the page that shows one file."""
+
+    title: str
+    note: str = ""
+    paragraphs: list[str] = field(default_factory=list)
+    parts: list[Table | Figure] = field(default_factory=list)
+
+
 def make_page(folder: Path) -> Page:
-    """Of every evaluation, importance, plan, bench report and PNG in ``folder``.
+    """Make a page of every evaluation, importance, plan, bench report and PNG in a folder.
 
     Raises:
-        OSError: the folder cannot be read.
-        ValueError: it holds none of these, or a .json that is none or that no command wrote so.
+        ImportError: jinja2 is not installed.
+        OSError: The folder cannot be read.
+        ValueError: The folder holds no results, or a .json file that is not JSON or not as a command writes it.
     """
-    sections: list[str] = []
+    sections: list[Section] = []
     sources: list[str] = []
     for path in sorted(folder.iterdir()):
         if path.suffix != ".json":
@@ -69,30 +88,40 @@ def make_page(folder: Path) -> Page:
             section = _section(path)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: expected a result as one of the commands writes it ({error!r})") from None
-        if section:
+        if section is not None:
             sections.append(section)
             sources.append(path.name)
-    figures = sorted(folder.glob("*.png"), key=lambda path: (_order(path.stem), path.name))
-    sources += [path.name for path in figures]
+    images = sorted(folder.glob("*.png"), key=lambda path: (_order(path.stem), path.name))
+    sources += [path.name for path in images]
     if not sources:
         raise ValueError(f"{folder}: expected results of calibrate, eval or bench, got none")
-    body = [f"<h1>pop_ext: {html.escape(folder.resolve().name)}</h1>"]
-    if figures:
-        body += ["<h2>Figures</h2>", *(_figure(path.read_bytes(), path.stem) for path in figures)]
-    body += sections
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    title = f"<title>pop_ext: {html.escape(folder.resolve().name)}</title>"
-    document = f"<!doctype html>\n<html lang=en><head>{head}{title}<style>\n{_STYLE}\n</style></head>\n<body>\n"
-    return Page(document + "\n".join(body) + "\n</body></html>\n", sources)
+    figures = [_figure(path.read_bytes(), path.stem) for path in images]
+    return Page(_render(f"pop_ext: {folder.resolve().name}", figures, sections), sources)
+
+
+def _render(title: str, figures: list[Figure], sections: list[Section]) -> str:
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError("report: expected jinja2: pip install 'pop_ext[cli]'", name=error.name) from None
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,  # file names and the members of JSON files are not HTML
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("report.html.jinja").render(title=title, figures=figures, sections=sections)
 
 
 def _order(stem: str) -> int:
     known = [*_CAPTIONS]
-    return known.index(stem) if stem in known else -1  # what calibrate draws comes first
+    return known.index(stem) if stem in known else -1  # PLAN.importance.png comes first
 
 
-def _section(path: Path) -> str | None:
-    """Of a JSON file that one of the commands wrote; None for any other."""
+def _section(path: Path) -> Section | None:
+    """Return the section of a JSON file that a command wrote; None for any other JSON."""
     try:
         members = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -110,166 +139,152 @@ def _section(path: Path) -> str | None:
     return None
 
 
-def _evaluation(result: Evaluation, name: str) -> str:
+def _evaluation(result: Evaluation, name: str) -> Section:
     facts = result.facts
     where = facts["environment"]
-    parts = [
-        f"<h2>Evaluation: {_text(facts['model'] or 'model')}</h2>",
-        f"<p class=soft>{_text(name)}: {_text(facts['dtype'])} on {_text(facts['device'])}, POP by the "
-        f"{_text(facts['backend'])} backend; {_text(where['processor'])}, {where['threads']} threads; pop_ext "
-        f"{_text(where['pop_ext'])}, torch {_text(where['torch'])}, transformers {_text(where['transformers'])}. "
-        f"Losses in nats a token; standard errors over prompts in brackets; differences are paired, prompt by prompt."
-        "</p>",
-    ]
+    note = (
+        f"{name}: {facts['dtype']} on {facts['device']}, POP by the {facts['backend']} backend; {where['processor']}, "
+        f"{where['threads']} threads; pop_ext {where['pop_ext']}, torch {where['torch']}, transformers "
+        f"{where['transformers']}. Losses in nats per token; standard errors over prompts in brackets; differences are "
+        f"paired, prompt by prompt."
+    )
+    section = Section(f"Evaluation: {facts['model'] or 'model'}", note)
     rows = list(zip(result.summary(), result.cells, strict=True))
     for number, prompts in enumerate(facts["sets"]):
         length = "" if prompts["length"] is None else f" of {prompts['length']} tokens"
-        parts.append(f"<h3>{prompts['prompts']} {prompts['kind']} prompts{length}</h3>")
         columns = {"loss": "loss", "delta_loss": "to full depth", "delta_first": "first token, to full depth"}
         columns |= {"exact": "exact answer"} if prompts["kind"] == "recall" else {}
         columns |= {"agreement": "greedy as full", "match": "exact match"} if prompts["kind"] == "text" else {}
         own = [row for row, cell in rows if cell["set"] == number]
         columns = {key: text for key, text in columns.items() if any(key in row for row in own)}
-        body = [[_text(row["arm"]), *(_mean(row.get(key)) for key in columns)] for row in own]
-        parts.append(_table(["arm", *columns.values()], body))
+        body = [[Cell(row["arm"]), *(_mean(row.get(key)) for key in columns)] for row in own]
+        title = f"{prompts['prompts']} {prompts['kind']} prompts{length}"
+        section.parts.append(Table(["arm", *columns.values()], body, title))
     if result.timings:
-        parts += ["<h3>Time to first token</h3>", _times(result.timings)]
-    return "\n".join(parts)
+        section.parts.append(_times(result.timings))
+    return section
 
 
-def _times(timings: Sequence[dict[str, Any]]) -> str:
+def _times(timings: Sequence[dict[str, Any]]) -> Table:
     lengths = sorted({timing["tokens"] for timing in timings})
     rows = []
     for arm in dict.fromkeys(timing["arm"] for timing in timings):
-        cells = []
+        cells = [arm]
         for tokens in lengths:
             seconds = next((t["seconds"] for t in timings if t["arm"] == arm and t["tokens"] == tokens), None)
             gain = speedup(timings, arm, tokens)
             cells.append("-" if seconds is None else f"{1e3 * sorted(seconds)[len(seconds) // 2]:.1f}")
             cells.append("-" if gain is None else f"{gain:.2f}x")
-        rows.append([_text(arm), *cells])
+        rows.append(_cells(*cells))
     header = [text for tokens in lengths for text in (f"{tokens} tokens, ms", f"vs {NATIVE_FULL}")]
-    return _table(["arm", *header], rows)
+    return Table(["arm", *header], rows, "Time to first token")
 
 
-def _importance(members: dict[str, Any], name: str) -> str:
-    parts = [
-        f"<h2>Importance of layers</h2><p class=soft>{_text(name)}: {members['origin'].get('samples')} samples</p>"
-    ]
+def _importance(members: dict[str, Any], name: str) -> Section:
+    section = Section("Importance of layers", f"{name}: {members['origin'].get('samples')} samples")
     for kind, gate in members["gates"].items():
         columns = ("prefill", "prefill_error", "decode", "decode_error")
         rows = [
-            [str(layer), *(f"{_number(value):.3g}" for value in values)]
+            _cells(layer, *(f"{_number(value):.3g}" for value in values))
             for layer, values in enumerate(zip(*(gate[column] for column in columns), strict=True))
         ]
         header = ["layer" if kind == "layer" else f"layer, {kind}", "prompt", "error", "what follows", "error"]
-        parts.append(_table(header, rows))
-    return "\n".join(parts)
+        section.parts.append(Table(header, rows))
+    return section
 
 
-def _plan(members: dict[str, Any], name: str) -> str:
+def _plan(members: dict[str, Any], name: str) -> Section:
     origin = members.get("origin") or {}
-    return (
-        f"<h2>Plan: {_text(name)}</h2><p>Omits layers {members['omit']} of {members['num_layers']}; boundary "
-        f"{members.get('boundary', 1)}; prompts from {members.get('min_tokens', 0)} tokens on. "
-        f"{_text(origin.get('method') or '')}</p>{_fit(members.get('projections'))}"
+    text = (
+        f"Omits layers {members['omit']} of {members['num_layers']}; boundary {members.get('boundary', 1)}; prompts "
+        f"from {members.get('min_tokens', 0)} tokens on. {origin.get('method') or ''}"
     )
+    section = Section(f"Plan: {name}", paragraphs=[text])
+    if isinstance(members.get("projections"), dict):
+        _add_fit(section, FitReport.from_dict(members["projections"]))
+    return section
 
 
-def _fit(members: Any) -> str:
-    """How a plan's projections were fitted; "" for a plan without."""
-    if not isinstance(members, dict):
-        return ""
-    found = FitReport.from_dict(members)
-    losses = [
-        [found.ridge_text(ridge), f"{loss:.4f} <small>({error:.4f})</small>", "chosen" if ridge == found.ridge else ""]
-        for ridge, loss, error in found.losses
-    ]
+def _add_fit(section: Section, fit: FitReport) -> None:
+    """Add how a plan's projections were fitted."""
+    section.paragraphs.append(
+        f"Fitted projections: {fit.method()}; {fit.sequences} sequences, {fit.tokens} tokens; {fit.holdout} held-out "
+        "sequences chose lambda."
+    )
+    if fit.losses:
+        losses = [
+            [Cell(fit.ridge_text(ridge)), Cell(f"{loss:.4f}", f"{error:.4f}"), Cell("chosen" * (ridge == fit.ridge))]
+            for ridge, loss, error in fit.losses
+        ]
+        section.parts.append(Table(["lambda", "loss of what follows held-out prompts", ""], losses))
     residuals = [
-        [str(layer), *(f"{share:.1%}" for share in shares)] for layer, shares in sorted(found.residuals.items())
+        _cells(layer, *(f"{share:.1%}" for share in shares)) for layer, shares in sorted(fit.residuals.items())
     ]
-    text = f"Fitted projections: {_text(found.method())}; {found.sequences} sequences, {found.tokens} tokens"
-    parts = [f"<p>{text}; {found.holdout} held-out sequences chose lambda.</p>"]
-    parts += [_table(["lambda", "loss of what follows held-out prompts", ""], losses)] if losses else []
-    parts += [_table(["layer", "error of K, before", "after", "of V, before", "after"], residuals)]
-    return "".join(parts)
+    section.parts.append(Table(["layer", "error of K, before", "after", "of V, before", "after"], residuals))
 
 
-def _bench(members: dict[str, Any], name: str) -> str:
-    parts = [f"<h2>Bench: {_text(name)}</h2>"]
+def _bench(members: dict[str, Any], name: str) -> Section:
+    section = Section(f"Bench: {name}")
     for case in members.get("cases", []):
-        parts.append(
-            f"<h3>{_text(case['model'])}, batch {case['batch']}, {case['tokens']} tokens, {case['dtype']}</h3>"
-        )
         rows = [
-            [_text(arm["name"]), f"{1e3 * arm['median_s']:.1f}" if arm.get("median_s") else _text(str(arm["failed"]))]
+            _cells(arm["name"], f"{1e3 * arm['median_s']:.1f}" if arm.get("median_s") else arm["failed"])
             for arm in case["arms"]
         ]
-        parts.append(_table(["arm", "median ms"], rows))
+        title = f"{case['model']}, batch {case['batch']}, {case['tokens']} tokens, {case['dtype']}"
+        section.parts.append(Table(["arm", "median ms"], rows, title))
         compared = [
-            [_text(f"{c['arm']} against {c['baseline']}"), f"{c['speedup']:.2f}x", f"{c['ceiling']:.2f}x"]
+            _cells(f"{c['arm']} against {c['baseline']}", f"{c['speedup']:.2f}x", f"{c['ceiling']:.2f}x")
             for c in case["comparisons"]
         ]
-        parts.append(_table(["comparison", "measured", "FLOP ceiling"], compared))
+        section.parts.append(Table(["comparison", "measured", "FLOP ceiling"], compared))
     profiles = members.get("profiles", [])
     if profiles:
         drawn = io.BytesIO()
         try:
             plot_stages(profiles, drawn)
-            parts.append(_figure(drawn.getvalue(), "stages"))
+            section.parts.append(_figure(drawn.getvalue(), "stages"))
         except ImportError:
-            pass  # the table below says the same
-    for item in profiles:
-        parts.append(f"<h3>Stages: {_text(item['arm'])}, {item['tokens']} tokens, {1e3 * item['seconds']:.1f} ms</h3>")
-        parts.append(_stages(item))
-    return "\n".join(parts)
+            pass  # without matplotlib the tables of the stages say the same
+    section.parts.extend(_stages(profile) for profile in profiles)
+    return section
 
 
-def _stages(item: dict[str, Any]) -> str:
+def _stages(profile: dict[str, Any]) -> Table:
     rows = []
-    for stage in item["stages"]:
+    for stage in profile["stages"]:
         peak = stage.get("share_of_peak")
-        times = [f"{1e3 * stage['seconds']:.2f}", f"{100 * stage['share']:.1f} %"]
-        rows.append([_text(stage["name"]), *times, _rate(item, stage), "-" if peak is None else f"{100 * peak:.0f} %"])
-    return _table(["stage", "ms", "share", "rate", "of peak"], rows)
+        times = (f"{1e3 * stage['seconds']:.2f}", f"{100 * stage['share']:.1f} %")
+        share = "-" if peak is None else f"{100 * peak:.0f} %"
+        rows.append(_cells(stage["name"], *times, _rate(profile, stage), share))
+    title = f"Stages: {profile['arm']}, {profile['tokens']} tokens, {1e3 * profile['seconds']:.1f} ms"
+    return Table(["stage", "ms", "share", "rate", "of peak"], rows, title)
 
 
-def _rate(item: dict[str, Any], stage: dict[str, Any]) -> str:
-    """GFLOP/s, or GB/s of a stage that memory bounds."""
+def _rate(profile: dict[str, Any], stage: dict[str, Any]) -> str:
+    """Return the rate of a stage in GFLOP/s, or in GB/s if memory bandwidth bounds it."""
     flops, moved, seconds = stage.get("flops"), stage.get("bytes"), stage["seconds"]
     if not flops or not seconds:
         return "-"
-    peak, bandwidth = item.get("gemm_peak_flop_per_s"), item.get("bandwidth_bytes_per_s")
+    peak, bandwidth = profile.get("gemm_peak_flop_per_s"), profile.get("bandwidth_bytes_per_s")
     if moved and peak and bandwidth and moved / bandwidth > flops / peak:
         return f"{moved / seconds / 1e9:.1f} GB/s"
     return f"{flops / seconds / 1e9:.1f} GFLOP/s"
 
 
-def _figure(png: bytes, stem: str) -> str:
-    data = base64.b64encode(png).decode()
+def _figure(png: bytes, stem: str) -> Figure:
     known = "importance" if stem.endswith(".importance") else stem
-    caption = _text(_CAPTIONS.get(known, stem))
-    return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
-    )
+    return Figure(_CAPTIONS.get(known, stem), base64.b64encode(png).decode())
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
-    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
+def _cells(*texts: object) -> list[Cell]:
+    return [Cell(str(text)) for text in texts]
 
 
-def _mean(mean: Mean | None) -> str:
+def _mean(mean: Mean | None) -> Cell:
     if mean is None:
-        return "-"
-    error = "" if math.isnan(mean.error) else f" <small>({mean.error:.3f})</small>"
-    return f"{mean.value:.3f}{error}"
+        return Cell("-")
+    return Cell(f"{mean.value:.3f}", "" if math.isnan(mean.error) else f"{mean.error:.3f}")
 
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _text(text: Any) -> str:
-    return html.escape(str(text))

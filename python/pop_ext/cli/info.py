@@ -9,13 +9,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pop_ext import env_info as facts
-from pop_ext.cli import shared
-from pop_ext.cli.shared import BoundaryOption, CountOption, DtypeOption, JsonOption, OmitOption, PlanOption
+from pop_ext import env_info
+from pop_ext.cli import options, output
+from pop_ext.cli.options import BoundaryOption, CountOption, DtypeOption, JsonOption, OmitOption, PlanOption
 
 
 def info(
-    model: Annotated[str | None, typer.Option(help="Also: folder or name of a model, its plan and ceilings.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hugging Face name of a model to describe as well.", metavar="MODEL")
+    ] = None,
     plan: PlanOption = None,
     omit: OmitOption = None,
     count: CountOption = None,
@@ -23,19 +25,26 @@ def info(
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is installed and, for a model, what its plan omits and at most gains."""
-    with shared.errors():
-        report = facts.installation()
+    """Show versions, kernels and supported models; with --model also a plan, its memory and its possible speed-up.
+
+    The possible speed-up is the ratio of FLOPs: what omitting work alone can gain.
+
+
+    --plan, --omit or --count choose the plan, one of them at most. Default: the preset of the model, else its deepest
+    third.
+    """
+    with output.errors_on_one_line():
+        report = env_info.installation()
         if model is not None:
-            with shared.loading(as_json):
-                loaded = shared.load_model(model, dtype, "cpu")
+            with output.loading_spinner(as_json):
+                loaded = options.load_model(model, dtype, "cpu")
 
                 from pop_ext.hf.native_model import load
 
-                native = load(loaded, shared.choose_plan(loaded.config, plan, omit, count, boundary))
-            report["model"] = {"name": model, **facts.model_summary(native)}
+                native = load(loaded, options.choose_plan(loaded.config, plan, omit, count, boundary))
+            report["model"] = {"name": model, **env_info.model_summary(native)}
     if as_json:
-        shared.print_json(report)
+        output.print_json(report)
     else:
         _print_info(report)
 
@@ -56,7 +65,7 @@ def _print_info(report: dict[str, Any]) -> None:
         "attention": ", ".join(f"{device}: {provider}" for device, provider in report["attention"].items()),
         "prepack": report["prepack"],
         "families": ", ".join(report["families"]),
-        "presets": "\n".join(
+        "presets (omitted layers)": "\n".join(
             f"{preset['omitted']:2} of {preset['layers']} layers: {preset['names'][0]}"
             f"{' (published)' if preset['published'] else ''}"
             for preset in report["presets"]
@@ -77,13 +86,13 @@ def _print_model(console: Console, model: dict[str, Any]) -> None:
         f"{model['layers']} layers of hidden {model['hidden_size']}, {model['heads']} heads and {model['kv_heads']} "
         f"KV heads of {model['head_dim']}, MLP {model['intermediate_size']}; vocabulary {model['vocab_size']}",
         f"plan: omits {plan['omit']}, boundary {plan['boundary']}, min_tokens {plan['min_tokens']}",
-        f"folded K/V weights: {model['extra_bytes'] / 2**20:.1f} MiB",
+        f"extra memory for K/V weights of omitted layers: {model['extra_bytes'] / 2**20:.1f} MiB",
     ]
     if windows:
         lines.insert(3, f"sliding windows: {windows}")
     for line in lines:
         console.print(Text(line))
-    table = shared.new_table("ceiling, batch 1", "POP vs HF full", "POP vs native full", "native full vs HF full")
+    table = output.new_table("FLOP ceiling, batch 1", "POP vs HF full", "POP vs native full", "native full vs HF full")
     for row in model["ceilings"]:
         ratios = (row[name] for name in ("pop_over_stock", "pop_over_native_full", "native_full_over_stock"))
         table.add_row(f"{row['tokens']} tokens", *(f"{ratio:.3f}x" for ratio in ratios))

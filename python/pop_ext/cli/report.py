@@ -1,4 +1,4 @@
-"""``pop-ext report``: one self-contained page of what calibrate, eval and bench left in a folder."""
+"""``pop-ext report``: one self-contained HTML page of the results in a folder."""
 
 from __future__ import annotations
 
@@ -7,23 +7,28 @@ from typing import Annotated
 
 import typer
 
-from pop_ext.cli import shared
-from pop_ext.cli.shared import JsonOption
+from pop_ext.cli import output
+from pop_ext.cli.options import JsonOption
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder with results of calibrate, eval and bench.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page; by default report.html there.")] = None,
+    folder: Annotated[
+        Path, typer.Argument(help="Folder with results of calibrate, fit, eval or bench/run.py.", metavar="FOLDER")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="HTML file to write. Default: FOLDER/report.html.", metavar="FILE"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Bind tables and figures of a folder into one HTML page that needs no network."""
-    with shared.errors():
+    """Collect the tables and figures of a folder in one HTML page that loads nothing from the network."""
+    with output.errors_on_one_line():
         from pop_ext.cli.html_report import make_page
 
         page = make_page(folder)
         path = out or folder / "report.html"
         path.write_text(page.html, encoding="utf-8")
     if as_json:
-        shared.print_json({"page": str(path), "from": page.sources, "bytes": path.stat().st_size})
+        output.print_json({"page": str(path), "from": page.sources, "bytes": path.stat().st_size})
     else:
-        print(f"{path}: of {', '.join(page.sources)}")
+        print(f"{path}: made from {', '.join(page.sources)}")

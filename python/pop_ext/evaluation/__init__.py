@@ -1,4 +1,8 @@
-"""What a plan costs in quality: losses, greedy continuations and recall, beside full depth and beside ablations."""
+"""Measure what a plan costs in quality: losses, greedy agreement and recall, next to full depth and to ablations.
+
+``evaluate`` runs every arm (``make_arms``) over sets of prompts (``text_sets``, ``recall_sets``) and returns an
+``Evaluation``. ``time_plans`` times the same plans. docs/evaluation.md defines the arms and the measures.
+"""
 
 from __future__ import annotations
 

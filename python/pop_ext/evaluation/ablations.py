@@ -1,7 +1,8 @@
-"""What pruning is held against, in plain PyTorch: its parts left out one at a time, and layers dropped altogether.
+"""Ablations of pruning in plain PyTorch: without its KV projection, without boundary rows, or with layers dropped.
 
-One uncached stock forward over prompt and continuation gives all rows of a teacher-forced continuation; what an
-omitted layer does to which rows is all that differs. ``tests/test_ablations.py`` holds each against another form.
+One uncached stock forward over prompt and continuation gives all rows of a teacher-forced continuation. The ablations
+differ only in how an omitted layer treats which rows. ``tests/evaluation/test_ablations.py`` compares each of them with
+an independent implementation.
 """
 
 from __future__ import annotations
@@ -14,87 +15,102 @@ import torch
 from torch import Tensor
 
 from pop_ext.hf.restore import replaced_forward
-from pop_ext.methods.calibration import decoder_layers, first_of, undisturbed
+from pop_ext.methods.calibration import decoder_layers, output_hidden_states, stock_evaluation
 from pop_ext.methods.gates import last_logits
 from pop_ext.plans.plan import Plan
 
 NO_KV, NO_BOUNDARY, DROPPED = "no-kv", "no-boundary", "dropped"
-"""The ablations; ``docs/evaluation.md`` defines them."""
 ABLATIONS = (NO_KV, NO_BOUNDARY, DROPPED)
+"""The ablations; docs/evaluation.md defines them."""
 
 LayerForward = Callable[..., Any]
 
 
 def stock_logits(model: Any, ids: Tensor, keep: int) -> Tensor:
-    """Logits [batch, keep, vocab] of the last rows of ``ids`` [batch, T] by the stock forward, at full depth."""
-    with undisturbed(model), torch.no_grad():
+    """Return the stock model's logits of the last rows, at full depth also for an enabled model.
+
+    Args:
+        model: Hugging Face decoder.
+        ids: int [batch, T].
+        keep: Number of last rows.
+
+    Returns:
+        [batch, keep, vocab].
+    """
+    with stock_evaluation(model), torch.no_grad():
         return last_logits(model, ids, keep)
 
 
 def ablated_logits(model: Any, kind: str, plan: Plan, context: Tensor, continuation: Tensor) -> Tensor:
-    """Logits [batch, n, vocab] that predict a continuation after a prompt that an ablation encodes.
+    """Return the logits that predict a continuation after a prompt that an ablation encodes.
 
     Args:
-        model: any Hugging Face decoder with eager or sdpa attention, enabled or not.
+        model: Hugging Face decoder with eager or sdpa attention, enabled or not.
         kind: ``NO_KV``, ``NO_BOUNDARY`` or ``DROPPED``.
-        plan: its layers, and for ``NO_KV`` its boundary.
-        context: int [batch, prompt], without padding.
-        continuation: int [batch, n]; its last token is not read.
+        plan: Plan whose layers are omitted. Only ``NO_KV`` reads its boundary.
+        context: Prompts, int [batch, prompt], without padding.
+        continuation: int [batch, n]. Its last token is not read, because nothing follows it.
+
+    Returns:
+        [batch, n, vocab].
 
     Raises:
-        ValueError: an unknown kind, or a mask that is not of four dimensions.
+        ValueError: ``kind`` is unknown, or the model's attention mask does not have four dimensions.
     """
     prompt = context.shape[1]
     if kind == NO_KV:
-        make = _without_context(max(0, prompt - plan.boundary))
+        make = _hide_rows(max(0, prompt - plan.boundary))
     elif kind == NO_BOUNDARY:
-        make = _held_back(prompt)
+        make = _keep_kv_only(prompt)
     elif kind == DROPPED:
-        make = _passed_by
+        make = _skip_layer
     else:
         raise ValueError(f"kind: expected one of {', '.join(ABLATIONS)}, got {kind!r}")
     ids = torch.cat([context, continuation[:, :-1]], dim=1)
     layers = decoder_layers(model)
-    with undisturbed(model), torch.no_grad(), ExitStack() as stack:
+    with stock_evaluation(model), torch.no_grad(), ExitStack() as stack:
         for index in plan.omit:
             stack.enter_context(replaced_forward(layers[index], make(layers[index].forward)))
         return last_logits(model, ids, continuation.shape[1])
 
 
-def _passed_by(forward: LayerForward) -> LayerForward:
-    """A layer that is not there."""
+# Each of these takes the number of context rows, or nothing, and wraps the forward of an omitted layer.
+
+
+def _skip_layer(forward: LayerForward) -> LayerForward:
+    """Return the input unchanged, for all rows."""
     return lambda hidden_states, *_, **__: hidden_states
 
 
-def _held_back(rows: int) -> Callable[[LayerForward], LayerForward]:
-    """A layer of which the first ``rows`` leave their K and V, and nothing else."""
+def _keep_kv_only(rows: int) -> Callable[[LayerForward], LayerForward]:
+    """Undo the residual update of the first ``rows``, which leaves only their K and V for later rows to attend to."""
 
     def make(forward: LayerForward) -> LayerForward:
-        def held_back(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            output = first_of(forward(hidden_states, *args, **kwargs))
+        def keep_kv_only(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            output = output_hidden_states(forward(hidden_states, *args, **kwargs))
             return torch.cat([hidden_states[:, :rows], output[:, rows:]], dim=1)
 
-        return held_back
+        return keep_kv_only
 
     return make
 
 
-def _without_context(rows: int) -> Callable[[LayerForward], LayerForward]:
-    """A layer that never sees the first ``rows``: they pass it by, and no other row can attend to them in it."""
+def _hide_rows(rows: int) -> Callable[[LayerForward], LayerForward]:
+    """Run the layer without the first ``rows``: they skip it, and no other row can attend to them in it."""
 
     def make(forward: LayerForward) -> LayerForward:
-        def without_context(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            inner = {name: _rows_from(name, value, rows) for name, value in kwargs.items()}
-            output = first_of(forward(hidden_states[:, rows:], *args, **inner))
+        def hide_rows(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            inner = {name: _slice_rows(name, value, rows) for name, value in kwargs.items()}
+            output = output_hidden_states(forward(hidden_states[:, rows:], *args, **inner))
             return torch.cat([hidden_states[:, :rows], output], dim=1)
 
-        return without_context
+        return hide_rows
 
     return make
 
 
-def _rows_from(name: str, value: Any, first: int) -> Any:
-    """What of a layer's argument belongs to the rows from ``first`` on."""
+def _slice_rows(name: str, value: Any, first: int) -> Any:
+    """Return the part of a layer's keyword argument that belongs to the rows from ``first`` on."""
     if value is None:
         return None
     if name == "position_embeddings":
@@ -111,7 +127,15 @@ def _rows_from(name: str, value: Any, first: int) -> Any:
 
 
 def group_by_shape(pairs: Sequence[tuple[Tensor, Tensor]], batch_size: int) -> list[list[int]]:
-    """Indices of pairs (prompt, continuation) in batches of equal lengths: what needs no padding."""
+    """Group pairs of equal lengths into batches, so that none needs padding.
+
+    Args:
+        pairs: (prompt, continuation) each.
+        batch_size: Largest number of pairs in a batch.
+
+    Returns:
+        The indices of the pairs in each batch.
+    """
     shapes: dict[tuple[int, int], list[int]] = {}
     for index, (context, continuation) in enumerate(pairs):
         shapes.setdefault((len(context), len(continuation)), []).append(index)

@@ -1,8 +1,8 @@
-"""The arms of an evaluation: one way each to encode a prompt."""
+"""Arms of an evaluation: the different ways to encode a prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,25 +23,26 @@ from pop_ext.evaluation.score import continuation_logits
 from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.compat import with_cache
 from pop_ext.hf.enable import enabled
-from pop_ext.hf.native_model import NativeModel, load
-from pop_ext.methods.calibration import undisturbed
+from pop_ext.hf.native_model import load
+from pop_ext.methods.calibration import stock_evaluation
 from pop_ext.plans.plan import Plan
 
 FULL, POP, FITTED = "full", "pop", "pop-fitted"
 FULL_FP8, POP_FP8 = "full-fp8", "pop-fp8"
 DEFAULT_KINDS = (FULL, POP, FITTED, NO_KV, NO_BOUNDARY, DROPPED)
-"""``full``: the stock model. ``pop``: the plan. ``pop-fitted``: with its fitted projections. Then the ablations."""
+"""The default kinds: ``full`` is the stock model, ``pop`` the plan without fitted projections, ``pop-fitted`` the plan
+with them. The others are ablations."""
 KINDS = (*DEFAULT_KINDS, FULL_FP8, POP_FP8)
-"""Also ``full-fp8`` and ``pop-fp8``: prompts prefilled with products in 8-bit floats (docs/fp8.md)."""
+"""All kinds: also ``full-fp8`` and ``pop-fp8``, which prefill prompts with products in 8-bit floats (docs/fp8.md)."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to encode a prompt; what follows it runs at full depth in all of them but ``dropped``.
+    """One way to encode a prompt. The continuation runs at full depth in every kind but ``dropped``.
 
     Attributes:
-        kind: of ``KINDS``.
-        plan: whose layers it omits; of ``full`` and ``full-fp8`` one that omits nothing.
+        kind: One of ``KINDS``.
+        plan: Plan whose layers are omitted. In ``full`` and ``full-fp8`` it omits nothing.
     """
 
     kind: str
@@ -49,17 +50,17 @@ class Arm:
 
     @property
     def fp8(self) -> bool:
-        """Whether its prompts' products are in 8-bit floats."""
+        """True if prompts are prefilled with products in 8-bit floats."""
         return self.kind in (FULL_FP8, POP_FP8)
 
     @property
     def boundary(self) -> int | None:
-        """Rows at full depth, of the kinds that have such rows."""
+        """Number of boundary rows; None for kinds without boundary rows."""
         return self.plan.boundary if self.kind in (POP, FITTED, NO_KV, POP_FP8) else None
 
     @property
     def name(self) -> str:
-        """ "pop 8-11 b16": kind, omitted layers and boundary."""
+        """Name made of kind, omitted layers and boundary, such as "pop 8-11 b16"."""
         if self.kind in (FULL, FULL_FP8):
             return self.kind
         boundary = "" if self.boundary is None else f" b{self.boundary}"
@@ -67,28 +68,36 @@ class Arm:
 
     @property
     def fit(self) -> str | None:
-        """The digest of its fitted projections, of the kind that has some."""
+        """Digest of the fitted projections; None for a plan without them."""
         return None if self.plan.projections is None else self.plan.projections.digest
 
 
 def omitted_text(omit: Sequence[int]) -> str:
-    """ "3,11-15"; "none"."""
+    """Format omitted layers, such as "3,11-15" or "none"."""
     return layers_text(Plan(max(omit, default=0) + 2, omit))
 
 
 def layers_text(plan: Plan) -> str:
-    """ "3,11-15"."""
+    """Format the omitted layers of a plan, such as "3,11-15" or "none"."""
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in plan.runs) or "none"
 
 
 def make_arms(plans: Sequence[Plan], kinds: Sequence[str] = DEFAULT_KINDS) -> list[Arm]:
-    """Every kind of every plan that has it, each once; the full model first.
+    """Make the arms of an evaluation: the full model, then every kind of every plan, without duplicates.
 
-    A plan without fitted projections has no ``pop-fitted``; plans that differ in their boundary alone share their
-    ``no-boundary`` and ``dropped``.
+    A plan without fitted projections has no ``pop-fitted`` arm. Plans that differ only in their boundary share one
+    ``no-boundary`` and one ``dropped`` arm. ``min_tokens`` of the plans is set to 0.
+
+    Args:
+        plans: Plans of one depth, at least one.
+        kinds: Kinds from ``KINDS``. The full model is always included.
+
+    Returns:
+        The arms in the order of ``KINDS``.
 
     Raises:
-        ValueError: no plan, plans of different depth, two fits of the same layers, or an unknown kind.
+        ValueError: There is no plan, the plans differ in depth, two plans have different fits of the same layers, or
+            a kind is unknown.
     """
     depths = sorted({plan.num_layers for plan in plans})
     if len(depths) != 1:
@@ -101,7 +110,7 @@ def make_arms(plans: Sequence[Plan], kinds: Sequence[str] = DEFAULT_KINDS) -> li
         for plan in plans:
             if kind == FITTED and plan.projections is None:
                 continue
-            plan = plan.replace(min_tokens=0)  # that is about speed
+            plan = plan.replace(min_tokens=0)  # min_tokens only decides when pruning pays
             plan = plan if kind == FITTED else plan.replace(projections=None)
             arm = Arm(kind, Plan(plan.num_layers, ()) if kind == FULL_FP8 else plan)
             if arms.setdefault(arm.name, arm).plan.projections != arm.plan.projections:
@@ -110,7 +119,7 @@ def make_arms(plans: Sequence[Plan], kinds: Sequence[str] = DEFAULT_KINDS) -> li
 
 
 def backend_of(model: Any) -> str:
-    """ "native", or "reference" for a model that has no native form."""
+    """Return "native", or "reference" for a model without a native form."""
     try:
         load(model, Plan(model.config.get_text_config().num_hidden_layers, ()))
     except UnsupportedModelError:
@@ -118,27 +127,46 @@ def backend_of(model: Any) -> str:
     return "native"
 
 
-def prefilled_logits(native: NativeModel, context: Tensor, continuation: Tensor) -> Tensor:
-    """Logits [batch, n, vocab] that predict a continuation that the stock model reads after a native prefill.
+def logits_after_prefill(model: Any, prefill: Callable[[Tensor], Any], context: Tensor, continuation: Tensor) -> Tensor:
+    """Return the logits that predict a continuation which the stock model reads after a native prefill.
 
-    As generation computes them, but for the continuation in one piece: no row of it meets what only a prefill does.
+    This is what generation computes, except that the continuation runs in one call. Its rows have no 8-bit products.
+
+    Args:
+        model: Stock model, which reads the continuation.
+        prefill: Method that prefills int [batch, prompt] and returns logits [batch, 1, vocab] and a cache.
+        context: Prompts, int [batch, prompt].
+        continuation: int [batch, n].
+
+    Returns:
+        [batch, n, vocab].
     """
-    prefilled = native.prefill(context)
+    prefilled = prefill(context)
     if continuation.shape[1] == 1:
         return prefilled.logits
-    with undisturbed(native.model), torch.no_grad():
-        cache = with_cache(native.model, prefilled.past_key_values)
-        rest = native.model(input_ids=continuation[:, :-1], **cache).logits
+    with stock_evaluation(model), torch.no_grad():
+        cache = with_cache(model, prefilled.past_key_values)
+        rest = model(input_ids=continuation[:, :-1], **cache).logits
     return torch.cat([prefilled.logits, rest], dim=1)
 
 
 def arm_logits(
     model: Any, arm: Arm, pairs: Sequence[Pair], batch_size: int, backend: str
 ) -> Iterator[tuple[int, Tensor]]:
-    """(index, logits [n, vocab] that predict the n tokens of its continuation) of every pair, in any order.
+    """Yield the index of each pair and the logits that predict its continuation, in any order.
 
-    ``pop`` and ``pop-fitted`` run as ``pop_ext.score`` does, by ``backend``; those with 8-bit products natively, and
-    the stock model after their prompt; all others in plain PyTorch.
+    ``pop`` and ``pop-fitted`` run as in ``pop_ext.score``. The fp8 kinds prefill the prompt natively, and the stock
+    model reads the continuation. All other kinds run in plain PyTorch.
+
+    Args:
+        model: Stock model.
+        arm: The arm.
+        pairs: (prompt, continuation) each.
+        batch_size: Pairs per forward.
+        backend: "native" or "reference", for ``pop`` and ``pop-fitted``.
+
+    Yields:
+        (index of the pair, logits [n, vocab] for the n tokens of its continuation).
     """
     if arm.kind in (POP, FITTED):
         contexts, continuations = [context for context, _ in pairs], [continuation for _, continuation in pairs]
@@ -152,7 +180,7 @@ def arm_logits(
         context = torch.stack([pairs[index][0] for index in group]).to(device)
         continuation = torch.stack([pairs[index][1] for index in group]).to(device)
         if native is not None:
-            logits = prefilled_logits(native, context, continuation)
+            logits = logits_after_prefill(native.model, native.prefill, context, continuation)
         elif arm.kind in ABLATIONS:
             logits = ablated_logits(model, arm.kind, arm.plan, context, continuation)
         else:

@@ -1,4 +1,7 @@
-"""Figures of an evaluation (extra ``plot``). Each returns False where the result has nothing for it."""
+"""Figures of an evaluation. They need matplotlib (extra ``plot``).
+
+Each ``draw_*`` writes its figure to ``path`` and returns True, or returns False if the result has no data for it.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from pop_ext.evaluation.results import Evaluation, Mean
 from pop_ext.evaluation.timing import NATIVE_FULL, STOCK, plan_arm, speedup
 from pop_ext.methods.plots import new_figure
 
-Path_ = str | PathLike[str]
+StrPath = str | PathLike[str]
 Row = dict[str, Any]
 
-# By kind, boundaries from light to dark; apart in grey, too.
+# Shades by kind, from light to dark with the boundary. The kinds can be told apart in grey, too.
 _SHADES = {
     POP: ("#6db3e8", "#1f7fc4", "#0b4f86", "#06304f"),
     FITTED: ("#7cc98a", "#2f9e4f", "#176b30", "#0c421c"),
@@ -28,11 +31,11 @@ _SHADES = {
     POP_FP8: ("#e58fa0", "#c2405a", "#852338", "#4f1220"),
 }
 _MARKERS = {POP: "o", FITTED: "^", NO_KV: "s", NO_BOUNDARY: "D", DROPPED: "x", FULL_FP8: "*", POP_FP8: "v"}
-_LINEAR_BELOW = 0.01  # nats a token: below it the axis of losses is linear, so that zero and noise have a place
+_LINEAR_BELOW = 0.01  # nats per token; below it the loss axis is linear, so that zero and noise can be shown
 
 
-def draw_cost(result: Evaluation, path: Path_) -> bool:
-    """What each arm costs, by the number of omitted layers: difference in loss to full depth."""
+def draw_cost(result: Evaluation, path: StrPath) -> bool:
+    """Draw the loss of each arm above full depth, by the number of omitted layers."""
     rows = _widest_set(result, "text")
     lines = _lines(rows, lambda row: len(row["omit"]), "delta_loss")
     if not any(len(points) > 1 for points in lines.values()):
@@ -48,8 +51,8 @@ def draw_cost(result: Evaluation, path: Path_) -> bool:
     return True
 
 
-def draw_recall(result: Evaluation, path: Path_) -> bool:
-    """How often the definition of a prompt's first line is found again, by the number of omitted layers."""
+def draw_recall(result: Evaluation, path: StrPath) -> bool:
+    """Draw the share of exact recall answers, by the number of omitted layers."""
     rows = _widest_set(result, "recall")
     lines = _lines(rows, lambda row: len(row["omit"]), "exact")
     if not any(len(points) > 1 for points in lines.values()):
@@ -69,8 +72,8 @@ def draw_recall(result: Evaluation, path: Path_) -> bool:
     return True
 
 
-def draw_lengths(result: Evaluation, path: Path_) -> bool:
-    """What each arm costs, by the length of the prompt."""
+def draw_lengths(result: Evaluation, path: StrPath) -> bool:
+    """Draw the loss of each arm above full depth, by prompt length, in one panel for each of up to three plans."""
     rows = [row for row in result.summary() if row["set"] == "text" and row["length"] is not None]
     by_plan: dict[tuple[int, ...], list[Row]] = {}
     for row in rows:
@@ -96,11 +99,11 @@ def draw_lengths(result: Evaluation, path: Path_) -> bool:
     return True
 
 
-def draw_frontier(result: Evaluation, path: Path_) -> bool:
-    """Quality against measured speed, a point a plan; what no other plan beats in both is joined by a line.
+def draw_frontier(result: Evaluation, path: StrPath) -> bool:
+    """Draw quality against measured speed, one point per plan, and join the plans that no other beats in both.
 
-    The speed is that of prompts as long as those of the loss, where they were timed: a wider boundary costs a short
-    prompt more. Else that of the longest timed ones.
+    The speed is measured at the prompt length of the loss if it was timed, because a wide boundary costs a short
+    prompt more. Otherwise the longest timed length is used.
     """
     rows = [row for row in _widest_set(result, "text") if row["kind"] in (POP, FITTED)]
     timed: set[int] = {timing["tokens"] for timing in result.timings}
@@ -114,8 +117,8 @@ def draw_frontier(result: Evaluation, path: Path_) -> bool:
     if len(points) < 2:
         return False
     figure, [ax] = new_figure(1, width=9.0, height=5.6)
-    _style = {"fmt": "none", "ecolor": "#bbbbbb", "elinewidth": 0.8, "zorder": 1}
-    ax.errorbar([x for x, _, _ in points], [y.value for _, y, _ in points], [y.error for _, y, _ in points], **_style)
+    style = {"fmt": "none", "ecolor": "#bbbbbb", "elinewidth": 0.8, "zorder": 1}
+    ax.errorbar([x for x, _, _ in points], [y.value for _, y, _ in points], [y.error for _, y, _ in points], **style)
     boundaries = sorted({row["boundary"] for _, _, row in points})
     for kind, boundary in sorted({(row["kind"], row["boundary"]) for _, _, row in points}):
         own = [(x, y) for x, y, row in points if (row["kind"], row["boundary"]) == (kind, boundary)]
@@ -134,7 +137,7 @@ def draw_frontier(result: Evaluation, path: Path_) -> bool:
 
 
 def _label_plans(ax: Any, points: Sequence[tuple[float, Mean, Row]]) -> None:
-    """The omitted layers at each point; a plan with and without its fit, equally fast, shares a label above both."""
+    """Label each point with its omitted layers. A plan with and without a fit is equally fast and gets one label."""
     highest: dict[tuple[tuple[int, ...], int], tuple[float, float]] = {}
     for x, y, row in points:
         plan = tuple(row["omit"]), row["boundary"]
@@ -144,8 +147,8 @@ def _label_plans(ax: Any, points: Sequence[tuple[float, Mean, Row]]) -> None:
         ax.annotate(omitted_text(omit), at, fontsize=7, ha="left", va="bottom", **offset)
 
 
-def draw_ttft(result: Evaluation, path: Path_) -> bool:
-    """Time to first token by length, of the stock model, native full, and plans of the narrowest boundary."""
+def draw_ttft(result: Evaluation, path: StrPath) -> bool:
+    """Draw time to first token by prompt length: stock model, native full, and plans of the smallest boundary."""
     lengths = {timing["tokens"] for timing in result.timings}
     if len(lengths) < 2:
         return False
@@ -174,18 +177,18 @@ def draw_ttft(result: Evaluation, path: Path_) -> bool:
     return True
 
 
-FIGURES: dict[str, Callable[[Evaluation, Path_], bool]] = {
+FIGURES: dict[str, Callable[[Evaluation, StrPath], bool]] = {
     "cost": draw_cost,
     "frontier": draw_frontier,
     "lengths": draw_lengths,
     "recall": draw_recall,
     "ttft": draw_ttft,
 }
-"""Name of the file, without its ending -> what draws it."""
+"""File name without its ending -> the function that draws the figure."""
 
 
 def _widest_set(result: Evaluation, kind: str) -> list[Row]:
-    """Rows of the set of that kind with the most arms, of several the longest prompts."""
+    """Return the summary rows of the set of a kind with the most arms; of several, that of the longest prompts."""
     sets: dict[Any, list[Row]] = {}
     for row in result.summary():
         if row["set"] == kind:
@@ -196,7 +199,7 @@ def _widest_set(result: Evaluation, kind: str) -> list[Row]:
 
 
 def _lines(rows: Iterable[Row], x: Callable[[Row], int], value: str) -> dict[tuple[str, int | None], list[Any]]:
-    """(kind, boundary) -> points (x, Mean, omitted layers), by x."""
+    """Return the points of each line: (kind, boundary) -> (x, Mean, omitted layers), sorted by x."""
     lines: dict[tuple[str, int | None], list[tuple[int, Mean, tuple[int, ...]]]] = {}
     for row in rows:
         if row["kind"] != FULL:
@@ -219,7 +222,7 @@ def _draw_lines(ax: Any, lines: dict[tuple[str, int | None], list[Any]]) -> None
 
 
 def _chains(points: Sequence[Any]) -> list[list[Any]]:
-    """What a line may join: points in the order of x, each of which omits all that the one before it omits."""
+    """Split points into lines: each point of a line omits all layers that the point before it omits."""
     chains: list[list[Any]] = []
     for point in points:
         fitting = [chain for chain in chains if chain[-1][0] < point[0] and {*chain[-1][2]} <= {*point[2]}]
@@ -231,7 +234,7 @@ def _chains(points: Sequence[Any]) -> list[list[Any]]:
 
 
 def _frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those that no other point beats in speed (larger) and in loss (smaller)."""
+    """Return the points (speed, loss) that no other beats in both: higher speed and lower loss."""
     best: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda p: (-p[0], p[1])):
         if not best or point[1] < best[-1][1]:
@@ -282,7 +285,7 @@ def _title(figure: Any, result: Evaluation, what: str) -> None:
 
 
 def _legend(figure: Any) -> None:
-    """Of what any of its axes show, each once."""
+    """Draw one legend for all axes of a figure, without duplicates."""
     shown: dict[str, Any] = {}
     for ax in figure.axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):

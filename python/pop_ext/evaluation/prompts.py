@@ -1,4 +1,4 @@
-"""Prompts and their continuations, from plain texts and from JSON lines; and prompts that ask for what they began with.
+"""Make prompts with known continuations, from plain texts, from JSON lines, and as recall tasks.
 
 A prompt and a continuation are int64 tensors [n] on the CPU.
 """
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 TEXT, RECALL = "text", "recall"
+"""Kinds of sets."""
 Pair = tuple[Tensor, Tensor]
+"""(prompt, continuation)."""
 _LITERAL_DIGITS, _NAME_LETTERS = 3, 5
 
 
@@ -27,9 +29,10 @@ class PromptSet:
     """Prompts of one kind and length.
 
     Attributes:
-        kind: ``TEXT``: what truly follows; ``RECALL``: what the prompt's first line defined.
-        length: tokens of each prompt; None: each has its own, as JSON lines give them.
-        pairs: (prompt, continuation) each.
+        kind: ``TEXT`` if the continuation is the text that follows, ``RECALL`` if it is the value that the prompt's
+            first line defines.
+        length: Tokens of each prompt. None if they differ, as in JSON lines.
+        pairs: One (prompt, continuation) per prompt.
     """
 
     kind: str
@@ -38,7 +41,7 @@ class PromptSet:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over kind, length and all ids."""
+        """SHA-256 over kind, length and all ids, in hexadecimal digits."""
         found = hashlib.sha256(f"{self.kind} {self.length}".encode())
         for context, continuation in self.pairs:
             for ids in (context, continuation):
@@ -48,18 +51,28 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class Texts:
-    """What files hold: tokens of plain texts, and pairs of JSON lines."""
+    """Tokenized contents of text files.
+
+    Attributes:
+        plain: Ids [n] of each plain text.
+        pairs: (prompt, continuation) of each JSON line.
+    """
 
     plain: tuple[Tensor, ...]
     pairs: tuple[Pair, ...]
 
 
 def read_texts(paths: Sequence[Path], tokenizer: Any) -> Texts:
-    """Files that end in .jsonl hold an object with ``prompt`` and ``continuation`` a line, all others plain text.
+    """Read and tokenize files of plain text and of JSON lines.
+
+    Args:
+        paths: Files. One that ends in ``.jsonl`` holds an object with the strings ``prompt`` and ``continuation`` on
+            each line; any other file is plain text.
+        tokenizer: Hugging Face tokenizer.
 
     Raises:
-        OSError: a file cannot be read.
-        ValueError: a line that is no such object, or one of both is empty.
+        OSError: A file cannot be read.
+        ValueError: A line is not such an object, or a prompt or continuation in it has no token.
     """
     plain: list[Tensor] = []
     pairs: list[Pair] = []
@@ -75,6 +88,7 @@ def read_texts(paths: Sequence[Path], tokenizer: Any) -> Texts:
 
 
 def _pair_of_line(where: str, line: str, tokenizer: Any) -> Pair:
+    """Parse a JSON line; ``where`` names it in errors."""
     try:
         members = json.loads(line)
         texts = [members[name] for name in ("prompt", "continuation")]
@@ -92,20 +106,22 @@ def _pair_of_line(where: str, line: str, tokenizer: Any) -> Pair:
 def text_sets(
     texts: Texts, tokenizer: Any, lengths: Sequence[int], continuation: int, samples: int, limit: int | None = None
 ) -> list[PromptSet]:
-    """Windows of the plain texts, a set a length; and one of what the JSON lines hold.
+    """Cut the plain texts into prompts with continuations, one set per length, and add one set of the JSON lines.
 
-    Continuations never overlap, prompts may. All lengths share the continuations: a shorter prompt is the end of a
-    longer one, so that losses by length can be compared.
+    Continuations never overlap; prompts may. All lengths share the same continuations, and a shorter prompt is the end
+    of a longer one, so losses can be compared across lengths.
 
     Args:
-        lengths: tokens of prompts.
-        continuation: tokens after each.
-        samples: windows at most, spread evenly over all texts.
-        limit: how many tokens the model takes; beyond it JSON lines' prompts lose what comes first, but not the token
-            that the tokenizer puts before every text.
+        texts: Result of ``read_texts``.
+        tokenizer: Hugging Face tokenizer.
+        lengths: Prompt lengths in tokens.
+        continuation: Tokens of each continuation.
+        samples: Largest number of prompts per set. They are spread evenly over all texts.
+        limit: Largest number of tokens that the model takes. A longer prompt of a JSON line loses its beginning, but
+            keeps the token that the tokenizer puts before every text. None for no limit.
 
     Raises:
-        ValueError: a length that the model does not take, or texts too short for a single window.
+        ValueError: The model does not take such a length, or the texts are too short for a single prompt.
     """
     sets = []
     if texts.plain:
@@ -118,7 +134,7 @@ def text_sets(
             sets.append(PromptSet(TEXT, length, tuple(pairs)))
     if texts.pairs:
         begin = len(_beginning(tokenizer))
-        fitting = [(_end_of(ids, begin, limit, after), after) for ids, after in texts.pairs]
+        fitting = [(_truncate_prompt(ids, begin, limit, after), after) for ids, after in texts.pairs]
         sets.append(PromptSet(TEXT, None, tuple(fitting[:samples])))
     return sets
 
@@ -126,13 +142,24 @@ def text_sets(
 def recall_sets(
     texts: Texts, tokenizer: Any, lengths: Sequence[int], samples: int, seed: int = 0, limit: int | None = None
 ) -> list[PromptSet]:
-    """Prompts of the plain texts that define a name in their first line and ask for its value in their last.
+    """Make recall prompts: the first line defines a name, and the last line asks for its value.
 
-    The first line is ``NAME = 123``, a random name and a random number; then come tokens of a text, then ``NAME =``.
-    The continuation is `` 123``. Name and number are made of the same tokens at both ends.
+    The first line is ``NAME = 123`` with a random name and a random number. Tokens of a plain text follow, and then
+    ``NAME =``. The continuation is `` 123``. Name and number have the same tokens in both lines.
+
+    Args:
+        texts: Result of ``read_texts``. Only its plain texts are used.
+        tokenizer: Hugging Face tokenizer.
+        lengths: Prompt lengths in tokens.
+        samples: Largest number of prompts per set.
+        seed: Seed of names and numbers.
+        limit: Largest number of tokens that the model takes. None for no limit.
+
+    Returns:
+        One set per length.
 
     Raises:
-        ValueError: as ``text_sets``.
+        ValueError: As for ``text_sets``, or a length is too short for the two lines.
     """
     draw = random.Random(seed)
     line, sets = _encode(tokenizer, "\n"), []
@@ -148,7 +175,7 @@ def recall_sets(
             room = length - len(beginning) - 2 * len(asked) - len(answer) - len(line)
             if room < 1:
                 raise ValueError(
-                    f"lengths: expected at least {length - room + 1} tokens, to define and to ask, got {length}"
+                    f"lengths: expected at least {length - room + 1} tokens to hold both lines, got {length}"
                 )
             pairs.append((torch.cat([beginning, asked, answer, line, text[at - room : at], asked]), answer))
         sets.append(PromptSet(RECALL, length, tuple(pairs)))
@@ -156,12 +183,22 @@ def recall_sets(
 
 
 def calibration_batches(texts: Texts, tokenizer: Any, tokens: int, samples: int, batch: int = 4) -> list[Tensor]:
-    """Sequences [batch, tokens] for ``pop_ext.importance`` and ``fit``; they do not overlap.
+    """Cut texts into calibration sequences for ``pop_ext.importance`` and ``pop_ext.fit``. They do not overlap.
 
-    They are of the plain texts, and of prompt and continuation of each JSON line, which are a text.
+    The plain texts are used, and prompt and continuation of each JSON line joined to one text.
+
+    Args:
+        texts: Result of ``read_texts``.
+        tokenizer: Hugging Face tokenizer.
+        tokens: Tokens of each sequence.
+        samples: Largest number of sequences.
+        batch: Sequences per batch.
+
+    Returns:
+        Batches, int64 [batch, tokens] each; the last may be smaller.
 
     Raises:
-        ValueError: texts too short for a single one.
+        ValueError: The texts are too short for a single sequence.
     """
     beginning = _beginning(tokenizer)
     own = tokens - len(beginning)
@@ -172,8 +209,8 @@ def calibration_batches(texts: Texts, tokenizer: Any, tokens: int, samples: int,
     return list(rows.split(batch))
 
 
-def _end_of(context: Tensor, begin: int, limit: int | None, after: Tensor) -> Tensor:
-    """What of a prompt the model takes beside its continuation: its first ``begin`` tokens, and its end."""
+def _truncate_prompt(context: Tensor, begin: int, limit: int | None, after: Tensor) -> Tensor:
+    """Cut a prompt so that it fits the model with its continuation: keep its first ``begin`` tokens and its end."""
     if limit is None or len(context) + len(after) <= limit:
         return context
     if len(after) >= limit:
@@ -183,11 +220,24 @@ def _end_of(context: Tensor, begin: int, limit: int | None, after: Tensor) -> Te
 
 
 def _window_ends(texts: Sequence[Tensor], before: int, after: int, samples: int) -> list[tuple[Tensor, int]]:
-    """At most ``samples`` places (text, index) with so many tokens before and after, ``after`` apart, spread evenly."""
+    """Choose where prompts end and continuations begin.
+
+    Args:
+        texts: Ids [n] of each text.
+        before: Tokens needed before a place.
+        after: Tokens needed after a place, and the distance between places.
+        samples: Largest number of places. They are spread evenly.
+
+    Returns:
+        (text, index of the first token after the place) each.
+
+    Raises:
+        ValueError: No text is long enough.
+    """
     places = [(text, at) for text in texts for at in range(before, len(text) - after + 1, after)]
     if not places:
         longest = max((len(text) for text in texts), default=0)
-        raise ValueError(f"text: expected one of at least {before + after} tokens, got {longest}")
+        raise ValueError(f"text: expected a text of at least {before + after} tokens, got {longest}")
     count = min(samples, len(places))
     return [places[index * len(places) // count] for index in range(count)]
 
@@ -200,13 +250,13 @@ def _check_lengths(lengths: Sequence[int], after: int, limit: int | None) -> Non
 
 
 def _encode(tokenizer: Any, text: str) -> Tensor:
-    # `verbose`: a text is longer than the model takes before it is cut into windows.
+    # verbose=False: no warning that the text is longer than the model takes; it is cut into prompts later.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 def _beginning(tokenizer: Any) -> Tensor:
-    """The token that the tokenizer puts before every text, [1] or [0]: many models are lost without it."""
+    """Return the token that the tokenizer puts before every text, [1] or [0]; many models fail without it."""
     ids = tokenizer("a")["input_ids"]
     begins = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
     return torch.tensor(ids[:1] if begins else [], dtype=torch.int64, device="cpu")

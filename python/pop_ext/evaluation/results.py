@@ -1,4 +1,4 @@
-"""What an evaluation found: samples by set and arm, their means with standard errors, and the file that keeps them."""
+"""Results of an evaluation: samples by set and arm, their means with standard errors, and their file."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from pop_ext.plans.plan import Plan
 from pop_ext.utils.json import finite
 
 SCHEMA = "pop_ext evaluation 1"
+"""Value of ``facts["schema"]``."""
 
 
 def _sets_text(facts: dict[str, Any]) -> str:
-    """ "48 text of 256 tokens, 48 recall of 128 tokens"."""
+    """Format the sets of prompts, such as "48 text of 256 tokens, 48 recall of 128 tokens"."""
     sets = facts.get("sets", [])
     return ", ".join(f"{s['prompts']} {s['kind']} of {s['length'] or 'their own'} tokens" for s in sets)
 
 
-# What a run that goes on must share, from what tells most to what tells least.
+# Facts that a resumed run must share. The first that differs is reported, so the most telling come first.
 _COMPARED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a model of config hash": lambda facts: facts.get("config_hash"),
     "dtype (--dtype)": lambda facts: facts.get("dtype"),
@@ -36,14 +37,19 @@ _COMPARED: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 class Mean(NamedTuple):
-    """A mean and its standard error over prompts; NaN for a single one."""
+    """A mean over prompts.
+
+    Attributes:
+        value: The mean.
+        error: Its standard error; NaN for a single prompt.
+    """
 
     value: float
     error: float
 
 
 def mean_of(samples: Sequence[float]) -> Mean:
-    """Mean and standard error."""
+    """Return the mean of at least one sample, and its standard error."""
     count = len(samples)
     value = math.fsum(samples) / count
     spread = math.fsum((sample - value) ** 2 for sample in samples)
@@ -52,16 +58,22 @@ def mean_of(samples: Sequence[float]) -> Mean:
 
 @dataclass
 class Evaluation:
-    """What ``pop_ext.evaluation.evaluate`` returns.
+    """Results of an evaluation, as ``pop_ext.evaluation.evaluate`` returns them.
+
+    A cell holds what one arm measured on one set of prompts:
+
+    - ``set``: index into ``facts["sets"]``.
+    - ``arm``, ``kind``, ``omit``, ``boundary``, ``plan``: the arm and its plan.
+    - ``fit``: digest of the fitted projections, or None.
+    - ``samples``: lists with one value per prompt. ``loss`` is the loss of the true continuation in nats per token,
+      ``first`` that of its first token. ``agreement`` is the leading share of the full model's greedy continuation
+      that is kept; 1 is an exact match. ``exact``, for recall prompts, is 1 if every token of the answer is the most
+      probable one.
 
     Attributes:
-        facts: model, versions, hardware, sets of prompts.
-        cells: one a set and arm: ``set`` (index into ``facts["sets"]``), ``arm``, ``kind``, ``omit``, ``boundary``,
-            ``plan``, ``fit`` (digest of its projections) and ``samples``, lists with a value a prompt:
-            ``loss``, ``first``: nats a token of the true continuation, and of its first token;
-            ``agreement``: leading share of the full model's greedy continuation that is kept; 1: exact match;
-            ``exact``: of recall, 1 where every token of the answer is the most probable one.
-        timings: of ``time_plans``.
+        facts: Model, versions, hardware and sets of prompts.
+        cells: One dict per set and arm, as above.
+        timings: Result of ``time_plans``.
     """
 
     facts: dict[str, Any]
@@ -69,22 +81,28 @@ class Evaluation:
     timings: list[dict[str, Any]] = field(default_factory=list)
 
     def find(self, number: int, name: str) -> dict[str, Any] | None:
-        """The cell of a set and an arm."""
+        """Return the cell of set ``number`` and the arm called ``name``, or None."""
         return next((cell for cell in self.cells if cell["set"] == number and cell["arm"] == name), None)
 
     def plans(self) -> list[Plan]:
-        """Every plan that has a cell with its boundary, each once, without its fit."""
+        """Return every plan that was evaluated with its boundary, without duplicates and without projections."""
         cells = [cell for cell in self.cells if cell["kind"] in (POP, FITTED)]
         found = [Plan(self.facts["num_layers"], cell["omit"], cell["boundary"]) for cell in cells]
         return list({(plan.omit, plan.boundary): plan for plan in found}.values())
 
     def has(self, number: int, arm: Arm) -> bool:
-        """Whether an arm has its cell, and that is of the projections which the arm has now."""
+        """Return True if set ``number`` has a cell of this arm with the same fitted projections."""
         cell = self.find(number, arm.name)
         return cell is not None and cell.get("fit") == arm.fit
 
     def add(self, number: int, arm: Arm, samples: dict[str, list[float]]) -> None:
-        """Keeps what was measured of an arm, in place of what an older fit measured."""
+        """Add a cell, in place of an older one of the same arm.
+
+        Args:
+            number: Index of the set of prompts.
+            arm: The arm.
+            samples: Measure -> one value per prompt.
+        """
         self.cells = [cell for cell in self.cells if (cell["set"], cell["arm"]) != (number, arm.name)]
         self.cells.append(
             {
@@ -100,24 +118,30 @@ class Evaluation:
         )
 
     def take(self, before: Evaluation, path: str) -> None:
-        """Goes on from a file.
+        """Continue from an earlier evaluation: take over its cells and timings.
+
+        Args:
+            before: The earlier evaluation.
+            path: File that it was read from, for errors.
 
         Raises:
-            ValueError: of another model or other prompts.
+            ValueError: It is of another model, other weights, another dtype or other prompts.
         """
         for what, fact in _COMPARED.items():
             found, wanted = fact(before.facts), fact(self.facts)
             if found != wanted:
                 raise ValueError(
-                    f"resume: expected {what} {wanted} in {path}, got {found}; "
-                    "what differs goes into another file (--out)"
+                    f"resume: expected {what} {wanted} in {path}, got {found}; write this run to another file (--out)"
                 )
         self.cells, self.timings = before.cells, before.timings
 
     def summary(self) -> list[dict[str, Any]]:
-        """A row a cell: kind, length and arm, means and standard errors, and the mean difference to full depth.
+        """Summarise every cell in a row.
 
-        ``delta_loss`` and ``delta_first`` are of paired differences: the same prompts in both arms.
+        Returns:
+            One dict per cell: ``set`` (kind), ``length``, ``prompts``, ``arm``, ``kind``, ``omit`` and ``boundary``; a
+            ``Mean`` for each measure; ``match``, the share of exact matches; ``delta_loss`` and ``delta_first``, the
+            mean difference to the full model, paired by prompt.
         """
         rows = []
         for cell in self.cells:
@@ -137,7 +161,13 @@ class Evaluation:
         return rows
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes it as JSON, a line a cell, all or nothing; a sample that is not finite is null."""
+        """Write the evaluation to a JSON file, one line per cell, through a temporary file.
+
+        A sample that is not finite is written as null. Missing folders are made.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
         whole = Path(path)
         whole.parent.mkdir(parents=True, exist_ok=True)
         lists = {
@@ -151,11 +181,11 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Evaluation:
-        """Reads what ``save`` wrote.
+        """Read an evaluation that ``save`` wrote. A null sample becomes NaN.
 
         Raises:
-            OSError: the file cannot be read.
-            ValueError: it is not what ``save`` writes.
+            OSError: The file cannot be read.
+            ValueError: The file is not one that ``save`` writes.
         """
         try:
             members = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Runs every arm over every set of prompts, and keeps what came of each prompt."""
+"""``evaluate``: run every arm over every set of prompts and record each prompt's samples."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from pop_ext.evaluation.results import SCHEMA, Evaluation
 from pop_ext.hf.loaded import check_option_supported
 from pop_ext.hf.native_model import check_plan
 from pop_ext.hf.weight_map import describe
-from pop_ext.methods.calibration import stock_model, undisturbed
+from pop_ext.methods.calibration import stock_evaluation, stock_model
 from pop_ext.plans.origin import config_hash, weights_hash
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.progress import Progress, reporting
 
-DIGITS = 5  # of the samples that are kept
+DIGITS = 5
+"""Decimal digits that are kept of a sample."""
 
 
 def evaluate(
@@ -40,27 +41,32 @@ def evaluate(
     resume: str | PathLike[str] | None = None,
     progress: Progress = False,
 ) -> Evaluation:
-    """Measures what each plan, and each of its ablations, costs on prompts with a known continuation.
+    """Measure what each plan, and each of its ablations, costs on prompts with a known continuation.
 
-    Of every prompt: the loss of its continuation, mean and of its first token, and how many leading tokens are those of
-    the full model's greedy continuation. That is found without generating: an arm's greedy continuation is the full
-    model's as long as each of its tokens is the most probable one after the tokens before it. Plans are executed as
-    given, whatever their ``min_tokens``.
+    For every prompt this measures the loss of its continuation, the loss of the first token, and the leading share of
+    the full model's greedy continuation that an arm keeps. The arm does not generate for that: its greedy continuation
+    equals the full model's for as long as each token is the most probable one after the tokens before it. The plans'
+    ``min_tokens`` is ignored.
 
     Args:
-        model: a Hugging Face causal language model with eager or sdpa attention, enabled or not; as before afterwards.
-            One without a native form runs ``pop`` by the reference.
-        sets: of ``text_sets`` and ``recall_sets``.
-        plans: each makes an arm of every kind.
-        kinds: of ``KINDS``; the full model is measured anyway.
-        greedy_tokens: length of the greedy continuations; 0: none.
-        batch_size: prompts per forward; it changes memory, not results.
-        resume: a JSON file that takes the state after each arm of each set. What it has is not measured again.
-        progress: True for a bar, or a callback told (arms of sets done, all of them).
+        model: Hugging Face causal language model with eager or sdpa attention, enabled or not. It is left unchanged.
+            Without a native form, ``pop`` runs by the reference.
+        sets: Sets of prompts from ``text_sets`` and ``recall_sets``, at least one.
+        plans: Plans. Each makes an arm of every kind.
+        kinds: Kinds of arms from ``KINDS``. The full model is always measured.
+        greedy_tokens: Length of the greedy continuations; 0 for none.
+        batch_size: Prompts per forward. It changes memory, not results.
+        resume: JSON file that takes the state after each arm of each set. What it already holds is not measured again.
+        progress: True for a progress bar, or a callback that takes (arms of sets done, their number).
+
+    Returns:
+        The samples of every set and arm.
 
     Raises:
-        ValueError, TypeError: a bad argument, named; a plan of another model; a file of another model, other prompts or
-            greedy tokens; ``full-fp8`` or ``pop-fp8`` of a model that has no products in 8-bit floats.
+        ValueError: An argument has a bad value. A plan is for another model. The file of ``resume`` is of another
+            model, other prompts or another number of greedy tokens. An fp8 kind is asked for, and the model cannot
+            have products in 8-bit floats.
+        TypeError: An argument has the wrong type.
     """
     model = stock_model(model)
     if not sets:
@@ -68,11 +74,11 @@ def evaluate(
     if isinstance(greedy_tokens, bool) or not isinstance(greedy_tokens, int) or greedy_tokens < 0:
         raise ValueError(f"greedy_tokens: expected an int from 0, got {greedy_tokens!r}")
     arms = make_arms(plans, kinds)
-    for plan in plans:  # the ablations are plain PyTorch, which would run any
+    for plan in plans:  # ablations are plain PyTorch, which would accept any plan
         check_plan(plan, model.config.get_text_config().num_hidden_layers, model.config)
     backend = backend_of(model)
     if any(arm.fp8 for arm in arms):
-        check_option_supported("fp8", describe(model))  # now, not when their turn comes
+        check_option_supported("fp8", describe(model))  # fail now rather than after hours of other arms
     evaluation = Evaluation(_facts(model, sets, greedy_tokens, backend))
     if resume is not None and Path(resume).exists():
         evaluation.take(Evaluation.load(resume), str(resume))
@@ -92,6 +98,7 @@ def evaluate(
 
 
 def _facts(model: Any, sets: Sequence[PromptSet], greedy_tokens: int, backend: str) -> dict[str, Any]:
+    """Return the ``facts`` of an evaluation: model, versions, hardware and sets of prompts."""
     installed = env_info.installation()
     digest = hashlib.sha256(" ".join([*(prompts.digest for prompts in sets), str(greedy_tokens)]).encode())
     return {
@@ -116,10 +123,10 @@ def _facts(model: Any, sets: Sequence[PromptSet], greedy_tokens: int, backend: s
 
 
 def _greedy(model: Any, pairs: Sequence[Pair], tokens: int) -> list[Tensor]:
-    """The full model's greedy continuation of every prompt, up to its end-of-sequence token."""
+    """Return the full model's greedy continuation [n] of every prompt, up to its end-of-sequence token, on the CPU."""
     found = []
     device = model.get_input_embeddings().weight.device
-    with undisturbed(model), torch.no_grad(), _plain_generation(model):
+    with stock_evaluation(model), torch.no_grad(), _plain_generation(model):
         for context, _ in pairs:
             ids = context[None].to(device)
             options = {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1, "return_dict_in_generate": False}
@@ -130,10 +137,10 @@ def _greedy(model: Any, pairs: Sequence[Pair], tokens: int) -> list[Tensor]:
 
 @contextmanager
 def _plain_generation(model: Any) -> Iterator[None]:
-    """Inside, nothing of the checkpoint's generation config but its special tokens.
+    """Reduce the checkpoint's generation config to its special tokens while the block runs.
 
-    A penalty, a suppressed token or a least length makes another text than the most probable tokens, and ``generate``
-    takes from the model's config whatever a config that it is given leaves open.
+    A penalty, a suppressed token or a minimum length would give other tokens than the most probable ones. Passing a
+    config to ``generate`` is not enough: it fills every unset member from the model's own config.
     """
     own = model.generation_config
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -147,7 +154,20 @@ def _plain_generation(model: Any) -> Iterator[None]:
 def _measure(
     model: Any, arm: Arm, prompts: PromptSet, greedy: list[Tensor], batch_size: int, backend: str
 ) -> dict[str, list[float]]:
-    """Of each prompt, in their order: "loss" and "first" in nats a token, "exact" or "agreement"."""
+    """Measure one arm on one set of prompts.
+
+    Args:
+        model: Stock model.
+        arm: The arm.
+        prompts: The set.
+        greedy: The full model's greedy continuation of each prompt, or an empty list.
+        batch_size: Prompts per forward.
+        backend: "native" or "reference".
+
+    Returns:
+        Measure -> one value per prompt: "loss" and "first" in nats per token, and "exact" for recall prompts or
+        "agreement" for others with greedy continuations.
+    """
     count = len(prompts.pairs)
     loss, first, exact, agreement = ([0.0] * count for _ in range(4))
     for index, rows in arm_logits(model, arm, prompts.pairs, batch_size, backend):
@@ -160,7 +180,7 @@ def _measure(
         return {"loss": loss, "first": first, "exact": exact}
     if not greedy:
         return {"loss": loss, "first": first}
-    if arm.kind == FULL:  # its own greedy continuation, by definition
+    if arm.kind == FULL:  # the greedy continuation is its own
         return {"loss": loss, "first": first, "agreement": [1.0] * count}
     pairs = [(context, continuation) for (context, _), continuation in zip(prompts.pairs, greedy, strict=True)]
     for index, rows in arm_logits(model, arm, pairs, batch_size, backend):

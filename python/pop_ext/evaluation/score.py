@@ -1,4 +1,4 @@
-"""How well a pruned model does: log-likelihood of given continuations."""
+"""``pop_ext.score``: the log-likelihood of given continuations under a pruned model."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pop_ext import reference
 from pop_ext.hf.enable import require_enabled
 from pop_ext.hf.inputs import make_request
 from pop_ext.hf.native_backend import NativeBackend
-from pop_ext.hf.packing import lengths
 
 Ids = Sequence[int] | torch.Tensor
+"""One sequence of token ids."""
 
 
 class Score(NamedTuple):
-    """Of one continuation.
+    """Score of one continuation.
 
     Attributes:
-        log_likelihood: sum of its tokens' log-probabilities, in nats.
-        is_greedy: whether each of its tokens is the most probable one at its place.
+        log_likelihood: Sum of the log-probabilities of its tokens, in nats.
+        is_greedy: True if each of its tokens is the most probable one at its position.
     """
 
     log_likelihood: float
@@ -32,19 +32,25 @@ class Score(NamedTuple):
 def score(
     model: nn.Module, context_ids: Sequence[Ids], continuation_ids: Sequence[Ids], batch_size: int = 8
 ) -> list[Score]:
-    """Log-likelihood of continuations after their contexts, under the model's enabled plan.
+    """Compute the log-likelihood of continuations after their contexts, under the model's enabled plan.
 
-    The prompt is pruned as a prefill of it would be: the plan's boundary before the continuation
-    counts, the continuation itself runs at full depth, like the decode it stands for; under ``fp8``
-    with products in 8-bit floats, unlike it. The plan is executed as given, whatever its ``min_tokens``.
+    The context is pruned as in a prefill of it: the plan's boundary counts back from the start of the continuation.
+    The continuation itself runs at full depth, like the decode that it stands for. Under ``fp8`` the continuation is
+    computed with products in 8-bit floats, too, unlike a decode. The plan's ``min_tokens`` is ignored.
 
     Args:
-        context_ids, continuation_ids: one sequence of ids (a list or a 1-D tensor) per pair, none empty.
-        batch_size: pairs per forward; it changes memory, not results.
+        model: Enabled model.
+        context_ids: One sequence of ids per pair, a list or a 1-D tensor, none empty.
+        continuation_ids: Likewise.
+        batch_size: Pairs per forward. It changes memory, not results.
+
+    Returns:
+        One score per pair.
 
     Raises:
-        ValueError, TypeError: a model that is not enabled, an empty sequence, lists of different length,
-            ids that are no integers or outside the vocabulary.
+        ValueError: The model is not enabled, a sequence is empty, the lists differ in length, or an id is outside the
+            vocabulary.
+        TypeError: An argument has the wrong type, or ids are not integers.
     """
     scores: list[Score] = []
     for row, continuation in continuation_logits(model, context_ids, continuation_ids, batch_size):
@@ -57,10 +63,20 @@ def score(
 def continuation_logits(
     model: nn.Module, context_ids: Sequence[Ids], continuation_ids: Sequence[Ids], batch_size: int = 8
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Of each pair the logits [n, vocab] that predict its continuation's n tokens, and those tokens, as ``score`` does.
+    """Yield the logits that predict each continuation, computed as in ``score``.
+
+    Args:
+        model: Enabled model.
+        context_ids: As for ``score``.
+        continuation_ids: As for ``score``.
+        batch_size: As for ``score``.
+
+    Yields:
+        (logits [n, vocab], the n tokens of the continuation), in the order of the pairs.
 
     Raises:
-        ValueError, TypeError: as ``score``.
+        ValueError: As for ``score``.
+        TypeError: As for ``score``.
     """
     forward = require_enabled(model)
     inner: Any = forward.model
@@ -71,31 +87,34 @@ def continuation_logits(
     pairs = _pairs(context_ids, continuation_ids, inner.get_input_embeddings().weight.shape[0])
     for begin in range(0, len(pairs), batch_size):
         batch = pairs[begin : begin + batch_size]
-        # The last token of a continuation predicts nothing that is asked for.
+        # The last token of a continuation is left out: nothing after it is scored.
         inputs = [torch.cat([context, continuation[:-1]]) for context, continuation in batch]
-        keeps = [len(continuation) for _, continuation in batch]
-        boundary = [min(forward.plan.boundary - 1 + keep, len(ids)) for keep, ids in zip(keeps, inputs, strict=True)]
+        num_logits = [len(continuation) for _, continuation in batch]
+        boundary = [
+            min(forward.plan.boundary - 1 + count, len(ids)) for count, ids in zip(num_logits, inputs, strict=True)
+        ]
         device = inner.get_input_embeddings().weight.device
         ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)
         columns = torch.arange(ids.shape[1], device="cpu")
-        mask = (columns[None] < lengths([len(row) for row in inputs])[:, None]).long().to(device)
+        mask = (columns[None] < torch.tensor([len(row) for row in inputs], device="cpu")[:, None]).long().to(device)
         if isinstance(forward.backend, NativeBackend):
             # Keep what load returns: another thread may load anew meanwhile, or a disable free it.
             native = forward.backend.load(forward.model)
-            request = make_request(native, ids, attention_mask=mask, boundary=boundary, logits_to_keep=keeps)
+            request = make_request(native, ids, attention_mask=mask, boundary=boundary, logits_to_keep=num_logits)
             logits = native.run(request).logits
         else:
             with forward.stock_inside():
                 logits, _ = reference.prefill(
-                    forward.model, ids, forward.plan, keeps, attention_mask=mask, boundary=boundary
+                    forward.model, ids, forward.plan, num_logits, attention_mask=mask, boundary=boundary
                 )
-        for row, (_, continuation) in zip(logits.split(keeps), batch, strict=True):
+        for row, (_, continuation) in zip(logits.split(num_logits), batch, strict=True):
             yield row, continuation.to(row.device)
 
 
 def _pairs(
     context_ids: Sequence[Ids], continuation_ids: Sequence[Ids], vocab_size: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Check contexts and continuations, and return them as pairs of int64 tensors [n] on the CPU."""
     lists: dict[str, Any] = {"context_ids": context_ids, "continuation_ids": continuation_ids}
     for name, given in lists.items():
         is_list = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
@@ -112,11 +131,12 @@ def _pairs(
 
 
 def _as_ids(name: str, index: int, ids: Ids, vocab_size: int) -> torch.Tensor:
+    """Check the sequence of argument ``name`` for pair ``index``, and return it as int64 [n] on the CPU."""
     if not isinstance(ids, (Sequence, torch.Tensor)) or isinstance(ids, (str, bytes)):
         raise TypeError(f"{name}: expected one sequence of ids per pair, got {type(ids).__name__} for pair {index}")
     try:
         tensor = torch.as_tensor(ids, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:  # not numbers, lists of different length, no data
+    except (TypeError, ValueError, RuntimeError) as error:  # not numbers, ragged lists, or a tensor without data
         raise TypeError(f"{name}: expected one sequence of integer ids per pair, for pair {index}: {error}") from error
     if tensor.ndim != 1 or len(tensor) == 0:
         raise ValueError(f"{name}: expected at least one id for pair {index}, got shape {list(tensor.shape)}")

@@ -1,4 +1,4 @@
-"""How long prefills take: the stock model, native at full depth, and each plan, in turn."""
+"""Time prefills of the stock model, of the native full prefill and of each plan, in turn."""
 
 from __future__ import annotations
 
@@ -7,54 +7,65 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from pop_ext import _core
 from pop_ext.evaluation.arms import POP, Arm, make_arms
-from pop_ext.hf.native_model import NativeModel, load
-from pop_ext.methods.calibration import stock_model, undisturbed
+from pop_ext.hf.native_model import load
+from pop_ext.methods.calibration import stock_evaluation, stock_model
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.progress import Progress, reporting
 
 STOCK, NATIVE_FULL = "Hugging Face full", "native full"
+"""Names of the two arms without a plan."""
 WARM_UPS = 2
+"""Rounds before the timed ones."""
+
+
+class Prefiller(Protocol):
+    """A model whose prefill is timed."""
+
+    def prefill(self, input_ids: torch.Tensor, *, boundary: int) -> Any:
+        """Prefill ``input_ids`` int [batch, T]; the result has ``logits`` [batch, 1, vocab]."""
 
 
 def time_plans(
     model: Any, plans: Sequence[Plan], lengths: Sequence[int], *, repeats: int = 7, progress: Progress = False
 ) -> list[dict[str, Any]]:
-    """Time to first token by length, of the stock model, of the native full prefill, and of each plan.
+    """Time the first token by prompt length, for the stock model, the native full prefill and each plan.
 
-    Arms run in turn within each round. Prompts are random ids at batch 1.
+    The arms take turns within each round. Prompts are random ids at batch 1.
 
     Args:
-        model: a model of a native family.
-        plans: those that compute the same are timed once; fitted projections change weights, not work.
-        lengths: tokens of the prompts.
-        repeats: rounds, after two to warm up.
-        progress: True for a bar, or a callback told (rounds done, all of them).
+        model: Hugging Face model of a native family.
+        plans: Plans of one depth, at least one. Duplicates are timed once. Fitted projections are ignored, because
+            they change weights and not work.
+        lengths: Prompt lengths in tokens.
+        repeats: Number of timed rounds, after two to warm up.
+        progress: True for a progress bar, or a callback that takes (rounds done, their number).
 
     Returns:
-        a dict an arm and length: ``arm``, ``tokens``, ``omit``, ``boundary``, ``plan``, ``seconds`` (a value a round),
-        ``flops``, ``extra_bytes`` (folded weights).
+        One dict per arm and length: ``arm``, ``tokens``, ``seconds`` (one value per round) and ``flops``. Native arms
+        also have ``omit``, ``boundary``, ``plan`` and ``extra_bytes``, the memory of the folded weights.
 
     Raises:
-        UnsupportedModelError (a ValueError): the model has no native form.
+        UnsupportedModelError: The model has no native form. It is a ValueError.
+        ValueError: The plans differ in depth, or there is none.
     """
     model = stock_model(model)
     arms = [arm for arm in make_arms([plan.replace(projections=None) for plan in plans], [POP]) if arm.kind == POP]
     full = load(model, Plan(plans[0].num_layers, ()))
     timed = [(NATIVE_FULL, full.plan), *((arm.name, arm.plan) for arm in arms)]
-    natives = {full.plan.omit: full}  # plans that differ in their boundary alone share their folded weights
+    natives = {full.plan.omit: full}  # plans that differ only in their boundary share one set of folded weights
     for _, plan in timed:
         if plan.omit not in natives:
             natives[plan.omit] = load(model, plan)
     device = model.get_input_embeddings().weight.device
     found = []
     with (
-        undisturbed(model),
+        stock_evaluation(model),
         torch.no_grad(),
         reporting(progress, "timing", len(lengths) * (WARM_UPS + repeats)) as advance,
     ):
@@ -80,16 +91,26 @@ def time_plans(
 
 
 def speedup(timings: Sequence[dict[str, Any]], arm: str, tokens: int, baseline: str = NATIVE_FULL) -> float | None:
-    """Median of the ratios within each round, baseline by arm; None where one of them was not timed."""
+    """Return the speed-up of an arm over a baseline: the median over rounds of the ratio of their times.
+
+    Args:
+        timings: Result of ``time_plans``.
+        arm: Name of the arm.
+        tokens: Prompt length.
+        baseline: Name of the baseline arm.
+
+    Returns:
+        The factor, or None if one of the two was not timed.
+    """
     both = [next((t for t in timings if t["arm"] == name and t["tokens"] == tokens), None) for name in (baseline, arm)]
     if both[0] is None or both[1] is None:
         return None
-    ratios = [theirs / ours for theirs, ours in zip(both[0]["seconds"], both[1]["seconds"], strict=True)]
+    ratios = [reference / own for reference, own in zip(both[0]["seconds"], both[1]["seconds"], strict=True)]
     return statistics.median(ratios)
 
 
 def plan_arm(omit: Sequence[int], boundary: int) -> str:
-    """Name of the arm that ``time_plans`` gives a plan."""
+    """Return the name that ``time_plans`` gives to a plan's arm."""
     return Arm(POP, Plan(max(omit, default=0) + 2, omit, boundary)).name
 
 
@@ -105,7 +126,7 @@ def _stock(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _native(native: NativeModel, ids: torch.Tensor, boundary: int) -> torch.Tensor:
+def _native(native: Prefiller, ids: torch.Tensor, boundary: int) -> torch.Tensor:
     logits: torch.Tensor = native.prefill(ids, boundary=boundary).logits[0, -1]
     return logits
 
@@ -121,5 +142,5 @@ def _flops(spec: Any, plan: Plan, tokens: int) -> float:
 
 def _seconds(call: Callable[[], torch.Tensor]) -> float:
     start = time.perf_counter()
-    call().argmax().item()  # waits for a GPU
+    call().argmax().item()  # synchronises a GPU
     return time.perf_counter() - start

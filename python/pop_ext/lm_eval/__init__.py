@@ -1,7 +1,7 @@
-"""``--model pop`` of lm-evaluation-harness (extra ``eval``): importing this package registers it.
+"""The model ``pop`` of lm-evaluation-harness (extra ``eval``). Importing this package registers it.
 
-The harness finds models by registration alone, so something must import this package before it looks:
-``python -m pop_ext.lm_eval`` does, and is the harness's own command line otherwise.
+The harness finds only models that are registered. ``python -m pop_ext.lm_eval`` registers ``pop`` and then runs the
+harness's own command line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""``python -m pop_ext.lm_eval run --model pop ...``: the command line of lm-evaluation-harness, which knows ``pop``."""
+"""The command line of lm-evaluation-harness with the model ``pop`` registered.
+
+Example: ``python -m pop_ext.lm_eval run --model pop --model_args pretrained=NAME,count=10 --tasks hellaswag``.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Methods that choose or improve a plan: importance, block influence, least-squares fits, latency."""
+"""Methods that choose or improve a plan: importance, block influence, least-squares fits and measured time."""

@@ -1,4 +1,4 @@
-"""What calibration needs of a model and of its batches: the stock forward, undisturbed, and checked ids."""
+"""Calibration: access to the stock model and its decoder layers, and checks of the batches."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pop_ext.hf.forward import PrefillForward
 from pop_ext.hf.restore import forward_attribute
 
 Batches = Iterable[Tensor]
-"""Sequences of a calibration: int [batch, T] each, without padding; T may differ between batches."""
+"""Calibration sequences: tensors of ids, int [batch, T] without padding. T may differ between batches."""
 
 
 def stock_model(model: Any) -> Any:
-    """The Hugging Face model: of a compiled one, the model inside its wrapper.
+    """Return the Hugging Face model, unwrapped from ``torch.compile``.
 
     Raises:
-        TypeError: no model with a config.
+        TypeError: ``model`` is not a module with a config.
     """
     inner = uncompiled(model)
     if not isinstance(inner, nn.Module) or not hasattr(inner, "config"):
@@ -30,10 +30,10 @@ def stock_model(model: Any) -> Any:
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """The decoder layers of any Hugging Face causal language model.
+    """Return the decoder layers of a Hugging Face causal language model of any family.
 
     Raises:
-        ValueError: no list of ``config.num_hidden_layers`` layers is found, or more than one.
+        ValueError: The decoder does not have exactly one list of ``config.num_hidden_layers`` layers.
     """
     depth = model.config.get_text_config().num_hidden_layers
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
@@ -47,39 +47,44 @@ def decoder_layers(model: Any) -> list[Any]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Inside: the stock forward also of an enabled model, evaluation mode, no parameter that asks for a gradient.
+def stock_evaluation(model: nn.Module) -> Iterator[None]:
+    """Run the block with the stock forward, in evaluation mode and without parameter gradients, then restore the model.
+
+    An enabled model runs its stock forward inside, too.
 
     Raises:
-        ValueError: parameters made in inference mode, which no backward can read.
+        ValueError: A parameter was made in inference mode, so no backward can use it.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
             raise ValueError(f"model: expected parameters made outside inference mode, got {name} made within")
     training = [module for module in model.modules() if module.training]
-    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     forward = model.__dict__.get(forward_attribute(model))
     try:
         model.eval()
-        for parameter in wanting:
+        for parameter in trainable:
             parameter.requires_grad_(False)
         with forward.stock_inside() if isinstance(forward, PrefillForward) else nullcontext():
             yield
     finally:
         for module in training:
             module.training = True
-        for parameter in wanting:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
-def checked(batches: Batches, model: Any, least: int = 1) -> Iterator[Tensor]:
-    """The batches as int64 on the model's device.
+def check_batches(batches: Batches, model: Any, least: int = 1) -> Iterator[Tensor]:
+    """Yield each batch as int64 [batch, T] on the model's device, after a check.
 
     Args:
-        least: tokens that each sequence must have.
+        batches: The batches, read once.
+        model: Hugging Face model.
+        least: Smallest number of tokens per sequence.
 
     Raises:
-        TypeError, ValueError: at the batch that is no int [batch, T], too short, or has ids outside the vocabulary.
+        TypeError: ``batches`` is not an iterable, or a batch is not an int64 or int32 tensor.
+        ValueError: A batch is not [batch, T], is empty, is too short, or has ids outside the vocabulary.
     """
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
         raise TypeError(f"batches: expected an iterable of input_ids [batch, T], got {type(batches).__name__}")
@@ -87,32 +92,32 @@ def checked(batches: Batches, model: Any, least: int = 1) -> Iterator[Tensor]:
     for index, ids in enumerate(batches):
         if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
             kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-            raise TypeError(f"batches: expected int64 or int32 tensors, got {kind} as number {index}")
+            raise TypeError(f"batches: expected int64 or int32 tensors, got {kind} in batch {index}")
         if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] < least:
             raise ValueError(
-                f"batches: expected [batch, T] with at least {least} tokens, got {list(ids.shape)} as number {index}"
+                f"batches: expected [batch, T] with at least {least} tokens, got {list(ids.shape)} in batch {index}"
             )
         low, high = (int(bound) for bound in ids.aminmax())
         if low < 0 or high >= weight.shape[0]:
             found = low if low < 0 else high
-            raise ValueError(f"batches: expected ids from 0 to {weight.shape[0] - 1}, got {found} in number {index}")
+            raise ValueError(f"batches: expected ids from 0 to {weight.shape[0] - 1}, got {found} in batch {index}")
         yield ids.to(weight.device, torch.int64)
 
 
 def count_sequences(batches: Batches) -> int | None:
-    """How many sequences there are; None where only reading them would tell."""
+    """Return the number of sequences, or None for a generator, which can only be counted by reading it."""
     if not isinstance(batches, Sequence):
         return None
     return sum(len(ids) for ids in batches if isinstance(ids, Tensor) and ids.ndim > 0)
 
 
-def hidden_states_of(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
-    """The hidden states that a decoder layer is called with, [batch, T, hidden]."""
+def input_hidden_states(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+    """Return the hidden states [batch, T, hidden_size] among the arguments of a decoder layer's call."""
     states: Tensor = arguments[0] if arguments else keywords["hidden_states"]
     return states
 
 
-def first_of(output: Any) -> Tensor:
-    """The hidden states that a layer returns, alone or first in a tuple."""
+def output_hidden_states(output: Any) -> Tensor:
+    """Return the hidden states [batch, T, hidden_size] that a layer returned, alone or first in a tuple."""
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states

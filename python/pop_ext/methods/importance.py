@@ -1,4 +1,4 @@
-"""How much each layer matters, for encoding a prompt and for predicting what follows (POP, arXiv 2602.03295)."""
+"""Importance of each layer, for context rows and for loss rows apart (POP, arXiv 2602.03295)."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from pop_ext.methods.calibration import Batches, checked, count_sequences, stock_model, undisturbed
-from pop_ext.methods.gates import ATTENTION, LAYER, MLP, gate_derivatives, kinds
+from pop_ext.methods.calibration import Batches, check_batches, count_sequences, stock_evaluation, stock_model
+from pop_ext.methods.gates import ATTENTION, LAYER, MLP, gate_derivatives, gate_kinds
+from pop_ext.methods.plots import plot_importance
 from pop_ext.plans.origin import Origin, check_origin, origin_of, weights_hash
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.selection import ranked_plan
 from pop_ext.utils.json import finite
 from pop_ext.utils.progress import Progress, reporting
 
-Path_ = str | PathLike[str]
+StrPath = str | PathLike[str]
 
 
 @dataclass(frozen=True)
 class GateScores:
-    """Importance of one kind of gate, ``E[(dL/dg_l)^2]`` in nats squared, a value a layer.
+    """Importance ``E[(dL/dg_l)^2]`` of every layer for one kind of gate, in nats squared.
 
     Attributes:
-        prefill: of gates that act on the context rows.
-        decode: of gates that act on the loss rows.
-        prefill_error, decode_error: their standard errors; NaN for a single sample.
+        prefill: One value per layer, for gates on context rows.
+        decode: One value per layer, for gates on loss rows.
+        prefill_error: Standard errors of ``prefill``; NaN for a single sample.
+        decode_error: Standard errors of ``decode``; NaN for a single sample.
     """
 
     prefill: tuple[float, ...]
@@ -43,15 +45,17 @@ class GateScores:
 
 @dataclass(frozen=True)
 class Importance:
-    """What ``pop_ext.importance`` returns.
+    """Importance of every layer, as ``pop_ext.importance`` returns it.
 
     Attributes:
-        layer: of whole residual branches; attention, mlp: of their two parts, None where nobody asked.
-        origin: the model, and the number of samples.
-        continuation: loss rows of each sample as they were asked for; None: the default.
-        seed: of the targets.
-        digest: SHA-256 over the samples' ids, so that a run goes on with the samples that it began with.
-        weights: ``pop_ext.plans.origin.weights_hash`` of the model, so that it goes on with the same model.
+        layer: Scores of whole residual branches.
+        attention: Scores of attention branches; None without ``branches=True``.
+        mlp: Scores of MLP branches; None without ``branches=True``.
+        origin: The model and the number of samples.
+        continuation: Number of loss rows of each sample, as given; None for the default.
+        seed: Seed of the drawn targets.
+        digest: SHA-256 over the samples' ids. A resumed run must begin with the same samples.
+        weights: ``weights_hash`` of the model. A resumed run must use the same weights.
     """
 
     layer: GateScores
@@ -85,11 +89,11 @@ class Importance:
 
     @property
     def samples(self) -> int:
-        """How many sequences it is the mean of."""
+        """Number of sequences that the scores are averaged over."""
         return self.origin.samples or 0
 
     def gates(self) -> dict[str, GateScores]:
-        """What was scored, by kind: "layer" and, where asked for, "attention" and "mlp"."""
+        """Return the scores by kind of gate: "layer" and, with ``branches=True``, "attention" and "mlp"."""
         scores = {LAYER: self.layer, ATTENTION: self.attention, MLP: self.mlp}
         return {kind: score for kind, score in scores.items() if score is not None}
 
@@ -102,14 +106,22 @@ class Importance:
         boundary: SupportsIndex = 1,
         min_tokens: SupportsIndex = 0,
     ) -> Plan:
-        """Omits the layers that matter least for the context rows; its origin says so.
+        """Return the plan that omits the layers of least importance for context rows.
 
         Args:
-            count, fraction: how many, as for ``Plan.last``; by default a third.
-            contiguous: consecutive layers, with the lowest sum. False: each layer for itself.
+            count: Number of layers to omit.
+            fraction: Fraction of the layers to omit, in place of ``count``. With neither, a third is omitted.
+            contiguous: True to omit consecutive layers, those of the lowest sum. False to choose each layer on its
+                own.
+            boundary: As for ``Plan``.
+            min_tokens: As for ``Plan``.
+
+        Returns:
+            The plan, whose origin states the model, the method and the number of samples.
 
         Raises:
-            ValueError, TypeError: as for ``Plan.last``.
+            ValueError: As for ``Plan.last``.
+            TypeError: As for ``Plan.last``.
         """
         return ranked_plan(
             self.prefill,
@@ -121,18 +133,26 @@ class Importance:
             min_tokens=min_tokens,
         )
 
-    def plot(self, path: Path_) -> None:
-        """Draws importance by layer and stage into a file; its ending says the format (needs matplotlib).
+    def plot(self, path: StrPath) -> None:
+        """Draw importance by layer, context rows beside loss rows, with standard errors.
+
+        Args:
+            path: File to write; its ending gives the format, such as ``.png`` or ``.svg``.
 
         Raises:
             ImportError: matplotlib is missing (extra ``plot``).
         """
-        from pop_ext.methods.plots import plot_importance
+        name = str(self.origin.model or "model").rstrip("/")
+        plot_importance(
+            {kind: vars(scores) for kind, scores in self.gates().items()}, f"{name}, {self.samples} samples", path
+        )
 
-        plot_importance(self, path)
+    def save(self, path: StrPath) -> None:
+        """Write the importance to a JSON file, through a temporary file, so that none is left half written.
 
-    def save(self, path: Path_) -> None:
-        """Writes it as JSON, all or nothing."""
+        Raises:
+            OSError: The file cannot be written.
+        """
         gates = {kind: finite(vars(scores)) for kind, scores in self.gates().items()}
         members = {
             "origin": self.origin.to_dict(),
@@ -148,12 +168,12 @@ class Importance:
         os.replace(part, whole)
 
     @classmethod
-    def load(cls, path: Path_) -> Importance:
-        """Reads what ``save`` wrote.
+    def load(cls, path: StrPath) -> Importance:
+        """Read an importance that ``save`` wrote.
 
         Raises:
-            OSError: the file cannot be read.
-            ValueError: it is not what ``save`` writes.
+            OSError: The file cannot be read.
+            ValueError: The file is not one that ``save`` writes.
         """
         try:
             members = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -183,33 +203,38 @@ def importance(
     seed: int = 0,
     branches: bool = False,
     recompute: bool = False,
-    resume: Path_ | None = None,
+    resume: StrPath | None = None,
     progress: Progress = False,
 ) -> Importance:
-    """Scores every layer by a virtual gate on its residual branch, for context rows and loss rows apart.
+    """Score every layer by a virtual gate on its residual branch, for context rows and loss rows apart.
 
     A sequence of ``T`` ids is a prompt of ``T - continuation`` tokens and its continuation. The model reads all of it
-    but the last token. The **loss rows** are those that predict the continuation: the prompt's last row, and those of
-    all but its last token. The **context rows** are the ones before, prompt tokens but the last. The loss is the sum
-    over the loss rows of -log p(y), with y drawn from the model's own p at each row; of each sequence its derivative in
-    a gate is squared, and the squares are averaged.
+    but the last token. The **loss rows** predict the continuation: they are the prompt's last row and the rows of the
+    continuation but its last. The **context rows** are the prompt's rows before. The loss is the sum over the loss rows
+    of -log p(y), with y drawn from the model's own p at each row. The derivative of each sequence's loss with respect
+    to a gate is squared, and the squares are averaged over the sequences.
 
     Args:
-        model: any Hugging Face decoder, enabled or not, in float32 or bfloat16, on any device. As before afterwards.
-        batches: an iterable of input_ids, int [batch, T], without padding. A batch shares one forward and backward;
-            how sequences are grouped changes memory, not results.
-        continuation: last tokens of each sequence, 1...T-2. None: a quarter of T, at most 64.
-        seed: of the drawn targets.
-        branches: score the attention and the MLP branch of each layer, too.
-        recompute: keep hidden states only (one a layer; two with ``branches``) and compute one layer's activations at
-            a time, twice: less memory, a third more time.
-        resume: a file that takes the state after each batch. Where it is there, its samples are not computed again.
-        progress: True for a bar, or a callback told (sequences done, all of them or None).
+        model: Hugging Face decoder of any family, enabled or not, in float32 or bfloat16, on any device. It is left
+            unchanged.
+        batches: Iterable of input_ids, int [batch, T], without padding. The sequences of a batch share one forward and
+            one backward. How sequences are grouped changes memory, not results.
+        continuation: Number of last tokens of each sequence that are its continuation, in 1...T-2. None for a quarter
+            of T, at most 64.
+        seed: Seed of the drawn targets.
+        branches: True to score the attention and the MLP branch of each layer, too.
+        recompute: True to keep hidden states only (one per layer, two with ``branches``) and compute the activations
+            of one layer at a time, twice. This takes less memory and a third more time.
+        resume: File that takes the state after each batch. If it exists, the samples in it are not computed again.
+        progress: True for a progress bar, or a callback that takes (sequences done, their number or None).
+
+    Returns:
+        The scores with their standard errors.
 
     Raises:
-        TypeError, ValueError: a bad argument, named; a file of another model or other weights, of another seed or
-            continuation, or of other sequences; a model whose derivatives are not finite (float16 overflows). The model
-            is as before.
+        ValueError: An argument has a bad value. The file of ``resume`` is of another model, other weights, another
+            seed or continuation, or other sequences. A derivative is not finite (float16 overflows).
+        TypeError: An argument has the wrong type.
 
     Source: POP (arXiv 2602.03295), section 3.
     """
@@ -217,12 +242,12 @@ def importance(
     _check_arguments(continuation, seed)
     state = _State(model, continuation, seed, branches)
     if resume is not None and Path(resume).exists():
-        state.take(Importance.load(resume), Path(resume))
-    with undisturbed(model), reporting(progress, "importance", count_sequences(batches)) as advance:
-        for ids in checked(batches, model, least=3):
+        state.resume(Importance.load(resume), Path(resume))
+    with stock_evaluation(model), reporting(progress, "importance", count_sequences(batches)) as advance:
+        for ids in check_batches(batches, model, least=3):
             rows = _loss_rows(ids.shape[1], continuation)
             uniforms = state.draw(len(ids), rows)
-            known = state.recognise(ids, rows)
+            known = state.count_known(ids, rows)
             if known < len(ids):
                 state.add(gate_derivatives(model, ids[known:, :-1], rows, uniforms[known:], branches, recompute))
                 if resume is not None:
@@ -243,36 +268,36 @@ def _check_arguments(continuation: int | None, seed: int) -> None:
 
 
 def _loss_rows(tokens: int, continuation: int | None) -> int:
-    """Of a sequence of so many tokens; at least one context row is left."""
+    """Return the number of loss rows of a sequence of ``tokens`` ids, which leaves at least one context row."""
     rows = max(1, min(64, tokens // 4)) if continuation is None else continuation
     if rows > tokens - 2:
-        raise ValueError(f"continuation: expected at most {tokens - 2} (the {tokens} tokens but 2), got {rows}")
+        raise ValueError(f"continuation: expected at most {tokens - 2} ({tokens} tokens less 2), got {rows}")
     return rows
 
 
 class _State:
-    """Mean and squared deviations of the squared derivatives so far (Welford), and what was seen."""
+    """Running mean and squared deviations (Welford) of the squared derivatives, and a digest of the sequences seen."""
 
     def __init__(self, model: Any, continuation: int | None, seed: int, branches: bool) -> None:
         depth = model.config.get_text_config().num_hidden_layers
         self.config = model.config
         self.origin, self.weights = origin_of(model, "gates"), weights_hash(model)
-        self.continuation, self.seed, self.kinds = continuation, seed, kinds(branches)
+        self.continuation, self.seed, self.kinds = continuation, seed, gate_kinds(branches)
         self.mean = torch.zeros(len(self.kinds), 2, depth, dtype=torch.float64, device="cpu")
         self.deviations = torch.zeros_like(self.mean)
         self.samples = 0
         self.digest = ""
         self.generator = torch.Generator("cpu").manual_seed(seed)
-        self.before: Importance | None = None  # from a file
-        self.seen = 0
+        self.resumed: Importance | None = None  # read from a file
+        self.seen = 0  # sequences so far, those in the file included
 
     @property
-    def taken(self) -> int:
-        """Samples that came from a file."""
-        return 0 if self.before is None else self.before.samples
+    def num_resumed(self) -> int:
+        """Number of samples in the file."""
+        return 0 if self.resumed is None else self.resumed.samples
 
-    def take(self, before: Importance, path: Path) -> None:
-        """Goes on from a file."""
+    def resume(self, before: Importance, path: Path) -> None:
+        """Continue from the importance in ``path``, after a check that it is of the same run."""
         check_origin(before.origin, self.config, str(path))
         for name, found, wanted in (
             ("continuation", before.continuation, self.continuation),
@@ -282,36 +307,46 @@ class _State:
         ):
             if found != wanted:
                 raise ValueError(f"resume: expected {name} {wanted!r} in {path}, got {found!r}")
-        self.before = before
+        self.resumed = before
         scores = [before.gates()[kind] for kind in self.kinds]
         means = [[score.prefill, score.decode] for score in scores]
         errors = [[score.prefill_error, score.decode_error] for score in scores]
         self.mean = torch.tensor(means, dtype=torch.float64, device="cpu")
-        self.samples = self.taken
-        spread = torch.tensor(errors, dtype=torch.float64, device="cpu") ** 2 * self.taken * (self.taken - 1)
+        self.samples = self.num_resumed
+        spread = (
+            torch.tensor(errors, dtype=torch.float64, device="cpu") ** 2 * self.num_resumed * (self.num_resumed - 1)
+        )
         self.deviations = spread.nan_to_num(0.0)
 
     def draw(self, batch: int, rows: int) -> Tensor:
-        """[batch, rows] float64: the same for a sample whatever batch it is in."""
+        """Draw uniforms [batch, rows] float64. A sample gets the same ones however sequences are grouped."""
         return torch.rand(batch, rows, dtype=torch.float64, generator=self.generator, device="cpu")
 
-    def recognise(self, ids: Tensor, rows: int) -> int:
-        """Notes the sequences of a batch; how many of them the file has already."""
-        known = max(0, min(len(ids), self.taken - self.seen))
+    def count_known(self, ids: Tensor, rows: int) -> int:
+        """Add the sequences of a batch to the digest, and return how many of them the file already has.
+
+        Raises:
+            ValueError: The sequences are not those of the file.
+        """
+        known = max(0, min(len(ids), self.num_resumed - self.seen))
         for sequence in ids.cpu():
             data = sequence.numpy().astype("<i8").tobytes()
             self.digest = hashlib.sha256(f"{self.digest} {rows} ".encode() + data).hexdigest()
             self.seen += 1
-            if self.before is not None and self.seen == self.taken and self.digest != self.before.digest:
+            if self.resumed is not None and self.seen == self.num_resumed and self.digest != self.resumed.digest:
                 raise ValueError(
-                    f"resume: expected batches to begin with the {self.taken} sequences of the file, got others"
+                    f"resume: expected batches to begin with the {self.num_resumed} sequences of the file, got other "
+                    "sequences"
                 )
         return known
 
     def add(self, derivatives: dict[str, Tensor]) -> None:
+        """Add the derivatives of new samples, kind of gate -> [batch, 2, layers] float64."""
         squares = torch.stack([derivatives[kind] for kind in self.kinds], dim=1) ** 2  # [batch, kinds, 2, layers]
         if not squares.isfinite().all():
-            raise ValueError("model: expected finite derivatives, got others (float16 overflows: use bfloat16)")
+            raise ValueError(
+                "model: expected finite derivatives, got NaN or infinity (float16 overflows: use bfloat16)"
+            )
         for square in squares:
             self.samples += 1
             delta = square - self.mean
@@ -319,16 +354,18 @@ class _State:
             self.deviations = self.deviations + delta * (square - self.mean)
 
     def finish(self) -> None:
+        """Check that there was a sequence, and that none of the file is missing."""
         if self.samples == 0:
             raise ValueError("batches: expected at least one sequence, got none")
-        if self.seen < self.taken:
+        if self.seen < self.num_resumed:
             raise ValueError(
-                f"resume: expected batches to begin with the {self.taken} sequences of the file, got {self.seen}"
+                f"resume: expected batches to begin with the {self.num_resumed} sequences of the file, got {self.seen}"
             )
 
     def result(self) -> Importance:
-        if self.before is not None and self.samples == self.taken:
-            return self.before  # through deviations and back, errors may differ in the last bit
+        """Return the importance over the samples so far."""
+        if self.resumed is not None and self.samples == self.num_resumed:
+            return self.resumed  # recomputed errors may differ in the last bit
         between = self.samples * (self.samples - 1)
         errors = (self.deviations / between).sqrt() if between else torch.full_like(self.mean, math.nan)
         scores = {

@@ -1,4 +1,4 @@
-"""Plans by measured time: as few omitted layers as a budget allows, and from which length on pruning pays."""
+"""Plans by measured time: the fewest omitted layers within a budget, and the prompt length from which pruning pays."""
 
 from __future__ import annotations
 
@@ -6,26 +6,34 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from pop_ext.hf.native_model import NativeModel, load
+from pop_ext.hf.native_model import load
 from pop_ext.plans.origin import origin_of
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.progress import Progress, reporting
 
 REPEATS = 5
+"""Default number of timed prefills for each plan."""
+
+
+class Prefiller(Protocol):
+    """A model whose prefill is timed."""
+
+    def prefill(self, input_ids: Tensor) -> Any:
+        """Prefill ``input_ids`` int [batch, T]; the result has ``logits`` [batch, 1, vocab]."""
 
 
 class BudgetedPlan(NamedTuple):
-    """What ``plan_within`` returns.
+    """A plan within a budget of time, as ``pop_ext.plan_within`` returns it.
 
     Attributes:
-        plan: the plan of the fewest omitted layers that kept the budget; its origin names it.
-        budget: seconds that a prefill may take.
-        measured: omitted layers -> median seconds of a prefill, of each number that was tried.
+        plan: The plan with the fewest omitted layers within the budget. Its origin states the budget.
+        budget: Seconds that a prefill may take.
+        measured: Number of omitted layers -> median seconds of a prefill, for each number that was tried.
     """
 
     plan: Plan
@@ -44,29 +52,34 @@ def plan_within(
     repeats: int = REPEATS,
     progress: Progress = False,
 ) -> BudgetedPlan:
-    """The plan of the fewest omitted layers whose native prefill, measured here and now, keeps a budget.
+    """Find the fewest omitted layers whose native prefill, timed on this machine, stays within a budget.
 
-    The number of layers is found by bisection: a prefill that omits more is taken to be no slower.
+    The number is found by bisection, which assumes that omitting more layers is never slower.
 
     Args:
-        model: a Hugging Face model of a native family.
-        choose: from a number of layers to a plan that omits so many: ``imp.plan``, or
-            ``functools.partial(Plan.last, depth)``.
-        seconds: that a prefill may take; or
-        speedup: over the native full prefill, measured in the same run.
-        tokens, batch: shape of the prompts that are timed, of random ids.
-        repeats: timed prefills of each plan, after one to warm up; medians count.
-        progress: True for a bar, or a callback told (plans timed, None).
+        model: Hugging Face model of a native family.
+        choose: Function from a number of layers to a plan that omits that many, such as the ``plan`` method of an
+            importance or ``functools.partial(Plan.last, depth)``.
+        seconds: Budget as the time of a prefill. Exactly one of ``seconds`` and ``speedup`` is required.
+        speedup: Budget as a factor over the native full prefill, which is timed in the same run.
+        tokens: Length of the prompts, which are random ids.
+        batch: Number of prompts per prefill.
+        repeats: Number of timed prefills for each plan, after one to warm up. The median counts.
+        progress: True for a progress bar, or a callback that takes (plans timed, None).
+
+    Returns:
+        The plan, the budget in seconds and the times.
 
     Raises:
-        UnsupportedModelError (a ValueError): the model has no native form.
-        ValueError, TypeError: a bad argument, or a budget that not even one retained layer keeps; both are named.
+        UnsupportedModelError: The model has no native form. It is a ValueError.
+        ValueError: An argument has a bad value, or even one retained layer exceeds the budget.
+        TypeError: An argument has the wrong type.
     """
     budget = _check_budget(seconds, speedup)
     for name, value in (("tokens", tokens), ("batch", batch), ("repeats", repeats)):
         _check_positive(name, value)
     full = load(model, choose(0))
-    depth, ids = full.spec.num_layers, _random_ids(full, batch, tokens)
+    depth, ids = full.spec.num_layers, _random_ids(full.spec.vocab_size, batch, tokens, full.device)
     measured: dict[int, float] = {}
     with reporting(progress, "timing plans", None) as advance:
 
@@ -78,7 +91,7 @@ def plan_within(
 
         unpruned = seconds_of(0)
         limit = unpruned / budget if seconds is None else budget
-        low, high = 0, depth - 1  # the answer lies between; high is known to keep the budget
+        low, high = 0, depth - 1  # bounds of the answer; high is known to be within the budget
         if seconds_of(high) > limit:
             name, least = ("seconds", "at least") if speedup is None else ("speedup", "at most")
             found = seconds_of(high) if speedup is None else unpruned / seconds_of(high)
@@ -101,14 +114,26 @@ def shortest_paying(
     repeats: int = REPEATS,
     progress: Progress = False,
 ) -> int | None:
-    """From which prompt length on the plan's prefill is faster than the native full one: what ``min_tokens`` is for.
+    """Find the prompt length from which a plan's prefill is faster than the native full prefill.
+
+    Use the result as ``min_tokens`` of the plan. Both prefills are timed in turn.
 
     Args:
-        lengths: prompt lengths that are timed, the two arms in turn.
-        progress: True for a bar, or a callback told (lengths timed, all of them).
+        model: Hugging Face model of a native family.
+        plan: The plan.
+        lengths: Prompt lengths to time.
+        batch: Number of prompts per prefill.
+        repeats: Number of timed prefills for each length, after one to warm up. The median counts.
+        progress: True for a progress bar, or a callback that takes (lengths timed, their number).
 
     Returns:
-        the first of ``lengths`` from which on every one was faster pruned; None where the longest was not.
+        The smallest of ``lengths`` for which it and every longer one were faster with the plan. None if the longest
+        was not.
+
+    Raises:
+        UnsupportedModelError: The model has no native form. It is a ValueError.
+        ValueError: An argument has a bad value.
+        TypeError: An argument has the wrong type.
     """
     for name, value in (("batch", batch), ("repeats", repeats), *(("lengths", length) for length in lengths)):
         _check_positive(name, value)
@@ -117,11 +142,11 @@ def shortest_paying(
     ordered = sorted(set(lengths), reverse=True)
     with reporting(progress, "timing lengths", len(ordered)) as advance:
         for length in ordered:
-            ids = _random_ids(full, batch, length)
+            ids = _random_ids(full.spec.vocab_size, batch, length, full.device)
             rounds = [(_seconds(full, ids), _seconds(pruned, ids)) for _ in range(repeats + 1)]
             advance(1)
-            of_full, of_pruned = zip(*rounds[1:], strict=True)  # the first warms up
-            if statistics.median(of_pruned) >= statistics.median(of_full):
+            full_times, pruned_times = zip(*rounds[1:], strict=True)  # the first round warms up
+            if statistics.median(pruned_times) >= statistics.median(full_times):
                 break
             paying = length
     return paying
@@ -146,18 +171,17 @@ def _check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
-def _random_ids(native: NativeModel, batch: int, tokens: int) -> Tensor:
+def _random_ids(vocab_size: int, batch: int, tokens: int, device: torch.device) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(0)
-    ids = torch.randint(0, native.spec.vocab_size, (batch, tokens), generator=generator, device="cpu")
-    return ids.to(native.device)
+    return torch.randint(0, vocab_size, (batch, tokens), generator=generator, device="cpu").to(device)
 
 
-def _median_seconds(native: NativeModel, ids: Tensor, repeats: int) -> float:
-    _seconds(native, ids)  # warms up
+def _median_seconds(native: Prefiller, ids: Tensor, repeats: int) -> float:
+    _seconds(native, ids)  # warm-up
     return statistics.median(_seconds(native, ids) for _ in range(repeats))
 
 
-def _seconds(native: NativeModel, ids: Tensor) -> float:
+def _seconds(native: Prefiller, ids: Tensor) -> float:
     start = time.perf_counter()
-    native.prefill(ids).logits[0, -1].argmax().item()  # waits for a GPU
+    native.prefill(ids).logits[0, -1].argmax().item()  # synchronises a GPU
     return time.perf_counter() - start

@@ -1,16 +1,13 @@
-"""Figures of a calibration. Needs matplotlib (extra ``plot``)."""
+"""Figures of a calibration and of a profile. They need matplotlib (extra ``plot``)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
-if TYPE_CHECKING:
-    from pop_ext.methods.importance import Importance
-
-# Two hues that differ in lightness, too, so that they stay apart in grey and for the colour-blind.
+# The two colours differ in lightness, too, so that they can be told apart in grey and by the colour-blind.
 PREFILL, DECODE = "#0b6fb8", "#e0842b"
 STAGE_COLOURS = (
     "#0b4f86",
@@ -28,7 +25,15 @@ STAGE_COLOURS = (
 
 
 def new_figure(columns: int, width: float = 7.0, height: float = 4.2) -> tuple[Any, Any]:
-    """A figure that no window shows and no global state keeps, and its axes [columns].
+    """Create a figure outside pyplot, so that no window opens and no global state changes.
+
+    Args:
+        columns: Number of axes side by side.
+        width: Width in inches.
+        height: Height in inches.
+
+    Returns:
+        The figure and its axes, an array [columns].
 
     Raises:
         ImportError: matplotlib is missing.
@@ -46,39 +51,58 @@ def new_figure(columns: int, width: float = 7.0, height: float = 4.2) -> tuple[A
     return figure, axes
 
 
-def plot_importance(importance: Importance, path: str | PathLike[str]) -> None:
-    """Importance by layer, context rows beside loss rows; a panel for each kind of gate. Bars: standard errors."""
-    gates = importance.gates()
-    figure, axes = new_figure(len(gates), width=2.2 + 4.8 * len(gates))
-    for ax, (kind, scores) in zip(axes, gates.items(), strict=True):
-        stages = (
-            ("context rows (prefill)", scores.prefill, scores.prefill_error, PREFILL, "o"),
-            ("loss rows (decode)", scores.decode, scores.decode_error, DECODE, "s"),
-        )
-        for label, values, errors, colour, marker in stages:
-            # A logarithmic axis has no zero: the last layer's on context rows is written where it would lie.
-            shown = [value if value > 0 else math.nan for value in values]
-            whiskers = [[min(error, 0.9 * value) for value, error in zip(values, errors, strict=True)], errors]
-            style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.4, "capsize": 2}
-            ax.errorbar(range(len(values)), shown, yerr=whiskers, label=label, **style)
-            for layer in (index for index, value in enumerate(values) if value == 0):
-                at = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "color": colour}
-                ax.annotate("0", (layer, 0.01), fontsize=9, **at)
+def plot_importance(panels: Mapping[str, Mapping[str, Sequence[float]]], title: str, path: str | PathLike[str]) -> None:
+    """Draw importance by layer, context rows beside loss rows, one panel for each kind of gate.
+
+    Args:
+        panels: Kind of gate -> values by layer, in nats squared: ``prefill``, ``decode`` and their standard errors
+            ``prefill_error`` and ``decode_error``.
+        title: Text above the figure.
+        path: File to write; its ending gives the format.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    figure, axes = new_figure(len(panels), width=2.2 + 4.8 * len(panels))
+    for ax, (kind, scores) in zip(axes, panels.items(), strict=True):
+        _draw_errorbars(ax, scores["prefill"], scores["prefill_error"], "context rows (prefill)", PREFILL, "o")
+        _draw_errorbars(ax, scores["decode"], scores["decode_error"], "loss rows (decode)", DECODE, "s")
         ax.set_yscale("log")
         ax.set_xlabel("layer")
         ax.set_title({"layer": "whole layer"}.get(kind, kind), fontsize=10)
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("importance  E[(dL/dg)²]")
     axes[0].legend(frameon=False, fontsize=9)
-    name = str(importance.origin.model or "model").rstrip("/")
-    figure.suptitle(f"{name}, {importance.samples} samples", fontsize=10)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path)
 
 
+def _draw_errorbars(
+    ax: Any, values: Sequence[float], errors: Sequence[float], label: str, colour: str, marker: str
+) -> None:
+    """Draw one value per layer with its standard error, on an axis that becomes logarithmic."""
+    # A logarithmic axis has no zero: write "0" at the foot of the axis instead (the last layer on context rows).
+    shown = [value if value > 0 else math.nan for value in values]
+    whiskers = [[min(error, 0.9 * value) for value, error in zip(values, errors, strict=True)], errors]
+    style = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.4, "capsize": 2}
+    ax.errorbar(range(len(values)), shown, yerr=whiskers, label=label, **style)
+    for layer in (index for index, value in enumerate(values) if value == 0):
+        at = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "color": colour}
+        ax.annotate("0", (layer, 0.01), fontsize=9, **at)
+
+
 def plot_stages(profiles: Sequence[dict[str, Any]], path: str | PathLike[str] | IO[bytes]) -> None:
-    """Where the time of prefills goes: a bar a profile of ``bench/run.py --profile``, a colour a stage."""
+    """Draw where the time of prefills goes: one bar per profile, one colour per stage.
+
+    Args:
+        profiles: Profiles that ``bench/run.py --profile`` writes, at least one.
+        path: File or stream that takes the figure as PNG.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
     names = list(dict.fromkeys(stage["name"] for item in profiles for stage in item["stages"]))
-    names.sort(key=lambda name: name == "rest")  # last
+    names.sort(key=lambda name: name == "rest")  # "rest" comes last
     figure, [ax] = new_figure(1, width=8.0, height=1.6 + 0.42 * len(profiles))
     ax.grid(visible=False)
     left = [0.0] * len(profiles)

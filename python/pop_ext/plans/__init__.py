@@ -1,1 +1,1 @@
-"""Plans: which layers a prefill omits, where a plan comes from, and its fitted projections."""
+"""Plans: the layers that a prefill omits, the origin of a plan, presets, and fitted K/V projections."""

@@ -1,4 +1,4 @@
-"""Where a plan or an importance comes from: which model, by what method."""
+"""The origin of a plan or an importance: the model it was made with and the method that made it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-# What makes a choice of layers meaningless in another model. Not among them: paths, dtype, RoPE, special tokens.
+# Config members that decide whether a choice of layers carries over to another model. Paths, dtype, RoPE and special
+# tokens do not.
 _HASHED = (
     "model_type",
     "num_hidden_layers",
@@ -24,15 +25,15 @@ _HASHED = (
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a plan or an importance comes from.
+    """The model that a plan or an importance was made with, and the method.
 
     Attributes:
-        model: name or path of the model; for people, nothing compares it.
-        config_hash: ``config_hash`` of the model; None: not known, any model of the plan's depth will do.
-        method: how the layers were chosen, in words.
-        samples: how many calibration sequences chose them.
-        fit: how the K/V projections of the omitted layers were fitted, in words; None: they were not.
-        fit_samples: on how many sequences.
+        model: Name or path of the model, for people to read. It is never compared.
+        config_hash: ``config_hash`` of the model. None if unknown; then the plan fits any model of its depth.
+        method: How the layers were chosen, in words.
+        samples: Number of calibration sequences that chose them.
+        fit: How the K/V projections of the omitted layers were fitted, in words. None if they were not.
+        fit_samples: Number of sequences that the fit read.
     """
 
     model: str | None = None
@@ -43,39 +44,51 @@ class Origin:
     fit_samples: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Members that are known, for JSON."""
+        """Return the members that are not None, ready for JSON."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     @classmethod
     def from_dict(cls, members: Any) -> Origin:
-        """What ``to_dict`` gave. Members that it does not know are ignored.
+        """Build an origin from the result of ``to_dict``.
+
+        Args:
+            members: The JSON object. Unknown members are ignored.
 
         Raises:
-            ValueError: a member of another type.
+            ValueError: ``members`` is not a dict, or a member has the wrong type.
         """
         if not isinstance(members, dict):
             raise ValueError(f"origin: expected an object, got {type(members).__name__}")
         known: dict[str, Any] = {}
-        kinds = {"model": str, "config_hash": str, "method": str, "samples": int, "fit": str, "fit_samples": int}
-        for name, kind in kinds.items():
+        types = {"model": str, "config_hash": str, "method": str, "samples": int, "fit": str, "fit_samples": int}
+        for name, expected in types.items():
             value = members.get(name)
-            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-                raise ValueError(f"origin.{name}: expected {kind.__name__}, got {type(value).__name__} {value!r}")
+            if value is not None and (not isinstance(value, expected) or isinstance(value, bool)):
+                raise ValueError(f"origin.{name}: expected {expected.__name__}, got {type(value).__name__} {value!r}")
             known[name] = value
         return cls(**known)
 
 
 def origin_of(model: Any, method: str, samples: int | None = None) -> Origin:
-    """The origin of what is made with a Hugging Face model."""
+    """Return the origin of a result that ``method`` gets from a Hugging Face model.
+
+    Args:
+        model: Hugging Face model.
+        method: How the result is made, in words.
+        samples: Number of calibration sequences; None if there are none.
+    """
     name = getattr(model.config, "_name_or_path", None) or None
     return Origin(name, config_hash(model.config), method, samples)
 
 
 def weights_hash(model: Any) -> str:
-    """16 hexadecimal digits of the SHA-256 of a few values of every parameter, and of its name, shape and dtype.
+    """Hash the name, shape, dtype and a few values of every parameter.
 
-    A base model and what was tuned from it have one ``config_hash``, but not this. Values are spread over each
-    parameter; a change between them goes unseen.
+    A base model and a model tuned from it share their ``config_hash``, but not this hash. Only 8 values spread over
+    each parameter are read, so a change between them is not noticed.
+
+    Returns:
+        The first 16 hexadecimal digits of a SHA-256.
     """
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -85,21 +98,24 @@ def weights_hash(model: Any) -> str:
 
 
 def spread_values(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    """``count`` values spread over a tensor, its first and last among them: float64, on the CPU."""
+    """Return ``count`` evenly spaced values of a tensor, its first and last included: float64 [count] on the CPU."""
     at = torch.linspace(0, max(0, tensor.numel() - 1), count, dtype=torch.float64, device="cpu").long()
     return tensor[torch.unravel_index(at.to(tensor.device), tensor.shape)].double().cpu()
 
 
 def config_hash(config: Any) -> str:
-    """16 hexadecimal digits of the SHA-256 of architecture, depth, widths, heads and vocabulary.
+    """Hash the architecture, depth, widths, heads and vocabulary of a config.
 
     Args:
-        config: a Hugging Face config; of a model with several parts, its text config is taken.
+        config: Hugging Face config. Of a config with several parts, the text config is used.
+
+    Returns:
+        The first 16 hexadecimal digits of a SHA-256.
     """
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     facts = {name: getattr(config, name, None) for name in _HASHED}
-    # Some configs leave out what follows from the others, until a model is made of them.
+    # Some configs leave out head_dim and num_key_value_heads until a model is built; fill in what they default to.
     if facts["head_dim"] is None and facts["num_attention_heads"]:
         facts["head_dim"] = facts["hidden_size"] // facts["num_attention_heads"]
     facts["num_key_value_heads"] = facts["num_key_value_heads"] or facts["num_attention_heads"]
@@ -107,7 +123,16 @@ def config_hash(config: Any) -> str:
 
 
 def check_origin(origin: Origin | None, config: Any, name: str) -> None:
-    """Raises ValueError if what argument ``name`` carries was made with a model of another config."""
+    """Check that an origin and a model have the same ``config_hash``.
+
+    Args:
+        origin: Origin of a plan or an importance. One without a ``config_hash`` passes, and so does None.
+        config: Hugging Face config of the model.
+        name: Argument to name in the error.
+
+    Raises:
+        ValueError: The hashes differ.
+    """
     if origin is None or origin.config_hash is None:
         return
     found = config_hash(config)

@@ -1,4 +1,4 @@
-"""Which layers prefill omits, and for how many last rows of a prompt it does not."""
+"""``Plan``: the layers that a prefill omits, and the number of boundary rows that run at full depth."""
 
 from __future__ import annotations
 
@@ -13,30 +13,39 @@ from typing import Any, SupportsIndex
 
 from pop_ext import _core
 from pop_ext.plans.origin import Origin
+from pop_ext.plans.preset_table import find_entry
 from pop_ext.plans.projections import FitReport, Projections, load_matrices, save_matrices
 
 
 class Plan(_core.Plan):
-    """Which layers prefill omits; immutable, hashable, equal by value.
+    """The layers that a prefill omits for context rows.
+
+    A plan is immutable and hashable. Two plans are equal if they compute the same result: ``origin`` does not count.
 
     Args:
-        num_layers: depth ``L`` of the model.
-        omit: layers in ``0...L-1`` that context rows skip; at least one layer must be left.
-            Any iterable of integers.
-        boundary: how many last rows of each prompt run at full depth; a prompt that brings fewer
-            runs as a whole at full depth.
-        min_tokens: prompts of fewer new tokens run at full depth. Only ``pop_ext.enable`` reads it.
-        origin: the model and the method that chose the layers; where it has a ``config_hash``, models of another one
-            refuse the plan. It does not count in ``==`` and ``hash``: plans are equal if they compute the same.
-        projections: K/V projections fitted for these layers, which context rows take in place of the layers' own;
-            ``pop_ext.fit`` makes them.
+        num_layers: Depth ``L`` of the model.
+        omit: Layers in ``0...L-1`` that context rows skip, as an iterable of integers. At least one layer must be
+            left.
+        boundary: Number of last rows of each prompt that run at full depth. A prompt with no more rows than this
+            runs at full depth as a whole.
+        min_tokens: Prompts of fewer new tokens run at full depth. Only ``pop_ext.enable`` reads it.
+        origin: Model and method that chose the layers. If it has a ``config_hash``, models with another hash refuse
+            the plan.
+        projections: Fitted K/V projections, made by ``pop_ext.fit``. Context rows use them in place of the omitted
+            layers' own.
 
     Attributes:
-        omit: sorted tuple.
-        runs: tuple of ``range``, the consecutive layers of ``omit``; a run shares one hidden state.
+        omit: The omitted layers, a sorted tuple.
+        runs: The groups of consecutive omitted layers, a tuple of ``range``. All layers of a run read the same hidden
+            state.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError: An argument has a bad value. The text gives the argument, what was expected and what came.
+        TypeError: An argument has a bad type, in the same form.
+
+    Example:
+        >>> Plan(32, range(22, 32), boundary=16)
+        Plan(num_layers=32, omit=(22, 23, 24, 25, 26, 27, 28, 29, 30, 31), boundary=16, min_tokens=0)
     """
 
     __slots__ = ("_origin", "_projections")
@@ -72,12 +81,12 @@ class Plan(_core.Plan):
 
     @property
     def origin(self) -> Origin | None:
-        """The model and the method that chose the layers; None: a plan for any model of that depth."""
+        """Model and method that chose the layers. None for a plan that fits any model of its depth."""
         return self._origin
 
     @property
     def projections(self) -> Projections | None:
-        """Fitted K/V projections of the omitted layers; None: their own."""
+        """Fitted K/V projections of the omitted layers. None if the layers use their own."""
         return self._projections
 
     @classmethod
@@ -90,10 +99,20 @@ class Plan(_core.Plan):
         boundary: SupportsIndex = 1,
         min_tokens: SupportsIndex = 0,
     ) -> Plan:
-        """Omits the deepest layers: ``count`` of them, or ``floor(fraction * num_layers)``; by default a third.
+        """Return a plan that omits the deepest layers.
+
+        Args:
+            num_layers: Depth of the model.
+            count: Number of layers to omit.
+            fraction: Omit ``floor(fraction * num_layers)`` layers, in place of ``count``. With neither, a third of the
+                layers is omitted.
+            boundary: Number of last rows of each prompt that run at full depth.
+            min_tokens: Prompts of fewer new tokens run at full depth.
 
         Raises:
-            ValueError: both count and fraction, a count outside ``0...num_layers-1``, a fraction outside [0, 1).
+            ValueError: Both ``count`` and ``fraction`` are given, ``count`` is outside ``0...num_layers-1``, or
+                ``fraction`` is outside [0, 1).
+            TypeError: An argument is not a number.
         """
         depth = _integer("num_layers", num_layers)
         if count is not None and fraction is not None:
@@ -108,20 +127,29 @@ class Plan(_core.Plan):
 
     @classmethod
     def preset(cls, name: str) -> Plan:
-        """The plan of a published model, by its Hugging Face name; ``pop_ext.plans.presets.PRESETS`` lists them.
+        """Return the plan for a published model.
+
+        Args:
+            name: Hugging Face name of the model. ``pop_ext.supported_models()`` lists them.
 
         Raises:
-            ValueError: a name that is not there, with the nearest ones that are.
+            ValueError: ``name`` has no preset. The text lists the nearest names that have one.
         """
-        from pop_ext.plans.presets import preset
-
-        return preset(name).plan
+        entry = find_entry(name)
+        return cls.last(entry.num_layers, entry.omitted)
 
     def replace(self, **changes: Any) -> Plan:
-        """The same plan with some arguments changed: ``plan.replace(boundary=32)``.
+        """Return a copy of the plan with some arguments changed, for example ``plan.replace(boundary=32)``.
 
-        Other layers are of nobody's choosing: of the origin, the model alone is left, and of a fit nothing. A plan
-        that gives its projections up has not been fitted.
+        If ``num_layers`` or ``omit`` changes, the origin keeps only the model, because its method did not choose the
+        new layers, and fitted projections are dropped. With ``projections=None`` the origin no longer mentions a fit.
+
+        Args:
+            **changes: Arguments of ``Plan`` by name.
+
+        Raises:
+            ValueError: As for ``Plan``.
+            TypeError: As for ``Plan``, or an unknown argument.
         """
         plan = type(self)(**{**self._arguments(), "origin": self.origin, **changes})
         same = (plan.num_layers, plan.omit) == (self.num_layers, self.omit)
@@ -136,30 +164,43 @@ class Plan(_core.Plan):
         return plan
 
     def to_json(self) -> str:
-        """The plan as JSON text: its arguments and, where it has one, its origin.
+        """Return the plan as JSON text: its arguments and, if it has one, its origin.
 
-        Of fitted projections it says how they were made; the matrices are not in it, and ``from_json`` refuses such
-        a text. ``save`` keeps both.
+        For a fitted plan the text reports how the projections were made, without their matrices, and ``from_json``
+        refuses it. Use ``save`` to keep the matrices too.
         """
         return self._to_json({})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan that ``to_json`` wrote. Members that it does not know are ignored.
+        """Parse the result of ``to_json``.
+
+        Args:
+            text: The JSON text. Unknown members are ignored.
 
         Raises:
-            ValueError: not JSON, a missing member or one of another type, values that make no plan, or the text of a
-                fitted plan: its matrices are in a file that ``load`` finds.
-            TypeError: no text.
+            ValueError: ``text`` is not JSON, a member is missing or has the wrong type, or the values make no plan.
+                Also for the text of a fitted plan: read the file of such a plan with ``load``, which finds the
+                matrices.
+            TypeError: ``text`` is not a str.
         """
         if not isinstance(text, str):
             raise TypeError(f"text: expected a str of JSON, got {type(text).__name__}")
         return cls._from_json(text, None)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes the plan to a file as JSON and, beside it, fitted projections as ``<stem>.safetensors``.
+        """Write the plan to a JSON file, and fitted projections to ``<stem>.safetensors`` beside it.
 
-        The JSON names that file and its SHA-256.
+        The JSON names the second file and its SHA-256.
+
+        Args:
+            path: File to write; an existing plan is replaced.
+
+        Raises:
+            ValueError: ``path`` of a fitted plan ends in ``.safetensors``, or that name beside it is taken by a file
+                of another kind, such as a model's weights.
+            ImportError: The plan is fitted, and safetensors is missing.
+            OSError: A file cannot be written.
         """
         path, names = Path(path), {}
         if self.projections is not None:
@@ -171,12 +212,15 @@ class Plan(_core.Plan):
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Plan:
-        """Reads what ``save`` wrote.
+        """Read a plan that ``save`` wrote.
+
+        Args:
+            path: The JSON file.
 
         Raises:
-            OSError: the file, or that of its fitted projections, cannot be read.
-            ValueError: as in ``from_json``, or projections other than those it was saved with; the text starts with
-                the path.
+            OSError: The file, or the file of its fitted projections, cannot be read.
+            ValueError: As for ``from_json``, or the projections are not those that the plan was saved with. The text
+                starts with the path.
         """
         try:
             return cls._from_json(Path(path).read_text(encoding="utf-8"), Path(path).parent)
@@ -184,7 +228,7 @@ class Plan(_core.Plan):
             raise ValueError(f"{path}: {error}") from None
 
     def _to_json(self, names: dict[str, str]) -> str:
-        """``names``: of the file that has the matrices."""
+        """Return the JSON text; ``names`` are members that locate the file of the matrices."""
         text = super().to_json()
         if self.origin is None and self.projections is None:
             return text
@@ -242,7 +286,13 @@ def _rebuild(cls: type[Plan], arguments: dict[str, Any]) -> Plan:
 
 
 def _projections_of(members: Any, omit: Iterable[int], folder: Path | None) -> Projections:
-    """What a member ``projections`` names, from the folder of its plan; None: there is only a text."""
+    """Load the matrices that the JSON member ``projections`` names.
+
+    Args:
+        members: The JSON member.
+        omit: Omitted layers of the plan.
+        folder: Folder of the plan's file. None if the plan is read from a text alone.
+    """
     if not isinstance(members, dict):
         raise ValueError(f"projections: expected an object, got {type(members).__name__}")
     report = FitReport.from_dict(members)
@@ -258,8 +308,8 @@ def _projections_of(members: Any, omit: Iterable[int], folder: Path | None) -> P
 
 
 def _integer(name: str, value: Any) -> int:
-    """``value`` as an int of 64 bits; anything with ``__index__`` but a bool."""
-    # torch's bool tensors have an __index__, too.
+    """Convert any integer type but bool to an int, and check that it fits in 64 bits."""
+    # A bool tensor of torch has an __index__, too, so its dtype is checked by name.
     if isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
         raise TypeError(f"{name}: expected an integer, got {value!r}")
     try:

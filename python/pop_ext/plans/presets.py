@@ -1,15 +1,13 @@
-"""Plans of published models, and the plan of a model that names none."""
+"""Plans for published models, and the default plan of any other."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pop_ext.plans.plan import Plan
-
-_PAPER = "POP, arXiv 2602.03295"
+from pop_ext.plans.preset_table import ENTRIES, PresetEntry
 
 
 @dataclass(frozen=True)
@@ -17,11 +15,11 @@ class Preset:
     """A plan and the models that it is for.
 
     Attributes:
-        names: Hugging Face names.
-        config: what the model's (text) config says; models of one shape share a preset.
-        plan: the plan.
-        published: whether the number of omitted layers is published for this model.
-        source: where it is from.
+        names: Hugging Face names of the models.
+        config: Members of the models' (text) config that tell their shape. Models of one shape share a preset.
+        plan: The plan.
+        published: True if the paper gives the number of omitted layers for this model.
+        source: Where the number of omitted layers comes from.
     """
 
     names: tuple[str, ...]
@@ -31,123 +29,31 @@ class Preset:
     source: str
 
     def matches(self, config: Any) -> bool:
-        """Whether a (text) config says what this preset's does."""
+        """Return True if a (text) config has every member of this preset's config."""
         return all(getattr(config, name, None) == value for name, value in self.config.items())
 
 
-def _preset(
-    names: tuple[str, ...],
-    model_type: str,
-    layers: int,
-    hidden: int,
-    intermediate: int,
-    heads: tuple[int, int],
-    vocab: int,
-    published: int | None = None,
-    **more: int,
-) -> Preset:
-    config = {
-        "model_type": model_type,
-        "num_hidden_layers": layers,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_attention_heads": heads[0],
-        "num_key_value_heads": heads[1],
-        "vocab_size": vocab,
-        **more,
-    }
-    source = "pop_ext's default, the deepest third" if published is None else _PAPER
-    return Preset(names, config, Plan.last(layers, count=published), published is not None, source)
+def _preset(entry: PresetEntry) -> Preset:
+    plan = Plan.last(entry.num_layers, count=entry.omitted)
+    return Preset(entry.names, entry.config, plan, entry.published, entry.source)
 
 
-def _and_instruct(*names: str) -> tuple[str, ...]:
-    return tuple(name + suffix for name in names for suffix in ("", "-Instruct"))
-
-
-def _mistral(version: str) -> tuple[str, ...]:
-    return f"mistralai/Mistral-7B-{version}", f"mistralai/Mistral-7B-Instruct-{version}"
-
-
-def _gemma3(size: str) -> tuple[str, ...]:
-    return f"google/gemma-3-{size}-pt", f"google/gemma-3-{size}-it"
-
-
-def _qwen3_vl(size: str) -> tuple[str, ...]:
-    return f"Qwen/Qwen3-VL-{size}-Instruct", f"Qwen/Qwen3-VL-{size}-Thinking"
-
-
-_PRESETS = (
-    _preset(_and_instruct("meta-llama/Llama-3.1-8B"), "llama", 32, 4096, 14336, (32, 8), 128256, published=10),
-    _preset(
-        (*_and_instruct("meta-llama/Llama-3.1-70B"), "meta-llama/Llama-3.3-70B-Instruct"),
-        *("llama", 80, 8192, 28672, (64, 8), 128256),
-    ),
-    _preset(_and_instruct("meta-llama/Llama-3.2-1B"), "llama", 16, 2048, 8192, (32, 8), 128256),
-    _preset(_and_instruct("meta-llama/Llama-3.2-3B"), "llama", 28, 3072, 8192, (24, 8), 128256),
-    _preset((*_mistral("v0.1"), "mistralai/Mistral-7B-Instruct-v0.2"), "mistral", 32, 4096, 14336, (32, 8), 32000),
-    _preset(_mistral("v0.3"), "mistral", 32, 4096, 14336, (32, 8), 32768),
-    _preset(_and_instruct("Qwen/Qwen2-0.5B", "Qwen/Qwen2.5-0.5B"), "qwen2", 24, 896, 4864, (14, 2), 151936),
-    _preset(_and_instruct("Qwen/Qwen2-1.5B", "Qwen/Qwen2.5-1.5B"), "qwen2", 28, 1536, 8960, (12, 2), 151936),
-    _preset(_and_instruct("Qwen/Qwen2.5-3B"), "qwen2", 36, 2048, 11008, (16, 2), 151936),
-    _preset(_and_instruct("Qwen/Qwen2-7B", "Qwen/Qwen2.5-7B"), "qwen2", 28, 3584, 18944, (28, 4), 152064),
-    _preset(("Qwen/Qwen3-0.6B",), "qwen3", 28, 1024, 3072, (16, 8), 151936),
-    _preset(("Qwen/Qwen3-1.7B",), "qwen3", 28, 2048, 6144, (16, 8), 151936),
-    _preset(("Qwen/Qwen3-4B",), "qwen3", 36, 2560, 9728, (32, 8), 151936),
-    _preset(("Qwen/Qwen3-8B",), "qwen3", 36, 4096, 12288, (32, 8), 151936),
-    _preset(("Qwen/Qwen3-14B",), "qwen3", 40, 5120, 17408, (40, 8), 151936),
-    _preset(
-        tuple(f"Qwen/Qwen3-30B-A3B{suffix}" for suffix in ("", "-Base", "-Instruct-2507", "-Thinking-2507")),
-        *("qwen3_moe", 48, 2048, 6144, (32, 4), 151936),
-        num_experts=128,
-        num_experts_per_tok=8,
-        moe_intermediate_size=768,
-    ),
-    _preset(
-        ("mistralai/Mixtral-8x7B-v0.1", "mistralai/Mixtral-8x7B-Instruct-v0.1"),
-        *("mixtral", 32, 4096, 14336, (32, 8), 32000),
-        num_experts=8,
-        num_experts_per_tok=2,
-    ),
-    _preset(_qwen3_vl("4B"), "qwen3_vl_text", 36, 2560, 9728, (32, 8), 151936),
-    _preset(_qwen3_vl("8B"), "qwen3_vl_text", 36, 4096, 12288, (32, 8), 151936, published=12),
-    _preset(_gemma3("1b"), "gemma3_text", 26, 1152, 6912, (4, 1), 262144),
-    _preset(_gemma3("4b"), "gemma3_text", 34, 2560, 10240, (8, 4), 262208),
-    _preset(_gemma3("12b"), "gemma3_text", 48, 3840, 15360, (16, 8), 262208, published=16),
-    _preset(_gemma3("27b"), "gemma3_text", 62, 5376, 21504, (32, 16), 262208),
-    _preset(("google/gemma-2-2b", "google/gemma-2-2b-it"), "gemma2", 26, 2304, 9216, (8, 4), 256000),
-    _preset(("google/gemma-2-9b", "google/gemma-2-9b-it"), "gemma2", 42, 3584, 14336, (16, 8), 256000),
-    _preset(("google/gemma-2-27b", "google/gemma-2-27b-it"), "gemma2", 46, 4608, 36864, (32, 16), 256000),
-    _preset(_and_instruct("allenai/OLMo-2-0425-1B"), "olmo2", 16, 2048, 8192, (16, 16), 100352),
-    _preset(_and_instruct("allenai/OLMo-2-1124-7B"), "olmo2", 32, 4096, 11008, (32, 32), 100352),
-    _preset(_and_instruct("allenai/OLMo-2-1124-13B"), "olmo2", 40, 5120, 13824, (40, 40), 100352),
-    _preset(_and_instruct("allenai/OLMo-2-0325-32B"), "olmo2", 64, 5120, 27648, (40, 8), 100352),
-    _preset(("microsoft/Phi-3-mini-4k-instruct",), "phi3", 32, 3072, 8192, (32, 32), 32064),
-    _preset(_and_instruct("Qwen/Qwen2.5-14B"), "qwen2", 48, 5120, 13824, (40, 8), 152064),
-    _preset(_and_instruct("Qwen/Qwen2.5-32B"), "qwen2", 64, 5120, 27648, (40, 8), 152064),
-    _preset(_and_instruct("Qwen/Qwen2-72B", "Qwen/Qwen2.5-72B"), "qwen2", 80, 8192, 29568, (64, 8), 152064),
-)
+_PRESETS = tuple(_preset(entry) for entry in ENTRIES)
 
 PRESETS: Mapping[str, Preset] = {name: preset for preset in _PRESETS for name in preset.names}
-"""Hugging Face name -> preset."""
-
-
-def preset(name: str) -> Preset:
-    """The preset of a Hugging Face name.
-
-    Raises:
-        ValueError: a name that is not in ``PRESETS``, with the nearest ones that are.
-    """
-    if isinstance(name, str) and name in PRESETS:
-        return PRESETS[name]
-    near = difflib.get_close_matches(str(name), PRESETS, n=3, cutoff=0.5) or sorted(PRESETS)
-    raise ValueError(f"preset: expected a name like {', '.join(near)}, got {name!r}")
+"""Presets by the Hugging Face name of the model."""
 
 
 def default_plan(config: Any) -> Plan:
-    """The plan of a model that names none: the preset whose config matches, else the deepest third.
+    """Return the plan for a model when the caller names none.
+
+    This is the plan of the preset whose config matches. Where none matches, the plan omits the deepest third.
 
     Args:
-        config: a Hugging Face config; of a model with several parts, its text config is taken.
+        config: Hugging Face config. Of a config with several parts, the text config is used.
+
+    Returns:
+        The plan, with a boundary of 1.
     """
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()

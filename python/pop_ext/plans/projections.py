@@ -1,6 +1,6 @@
-"""Fitted K/V projections of omitted layers: what ``pop_ext.fit`` makes and a plan carries, and how a file keeps them.
+"""Fitted K/V projections of omitted layers, which ``pop_ext.fit`` makes and a plan carries, and their file.
 
-Plain PyTorch on Hugging Face modules: the native path and the oracle both read them here.
+This is plain PyTorch on Hugging Face modules. The native path and the oracle both read projections through it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from pop_ext.plans.origin import spread_values
 from pop_ext.utils.json import finite
 
 SAMPLE = 16
-"""Values of each weight that a fit remembers, to know the weights it was made for."""
+"""Number of values of each weight that a fit records, to recognise the weights it was made for."""
 
 FORMAT = "pop_ext fitted projections"
-"""What the file of a plan's projections says of itself."""
+"""Value of ``format`` in the metadata of a plan's safetensors file."""
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 class FitMismatch(ValueError):
-    """Fitted projections and a model that they were not made for."""
+    """Raised when fitted projections meet a model that they were not fitted on."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,17 @@ class FitReport:
     """How projections were fitted.
 
     Attributes:
-        ridge: lambda, relative to the mean diagonal of a run's Gram matrix; inf: the original projections.
-        sequences, tokens: that the least squares saw; tokens of weight 0 do not count.
-        condition: of each run's Gram matrix with its ridge; 1 at an infinite one.
-        losses: of each lambda that was tried, (lambda, mean, standard error) of the held-out loss in nats a token;
-            empty where nothing was held out.
-        holdout: how many held-out sequences chose lambda.
-        weighting: of rows, as ``pop_ext.fit`` takes it.
-        residuals: of each layer, error energy of K and V over their own, before and after the fit, on what it saw:
-            layer -> (K before, K after, V before, V after).
+        ridge: The chosen lambda, relative to the mean diagonal of a run's Gram matrix. Infinity stands for the
+            original projections.
+        sequences: Number of sequences that the least squares read.
+        tokens: Number of their tokens with a weight above 0.
+        condition: Condition number of each run's Gram matrix with its ridge; 1 for an infinite ridge.
+        losses: One (lambda, mean, standard error) for each lambda that was tried: the loss of the held-out sequences
+            in nats per token. Empty if nothing was held out.
+        holdout: Number of held-out sequences that chose lambda.
+        weighting: Weighting of rows, as for ``pop_ext.fit``.
+        residuals: Layer -> (K before, K after, V before, V after): the squared error of K and V over their energy,
+            before and after the fit, on the rows that it read.
     """
 
     ridge: float
@@ -59,17 +61,17 @@ class FitReport:
     weighting: str = "uniform"
 
     def method(self) -> str:
-        """In words, for the origin of a plan."""
+        """Describe the fit in words, for the origin of a plan."""
         rows = ", rows weighted by attention" if self.weighting == "attention" else ""
         return f"ridge towards the original projections, lambda {self.ridge:g}{rows}"
 
     @staticmethod
     def ridge_text(ridge: float) -> str:
-        """A lambda as tables of what was tried show it."""
+        """Format a lambda for a table."""
         return "original projections" if math.isinf(ridge) else f"{ridge:g}"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, which knows no infinity: None stands for it."""
+        """Return the members, ready for JSON. None stands for infinity and NaN, which JSON lacks."""
         return {
             "ridge": finite(self.ridge),
             "sequences": self.sequences,
@@ -83,7 +85,11 @@ class FitReport:
 
     @classmethod
     def from_dict(cls, members: Any) -> FitReport:
-        """What ``to_dict`` gave. Raises ValueError for anything else."""
+        """Build a report from the result of ``to_dict``.
+
+        Raises:
+            ValueError: A member is missing or has the wrong type.
+        """
         try:
             return cls(
                 ridge=_number(members["ridge"], math.inf),
@@ -104,14 +110,20 @@ class FitReport:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Projections:
-    """Fitted K/V projections, one a layer; not to be changed once a plan has them.
+    """Fitted K/V projections, one for each omitted layer. Do not change them once a plan holds them.
+
+    A matrix multiplies the normalised hidden state without the weight of the norm. In families that have no norm
+    there, it multiplies the hidden state itself. Biases, k_norm and RoPE follow unchanged.
 
     Attributes:
-        matrices: layer -> ``[2 * kv_dim, hidden_size]``, rows of K and then of V, on the CPU and in the dtype of the
-            model that they were fitted on. They multiply the normalised hidden state without the norm's weight (what
-            the layer reads as it is, in families without a norm there); biases, k_norm and RoPE follow as ever.
-        samples: layer -> some values of the weights that they stand in for, float32.
-        report: how they were made.
+        matrices: Layer -> ``[2 * kv_dim, hidden_size]``, the rows of K and then those of V, on the CPU, in the dtype
+            of the model that they were fitted on.
+        samples: Layer -> some values of the weights that the matrix replaces, float32.
+        report: How they were fitted.
+
+    Raises:
+        ValueError: ``matrices`` and ``samples`` have different layers or none, or the matrices differ in shape or
+            dtype, or the dtype is not float32, bfloat16 or float16.
     """
 
     matrices: Mapping[int, Tensor]
@@ -134,37 +146,48 @@ class Projections:
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """The fitted layers, sorted."""
         return tuple(sorted(self.matrices))
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype of the matrices."""
         return next(iter(self.matrices.values())).dtype
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of layers and matrices: of projections that compute the same, the same."""
+        """SHA-256 of layers, dtype and matrices. Equal projections have the same digest."""
         found = hashlib.sha256(repr((self.layers, self.dtype)).encode())
         for layer in self.layers:
             found.update(self.matrices[layer].contiguous().view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
 
     def stack_rows(self, like: Tensor) -> list[Tensor]:
-        """The matrices by layer, in the dtype and on the device of ``like``: what ``pop::load`` takes."""
+        """Return the matrices by layer, with the dtype and device of ``like``, for ``pop::load``."""
         return [self.matrices[layer].to(like.device, like.dtype) for layer in self.layers]
 
     def check_weights(self, layer: int, sample: Tensor, dtype: torch.dtype) -> None:
-        """Raises FitMismatch unless ``sample`` (``sample_of``) of a layer's weights in ``dtype`` is that of the fit."""
-        then = self.samples[layer]
-        # The same dtype: the same values. Another one: those that rounding to it may have made of them.
+        """Check that a layer has the weights that it had at the fit.
+
+        Args:
+            layer: Index of the layer.
+            sample: ``sample_weights`` of the layer now.
+            dtype: Dtype of the layer's weights now. In another dtype than at the fit, values may differ by rounding.
+
+        Raises:
+            FitMismatch: The weights differ.
+        """
+        expected = self.samples[layer]
+        # In another dtype the same weights may have been rounded, in bfloat16 to 8 bits.
         rtol, atol = (0.0, 0.0) if dtype == self.dtype else (2**-7, 1e-7)
-        if sample.shape != then.shape or not torch.allclose(sample, then, rtol, atol, equal_nan=True):
+        if sample.shape != expected.shape or not torch.allclose(sample, expected, rtol, atol, equal_nan=True):
             raise FitMismatch(
                 f"plan.projections: expected a fit on the weights that the model has, got one on others (layer "
                 f"{layer}, k_proj, v_proj or its norm): fit again, or take plan.replace(projections=None)"
             )
 
     def __eq__(self, other: object) -> bool:
-        """Equal if they compute the same; how they were made does not count."""
+        """Compare layers, dtypes and matrices. The report does not count."""
         if not isinstance(other, Projections):
             return NotImplemented
         return self.layers == other.layers and all(
@@ -183,7 +206,14 @@ class Projections:
 
 
 class KeyValueWeights(NamedTuple):
-    """K and V projections of an attention module, ``[kv_dim, hidden_size]`` each, and their biases or None."""
+    """Weights of the K and V projections of an attention module.
+
+    Attributes:
+        k: ``[kv_dim, hidden_size]``.
+        v: ``[kv_dim, hidden_size]``.
+        k_bias: ``[kv_dim]`` or None.
+        v_bias: ``[kv_dim]`` or None.
+    """
 
     k: Tensor
     v: Tensor
@@ -192,7 +222,7 @@ class KeyValueWeights(NamedTuple):
 
 
 def key_value_weights(attention: Any) -> KeyValueWeights:
-    """The weights behind ``k_proj`` and ``v_proj``, or behind the last rows of ``qkv_proj`` (Phi-3)."""
+    """Return the weights of ``k_proj`` and ``v_proj``, or the last rows of a fused ``qkv_proj`` (Phi-3)."""
     if hasattr(attention, "qkv_proj"):
         kv_dim = attention.config.num_key_value_heads * attention.head_dim
         weight, bias = attention.qkv_proj.weight.detach(), attention.qkv_proj.bias
@@ -203,8 +233,16 @@ def key_value_weights(attention: Any) -> KeyValueWeights:
     return KeyValueWeights(*(module.weight.detach() for module in projections), *biases)
 
 
-def without_gamma(layer: Any, hidden_states: Tensor) -> Tensor:
-    """What a fitted projection reads, in float32: ``h * rsqrt(mean(h^2) + eps)``, or ``h`` where nothing normalises."""
+def normalize_unweighted(layer: Any, hidden_states: Tensor) -> Tensor:
+    """Apply the input norm of a layer without its weight, which is the input of a fitted projection.
+
+    Args:
+        layer: Decoder layer. Without an ``input_layernorm``, the hidden states are returned as they are.
+        hidden_states: ``[..., hidden_size]``, any floating dtype.
+
+    Returns:
+        ``h * rsqrt(mean(h^2) + eps)``, float32, same shape.
+    """
     norm = getattr(layer, "input_layernorm", None)
     hidden = hidden_states.float()
     if norm is None:
@@ -213,8 +251,8 @@ def without_gamma(layer: Any, hidden_states: Tensor) -> Tensor:
     return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
 
 
-def sample_of(layer: Any) -> Tensor:
-    """Values of a layer's K, V and input norm, spread over each: float32, on the CPU."""
+def sample_weights(layer: Any) -> Tensor:
+    """Return ``SAMPLE`` values of each of a layer's K, V and input norm weights, float32 on the CPU."""
     weights = key_value_weights(layer.self_attn)
     tensors = [weights.k, weights.v]
     if hasattr(layer, "input_layernorm"):
@@ -223,7 +261,15 @@ def sample_of(layer: Any) -> Tensor:
 
 
 def check_fit(plan: Any, layers: Sequence[Any]) -> None:
-    """Raises FitMismatch unless a plan's projections, if it has any, were fitted on these decoder layers."""
+    """Check that the projections of a plan were fitted on these decoder layers.
+
+    Args:
+        plan: A plan. One without projections passes.
+        layers: All decoder layers of the model.
+
+    Raises:
+        FitMismatch: The number of layers, the shape of a matrix or the weights of a layer differ.
+    """
     projections: Projections | None = getattr(plan, "projections", None)
     if projections is None:
         return
@@ -237,17 +283,25 @@ def check_fit(plan: Any, layers: Sequence[Any]) -> None:
                 f"plan.projections: expected a matrix {list(shape)} for layer {index} of this model, got "
                 f"{list(matrix.shape)}"
             )
-        projections.check_weights(index, sample_of(layers[index]), weights.k.dtype)
+        projections.check_weights(index, sample_weights(layers[index]), weights.k.dtype)
 
 
 # Files
 
 
 def save_matrices(projections: Projections, path: Path) -> str:
-    """Writes matrices and samples as safetensors, all or nothing; the SHA-256 of the file.
+    """Write matrices and samples to a safetensors file, through a temporary file, so that none is left half written.
+
+    Args:
+        projections: The projections to write.
+        path: File to write; a file of older projections is replaced.
+
+    Returns:
+        SHA-256 of the file, in hexadecimal digits.
 
     Raises:
-        ValueError: the file is there and holds something else, such as a model's weights.
+        ValueError: ``path`` is a file of another kind, such as a model's weights.
+        ImportError: safetensors is missing.
     """
     save = _safetensors().save
     if path.exists() and _format_of(path) != FORMAT:
@@ -262,7 +316,7 @@ def save_matrices(projections: Projections, path: Path) -> str:
 
 
 def _format_of(path: Path) -> str | None:
-    """What a safetensors file says of itself; None: it is none."""
+    """Return the ``format`` of a safetensors file; None if it has none or is no safetensors file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -273,11 +327,18 @@ def _format_of(path: Path) -> str | None:
 
 
 def load_matrices(path: Path, sha256: str, layers: Iterable[int], report: FitReport) -> Projections:
-    """What ``save_matrices`` wrote.
+    """Read a file that ``save_matrices`` wrote.
+
+    Args:
+        path: The file.
+        sha256: SHA-256 that ``save_matrices`` returned.
+        layers: Layers to read.
+        report: How the projections were fitted, from the plan's JSON.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: another file than the one that the plan was saved with.
+        FileNotFoundError: There is no such file.
+        ValueError: The file has another SHA-256, or lacks a layer.
+        ImportError: safetensors is missing.
     """
     try:
         data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""From a score a layer to a plan: the layers that matter least."""
+"""Turn one score per layer into a plan that omits the layers of the lowest scores."""
 
 from __future__ import annotations
 
@@ -21,15 +21,23 @@ def ranked_plan(
     boundary: SupportsIndex = 1,
     min_tokens: SupportsIndex = 0,
 ) -> Plan:
-    """Omits the layers of the lowest scores; how many, as for ``Plan.last``.
+    """Return the plan that omits the layers of the lowest scores.
 
     Args:
-        scores: one a layer; the lower, the less the layer matters.
-        origin: model, method and samples of the scores.
-        contiguous: consecutive layers with the lowest sum, instead of each for itself.
+        scores: One score per layer. A lower score means that the layer matters less.
+        origin: Model, method and samples of the scores.
+        count: Number of layers to omit.
+        fraction: Fraction of the layers to omit, in place of ``count``. With neither, a third is omitted.
+        contiguous: True to omit consecutive layers, those of the lowest sum. False to choose each layer on its own.
+        boundary: As for ``Plan``.
+        min_tokens: As for ``Plan``.
+
+    Returns:
+        The plan. Its origin is ``origin`` with ", contiguous" or ", free" added to the method.
 
     Raises:
-        ValueError, TypeError: as for ``Plan.last``.
+        ValueError: As for ``Plan.last``.
+        TypeError: As for ``Plan.last``, or ``contiguous`` is not a bool.
     """
     if not isinstance(contiguous, bool):
         raise TypeError(f"contiguous: expected a bool, got {type(contiguous).__name__}")
@@ -39,7 +47,7 @@ def ranked_plan(
     return Plan(len(scores), omit, boundary, min_tokens, origin=dataclasses.replace(origin, method=method))
 
 
-# Of equal layers the deeper ones go: nothing that reads them comes after.
+# Of layers with equal scores the deeper ones are omitted, because fewer layers read their output.
 
 
 def _lowest(scores: Sequence[float], count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The oracle's caches: the caller's, read; one a sequence, freed of its padding; the batch's, put together."""
+"""The caches of the oracle: read the caller's, fill one per sequence without padding, assemble the batch's."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 
 from pop_ext.reference.vision import Images
 
-QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)  # the first from 5.24 on
+# transformers names the base class BaseQuantizedLayer from 5.24 on.
+QUANTIZED = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 
 
 @dataclass(frozen=True)
 class PastLayer:
-    """One layer of the caller's cache: keys, values [batch, kv_heads, stored, head_dim], columns `first` onwards."""
+    """The filled part of one layer of the caller's cache.
+
+    Attributes:
+        keys: [batch, kv_heads, stored, head_dim].
+        values: [batch, kv_heads, stored, head_dim].
+        first: Cache column of the first stored position; a sliding layer has dropped those before.
+    """
 
     keys: Tensor
     values: Tensor
@@ -26,24 +33,46 @@ class PastLayer:
 
 
 @dataclass(frozen=True)
-class OneSequence:
-    """One sequence of a call, freed of its padding."""
+class UnpaddedSequence:
+    """One sequence of a call, without its padding.
 
-    past_columns: Tensor  # [n] cache columns of its real past positions
-    new_columns: Tensor  # [T_i] columns of its real new tokens, counted from the first new column
-    positions: Tensor  # [1, T_i] int64, or [3, 1, T_i] (time, height, width), for RoPE
-    boundary: int  # effective: rows at full depth
-    keep: int  # rows whose logits are wanted
+    Attributes:
+        past_columns: [n] cache columns of its real past positions.
+        new_columns: [T_i] columns of its real new tokens, counted from the first new column.
+        positions: Positions for RoPE, int64 [1, T_i], or [3, 1, T_i] for (time, height, width).
+        boundary: Number of rows that run at full depth, enough for the logits and for whole images.
+        num_logits: Number of last rows whose logits are returned.
+        images: Images among the new tokens.
+    """
+
+    past_columns: Tensor
+    new_columns: Tensor
+    positions: Tensor
+    boundary: int
+    num_logits: int
     images: Images
 
 
 def past_key_values_length(cache: Cache | None) -> int:
-    """Columns that the cache holds."""
+    """Return the number of columns in the cache; 0 for None."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def read_past(cache: Cache | None, num_layers: int, batch: int) -> list[PastLayer]:
-    """The filled columns of each layer of `cache`; an empty list for an empty cache."""
+    """Read the filled columns of each layer of a cache.
+
+    Args:
+        cache: The caller's cache, which is not modified, or None.
+        num_layers: Depth of the model.
+        batch: Number of sequences of the call.
+
+    Returns:
+        One entry per layer; an empty list for an empty cache.
+
+    Raises:
+        TypeError: The cache has a layer of an unknown type.
+        ValueError: The number of layers, the batch or the length of a layer does not fit.
+    """
     if cache is None:
         return []
     known = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
@@ -67,25 +96,44 @@ def read_past(cache: Cache | None, num_layers: int, batch: int) -> list[PastLaye
         keys, values = dequantized(layer) if isinstance(layer, QUANTIZED) else (layer.keys, layer.values)
         if keys.shape[0] != batch:
             raise ValueError(f"past_key_values: expected batch {batch}, got {keys.shape[0]} in layer {index}")
-        stored = min(length, keys.shape[2])  # a static layer has room behind, a sliding one dropped the front
+        stored = min(length, keys.shape[2])  # a static layer has spare room at the end, a sliding one dropped the front
         past.append(PastLayer(keys[:, :, :stored], values[:, :, :stored], length - stored))
     return past
 
 
 def dequantized(layer: Any) -> tuple[Tensor, Tensor]:
-    """K and V that a quantised layer holds: what a stock call would read of them."""
-    if layer.keys.ndim == 4:  # not yet quantised, behind what is
+    """Return K and V of a quantised cache layer, as a stock call would read them.
+
+    Args:
+        layer: Cache layer, which is left unchanged.
+
+    Returns:
+        K and V, [batch, kv_heads, stored, head_dim] each.
+    """
+    if layer.keys.ndim == 4:  # the newest positions, which are not quantised yet
         nothing = layer.keys[:, :, :0]
     else:
         read = layer._dequantize(layer._quantized_keys)
         nothing = read[:, :, :0].to(layer.keys.dtype)
-    # An update makes new tensors and assigns them: that of a shallow copy leaves the layer as it is.
+    # An update assigns new tensors, so updating a shallow copy with no rows reads the layer and leaves it unchanged.
     keys, values = copy.copy(layer).update(nothing, nothing)
     return keys.to(nothing.dtype), values.to(nothing.dtype)
 
 
-def past_of_sequence(past: list[PastLayer], sequence: OneSequence, index: int, window: int | None) -> DynamicCache:
-    """The real past positions of one sequence, side by side, in a cache of its own (copies)."""
+def gather_past(past: list[PastLayer], sequence: UnpaddedSequence, index: int, window: int | None) -> DynamicCache:
+    """Copy the real past positions of one sequence, without holes, into a cache of its own.
+
+    Positions that a sliding layer has dropped are filled with zeros.
+
+    Args:
+        past: Layers of the caller's cache.
+        sequence: The sequence.
+        index: Its index in the batch.
+        window: Sliding window of the model in positions, or None.
+
+    Raises:
+        ValueError: A sliding layer has dropped a position that is still within the window.
+    """
     cache = DynamicCache()
     real = len(sequence.past_columns)
     if real == 0:
@@ -111,7 +159,15 @@ def past_of_sequence(past: list[PastLayer], sequence: OneSequence, index: int, w
 
 
 def check_filled(cache: DynamicCache, length: int) -> None:
-    """Raise unless every layer holds `length` positions: what hooks of attentions took away, later rows would miss."""
+    """Check that no hook of an attention has shortened the cache, which later rows still read.
+
+    Args:
+        cache: Cache of one sequence.
+        length: Number of positions that every layer must hold.
+
+    Raises:
+        ValueError: A layer holds another number of positions.
+    """
     layers: list[Any] = list(cache.layers)
     for number, layer in enumerate(layers):
         stored = int(layer.get_seq_length())
@@ -122,8 +178,20 @@ def check_filled(cache: DynamicCache, length: int) -> None:
             )
 
 
-def assemble(caches: list[DynamicCache], sequences: list[OneSequence], past_length: int, new: int) -> DynamicCache:
-    """One batch cache with `past_length + new` columns: each position in its mask column, zeros elsewhere."""
+def assemble_cache(
+    caches: list[DynamicCache], sequences: list[UnpaddedSequence], past_length: int, new: int
+) -> DynamicCache:
+    """Assemble the caches of all sequences into one batch cache.
+
+    Args:
+        caches: One cache per sequence.
+        sequences: The sequences.
+        past_length: Number of past columns.
+        new: Number of new columns.
+
+    Returns:
+        A cache of ``past_length + new`` columns, with each position in its mask column and zeros elsewhere.
+    """
     result = DynamicCache()
     for number in range(len(caches[0].layers)):
         first: Any = caches[0].layers[number]

@@ -1,4 +1,4 @@
-"""What the oracle needs of a model, and what it accepts: the checks of ``pop_ext.reference``."""
+"""Checks of the oracle's arguments."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from pop_ext.plans.origin import check_origin
 from pop_ext.plans.projections import check_fit
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+"""Dtypes of a tensor with one value per sequence."""
 
 
 class PlanLike(Protocol):
-    """What the oracle reads of a plan."""
+    """The attributes of a plan that the oracle reads."""
 
     @property
     def num_layers(self) -> int: ...
@@ -27,6 +28,17 @@ class PlanLike(Protocol):
 
 
 def check_plan(plan: PlanLike, layers: Sequence[Module], config: Any) -> None:
+    """Check that a plan fits a model.
+
+    Args:
+        plan: The plan.
+        layers: All decoder layers of the model.
+        config: Config of the model.
+
+    Raises:
+        TypeError: ``plan`` lacks an attribute of a plan.
+        ValueError: The plan is for another depth or another model, or its projections were fitted on other weights.
+    """
     num_layers = len(layers)
     if not all(hasattr(plan, name) for name in ("num_layers", "omit", "boundary")):
         raise TypeError(f"plan: expected a Plan, got {type(plan).__name__}")
@@ -41,7 +53,17 @@ def check_plan(plan: PlanLike, layers: Sequence[Module], config: Any) -> None:
 
 
 def check_inputs(model: Module, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    """Whichever of the two was given."""
+    """Check ids or embeddings, and return the one that is given.
+
+    Args:
+        model: The model.
+        input_ids: int64 or int32 [batch, T], or None.
+        inputs_embeds: [batch, T, hidden] in the model's dtype, or None.
+
+    Raises:
+        ValueError: Both or neither are given, or the shape is wrong.
+        TypeError: The dtype is wrong.
+    """
     if (input_ids is None) == (inputs_embeds is None):
         given = "neither" if input_ids is None else "both"
         raise ValueError(f"input_ids, inputs_embeds: expected exactly one of them, got {given}")
@@ -65,7 +87,20 @@ def check_inputs(model: Module, input_ids: Tensor | None, inputs_embeds: Tensor 
 
 
 def check_mask(mask: Tensor | None, batch: int, past_length: int, new: int, device: torch.device) -> Tensor:
-    """The mask as bool [batch, P + T]."""
+    """Check an attention mask, and return it as bool [batch, P + T].
+
+    Args:
+        mask: 0/1 or bool [batch, P + T], or None for no padding.
+        batch: Number of sequences.
+        past_length: Columns ``P`` in the cache.
+        new: New columns ``T``.
+        device: Device of the result.
+
+    Raises:
+        TypeError: ``mask`` is not a tensor.
+        ValueError: The shape is wrong, a value is not 0 or 1, a sequence has no new token, or its new tokens have a
+            hole.
+    """
     columns = past_length + new
     if mask is None:
         return torch.ones(batch, columns, dtype=torch.bool, device=device)
@@ -93,7 +128,16 @@ def check_mask(mask: Tensor | None, batch: int, past_length: int, new: int, devi
 
 
 def check_ids(model: Module, input_ids: Tensor | None, mask: Tensor) -> None:
-    """Ids of real tokens are in the vocabulary; what stands in a padded column does not matter."""
+    """Check that the ids of real tokens are in the vocabulary. Ids in padded columns are ignored.
+
+    Args:
+        model: The model.
+        input_ids: int [batch, T], or None for embeddings.
+        mask: bool [batch, T], True for real tokens.
+
+    Raises:
+        ValueError: An id is outside the vocabulary.
+    """
     if input_ids is None:
         return
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -103,7 +147,17 @@ def check_ids(model: Module, input_ids: Tensor | None, mask: Tensor) -> None:
 
 
 def check_positions(position_ids: Tensor | None, mask: Tensor, past_length: int) -> Tensor:
-    """Positions of the new columns, int64 [batch, T]."""
+    """Check the positions of the new columns, and return them as int64 [batch, T].
+
+    Args:
+        position_ids: int [batch, T] or [1, T]. None to count real positions from the mask, past included.
+        mask: bool [batch, P + T].
+        past_length: Columns ``P`` in the cache.
+
+    Raises:
+        TypeError: The dtype is wrong.
+        ValueError: The shape is wrong.
+    """
     if position_ids is None:
         return (mask.long().cumsum(1) - 1)[:, past_length:]
     batch, new = mask.shape[0], mask.shape[1] - past_length
@@ -116,7 +170,17 @@ def check_positions(position_ids: Tensor | None, mask: Tensor, past_length: int)
 
 
 def per_sequence(name: str, value: int | Sequence[int] | Tensor, lengths: Sequence[int]) -> list[int]:
-    """An int or one value a sequence as a list, each within 1..T_i."""
+    """Return an argument as one int per sequence.
+
+    Args:
+        name: Name of the argument, for errors.
+        value: An int, or one int per sequence (1-D).
+        lengths: Number ``T_i`` of new tokens of each sequence.
+
+    Raises:
+        TypeError: ``value`` has the wrong type.
+        ValueError: The number of values is wrong, or one is outside 1..T_i.
+    """
     if isinstance(value, int) and not isinstance(value, bool):
         values: list[Any] = [value] * len(lengths)
     elif isinstance(value, Tensor) and value.dim() == 1 and value.dtype in INTEGERS:
@@ -135,11 +199,13 @@ def per_sequence(name: str, value: int | Sequence[int] | Tensor, lengths: Sequen
 
 
 def check_data(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if a tensor is on the meta device."""
     if tensor.device.type == "meta":
         raise ValueError(f"{name}: expected a tensor with data, got one on the meta device")
 
 
 def describe(value: Any) -> str:
+    """Describe a value for an error: dtype and shape of a tensor, type and repr of anything else."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {list(value.shape)}"
     return f"{type(value).__name__} {value!r}"

@@ -1,10 +1,11 @@
 """The oracle: Prefill-Only Pruning in plain PyTorch on the Hugging Face modules (POP, arXiv 2602.03295).
 
-Written to be read, not to be fast. Every sequence is computed alone, at batch 1 and without padding, in two phases:
+It is written to be read, not to be fast. Every sequence is computed alone, at batch 1 and without padding, in two
+phases:
 
-1. the *context rows* run through the stock decoder, in which the omitted layers are replaced by the independent KV
-   projection (`project_kv`);
-2. the *boundary rows* run through the stock model, every layer of it, over the cache that phase 1 filled.
+1. The *context rows* run through the stock decoder, in which the independent KV projection (``project_kv``) replaces
+   the omitted layers.
+2. The *boundary rows* run through every layer of the stock model, over the cache that phase 1 filled.
 
 Nothing of the native path is imported here.
 """
@@ -12,24 +13,24 @@ Nothing of the native path is imported here.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
-from pop_ext.hf.compat import cache_argument, uncompiled, with_cache
-from pop_ext.hf.modules import DecoderModules, Module, family_function, find_parts
-from pop_ext.hf.restore import forward_attribute, module_restored_on_error, replaced_forward
-from pop_ext.plans.projections import Projections, key_value_weights, without_gamma
+from pop_ext.hf.compat import uncompiled, with_cache
+from pop_ext.hf.modules import DecoderModules, Module, find_parts
+from pop_ext.hf.restore import module_restored_on_error, replaced_forward
+from pop_ext.plans.presets import default_plan
 from pop_ext.reference.caches import (
-    OneSequence,
-    assemble,
+    UnpaddedSequence,
+    assemble_cache,
     check_filled,
+    gather_past,
     past_key_values_length,
-    past_of_sequence,
     read_past,
 )
 from pop_ext.reference.checks import (
@@ -41,12 +42,11 @@ from pop_ext.reference.checks import (
     check_positions,
     per_sequence,
 )
-from pop_ext.reference.vision import Images, Wrapped, is_wrapped, run_wrapper
+from pop_ext.reference.projection import omitted_layers
+from pop_ext.reference.vision import DecoderInputs, Images, has_wrapper, run_wrapper
 
-__all__ = ["prefill"]
-
-# A call replaces forwards of the model's modules while it runs: two at once would put back each other's.
-_ONE_CALL_AT_A_TIME = threading.RLock()
+# A call replaces the forward of modules while it runs. Two calls at once would restore each other's replacements.
+_FORWARD_LOCK = threading.RLock()
 
 
 @torch.no_grad()
@@ -63,49 +63,49 @@ def prefill(
     boundary: int | Sequence[int] | Tensor | None = None,
     **vision: Any,
 ) -> tuple[Tensor, DynamicCache]:
-    """Prefill `T` new tokens a sequence, after the `P` columns that the cache holds, under `plan`.
+    """Prefill ``T`` new tokens per sequence under a plan, after the ``P`` columns that the cache holds.
 
-    The plan is executed as given, always: `plan.min_tokens` is not looked at. Sequence i has `T_i` real new tokens; its
-    last `min(T_i, max(boundary_i, logits_to_keep_i))` rows run at full depth, the context rows before them skip the
-    omitted layers, which only project their K/V (paper: independent KV projection and boundary handling).
-
-    Args:
-        model: Hugging Face causal language model; every decoder layer has `self_attn.k_proj` and `self_attn.v_proj`
-            (or `self_attn.qkv_proj`) and, where the family has them, `input_layernorm` and `self_attn.k_norm`. A family
-            that projects K/V in another way is refused (checked on one row of every omitted layer).
-        input_ids: int [batch, T]. Exactly one of it and `inputs_embeds`.
-        plan: anything with `.num_layers`, `.omit`, `.boundary`; None takes the default plan of the model's config.
-        logits_to_keep: how many last rows get logits, an int or one per sequence (1-D); 1..T_i.
-        inputs_embeds: [batch, T, hidden], the model's dtype.
-        attention_mask: bool or 0/1, [batch, P + T], real positions 1. Padding left or right of the new tokens and holes
-            in the past are legal, holes in the new tokens are not. None: everything is real.
-        position_ids: int [batch, T] or [1, T]; None: real positions counted from the mask, past included. In a
-            vision-language model as its wrapper takes them, and None: as it counts images.
-        past_key_values: DynamicCache, StaticCache or QuantizedCache, read and never modified.
-        boundary: overrides `plan.boundary`, an int or one per sequence (1-D); 1..T_i.
-        vision: what else the `forward` of a vision-language model takes (`pixel_values`, ...). Its wrapper runs as it
-            is; both phases are of the language model that it calls. With `token_type_ids` (Gemma 3) the tokens of an
-            image see each other, and a boundary inside of one is widened to its start.
-
-    Returns:
-        logits: [batch, logits_to_keep, vocab], or packed [sum(logits_to_keep), vocab] for per-sequence values.
-        cache: always a new `DynamicCache` of plain layers with `P + T` columns in all layers, in the mask's columns;
-            masked columns hold zeros, and so do columns which a sliding layer of the given cache had already dropped.
-            Sliding layers are kept at full length: the stock model masks them by itself when it decodes.
-
-    Raises:
-        ValueError: an argument does not fit; the text names it, what was expected and what came. Or hooks of the
-            model's attentions shortened the cache on the way: both phases are calls of them.
-        TypeError: an argument is of the wrong kind.
+    Sequence i has ``T_i`` real new tokens. Its last ``min(T_i, max(boundary_i, logits_to_keep_i))`` rows run at full
+    depth. The context rows before them skip the omitted layers, which only project their K and V (in the paper:
+    independent KV projection and boundary handling). ``plan.min_tokens`` is ignored.
 
     RoPE frequencies that depend on the length ("dynamic", "longrope") follow the largest position of the whole call, as
     in one stock call over the batch. The sliding window counts real positions of the sequence, not columns.
+
+    Args:
+        model: Hugging Face causal language model. Every decoder layer has ``self_attn.k_proj`` and
+            ``self_attn.v_proj`` (or ``self_attn.qkv_proj``) and, if the family has them, ``input_layernorm`` and
+            ``self_attn.k_norm``. A family that projects K and V in another way is refused, after a check on one row of
+            every omitted layer.
+        input_ids: int [batch, T]. Give either this or ``inputs_embeds``.
+        plan: Object with ``num_layers``, ``omit`` and ``boundary``. None for the default plan of the model's config.
+        logits_to_keep: Number of last rows to return logits for, in 1..T_i: an int, or one per sequence (1-D).
+        inputs_embeds: [batch, T, hidden] in the model's dtype.
+        attention_mask: bool or 0/1 [batch, P + T], 1 for real positions. New tokens may be padded on the left or the
+            right, and the past may have holes, but the new tokens may not. None if everything is real.
+        position_ids: int [batch, T] or [1, T]. None to count real positions from the mask, past included. For a
+            vision-language model, the positions that its wrapper takes, or None to let the wrapper count images.
+        past_key_values: DynamicCache, StaticCache or QuantizedCache. It is read and never modified.
+        boundary: Number of last rows at full depth, in 1..T_i, in place of ``plan.boundary``: an int, or one per
+            sequence (1-D).
+        **vision: Further arguments of a vision-language model's ``forward``, such as ``pixel_values``. Its wrapper
+            runs unchanged, and both phases run in the language model that it calls. With ``token_type_ids`` (Gemma 3)
+            the tokens of an image attend to each other, so a boundary inside an image moves to its start.
+
+    Returns:
+        The logits, [batch, logits_to_keep, vocab], or packed [sum(logits_to_keep), vocab] for one value per sequence.
+        And a new ``DynamicCache`` with ``P + T`` columns in every layer, in the order of the mask. Masked columns hold
+        zeros, and so do columns that a sliding layer of the given cache had already dropped. Sliding layers keep their
+        full length: the stock model masks them when it decodes.
+
+    Raises:
+        ValueError: An argument does not fit; the text gives the argument, what was expected and what came. Also if
+            hooks of the model's attentions shorten the cache between the two phases.
+        TypeError: An argument has the wrong type.
     """
     stock: Module = uncompiled(model)
     parts = find_parts(stock)
     if plan is None:
-        from pop_ext.plans.presets import default_plan
-
         plan = default_plan(stock.config)
     check_plan(plan, parts.layers, stock.config)
     inputs = check_inputs(stock, input_ids, inputs_embeds)
@@ -115,10 +115,10 @@ def prefill(
 
     mask = check_mask(attention_mask, batch, past_length, new, inputs.device)
     check_ids(stock, input_ids, mask[:, past_length:])
-    wrapped: Wrapped | None = None
-    if is_wrapped(stock, parts):
+    wrapped: DecoderInputs | None = None
+    if has_wrapper(stock, parts):
         call = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids, **vision}
-        with _ONE_CALL_AT_A_TIME:
+        with _FORWARD_LOCK:
             wrapped = run_wrapper(stock, parts, attention_mask=attention_mask, past_key_values=past_key_values, **call)
         inputs, position_ids = wrapped.embeds, wrapped.positions
     elif vision:
@@ -127,34 +127,14 @@ def prefill(
         positions = position_ids
     else:
         positions = check_positions(position_ids, mask, past_length)
-    lengths = mask[:, past_length:].sum(1).tolist()
-    keeps = per_sequence("logits_to_keep", logits_to_keep, lengths)
-    if boundary is None:
-        boundaries = [min(plan.boundary, length) for length in lengths]
-    else:
-        boundaries = per_sequence("boundary", boundary, lengths)
-
-    sequences = []
-    for i in range(batch):
-        new_columns = mask[i, past_length:].nonzero().flatten()
-        images = Images() if wrapped is None else wrapped.images(i, new_columns)
-        sequences.append(
-            OneSequence(
-                past_columns=mask[i, :past_length].nonzero().flatten(),
-                new_columns=new_columns,
-                positions=positions[..., i, new_columns].unsqueeze(-2),
-                boundary=lengths[i] - images.start(max(0, lengths[i] - max(boundaries[i], keeps[i]))),
-                keep=keeps[i],
-                images=images,
-            )
-        )
+    sequences = remove_padding(mask, past_length, positions, wrapped, plan.boundary, boundary, logits_to_keep)
     window = getattr(stock.config.get_text_config(), "sliding_window", None)
-    caches = [past_of_sequence(past, sequence, i, window) for i, sequence in enumerate(sequences)]
+    caches = [gather_past(past, sequence, i, window) for i, sequence in enumerate(sequences)]
 
     name = "input_ids" if inputs_embeds is None and wrapped is None else "inputs_embeds"
     largest = torch.cat([sequence.positions for sequence in sequences], dim=-1).max()
     logits = []
-    with _ONE_CALL_AT_A_TIME, module_restored_on_error(parts.rotary), rope_of_whole_call(parts.rotary, largest):
+    with _FORWARD_LOCK, module_restored_on_error(parts.rotary), rope_seen_up_to(parts.rotary, largest):
         for i, (sequence, cache) in enumerate(zip(sequences, caches, strict=True)):
             rows = inputs[i : i + 1, sequence.new_columns]
             logits.append(prefill_sequence(stock, parts, plan, name, rows, sequence, cache))
@@ -162,7 +142,55 @@ def prefill(
     packed = torch.cat(logits)
     if isinstance(logits_to_keep, int):
         packed = packed.view(batch, logits_to_keep, packed.shape[-1])
-    return packed, assemble(caches, sequences, past_length, new)
+    return packed, assemble_cache(caches, sequences, past_length, new)
+
+
+def remove_padding(
+    mask: Tensor,
+    past_length: int,
+    positions: Tensor,
+    wrapped: DecoderInputs | None,
+    plan_boundary: int,
+    boundary: int | Sequence[int] | Tensor | None,
+    logits_to_keep: int | Sequence[int] | Tensor,
+) -> list[UnpaddedSequence]:
+    """Split a padded batch into its sequences, each with its own boundary.
+
+    Args:
+        mask: bool [batch, P + T].
+        past_length: Columns ``P`` in the cache.
+        positions: int64 [batch, T] or [3, batch, T].
+        wrapped: Inputs of the language model of a vision-language model, else None.
+        plan_boundary: Boundary of the plan, for ``boundary=None``.
+        boundary: As for ``prefill``.
+        logits_to_keep: As for ``prefill``.
+
+    Raises:
+        ValueError: As for ``per_sequence``.
+        TypeError: As for ``per_sequence``.
+    """
+    lengths = mask[:, past_length:].sum(1).tolist()
+    num_logits = per_sequence("logits_to_keep", logits_to_keep, lengths)
+    if boundary is None:
+        boundaries = [min(plan_boundary, length) for length in lengths]
+    else:
+        boundaries = per_sequence("boundary", boundary, lengths)
+    sequences = []
+    for i, length in enumerate(lengths):
+        new_columns = mask[i, past_length:].nonzero().flatten()
+        images = Images() if wrapped is None else wrapped.images(i, new_columns)
+        context = images.snap_to_image_start(max(0, length - max(boundaries[i], num_logits[i])))
+        sequences.append(
+            UnpaddedSequence(
+                past_columns=mask[i, :past_length].nonzero().flatten(),
+                new_columns=new_columns,
+                positions=positions[..., i, new_columns].unsqueeze(-2),
+                boundary=length - context,
+                num_logits=num_logits[i],
+                images=images,
+            )
+        )
+    return sequences
 
 
 # The two phases
@@ -174,10 +202,26 @@ def prefill_sequence(
     plan: PlanLike,
     name: str,
     rows: Tensor,
-    sequence: OneSequence,
+    sequence: UnpaddedSequence,
     cache: DynamicCache,
 ) -> Tensor:
-    """Both phases for one sequence: `rows` [1, T_i(, hidden)] of argument `name` in, logits [keep, vocab] out."""
+    """Run both phases for one sequence.
+
+    Args:
+        model: The model.
+        parts: Its modules.
+        plan: The plan.
+        name: Argument that takes the rows, "input_ids" or "inputs_embeds".
+        rows: Ids [1, T_i] or embeddings [1, T_i, hidden].
+        sequence: The sequence.
+        cache: Its past, to which all new positions are added.
+
+    Returns:
+        Logits [num_logits, vocab].
+
+    Raises:
+        ValueError: A hook shortened the cache, or a layer projects K and V in another way.
+    """
     context = rows.shape[1] - sequence.boundary
 
     def call(start: int, stop: int) -> dict[str, Any]:
@@ -196,105 +240,24 @@ def prefill_sequence(
             parts.decoder(**call(0, context), **with_cache(parts.decoder, cache))
         check_filled(cache, len(sequence.past_columns) + context)
     boundary = call(context, rows.shape[1])
-    if is_wrapped(model, parts):  # the wrapper has run
+    if has_wrapper(model, parts):  # the wrapper has already run
         hidden_states = parts.decoder(**boundary, **with_cache(parts.decoder, cache)).last_hidden_state
-        return model.lm_head(hidden_states[:, -sequence.keep :])[0]
-    # The class's forward: the stock one, also where the instance carries a replaced `forward`.
+        return model.lm_head(hidden_states[:, -sequence.num_logits :])[0]
+    # The forward of the class is the stock one, even if the instance has a replaced ``forward``.
     stock_forward = type(model).forward
-    return stock_forward(model, **boundary, **with_cache(model, cache), logits_to_keep=sequence.keep).logits[0]
-
-
-def project_kv(
-    layer: Module, hidden_states: Tensor, cos: Tensor, sin: Tensor, fitted: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The independent KV projection: K = rope(k_norm?(Wk . norm(h))), V = Wv . norm(h).
-
-    hidden_states [1, rows, hidden]; cos, sin as the model's rotary module returns them; fitted [2 * kv_dim, hidden]
-    stands for [Wk; Wv] and reads norm(h) without the norm's weight. Returns K, V [1, kv_heads, rows, head_dim].
-    """
-    attention = layer.self_attn
-    normed = layer.input_layernorm(hidden_states) if hasattr(layer, "input_layernorm") else hidden_states
-    heads = (*normed.shape[:-1], -1, attention.head_dim)
-    if fitted is not None:
-        plain = without_gamma(layer, hidden_states).to(hidden_states.dtype)
-        keys, values = (plain @ fitted.to(plain).T).chunk(2, dim=-1)
-        biases = key_value_weights(attention)
-        if biases.k_bias is not None and biases.v_bias is not None:
-            keys, values = keys + biases.k_bias, values + biases.v_bias
-    elif hasattr(attention, "qkv_proj"):  # Phi-3
-        kv_dim = attention.config.num_key_value_heads * attention.head_dim
-        keys, values = attention.qkv_proj(normed)[..., -2 * kv_dim :].split(kv_dim, dim=-1)
-    else:
-        keys, values = attention.k_proj(normed), attention.v_proj(normed)
-    k_norm: Module = getattr(attention, "k_norm", None)
-    over_heads = k_norm is not None and k_norm.weight.numel() == keys.shape[-1]  # OLMo 2
-    if over_heads:
-        keys = k_norm(keys)
-    keys, values = keys.view(heads), values.view(heads).transpose(1, 2)
-    if k_norm is not None and not over_heads:
-        keys = k_norm(keys)
-    keys = keys.transpose(1, 2)
-    if getattr(attention, "use_rope", True):
-        apply_rotary_pos_emb = family_function(attention, "apply_rotary_pos_emb")
-        _, keys = apply_rotary_pos_emb(keys, keys, cos, sin)
-    return keys, values
-
-
-def check_projection(layer: Module, row: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Raise unless `project_kv` gives for one row [1, 1, hidden] what the layer itself writes into a cache.
-
-    Families differ in small things (norms after RoPE, layers without RoPE, clipped projections); none may pass unseen.
-    """
-    attention, cache = layer.self_attn, DynamicCache()
-    call = {"position_embeddings": (cos, sin), "attention_mask": None}
-    if hasattr(layer, "input_layernorm"):
-        attention(hidden_states=layer.input_layernorm(row), **call, **with_cache(attention, cache))
-    else:  # the whole layer, which may have a norm under another name
-        type(layer).forward(layer, row, **call, **with_cache(layer, cache))
-    written: Any = cache.layers[attention.layer_idx]
-    try:
-        projected = project_kv(layer, row, cos, sin)
-        equal = all(
-            torch.allclose(ours, theirs, rtol=1e-2, atol=1e-5, equal_nan=True)
-            for ours, theirs in zip(projected, (written.keys, written.values), strict=True)
-        )
-    except RuntimeError:  # shapes that do not meet
-        equal = False
-    if not equal:
-        raise ValueError(
-            "model: expected K = rope(k_norm?(k_proj(normed input))) and V = v_proj(normed input), but "
-            f"{type(attention).__name__} of layer {attention.layer_idx} computes something else"
-        )
+    return stock_forward(model, **boundary, **with_cache(model, cache), logits_to_keep=sequence.num_logits).logits[0]
 
 
 @contextmanager
-def omitted_layers(layers: Sequence[Module], plan: PlanLike) -> Iterator[None]:
-    """Inside: a layer of `omit` writes its projected K/V into the cache and passes its input by unchanged."""
+def rope_seen_up_to(rotary: Module, largest: Tensor) -> Iterator[None]:
+    """Let each call of ``rotary`` see the position ``largest``, too.
 
-    fitted: Projections | None = getattr(plan, "projections", None)
+    Frequencies that depend on the length ("dynamic", "longrope") are then those of one stock call over the whole batch.
 
-    def omitted_forward(layer: Module, matrix: Tensor | None) -> Callable[..., Tensor]:
-        def forward(hidden_states: Tensor, *_: Any, **kwargs: Any) -> Tensor:
-            cos, sin = kwargs["position_embeddings"]
-            check_projection(layer, hidden_states[:, -1:], cos[..., -1:, :], sin[..., -1:, :])
-            keys, values = project_kv(layer, hidden_states, cos, sin, matrix)
-            kwargs[cache_argument(type(layer).forward)].update(keys, values, layer.self_attn.layer_idx)
-            return hidden_states
-
-        return forward
-
-    with ExitStack() as stack:
-        for index in plan.omit:
-            matrix = None if fitted is None else fitted.matrices[index]
-            layer = layers[index]
-            stack.enter_context(replaced_forward(layer, omitted_forward(layer, matrix), forward_attribute(layer)))
-        yield
-
-
-@contextmanager
-def rope_of_whole_call(rotary: Module, largest: Tensor) -> Iterator[None]:
-    """Inside: each call of `rotary` also sees the position `largest`, so that frequencies which depend on the length
-    ("dynamic", "longrope") are those that one stock call over the whole batch would use."""
+    Args:
+        rotary: The model's rotary module.
+        largest: Largest position of the call, a scalar int64 tensor.
+    """
     original = rotary.forward
 
     def forward(x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Vision-language models for the oracle: what the wrapper hands to its language model, sequence by sequence."""
+"""Vision-language models for the oracle: the inputs that the wrapper passes to its language model, by sequence."""
 
 from __future__ import annotations
 
@@ -16,42 +16,50 @@ from pop_ext.hf.restore import replaced_forward
 
 @dataclass(frozen=True)
 class Images:
-    """The images of one sequence of `T_i` new tokens.
+    """The images of one sequence of ``T_i`` new tokens.
 
     Attributes:
-        marked: bool [T_i], tokens of images that see each other in both directions; None: everything is causal.
-        featured: bool [T_i], tokens that features are added to after the first layers; None: none.
-        features: for each of the first layers [featured tokens, hidden].
+        bidirectional: bool [T_i], tokens of images that attend to each other in both directions. None if all
+            attention is causal.
+        feature_mask: bool [T_i], tokens that features are added to after the first layers. None if there are none.
+        features: One [tokens with features, hidden] for each of the first layers.
     """
 
-    marked: Tensor | None = None
-    featured: Tensor | None = None
+    bidirectional: Tensor | None = None
+    feature_mask: Tensor | None = None
     features: tuple[Tensor, ...] = ()
 
-    def start(self, context: int) -> int:
-        """`context` rows, or as many fewer as it takes not to cut an image."""
-        while (
-            self.marked is not None and 0 < context < len(self.marked) and self.marked[context - 1 : context + 1].all()
-        ):
+    def snap_to_image_start(self, context: int) -> int:
+        """Lower a number of context rows until the boundary does not split an image."""
+        both = self.bidirectional
+        while both is not None and 0 < context < len(both) and both[context - 1 : context + 1].all():
             context -= 1
         return context
 
     def arguments(self, start: int, stop: int, past: int, config: Any, dtype: torch.dtype) -> dict[str, Any]:
-        """What a call of the language model for new tokens [start, stop) takes besides the rows themselves."""
+        """Return the extra arguments of the language model for the new tokens in [start, stop).
+
+        Args:
+            start: First new token.
+            stop: One past the last new token.
+            past: Number of past positions.
+            config: Text config of the model.
+            dtype: Dtype of the masks.
+        """
         arguments: dict[str, Any] = {}
-        if self.featured is not None:
-            before, here = int(self.featured[:start].sum()), int(self.featured[start:stop].sum())
-            arguments["visual_pos_masks"] = self.featured[None, start:stop]
+        if self.feature_mask is not None:
+            before, here = int(self.feature_mask[:start].sum()), int(self.feature_mask[start:stop].sum())
+            arguments["visual_pos_masks"] = self.feature_mask[None, start:stop]
             arguments["deepstack_visual_embeds"] = [layer[before : before + here] for layer in self.features]
-        if self.marked is not None and bool(self.marked.any()):
+        if self.bidirectional is not None and bool(self.bidirectional.any()):
             arguments["attention_mask"] = self._masks(start, stop, past, config.sliding_window, dtype)
         return arguments
 
     def _masks(self, start: int, stop: int, past: int, window: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Masks [1, 1, rows, keys] to add to scores, by kind of layer."""
-        assert self.marked is not None
-        begins = self.marked & ~torch.nn.functional.pad(self.marked, (1, 0))[:-1]
-        image = torch.where(self.marked, begins.cumsum(0), 0)  # a number for each, 0 for text
+        """Return additive masks [1, 1, rows, keys] by kind of layer; 0 where a row may attend to a key."""
+        assert self.bidirectional is not None
+        begins = self.bidirectional & ~torch.nn.functional.pad(self.bidirectional, (1, 0))[:-1]
+        image = torch.where(self.bidirectional, begins.cumsum(0), 0)  # number of each image from 1, 0 for text
         image = torch.nn.functional.pad(image, (past, 0))[: past + stop]
         key = torch.arange(past + stop, device=image.device)
         row = key[past + start :, None]
@@ -65,56 +73,66 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Wrapped:
-    """What a wrapper handed to its language model for a padded batch.
+class DecoderInputs:
+    """The inputs of the language model for a padded batch, as the wrapper of a vision-language model passes them.
 
     Attributes:
-        embeds: [batch, T, hidden], features of images in their places.
-        positions: [batch, T] or [3, batch, T]; None: the wrapper left them to the language model.
-        featured: bool [batch, T] or None; features: for each of the first layers [featured tokens, hidden].
-        marked: bool [batch, T] or None, as in `Images`.
+        embeds: [batch, T, hidden], with the features of images in their places.
+        positions: [batch, T] or [3, batch, T]. None if the wrapper leaves them to the language model.
+        feature_mask: bool [batch, T] or None, as in ``Images``.
+        features: One [tokens with features, hidden] for each of the first layers.
+        bidirectional: bool [batch, T] or None, as in ``Images``.
     """
 
     embeds: Tensor
     positions: Tensor | None
-    featured: Tensor | None
+    feature_mask: Tensor | None
     features: tuple[Tensor, ...]
-    marked: Tensor | None
+    bidirectional: Tensor | None
 
     def images(self, sequence: int, columns: Tensor) -> Images:
-        """Those of one sequence, whose real tokens are in `columns`."""
-        marked = None if self.marked is None else self.marked[sequence, columns]
-        if self.featured is None:
-            return Images(marked)
-        before = int(self.featured[:sequence].sum())
-        here = int(self.featured[sequence].sum())
+        """Return the images of one sequence, whose real tokens are in ``columns`` [T_i]."""
+        bidirectional = None if self.bidirectional is None else self.bidirectional[sequence, columns]
+        if self.feature_mask is None:
+            return Images(bidirectional)
+        before = int(self.feature_mask[:sequence].sum())
+        here = int(self.feature_mask[sequence].sum())
         features = tuple(layer[before : before + here] for layer in self.features)
-        return Images(marked, self.featured[sequence, columns], features)
+        return Images(bidirectional, self.feature_mask[sequence, columns], features)
 
 
-def is_wrapped(model: Module, parts: DecoderModules) -> bool:
-    """Whether `model.model` is a wrapper around the language model."""
+def has_wrapper(model: Module, parts: DecoderModules) -> bool:
+    """Return True if ``model.model`` is a wrapper around the language model."""
     return getattr(getattr(model, "model", None), "language_model", None) is parts.decoder
 
 
-def run_wrapper(model: Module, parts: DecoderModules, **arguments: Any) -> Wrapped:
-    """Runs the wrapper as it is, but for its language model; `arguments` are of its forward, the cache apart."""
-    seen: list[dict[str, Any]] = []
+def run_wrapper(model: Module, parts: DecoderModules, **arguments: Any) -> DecoderInputs:
+    """Run the stock wrapper, but record the call of its language model instead of running it.
+
+    Args:
+        model: Vision-language model.
+        parts: Its modules.
+        **arguments: Arguments of the wrapper's forward; the cache is passed as ``past_key_values``.
+
+    Returns:
+        The inputs of the language model.
+    """
+    calls: list[dict[str, Any]] = []
     types = arguments.get("token_type_ids")
 
     def forward(**call: Any) -> BaseModelOutputWithPast:
-        seen.append(call)
+        calls.append(call)
         return BaseModelOutputWithPast(last_hidden_state=call["inputs_embeds"])
 
     cache = with_cache(model.model, arguments.pop("past_key_values"))
     with replaced_forward(parts.decoder, forward):
         model.model(**arguments, **cache)
-    (call,) = seen
+    (call,) = calls
     embeds, positions, mask = call["inputs_embeds"], call.get("position_ids"), call.get("visual_pos_masks")
     if positions is not None:
         positions = positions[1:] if len(positions) == 4 and positions.dim() == 3 else positions
-        positions = positions[..., -embeds.shape[1] :]  # counted from a mask they begin with the past
+        positions = positions[..., -embeds.shape[1] :]  # positions counted from a mask include the past
         positions = positions.expand(*positions.shape[:-2], *embeds.shape[:2])
     features = tuple(layer.to(embeds.dtype) for layer in call.get("deepstack_visual_embeds") or ())
-    marked = None if types is None else types[:, -embeds.shape[1] :] == 1
-    return Wrapped(embeds, positions, mask if features else None, features, marked)
+    bidirectional = None if types is None else types[:, -embeds.shape[1] :] == 1
+    return DecoderInputs(embeds, positions, mask if features else None, features, bidirectional)

@@ -1,1 +1,1 @@
-"""Small helpers without knowledge of models."""
+"""Helpers that know nothing of models."""

@@ -1,4 +1,4 @@
-"""Values as JSON has them: it knows no NaN and no infinity."""
+"""JSON without NaN and infinity, which the format does not have."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def finite(value: Any) -> Any:
-    """``value`` with None for each float in its dicts, lists and tuples that is not finite."""
+    """Replace NaN and infinity by None in nested dicts, lists and tuples; tuples become lists."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

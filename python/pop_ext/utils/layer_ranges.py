@@ -1,21 +1,33 @@
-"""Layers and other numbers as people write them: ``22-31`` or ``8,9,11``."""
+"""Lists of integers as people write them: ``22-31`` or ``8,9,11``."""
 
 from __future__ import annotations
 
 import re
 
 
-def parse_layers(text: str) -> list[int]:
-    """``"3,5-7"`` -> ``[3, 5, 6, 7]``; "" is no layer.
+def parse_ranges(text: str) -> list[int]:
+    """Parse numbers and inclusive ranges separated by commas: ``"3,5-7"`` -> ``[3, 5, 6, 7]``; ``""`` -> ``[]``.
 
     Raises:
-        ValueError: anything else.
+        ValueError: The text is anything else, or a range runs backwards.
     """
-    layers: list[int] = []
+    numbers: list[int] = []
     for part in text.split(",") if text else []:
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
-            raise ValueError(f"--omit: expected layers like 22-31 or 8,9,11, got {text!r}")
-        layers.extend(range(first, last + 1))
-    return layers
+            raise ValueError(f"expected numbers like 1,2,4 or 1-6, got {text!r}")
+        numbers.extend(range(first, last + 1))
+    return numbers
+
+
+def parse_layers(text: str, argument: str = "--omit") -> list[int]:
+    """Parse layer indices as ``parse_ranges`` does; an error names ``argument``.
+
+    Raises:
+        ValueError: The text is no list of numbers and ranges.
+    """
+    try:
+        return parse_ranges(text)
+    except ValueError:
+        raise ValueError(f"{argument}: expected layers like 22-31 or 8,9,11, got {text!r}") from None

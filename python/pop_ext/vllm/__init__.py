@@ -1,12 +1,12 @@
 """Prefill-Only Pruning inside vLLM, through its plugin entry point (``vllm.general_plugins``).
 
-With pop_ext installed beside vLLM, an engine prunes its prefills when it is told to take pop_ext's model class::
+With pop_ext installed beside vLLM, an engine prunes its prefills if it is configured to use pop_ext's model class::
 
     vllm serve MODEL --hf-overrides '{"architectures": ["POPLlamaForCausalLM"]}' \
         --additional-config '{"pop_ext": {"plan": "plan.json"}}'
 
-or, in Python, ``LLM(MODEL, **pop_ext.vllm.engine_arguments(MODEL, "plan.json"))``. Nothing changes for engines that are
-not told so. Written against vLLM 0.32; docs/vllm.md has what it means and what it refuses.
+or, in Python, ``LLM(MODEL, **pop_ext.vllm.engine_arguments(MODEL, "plan.json"))``. Other engines run as before. Written
+for vLLM 0.32; docs/vllm.md describes the results and the configurations that are refused.
 """
 
 from __future__ import annotations
@@ -15,20 +15,14 @@ import logging
 from os import PathLike, fspath
 from typing import Any
 
-SECTION = "pop_ext"
-"""Of vLLM's ``additional_config``; its member ``plan`` is the path of what ``Plan.save`` wrote."""
-
-ARCHITECTURES = {
-    name: f"POP{name}" for name in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-}
-"""vLLM's model class -> the one that prunes."""
+from pop_ext.vllm.names import ARCHITECTURES, SECTION
 
 
 def register() -> None:
-    """What the entry point calls, in every process of an engine and as often as it likes.
+    """Register the model classes with vLLM, and the check of an engine's configuration.
 
-    Names the model classes to vLLM, which imports them when an engine wants one, and what checks such an engine's
-    configuration. With a vLLM that lacks what this is written against, it says so and leaves every engine alone.
+    vLLM calls this entry point in every process of an engine, possibly several times, and imports a model class when
+    an engine uses it. If this vLLM lacks a name that is imported here, a warning is logged and no engine is changed.
     """
     try:
         from vllm import ModelRegistry
@@ -46,18 +40,18 @@ def register() -> None:
 
 
 def engine_arguments(model: str | PathLike[str], plan: str | PathLike[str] | None = None) -> dict[str, Any]:
-    """Arguments of ``vllm.LLM`` that make it prune the prefills of a model.
+    """Return the arguments of ``vllm.LLM`` that make it prune the prefills of a model.
 
     Args:
-        model: name or path of the model; its config.json says which class it is.
-        plan: path of what ``Plan.save`` wrote, with fitted projections beside it if it has any. None: the preset whose
-            config matches, else the deepest third of the layers.
+        model: name or path of the model; its config.json names its class.
+        plan: path of a plan that ``Plan.save`` wrote; fitted projections are read from the file beside it. None: the
+            preset whose config matches, else the deepest third of the layers.
 
     Returns:
         ``hf_overrides`` and ``additional_config``.
 
     Raises:
-        ValueError: an architecture that has no pruned form here.
+        ValueError: the architecture has no class with pruned prefills.
     """
     from transformers import AutoConfig
 

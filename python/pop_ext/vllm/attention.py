@@ -1,4 +1,4 @@
-"""Attention of omitted layers: a backend whose metadata is that of the boundary rows alone."""
+"""Attention of omitted layers: a backend whose metadata covers the boundary rows only."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pop_ext.vllm.rows import BoundaryRows, boundary_rows
 
 @cache
 def boundary_backend(underlying: type[AttentionBackend], boundary: int, min_tokens: int) -> type[AttentionBackend]:
-    """The backend ``underlying``, for layers that only the boundary rows of a prefill run through.
+    """Return a subclass of the backend ``underlying`` for layers that only boundary rows run through.
 
-    In a step that prefills, its metadata describes those rows as if they were all the step had brought, and carries
-    their indices as ``boundary``. In any other step it is what ``underlying`` makes. One class for all layers: the
-    engine builds metadata once for layers of one backend.
+    In a step that prefills, its metadata describes the boundary rows as if the step had no others, and carries their
+    indices as ``boundary``. In any other step it is the metadata of ``underlying``. All layers get one class (the
+    function is cached), since the engine builds metadata once for all layers of a backend.
     """
     builder = underlying.get_builder_cls()
 
@@ -27,7 +27,7 @@ def boundary_backend(underlying: type[AttentionBackend], boundary: int, min_toke
 
         @classmethod
         def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> AttentionCGSupport:
-            # A graph of a step that may prefill would have the number of boundary rows built in.
+            # A graph of a step that may prefill would fix the number of boundary rows.
             support = super().get_cudagraph_support(*args, **kwargs)
             return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda level: level.value)
 
@@ -46,7 +46,7 @@ def boundary_backend(underlying: type[AttentionBackend], boundary: int, min_toke
 
 
 def _of_rows(common: Any, rows: BoundaryRows, index: Any) -> Any:
-    """The engine's description of a step, of some of its rows; sequences are as long as they are."""
+    """Restrict the engine's description of a step to the boundary rows; the lengths of sequences stay."""
     return common.replace(
         query_start_loc=async_tensor_h2d(rows.query_start_loc, device=common.query_start_loc.device),
         query_start_loc_cpu=rows.query_start_loc,
@@ -63,5 +63,5 @@ def _of_rows(common: Any, rows: BoundaryRows, index: Any) -> Any:
 
 @cache
 def _carrier(kind: type) -> type:
-    """A backend's metadata with the rows that it is of; the backend takes it for its own."""
+    """Return a subclass of a backend's metadata with the attribute ``boundary``; the backend accepts it as its own."""
     return type(f"Boundary{kind.__name__}", (kind,), {"boundary": None})

@@ -1,7 +1,7 @@
-"""vLLM's models, with prefills that omit layers.
+"""vLLM's models with pruned prefills.
 
-A step that brings no context rows (decoding, verification of drafts, a prompt that the boundary covers) is vLLM's own,
-compiled and replayed from graphs as ever. A step that prefills goes through the same layers here, one by one.
+A step without context rows (decoding, verification of drafts, a prompt that the boundary covers) runs in vLLM's own
+forward, compiled and from graphs as always. A step that prefills calls the same layers one by one here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pop_ext.vllm.settings import engine_boundary, engine_plan
 
 
 class PrunedPrefill(torch.nn.Module):
-    """What makes a model of vLLM prune its prefills; comes before the model's class among the bases."""
+    """Mix-in that prunes the prefills of a vLLM model; it comes before the model's class among the bases."""
 
     model: Any
     pop_runs: tuple[range, ...]
@@ -45,7 +45,10 @@ class PrunedPrefill(torch.nn.Module):
 
     def load_weights(self, weights: Any) -> Any:
         if any(projection.folded for projection in self.pop_projections):
-            raise RuntimeError("weights: expected no others once an engine with pruned prefills runs: start a new one")
+            raise RuntimeError(
+                "weights: expected to be loaded once, before an engine with pruned prefills runs, got others: "
+                "start a new engine"
+            )
         return super().load_weights(weights)  # type: ignore[misc]
 
     def forward(
@@ -57,7 +60,7 @@ class PrunedPrefill(torch.nn.Module):
         **more: Any,
     ) -> torch.Tensor:
         context = get_forward_context()
-        # Runs that the engine makes for its own sake come without metadata.
+        # Profiling and warm-up runs of the engine have no attention metadata.
         described = context.attn_metadata
         rows = getattr(described[self._run_layer_names[0]], "boundary", None) if described else None
         if rows is None:
@@ -66,14 +69,23 @@ class PrunedPrefill(torch.nn.Module):
             raise ValueError(
                 f"model: expected tokens or their embeddings alone in a pruned prefill, got {sorted(more)}"
             )
-        # The engine's own buffer is left as it is.
+        # The prefill writes into hidden_states; inputs_embeds is a buffer of the engine.
         hidden_states = self.model.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds.clone()
         return self._prefill(hidden_states, positions, rows, context)
 
     def _prefill(
         self, hidden_states: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, context: ForwardContext
     ) -> torch.Tensor:
-        """``[rows of the step, hidden_size]`` after the final norm; NaN in rows that no layer has seen to the end."""
+        """Run the layers, and return ``[rows of the step, hidden_size]`` after the final norm.
+
+        Context rows are NaN: no plan computes them in the last layer, which needs only their K and V.
+
+        Args:
+            hidden_states: ``[rows of the step, hidden_size]`` embeddings; overwritten.
+            positions: ``[rows of the step]``.
+            rows: ``[boundary rows]``, their indices in the step.
+            context: the engine's context of the step.
+        """
         layers, of_boundary = self.model.layers, _context_of(context, self._run_layer_names, rows)
         boundary_positions = positions[rows]
         residual: Any = None
@@ -98,8 +110,8 @@ class PrunedPrefill(torch.nn.Module):
 
 
 def _context_of(context: ForwardContext, names: list[str], rows: torch.Tensor) -> ForwardContext:
-    """The engine's context of a step, for boundary rows in layers of these names: where their K and V go."""
-    taken: dict[int, torch.Tensor] = {}  # layers of a group share a tensor
+    """Restrict the cache slots of the layers ``names`` in an engine's context to the boundary rows."""
+    taken: dict[int, torch.Tensor] = {}  # layers of a group share a tensor of slots
     slots = dict(context.slot_mapping)
     for name in names:
         slot = slots[name]

@@ -1,4 +1,4 @@
-"""The independent KV projection of a run of omitted layers, into the engine's cache."""
+"""The independent KV projection of a run of omitted layers, written to the engine's cache."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from pop_ext.plans.origin import spread_values
 from pop_ext.plans.projections import SAMPLE, FitMismatch, Projections
 
 CHUNK_BYTES = 64 << 20
-"""Of K and V that are projected at once, at least 256 rows of them: what bounds the memory of a prefill for them."""
+"""Bytes of K and V that are projected at once (at least 256 rows): the memory that a prefill needs for them."""
 
 
 class RunProjection(torch.nn.Module):
-    """K and V of consecutive layers that read one hidden state: one product, then RoPE (``pop::kv_project``).
+    """Project K and V of consecutive layers that read one hidden state: one product, then RoPE (``pop::kv_project``).
 
-    The folded weights are the only new memory, ``[layers * 2 * kv_dim, hidden_size]``; the engine's own writer puts K
-    and V into the cache, whatever its layout.
+    The folded weights are the only new memory, ``[layers * 2 * kv_dim, hidden_size]``. The engine's own function
+    writes K and V to the cache, so that any layout of it works.
 
     Args:
         layers: decoder layers of the run, in their order.
         first: index of the first of them in the model.
-        fitted: projections that some of the layers take in place of their own (``Plan.projections``).
+        fitted: fitted projections that replace those of some layers (``Plan.projections``).
 
     Raises:
-        ValueError: layers whose K and V this does not compute, naming what was expected and found.
+        ValueError: the K and V of a layer are computed in a way that is not supported here.
     """
 
     def __init__(self, layers: Sequence[Any], first: int, fitted: Projections | None) -> None:
@@ -54,13 +54,18 @@ class RunProjection(torch.nn.Module):
         self.register_buffer("biases", biases, persistent=False)
         for at, layer in enumerate(layers):
             linear = layer.self_attn.qkv_proj
-            linear.quant_method = _FoldsFirst(linear.quant_method, self, at, layer.input_layernorm)
+            linear.quant_method = _FoldAfterLoading(linear.quant_method, self, at, layer.input_layernorm)
 
     def fold(self, at: int, linear: Any, norm: Any) -> None:
-        """Takes the K and V rows of layer ``at`` of the run from its loaded weights.
+        """Fold the K and V rows of one layer's loaded weights into the stack.
+
+        Args:
+            at: index of the layer within the run.
+            linear: its QKV layer.
+            norm: its input RMSNorm.
 
         Raises:
-            FitMismatch: the fitted projections were made for other weights.
+            FitMismatch: the fitted projections are for other weights.
         """
         kv_dim = self.kv_heads * self.head_dim
         k, v = linear.weight.data[-2 * kv_dim :].split(kv_dim)
@@ -78,15 +83,15 @@ class RunProjection(torch.nn.Module):
             self.fitted = None  # its matrices are in the stack
 
     def write(self, hidden_states: torch.Tensor, positions: torch.Tensor, slots: dict[str, torch.Tensor]) -> None:
-        """Writes K and V of all rows of a step to the cache of every layer of the run.
+        """Project all rows of a step, and write K and V to the cache of every layer of the run.
 
         Args:
-            hidden_states: ``[rows, hidden_size]``, what the run's layers read, before any norm.
+            hidden_states: ``[rows, hidden_size]``, the input of the run's layers, before any norm.
             positions: ``[rows]``.
-            slots: layer name -> ``[rows]`` cache slots, -1 for rows that have none.
+            slots: layer name -> ``[rows]`` cache slots, -1 for rows without one.
 
         Raises:
-            RuntimeError: the weights came by a way that vLLM processes none after loading, and were not folded.
+            RuntimeError: the weights were not folded: with this load format vLLM does not process loaded weights.
         """
         if len(self.folded) < len(self.attentions):
             raise RuntimeError("load_format: expected one after which vLLM processes weights, got another")
@@ -103,10 +108,19 @@ class RunProjection(torch.nn.Module):
                 layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots[layer.layer_name][chunk])
 
     def project(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """``[2, layers, rows, kv_heads, head_dim]``: K, then V, of ``hidden_states [rows, hidden_size]``."""
+        """Compute K and V of every layer of the run.
+
+        Args:
+            hidden_states: ``[rows, hidden_size]``, before any norm.
+            cos: ``[rows, rotary_dim]``.
+            sin: ``[rows, rotary_dim]``.
+
+        Returns:
+            ``[2, layers, rows, kv_heads, head_dim]``: K, then V.
+        """
         rows = len(hidden_states)
         out = hidden_states.new_empty(2, len(self.attentions), rows, self.kv_heads, self.head_dim)
-        # To the operator, one sequence whose cache is the result: [1, kv_heads, rows, head_dim] a layer.
+        # The operator writes to a cache: here views of the result, [1, kv_heads, rows, head_dim] a layer.
         keys, values = ([layer.transpose(0, 1)[None] for layer in part] for part in out)
         zero = torch.zeros(1, dtype=torch.int32, device="cpu")
         lengths = torch.tensor([0, rows], dtype=torch.int32, device="cpu"), zero, zero
@@ -120,10 +134,11 @@ class RunProjection(torch.nn.Module):
         return out
 
 
-class _FoldsFirst(UnquantizedLinearMethod):
-    """Of a layer's QKV matrix: hands K and V to the run once the weights are loaded, then does what was done before.
+class _FoldAfterLoading(UnquantizedLinearMethod):
+    """Method of a QKV layer that folds its K and V weights into the run once they are loaded.
 
-    That is the last moment: a CPU engine packs its weights into a form of its own.
+    Everything else is left to the method it replaces. Folding cannot happen later: a CPU engine repacks its weights
+    right after loading.
     """
 
     def __init__(self, inner: UnquantizedLinearMethod, run: RunProjection, at: int, norm: Any) -> None:
@@ -139,7 +154,7 @@ class _FoldsFirst(UnquantizedLinearMethod):
 
 
 class _TensorParallelPart:
-    """Which heads of K and V this rank of a tensor-parallel engine has, by its QKV layer."""
+    """The K and V heads that this rank of a tensor-parallel engine computes, read from a QKV layer."""
 
     def __init__(self, linear: Any) -> None:
         self.heads, self.head_dim = linear.num_kv_heads, linear.head_size
@@ -147,19 +162,24 @@ class _TensorParallelPart:
         self.first = get_tensor_model_parallel_rank() // linear.num_kv_head_replicas * self.heads
 
     def rows(self) -> slice:
+        """Return this rank's rows of a whole K or V matrix."""
         return slice(self.first * self.head_dim, (self.first + self.heads) * self.head_dim)
 
     def of_stack(self, matrix: torch.Tensor) -> torch.Tensor:
-        """``[2 * total kv_dim, hidden_size]``, K and then V -> this rank's."""
+        """Return this rank's rows of a whole matrix ``[2 * total kv_dim, hidden_size]``, K and then V."""
         return torch.cat([part[self.rows()] for part in matrix.chunk(2)])
 
 
 def _check_sample(
     fitted: Projections, number: int, part: _TensorParallelPart, k: torch.Tensor, v: torch.Tensor, norm: torch.Tensor
 ) -> None:
-    """Raises FitMismatch unless a layer's matrix has this shape and its sample is of these weights.
+    """Check that the fitted matrix of layer ``number`` was made for these weights.
 
-    The sample is spread over the whole of K and V: of a rank's part, what falls into it is compared.
+    The fit holds a sample of the weights that is spread over the whole of K and V. Compared is the part of it that
+    lies in this rank's rows.
+
+    Raises:
+        FitMismatch: the matrix has another shape, or the sample other values.
     """
     matrix = fitted.matrices[number]
     full = (part.total * part.head_dim, k.shape[1])
@@ -180,7 +200,11 @@ def _check_sample(
 
 
 def _check_layer(layer: Any, number: int, eps: float) -> None:
-    """Raises ValueError for what a run's projection does not compute."""
+    """Check that the projection of a run computes this layer's K and V.
+
+    Raises:
+        ValueError: names the part of the layer that it does not support.
+    """
     attention = layer.self_attn
     method = attention.qkv_proj.quant_method
     if type(method) is not UnquantizedLinearMethod:

@@ -1,4 +1,7 @@
-"""Refuses requests that a pruned prefill has no answer to; logits pass through. One class for each runner of vLLM."""
+"""Logits processors that refuse requests for logits of prompt tokens, and change no logits.
+
+vLLM has two model runners, each with an interface of its own; there is a class for either.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,11 @@ from vllm.v1.worker.gpu.sample.logits_processor import interface as v2
 
 
 def _check(params: Any) -> None:
+    """Check the sampling parameters of a request.
+
+    Raises:
+        VLLMValidationError: they ask for log-probabilities of prompt tokens.
+    """
     for name in ("prompt_logprobs", "prompt_logprob_token_ids"):
         value = getattr(params, name, None)
         if value is not None:
@@ -21,6 +29,8 @@ def _check(params: Any) -> None:
 
 
 class NoPromptLogprobsV1(v1.LogitsProcessor):
+    """For vLLM's V1 model runner."""
+
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         pass
 
@@ -39,6 +49,8 @@ class NoPromptLogprobsV1(v1.LogitsProcessor):
 
 
 class NoPromptLogprobsV2(v2.LogitsProcessor):
+    """For vLLM's V2 model runner."""
+
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
         _check(sampling_params)

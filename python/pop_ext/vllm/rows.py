@@ -1,4 +1,4 @@
-"""Which rows of a step of the engine run at full depth."""
+"""Select the rows of an engine's step that run at full depth. This module needs no vLLM."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 @dataclass(frozen=True)
 class BoundaryRows:
-    """The rows of a step that omitted layers compute; the others are context rows.
+    """The boundary rows of a step: those that omitted layers compute. The other rows are context rows.
 
     Attributes:
-        index: ``[kept]`` int64, rows of the step in their order, on the CPU.
-        query_start_loc: ``[requests + 1]`` int32, where those of each request begin among them, on the CPU.
-        longest: of one request.
+        index: ``[boundary rows]`` int64 on the CPU, their indices in the step, ascending.
+        query_start_loc: ``[requests + 1]`` int32 on the CPU, where each request begins among the boundary rows.
+        longest: the most boundary rows of one request.
     """
 
     index: torch.Tensor
@@ -23,18 +23,18 @@ class BoundaryRows:
 
 
 def boundary_rows(query_start_loc: torch.Tensor, boundary: int, min_tokens: int = 0) -> BoundaryRows | None:
-    """The last ``boundary`` rows of each request, and all of a request that brings fewer than ``min_tokens``.
+    """Return the last ``boundary`` rows of each request, and all rows of a request with fewer than ``min_tokens``.
 
-    A request that only decodes, or has drafts verified, brings no more than ``boundary`` rows and keeps all of them.
+    A request that decodes, or whose drafts are verified, has at most ``boundary`` rows: all are boundary rows.
 
     Args:
-        query_start_loc: ``[requests + 1]``, where the new tokens of each request begin in the step, on the CPU.
-            A request without new tokens (padding) keeps none.
-        boundary: at least 1, and at least the tokens that a request may have verified.
+        query_start_loc: ``[requests + 1]`` on the CPU, where the new tokens of each request begin in the step. A
+            request without new tokens (padding) has no boundary rows.
+        boundary: at least 1, and at least the number of tokens of a request that may be verified at once.
         min_tokens: ``Plan.min_tokens``.
 
     Returns:
-        None if no row is left out: the step is not a prefill.
+        None if there are no context rows: the step is not a prefill.
     """
     begin = query_start_loc.to(torch.int64)
     lengths = begin.diff()
@@ -43,7 +43,7 @@ def boundary_rows(query_start_loc: torch.Tensor, boundary: int, min_tokens: int 
         return None
     starts = torch.zeros_like(begin)
     starts[1:] = kept.cumsum(0)
-    # Row j of a request's kept ones is row end - kept + j of the step.
+    # Boundary row j of a request is row end - kept + j of the step.
     offset = (begin[1:] - kept - starts[:-1]).repeat_interleave(kept)
     index = torch.arange(int(starts[-1])) + offset
     return BoundaryRows(index, starts.to(torch.int32), int(kept.max()))

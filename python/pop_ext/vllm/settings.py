@@ -1,4 +1,4 @@
-"""What an engine is told about pruning, and which of its configurations cannot have it."""
+"""Read the plan from an engine's configuration, and refuse configurations that pruned prefills do not support."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from vllm.platforms import current_platform
 from pop_ext.hf.native_model import check_plan
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.presets import default_plan
-from pop_ext.vllm import SECTION
+from pop_ext.vllm.names import SECTION
 
-# Drafts of the others come from hidden states of every row of a prompt, or from a model that would have to be pruned.
+# Other methods draft from hidden states of every row of a prompt, which a pruned prefill does not compute, or with a
+# model that would have to be pruned as well.
 _DRAFTS = ("ngram", "ngram_gpu", "suffix")
 
 
 def engine_plan(vllm_config: Any) -> Plan:
-    """The plan of an engine: ``additional_config["pop_ext"]["plan"]``, or its model's default.
+    """Return an engine's plan: ``additional_config["pop_ext"]["plan"]``, or its model's default.
 
     Raises:
-        ValueError, TypeError, OSError: no such plan, another model's, or settings that nobody reads.
+        ValueError: the plan is for another model, its fit lies in the model's folder, or a setting is unknown.
+        TypeError: the plan is no path.
+        OSError: the plan cannot be read.
     """
     more = vllm_config.additional_config
     settings = more.get(SECTION, {}) if isinstance(more, dict) else more
@@ -47,26 +50,34 @@ def engine_plan(vllm_config: Any) -> Plan:
 
 
 def engine_boundary(vllm_config: Any, plan: Plan) -> int:
-    """How many last rows of a chunk run at full depth: the plan's, and all of a request whose drafts are verified."""
+    """Return how many last rows of a chunk run at full depth.
+
+    At least the plan's boundary, and at least the rows of a request whose drafts are verified.
+    """
     speculative = vllm_config.speculative_config
     return max(plan.boundary, 1 if speculative is None else 1 + speculative.num_speculative_tokens)
 
 
 class PrunedConfig(VerifyAndUpdateConfig):
-    """vLLM asks it about every engine whose model is one of ours, before there are workers."""
+    """Check an engine's configuration; vLLM calls it for pop_ext's model classes, before there are workers."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
         _check(vllm_config)
         engine_plan(vllm_config)
         _refuse_prompt_logprobs(vllm_config)
-        # A graph of a whole step that may prefill would go past the model's decision which rows omitted layers compute.
+        # Which rows omitted layers compute is decided in the model's forward. A graph of a whole step that may prefill
+        # would skip that decision.
         if vllm_config.optimization_level > 0 and vllm_config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
             vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
 
 
 def _check(vllm_config: Any) -> None:
-    """Raises ValueError for what would compute something else than it says."""
+    """Reject configurations whose results would silently differ from those asked for.
+
+    Raises:
+        ValueError: names the setting, the expected value and the value found.
+    """
     parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
     offload = vllm_config.offload_config
     refused = {
@@ -97,9 +108,9 @@ def _check(vllm_config: Any) -> None:
 
 
 def _refuse_prompt_logprobs(vllm_config: Any) -> None:
-    """Has requests for log-probabilities of prompt tokens, whose rows are pruned, refused at the front.
+    """Install the logits processor that refuses requests for log-probabilities of prompt tokens.
 
-    Where the engine takes no logits processors (vLLM's first runner, with drafts), such a request gets NaN.
+    Their rows are pruned. vLLM's V1 runner with drafts takes no logits processors; there such a request gets NaN.
     """
     if vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner:
         return

@@ -1,4 +1,4 @@
-"""The cases of test_bad_input.py and docs/bad-input.md: what is passed, what must come back."""
+"""Cases of test_bad_input.py and docs/bad-input.md: a bad argument, and the error that it must get."""
 
 from bad_input.blocks import BLOCKS
 from bad_input.enabling import ENABLED, SCORE

@@ -1,4 +1,4 @@
-"""What a bad call must leave as it was, and what a case is."""
+"""The model and caches that a bad call must not change, and the dataclass of a case."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYERS, PAST, NEW, CAPACITY = 3, 5, 8, 20
 
 
 class Fixture:
-    """A model, loaded, with filled caches of every kind: what a bad call must leave as it was."""
+    """A loaded model and filled caches of every kind, which a bad call must not change."""
 
     def __init__(self, new: int = NEW, capacity: int = CAPACITY) -> None:
         self.model = llama(layers=LAYERS, hidden=32, intermediate=48, vocab=50, heads=2, kv_heads=2)
@@ -48,7 +48,7 @@ class Fixture:
         return [*self.model.parameters(), *caches, *self.op["key_cache"], *self.op["value_cache"]]
 
     def snapshot(self) -> list[tuple[int, tuple[int, ...], bytes]]:
-        """Address, shape and bytes of every tensor, and the lengths of the caches."""
+        """Return address, shape and bytes of every tensor, and the lengths of the caches."""
         state = [(x.data_ptr(), tuple(x.shape), bytes_of(x)) for x in self.tensors() if x.device.type != "meta"]
         lengths = tuple(int(cache.get_seq_length()) for cache in (self.dynamic, self.static))
         return [*state, (0, lengths, b"")]
@@ -60,19 +60,28 @@ def bytes_of(x: Tensor) -> bytes:
 
 @dataclass(frozen=True)
 class Case:
+    """A bad call and the error that it must get.
+
+    Attributes:
+        given: what is passed, for the id of the test and the first column of docs/bad-input.md.
+        call: makes the bad call.
+        error: expected type of the error.
+        text: regular expression for the message: the argument, what was expected, what came.
+        prepare: runs first; its changes are part of the state before the call.
+        on_cuda: False if the case applies to CPU models only, for example because values in CUDA memory are not
+            checked.
+    """
+
     given: str
     call: Callable[[Fixture], Any]
     error: type[Exception]
     text: str
-    """A regular expression that the message matches: the argument, what was expected, what came."""
     prepare: Callable[[Fixture], Any] | None = None
-    """Runs first; its changes belong to the state before the call."""
     on_cuda: bool = True
-    """Whether a model on a GPU gets this error, and with this call; what lies there is not looked at."""
 
 
 def ones(**values: int) -> Tensor:
-    """An attention mask of ones but for zeros at row_column names: ones(r1c6=0)."""
+    """Return a mask of ones. Keywords set single elements: ones(r1c6=0) masks row 1, column 6."""
     mask = torch.ones(2, PAST + NEW, dtype=torch.long)
     for place, value in values.items():
         row, column = place.removeprefix("r").split("c")

@@ -1,4 +1,4 @@
-"""Plans, `load` and `enable`."""
+"""Cases of `Plan`, `load` and `enable`."""
 
 from __future__ import annotations
 
@@ -13,122 +13,122 @@ from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 from bad_input.fixture import Case, Fixture
 
 PLAN = [
-    Case("a layer that the model does not have", lambda w: Plan(3, omit=[3]), ValueError, "omit: .*0...2, got 3"),
-    Case("a negative layer", lambda w: Plan(3, omit=[-1]), ValueError, "omit: .*0...2, got -1"),
-    Case("a layer twice", lambda w: Plan(3, omit=[1, 1]), ValueError, "omit: .*once, got 1 twice"),
-    Case("every layer", lambda w: Plan(3, omit=range(3)), ValueError, "omit: .*retained, got all of them"),
-    Case("no layers at all", lambda w: Plan(0, omit=[]), ValueError, "num_layers: .*1.*got 0"),
-    Case("`omit=1`", lambda w: Plan(3, omit=1), TypeError, "omit: expected an iterable of integers, got 1"),
-    Case("a layer that is no integer", lambda w: Plan(3, omit=[1.0]), TypeError, "omit: .*integer, got 1.0"),
-    Case("`boundary=0`", lambda w: Plan(3, omit=[1], boundary=0), ValueError, "boundary: .*1.*got 0"),
-    Case("`min_tokens=-1`", lambda w: Plan(3, omit=[1], min_tokens=-1), ValueError, "min_tokens: .*0.*got -1"),
-    Case("a count of all layers", lambda w: Plan.last(3, count=3), ValueError, "count: .*0...2, got 3"),
+    Case("a layer that the model does not have", lambda f: Plan(3, omit=[3]), ValueError, "omit: .*0...2, got 3"),
+    Case("a negative layer", lambda f: Plan(3, omit=[-1]), ValueError, "omit: .*0...2, got -1"),
+    Case("a layer twice", lambda f: Plan(3, omit=[1, 1]), ValueError, "omit: .*once, got 1 twice"),
+    Case("every layer", lambda f: Plan(3, omit=range(3)), ValueError, "omit: .*retained, got all of them"),
+    Case("no layers at all", lambda f: Plan(0, omit=[]), ValueError, "num_layers: .*1.*got 0"),
+    Case("`omit=1`", lambda f: Plan(3, omit=1), TypeError, "omit: expected an iterable of integers, got 1"),
+    Case("a layer that is not an integer", lambda f: Plan(3, omit=[1.0]), TypeError, "omit: .*integer, got 1.0"),
+    Case("`boundary=0`", lambda f: Plan(3, omit=[1], boundary=0), ValueError, "boundary: .*1.*got 0"),
+    Case("`min_tokens=-1`", lambda f: Plan(3, omit=[1], min_tokens=-1), ValueError, "min_tokens: .*0.*got -1"),
+    Case("a count of all layers", lambda f: Plan.last(3, count=3), ValueError, "count: .*0...2, got 3"),
     Case(
         "both count and fraction",
-        lambda w: Plan.last(3, count=1, fraction=0.5),
+        lambda f: Plan.last(3, count=1, fraction=0.5),
         ValueError,
         "count, fraction: expected one of them",
     ),
-    Case("JSON that is none", lambda w: Plan.from_json("{"), ValueError, "plan"),
-    Case("a dict, to `Plan.from_json`", lambda w: Plan.from_json({}), TypeError, "text: expected a str .*, got dict"),
+    Case("text that is not JSON", lambda f: Plan.from_json("{"), ValueError, "plan"),
+    Case("a dict, to `Plan.from_json`", lambda f: Plan.from_json({}), TypeError, "text: expected a str .*, got dict"),
 ]
 
 
 class Adapter(nn.Linear):
-    """A stand-in for what adapters and quantisers put in a Linear's place."""
+    """Stand-in for the modules that adapters and quantisers put in the place of a Linear."""
 
 
 class Subclass(Tensor):
-    """A stand-in for quantised tensors; DTensor itself is in test_device_maps.py."""
+    """Stand-in for quantised tensors. DTensor itself is tested in test_device_maps.py."""
 
 
-def load(w: Fixture, plan: Any = None) -> Any:
-    return pop_ext.load(w.model, plan)
+def load(f: Fixture, plan: Any = None) -> Any:
+    return pop_ext.load(f.model, plan)
 
 
 def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=50))
 
 
-def replace_projection(w: Fixture) -> None:
-    attention = w.model.model.layers[1].self_attn
+def replace_projection(f: Fixture) -> None:
+    attention = f.model.model.layers[1].self_attn
     attention.q_proj = Adapter(*attention.q_proj.weight.shape[::-1], bias=False)
 
 
-def subclass_weight(w: Fixture) -> None:
-    linear = w.model.model.layers[0].mlp.up_proj
+def subclass_weight(f: Fixture) -> None:
+    linear = f.model.model.layers[0].mlp.up_proj
     linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Subclass), requires_grad=False)
 
 
-class Headless(nn.Module):
-    """No Hugging Face model: it has no config."""
+class WithoutConfig(nn.Module):
+    """Module without a config, so no Hugging Face model."""
 
 
 LOAD = [
     Case(
         '`fp8="yes"`',
-        lambda w: pop_ext.load(w.model, fp8="yes"),
+        lambda f: pop_ext.load(f.model, fp8="yes"),
         TypeError,
         "fp8: expected a bool, got str",
     ),
     Case(
         "`fp8` with the oracle",
-        lambda w: pop_ext.enable(w.model, backend="reference", fp8=True),
+        lambda f: pop_ext.enable(f.model, backend="reference", fp8=True),
         ValueError,
         'fp8: expected False with backend="reference", .* got True',
     ),
     Case(
         "`prepack=1`",
-        lambda w: pop_ext.load(w.model, prepack=1),
+        lambda f: pop_ext.load(f.model, prepack=1),
         TypeError,
         "prepack: expected a bool, got int",
     ),
     Case(
         "`prepack` with the oracle",
-        lambda w: pop_ext.enable(w.model, backend="reference", prepack=True),
+        lambda f: pop_ext.enable(f.model, backend="reference", prepack=True),
         ValueError,
         'prepack: expected False with backend="reference", .* got True',
     ),
     Case(
         "`prepack` beside `fp8`",
-        lambda w: pop_ext.enable(w.model, fp8=True, prepack=True),
+        lambda f: pop_ext.enable(f.model, fp8=True, prepack=True),
         ValueError,
         r"prepack: expected False with fp8=True \(fp8 products do not read prepacked weights\), got True",
     ),
     Case(
         "`prepack` of a model with experts",
-        lambda w: pop_ext.load(mixtral(layers=3), prepack=True),
+        lambda f: pop_ext.load(mixtral(layers=3), prepack=True),
         UnsupportedModelError,
         "prepack: expected a model without experts, got one of",
     ),
     Case(
         "`prepack` of a model in float32",
-        lambda w: pop_ext.enable(llama(layers=3), prepack=True),
+        lambda f: pop_ext.enable(llama(layers=3), prepack=True),
         UnsupportedModelError,
         "prepack: expected bfloat16 weights, got float32",
         on_cuda=False,
     ),
     Case(
         "`fp8` of a model with experts",
-        lambda w: pop_ext.load(mixtral(layers=3), fp8=True),
+        lambda f: pop_ext.load(mixtral(layers=3), fp8=True),
         UnsupportedModelError,
         "fp8: expected a model without experts, got one of",
     ),
     Case(
-        "`fp8` of a model of odd sizes",
-        lambda w: pop_ext.enable(llama(layers=3, intermediate=150), fp8=True),
+        "`fp8` of a model with a size that is no multiple of 16",
+        lambda f: pop_ext.enable(llama(layers=3, intermediate=150), fp8=True),
         UnsupportedModelError,
         "fp8: expected intermediate_size to be a multiple of 16, got 150",
     ),
     Case(
         "an unknown architecture",
-        lambda w: pop_ext.load(gpt2()),
+        lambda f: pop_ext.load(gpt2()),
         UnsupportedModelError,
         'model: expected an architecture of .*llama.*got gpt2.*backend="reference" works',
     ),
     Case(
         "an unknown architecture, to `enable`",
-        lambda w: pop_ext.enable(gpt2()),
+        lambda f: pop_ext.enable(gpt2()),
         UnsupportedModelError,
         'model: expected an architecture of .*got gpt2.*backend="reference" works',
     ),
@@ -137,14 +137,14 @@ LOAD = [
         load,
         UnsupportedModelError,
         'model: expected unquantised weights, got .*bitsandbytes.*backend="reference" works',
-        lambda w: setattr(w.model.config, "quantization_config", BitsAndBytesConfig(load_in_8bit=True)),
+        lambda f: setattr(f.model.config, "quantization_config", BitsAndBytesConfig(load_in_8bit=True)),
     ),
     Case(
-        "a quantised checkpoint, its config a dict",
+        "a quantised checkpoint whose config is a dict",
         load,
         UnsupportedModelError,
         "model: expected unquantised weights, got .*gptq",
-        lambda w: setattr(w.model.config, "quantization_config", {"quant_method": "gptq"}),
+        lambda f: setattr(f.model.config, "quantization_config", {"quant_method": "gptq"}),
     ),
     Case(
         "an adapter in place of a Linear",
@@ -161,115 +161,115 @@ LOAD = [
         subclass_weight,
     ),
     Case(
-        "another norm class",
+        "a norm of another class",
         load,
         UnsupportedModelError,
         "expected a LlamaRMSNorm, got RMSNorm",
-        lambda w: setattr(w.model.model, "norm", nn.RMSNorm(32)),
+        lambda f: setattr(f.model.model, "norm", nn.RMSNorm(32)),
     ),
     Case(
         "fewer layers than the config says",
         load,
         UnsupportedModelError,
         "model: expected 3 decoder layers .*got 2",
-        lambda w: setattr(w.model.model, "layers", w.model.model.layers[:2]),
+        lambda f: setattr(f.model.model, "layers", f.model.model.layers[:2]),
     ),
     Case(
         "weights on the meta device (offloaded)",
         load,
         UnsupportedModelError,
         "expected loaded weights, got the meta device",
-        lambda w: w.model.to("meta"),
+        lambda f: f.model.to("meta"),
     ),
     Case(
         "weights of several dtypes",
         load,
         UnsupportedModelError,
         "weight layers.1.k_proj: expected torch.float32 on cpu like embed_tokens, got torch.bfloat16 on cpu",
-        lambda w: w.model.model.layers[1].self_attn.k_proj.bfloat16(),
+        lambda f: f.model.model.layers[1].self_attn.k_proj.bfloat16(),
     ),
     Case(
         "float64 weights",
         load,
         UnsupportedModelError,
         "model: expected float32, bfloat16 or float16 weights, got torch.float64",
-        lambda w: w.model.double(),
+        lambda f: f.model.double(),
     ),
     Case(
         "an unknown activation",
-        lambda w: pop_ext.load(llama(layers=3, hidden_act="relu")),
+        lambda f: pop_ext.load(llama(layers=3, hidden_act="relu")),
         UnsupportedModelError,
         "config.hidden_act: expected one of .*silu.*got relu",
     ),
     Case(
         "a head_dim of 20",
-        lambda w: pop_ext.load(llama(layers=3, head_dim=20)),
+        lambda f: pop_ext.load(llama(layers=3, head_dim=20)),
         UnsupportedModelError,
         "config.head_dim: expected a multiple of 8 up to 256, got 20",
     ),
     Case(
-        "something that is no plan",
-        lambda w: load(w, {"omit": [1]}),
+        "a dict as plan",
+        lambda f: load(f, {"omit": [1]}),
         TypeError,
         "plan: expected a pop_ext.Plan, got dict",
     ),
     Case(
         "a plan for another depth",
-        lambda w: load(w, Plan(4, omit=[3])),
+        lambda f: load(f, Plan(4, omit=[3])),
         ValueError,
         "plan: expected num_layers=3 like the model, got 4",
     ),
     Case(
         "a plan for another depth, to `enable`",
-        lambda w: pop_ext.enable(w.model, Plan(4, omit=[3])),
+        lambda f: pop_ext.enable(f.model, Plan(4, omit=[3])),
         ValueError,
         "plan: expected num_layers=3 like the model, got 4",
     ),
     Case(
         "`enable(model, backend='x')`",
-        lambda w: pop_ext.enable(w.model, backend="x"),
+        lambda f: pop_ext.enable(f.model, backend="x"),
         ValueError,
         "backend: expected one of native, reference, got 'x'",
     ),
     Case(
         "a model without its head",
-        lambda w: pop_ext.load(w.model.model),
+        lambda f: pop_ext.load(f.model.model),
         UnsupportedModelError,
         "model: expected a LlamaForCausalLM, got LlamaModel.*works for any causal language model",
     ),
     Case(
-        "no model, to `load`",
-        lambda w: pop_ext.load("meta-llama/Llama-3.1-8B"),
+        "a string as model, to `load`",
+        lambda f: pop_ext.load("meta-llama/Llama-3.1-8B"),
         TypeError,
         "model: expected a Hugging Face model, got str",
     ),
     Case(
-        "no model, to `enabled`",
-        lambda w: pop_ext.enabled("meta-llama/Llama-3.1-8B").__enter__(),
+        "a string as model, to `enabled`",
+        lambda f: pop_ext.enabled("meta-llama/Llama-3.1-8B").__enter__(),
         TypeError,
         "model: expected a Hugging Face model, got str",
     ),
     Case(
-        "no model, to `reference.prefill`",
-        lambda w: pop_ext.reference.prefill("meta-llama/Llama-3.1-8B", w.ids, w.plan),
+        "a string as model, to `reference.prefill`",
+        lambda f: pop_ext.reference.prefill("meta-llama/Llama-3.1-8B", f.ids, f.plan),
         TypeError,
         "model: expected a Hugging Face model, got str",
     ),
     Case(
         "`enable(model, strict='yes')`",
-        lambda w: pop_ext.enable(w.model, strict="yes"),
+        lambda f: pop_ext.enable(f.model, strict="yes"),
         TypeError,
         "strict: expected a bool, got str",
     ),
     Case(
-        "no Hugging Face model, to `enable`",
-        lambda w: pop_ext.enable(Headless()),
+        "a module without a config, to `enable`",
+        lambda f: pop_ext.enable(WithoutConfig()),
         TypeError,
-        "model: expected a Hugging Face model with a config, got Headless",
+        "model: expected a Hugging Face model with a config, got WithoutConfig",
     ),
     Case(
-        "no module at all, to `enable`",
-        lambda w: pop_ext.enable("meta-llama/Llama-3.1-8B"),
+        "a string as model, to `enable`",
+        lambda f: pop_ext.enable("meta-llama/Llama-3.1-8B"),
         TypeError,
         "model: expected a Hugging Face model, got str",
     ),

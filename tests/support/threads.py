@@ -1,4 +1,4 @@
-"""Jobs side by side in threads of the caller."""
+"""Run jobs in concurrent threads."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 
-def run_at_once(*jobs: Callable[[], Any]) -> list[Any]:
-    """Results of the jobs, started together, each in a thread of its own; raises what a job raised."""
+def run_threads(*jobs: Callable[[], Any]) -> list[Any]:
+    """Start the jobs together, each in a thread, and return their results; raise the first error of a job."""
     barrier = threading.Barrier(len(jobs))
     results: list[Any] = [None] * len(jobs)
 
@@ -25,7 +25,7 @@ def run_at_once(*jobs: Callable[[], Any]) -> list[Any]:
 
     workers = [threading.Thread(target=run, args=(index,)) for index in range(len(jobs))]
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)  # threads take turns often, so that they meet everywhere
+    sys.setswitchinterval(1e-5)  # switch threads often, so that every interleaving is likely
     try:
         for worker in workers:
             worker.start()

@@ -1,0 +1,172 @@
+"""Options that commands share, and the models, plans and files that they name."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from pop_ext import env_info
+from pop_ext.plans.plan import Plan
+from pop_ext.plans.presets import default_plan
+from pop_ext.utils.layer_ranges import parse_layers, parse_ranges
+
+LAYERS, MACHINE = "Choice of layers", "Model and machine"
+"""Panels of a command's help."""
+
+_MODEL_HELP = "Folder or Hugging Face name of a causal language model."
+ModelOption = Annotated[str, typer.Option(help=_MODEL_HELP, metavar="MODEL")]
+ModelArgument = Annotated[str, typer.Argument(help=_MODEL_HELP, metavar="MODEL")]
+TextOption = Annotated[
+    list[str],
+    typer.Option(
+        help="A text file, or a .jsonl file whose lines are objects with a prompt and a continuation. "
+        "Repeat the option for more files, or quote a pattern: 'texts/**/*.txt'.",
+        metavar="FILE",
+        show_default=False,
+    ),
+]
+WindowOption = Annotated[int, typer.Option(min=4, help="Length of each sequence, in tokens.")]
+PlanOption = Annotated[
+    Path | None,
+    typer.Option(help="Plan file, as calibrate, fit or Plan.save writes it.", metavar="FILE", rich_help_panel=LAYERS),
+]
+OmitOption = Annotated[
+    str | None,
+    typer.Option(help="Layers to omit: 22-31 or 8,9,11.", metavar="LAYERS", rich_help_panel=LAYERS),
+]
+CountOption = Annotated[int | None, typer.Option(help="Omit this many of the deepest layers.", rich_help_panel=LAYERS)]
+BoundaryOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Last tokens of the prompt that run through all layers (boundary rows). Default: the plan's.",
+        rich_help_panel=LAYERS,
+    ),
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        help="Data type of the weights: float32, bfloat16, float16, or auto, which takes the checkpoint's.",
+        metavar="DTYPE",
+        rich_help_panel=MACHINE,
+    ),
+]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", metavar="DEVICE", rich_help_panel=MACHINE)]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.", rich_help_panel=MACHINE)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object on standard output and nothing else.")]
+
+
+def parse_numbers(option: str, text: str) -> list[int]:
+    """Parse the numbers of an option: ``"1-3,8"`` -> ``[1, 2, 3, 8]``; blank text -> ``[]``.
+
+    Raises:
+        ValueError: The text is no list of numbers and ranges; the message names ``option``.
+    """
+    try:
+        return parse_ranges(text.strip())
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
+
+
+def find_files(option: str, names: Sequence[str]) -> list[Path]:
+    """Return the files of an option, in order; a pattern stands for the files that match it, sorted.
+
+    Raises:
+        ValueError: A pattern matches no file; the message names ``option``.
+    """
+    files: list[Path] = []
+    for name in names:
+        if not glob.has_magic(name) or Path(name).exists():
+            files.append(Path(name))
+            continue
+        found = sorted(path for path in map(Path, glob.glob(name, recursive=True)) if path.is_file())
+        if not found:
+            raise ValueError(f"{option}: expected a pattern that matches a file, got {name!r}")
+        files += found
+    return files
+
+
+def choose_plan(config: Any, path: Path | None, omit: str | None, count: int | None, boundary: int | None) -> Plan:
+    """Return the plan that --plan, --omit or --count names, else the preset of the model, else its deepest third.
+
+    Args:
+        config: Configuration of the model.
+        path: Value of --plan.
+        omit: Value of --omit.
+        count: Value of --count.
+        boundary: Value of --boundary; replaces the plan's own.
+
+    Raises:
+        OSError: The plan file cannot be read.
+        ValueError: More than one of the three is given, or one does not fit the model.
+    """
+    require_one({"--plan": path, "--omit": omit, "--count": count})
+    depth = config.get_text_config().num_hidden_layers
+    if path is not None:
+        plan = Plan.load(path)
+    elif omit is not None:
+        plan = Plan(depth, parse_layers(omit))
+    elif count is not None:
+        plan = Plan.last(depth, count=count)
+    else:
+        plan = default_plan(config)
+    return plan if boundary is None else plan.replace(boundary=boundary)
+
+
+def require_one(given: dict[str, Any]) -> None:
+    """Raise ValueError if more than one of these options has a value."""
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)}: expected one of them")
+
+
+def load_model(name: str, dtype: str, device: str) -> Any:
+    """Load a causal language model of transformers in evaluation mode.
+
+    Raises:
+        OSError: There is no such model.
+        ValueError: The dtype is unknown, or the device cannot run it.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    dtypes = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in dtypes:
+        raise ValueError(f"--dtype: expected one of {', '.join(dtypes)}, got {dtype!r}")
+    _check_device(device)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtypes[dtype])
+    return loaded.to(device).eval()
+
+
+def _check_device(device: str) -> None:
+    has_cuda = bool(env_info.installation()["built_with"]["cuda"])
+    expected = "cpu or cuda" if has_cuda else "cpu (this build has no CUDA kernels)"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:  # torch has no such device
+        kind = None
+    if kind != "cpu" and not (kind == "cuda" and has_cuda):
+        raise ValueError(f"--device: expected {expected}, got {device!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device: expected cpu (torch finds no CUDA device), got {device!r}")
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a model of transformers."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)
+
+
+def set_threads(threads: int | None) -> None:
+    """Set the number of CPU threads of torch; None leaves it."""
+    if threads is not None:
+        torch.set_num_threads(threads)

@@ -1,0 +1,389 @@
+"""Fake kernels of ``torch.ops.pop``: the shapes and dtypes of results, for torch.compile and meta tensors.
+
+Each function has the signature of its operator and describes what the operator computes. Unless a docstring says
+otherwise, all floating tensors of a call have one dtype: float32, bfloat16 or float16; ``cos`` and ``sin`` may have any
+of the three.
+
+The operators take packed rows: the new tokens of all sequences, one after the other, without padding. These arguments
+say where they belong; they are int32 and on the CPU, since no operator synchronises with a device:
+
+- ``cu_seqlens [batch + 1]``: sequence ``i`` has the rows ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.
+- ``past_lens [batch]``: positions that are in the cache already.
+- ``cache_start [batch]``: position ``p`` of sequence ``i`` lies in slot ``cache_start[i] + p``.
+- ``slot_table [batch, >= past + new]``: if given, it lies in slot ``slot_table[i, p]`` instead.
+
+Caches are ``[batch, kv_heads, capacity, head_dim]``; only ``head_dim`` has to be contiguous.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from torch import Tensor
+
+
+def _named(name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a list under their names in errors: ``name[0]``, ``name[1]``, ..."""
+    return {f"{name}[{index}]": tensor for index, tensor in enumerate(tensors)}
+
+
+def _check_devices(op: str, **tensors: Tensor | list[Tensor] | None) -> None:
+    """Check that all tensors, and those of lists, are on the device of the first one.
+
+    The kernels check this as well. But if only one of several tensors is on the meta device, torch calls the fake
+    kernel in their place. (A FakeTensor has the device that it stands for.)
+
+    Raises:
+        RuntimeError: at least one is elsewhere.
+    """
+    places: dict[str, Tensor | None] = {}
+    for name, value in tensors.items():
+        places |= _named(name, value) if isinstance(value, list) else {name: value}
+    given = {place: tensor for place, tensor in places.items() if tensor is not None}
+    like, device = next((place, tensor.device) for place, tensor in given.items())
+    for place, tensor in given.items():
+        if tensor.device != device:
+            raise RuntimeError(f"pop::{op}: {place}: expected device {device} like {like}, got {tensor.device}")
+
+
+def _check_lengths(op: str, **lengths: Tensor | None) -> None:
+    """Check that tensors of lengths are on the CPU.
+
+    Raises:
+        RuntimeError: at least one is elsewhere.
+    """
+    for name, tensor in lengths.items():
+        if tensor is not None and tensor.device.type != "cpu":
+            raise RuntimeError(
+                f"pop::{op}: {name}: expected a tensor on the CPU (the operator never synchronises), "
+                f"got {tensor.device}"
+            )
+
+
+@torch.library.register_fake("pop::prefill")
+def prefill(
+    model: int,
+    input: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor,
+    past_lens: Tensor,
+    cache_start: Tensor,
+    boundary: Tensor,
+    logits_to_keep: Tensor,
+    key_cache: list[Tensor],
+    value_cache: list[Tensor],
+    slot_table: Tensor | None = None,
+    restore_on_error: bool = True,
+    window_only: bool = False,
+    cos_local: Tensor | None = None,
+    sin_local: Tensor | None = None,
+    blocks: Tensor | None = None,
+    feature_index: Tensor | None = None,
+    features: list[Tensor] | None = None,
+) -> Tensor:
+    """Prefill packed sequences by the plan of a loaded model.
+
+    Writes K and V of all new positions into the caches of all layers.
+
+    Args:
+        model: handle of `load`.
+        input: ``[rows]`` int64 or int32 token ids, or ``[rows, hidden_size]`` embeddings.
+        cos: ``[rows, rotary_dim]`` or ``[rows, rotary_dim / 2]``, at the positions of the rows.
+        sin: the same shape.
+        boundary: ``[batch]`` int32 on the CPU, boundary rows of each sequence: 1 to its new tokens.
+        logits_to_keep: ``[batch]`` int32 on the CPU, rows whose hidden states are returned: 1 to the new tokens.
+        key_cache: one tensor a layer.
+        value_cache: one tensor a layer; no two caches may share memory.
+        restore_on_error: restore the cache slots that were written if the call fails midway.
+        window_only: in an omitted layer with a window W, project only the last ``W - 1`` context rows.
+        cos_local: as ``cos``, for layers whose ``rope_table`` is 1.
+        sin_local: as ``sin``, for the same layers.
+        blocks: ``[blocks, 3]`` int32 on the CPU, (sequence, begin, end): new tokens that attend in both directions.
+        feature_index: ``[rows]`` int64 or int32, the row of ``features`` that is added to a row of ``input``, or -1.
+        features: ``[tokens, hidden_size]`` for each of the first layers, added after it.
+
+    Returns:
+        ``[sum(logits_to_keep), hidden_size]`` in the model's dtype: final-norm hidden states of the last rows.
+    """
+    _check_devices(
+        "prefill",
+        input=input,
+        cos=cos,
+        sin=sin,
+        cos_local=cos_local,
+        sin_local=sin_local,
+        feature_index=feature_index,
+        features=features,
+        key_cache=key_cache,
+        value_cache=value_cache,
+    )
+    _check_lengths(
+        "prefill",
+        cu_seqlens=cu_seqlens,
+        past_lens=past_lens,
+        cache_start=cache_start,
+        boundary=boundary,
+        logits_to_keep=logits_to_keep,
+        slot_table=slot_table,
+        blocks=blocks,
+    )
+    hidden_size = json.loads(torch.ops.pop.info(model))["spec"]["hidden_size"]
+    wanted = torch.library.get_ctx().new_dynamic_size(min=1)
+    return key_cache[0].new_empty((wanted, hidden_size))
+
+
+@torch.library.register_fake("pop::linear")
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x . weight^T``, accumulated in float32: ``x [..., k]``, ``weight [n, k]`` -> ``[..., n]``."""
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("pop::fp8_linear")
+def fp8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """Return ``x . weight^T`` with operands in 8-bit floats, in the dtype of ``x``.
+
+    Args:
+        x: ``[..., k]``, rounded to e4m3 row by row; bfloat16 on CUDA.
+        weight: ``[n, k]`` float8_e4m3fn, as `quantize_rows` returns it. ``k`` and ``n`` are multiples of 16.
+        weight_scale: ``[n]`` float32.
+
+    Returns:
+        ``[..., n]``.
+    """
+    _check_devices("fp8_linear", x=x, weight=weight, weight_scale=weight_scale)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("pop::quantize_rows")
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round the rows of ``x [..., width]`` to e4m3, each scaled so that its largest magnitude becomes 448.
+
+    Returns:
+        The rounded rows, ``[..., width]`` float8_e4m3fn, and the factor to multiply each with, ``[...]`` float32.
+    """
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.register_fake("pop::rms_norm")
+def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
+    """Return the RMSNorm of ``x [..., width]``, by ``weight [width]`` plus ``weight_offset``: ``[..., width]``."""
+    _check_devices("rms_norm", x=x, weight=weight)
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("pop::add_rms_norm")
+def add_rms_norm(
+    x: Tensor,
+    delta: Tensor,
+    weight: Tensor,
+    eps: float,
+    delta_bias: Tensor | None = None,
+    delta_norm: Tensor | None = None,
+    weight_offset: float = 0.0,
+) -> Tensor:
+    """Add to the residual stream in place, and return the RMSNorm of the sum.
+
+    Args:
+        x: ``[rows, width]``, the residual stream; becomes ``x + delta + delta_bias``, rounded once.
+        delta: ``[rows, width]``.
+        weight: ``[width]``, of the norm that is returned.
+        eps: of all norms.
+        delta_bias: ``[width]``.
+        delta_norm: ``[width]``; if given, the RMSNorm of ``delta + delta_bias`` with this weight is added instead.
+        weight_offset: added to ``weight`` and ``delta_norm``; Gemma stores its norm weights less 1.
+
+    Returns:
+        ``[rows, width]``.
+    """
+    _check_devices("add_rms_norm", x=x, delta=delta, weight=weight, delta_bias=delta_bias, delta_norm=delta_norm)
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("pop::gated_act")
+def gated_act(
+    gate: Tensor,
+    up: Tensor,
+    activation: str = "silu",
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+) -> Tensor:
+    """Return ``activation(gate + gate_bias) * (up + up_bias)``.
+
+    Args:
+        gate: ``[..., width]``.
+        up: ``[..., width]``.
+        activation: "silu", "gelu" or "gelu_tanh".
+        gate_bias: ``[width]``.
+        up_bias: ``[width]``.
+
+    Returns:
+        The shape of ``gate``.
+    """
+    _check_devices("gated_act", gate=gate, up=up, gate_bias=gate_bias, up_bias=up_bias)
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.register_fake("pop::attention")
+def attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cu_seqlens: Tensor,
+    past_lens: Tensor,
+    cache_start: Tensor,
+    scale: float,
+    window: int = 0,
+    slot_table: Tensor | None = None,
+    softcap: float = 0.0,
+    blocks: Tensor | None = None,
+) -> Tensor:
+    """Compute causal attention over a cache.
+
+    Args:
+        query: ``[rows, heads, head_dim]``; ``heads`` is a multiple of ``kv_heads``.
+        scale: factor of the scores.
+        window: a row sees this many positions up to its own; 0: all of them.
+        softcap: if positive, a scaled score s becomes ``softcap * tanh(s / softcap)`` (Gemma 2).
+        blocks: ``[blocks, 3]`` int32 on the CPU, (sequence, begin, end): new tokens that attend in both directions.
+
+    Returns:
+        ``[rows, heads, head_dim]``.
+    """
+    _check_devices("attention", query=query, key_cache=key_cache, value_cache=value_cache)
+    _check_lengths(
+        "attention",
+        cu_seqlens=cu_seqlens,
+        past_lens=past_lens,
+        cache_start=cache_start,
+        slot_table=slot_table,
+        blocks=blocks,
+    )
+    return query.new_empty(query.shape)
+
+
+@torch.library.register_fake("pop::fold_kv")
+def fold_kv(k_proj: list[Tensor], v_proj: list[Tensor], input_norm: list[Tensor], norm_offset: float = 0.0) -> Tensor:
+    """Fold the input norms of a run of layers into their K and V weights, and stack them.
+
+    Args:
+        k_proj: ``[kv_dim, hidden_size]``, one a layer.
+        v_proj: ``[kv_dim, hidden_size]``, one a layer.
+        input_norm: ``[hidden_size]``, one a layer; an empty list: the weights are stacked as they are.
+        norm_offset: added to ``input_norm``.
+
+    Returns:
+        ``[layers * 2 * kv_dim, hidden_size]``: K of the first layer, its V, K of the second layer, and so on.
+    """
+    _check_devices("fold_kv", k_proj=k_proj, v_proj=v_proj, input_norm=input_norm)
+    kv_dim, hidden_size = k_proj[0].shape
+    return k_proj[0].new_empty((2 * len(k_proj) * kv_dim, hidden_size))
+
+
+@torch.library.register_fake("pop::rope_cache_write")
+def rope_cache_write(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor,
+    past_lens: Tensor,
+    cache_start: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    slot_table: Tensor | None = None,
+    norm_offset: float = 0.0,
+) -> None:
+    """Apply RoPE to Q in place and to K, and write K and V to the cache.
+
+    Args:
+        query: ``[rows, heads, head_dim]``.
+        key: ``[rows, kv_heads, head_dim]``.
+        value: ``[rows, kv_heads, head_dim]``.
+        cos: ``[rows, rotary_dim]``.
+        sin: ``[rows, rotary_dim]``.
+        q_norm: ``[head_dim]``; if given, each head of Q is RMS-normalised before RoPE.
+        k_norm: ``[head_dim]``, likewise for K.
+        norm_eps: of these norms.
+        norm_offset: added to ``q_norm`` and ``k_norm``.
+    """
+    _check_devices(
+        "rope_cache_write",
+        query=query,
+        key=key,
+        value=value,
+        cos=cos,
+        sin=sin,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        q_norm=q_norm,
+        k_norm=k_norm,
+    )
+    _check_lengths(
+        "rope_cache_write",
+        cu_seqlens=cu_seqlens,
+        past_lens=past_lens,
+        cache_start=cache_start,
+        slot_table=slot_table,
+    )
+
+
+@torch.library.register_fake("pop::kv_project")
+def kv_project(
+    hidden: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor,
+    past_lens: Tensor,
+    cache_start: Tensor,
+    eps: float,
+    key_cache: list[Tensor],
+    value_cache: list[Tensor],
+    k_bias: list[Tensor] | None = None,
+    v_bias: list[Tensor] | None = None,
+    k_norm: list[Tensor] | None = None,
+    slot_table: Tensor | None = None,
+    norm_offset: float = 0.0,
+) -> None:
+    """Project K and V of a run of layers that read one hidden state, apply RoPE, and write them to the caches.
+
+    This is the independent KV projection of omitted layers: RMSNorm and all K/V weights in one product.
+
+    Args:
+        hidden: ``[rows, hidden_size]``, before any norm.
+        weight: ``[layers * 2 * kv_dim, hidden_size]``, as `fold_kv` returns it.
+        cos: ``[rows, rotary_dim]``.
+        sin: ``[rows, rotary_dim]``.
+        eps: of the folded RMSNorm and of ``k_norm``.
+        key_cache: one tensor a layer.
+        value_cache: one tensor a layer.
+        k_bias: ``[kv_dim]``, one a layer.
+        v_bias: ``[kv_dim]``, one a layer.
+        k_norm: ``[head_dim]``, one a layer; if given, each head of K is RMS-normalised before RoPE.
+        norm_offset: added to ``k_norm``.
+    """
+    _check_devices(
+        "kv_project",
+        hidden=hidden,
+        weight=weight,
+        cos=cos,
+        sin=sin,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        k_bias=k_bias,
+        v_bias=v_bias,
+        k_norm=k_norm,
+    )
+    _check_lengths(
+        "kv_project",
+        cu_seqlens=cu_seqlens,
+        past_lens=past_lens,
+        cache_start=cache_start,
+        slot_table=slot_table,
+    )
