@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from pop_ext.hf.architectures import vision_of
-from pop_ext.hf.compat import new_cache, rename_cache
+from pop_ext.hf.architectures import VisionSpec, vision_of
+from pop_ext.hf.compat import new_cache, rename_cache, text_config
 from pop_ext.hf.decision import Decision, Decline
 from pop_ext.hf.inputs import PrefillRequest
 from pop_ext.hf.packing import PackedBatch, Spans, snap_to_span_start
@@ -32,6 +32,7 @@ class Call:
         mask: 2-D padding mask, whatever form the call's mask had. None: no padding.
         packed: the real new tokens.
         spans: new tokens that attend to each other in both directions.
+        vision: vision wrapper of the model, or None.
     """
 
     arguments: dict[str, Any]
@@ -39,6 +40,7 @@ class Call:
     mask: torch.Tensor | None
     packed: PackedBatch
     spans: Spans
+    vision: VisionSpec | None
 
 
 class Runner(Protocol):
@@ -125,7 +127,8 @@ def bind_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: 
 def classify(model: nn.Module, backend: Backend, arguments: dict[str, Any], replaced: Any) -> Call:
     """Read a bound call. Raise ``Decline`` unless its arguments ask for a prefill that a pruned one can answer."""
     plan = backend.plan
-    mask, packed, spans = check_prefill(model, plan, arguments)
+    vision = vision_of(model)
+    mask, packed, spans = check_prefill(model, text_config(model), vision, plan, arguments)
     if is_patched_class(type(model)) or not (replaced is None or is_own_forward(model, replaced)):
         raise Decline("model", "a replaced forward: set before enable, it may do more than transformers' own")
     keep = arguments["logits_to_keep"]
@@ -137,7 +140,7 @@ def classify(model: nn.Module, backend: Backend, arguments: dict[str, Any], repl
     decision = Decision(
         backend.name, "prefill", reason, False, plan, tuple(packed.tokens), boundary, keep, fp8=backend.fp8
     )
-    return Call(arguments, decision, mask, packed, spans)
+    return Call(arguments, decision, mask, packed, spans, vision)
 
 
 def _make_request(model: nn.Module, call: Call) -> PrefillRequest:
@@ -146,8 +149,7 @@ def _make_request(model: nn.Module, call: Call) -> PrefillRequest:
     Positions: those of the call, else counted by column as the stock forward does. In a vision-language model the
     wrapper gives the positions of its own call, and those counted by column serve where it gives none.
     """
-    vision = vision_of(model)
-    arguments, packed, decision = call.arguments, call.packed, call.decision
+    arguments, packed, decision, vision = call.arguments, call.packed, call.decision, call.vision
     tokens = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
     cache = arguments.get("past_key_values")
     position_ids, by_column = arguments.get("position_ids"), packed.column_position_ids(tokens.device)

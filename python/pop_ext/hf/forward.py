@@ -21,7 +21,6 @@ from pop_ext.hf.compat import NEW_CACHE_NAME, OLD_CACHE_NAME, cache_field, field
 from pop_ext.hf.decision import Decision, Decline
 from pop_ext.hf.dispatch import Backend, bind_arguments, dispatch, explain_call
 from pop_ext.hf.restore import shallow_clone
-from pop_ext.hf.rules import is_decode
 from pop_ext.plans.plan import Plan
 
 # A warning points to the nearest frame outside these packages.
@@ -98,7 +97,7 @@ class PrefillForward:
     # torch.compile traces decode steps here. The other calls leave the graph in _prefill_or_stock, below which only the
     # stock forward is compiled.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if is_decode(args, kwargs):
+        if _is_decode(args, kwargs):
             return self.stock(*args, **kwargs)
         return self._prefill_or_stock(*args, **kwargs)
 
@@ -159,6 +158,14 @@ class PrefillForward:
         if decision.rule not in self._warned:
             self._warned.add(decision.rule)
             warnings.warn(f"pop_ext: the stock forward runs: {decision.reason}", stacklevel=_caller_level())
+
+
+def _is_decode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a call brings one new token per sequence. Reads only shapes, so that compilers can trace it."""
+    tokens = kwargs.get("input_ids", args[0] if args else None)
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    return isinstance(tokens, torch.Tensor) and tokens.ndim >= 2 and tokens.shape[1] == 1
 
 
 def _model_output(model: nn.Module, result: Any, return_dict: bool | None) -> Any:

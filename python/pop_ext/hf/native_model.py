@@ -65,6 +65,14 @@ class NativeModel:
 
     It refers to the model's weights and copies only the folded K/V weights of omitted layers and of the last layer and,
     with ``fp8`` or ``prepack``, the matrices of the other layers. ``extra_bytes`` counts these copies.
+
+    Attributes:
+        model: the Hugging Face model.
+        plan: layers that its prefills omit.
+        family: architecture of the model.
+        spec: shapes of the model.
+        dtype: data type of the weights.
+        device: device of the weights.
     """
 
     def __init__(
@@ -78,7 +86,15 @@ class NativeModel:
         self.plan = check_plan(chosen, description.spec.num_layers, model.config)
         check_fit(self.plan, find_parts(model).layers)
         self.fp8, self.prepack = fp8, prepack
-        self._loaded = LoadedWeights(model, description, self.plan, fp8, prepack)
+        self._take(LoadedWeights(model, description, self.plan, fp8, prepack))
+
+    def _take(self, loaded: LoadedWeights) -> None:
+        self._loaded = loaded
+        # Attributes, not properties: a call reads them often.
+        self.family: Family = loaded.description.family
+        self.spec: _core.ModelSpec = loaded.description.spec
+        self.dtype: torch.dtype = loaded.like.dtype
+        self.device: torch.device = loaded.like.device
 
     def __repr__(self) -> str:
         options = ", fp8=True" * self.fp8 + ", prepack=True" * self.prepack
@@ -105,29 +121,9 @@ class NativeModel:
         return self._loaded.inner
 
     @property
-    def family(self) -> Family:
-        """Architecture of the model."""
-        return self._loaded.description.family
-
-    @property
-    def spec(self) -> _core.ModelSpec:
-        """Shapes of the model."""
-        return self._loaded.description.spec
-
-    @property
     def extra_bytes(self) -> int:
         """Bytes of the folded K/V weights and, with ``fp8`` or ``prepack``, of the copied matrices."""
         return self._loaded.extra_bytes
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Data type of the weights."""
-        return self._loaded.like.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return self._loaded.like.device
 
     def refresh(self) -> None:
         """Load the weights as they are now. Needed after they were changed, moved or reassigned.
@@ -138,7 +134,7 @@ class NativeModel:
         """
         description = describe(self.model)
         check_fit(self.plan, find_parts(self.model).layers)
-        self._loaded = LoadedWeights(self.model, description, self.plan, self.fp8, self.prepack)
+        self._take(LoadedWeights(self.model, description, self.plan, self.fp8, self.prepack))
 
     def stale_weight(self) -> str | None:
         """Return the name of a weight that was changed, moved or reassigned since it was loaded, or None.
@@ -239,8 +235,9 @@ class NativeModel:
         packed, loaded = request.packed, self._loaded
         transaction, window_only = self._open_cache(request)
         try:
-            with module_restored_on_error(decoder_of(self.model).rotary_emb):
-                cos, sin, cos_local, sin_local = self._rope(request.positions)
+            rotary = decoder_of(self.model).rotary_emb
+            with module_restored_on_error(rotary):
+                cos, sin, cos_local, sin_local = self._rope(rotary, request.positions)
                 hidden = torch.ops.pop.prefill(
                     loaded.handle,
                     request.rows,
@@ -299,7 +296,7 @@ class NativeModel:
         )
         return transaction, window_only
 
-    def _rope(self, positions: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def _rope(self, rotary: Any, positions: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return cos and sin of RoPE for packed positions.
 
         Args:
@@ -309,7 +306,7 @@ class NativeModel:
             cos, sin, cos_local and sin_local, each float32 ``[rows, rotary_dim]``. The local ones are for layers with
             a second RoPE base, and None in models without such layers.
         """
-        rotary, kinds = decoder_of(self.model).rotary_emb, self.family.rope_kinds
+        kinds = self.family.rope_kinds
         # The module reads only dtype and device of its first argument. The tables are float32 in every dtype.
         like = torch.empty(0, dtype=torch.float32, device=self.device)
         if not kinds:

@@ -31,6 +31,7 @@ class InnerModules:
     modules with those of the last call is faster than collecting them again.
 
     Attributes:
+        decoder: the language model without its head.
         named: (name, module), in a fixed order.
     """
 
@@ -40,8 +41,8 @@ class InnerModules:
             for child_name, child in module._modules.items():
                 if child is not None:
                     self.named.append((f"{name}.{child_name}", child))
-        self._decoder, self._wrapper = decoder_of(model), model.model
-        if self._decoder is not self._wrapper:  # a vision wrapper runs as a shallow clone (vision.py)
+        self.decoder, self._wrapper = decoder_of(model), model.model
+        if self.decoder is not self._wrapper:  # a vision wrapper runs as a shallow clone (vision.py)
             self.named.append(("model", self._wrapper))
         self._attributes = [module.__dict__ for _, module in self.named]
         self._children = [dict(module._modules) for _, module in self.named]
@@ -51,7 +52,7 @@ class InnerModules:
 
     def matches(self, model: nn.Module) -> bool:
         """Return whether ``model`` has exactly these modules, in the same places, with the same parameter objects."""
-        if decoder_of(model) is not self._decoder or model.model is not self._wrapper:
+        if decoder_of(model) is not self.decoder or model.model is not self._wrapper:
             return False
         # Modules compare by identity, so equal dicts hold the same modules.
         if [own["_modules"] for own in self._attributes] != self._children:
@@ -134,13 +135,12 @@ def _is_defined_with_class(cls: Any, forward: Any) -> bool:
 _KVPRESS = "kvpress.attention_patch"
 
 
-def unsupported_attention(model: nn.Module) -> str | None:
+def unsupported_attention(decoder: Any) -> str | None:
     """Describe the first layer's attention that the native attention does not reproduce; None if all are supported.
 
     Args:
-        model: of one of the native families.
+        decoder: language model of one of the native families, without its head.
     """
-    decoder = decoder_of(model)
     # The decoder's own config decides which mask is made.
     attentions = [decoder, *(layer._modules.get("self_attn") for layer in decoder.layers)]
     seen = set()  # usually all layers share one config, so one check is enough
@@ -201,7 +201,7 @@ def unsupported_reason(model: nn.Module, inner: InnerModules) -> tuple[str, str]
         (rule, reason), as in ``Decision``.
     """
     config = text_config(model)
-    reason = dropped_softcap_reason(config) or unsupported_attention(model)
+    reason = dropped_softcap_reason(config) or unsupported_attention(inner.decoder)
     if reason is not None:
         return "attention", reason
     experts = getattr(config, "_experts_implementation", None) or "eager"

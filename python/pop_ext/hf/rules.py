@@ -12,8 +12,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicLayer
 
-from pop_ext.hf.architectures import VisionSpec, vision_of
-from pop_ext.hf.compat import text_config
+from pop_ext.hf.architectures import VisionSpec
 from pop_ext.hf.decision import Decline
 from pop_ext.hf.kv_cache import check_cache, has_window, past_slots
 from pop_ext.hf.masks import SLIDING_ATTENTION, LayerType, check_pattern, mask_layer_types, padding_mask
@@ -39,21 +38,15 @@ _READ = {
 _IGNORED = {"cache_position", "num_items_in_batch"}
 
 
-def is_decode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether a call brings one new token per sequence. Reads only shapes, so that compilers can trace it."""
-    tokens = kwargs.get("input_ids", args[0] if args else None)
-    if tokens is None:
-        tokens = kwargs.get("inputs_embeds")
-    return isinstance(tokens, torch.Tensor) and tokens.ndim >= 2 and tokens.shape[1] == 1
-
-
 def check_prefill(
-    model: nn.Module, plan: Plan, arguments: dict[str, Any]
+    model: nn.Module, config: Any, vision: VisionSpec | None, plan: Plan, arguments: dict[str, Any]
 ) -> tuple[torch.Tensor | None, PackedBatch, Spans]:
     """Check that the arguments of a call ask for a prefill that may be pruned.
 
     Args:
         model: the enabled model.
+        config: of its language model.
+        vision: its vision wrapper, or None.
         plan: what its prefills omit.
         arguments: of the call, by name, the cache as ``past_key_values``.
 
@@ -64,7 +57,6 @@ def check_prefill(
     Raises:
         Decline: The stock forward must run the call.
     """
-    config = text_config(model)
     tokens = _new_tokens(arguments)
     columns = tokens.shape[1]
     if columns == 1:
@@ -84,15 +76,14 @@ def check_prefill(
     )
     if too_many_logits is not None and not too_many_logits.declined:
         raise too_many_logits
-    _check_outputs(model, arguments)
-    _check_inference(model, tokens.device.type)
+    _check_outputs(model.config, vision, arguments)
+    _check_inference(model, config, tokens.device.type)
     # Raised late: logits of all rows are also the default of forward, so a rule that a given argument breaks is the
     # more helpful reason.
     if too_many_logits is not None:
         raise too_many_logits
     if not getattr(config, "is_causal", True):
         raise Decline("attention", "config.is_causal=False: a pruned prefill is causal")
-    vision = vision_of(model)
     mask, packed, types = _check_mask_and_cache(config, tokens, arguments)
     spans = [] if vision is None else _check_spans(vision, arguments, packed)
     try:
@@ -152,9 +143,8 @@ def _check_logits_to_keep(keep: Any, columns: int, cache: Any) -> Decline | None
     return Decline("verification" if verification else "logits_to_keep", reason, declined=not verification)
 
 
-def _check_outputs(model: nn.Module, arguments: dict[str, Any]) -> None:
+def _check_outputs(config: Any, vision: VisionSpec | None, arguments: dict[str, Any]) -> None:
     """Decline a call that asks for outputs which a pruned prefill does not compute, or gives unknown arguments."""
-    config: Any = model.config
     for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
         requested = arguments.get(name)
         if requested if requested is not None else getattr(config, name, False):
@@ -162,14 +152,13 @@ def _check_outputs(model: nn.Module, arguments: dict[str, Any]) -> None:
     use_cache = arguments.get("use_cache")
     if not (use_cache if use_cache is not None else getattr(config, "use_cache", True)):
         raise Decline("use_cache", "use_cache=False: a pruned prefill is useful only if its KV cache is kept")
-    vision = vision_of(model)
     known = _READ | _IGNORED | (vision.arguments if vision is not None else frozenset())
     unknown = sorted(name for name, value in arguments.items() if value is not None and name not in known)
     if unknown:
         raise Decline("arguments", f"arguments that the native prefill does not know: {', '.join(unknown)}")
 
 
-def _check_inference(model: nn.Module, device: str) -> None:
+def _check_inference(model: nn.Module, config: Any, device: str) -> None:
     """Decline a call that needs a backward, autocast, a traced graph, dropout or gradient checkpointing."""
     if torch.is_grad_enabled():
         raise Decline("grad", "grad mode: the native prefill has no backward; use torch.no_grad() or model.generate()")
@@ -179,7 +168,7 @@ def _check_inference(model: nn.Module, device: str) -> None:
         raise Decline("tracing", "tracing or export: the graph must be that of the stock forward")
     if model.training:
         dropouts = ("attention_dropout", "resid_pdrop", "embd_pdrop")
-        if any(getattr(text_config(model), name, 0.0) for name in dropouts):
+        if any(getattr(config, name, 0.0) for name in dropouts):
             raise Decline("training", "training mode with dropout: call model.eval()")
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             raise Decline("training", "training mode with gradient checkpointing keeps no cache: call model.eval()")
