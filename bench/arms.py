@@ -137,7 +137,7 @@ def make_arms(
 
 
 def options_text(options: Mapping[str, int]) -> str:
-    """ "overlap=1,sdpa_rows=0"."""
+    """ "early_launch=1,sdpa_rows=0"."""
     return ",".join(f"{name}={value}" for name, value in options.items())
 
 

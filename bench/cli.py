@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         default=[],
-        help='options of the backend, such as "gemm_blocks=0" or "overlap=1,sdpa_rows=0"; each makes its own arms',
+        help='options of the backend, such as "gemm_blocks=0" or "early_launch=1,sdpa_rows=0"; each makes its own arms',
     )
     p.add_argument("--fp8", action="store_true", help="native arms with products in 8-bit floats, too")
     p.add_argument("--prepack", action="store_true", help="native arms with prepacked weights, too (CPU)")
@@ -382,7 +382,7 @@ def _has_failure(case: Case) -> bool:
 
 
 def parse_options(text: str) -> dict[str, int]:
-    """``"overlap=1,sdpa_rows=0"`` -> ``{"overlap": 1, "sdpa_rows": 0}``.
+    """``"early_launch=1,sdpa_rows=0"`` -> ``{"early_launch": 1, "sdpa_rows": 0}``.
 
     Raises:
         ValueError: anything else.
@@ -391,6 +391,6 @@ def parse_options(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, sign, value = part.strip().partition("=")
         if not name or not sign or not value.isdigit():
-            raise ValueError(f'--tune: expected options such as "overlap=1,sdpa_rows=0", got {text!r}')
+            raise ValueError(f'--tune: expected options such as "early_launch=1,sdpa_rows=0", got {text!r}')
         options[name] = int(value)
     return options

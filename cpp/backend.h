@@ -269,22 +269,10 @@ inline constexpr size_t kAlignment = 64;
 
 constexpr size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-// Work is put into lines, in order within each. A backend with one line does everything in the order
-// in which it is asked for, and leaves mark, wait and the side line as they are here.
+// The calls of one prefill run in the order in which they are made.
 class Backend {
  public:
   virtual ~Backend() = default;
-
-  // A point on the current line: all that was put there so far.
-  virtual int64_t mark() { return 0; }
-  // What follows on the current line comes after a point of the other one.
-  virtual void wait(int64_t /*mark*/) {}
-  // What follows goes beside the main line, until end_side; there it starts after `mark`.
-  virtual void begin_side(int64_t /*mark*/) {}
-  // The main line is the current one again, and goes on after all of the side line; nothing if it is already.
-  virtual void end_side() {}
-  // Does begin_side let work run at once?
-  virtual bool has_side() const { return false; }
 
   virtual void place_rows(const PlaceRowsParams&) = 0;
   virtual void embed(const EmbedParams&) = 0;
@@ -308,10 +296,6 @@ class Backend {
   virtual void route(const RouteParams&) = 0;
   virtual void group_rows(const GroupRowsParams&) = 0;  // host_begin is there when it returns: a device is waited for
   virtual void combine_rows(const CombineRowsParams&) = 0;
-
-  // Layers of a run to project in one call, so that the side line can start on the first of them;
-  // `layers` where it gains nothing to wait for less than all.
-  virtual int64_t kv_project_layers(int64_t /*rows*/, int64_t layers, int64_t /*kv_dim*/) const { return layers; }
 
   // Bytes of KvProjectParams::workspace for a call of at most `rows` rows.
   virtual size_t kv_project_workspace(DType dtype, int64_t rows, int64_t hidden_size, int64_t layers,

@@ -40,25 +40,6 @@ class EarlyLaunches {
   bool before_;
 };
 
-// A second stream of the current device, at a higher priority than the caller's, and the events that order
-// the two. Taken from a pool, returned by the destructor: what is still in the stream then goes on.
-class SideLine {
- public:
-  SideLine();
-  ~SideLine();
-  SideLine(const SideLine&) = delete;
-  SideLine& operator=(const SideLine&) = delete;
-
-  Stream stream() const;
-  int64_t record(Stream on);           // a mark: all that is in `on` now
-  void wait(Stream on, int64_t mark);  // what follows in `on` comes after the mark
-  struct Resources;
-
- private:
-  std::unique_ptr<Resources> resources_;
-  int64_t used_ = 0;
-};
-
 // Where a kernel reports, without a synchronisation, that it met an id outside the vocabulary:
 // host memory that the current device writes to.
 int32_t* bad_id_flag();

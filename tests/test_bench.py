@@ -301,10 +301,10 @@ def test_a_model_that_cannot_be_loaded_fails_alone(config_dir, tmp_path, capsys,
         (["--lengths", "1"], "--lengths: expected integers from 2, got [1]"),
         (["--repeats", "0"], "--repeats: expected at least 1, got 0"),
         (["--device", "tpu"], "--device: expected cpu or cuda, got tpu"),
-        (["--tune", "overlap"], '--tune: expected options such as "overlap=1,sdpa_rows=0", got'),
+        (["--tune", "early_launch"], '--tune: expected options such as "early_launch=1,sdpa_rows=0", got'),
         (["--calibrate"], "--calibrate: expected --model, and --via enable, which alone looks at min_tokens"),
         (["--model", "demo", "--calibrate", "--via", "prefill"], "--calibrate: expected --model, and --via enable"),
-        (["--tune", "gemm_blocks=0,overlap=1"], "--tune: expected gemm_blocks, or --device cuda, got overlap"),
+        (["--tune", "gemm_blocks=0,early_launch=1"], "--tune: expected gemm_blocks, or --device cuda, got early_launch"),
     ],
 )
 def test_bad_arguments_are_named(arguments, text, capsys):
@@ -388,7 +388,7 @@ def test_copies_of_weights_make_arms_that_are_loaded_with_them(tiny, via):
 
 
 def test_options_of_a_backend_make_arms_that_run_under_them(tiny, monkeypatch):
-    state = {"overlap": 0}
+    state = {"early_launch": 0}
     seen = []
 
     def tune(name, value):
@@ -397,14 +397,14 @@ def test_options_of_a_backend_make_arms_that_run_under_them(tiny, monkeypatch):
 
     monkeypatch.setattr(torch.ops.pop, "tune", tune)
     spec, ids = describe(tiny.model).spec, torch.zeros(1, 8, dtype=torch.int64)
-    arms = make_arms(tiny.model, spec, ids, [Plan.last(LAYERS)], None, "prefill", [{"overlap": 1}])
-    assert [arm.name for arm in arms] == ["hf-eager", "native-full", "pop 2/6", "pop 2/6 overlap=1"]
+    arms = make_arms(tiny.model, spec, ids, [Plan.last(LAYERS)], None, "prefill", [{"early_launch": 1}])
+    assert [arm.name for arm in arms] == ["hf-eager", "native-full", "pop 2/6", "pop 2/6 early_launch=1"]
     for arm in arms[2:]:
-        arm.make = lambda arm: lambda: seen.append(state["overlap"])
+        arm.make = lambda arm: lambda: seen.append(state["early_launch"])
         arm.prepare()
         arm.run()
     assert seen == [0, 1]
-    assert state == {"overlap": 0}
+    assert state == {"early_launch": 0}
 
 
 def test_a_figure_holds_a_panel_for_each_baseline_and_each_profile(tmp_path, capsys):

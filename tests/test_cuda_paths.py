@@ -22,7 +22,6 @@ FLASH, SDPA = "aten::_flash_attention_forward", "aten::scaled_dot_product_attent
 # Ways to compute the same: options of torch.ops.pop.tune.
 WAYS = {
     "default": {},
-    "overlap": {"overlap": 1},
     "no skinny products": {"skinny_rows": 0},
     "every product of up to 64 rows skinny": {"skinny_rows": 64},
     "own attention": {"library_attention": 0},
@@ -32,8 +31,6 @@ WAYS = {
     "projection layer by layer": {"kv_project_kib": 1},
     "projection of two layers at a time": {"kv_project_kib": 400},
     "early launches": {"early_launch": 1},
-    "early launches beside the projection": {"early_launch": 1, "overlap": 1},
-    "fused projection beside boundary rows": {"fused_kv_project": 1, "overlap": 1},
 }
 
 

@@ -42,7 +42,7 @@ class Prefill {
   void place_rows();
   void embed();
   void run_of_projected(const RunWeights& run, LayerRange layers);
-  std::vector<int64_t> project_run(const RunWeights& run, LayerRange layers);
+  void project_run(const RunWeights& run, LayerRange layers);
   void project_layers(const RunWeights& run, LayerRange layers, int64_t first_row, int64_t rows, const float* rstd);
   void full_layer(int64_t layer, int64_t kv_begin, int64_t q_begin);
   void qkv(const LayerWeights& weights, int64_t kv_begin, int64_t q_begin);
@@ -103,19 +103,13 @@ void Prefill::run() {
 }
 
 // Context rows stay as they are through these layers of a run and only leave their K and V behind;
-// boundary rows go through them, over that K and V, and where the backend has a side line
-// they set out while later layers are still being projected.
+// boundary rows go through them, over that K and V.
 void Prefill::run_of_projected(const RunWeights& run, LayerRange layers) {
-  const int64_t before = backend_.mark();
-  const std::vector<int64_t> projected = project_run(run, layers);
-  const bool beside = !projected.empty();
-  if (beside) backend_.begin_side(before);
+  project_run(run, layers);
   for (int64_t layer = layers.begin; layer < layers.end; ++layer) {
-    if (beside) backend_.wait(projected[layer - layers.begin]);
     const bool last = layer == spec_.num_layers - 1;
     full_layer(layer, layout_.context_rows, last ? layout_.wanted_begin : layout_.context_rows);
   }
-  if (beside) backend_.end_side();
 }
 
 void Prefill::place_rows() {
@@ -169,9 +163,8 @@ void Prefill::embed() {
   pending_begin_ = layout_.rows;
 }
 
-// Returns, for each of the layers, the mark after which its K and V are there; empty without context rows.
-std::vector<int64_t> Prefill::project_run(const RunWeights& run, LayerRange all) {
-  if (layout_.context_rows == 0) return {};
+void Prefill::project_run(const RunWeights& run, LayerRange all) {
+  if (layout_.context_rows == 0) return;
   StageRange stage(observer_, "pop::kv_project");
   // The pass that brings x up to date hands its row scales over.
   const bool pending = pending_begin_ < layout_.context_rows;
@@ -182,21 +175,17 @@ std::vector<int64_t> Prefill::project_run(const RunWeights& run, LayerRange all)
   const auto window_of = [&](int64_t layer) {
     return call_.window_only && std::binary_search(omit.begin(), omit.end(), layer) ? spec_.window[layer] : 0;
   };
-  const int64_t at_once = backend_.kv_project_layers(layout_.context_rows, all.size(), spec_.kv_dim());
-  std::vector<int64_t> marks;
   LayerRange layers{all.begin, all.begin};
   for (; layers.begin < all.end; layers.begin = layers.end) {
-    const int64_t window = window_of(layers.begin), limit = std::min(layers.begin + at_once, all.end);
-    while (layers.end < limit && window_of(layers.end) == window) ++layers.end;
+    const int64_t window = window_of(layers.begin);
+    while (layers.end < all.end && window_of(layers.end) == window) ++layers.end;
     if (window == 0) project_layers(run, layers, 0, layout_.context_rows, rstd);
     for (const Segment& segment : layout_.segments(0, window == 0 ? 0 : layout_.context_rows)) {
       // The first boundary row is the next reader: it sees the window - 1 positions before it.
       const int64_t rows = std::min(segment.rows, window - 1);
       if (rows > 0) project_layers(run, layers, segment.first_row + segment.rows - rows, rows, rstd);
     }
-    marks.resize(layers.end - all.begin, backend_.mark());
   }
-  return marks;
 }
 
 void Prefill::project_layers(const RunWeights& run, LayerRange layers, int64_t first_row, int64_t rows,
@@ -225,7 +214,7 @@ void Prefill::project_layers(const RunWeights& run, LayerRange layers, int64_t f
                        .rope_table = spec_.rope_table.data() + layers.begin,
                        .batch = &batch_,
                        .caches = call_.caches + layers.begin,
-                       .workspace = work_.kv_project});
+                       .workspace = work_.scratch});
 }
 
 // The whole layer for rows [q_begin, rows); rows [kv_begin, q_begin) only leave their K and V.
@@ -335,7 +324,7 @@ void Prefill::mlp(int64_t layer, int64_t q_begin) {
            .x_stride = from.stride,
            .out = at(work_.z, q_begin, work_.wide),
            .out_stride = work_.wide,
-           .workspace = work_.mlp,
+           .workspace = work_.scratch,
            .quantized = work_.quantized},
           backend_);
   pending_begin_ = q_begin;

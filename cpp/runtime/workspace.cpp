@@ -42,21 +42,16 @@ Workspace::Workspace(const Model& model, const PrefillCall& call, const Backend&
                                   ? nullptr
                                   : cutter.take_array<int32_t>(layout.sequences * call.address.slot_table_stride)};
 
-  // The projection of a run and the MLP of a layer never run at once, but for the MLP of boundary rows
-  // on a side line.
-  const int64_t beside = backend.has_side() ? rows - layout.context_rows : 0;
-  const size_t before = mlp_workspace(model, beside, backend);
-  size_t projection = 0;
+  // The projection of a run and the MLP of a layer never run at once, so they share memory.
+  size_t scratch_bytes = mlp_workspace(model, rows, backend);
   for (const RunWeights& run : model.runs) {
-    // A run may be projected in parts, and a part of fewer layers take more rows at once.
+    // A run may be projected in parts, and a part of fewer layers may take more rows at once.
     for (int64_t layers = 1; layers <= run.layers.size(); ++layers) {
-      projection = std::max(projection, backend.kv_project_workspace(spec.dtype, layout.context_rows, spec.hidden_size,
-                                                                     layers, spec.kv_dim()));
+      scratch_bytes = std::max(scratch_bytes, backend.kv_project_workspace(spec.dtype, layout.context_rows,
+                                                                           spec.hidden_size, layers, spec.kv_dim()));
     }
   }
-  const size_t chunk = mlp_workspace(model, rows, backend);
-  mlp = cutter.take(std::max(chunk, before + projection));
-  kv_project = mlp == nullptr ? nullptr : static_cast<char*>(mlp) + before;
+  scratch = cutter.take(scratch_bytes);
   bytes = cutter.used();
 }
 

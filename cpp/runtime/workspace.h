@@ -23,10 +23,7 @@ struct Workspace {
   void* z;       // [rows, wide] output of a GEMM: q, or what is to be added to x
   void* k;       // [rows, kv_dim]
   void* v;       // [rows, kv_dim]
-  // mlp_workspace bytes; with a side line, KvProjectParams::workspace lies behind those of the rows at full
-  // depth, which run beside it.
-  void* mlp;
-  void* kv_project;
+  void* scratch;  // of the step that runs: MlpCall::workspace or KvProjectParams::workspace
   QuantizedRows quantized;  // input of the next product in a model with 8-bit weights, else null
   float* rstd;              // [rows]
   float* cos;               // [rows, rotary_dim / 2]

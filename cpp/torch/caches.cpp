@@ -77,11 +77,6 @@ CacheGuard::CacheGuard(bool enabled, Backend& backend, const Geometry& geometry,
 }
 
 CacheGuard::~CacheGuard() {
-  try {
-    backend_.end_side();  // nothing of the call is written after what is put back, or after its memory is given back
-  } catch (const std::exception&) {
-    // The device has failed; the caller's exception says so already.
-  }
   for (size_t i = 0; i < saved_.size(); ++i) put_back(written_[i], saved_[i]);
 }
 

@@ -25,9 +25,6 @@ constexpr auto kDeviceType = torch::headeronly::DeviceType::CUDA;
 constexpr int64_t kKvProjectBytes = 96 << 20;
 constexpr int64_t kKvProjectMinRows = 256;
 
-// Tile of a library's GEMM, to judge how many blocks a product makes.
-constexpr int64_t kGemmTileRows = 128, kGemmTileColumns = 256;
-
 // Segments of so few rows go to the kernel that cuts along the keys.
 constexpr int64_t kFewRows = 64;
 
@@ -36,7 +33,6 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Settings for measuring, by name.
 struct Options {
   std::atomic<int64_t> skinny_rows{8};        // products of up to so many rows take cuda/skinny_gemm.cu
-  std::atomic<int64_t> overlap{0};            // boundary rows on a second stream, beside the projection
   std::atomic<int64_t> library_attention{1};  // 0: all attention by cuda/attention.cu
   std::atomic<int64_t> early_launch{0};       // kernels start before those in front have ended (cuda/launch.cuh)
   std::atomic<int64_t> fused{0};              // runs by cuda/kv_project_sm90.cu, where it serves them
@@ -52,14 +48,13 @@ Options& options() {
 
 int64_t CudaBackend::tune(const std::string& option, int64_t value) {
   if (option == "skinny_rows") return options().skinny_rows.exchange(std::clamp<int64_t>(value, 0, cuda::kSkinnyRows));
-  if (option == "overlap") return options().overlap.exchange(value);
   if (option == "library_attention") return options().library_attention.exchange(value);
   if (option == "sdpa_rows") return set_sdpa_rows(value);
   if (option == "early_launch") return options().early_launch.exchange(value);
   if (option == "fused_kv_project") return options().fused.exchange(value);
   if (option == "kv_project_kib") return options().kv_project_kib.exchange(std::clamp<int64_t>(value, 0, 1 << 20));
   throw std::runtime_error(
-      "pop::tune: option: expected gemm_blocks, skinny_rows, overlap, library_attention, sdpa_rows, "
+      "pop::tune: option: expected gemm_blocks, skinny_rows, library_attention, sdpa_rows, "
       "early_launch, fused_kv_project or kv_project_kib, got " +
       option);
 }
@@ -73,39 +68,7 @@ void CudaBackend::check_reported_ids(int device) {
   }
 }
 
-CudaBackend::CudaBackend(int device)
-    : device_(device), scope_(device), stream_(current_stream(device)), main_(stream_) {
-  if (options().overlap != 0) side_.emplace();
-}
-
-// After an error in the side line the caller's stream must still wait for it: it uses the caller's memory.
-CudaBackend::~CudaBackend() {
-  try {
-    end_side();
-  } catch (const std::exception&) {
-    // The device has failed; the caller's exception says so already.
-  }
-}
-
-int64_t CudaBackend::mark() { return side_ ? side_->record(stream_) : 0; }
-
-void CudaBackend::wait(int64_t mark) {
-  if (side_) side_->wait(stream_, mark);
-}
-
-void CudaBackend::begin_side(int64_t mark) {
-  if (!side_) return;
-  on_side_.emplace(side_->stream(), device_);
-  stream_ = side_->stream();
-  side_->wait(stream_, mark);
-}
-
-void CudaBackend::end_side() {
-  if (!on_side_) return;
-  stream_ = main_;
-  on_side_.reset();
-  side_->wait(main_, side_->record(side_->stream()));
-}
+CudaBackend::CudaBackend(int device) : device_(device), scope_(device), stream_(current_stream(device)) {}
 
 // It waits for all that is in the stream, weights that were just written as well; what follows need not.
 void CudaBackend::place_rows(const PlaceRowsParams& p) {
@@ -219,13 +182,6 @@ struct KvProjectLayout {
 };
 
 }  // namespace
-
-// Few enough that the boundary rows need not wait long, enough for two waves of the GEMM's blocks.
-int64_t CudaBackend::kv_project_layers(int64_t rows, int64_t layers, int64_t kv_dim) const {
-  if (!side_) return layers;
-  const int64_t blocks_a_layer = ceil_div(rows, kGemmTileRows) * ceil_div(2 * kv_dim, kGemmTileColumns);
-  return std::min(layers, ceil_div(2 * cuda::device_facts().sm_count, blocks_a_layer));
-}
 
 size_t CudaBackend::kv_project_workspace(DType dtype, int64_t rows, int64_t hidden_size, int64_t layers,
                                          int64_t kv_dim) const {

@@ -1,5 +1,5 @@
 // The backend over the CUDA kernels: chooses, for each product and each piece of attention, between a kernel of
-// cuda/ and a library's, and keeps the two lines of work of a call (backend.h) apart and in order.
+// cuda/ and a library's.
 #pragma once
 
 #include <atomic>
@@ -19,15 +19,8 @@ namespace pop {
 class CudaBackend final : public Backend {
  public:
   explicit CudaBackend(int device);
-  ~CudaBackend() override;
   CudaBackend(const CudaBackend&) = delete;
   CudaBackend& operator=(const CudaBackend&) = delete;
-
-  int64_t mark() override;
-  void wait(int64_t mark) override;
-  void begin_side(int64_t mark) override;
-  void end_side() override;
-  bool has_side() const override { return side_.has_value(); }
 
   void place_rows(const PlaceRowsParams&) override;
   void embed(const EmbedParams&) override;
@@ -45,7 +38,6 @@ class CudaBackend final : public Backend {
   void route(const RouteParams&) override;
   void group_rows(const GroupRowsParams&) override;
   void combine_rows(const CombineRowsParams&) override;
-  int64_t kv_project_layers(int64_t rows, int64_t layers, int64_t kv_dim) const override;
   size_t kv_project_workspace(DType dtype, int64_t rows, int64_t hidden_size, int64_t layers,
                               int64_t kv_dim) const override;
   void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t row_bytes,
@@ -62,10 +54,7 @@ class CudaBackend final : public Backend {
 
   int device_;
   DeviceScope scope_;
-  cuda::Stream stream_;  // the current line's
-  cuda::Stream main_;
-  std::optional<cuda::SideLine> side_;  // where boundary rows run beside the projection
-  std::optional<StreamScope> on_side_;
+  cuda::Stream stream_;
   std::optional<cuda::EarlyLaunches> early_launches_;
 };
 

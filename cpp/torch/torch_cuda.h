@@ -23,16 +23,4 @@ class DeviceScope {
 
 cuda::Stream current_stream(int device);
 
-// Makes a stream torch's current one: the libraries behind aten then work, and allocate, on it.
-class StreamScope {
- public:
-  StreamScope(cuda::Stream stream, int device);
-  ~StreamScope();
-  StreamScope(const StreamScope&) = delete;
-  StreamScope& operator=(const StreamScope&) = delete;
-
- private:
-  void* guard_ = nullptr;
-};
-
 }  // namespace pop

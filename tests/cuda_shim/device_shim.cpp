@@ -13,13 +13,7 @@ const DeviceFacts& device_facts() {
   return facts;
 }
 
-struct SideLine::Resources {};
 
-SideLine::SideLine() : resources_(std::make_unique<Resources>()) {}
-SideLine::~SideLine() = default;
-Stream SideLine::stream() const { return nullptr; }
-int64_t SideLine::record(Stream) { return used_++; }
-void SideLine::wait(Stream, int64_t) {}
 
 namespace {
 std::atomic<int32_t> flag{0};
