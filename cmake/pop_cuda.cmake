@@ -6,7 +6,7 @@ set(POP_CUDA_SOURCES
   cuda/embed.cu
   cuda/gated_act.cu
   cuda/kv_project_sm90.cu
-  cuda/place_rows.cu
+  cuda/build_row_tables.cu
   cuda/quantize_rows.cu
   cuda/rms_norm.cu
   cuda/rope_cache_write.cu
@@ -20,7 +20,7 @@ set(POP_CUDA_CHECKS
   tests/cuda_shim/check_kv_project_sm90.cpp
   tests/cuda_shim/check_kv_project_tile.cpp
   tests/cuda_shim/check_main.cpp
-  tests/cuda_shim/check_place_rows.cpp
+  tests/cuda_shim/check_build_row_tables.cpp
   tests/cuda_shim/check_quantize_rows.cpp
   tests/cuda_shim/check_rms_norm.cpp
   tests/cuda_shim/check_rope_cache_write.cpp

@@ -88,9 +88,9 @@ bool take_bad_id() {
 void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t row_bytes, int64_t rows,
                Stream stream) noexcept {
   if (rows == 0 || row_bytes == 0) return;
-  // The stride of a single row means nothing, and one below its width would be refused.
+  // The stride of a single row has no meaning, and cudaMemcpy2DAsync refuses one below the width.
   if (rows == 1) to_stride = from_stride = row_bytes;
-  // What can fail here is a device that has failed before; there is nobody left to tell.
+  // Only a device that failed before can fail here, and that error is already on its way to the caller.
   static_cast<void>(
       cudaMemcpy2DAsync(to, to_stride, from, from_stride, row_bytes, rows, cudaMemcpyDeviceToDevice, stream));
 }

@@ -110,6 +110,20 @@ def test_torch_free_parts_include_no_torch_header():
     assert torch_includes == []
 
 
+def test_the_cpu_backend_calls_torch_in_one_file():
+    """Kernels, threads and the choice of a product then stay free of torch's types."""
+    seam = CPP / "cpu" / "torch_calls.cpp"
+    using_torch = {
+        path.relative_to(ROOT).as_posix()
+        for path in sources("cpp/cpu")
+        for include in includes(path)
+        if re.match(r'[<"]torch/', include)
+    }
+    assert using_torch == {seam.relative_to(ROOT).as_posix()}
+    reached = {path for part in sources("cpp/cpu") if part != seam for path in reachable(part)}
+    assert [path.name for path in reached for include in includes(path) if re.match(r'[<"]torch/', include)] == []
+
+
 @needs_nm
 def test_files_compiled_per_instruction_set_leave_no_inline_function_to_the_linker():
     """It keeps one copy of a weak symbol, and that could be the one with AVX-512 in it."""

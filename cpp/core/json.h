@@ -9,7 +9,7 @@
 #include <vector>
 
 #define JSON_NO_IO  // no streams: text goes in and out as std::string
-#include "nlohmann/json.hpp"
+#include <nlohmann/json.hpp>
 
 namespace pop::json {
 

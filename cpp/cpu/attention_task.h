@@ -2,7 +2,8 @@
 #pragma once
 
 #include "attention_math.h"
-#include "backend.h"
+#include "backend/params.h"
+#include "core/math.h"
 #include "kernels.h"
 
 namespace pop::cpu::POP_ISA {
@@ -33,9 +34,6 @@ struct TileConfig {
 
 constexpr float kLowest = -3.0e38f;
 constexpr float kLog2E = 1.44269504f;
-constexpr int64_t kMaxHeadDim = 256;
-
-constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // What products become on their way to exponents of two.
 struct ScoreScale {
@@ -49,7 +47,7 @@ struct TileView {
   int begin, end;     // keys that any lane sees, rounded to multiples of 8
   bool edge;          // some of them are hidden from some lane
   int64_t window;
-  int64_t sees_to;  // Segment::sees_to
+  int64_t visible_end;  // Segment::visible_end
 };
 
 // Where the rows of a task lie in q, out and the cache. Its lanes are (query row, head) pairs, the
@@ -103,7 +101,7 @@ class TaskGeometry {
     tile.edge = first_key + tile.end - 1 > last_visible(position(first)) ||
                 first_key + tile.begin < first_visible(position(last));
     tile.window = p_.window;
-    tile.sees_to = segment_.sees_to;
+    tile.visible_end = segment_.visible_end;
     return tile;
   }
 
@@ -119,7 +117,9 @@ class TaskGeometry {
     return p_.window > 0 && position >= p_.window ? position - p_.window + 1 : 0;
   }
 
-  int64_t last_visible(int64_t position) const { return position > segment_.sees_to ? position : segment_.sees_to; }
+  int64_t last_visible(int64_t position) const {
+    return position + 1 > segment_.visible_end ? position : segment_.visible_end - 1;
+  }
 
   int64_t row_offset(int64_t lane, int64_t stride) const {
     const int64_t row = segment_.first_row - p_.first_row + row_ + lane / group_;
@@ -165,8 +165,8 @@ __attribute__((noinline)) bool softmax(const TileView& tile, ScoreScale scale, c
       VecI32 own;
       __builtin_memcpy(&own, position + v * kLanes, sizeof(own));
       const VecI32 first = tile.window > 0 ? own - static_cast<int32_t>(tile.window) : own - own - 1;
-      const VecI32 sees_to = own - own + static_cast<int32_t>(tile.sees_to);
-      const VecI32 last = own > sees_to ? own : sees_to;
+      const VecI32 last_in_block = own - own + static_cast<int32_t>(tile.visible_end - 1);
+      const VecI32 last = own > last_in_block ? own : last_in_block;
       for (int k = tile.begin; k < tile.end; ++k) {
         float* at = scores + k * C::kWidth + v * kLanes;
         const int32_t key = static_cast<int32_t>(tile.first_key + k);

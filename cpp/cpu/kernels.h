@@ -6,7 +6,7 @@
 // with AVX-512 in it.
 #pragma once
 
-#include "backend.h"
+#include "backend/params.h"
 
 namespace pop::cpu {
 

@@ -2,6 +2,7 @@
 // tiles of kTileColumns of its rows against as many rows of a as registers hold, and no operand is
 // packed. An element's sum has one accumulator of lanes that walks along k, whatever the tile: a
 // row's result does not depend on how many rows come with it.
+#include "core/math.h"
 #include "cpu/row_kernels.h"
 #include "cpu/vec.h"
 
@@ -90,7 +91,7 @@ POP_INLINE void tile_of(const GemmParams& p, int64_t rows, int64_t row, int64_t 
 // All rows of out, in tiles of nearly equal height.
 template <class T, int Columns>
 POP_INLINE void column_tile(const GemmParams& p, int64_t column) {
-  const int64_t tiles = (p.m + kTileRows - 1) / kTileRows;
+  const int64_t tiles = ceil_div(p.m, kTileRows);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t row = p.m * t / tiles;
     tile_of<T, Columns>(p, p.m * (t + 1) / tiles - row, row, column);

@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "runtime/cutter.h"
+#include "runtime/arena.h"
 #include "runtime/product.h"
 
 namespace pop {
@@ -12,17 +12,17 @@ namespace {
 // A pair is a row and one of its experts. Pairs lie side by side by expert, so that an expert's are rows of a product.
 struct ExpertsWorkspace {
   ExpertsWorkspace(const ExpertsShape& shape, int64_t rows, void* base) {
-    Cutter cutter(base);
+    Arena arena(base);
     const int64_t pairs = rows * shape.experts_per_row, element = element_size(shape.dtype);
-    logits = cutter.take(rows * shape.experts * element);
-    expert = cutter.take_array<int32_t>(pairs);
-    weight = cutter.take_array<float>(pairs);
-    place = cutter.take_array<int32_t>(pairs);
-    row = cutter.take_array<int64_t>(pairs);
-    begin = cutter.take_array<int64_t>(shape.experts + 1);
-    x = cutter.take(pairs * shape.hidden_size * element);
-    gate_up = cutter.take(pairs * 2 * shape.inner_size * element);
-    bytes = cutter.used();
+    logits = arena.take(rows * shape.experts * element);
+    expert = arena.take_array<int32_t>(pairs);
+    weight = arena.take_array<float>(pairs);
+    place = arena.take_array<int32_t>(pairs);
+    row = arena.take_array<int64_t>(pairs);
+    begin = arena.take_array<int64_t>(shape.experts + 1);
+    x = arena.take(pairs * shape.hidden_size * element);
+    gate_up = arena.take(pairs * 2 * shape.inner_size * element);
+    bytes = arena.used();
   }
 
   void* logits;     // [rows, experts]

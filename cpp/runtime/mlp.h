@@ -4,7 +4,7 @@
 
 #include <cstddef>
 
-#include "backend.h"
+#include "backend/backend.h"
 #include "runtime/model.h"
 #include "runtime/product.h"
 

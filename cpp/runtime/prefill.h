@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-#include "backend.h"
+#include "backend/backend.h"
 #include "runtime/batch.h"
 #include "runtime/model.h"
 

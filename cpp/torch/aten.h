@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "backend.h"
+#include "backend/params.h"
 #include "torch/foreign_ops.h"
 
 namespace pop::aten {

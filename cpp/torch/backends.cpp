@@ -9,7 +9,7 @@
 #include "torch/checks.h"
 
 #if defined(POP_WITH_CUDA)
-#include "torch/cuda_backend.h"
+#include "cuda/host/cuda_backend.h"
 #endif
 
 namespace pop {

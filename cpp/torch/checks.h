@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "backend.h"
+#include "backend/params.h"
 #include "core/text.h"
 
 namespace pop {

@@ -8,7 +8,7 @@
 #include "torch/caches.h"
 #include "torch/checks.h"
 #include "torch/geometry.h"
-#include "torch/registry.h"
+#include "torch/loaded_model.h"
 
 namespace pop {
 
@@ -47,7 +47,7 @@ struct RopeTables {
   }
 };
 
-// Where the rows of a building block come from and belong, in memory of the device of `like`.
+// The row tables of a building block, in memory of the device of `like`.
 class PlacedRows {
  public:
   PlacedRows(const Geometry& geometry, Backend& backend, const Tensor& like) {
@@ -58,7 +58,7 @@ class PlacedRows {
     int64_t* table = static_cast<int64_t*>(tables_.mutable_data_ptr());
     int64_t* start = table + 3 * layout.rows;
     const std::vector<Segment> segments = layout.segments(0, layout.rows);
-    const PlaceRowsParams params{
+    const RowTablesParams params{
         .segments = segments.data(),
         .num_segments = static_cast<int64_t>(segments.size()),
         .sequences = layout.sequences,
@@ -68,7 +68,7 @@ class PlacedRows {
         .row_source = table + 2 * layout.rows,
         .start = start,
         .slot_table = slots == 0 ? nullptr : reinterpret_cast<int32_t*>(start + layout.sequences)};
-    backend.place_rows(params);
+    backend.build_row_tables(params);
     batch_ = {
         .rows = layout.rows,
         .sequences = layout.sequences,

@@ -8,8 +8,8 @@
 #include "torch/caches.h"
 #include "torch/checks.h"
 #include "torch/geometry.h"
+#include "torch/handles.h"
 #include "torch/profile.h"
-#include "torch/registry.h"
 
 namespace pop {
 

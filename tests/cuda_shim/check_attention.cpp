@@ -11,7 +11,7 @@ using checks::Buffer;
 
 struct Rows {
   int64_t rows, first_position;
-  int64_t sees_to = 0;
+  int64_t visible_end = 0;
 };
 
 enum class Layout {
@@ -37,7 +37,7 @@ std::string name_of(DType dtype, const Case& c) {
                      " table=" + std::to_string(c.has_slot_table) + " softcap=" + std::to_string(c.softcap);
   for (const Rows& s : c.segments) {
     name += " " + std::to_string(s.rows) + "@" + std::to_string(s.first_position);
-    if (s.sees_to > 0) name += ">" + std::to_string(s.sees_to);
+    if (s.visible_end > 0) name += ">" + std::to_string(s.visible_end);
   }
   return name;
 }
@@ -112,7 +112,7 @@ class Problem {
   }
   static int64_t capacity_of(const Case& c) {
     int64_t longest = 0;
-    for (const Rows& s : c.segments) longest = std::max({longest, s.first_position + s.rows, s.sees_to + 1});
+    for (const Rows& s : c.segments) longest = std::max({longest, s.first_position + s.rows, s.visible_end});
     return longest + 3;
   }
 
@@ -128,7 +128,7 @@ class Problem {
                            .first_position = case_.segments[i].first_position,
                            .first_source = 0,
                            .cache_start = sequence % 3,
-                           .sees_to = case_.segments[i].sees_to});
+                           .visible_end = case_.segments[i].visible_end});
       row += case_.segments[i].rows;
     }
     table_.assign(sequences_ * capacity_, 1 << 30);
@@ -156,7 +156,7 @@ class Problem {
     const CacheStrides s = strides_of();
     return sequence * s.batch + head * s.head + slot * s.slot;
   }
-  static int64_t end_of(const Segment& s) { return std::max(s.first_position + s.rows, s.sees_to + 1); }
+  static int64_t end_of(const Segment& s) { return std::max(s.first_position + s.rows, s.visible_end); }
   int64_t first_visible(int64_t position) const {
     return case_.window > 0 ? std::max<int64_t>(0, position - case_.window + 1) : 0;
   }
@@ -175,7 +175,7 @@ class Problem {
 
   void attend(const Segment& s, int64_t position, int64_t head, int64_t q_at, float* out) const {
     const int64_t kv_head = head / (case_.heads / case_.kv_heads), first = first_visible(position);
-    const int64_t last = std::max(position, s.sees_to);
+    const int64_t last = std::max(position, s.visible_end - 1);
     std::vector<double> weights, sums(case_.head_dim);
     double top = -INFINITY, total = 0;
     for (int64_t p = first; p <= last; ++p) {
@@ -295,10 +295,10 @@ void run_images() {
   std::vector<Case> cases;
   for (const int64_t window : {0, 5, 40, 300}) {
     if (checks::kRaces && (window == 5 || window == 300)) continue;
-    cases.push_back({.heads = 4, .kv_heads = 2, .head_dim = 64, .segments = {{40, 7, 46}}, .window = window});
+    cases.push_back({.heads = 4, .kv_heads = 2, .head_dim = 64, .segments = {{40, 7, 47}}, .window = window});
     cases.push_back(
-        {.heads = 2, .kv_heads = 1, .head_dim = 40, .segments = {{9, 30, 70}, {3, 0, 2}}, .window = window});
-    cases.push_back({.heads = 4, .kv_heads = 1, .head_dim = 32, .segments = {{2, 140, 190}, {5, 9}}, .window = window});
+        {.heads = 2, .kv_heads = 1, .head_dim = 40, .segments = {{9, 30, 71}, {3, 0, 3}}, .window = window});
+    cases.push_back({.heads = 4, .kv_heads = 1, .head_dim = 32, .segments = {{2, 140, 191}, {5, 9}}, .window = window});
   }
   run_all(cases);
 }

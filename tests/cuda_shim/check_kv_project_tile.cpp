@@ -37,7 +37,7 @@ void tile_order() {
         for (int row = 0; row < row_tiles; ++row) {
           for (int column = 0; column < column_tiles; ++column) expect(seen[{row, column}] == 1, "a tile not once");
         }
-        expect(sweeps == (row_tiles + kBandTiles - 1) / kBandTiles * column_tiles, "W is read more than once a band");
+        expect(sweeps == ceil_div(row_tiles, kBandTiles) * column_tiles, "W is read more than once a band");
       }
     }
   }

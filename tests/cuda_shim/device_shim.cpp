@@ -13,8 +13,6 @@ const DeviceFacts& device_facts() {
   return facts;
 }
 
-
-
 namespace {
 std::atomic<int32_t> flag{0};
 }

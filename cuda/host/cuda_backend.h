@@ -1,5 +1,4 @@
-// The backend over the CUDA kernels: chooses, for each product and each piece of attention, between a kernel of
-// cuda/ and a library's.
+// The CUDA backend: chooses for each product and each segment of attention between a kernel of cuda/ and a library's.
 #pragma once
 
 #include <atomic>
@@ -8,21 +7,21 @@
 #include <string>
 #include <vector>
 
-#include "backend.h"
+#include "backend/backend.h"
 #include "cuda/device.h"
+#include "cuda/host/torch_cuda.h"
 #include "cuda/kernels.h"
-#include "torch/torch_cuda.h"
 
 namespace pop {
 
-// For one call, on torch's current stream of a device; makes that device the current one.
+// The backend of one call. Makes `device` the current one and works on torch's current stream of it.
 class CudaBackend final : public Backend {
  public:
   explicit CudaBackend(int device);
   CudaBackend(const CudaBackend&) = delete;
   CudaBackend& operator=(const CudaBackend&) = delete;
 
-  void place_rows(const PlaceRowsParams&) override;
+  void build_row_tables(const RowTablesParams&) override;
   void embed(const EmbedParams&) override;
   void add_features(const AddFeaturesParams&) override;
   void rms_norm(const RmsNormParams&) override;
@@ -48,8 +47,7 @@ class CudaBackend final : public Backend {
 
  private:
   void library_gemm(const GemmParams&);
-  void kv_project_chunk(const KvProjectParams&, int64_t begin, int64_t rows);
-  void project_and_write(const KvProjectParams&, void* kv);
+  void write_kv(const KvProjectParams&, const void* kv);
   void own_attention(const AttentionParams&, const std::vector<Segment>& segments);
 
   int device_;

@@ -1,4 +1,4 @@
-#include "torch/torch_cuda.h"
+#include "cuda/host/torch_cuda.h"
 
 #if defined(POP_CUDA_SHIM)
 
@@ -25,7 +25,7 @@ namespace pop {
 
 namespace {
 
-// Not `torch::stable::accelerator::getCurrentStream`: the id it gives is torch's, no cudaStream_t.
+// torch::stable::accelerator::getCurrentStream does not help: its id is torch's own, not a cudaStream_t.
 using GetCurrentStream = int32_t (*)(int32_t device, void** stream);
 
 GetCurrentStream get_current_stream() {

@@ -1,5 +1,5 @@
-// torch's current device and stream, from the libtorch_cuda that is already loaded: this library links against
-// the CPU part alone, so that one wheel serves both kinds of torch.
+// torch's current device and stream, looked up in the libtorch_cuda that is already loaded. This library links against
+// torch's CPU part alone, so that one wheel works with a CPU build and a CUDA build of torch.
 #pragma once
 
 #include <memory>
@@ -8,7 +8,7 @@
 
 namespace pop {
 
-// Makes a device the current one, of torch and of the CUDA runtime.
+// Makes a device the current one, of torch and of the CUDA runtime, while it lives.
 class DeviceScope {
  public:
   explicit DeviceScope(int device);
