@@ -1,7 +1,7 @@
 // Adds the features of a vision tower to the rows of its tokens (DeepStack).
 //
-// Floor: 3 elements moved per channel of a row with a feature, and 16 bytes of index per row. It runs after a few of the
-// first layers, for prompts with images only, so one element per thread and step is enough.
+// Floor: 3 elements moved per channel of a row with a feature, and 16 bytes of index per row. It runs after a few of
+// the first layers, for prompts with images only, so one element per thread and step is enough.
 #include "cuda/elements.cuh"
 #include "cuda/launch.cuh"
 

@@ -1,10 +1,10 @@
-// Causal attention of packed query rows over the KV cache, for boundary steps and for calls that no library kernel serves.
-// Rows of an image also see the rest of the image.
+// Causal attention of packed query rows over the KV cache, for boundary steps and for calls that no library kernel
+// serves. Rows of an image also see the rest of the image.
 //
-// Floor: a boundary step reads K and V once, 4 * head_dim bytes per key and KV head in 16 bits: 125 us at 4.3 TB/s for a
-// Llama-3.1-8B layer and 131072 keys. Each (query, key) pair takes 4 * head_dim FLOPs. 4 queries per KV head take about
-// half of the instructions that 132 SMs issue in the time of the bytes, 8 queries nearly all of them. Many rows are bound
-// by fp32 FMAs, which are 60 to 70 % of the instructions of both products.
+// Floor: a boundary step reads K and V once, 4 * head_dim bytes per key and KV head in 16 bits: 125 us at 4.3 TB/s for
+// a Llama-3.1-8B layer and 131072 keys. Each (query, key) pair takes 4 * head_dim FLOPs. 4 queries per KV head take
+// about half of the instructions that 132 SMs issue in the time of the bytes, 8 queries nearly all of them. Many rows
+// are bound by fp32 FMAs, which are 60 to 70 % of the instructions of both products.
 //
 // A block computes the query heads of one KV head for adjacent rows, up to kQueries (row, head) pairs, over a range of
 // keys, kKeys at a time. K and V are copied asynchronously to shared memory, each while the other is in use. Scores: a
@@ -13,10 +13,10 @@
 // added at the end, in fixed order.
 //
 // A segment (consecutive rows of a sequence) with too few rows to fill the GPU has its keys cut into ranges, one block
-// each, for about as many blocks as 132 SMs hold at once: 3 per SM up to 8 queries, which keep 16 to 32 KB of K and V each
-// in flight (bf16, head_dim 128, 4 queries: 44 KB of shared memory), where 26 KB per SM are needed; 2 per SM above. Blocks
-// write maximum, sum and unnormalised output to the workspace, and a second kernel merges them in order. The cut depends
-// on the segment's own rows and length: the bits of a row do not depend on other sequences.
+// each, for about as many blocks as 132 SMs hold at once: 3 per SM up to 8 queries, which keep 16 to 32 KB of K and V
+// each in flight (bf16, head_dim 128, 4 queries: 44 KB of shared memory), where 26 KB per SM are needed; 2 per SM
+// above. Blocks write maximum, sum and unnormalised output to the workspace, and a second kernel merges them in order.
+// The cut depends on the segment's own rows and length: the bits of a row do not depend on other sequences.
 #include <algorithm>
 
 #include "cuda/attention_tile.cuh"

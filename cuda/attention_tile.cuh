@@ -118,13 +118,14 @@ struct Tile {
   static constexpr int kSides = kQueries / kSide;
   static constexpr int kThreadKeys = std::max(1, kSides* kKeys / kThreads);
   static constexpr int kKeyThreads = kKeys / kThreadKeys;
-  static constexpr int kShares = kThreads / (kSides * kKeyThreads);    // adjacent threads that share the channels of a score
-  static constexpr int kChannels = kQueries < 16 ? 4 : 8;              // of the output, per thread
-  static constexpr int kLoad = std::min(kChannels, kPack<T>);          // of these, per access
+  static constexpr int kShares =
+      kThreads / (kSides * kKeyThreads);                       // adjacent threads that share the channels of a score
+  static constexpr int kChannels = kQueries < 16 ? 4 : 8;      // of the output, per thread
+  static constexpr int kLoad = std::min(kChannels, kPack<T>);  // of these, per access
   static constexpr int kLanes = std::min(kWarp, kThreads / kQueries);  // lanes that share the softmax of a query
 
-  // Distance of keys in shared memory, in elements, chosen so that the 16-byte accesses of 8 lanes (kShares along a key)
-  // use all banks.
+  // Distance of keys in shared memory, in elements, chosen so that the 16-byte accesses of 8 lanes (kShares along a
+  // key) use all banks.
   static int pitch(int head_dim) {
     constexpr int kLine = 128 / static_cast<int>(sizeof(T)), kOffset = kShares * kPack<T> % kLine;
     return round_up(head_dim - kOffset, kLine) + kOffset;

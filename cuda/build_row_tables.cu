@@ -21,7 +21,7 @@ struct SegmentList {
 // blockIdx.y is the segment.
 __global__ void __launch_bounds__(kThreads)
     segments_kernel(const SegmentList list, int64_t* row_sequence, int64_t* row_position, int64_t* row_source,
-                          int64_t* start) {
+                    int64_t* start) {
   const Segment& segment = list.segments[blockIdx.y];
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < segment.rows; i += stride) {
@@ -53,8 +53,8 @@ void launch_build_row_tables(const RowTablesParams& p, Stream stream) {
     }
     const dim3 grid(static_cast<unsigned>(std::min<int64_t>(ceil_div(longest, kThreads), 64)),
                     static_cast<unsigned>(count));
-    launch("build_row_tables", segments_kernel, grid, dim3(kThreads), 0, stream, list, p.row_sequence,
-           p.row_position, p.row_source, p.start);
+    launch("build_row_tables", segments_kernel, grid, dim3(kThreads), 0, stream, list, p.row_sequence, p.row_position,
+           p.row_source, p.start);
   }
   if (p.slot_table == nullptr) return;
   const int64_t total = p.sequences * p.address.slot_table_stride;

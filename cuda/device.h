@@ -12,7 +12,7 @@ namespace pop::cuda {
 
 struct DeviceFacts {
   int major, minor;  // compute capability
-  int code;          // 10 * compute capability of the compiled code that runs there; below the device's if it was translated
+  int code;  // 10 * compute capability of the compiled code that runs there; below the device's if it was translated
   int sm_count;
 };
 
@@ -22,8 +22,8 @@ void set_device(int device);
 // Of the current device.
 const DeviceFacts& device_facts();
 
-// While one lives, launch_early of this thread starts kernels early (launch.cuh). What such kernels load before their wait
-// must have been written before the last kernel that `launch` launched.
+// While one lives, launch_early of this thread starts kernels early (launch.cuh). What such kernels load before their
+// wait must have been written before the last kernel that `launch` launched.
 class EarlyLaunches {
  public:
   EarlyLaunches() : before_(wanted()) { wanted() = true; }
@@ -50,8 +50,8 @@ bool take_bad_id();
 void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t row_bytes, int64_t rows,
                Stream stream) noexcept;
 
-// Copies to host memory and waits for it. Throws std::runtime_error with `why` if the stream is being captured, since it
-// cannot be waited for then.
+// Copies to host memory and waits for it. Throws std::runtime_error with `why` if the stream is being captured, since
+// it cannot be waited for then.
 void copy_to_host(void* to, const void* from, size_t bytes, Stream stream, const char* why);
 
 }  // namespace pop::cuda

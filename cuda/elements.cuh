@@ -67,8 +67,8 @@ __device__ __forceinline__ void unpack(const Pack& pack, float (&to)[kPack<T>]) 
   }
 }
 
-// Two rounded elements in one word. A device converts both with one instruction; two single conversions whose results are
-// used again run at a quarter of the rate.
+// Two rounded elements in one word. A device converts both with one instruction; two single conversions whose results
+// are used again run at a quarter of the rate.
 template <class T>
 __device__ __forceinline__ uint32_t pair_bits(float low, float high) {
 #if defined(__CUDA_ARCH__)
@@ -122,8 +122,8 @@ __device__ __forceinline__ void store(T* to, const float (&from)[count]) {
   }
 }
 
-// `kCount` adjacent elements in registers, in their own type: for loops that load well ahead of use, or that use less than
-// they load.
+// `kCount` adjacent elements in registers, in their own type: for loops that load well ahead of use, or that use less
+// than they load.
 template <class T, int kCount>
 struct Operand {
   Elements<T, kCount> elements;

@@ -1,6 +1,6 @@
 // The launchers of the CUDA kernels, over the structs of backend/params.h; one file per kernel. Pointers that are not
-// marked "host" are to device memory. A launcher returns when its kernels are in the stream, throws std::runtime_error if
-// the launch failed, never synchronises, and reads no host memory after it returned. Empty calls launch nothing.
+// marked "host" are to device memory. A launcher returns when its kernels are in the stream, throws std::runtime_error
+// if the launch failed, never synchronises, and reads no host memory after it returned. Empty calls launch nothing.
 #pragma once
 
 #include "backend/params.h"
@@ -57,8 +57,8 @@ void launch_route(const RouteParams&, Stream);
 void launch_group_rows(const GroupRowsParams&, Stream);
 void launch_combine_rows(const CombineRowsParams&, Stream);
 
-// skinny_gemm.cu: out = a . w^T for few rows, bound by the bytes of w; one to three matrices that share `a` in one launch.
-// Any m gives the right result; from about 8 rows on a library GEMM is expected to be faster (see there).
+// skinny_gemm.cu: out = a . w^T for few rows, bound by the bytes of w; one to three matrices that share `a` in one
+// launch. Any m gives the right result; from about 8 rows on a library GEMM is expected to be faster (see there).
 inline constexpr int64_t kSkinnyRows = 64;
 void launch_skinny_gemm(const GemmParams* products, int64_t count, Stream);
 

@@ -1,7 +1,7 @@
-// Writes the accumulators of a tile to the KV cache, without leaving registers: row scale, bias, norm per head, RoPE, and
-// 16-byte stores. A quad of threads holds a row (kv_project_tile.h): thread q of the quad has channels 8 g + 2 q and
-// 8 g + 2 q + 1 of every group g of 8 channels. Both channels of a RoPE pair are then in one thread, and data moves only
-// within the quad.
+// Writes the accumulators of a tile to the KV cache, without leaving registers: row scale, bias, norm per head, RoPE,
+// and 16-byte stores. A quad of threads holds a row (kv_project_tile.h): thread q of the quad has channels 8 g + 2 q
+// and 8 g + 2 q + 1 of every group g of 8 channels. Both channels of a RoPE pair are then in one thread, and data moves
+// only within the quad.
 #pragma once
 
 #include "cuda/elements.cuh"

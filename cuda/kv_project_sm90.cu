@@ -1,21 +1,21 @@
-// The independent KV projection of a run in one Hopper kernel: [k_j | v_j] = rstd(x) * (x . W_j^T) for all layers j of a
-// run, then bias, k_norm, RoPE and the cache write. The product never goes to memory.
+// The independent KV projection of a run in one Hopper kernel: [k_j | v_j] = rstd(x) * (x . W_j^T) for all layers j of
+// a run, then bias, k_norm, RoPE and the cache write. The product never goes to memory.
 //
 // Floor for Llama-3.1-8B, ten layers, 2048 tokens ([2048, 4096] x [20480, 4096]^T): 0.344 TFLOP, which take 0.435 ms at
 // 790 TFLOP/s. Bytes: W 168 MB, x 17 MB, caches 84 MB, which take 0.063 ms at 4.3 TB/s. The tensor cores are the limit.
 //
 // A block computes tiles of 128 x 256 in steps of 64 along hidden_size. Its ring of 4 stages of 48 KiB takes 193 KiB in
-// all, so a multiprocessor holds one block. One thread of the first warpgroup keeps the ring full with TMA. Two warpgroups
-// multiply 64 x 256 each (wgmma m64n256k16, 128 accumulators per thread; 168 registers at launch, then 232, and 40 for
-// the first warpgroup). They read x of each step a second time for the sums of squares of the rows, while the products
-// run. Blocks are persistent, so the first stages of a tile load during the epilogue of the previous tile; the tensor
-// cores still wait for the epilogue. Two blocks with adjacent rows form a cluster and share their tile of W, each loading
-// half of it for both: a step then reads 32 KiB per block from the L2 instead of 48.
+// all, so a multiprocessor holds one block. One thread of the first warpgroup keeps the ring full with TMA. Two
+// warpgroups multiply 64 x 256 each (wgmma m64n256k16, 128 accumulators per thread; 168 registers at launch, then 232,
+// and 40 for the first warpgroup). They read x of each step a second time for the sums of squares of the rows, while
+// the products run. Blocks are persistent, so the first stages of a tile load during the epilogue of the previous tile;
+// the tensor cores still wait for the epilogue. Two blocks with adjacent rows form a cluster and share their tile of W,
+// each loading half of it for both: a step then reads 32 KiB per block from the L2 instead of 48.
 //
 // Expected limits, in this order: shared memory (of the 1024 cycles that the products of a step take, operands are read
-// in 640, TMA writes in 384 and the sums of squares read in 128, so passing rstd may be faster); the epilogue (2 to 3 us
-// after 45 us of products); 1280 tiles on 132 blocks (9.7 rounds in 10, and 2.4 in 3 at 512 tokens, where 128 x 128 tiles
-// would fill 4.8 in 5). Measured rates are in docs/performance.md.
+// in 640, TMA writes in 384 and the sums of squares read in 128, so passing rstd may be faster); the epilogue (2 to 3
+// us after 45 us of products); 1280 tiles on 132 blocks (9.7 rounds in 10, and 2.4 in 3 at 512 tokens, where 128 x 128
+// tiles would fill 4.8 in 5). Measured rates are in docs/performance.md.
 #include <algorithm>
 
 #include "cuda/kv_project_epilogue.cuh"
@@ -53,9 +53,9 @@ constexpr int kConsumerWarps = kv_tile::kConsumers * kv_tile::kGroupThreads / kW
 
 // ---- Producer ------------------------------------------------------------------------------
 
-// Loads x of this block and its share of W: both boxes, or, in a cluster, one box for both blocks. Either way every block
-// receives kStageBytes. The other block may send its box before this one expects it: the phase cannot complete without
-// this block's own arrival.
+// Loads x of this block and its share of W: both boxes, or, in a cluster, one box for both blocks. Either way every
+// block receives kStageBytes. The other block may send its box before this one expects it: the phase cannot complete
+// without this block's own arrival.
 __device__ __forceinline__ void load_stage(const sm90::TensorMap& x, const sm90::TensorMap& w, const Tile& tile,
                                            int column, int cluster, int rank, int stage, Ring& ring) {
   sm90::Barrier* full = &ring.full[stage];
@@ -89,8 +89,8 @@ __device__ __forceinline__ void produce(const sm90::TensorMap& x, const sm90::Te
 
 // ---- Consumers -----------------------------------------------------------------------------
 
-// Adds the squares of 16 of the 64 elements of each of this thread's two rows; the four threads of its quad cover all of
-// them. Eight adjacent lanes read eight different 16-byte banks.
+// Adds the squares of 16 of the 64 elements of each of this thread's two rows; the four threads of its quad cover all
+// of them. Eight adjacent lanes read eight different 16-byte banks.
 __device__ __forceinline__ void add_squares(const unsigned char* x, const int (&row)[2], float (&squares)[2]) {
   const int q = static_cast<int>(threadIdx.x) % 4;
 #pragma unroll
@@ -156,7 +156,8 @@ __device__ __forceinline__ void consume(const KvProjectRun& run, Ring& ring, int
   for (int unit = sm90::cluster_index(); unit < unit_count(run.order); unit += sm90::cluster_count()) {
     const Tile tile = tile_of(run.order, unit, rank);
     const int first = tile.row * kv_tile::kRows + group * kv_tile::kGroupRows;
-    const KvRow rows[2] = {kv_row(run, first + row[0]), kv_row(run, first + row[1])};  // these loads overlap with the products
+    const KvRow rows[2] = {kv_row(run, first + row[0]),
+                           kv_row(run, first + row[1])};  // these loads overlap with the products
     float sums[kv_tile::kAccumulators];
     float squares[2] = {};
     multiply(run, ring, group, row, step, sums, squares);

@@ -1,6 +1,6 @@
-// The index arithmetic of kv_project_sm90.cu, for host and device: the order of tiles, the heads of columns, the places of
-// elements in shared memory and in the accumulators, and the phases of the ring. tests/cuda_shim/check_kv_project_tile.cpp
-// tests it.
+// The index arithmetic of kv_project_sm90.cu, for host and device: the order of tiles, the heads of columns, the places
+// of elements in shared memory and in the accumulators, and the phases of the ring.
+// tests/cuda_shim/check_kv_project_tile.cpp tests it.
 #pragma once
 
 #include <cstdint>
@@ -32,9 +32,9 @@ inline constexpr int kStageBytes = kXBytes + kBoxes * kBoxBytes;
 
 // ---- Tile order ----------------------------------------------------------------------------
 
-// Rows vary fastest, so that a tile of W is read from HBM once, for the blocks that run at the same time, while x stays in
-// the L2. The L2 holds only part of a long x, so rows are cut into bands of kBandTiles tiles (2048 rows, 17 MB at hidden
-// size 4096), and W is read once per band.
+// Rows vary fastest, so that a tile of W is read from HBM once, for the blocks that run at the same time, while x stays
+// in the L2. The L2 holds only part of a long x, so rows are cut into bands of kBandTiles tiles (2048 rows, 17 MB at
+// hidden size 4096), and W is read once per band.
 inline constexpr int kBandTiles = 16;
 
 // A unit is `cluster` blocks (1 or 2) on adjacent row tiles and the same tile of W.
@@ -83,8 +83,8 @@ POP_HD StackedHead stacked_head(int index, int kv_heads) {
 
 // ---- Accumulators --------------------------------------------------------------------------
 
-// wgmma gives thread t of a warpgroup the rows accumulator_row(t, 0) and accumulator_row(t, 1) of its 64, and of each group
-// of 8 columns the two from 2 * (t % 4) on. The four threads with the same rows are a quad.
+// wgmma gives thread t of a warpgroup the rows accumulator_row(t, 0) and accumulator_row(t, 1) of its 64, and of each
+// group of 8 columns the two from 2 * (t % 4) on. The four threads with the same rows are a quad.
 POP_HD int accumulator_row(int thread, int half) { return thread / 32 * 16 + thread % 32 / 4 + 8 * half; }
 
 POP_HD constexpr int accumulator_index(int column_group, int half, int odd) {
@@ -97,8 +97,8 @@ POP_HD int accumulator_column(int thread, int column_group, int odd) {
 
 // ---- Shared memory -------------------------------------------------------------------------
 
-// The offset in bytes of 16-byte chunk `chunk` (of 8) of row `row`, in a tile that TMA wrote with a 128-byte swizzle: bits
-// 4-6 of the address are XORed with bits 7-9. The tile begins at a multiple of 1024.
+// The offset in bytes of 16-byte chunk `chunk` (of 8) of row `row`, in a tile that TMA wrote with a 128-byte swizzle:
+// bits 4-6 of the address are XORed with bits 7-9. The tile begins at a multiple of 1024.
 POP_HD int swizzled_chunk(int row, int chunk) { return row * kLineBytes + ((chunk ^ (row % 8)) * 16); }
 
 // wgmma's description of such a tile, K-major (PTX ISA, "Matrix Descriptor Format"): bits 0-13
@@ -111,9 +111,9 @@ POP_HD uint64_t tile_descriptor(uint32_t shared_address) {
 
 // ---- The ring of stages --------------------------------------------------------------------
 
-// Step i of a block (counted over all of its tiles) uses stage i % kStages for the (i / kStages)th time. Its full barrier
-// then completes phase `parity`. A producer waits for the previous phase of the empty barrier, parity ^ 1, which is complete
-// on a new barrier.
+// Step i of a block (counted over all of its tiles) uses stage i % kStages for the (i / kStages)th time. Its full
+// barrier then completes phase `parity`. A producer waits for the previous phase of the empty barrier, parity ^ 1,
+// which is complete on a new barrier.
 struct RingStep {
   int stage;
   uint32_t parity;

@@ -1,4 +1,5 @@
-// Launches kernels into a stream, and sums over threads. Under the CPU shim (tests/cuda_shim) a launch runs on the host.
+// Launches kernels into a stream, and sums over threads. Under the CPU shim (tests/cuda_shim) a launch runs on the
+// host.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,11 +26,11 @@ inline bool is_aligned(const void* base, int64_t stride, int64_t element_bytes, 
 
 // ---- Early launches: kernels that start before the previous one has ended ---------------------
 //
-// launch_early uses programmatic dependent launch, on compute capability 9.0 and up. The blocks of such a kernel start as
-// soon as all blocks of the previous kernel have passed their wait. Until its own wait a kernel loads only what no kernel
-// of a prefill writes: weights. At most two kernels run at once, since each lets the next one start only after its own
-// wait; a library's kernel between them finds everything before the previous kernel finished. The shim checks that every
-// thread waits, and a test that every kernel of such a file does.
+// launch_early uses programmatic dependent launch, on compute capability 9.0 and up. The blocks of such a kernel start
+// as soon as all blocks of the previous kernel have passed their wait. Until its own wait a kernel loads only what no
+// kernel of a prefill writes: weights. At most two kernels run at once, since each lets the next one start only after
+// its own wait; a library's kernel between them finds everything before the previous kernel finished. The shim checks
+// that every thread waits, and a test that every kernel of such a file does.
 
 // After this, the results of previous kernels are visible, and their inputs may be overwritten.
 __device__ __forceinline__ void wait_for_kernels_in_front() {
@@ -136,9 +137,9 @@ __device__ __forceinline__ float warp_max(float value) {
   return value;
 }
 
-// Reduces over a block of whole warps, always in the same order; every thread gets the result. `partial` is shared memory
-// with one float per warp. Each call needs its own: there is no barrier after the last read. A block of several warps
-// passes one barrier.
+// Reduces over a block of whole warps, always in the same order; every thread gets the result. `partial` is shared
+// memory with one float per warp. Each call needs its own: there is no barrier after the last read. A block of several
+// warps passes one barrier.
 template <class OverWarp>
 __device__ __forceinline__ float over_block(float value, float neutral, float* partial, OverWarp over_warp) {
   value = over_warp(value);

@@ -1,7 +1,7 @@
 // Rounds rows to 8-bit floats (e4m3) with one scale per row, as input of products with 8-bit weights.
 //
-// Floor: a row of x read, half of its bytes written. A block takes one row and reads it a second time, from the cache, to
-// round it: rows of an MLP's intermediate size do not fit in registers.
+// Floor: a row of x read, half of its bytes written. A block takes one row and reads it a second time, from the cache,
+// to round it: rows of an MLP's intermediate size do not fit in registers.
 #include <algorithm>
 
 #if defined(__CUDACC__)

@@ -63,8 +63,8 @@ __device__ __forceinline__ void normalise(float (&delta)[count], float rstd, con
   for (int e = 0; e < count; ++e) delta[e] *= rstd * (values[e] + offset);
 }
 
-// A row of up to `packs` packs of 16 bytes per thread. Every load, of the weight too, is issued before the first result is
-// used.
+// A row of up to `packs` packs of 16 bytes per thread. Every load, of the weight too, is issued before the first result
+// is used.
 template <class T, int packs>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormParams p) {
   __shared__ float partial[kWarp], partial_delta[kWarp];

@@ -1,12 +1,12 @@
 // Prepares q, k and v for attention: row scale, bias, RMSNorm per head, RoPE. q is updated in place, k and v go to the
-// cache. One launch serves one layer with its q, or the k and v of every layer of a run. Values are fp32 until the single
-// rounding at the end.
+// cache. One launch serves one layer with its q, or the k and v of every layer of a run. Values are fp32 until the
+// single rounding at the end.
 //
 // Floor: q, k and v read once and written once, (heads + 2 * kv_heads) * head_dim elements per row each way; for a run
 // layers * 2 * kv_heads * head_dim. In addition cos and sin, rotary_dim floats per row, and the row tables are read.
 //
-// A group of lanes computes a head. A lane holds two ranges of `count` channels, which in the rotary part are RoPE partners
-// (rotary_dim / 2 apart), and keeps their cos and sin from one head of the row to the next.
+// A group of lanes computes a head. A lane holds two ranges of `count` channels, which in the rotary part are RoPE
+// partners (rotary_dim / 2 apart), and keeps their cos and sin from one head of the row to the next.
 #include <algorithm>
 #include <bit>
 
@@ -28,8 +28,8 @@ struct LayerHeads {
   LayerCache cache;
 };
 
-// The heads of a row in the order in which groups process them: `heads` of q, then for each layer `kv_heads` of k and as
-// many of v.
+// The heads of a row in the order in which groups process them: `heads` of q, then for each layer `kv_heads` of k and
+// as many of v.
 template <int max_layers>
 struct HeadsWork {
   int heads, kv_heads, layers, head_dim, half;  // half: rotary_dim / 2
@@ -199,8 +199,8 @@ __device__ __forceinline__ float squares(const Runs<count>& runs) {
   return sum;
 }
 
-// One row per blockIdx.x; threadIdx.x counts the lanes of a group (a power of two, within a warp), threadIdx.y the groups.
-// Every lane runs every step, since a sum over a group needs whole warps.
+// One row per blockIdx.x; threadIdx.x counts the lanes of a group (a power of two, within a warp), threadIdx.y the
+// groups. Every lane runs every step, since a sum over a group needs whole warps.
 template <class T, int count, int max_layers>
 __global__ void __launch_bounds__(kThreads, kBlocksToFit)
     heads_kernel(const __grid_constant__ HeadsWork<max_layers> p) {
@@ -263,8 +263,8 @@ bool in_packs(const HeadsWork<max_layers>& w) {
   return all;
 }
 
-// Few rows are spread over as many threads as possible. If the rows alone fill the device, a group processes a few heads
-// of its row one after the other.
+// Few rows are spread over as many threads as possible. If the rows alone fill the device, a group processes a few
+// heads of its row one after the other.
 template <class T, int count, int max_layers>
 void launch_with(HeadsWork<max_layers> work, int64_t rows, Stream stream) {
   const int64_t items = ceil_div(work.head_dim, 2 * count);

@@ -2,20 +2,20 @@
 //
 // Floor: the bytes of w, read once from HBM; a Llama-3.1-8B layer (436 MB in bf16) takes 101 us at the
 // 4.3 TB/s of an H200. 32 elements of w cost 60 instructions for addresses and conversions, and 45 more for each row of
-// `a`: 13 per element at 8 rows, which is 90 % of what 132 SMs issue at 1.9 GHz while 16-bit weights arrive at that rate.
-// The crossover is therefore at about 8 rows. At 16 rows this kernel reaches 2.4 TB/s at best, and a library GEMM on the
-// tensor cores is expected to be faster. (Before sm_100 there is no packed fp32 FMA, and products of 16-bit pairs would not
-// accumulate in fp32.)
+// `a`: 13 per element at 8 rows, which is 90 % of what 132 SMs issue at 1.9 GHz while 16-bit weights arrive at that
+// rate. The crossover is therefore at about 8 rows. At 16 rows this kernel reaches 2.4 TB/s at best, and a library GEMM
+// on the tensor cores is expected to be faster. (Before sm_100 there is no packed fp32 FMA, and products of 16-bit
+// pairs would not accumulate in fp32.)
 //
-// A warp computes kColumns columns of a tile of rows. Its lanes walk along k, 16 bytes of each column per step, and load
-// one step ahead: 64 bytes in flight per thread. n = 4096 gives 1024 blocks of 128 threads; an SM holds 8 of them for one
-// row (64 KB in flight), 5 for up to 4 rows (40 KB) and 4 for up to 8 (32 KB), where 4.3 TB/s times 800 ns of latency need
-// 26 KB. w bypasses the L1 cache, where `a` stays for all warps of the SM. Tiles of rows with the same columns are adjacent
-// in the grid: they run together, and read w from HBM once, else from the L2.
+// A warp computes kColumns columns of a tile of rows. Its lanes walk along k, 16 bytes of each column per step, and
+// load one step ahead: 64 bytes in flight per thread. n = 4096 gives 1024 blocks of 128 threads; an SM holds 8 of them
+// for one row (64 KB in flight), 5 for up to 4 rows (40 KB) and 4 for up to 8 (32 KB), where 4.3 TB/s times 800 ns of
+// latency need 26 KB. w bypasses the L1 cache, where `a` stays for all warps of the SM. Tiles of rows with the same
+// columns are adjacent in the grid: they run together, and read w from HBM once, else from the L2.
 //
-// If there are too few columns to fill the GPU, up to kWarps warps of a block share them: they take the steps in turn and
-// add their sums in shared memory. This choice depends on n and k alone, and every element is summed in one order whatever
-// the tile: the bits of a row do not depend on the other rows.
+// If there are too few columns to fill the GPU, up to kWarps warps of a block share them: they take the steps in turn
+// and add their sums in shared memory. This choice depends on n and k alone, and every element is summed in one order
+// whatever the tile: the bits of a row do not depend on the other rows.
 #include <algorithm>
 
 #include "cuda/elements.cuh"
@@ -106,9 +106,9 @@ __device__ __forceinline__ void multiply(const Product& p, int row, int64_t colu
   }
 }
 
-// Sums of kValues values over the lanes of a warp: lane l returns that of value l / (32 / kValues). Each round passes half
-// of the remaining values to the other half of the lanes: a few more than kValues - 1 shuffles, where separate sums take
-// 5 * kValues. The order of the additions is the same for any kValues.
+// Sums of kValues values over the lanes of a warp: lane l returns that of value l / (32 / kValues). Each round passes
+// half of the remaining values to the other half of the lanes: a few more than kValues - 1 shuffles, where separate
+// sums take 5 * kValues. The order of the additions is the same for any kValues.
 template <int kValues>
 __device__ __forceinline__ float sum_over_lanes(float (&values)[kValues]) {
   const unsigned lane = threadIdx.x % kWarp;

@@ -1,5 +1,5 @@
-// Hopper (sm_90a) instructions that CUDA C++ does not have, one function each, and their host side. The quoted names are
-// sections of the PTX ISA manual. The CPU shim uses tests/cuda_shim/sm90_emulated.h instead of this file.
+// Hopper (sm_90a) instructions that CUDA C++ does not have, one function each, and their host side. The quoted names
+// are sections of the PTX ISA manual. The CPU shim uses tests/cuda_shim/sm90_emulated.h instead of this file.
 #pragma once
 
 #include <cudaTypedefs.h>
@@ -20,8 +20,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// The dynamic shared memory from its first multiple of 1024 on, as the 128-byte swizzle requires: the same offset in every
-// block of a cluster. The launch must request kSharedSlack bytes more.
+// The dynamic shared memory from its first multiple of 1024 on, as the 128-byte swizzle requires: the same offset in
+// every block of a cluster. The launch must request kSharedSlack bytes more.
 inline constexpr size_t kSharedSlack = 1024 - 128;
 template <class T>
 __device__ __forceinline__ T& shared_memory() {
@@ -95,10 +95,10 @@ __device__ __forceinline__ void barrier_arrive_at(Barrier* barrier, int rank) {
       : "memory");
 }
 
-// "mbarrier.try_wait": waits until the phase of this parity is complete. On a new barrier the wait for parity 1 returns at
-// once. Arrivals and waits use the default scope, the block, also between the blocks of a cluster: they hand over no
-// ordinary stores, only boxes that TMA wrote and space that it may write to. Cluster scope would put a fence of the whole
-// GPU into every step.
+// "mbarrier.try_wait": waits until the phase of this parity is complete. On a new barrier the wait for parity 1 returns
+// at once. Arrivals and waits use the default scope, the block, also between the blocks of a cluster: they hand over no
+// ordinary stores, only boxes that TMA wrote and space that it may write to. Cluster scope would put a fence of the
+// whole GPU into every step.
 __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) {
   uint32_t complete;
   do {
@@ -121,8 +121,8 @@ __device__ __forceinline__ void prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// "cp.async.bulk.tensor": copies the box at (row, column) to shared memory of this block; elements outside of the matrix
-// become zeros. All bytes of the box count towards `barrier` once they are written.
+// "cp.async.bulk.tensor": copies the box at (row, column) to shared memory of this block; elements outside of the
+// matrix become zeros. All bytes of the box count towards `barrier` once they are written.
 __device__ __forceinline__ void load_box(const TensorMap& map, void* to, Barrier* barrier, int row, int column) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
@@ -193,8 +193,8 @@ __device__ __forceinline__ void multiply_done(float (&c)[128]) {
 
 // ---- Host ----------------------------------------------------------------------------------
 
-// The driver's encoder of tensor maps, found through the runtime, since nothing links against libcuda. Null if the driver
-// does not have it.
+// The driver's encoder of tensor maps, found through the runtime, since nothing links against libcuda. Null if the
+// driver does not have it.
 inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const auto encoder = [] {
     void* entry = nullptr;
@@ -220,8 +220,8 @@ inline bool available() {
          device_attribute(cudaDevAttrComputeCapabilityMinor) == 0 && tensor_map_encoder() != nullptr;
 }
 
-// Describes the bf16 matrix [rows, columns], rows `stride` elements apart, in boxes of [box_rows, 64] that are written to
-// shared memory with the 128-byte swizzle.
+// Describes the bf16 matrix [rows, columns], rows `stride` elements apart, in boxes of [box_rows, 64] that are written
+// to shared memory with the 128-byte swizzle.
 inline TensorMap tensor_map(const void* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
   const cuuint64_t size[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(stride) * 2};
@@ -239,8 +239,8 @@ inline TensorMap tensor_map(const void* matrix, int64_t rows, int64_t columns, i
   return map;
 }
 
-// Launches as many clusters of `cluster` blocks as can run at the same time, at most `most`. The driver knows that number:
-// a cluster must fit into one part of the GPU, and parts differ in size.
+// Launches as many clusters of `cluster` blocks as can run at the same time, at most `most`. The driver knows that
+// number: a cluster must fit into one part of the GPU, and parts differ in size.
 template <class... P>
 void launch_clusters(const char* name, void (*kernel)(P...), int most, int cluster, int threads, size_t shared_bytes,
                      Stream stream, const P&... args) {

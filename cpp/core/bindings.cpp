@@ -1,4 +1,4 @@
-// pop_ext._core: what Python sees of the torch-free core. std::invalid_argument becomes ValueError.
+// pop_ext._core: the Python binding of the torch-free core. std::invalid_argument becomes ValueError.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -113,9 +113,9 @@ void bind_model_spec(py::module_& m) {
       .def(py::pickle([](const ModelSpec& spec) { return spec.to_json(); }, &ModelSpec::from_json));
 }
 
-// pop_ext.Plan derives from it and adds what is Python's: conversions, presets, files.
+// pop_ext.Plan derives from this class and adds conversions, presets and files.
 void bind_plan(py::module_& m) {
-  py::class_<Plan>(m, "Plan", "Which layers prefill omits, and for how many last rows it does not.")
+  py::class_<Plan>(m, "Plan", "The layers that prefill omits, and the number of boundary rows that run at full depth.")
       .def(py::init([](int64_t num_layers, std::vector<int64_t> omit, int64_t boundary, int64_t min_tokens) {
              Plan plan{num_layers, std::move(omit), boundary, min_tokens};
              plan.validate();
@@ -143,7 +143,7 @@ py::dict as_dict(const std::vector<StageCost>& stages) {
 }
 
 void bind_cost(py::module_& m) {
-  py::class_<SequenceShape>(m, "SequenceShape", "One sequence of a batch: row and position counts.")
+  py::class_<SequenceShape>(m, "SequenceShape", "The lengths of one sequence of a batch, in tokens.")
       .def(py::init([](int64_t tokens, int64_t past, int64_t boundary, int64_t logits_to_keep) {
              return SequenceShape{tokens, past, boundary, logits_to_keep};
            }),
@@ -156,13 +156,14 @@ void bind_cost(py::module_& m) {
   m.def(
       "stock_cost",
       [](const ModelSpec& spec, const std::vector<SequenceShape>& batch) { return as_dict(stock_cost(spec, batch)); },
-      "spec"_a, "batch"_a, "Work of Hugging Face's full prefill: {flops, bytes, stages: {name: {flops, bytes}}}.");
+      "spec"_a, "batch"_a,
+      "Return the work of Hugging Face's full prefill: {flops, bytes, stages: {name: {flops, bytes}}}.");
   m.def(
       "plan_cost",
       [](const ModelSpec& spec, const Plan& plan, const std::vector<SequenceShape>& batch) {
         return as_dict(plan_cost(spec, plan, batch));
       },
-      "spec"_a, "plan"_a, "batch"_a, "Work of the native runtime for a plan, in the same form.");
+      "spec"_a, "plan"_a, "batch"_a, "Return the work of the native runtime for a plan, in the form of stock_cost.");
 }
 
 }  // namespace
@@ -178,7 +179,7 @@ PYBIND11_MODULE(_core, m) {
         return py::dict("version"_a = POP_VERSION, "torch_headers"_a = POP_TORCH_HEADERS, "cuda"_a = POP_CUDA_VERSION,
                         "compiler"_a = POP_COMPILER);
       },
-      "What was built with what; \"cuda\" is empty in a build without CUDA kernels.");
+      "Return the versions of the build; \"cuda\" is empty in a build without CUDA kernels.");
   pop::bind_model_spec(m);
   pop::bind_plan(m);
   pop::bind_cost(m);

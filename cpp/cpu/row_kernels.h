@@ -1,4 +1,4 @@
-// The kernels that work on one row after another, in the namespace of one instruction set.
+// The kernels that process rows independently, in the namespace of one instruction set.
 #pragma once
 
 #include "backend/params.h"

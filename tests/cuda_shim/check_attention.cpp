@@ -42,7 +42,7 @@ std::string name_of(DType dtype, const Case& c) {
   return name;
 }
 
-// Everything a call takes. What no row sees, and the cache outside of the sequences, holds NaN.
+// The operands of one call. Keys that no row sees, and the cache outside of the sequences, hold NaN.
 class Problem {
  public:
   Problem(DType dtype, const Case& c)
@@ -116,8 +116,8 @@ class Problem {
     return longest + 3;
   }
 
-  // Sequences in reverse, each at another start; with a table, positions in reverse, and those that nobody sees
-  // nowhere.
+  // Sequences in reverse order, each with its own start. With a slot table, positions are in reverse order, and those
+  // that no row sees have an invalid slot.
   void place() {
     int64_t row = kFirstRow;
     for (int64_t i = 0; i < sequences_; ++i) {
@@ -213,7 +213,7 @@ void run_all(const std::vector<Case>& cases) {
   }
 }
 
-// One tile of 4, 8, 16 and 32 queries each, without and with a cut along the keys.
+// One tile of 4, 8, 16 and 32 queries each, with and without a split along the keys.
 void run_boundary() {
   run_all({
       {.heads = 4, .kv_heads = 1, .head_dim = 128, .segments = {{1, 0}}},
@@ -227,7 +227,7 @@ void run_boundary() {
   });
 }
 
-// Rows from the start of a sequence: tiles at the diagonal, several of them, the last one not full.
+// Rows from the start of a sequence: several tiles at the diagonal, the last one not full.
 void run_prefill() {
   run_all({
       {.heads = 2, .kv_heads = 1, .head_dim = 64, .segments = {{67, 0}}},
@@ -235,7 +235,7 @@ void run_prefill() {
       {.heads = 8, .kv_heads = 1, .head_dim = 80, .segments = {{9, 3}}},
   });
   if (checks::kRaces) return;
-  // So many KV heads that no keys are cut.
+  // So many KV heads that keys are not split.
   Problem(DType::bf16, {.heads = 300, .kv_heads = 300, .head_dim = 8, .segments = {{2, 70}}}).run("many heads");
 }
 
@@ -250,7 +250,7 @@ void run_windows() {
   run_all(cases);
 }
 
-// Caps far above, near and below the scores, in tiles of every size, cut along the keys and not.
+// Soft caps far above, near and below the scores, in tiles of every size, with and without a split along the keys.
 void run_softcaps() {
   std::vector<Case> cases;
   for (const float softcap : {0.5f, 5.0f, 50.0f}) {
@@ -276,7 +276,7 @@ void run_layouts() {
   if (checks::kRaces) segments = {{1, 70}, {9, 60}, {0, 7}};
   std::vector<Case> cases;
   for (const Layout layout : {Layout::kHeadsFirst, Layout::kSlotsFirst, Layout::kUnaligned}) {
-    if (checks::kRaces && layout == Layout::kSlotsFirst) continue;  // its copies are those of kHeadsFirst
+    if (checks::kRaces && layout == Layout::kSlotsFirst) continue;  // same code path as kHeadsFirst
     cases.push_back({.heads = 4, .kv_heads = 2, .head_dim = 40, .segments = segments, .layout = layout});
     cases.push_back({.heads = 4,
                      .kv_heads = 2,
@@ -290,7 +290,7 @@ void run_layouts() {
   run_all(cases);
 }
 
-// Images: whole ones, parts of one, a few rows of a long one, within windows shorter and longer than they are.
+// Images: whole ones, parts of one, and a few rows of a long one, with windows shorter and longer than the image.
 void run_images() {
   std::vector<Case> cases;
   for (const int64_t window : {0, 5, 40, 300}) {
@@ -303,14 +303,14 @@ void run_images() {
   run_all(cases);
 }
 
-// More segments than one launch takes.
+// More segments than fit in one launch.
 void run_many_segments() {
   std::vector<Rows> segments;
   for (int64_t i = 0; i < 50; ++i) segments.push_back({1, i % 20 == 3 ? 70 : i % 5});
   Problem(DType::bf16, {.heads = 2, .kv_heads = 1, .head_dim = 16, .segments = segments}).run("many segments");
 }
 
-// A row keeps its bits whatever sequences come with it.
+// The bits of a row do not depend on the other sequences of the call.
 void run_alone() {
   const Case alone = {.heads = 4, .kv_heads = 1, .head_dim = 64, .segments = {{1, 150}}};
   Case first = alone;
@@ -318,7 +318,7 @@ void run_alone() {
   Problem a(DType::f32, alone), b(DType::f32, first);
   a.run("alone");
   b.run("with others");
-  // The first row's q and keys are the first that Problem draws.
+  // Problem draws the first row's q and keys first.
   for (int64_t i = 0; i < 4 * 64; ++i) {
     if (a.out().get(i) != b.out().get(i)) throw std::runtime_error("a row depends on other sequences");
   }

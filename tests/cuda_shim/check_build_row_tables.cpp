@@ -5,7 +5,7 @@ namespace {
 
 using namespace pop;
 
-// More segments than one launch takes, some of one row, and a slot table of more than one launch.
+// More segments than fit in one launch, some of one row, and a slot table that needs several launches.
 void run() {
   constexpr int64_t kSequences = 70, kStride = 31;
   std::vector<Segment> segments;

@@ -1,4 +1,4 @@
-// cuda/device.h on the CPU: one device, and everything happens in order.
+// cuda/device.h on the CPU: one device, and every call is synchronous.
 #include "cuda/device.h"
 
 #include <atomic>
@@ -9,7 +9,7 @@ namespace pop::cuda {
 void set_device(int) {}
 
 const DeviceFacts& device_facts() {
-  static const DeviceFacts facts{.major = 0, .minor = 0, .code = 0, .sm_count = 4};  // one that no library serves
+  static const DeviceFacts facts{.major = 0, .minor = 0, .code = 0, .sm_count = 4};  // no library supports this device
   return facts;
 }
 

@@ -1,4 +1,4 @@
-"""The switches of the CUDA backend change who computes, never what. Run by `make shim`, over the shim's library."""
+"""The options of the CUDA backend change which kernel runs, never the result. Run by `make shim`."""
 
 from __future__ import annotations
 
