@@ -38,7 +38,7 @@ demo: $(FOR_DEMO)
 test: $(FOR_TEST)
 	$(RUN) $(PYTEST) $(TESTS)
 
-CPP_FILES = git ls-files '*.h' '*.cpp' '*.cuh' '*.cu'
+CPP_FILES = git ls-files '*.h' '*.cpp' '*.cuh' '*.cu' ':!third_party'
 
 lint: $(FOR_LINT) docs
 	$(PYTHON) -m ruff check .
@@ -59,7 +59,7 @@ docs: $(FOR_LINT)
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 # The package in .venv, with the extras of the target's name.
-SOURCES := $(shell find CMakeLists.txt pyproject.toml build_backend cmake cpp cuda python -type f \
+SOURCES := $(shell find CMakeLists.txt pyproject.toml build_backend cmake cpp cuda python third_party -type f \
   -not -name '*.so' -not -path '*/__pycache__/*')
 
 $(VENV)/installed-%: $(SOURCES) | $(VENV)/ready

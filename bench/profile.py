@@ -30,8 +30,8 @@ LAYER_STAGES = ("qkv", "rope_cache_write", "attention", "o_proj", "mlp")
 HEAD = "lm_head"
 CALL = "call"
 """Name of the range around a whole call."""
-ONCE_STAGES = ("place_rows", "embed", "kv_project", "final_norm", HEAD)
-STAGES = ("place_rows", "embed", *LAYER_STAGES, "kv_project", "boundary", "final_norm", HEAD)
+ONCE_STAGES = ("build_row_tables", "embed", "kv_project", "final_norm", HEAD)
+STAGES = ("build_row_tables", "embed", *LAYER_STAGES, "kv_project", "boundary", "final_norm", HEAD)
 REST = "rest"
 """Name of the time outside the stages: checks, cache, and on CUDA the time in which no kernel of a stage runs."""
 

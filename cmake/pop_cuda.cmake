@@ -1,12 +1,12 @@
-# The CUDA kernels. Sets POP_WITH_CUDA and POP_CUDA_VERSION (empty without CUDA), says which of the two was built, and
-# makes the target pop_cuda: the kernels, and what those who call them need.
+# The CUDA kernels. Sets POP_WITH_CUDA and POP_CUDA_VERSION (empty without CUDA), reports the choice, and makes the target
+# pop_cuda: the kernels, and the settings that their callers need.
 set(POP_CUDA_SOURCES
   cuda/attention.cu
   cuda/add_features.cu
   cuda/embed.cu
   cuda/gated_act.cu
   cuda/kv_project_sm90.cu
-  cuda/place_rows.cu
+  cuda/build_row_tables.cu
   cuda/quantize_rows.cu
   cuda/rms_norm.cu
   cuda/rope_cache_write.cu
@@ -20,7 +20,7 @@ set(POP_CUDA_CHECKS
   tests/cuda_shim/check_kv_project_sm90.cpp
   tests/cuda_shim/check_kv_project_tile.cpp
   tests/cuda_shim/check_main.cpp
-  tests/cuda_shim/check_place_rows.cpp
+  tests/cuda_shim/check_build_row_tables.cpp
   tests/cuda_shim/check_quantize_rows.cpp
   tests/cuda_shim/check_rms_norm.cpp
   tests/cuda_shim/check_rope_cache_write.cpp
@@ -33,8 +33,8 @@ if(NOT POP_CUDA MATCHES "^(AUTO|ON|OFF|SHIM)$")
   message(FATAL_ERROR "POP_CUDA: expected AUTO, ON, OFF or SHIM, got ${POP_CUDA}")
 endif()
 
-# For tests (tests/cuda_shim): the kernels as C++ on the CPU. The package in <build>/python has them in the CPU backend's
-# place; cuda_checks compares each with serial arithmetic, and cuda_races does so under ThreadSanitizer.
+# For tests (tests/cuda_shim): the kernels as C++ on the CPU. In the package in <build>/python they replace the CPU backend;
+# cuda_checks compares each with serial arithmetic, and cuda_races does the same under ThreadSanitizer.
 function(pop_add_cuda_shim)
   set(shim tests/cuda_shim/cuda_shim.cpp tests/cuda_shim/device_shim.cpp)
   set_source_files_properties(${POP_CUDA_SOURCES} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++;-Wno-unknown-pragmas")
@@ -60,7 +60,7 @@ function(pop_add_cuda)
   endif()
   find_package(CUDAToolkit REQUIRED)
   add_library(pop_cuda STATIC ${POP_CUDA_SOURCES} cuda/device.cu)
-  # A spill or a stack frame in a kernel is a fault: ptxas says so.
+  # A spill or a stack frame in a kernel is an error.
   target_compile_options(pop_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings
     -Xptxas=--warn-on-spills,--warn-on-local-memory-usage>)
   target_link_libraries(pop_cuda PUBLIC CUDA::cudart_static)
@@ -84,7 +84,7 @@ else()
   if(CMAKE_CUDA_COMPILER)
     set(CMAKE_CUDA_ARCHITECTURES ${POP_CUDA_ARCHITECTURES})
     enable_language(CUDA)
-    if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # older CMake does not know that nvcc has it
+    if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # older CMake does not know nvcc's option
       set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
       set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
     endif()

@@ -1,6 +1,6 @@
-# The target torch_stable: the headers of the torch that is installed, and the one library of it that _ops links.
+# The target torch_stable: the headers of the installed torch, and the one of its libraries that _ops links.
 #
-# Not find_package(Torch): on a CUDA build of torch that searches for a CUDA toolkit. The torch of the environment
+# find_package(Torch) is not used: with a CUDA build of torch it searches for a CUDA toolkit. The torch of the environment
 # (-I) is preferred to one that pip fetched for the build.
 foreach(isolated -I "")
   execute_process(COMMAND ${Python_EXECUTABLE} ${isolated} ${CMAKE_CURRENT_SOURCE_DIR}/build_backend/find_torch.py
@@ -21,5 +21,5 @@ add_library(torch_stable SHARED IMPORTED)
 set_target_properties(torch_stable PROPERTIES
   IMPORTED_LOCATION ${torch_folder}/lib/${CMAKE_SHARED_LIBRARY_PREFIX}torch_cpu${CMAKE_SHARED_LIBRARY_SUFFIX}
   INTERFACE_INCLUDE_DIRECTORIES ${torch_folder}/include)
-# The ABI of torch 2.11, and an #error from every torch header outside of the stable set.
+# Use the ABI of torch 2.11; every torch header outside of the stable set is an #error.
 target_compile_definitions(torch_stable INTERFACE TORCH_TARGET_VERSION=0x020b000000000000ULL TORCH_STABLE_ONLY)

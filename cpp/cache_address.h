@@ -1,4 +1,4 @@
-// Where a position of a sequence lies in a KV cache: the one function that knows.
+// The address of a position in a KV cache. All kernels and checks use these functions.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,8 @@ struct CacheStrides {
   int64_t slot;
 };
 
-// Maps (sequence, position) to a slot. Without a table the positions of sequence i fill
-// consecutive slots from start[i]; with one, position p lies at slot_table[i, p].
+// Maps (sequence, position) to a slot. Without a slot table the positions of sequence i fill consecutive slots from
+// start[i] on; with one, position p is in slot slot_table[i, p].
 struct CacheAddress {
   const int64_t* start;       // [batch]
   const int32_t* slot_table;  // [batch, slot_table_stride] or null

@@ -1,4 +1,4 @@
-// Marks inline functions that the CPU and the CUDA kernels share.
+// POP_HD marks inline functions that the CPU and the CUDA kernels share.
 #pragma once
 
 #if defined(__CUDACC__)

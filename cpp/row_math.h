@@ -1,8 +1,8 @@
 // The arithmetic of one row or one pair of channels, shared by the CPU and the CUDA kernels.
 //
-// Functions are templates over F, the type of a group of fp32 lanes: `float` on a device, `float`
-// or a GCC vector type (cpu/vec.h) on a host. They are free of branches, so that every lane takes
-// the same way. All arithmetic is fp32; elements of bf16 and f16 travel as their 16 bits.
+// Functions are templates over F, the type of a group of fp32 lanes: `float` on a device, `float` or a GCC vector type
+// (cpu/vec.h) on a host. They have no branches, since all lanes of a vector run the same instructions. All arithmetic
+// is fp32; bf16 and f16 elements are passed as their 16 bits.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,7 @@ POP_HD To lane_cast(From from) {
 
 // ---- 16-bit elements -----------------------------------------------------------------------
 
-// Low 16 bits of the result: bf16 nearest to f, ties to even. A NaN stays one, made quiet.
+// Low 16 bits of the result: the bf16 nearest to f, ties to even. A NaN becomes a quiet NaN.
 template <class F>
 POP_HD auto bf16_bits(F f) -> typename LaneInts<F>::u32 {
 #if defined(__CUDA_ARCH__)
@@ -56,7 +56,7 @@ POP_HD F bf16_value(typename LaneInts<F>::u32 bits) {
   return lane_cast<F>(bits << 16);
 }
 
-// Low 16 bits of the result: f16 nearest to f, ties to even; infinity from 65520 on.
+// Low 16 bits of the result: the f16 nearest to f, ties to even; infinity from 65520 on.
 template <class F>
 POP_HD auto f16_bits(F f) -> typename LaneInts<F>::u32 {
 #if defined(__CUDA_ARCH__)
@@ -99,7 +99,7 @@ POP_HD F f16_value(typename LaneInts<F>::u32 bits) {
 
 inline constexpr float kE4m3Max = 448.0f;
 
-// Low 8 bits of the result: the e4m3 number ("fn": no infinity) nearest to f, ties to even; kE4m3Max from there on.
+// Low 8 bits of the result: the e4m3 number ("fn": no infinity) nearest to f, ties to even; at most kE4m3Max.
 template <class F>
 POP_HD auto e4m3_bits(F f) -> typename LaneInts<F>::u32 {
   using U = typename LaneInts<F>::u32;
@@ -117,10 +117,10 @@ POP_HD auto e4m3_bits(F f) -> typename LaneInts<F>::u32 {
   return byte | (sign >> 24);
 }
 
-// What a row is multiplied by before it is rounded to e4m3, so that its largest magnitude becomes kE4m3Max.
+// The factor for a row before it is rounded to e4m3: its largest magnitude becomes kE4m3Max.
 POP_HD float e4m3_factor(float largest) { return kE4m3Max / (largest < 1e-30f ? 1e-30f : largest); }
 
-// What the rounded row is to be multiplied by afterwards.
+// The scale of the rounded row: row = rounded * scale.
 POP_HD float e4m3_scale(float largest) { return (largest < 1e-30f ? 1e-30f : largest) * (1.0f / kE4m3Max); }
 
 // ---- Activations ---------------------------------------------------------------------------
@@ -150,7 +150,7 @@ POP_HD F exp_lanes(F x) {
 #endif
 }
 
-// a / b for b of at least 1, infinity included. A device's is within 2 ulp, without the slow path of `/`.
+// a / b for b >= 1, including infinity. On a device within 2 ulp, without the slow path of `/`.
 template <class F>
 POP_HD F ratio(F a, F b) {
 #if defined(__CUDA_ARCH__)
@@ -194,8 +194,8 @@ POP_HD F gelu(F x) {
 #endif
 }
 
-// cap tanh(u), u = x / cap. Through 1 - 2 / (1 + e^(2u)) the error is that of cap, 4e-7 cap on a device; where |u| <
-// 0.1 by the series, it is that of x, so that a cap far above the scores changes nothing.
+// cap * tanh(u), u = x / cap. Computed as 1 - 2 / (1 + e^(2u)) the error is relative to cap, 4e-7 cap on a device. For
+// |u| < 0.1 the series is used, whose error is relative to x, so that a cap far above the scores changes nothing.
 template <class F>
 POP_HD F softcapped(F x, float cap) {
   const F u = x * (1.0f / cap), u2 = u * u;
@@ -206,7 +206,7 @@ POP_HD F softcapped(F x, float cap) {
 
 // ---- Norm and RoPE -------------------------------------------------------------------------
 
-// 1 / sqrt(mean(x^2) + eps): eps is added to the mean, as Llama, Qwen and Gemma do.
+// 1 / sqrt(mean(x^2) + eps), with eps added to the mean as in Llama, Qwen and Gemma.
 POP_HD float rms_scale(float sum_of_squares, int64_t width, float eps) {
 #if defined(__CUDA_ARCH__)
   return rsqrtf(ratio(sum_of_squares, static_cast<float>(width)) + eps);
@@ -215,7 +215,7 @@ POP_HD float rms_scale(float sum_of_squares, int64_t width, float eps) {
 #endif
 }
 
-// Turns the pair of channels (i, i + rotary_dim / 2) by the angle whose cosine and sine are given.
+// Rotates the pair of channels (i, i + rotary_dim / 2) by the angle with this cosine and sine.
 template <class F>
 POP_HD void rope_rotate(F& first, F& second, F cos, F sin) {
   const F turned = first * cos - second * sin;

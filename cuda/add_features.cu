@@ -1,7 +1,7 @@
-// Adds features of a vision tower to the rows of its tokens (DeepStack).
+// Adds the features of a vision tower to the rows of its tokens (DeepStack).
 //
-// Floor: 3 elements moved per row that has a feature and channel, and 16 bytes of index a row. It comes after a few of
-// the first layers of a prompt with images, and takes an element a thread and step.
+// Floor: 3 elements moved per channel of a row with a feature, and 16 bytes of index per row. It runs after a few of
+// the first layers, for prompts with images only, so one element per thread and step is enough.
 #include "cuda/elements.cuh"
 #include "cuda/launch.cuh"
 
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// A block a row.
+// One block per row.
 template <class T>
 __global__ void __launch_bounds__(kThreads) add_features_kernel(const AddFeaturesParams p) {
   const int64_t row = blockIdx.x;

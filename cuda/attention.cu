@@ -1,24 +1,22 @@
-// Causal attention of packed query rows over the KV cache: the boundary step's, and any that no
-// library kernel serves. Rows of an image also see the rest of it.
+// Causal attention of packed query rows over the KV cache, for boundary steps and for calls that no library kernel
+// serves. Rows of an image also see the rest of the image.
 //
-// Floor: a boundary step reads K and V once, 4 * head_dim bytes a key and KV head in 16 bits: 125 us at
-// 4.3 TB/s for a Llama-3.1-8B layer and 131072 keys. Each (query, key) pair takes 4 * head_dim FLOPs;
-// 4 queries a KV head spend about half of the instructions that 132 SMs issue in the time the bytes take,
-// 8 nearly all of them. Many rows are bound by fp32 FMAs, 60 to 70 % of the instructions of both products.
+// Floor: a boundary step reads K and V once, 4 * head_dim bytes per key and KV head in 16 bits: 125 us at 4.3 TB/s for
+// a Llama-3.1-8B layer and 131072 keys. Each (query, key) pair takes 4 * head_dim FLOPs. 4 queries per KV head take
+// about half of the instructions that 132 SMs issue in the time of the bytes, 8 queries nearly all of them. Many rows
+// are bound by fp32 FMAs, which are 60 to 70 % of the instructions of both products.
 //
-// A block takes the heads of one KV head over neighbouring rows, up to kQueries (row, head) pairs, and a
-// range of keys, kKeys at a time: K and V pass through shared memory, copied without a stop in
-// registers, each while the other is worked on. Scores: a thread sums channels for 4 queries and a
-// key or two. Probabilities: some lanes a query, with running maxima and sums. Output: a thread sums
-// keys for 4 queries and 4 or 8 channels; what its neighbours sum over other keys is added at
-// the end, in fixed order.
+// A block computes the query heads of one KV head for adjacent rows, up to kQueries (row, head) pairs, over a range of
+// keys, kKeys at a time. K and V are copied asynchronously to shared memory, each while the other is in use. Scores: a
+// thread sums channels for 4 queries and one or two keys. Probabilities: a few lanes per query, with running maxima and
+// sums. Output: a thread sums keys for 4 queries and 4 or 8 channels; the sums of adjacent threads over other keys are
+// added at the end, in fixed order.
 //
-// A segment (consecutive rows of a sequence) with too few rows to fill the machine has its keys cut
-// into ranges, a block each, for about as many blocks as 132 SMs hold at once: 3 an SM up to 8 queries, which
-// keep 16 to 32 KB of K and V each in flight (bf16, head_dim 128, 4 queries: 44 KB of shared memory),
-// where 26 KB an SM are called for; 2 an SM above. Blocks leave maximum, sum and unnormalised output
-// in the workspace, and a second kernel merges them in order. The cut depends on the segment's
-// own rows and length: a row's bits do not depend on other sequences.
+// A segment (consecutive rows of a sequence) with too few rows to fill the GPU has its keys cut into ranges, one block
+// each, for about as many blocks as 132 SMs hold at once: 3 per SM up to 8 queries, which keep 16 to 32 KB of K and V
+// each in flight (bf16, head_dim 128, 4 queries: 44 KB of shared memory), where 26 KB per SM are needed; 2 per SM
+// above. Blocks write maximum, sum and unnormalised output to the workspace, and a second kernel merges them in order.
+// The cut depends on the segment's own rows and length: the bits of a row do not depend on other sequences.
 #include <algorithm>
 
 #include "cuda/attention_tile.cuh"
@@ -63,21 +61,21 @@ __global__ void __launch_bounds__(kThreads, blocks_an_sm(kQueries))
     } else {
       __pipeline_wait_prior(0);
     }
-    __syncthreads();  // K is there, V and the probabilities are free
+    __syncthreads();  // K is loaded; V and the probabilities may be overwritten
     if (!is_first) copy_v(start);
     score<T, kQueries>(p, tile, start);
-    __syncthreads();  // the scores are there, K is free
+    __syncthreads();  // the scores are stored; K may be overwritten
     copy_k(start + C::kKeys);
     softmax<T, kQueries>(tile);
     __pipeline_wait_prior(1);
-    __syncthreads();  // the probabilities and V are there
+    __syncthreads();  // the probabilities are stored and V is loaded
     add_values<T, kQueries>(p, tile, share, min(C::kKeys, work.end - start), output);
   }
-  __syncthreads();  // K and V are free
+  __syncthreads();  // K and V may be overwritten
   store_output<T, kQueries>(p, tile, share, output);
 }
 
-// A block a (row, head): the sum of its partial outputs, each brought to the overall maximum.
+// One block per (row, head): sums its partial outputs, each rescaled to the overall maximum.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) merge_kernel(const __grid_constant__ AttentionLaunch p) {
   wait_for_kernels_in_front();
@@ -100,11 +98,11 @@ __global__ void __launch_bounds__(kThreads, 4) merge_kernel(const __grid_constan
   max = block_max(max, max_of_warp);
   float sum = 0.0f;
   for (int i = threadIdx.x; i < splits; i += kThreads) {
-    weight[i] = exp2f(max_sum[2 * i] - max);  // 0 for a range that the row sees nothing of
+    weight[i] = exp2f(max_sum[2 * i] - max);  // 0 for a range of which the row sees no key
     sum += weight[i] * max_sum[2 * i + 1];
   }
   sum = block_sum(sum, sum_of_warp);
-  static_assert(kThreads > kWarp);  // so that a barrier has been passed: the weights are there
+  static_assert(kThreads > kWarp);  // so block_sum passes a barrier, after which the weights are visible
 
   const int groups = p.head_dim / 4, stride = kThreads / groups;
   const int channel = threadIdx.x % groups * 4, share = threadIdx.x / groups;
@@ -136,10 +134,10 @@ int queries_of(int64_t pairs) { return pairs <= 4 ? 4 : pairs <= 8 ? 8 : pairs <
 // Adds a segment to the launch; returns false if it must wait for the next one.
 bool add_part(AttentionLaunch& launch, const Segment& segment, int64_t first_row) {
   const int tiles = static_cast<int>(ceil_div(segment.rows * launch.group, launch.queries));
-  const int64_t end = std::max(segment.first_position + segment.rows, segment.sees_to + 1);
+  const int64_t end = std::max(segment.first_position + segment.rows, segment.visible_end);
   const int64_t tile_rows =
-      std::max<int64_t>(ceil_div(launch.queries, launch.group), segment.sees_to + 1 - segment.first_position);
-  const int64_t keys = std::min<int64_t>(end, launch.window + tile_rows);  // of the tile that sees most
+      std::max<int64_t>(ceil_div(launch.queries, launch.group), segment.visible_end - segment.first_position);
+  const int64_t keys = std::min<int64_t>(end, launch.window + tile_rows);  // of the tile that sees the most keys
   const int64_t wanted =
       std::max<int64_t>(1, full_machine(launch.queries) / (static_cast<int64_t>(tiles) * launch.kv_heads));
   const int64_t split_keys = ceil_div(ceil_div(keys, wanted), kKeyStep) * kKeyStep;
@@ -152,7 +150,7 @@ bool add_part(AttentionLaunch& launch, const Segment& segment, int64_t first_row
                                   .row = segment.first_row - first_row,
                                   .rows = static_cast<int>(segment.rows),
                                   .first_position = static_cast<int>(segment.first_position),
-                                  .sees_to = static_cast<int>(segment.sees_to),
+                                  .visible_end = static_cast<int>(segment.visible_end),
                                   .tiles = tiles,
                                   .splits = splits,
                                   .split_keys = static_cast<int>(split_keys),
@@ -163,8 +161,8 @@ bool add_part(AttentionLaunch& launch, const Segment& segment, int64_t first_row
   return true;
 }
 
-// Calls `call(launch)` for as many launches as the segments take. Segments of one tile size go together:
-// a size depends on the segment alone.
+// Calls `call(launch)` for as many launches as the segments need. Segments of one tile size share launches; the size
+// depends on the segment alone.
 template <class Call>
 void for_each_launch(const AttentionParams& p, const Call& call) {
   AttentionLaunch launch{};

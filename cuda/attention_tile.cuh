@@ -1,4 +1,4 @@
-// What one block of attention.cu does: its share of the work, and the steps from a tile of keys to output.
+// One block of attention.cu: its share of the work, and the steps from a tile of keys to the output.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -13,30 +13,30 @@ namespace pop::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSide = 4;  // queries of a thread
+constexpr int kSide = 4;  // queries per thread
 constexpr float kLog2E = 1.44269504f;
 constexpr int kKeyStep = 64;      // ranges of keys are multiples of this
-constexpr int kPartsAtOnce = 48;  // under 4 KiB of parameters
+constexpr int kPartsAtOnce = 48;  // keeps the kernel parameters under 4 KiB
 
-// Blocks that an SM holds, and that 132 SMs do, for tiles of `queries`.
+// Blocks per SM, and on 132 SMs, for tiles of `queries`.
 constexpr int blocks_an_sm(int queries) { return queries < 16 ? 3 : 2; }
 constexpr int full_machine(int queries) { return 128 * blocks_an_sm(queries); }
 
 constexpr int kMaxSplits = full_machine(4);
-constexpr int kMaxPartials = 2 * 32 * full_machine(32);  // of a launch: 16.2 MiB of workspace with head_dim 256
+constexpr int kMaxPartials = 2 * 32 * full_machine(32);  // per launch: 16.2 MiB of workspace with head_dim 256
 
-// A segment as the kernels see it.
+// A segment of a launch.
 struct Part {
   int64_t sequence;
   int64_t row;  // of q and out
   int rows;
   int first_position;
-  int sees_to;        // Segment::sees_to
+  int visible_end;    // Segment::visible_end
   int tiles;          // of queries: row-major (row, head of the group) pairs
   int splits;         // ranges of keys of a tile
   int split_keys;     // keys of a range
-  int end_block;      // blocks of this segment end before
-  int end_merge;      // so do (row, head) pairs to merge
+  int end_block;      // end of this segment's blocks
+  int end_merge;      // end of its (row, head) pairs to merge
   int first_partial;  // index [row, head, split] follows
 };
 
@@ -63,7 +63,7 @@ struct AttentionLaunch {
 
 // ---- Geometry ------------------------------------------------------------------------------
 
-// The keys that some query of a tile sees.
+// The keys that at least one query of a tile sees.
 struct Keys {
   int begin, end;
 };
@@ -72,18 +72,18 @@ __device__ __forceinline__ Keys keys_of_tile(const AttentionLaunch& p, const Par
   const int first_row = tile * p.queries / p.group;
   const int last_row = min((tile + 1) * p.queries - 1, part.rows * p.group - 1) / p.group;
   return {max(0, part.first_position + first_row - p.window + 1),
-          max(part.first_position + last_row, part.sees_to) + 1};
+          max(part.first_position + last_row + 1, part.visible_end)};
 }
 
-// What one block does. It lies in shared memory: registers are for sums.
+// The work of one block. It is in shared memory, to leave the registers to the sums.
 struct alignas(64) Work {
   int64_t sequence, row;  // row of q and out of the segment
   int first_position;     // of the segment
-  int sees_to;            // Segment::sees_to
+  int last_in_block;      // Segment::visible_end - 1: rows see keys up to it, or up to themselves if that is further
   int kv_head;
   int first_query, queries;  // of the segment's (row, head of the group) pairs
   int begin, end;            // the range of keys
-  int split, splits;         // which range it is, and of how many
+  int split, splits;         // index and number of the ranges
   int first_partial;         // index [row, head, split] follows
 };
 
@@ -93,14 +93,14 @@ __device__ __forceinline__ Work work_of(const AttentionLaunch& p, int block) {
   if (which > 0) block -= p.parts[which - 1].end_block;
   const Part& part = p.parts[which];
   const int kv_head = block % p.kv_heads, split = block / p.kv_heads % part.splits;
-  // The last rows see most keys: they begin first.
+  // The last rows see the most keys, so they start first.
   const int tile = part.tiles - 1 - block / p.kv_heads / part.splits;
   const Keys keys = keys_of_tile(p, part, tile);
   const int begin = keys.begin + split * part.split_keys;
   return {.sequence = part.sequence,
           .row = part.row,
           .first_position = part.first_position,
-          .sees_to = part.sees_to,
+          .last_in_block = part.visible_end - 1,
           .kv_head = kv_head,
           .first_query = tile * p.queries,
           .queries = min(p.queries, part.rows * p.group - tile * p.queries),
@@ -111,31 +111,32 @@ __device__ __forceinline__ Work work_of(const AttentionLaunch& p, int block) {
           .first_partial = part.first_partial};
 }
 
-// How kThreads share a tile of kQueries x kKeys scores, and what a block keeps in shared memory.
+// How kThreads share a tile of kQueries x kKeys scores, and the shared memory of a block.
 template <class T, int kQueries>
 struct Tile {
   static constexpr int kKeys = 128 / static_cast<int>(sizeof(T));
   static constexpr int kSides = kQueries / kSide;
   static constexpr int kThreadKeys = std::max(1, kSides* kKeys / kThreads);
   static constexpr int kKeyThreads = kKeys / kThreadKeys;
-  static constexpr int kShares = kThreads / (kSides * kKeyThreads);    // neighbours that share the channels of a score
-  static constexpr int kChannels = kQueries < 16 ? 4 : 8;              // of a thread's output
-  static constexpr int kLoad = std::min(kChannels, kPack<T>);          // of these in one access
-  static constexpr int kLanes = std::min(kWarp, kThreads / kQueries);  // that share the softmax of a query
+  static constexpr int kShares =
+      kThreads / (kSides * kKeyThreads);                       // adjacent threads that share the channels of a score
+  static constexpr int kChannels = kQueries < 16 ? 4 : 8;      // of the output, per thread
+  static constexpr int kLoad = std::min(kChannels, kPack<T>);  // of these, per access
+  static constexpr int kLanes = std::min(kWarp, kThreads / kQueries);  // lanes that share the softmax of a query
 
-  // Elements from key to key in shared memory, so that the 16-byte accesses of 8 lanes (kShares along a key)
-  // meet all banks.
+  // Distance of keys in shared memory, in elements, chosen so that the 16-byte accesses of 8 lanes (kShares along a
+  // key) use all banks.
   static int pitch(int head_dim) {
     constexpr int kLine = 128 / static_cast<int>(sizeof(T)), kOffset = kShares * kPack<T> % kLine;
-    return (head_dim - kOffset + kLine - 1) / kLine * kLine + kOffset;
+    return round_up(head_dim - kOffset, kLine) + kOffset;
   }
 
   Work* work;
-  float* factor;       // [kQueries] of the output so far
+  float* factor;       // [kQueries] rescales the output so far
   float* max;          // [kQueries]
   float* sum;          // [kQueries]
   int* position;       // [kQueries]
-  float* probability;  // [kSides, kKeys, kSide]: first scores
+  float* probability;  // [kSides, kKeys, kSide]; holds the scores first
   float* q;            // [kQueries, head_dim], scaled
   T* k;                // [kKeys, pitch]
   T* v;                // [kKeys, pitch]
@@ -162,7 +163,7 @@ struct Tile {
 
 // ---- Steps of a block ----------------------------------------------------------------------
 
-// The keys that are to be read of the tile that starts at `start`.
+// The keys to read of the tile that starts at `start`.
 template <class T, int kKeys>
 __device__ __forceinline__ void copy_keys(const AttentionLaunch& p, const Work& work, const void* cache,
                                           const CacheStrides& strides, int start, T* to) {
@@ -200,7 +201,7 @@ __device__ __forceinline__ void load_queries(const AttentionLaunch& p, const Til
   }
 }
 
-// Scores of all queries and the keys from `start` on; minus infinity where a query does not see a key.
+// Computes the scores of all queries and the keys from `start` on; minus infinity for keys that a query does not see.
 template <class T, int kQueries>
 __device__ __forceinline__ void score(const AttentionLaunch& p, const Tile<T, kQueries>& tile, int start) {
   using C = Tile<T, kQueries>;
@@ -236,14 +237,14 @@ __device__ __forceinline__ void score(const AttentionLaunch& p, const Tile<T, kQ
       sums[j][i] = warp_sum<C::kShares>(sums[j][i]);
       if (p.softcap > 0.0f) sums[j][i] = softcapped(sums[j][i], p.softcap);
       const int position = tile.position[side * kSide + i];
-      const bool is_visible = at <= max(position, tile.work->sees_to) && position - at < p.window;
+      const bool is_visible = at <= max(position, tile.work->last_in_block) && position - at < p.window;
       sums[j][i] = is_visible ? sums[j][i] : -INFINITY;
     }
     if (share == 0) store<kSide>(tile.probability + (side * C::kKeys + slot) * kSide, sums[j]);
   }
 }
 
-// Scores become probabilities relative to the running maximum of their query.
+// Turns scores into probabilities relative to the running maximum of their query.
 template <class T, int kQueries>
 __device__ __forceinline__ void softmax(const Tile<T, kQueries>& tile) {
   using C = Tile<T, kQueries>;
@@ -276,8 +277,8 @@ __device__ __forceinline__ void softmax(const Tile<T, kQueries>& tile) {
   tile.sum[query] = tile.sum[query] * factor + added;
 }
 
-// Which output a thread sums: queries [4 * side, ...) and channels [channel, ...) over every key_shares-th key
-// from `first` on; none if first >= key_shares.
+// The output that a thread sums: queries [4 * side, ...) and channels [channel, ...) over every key_shares-th key from
+// `first` on; none if first >= key_shares.
 template <class T, int kQueries>
 struct OutputShare {
   int channel, side, first;
@@ -322,7 +323,7 @@ __device__ __forceinline__ void add_values(const AttentionLaunch& p, const Tile<
   }
 }
 
-// Adds the threads' outputs and hands them out: to `out`, or to the workspace if other blocks have keys as well.
+// Adds the outputs of the threads and writes them to `out`, or to the workspace if other blocks have further keys.
 template <class T, int kQueries>
 __device__ __forceinline__ void store_output(const AttentionLaunch& p, const Tile<T, kQueries>& tile,
                                              const OutputShare<T, kQueries>& share,

@@ -46,81 +46,13 @@ const DeviceFacts& device_facts() {
   return facts[device];
 }
 
-struct SideLine::Resources {
-  int device = 0;
-  cudaStream_t stream = nullptr;
-  std::vector<cudaEvent_t> events;
-};
-
 namespace {
 
-// Never destroyed: at exit the driver may be gone before static objects are.
-struct Pool {
-  std::mutex mutex;
-  std::array<std::vector<std::unique_ptr<SideLine::Resources>>, kMaxDevices> free;
-};
-
-Pool& pool() {
-  static Pool* const instance = new Pool;
-  return *instance;
-}
-
-}  // namespace
-
-namespace {
-
-// A stream that took part in a capture belongs to it until the capture ends: other work must not wait in it.
 bool is_capturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
   return status != cudaStreamCaptureStatusNone;
 }
-
-}  // namespace
-
-SideLine::SideLine() {
-  const int device = current_device();
-  {
-    std::lock_guard lock(pool().mutex);
-    auto& free = pool().free[device];
-    const auto idle =
-        std::find_if(free.begin(), free.end(), [](const auto& line) { return !is_capturing(line->stream); });
-    if (idle != free.end()) {
-      resources_ = std::move(*idle);
-      free.erase(idle);
-      return;
-    }
-  }
-  resources_ = std::make_unique<Resources>();
-  resources_->device = device;
-  int lowest = 0, highest = 0;
-  check(cudaDeviceGetStreamPriorityRange(&lowest, &highest), "cudaDeviceGetStreamPriorityRange");
-  check(cudaStreamCreateWithPriority(&resources_->stream, cudaStreamNonBlocking, highest),
-        "cudaStreamCreateWithPriority");
-}
-
-SideLine::~SideLine() {
-  std::lock_guard lock(pool().mutex);
-  pool().free[resources_->device].push_back(std::move(resources_));
-}
-
-Stream SideLine::stream() const { return resources_->stream; }
-
-int64_t SideLine::record(Stream on) {
-  if (used_ == static_cast<int64_t>(resources_->events.size())) {
-    cudaEvent_t event = nullptr;
-    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
-    resources_->events.push_back(event);
-  }
-  check(cudaEventRecord(resources_->events[used_], on), "cudaEventRecord");
-  return used_++;
-}
-
-void SideLine::wait(Stream on, int64_t mark) {
-  check(cudaStreamWaitEvent(on, resources_->events[mark], 0), "cudaStreamWaitEvent");
-}
-
-namespace {
 
 struct Flag {
   volatile int32_t* host = nullptr;
@@ -156,9 +88,9 @@ bool take_bad_id() {
 void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t row_bytes, int64_t rows,
                Stream stream) noexcept {
   if (rows == 0 || row_bytes == 0) return;
-  // The stride of a single row means nothing, and one below its width would be refused.
+  // The stride of a single row has no meaning, and cudaMemcpy2DAsync refuses one below the width.
   if (rows == 1) to_stride = from_stride = row_bytes;
-  // What can fail here is a device that has failed before; there is nobody left to tell.
+  // Only a device that failed before can fail here, and that error is already on its way to the caller.
   static_cast<void>(
       cudaMemcpy2DAsync(to, to_stride, from, from_stride, row_bytes, rows, cudaMemcpyDeviceToDevice, stream));
 }

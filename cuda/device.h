@@ -1,5 +1,5 @@
-// What the backend asks of the CUDA runtime beside its kernels, without the toolkit's headers.
-// Under the CPU shim (tests/cuda_shim) there is one device, everything is in order, and nothing is asynchronous.
+// The calls of the CUDA runtime that the backend needs, without the toolkit's headers. Under the CPU shim
+// (tests/cuda_shim) there is one device, and every call is synchronous.
 #pragma once
 
 #include <cstddef>
@@ -12,18 +12,18 @@ namespace pop::cuda {
 
 struct DeviceFacts {
   int major, minor;  // compute capability
-  int code;          // that of the code which runs there, times ten: less than the device's where that was translated
+  int code;  // 10 * compute capability of the compiled code that runs there; below the device's if it was translated
   int sm_count;
 };
 
-// Makes a device the current one of this library's CUDA runtime, which is linked statically and beside torch's.
+// Makes a device the current one of this library's CUDA runtime, which is linked statically and separate from torch's.
 void set_device(int device);
 
 // Of the current device.
 const DeviceFacts& device_facts();
 
-// While one lives, this thread's launches of kernels made for it start early (launch.cuh). What such kernels load
-// before those in front have ended must have been there before a kernel that `launch` launched.
+// While one lives, launch_early of this thread starts kernels early (launch.cuh). What such kernels load before their
+// wait must have been written before the last kernel that `launch` launched.
 class EarlyLaunches {
  public:
   EarlyLaunches() : before_(wanted()) { wanted() = true; }
@@ -40,37 +40,18 @@ class EarlyLaunches {
   bool before_;
 };
 
-// A second stream of the current device, at a higher priority than the caller's, and the events that order
-// the two. Taken from a pool, returned by the destructor: what is still in the stream then goes on.
-class SideLine {
- public:
-  SideLine();
-  ~SideLine();
-  SideLine(const SideLine&) = delete;
-  SideLine& operator=(const SideLine&) = delete;
-
-  Stream stream() const;
-  int64_t record(Stream on);           // a mark: all that is in `on` now
-  void wait(Stream on, int64_t mark);  // what follows in `on` comes after the mark
-  struct Resources;
-
- private:
-  std::unique_ptr<Resources> resources_;
-  int64_t used_ = 0;
-};
-
-// Where a kernel reports, without a synchronisation, that it met an id outside the vocabulary:
-// host memory that the current device writes to.
+// The flag with which a kernel reports an id outside of the vocabulary, without a synchronisation: host memory that the
+// current device writes to.
 int32_t* bad_id_flag();
-// Whether one was reported since the last time somebody asked.
+// True if an id was reported since the last call.
 bool take_bad_id();
 
-// Rows of `row_bytes`, strides in bytes, between places of the current device.
+// Copies rows of `row_bytes` within the current device; strides in bytes.
 void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t row_bytes, int64_t rows,
                Stream stream) noexcept;
 
-// Copies to host memory and waits until it is there. A stream that is being captured cannot be waited for: throws
-// std::runtime_error with `why` then.
+// Copies to host memory and waits for it. Throws std::runtime_error with `why` if the stream is being captured, since
+// it cannot be waited for then.
 void copy_to_host(void* to, const void* from, size_t bytes, Stream stream, const char* why);
 
 }  // namespace pop::cuda

@@ -1,4 +1,4 @@
-// Elements in memory and their fp32 values, one at a time or 16 bytes at a time.
+// Loads and stores of elements as fp32 values, one at a time or 16 bytes at a time.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace pop::cuda {
 
-// The element types: float, and these two, which a load or store converts.
+// The element types are float and these two. Loads and stores convert them.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -36,11 +36,11 @@ __device__ __forceinline__ Float16 from_float<Float16>(float value) {
   return {static_cast<uint16_t>(f16_bits(value))};
 }
 
-// Elements of one 16-byte access.
+// Elements per 16-byte access.
 template <class T>
 inline constexpr int kPack = 16 / sizeof(T);
 
-// kPack<T> elements as they lie in memory: held so, a row takes half the registers of its fp32 values.
+// kPack<T> elements in their own type: a row of 16-bit elements takes half the registers of its fp32 values.
 struct alignas(16) Pack {
   uint32_t words[4];
 };
@@ -67,8 +67,8 @@ __device__ __forceinline__ void unpack(const Pack& pack, float (&to)[kPack<T>]) 
   }
 }
 
-// Two rounded elements in a word. On a device one conversion does both; two of one element each,
-// whose results are used again, go through a unit of a quarter of the rate.
+// Two rounded elements in one word. A device converts both with one instruction; two single conversions whose results
+// are used again run at a quarter of the rate.
 template <class T>
 __device__ __forceinline__ uint32_t pair_bits(float low, float high) {
 #if defined(__CUDA_ARCH__)
@@ -93,7 +93,7 @@ __device__ __forceinline__ Pack packed(const float (&from)[kPack<T>]) {
   return pack;
 }
 
-// `count` neighbouring elements, moved in one access: `count` * sizeof(T) bytes, aligned to as many.
+// `count` adjacent elements in one access of `count` * sizeof(T) bytes, aligned to that size.
 template <class T, int count>
 struct alignas(count * sizeof(T)) Elements {
   T at[count];
@@ -122,8 +122,8 @@ __device__ __forceinline__ void store(T* to, const float (&from)[count]) {
   }
 }
 
-// `kCount` neighbouring elements in registers, as they lie in memory: for loops that load well ahead
-// of use, or use less than they load.
+// `kCount` adjacent elements in registers, in their own type: for loops that load well ahead of use, or that use less
+// than they load.
 template <class T, int kCount>
 struct Operand {
   Elements<T, kCount> elements;
@@ -131,12 +131,12 @@ struct Operand {
   __device__ __forceinline__ void load(const T* from) {
     elements = *reinterpret_cast<const Elements<T, kCount>*>(from);
   }
-  // From memory that will not be read again.
+  // Loads memory that will not be read again.
   __device__ __forceinline__ void load_once(const T* from) { load(from); }
   __device__ __forceinline__ float value(int i) const { return to_float(elements.at[i]); }
 };
 
-// As words: the compiler then keeps two elements a register.
+// Held as words, so that the compiler keeps two elements per register.
 template <class T, int kCount>
   requires(kCount * sizeof(T) % 4 == 0)
 struct Operand<T, kCount> {

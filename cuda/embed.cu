@@ -1,7 +1,7 @@
 // Gathers rows of the embedding table, or of the caller's embeddings, or of cos and sin, into batch order.
 //
-// Floor: rows * width elements read and as many written, and 8 bytes of index a row (16 with ids).
-// Scaled rows take a kernel of their own, an element a thread and step: they come once a prefill.
+// Floor: rows * width elements read and as many written, and 8 bytes of index per row (16 with ids). Scaled rows have a
+// kernel of their own, with one element per thread and step: it runs once per prefill.
 #include <algorithm>
 #include <bit>
 
@@ -13,11 +13,11 @@ namespace pop::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kAtOnce = 4;  // words that a thread has under way
+constexpr int kAtOnce = 4;  // words in flight per thread
 
 using Word16 = Elements<uint32_t, 4>;
 
-// Elements only move, so that their type does not matter: a Word is 16 bytes of them, or one.
+// Elements are only copied, so their type does not matter: a Word is 16 bytes, or one element.
 template <class Word>
 struct Gather {
   int64_t rows, words;  // of a row
@@ -40,7 +40,7 @@ __device__ __forceinline__ int64_t source_row(const Gather<Word>& p, int64_t row
   return id < 0 ? 0 : p.vocab_size - 1;
 }
 
-// threadIdx.x goes along a row, threadIdx.y over the rows of the block.
+// threadIdx.x runs along a row, threadIdx.y over the rows of the block.
 template <class Word>
 __global__ void __launch_bounds__(kThreads) embed_kernel(const Gather<Word> p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;

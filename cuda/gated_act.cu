@@ -1,4 +1,4 @@
-// The gated MLP's middle: gate = act(gate + gate_bias) * (up + up_bias), rounded once.
+// The activation of the gated MLP: gate = act(gate + gate_bias) * (up + up_bias), rounded once.
 //
 // Floor: gate and up read, gate written: three times rows * width elements. The biases stay in L2.
 #include <algorithm>
@@ -28,7 +28,7 @@ __device__ __forceinline__ void add_bias(float (&value)[count], const void* bias
   for (int e = 0; e < count; ++e) value[e] += offset[e];
 }
 
-// `count` neighbouring elements a thread; `blocks_a_row` blocks follow each other along a row.
+// `count` adjacent elements per thread; `blocks_a_row` consecutive blocks cover a row.
 template <class T, int count, Activation activation>
 __global__ void __launch_bounds__(kMaxThreads) gated_act_kernel(const GatedActParams p, unsigned blocks_a_row) {
   wait_for_kernels_in_front();

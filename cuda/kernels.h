@@ -1,10 +1,9 @@
-// The CUDA kernels, a file each: launchers over the structs of backend.h. Every pointer that
-// backend.h does not mark as host is device memory; a launcher returns when its kernels are in the
-// stream, throws std::runtime_error if they could not be put there, never synchronises and reads
-// no host memory later. Empty calls launch nothing.
+// The launchers of the CUDA kernels, over the structs of backend/params.h; one file per kernel. Pointers that are not
+// marked "host" are to device memory. A launcher returns when its kernels are in the stream, throws std::runtime_error
+// if the launch failed, never synchronises, and reads no host memory after it returned. Empty calls launch nothing.
 #pragma once
 
-#include "backend.h"
+#include "backend/params.h"
 
 struct CUstream_st;
 
@@ -12,11 +11,10 @@ namespace pop::cuda {
 
 using Stream = CUstream_st*;  // cudaStream_t, without the toolkit's headers
 
-// place_rows.cu
-void launch_place_rows(const PlaceRowsParams&, Stream);
+// build_row_tables.cu
+void launch_build_row_tables(const RowTablesParams&, Stream);
 
-// embed.cu. Ids outside the vocabulary are clamped, and `bad_id` (device or mapped host memory,
-// or null) is set to 1.
+// embed.cu. Clamps ids outside of the vocabulary and sets `bad_id` (device or mapped host memory, or null) to 1.
 void launch_embed(const EmbedParams&, int32_t* bad_id, Stream);
 
 // add_features.cu
@@ -34,7 +32,7 @@ void launch_rope_cache_write(const RopeCacheWriteParams&, Stream);
 // quantize_rows.cu
 void launch_quantize_rows(const QuantizeRowsParams&, Stream);
 
-// What follows the stacked GEMM of a run, for every layer in one launch.
+// The epilogue of a run's stacked GEMM, for every layer in one launch.
 struct KvEpilogueParams {
   DType dtype;
   int64_t first_row, rows;  // rows of the batch; row 0 of kv and rstd is `first_row`
@@ -54,26 +52,24 @@ struct KvEpilogueParams {
 };
 void launch_kv_epilogue(const KvEpilogueParams&, Stream);  // rope_cache_write.cu
 
-// route.cu. group_rows fills no host_begin.
+// route.cu. launch_group_rows does not fill host_begin.
 void launch_route(const RouteParams&, Stream);
 void launch_group_rows(const GroupRowsParams&, Stream);
 void launch_combine_rows(const CombineRowsParams&, Stream);
 
-// skinny_gemm.cu: out = a . w^T for few rows, bound by the bytes of w. Columns of one to three
-// matrices that share `a` in one launch. Any m is right; from about 8 rows on a library GEMM is expected
-// to be faster (see there).
+// skinny_gemm.cu: out = a . w^T for few rows, bound by the bytes of w; one to three matrices that share `a` in one
+// launch. Any m gives the right result; from about 8 rows on a library GEMM is expected to be faster (see there).
 inline constexpr int64_t kSkinnyRows = 64;
 void launch_skinny_gemm(const GemmParams* products, int64_t count, Stream);
 
-// kv_project_sm90.cu: the whole projection of a run in one kernel, on Hopper only. It needs no
-// workspace. `fits` asks for dtype, shapes and alignments, `supports` for the current device as well;
-// launch only what is supported.
+// kv_project_sm90.cu: the projection of a run in one kernel, on Hopper only, without a workspace. `fits` checks dtype,
+// shapes and alignments, `supports` the current device as well. Launch only supported calls.
 bool kv_project_sm90_fits(const KvProjectParams&);
 bool kv_project_sm90_supports(const KvProjectParams&);
 void launch_kv_project_sm90(const KvProjectParams&, Stream);
 
-// attention.cu: attention over the cache, any dtype, cut along the keys so that few rows fill the
-// machine as well. `workspace` is attention_workspace(...) bytes, at most 17 MiB, aligned to 16.
+// attention.cu: attention over the cache for any dtype, split along the keys so that few rows fill the GPU too.
+// `workspace` has attention_workspace(...) bytes, at most 17 MiB, aligned to 16.
 size_t attention_workspace(const AttentionParams&);
 void launch_attention(const AttentionParams&, void* workspace, Stream);
 

@@ -1,7 +1,7 @@
-// From a tile's accumulators to the KV cache, in registers: row scale, bias, norm per head, RoPE, and
-// 16-byte stores. A quad of threads holds a row (kv_project_tile.h): a thread has channels
-// 8 g + 2 q and 8 g + 2 q + 1 of every group g of 8 channels, q its place in the quad. So both
-// channels of a RoPE pair are in one thread, and nothing leaves the quad.
+// Writes the accumulators of a tile to the KV cache, without leaving registers: row scale, bias, norm per head, RoPE,
+// and 16-byte stores. A quad of threads holds a row (kv_project_tile.h): thread q of the quad has channels 8 g + 2 q
+// and 8 g + 2 q + 1 of every group g of 8 channels. Both channels of a RoPE pair are then in one thread, and data moves
+// only within the quad.
 #pragma once
 
 #include "cuda/elements.cuh"
@@ -9,7 +9,7 @@
 
 namespace pop::cuda {
 
-inline constexpr int kRunLayers = 32;  // layers of one launch; with the rest under 4 KiB of parameters
+inline constexpr int kRunLayers = 32;  // layers per launch; keeps the kernel parameters under 4 KiB
 
 struct KvProjectLayer {
   const BFloat16* k_bias;  // [kv_dim] or null
@@ -18,7 +18,7 @@ struct KvProjectLayer {
   LayerCache cache;
 };
 
-// What a launch needs beside the tensor maps of x and W.
+// The parameters of a launch, apart from the tensor maps of x and W.
 struct KvProjectRun {
   kv_tile::TileOrder order;
   int rows;
@@ -26,7 +26,7 @@ struct KvProjectRun {
   int kv_heads;
   int heads;  // layers * 2 * kv_heads
   float eps;
-  const float* rstd;  // [rows], or null: taken from x
+  const float* rstd;  // [rows], or null to compute it from x
   int64_t first_row;
   Batch batch;
   KvProjectLayer layers[kRunLayers];
@@ -35,7 +35,7 @@ struct KvProjectRun {
 // One of the two rows of a thread.
 struct KvRow {
   int64_t batch_row, sequence, position;
-  bool inside;  // else it repeats the last row, and nothing is stored
+  bool inside;  // false: it repeats the last row, and is not stored
 };
 
 __device__ __forceinline__ KvRow kv_row(const KvProjectRun& run, int row) {
@@ -46,7 +46,7 @@ __device__ __forceinline__ KvRow kv_row(const KvProjectRun& run, int row) {
 
 // ---- One row of one head, spread over a quad -----------------------------------------------
 
-// This thread's part, in place in the accumulators. All indices are constants once loops are unrolled.
+// This thread's part, in place in the accumulators. All indices are constants after loop unrolling.
 template <int kHeadDim>
 struct HeadPart {
   static constexpr int kGroups = kHeadDim / 8;
@@ -61,7 +61,7 @@ struct HeadPart {
   }
 };
 
-// head = head * scale + bias; `bias` is [kHeadDim], advanced by 2 q, or null.
+// head = head * scale + bias; `bias` is [kHeadDim], offset by 2 q, or null.
 template <int kHeadDim>
 __device__ __forceinline__ void scale_and_add(const HeadPart<kHeadDim>& head, float scale, const BFloat16* bias) {
 #pragma unroll
@@ -73,7 +73,7 @@ __device__ __forceinline__ void scale_and_add(const HeadPart<kHeadDim>& head, fl
   }
 }
 
-// RMS-normalises the head and multiplies by `weight`, [kHeadDim], advanced by 2 q.
+// RMS-normalises the head and multiplies it by `weight`, [kHeadDim], offset by 2 q.
 template <int kHeadDim>
 __device__ __forceinline__ void normalise(const HeadPart<kHeadDim>& head, const BFloat16* weight, float eps) {
   float squares = 0.0f;
@@ -89,8 +89,8 @@ __device__ __forceinline__ void normalise(const HeadPart<kHeadDim>& head, const 
   }
 }
 
-// Turns the pairs (channel, channel + kHeadDim / 2) of one group of 8 of the first half; `cos` and
-// `sin` are [kHeadDim / 2], advanced by 2 q.
+// Applies RoPE to the pairs (channel, channel + kHeadDim / 2) of one group of 8 of the first half; `cos` and `sin` are
+// [kHeadDim / 2], offset by 2 q.
 template <int kHeadDim>
 __device__ __forceinline__ void rotate(const HeadPart<kHeadDim>& head, int group, const float* cos, const float* sin) {
   float c[2], s[2];
@@ -100,7 +100,7 @@ __device__ __forceinline__ void rotate(const HeadPart<kHeadDim>& head, int group
   for (int i = 0; i < 2; ++i) rope_rotate(head.at(group, i), head.at(group + head.kGroups / 2, i), c[i], s[i]);
 }
 
-// Two bf16 in a word, the first in its low half.
+// Two bf16 in one word, the first in the low half.
 __device__ __forceinline__ uint32_t pack(float first, float second) {
 #if defined(__CUDA_ARCH__)
   uint32_t word;
@@ -111,8 +111,8 @@ __device__ __forceinline__ uint32_t pack(float first, float second) {
 #endif
 }
 
-// Transposes the 4 x 4 words of a quad: thread q gets word q of each, in the order of the threads.
-// First within 2 x 2 blocks, then the blocks.
+// Transposes the 4 x 4 words of a quad: thread q gets word q of each thread, in the order of the threads. First within
+// 2 x 2 blocks, then the blocks.
 __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4], int q) {
 #pragma unroll
   for (int distance = 1; distance <= 2; distance *= 2) {
@@ -132,8 +132,8 @@ struct alignas(16) Words4 {
   uint32_t at[4];
 };
 
-// Stores four groups of 8 channels; `to` is channel 0 of the head. Each thread of a quad stores one
-// group, 64 bytes in a row together. All lanes of the warp take part.
+// Stores four groups of 8 channels; `to` is channel 0 of the head. Each thread of a quad stores one group, together 64
+// consecutive bytes. All lanes of the warp take part.
 template <int kHeadDim>
 __device__ __forceinline__ void store_groups(const HeadPart<kHeadDim>& head, int group, int q, bool inside,
                                              BFloat16* to) {
@@ -172,8 +172,7 @@ __device__ __forceinline__ void write_head(const KvProjectRun& run, const kv_til
   }
 }
 
-// Every head of a tile's columns, for the two rows of the thread and their rstd. The accumulators
-// are used up.
+// Writes every head of a tile's columns, for the two rows of the thread and their rstd. Overwrites the accumulators.
 template <int kHeadDim>
 __device__ __forceinline__ void write_tile(const KvProjectRun& run, int column_tile,
                                            float (&sums)[kv_tile::kAccumulators], const KvRow (&rows)[2],

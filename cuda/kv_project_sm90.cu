@@ -1,25 +1,21 @@
-// The independent KV projection of a run in one Hopper kernel: [k_j | v_j] = rstd(x) * (x . W_j^T) for
-// all layers j of a run, then bias, k_norm, RoPE and the cache write, without the product ever in memory.
+// The independent KV projection of a run in one Hopper kernel: [k_j | v_j] = rstd(x) * (x . W_j^T) for all layers j of
+// a run, then bias, k_norm, RoPE and the cache write. The product never goes to memory.
 //
-// Floor, Llama-3.1-8B, ten layers, 2048 tokens ([2048, 4096] x [20480, 4096]^T): 0.344 TFLOP, 0.435 ms
-// at 790 TFLOP/s. Bytes: W 168 MB, x 17 MB, caches 84 MB, 0.063 ms at 4.3 TB/s. So the tensor cores
-// are to limit it, and what keeps them waiting.
+// Floor for Llama-3.1-8B, ten layers, 2048 tokens ([2048, 4096] x [20480, 4096]^T): 0.344 TFLOP, which take 0.435 ms at
+// 790 TFLOP/s. Bytes: W 168 MB, x 17 MB, caches 84 MB, which take 0.063 ms at 4.3 TB/s. The tensor cores are the limit.
 //
-// A block: tile 128 x 256, steps of 64, a ring of 4 stages of 48 KiB, 193 KiB in all, so one block a
-// multiprocessor. One thread of the first warpgroup keeps the ring full with TMA; two warpgroups
-// multiply 64 x 256 each (wgmma m64n256k16, 128 accumulators a thread; 168 registers at the launch, then
-// 232, and 40 for the first warpgroup). They read x of each step once more for the rows' sums of
-// squares, while the products run. Blocks are persistent, so that the first stages of a tile load
-// during the epilogue of the tile before; the tensor cores wait for the epilogue nevertheless. Two blocks
-// with neighbouring rows share their tile of W as a cluster, each loading half for both: a step then
-// reads 32 instead of 48 KiB a block from the L2.
+// A block computes tiles of 128 x 256 in steps of 64 along hidden_size. Its ring of 4 stages of 48 KiB takes 193 KiB in
+// all, so a multiprocessor holds one block. One thread of the first warpgroup keeps the ring full with TMA. Two
+// warpgroups multiply 64 x 256 each (wgmma m64n256k16, 128 accumulators per thread; 168 registers at launch, then 232,
+// and 40 for the first warpgroup). They read x of each step a second time for the sums of squares of the rows, while
+// the products run. Blocks are persistent, so the first stages of a tile load during the epilogue of the previous tile;
+// the tensor cores still wait for the epilogue. Two blocks with adjacent rows form a cluster and share their tile of W,
+// each loading half of it for both: a step then reads 32 KiB per block from the L2 instead of 48.
 //
-// Expected to limit, in this order: shared memory (of the 1024 cycles that the products of a step take,
-// operands are read in 640, TMA writes in 384, the sums of squares read in 128, so a given rstd may
-// win); the epilogue (2 to 3 us after 45 us of products); 1280 tiles on 132 blocks (9.7 rounds in 10,
-// and 2.4 in 3 at 512 tokens, where 128 x 128 tiles would fill 4.8 in 5).
-// NOT MEASURED, NEVER RUN: no GPU has seen this kernel yet. What could be checked on a CPU is in
-// tests/cuda_shim/check_kv_project_*.cpp.
+// Expected limits, in this order: shared memory (of the 1024 cycles that the products of a step take, operands are read
+// in 640, TMA writes in 384 and the sums of squares read in 128, so passing rstd may be faster); the epilogue (2 to 3
+// us after 45 us of products); 1280 tiles on 132 blocks (9.7 rounds in 10, and 2.4 in 3 at 512 tokens, where 128 x 128
+// tiles would fill 4.8 in 5). Measured rates are in docs/performance.md.
 #include <algorithm>
 
 #include "cuda/kv_project_epilogue.cuh"
@@ -37,7 +33,7 @@ using kv_tile::RingStep;
 using kv_tile::Tile;
 
 constexpr int kThreads = (1 + kv_tile::kConsumers) * kv_tile::kGroupThreads;
-// All 64 K registers of a multiprocessor: 168 a thread at the start, moved where they are needed.
+// The 64 K registers of a multiprocessor: 168 per thread at launch, then moved from the producer to the consumers.
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 static_assert(kv_tile::kGroupThreads * (kProducerRegisters + kv_tile::kConsumers * kConsumerRegisters) <=
               168 * kThreads);
@@ -49,7 +45,7 @@ struct alignas(1024) Ring {  // boxes with a 128-byte swizzle begin at multiples
   sm90::Barrier empty[kv_tile::kStages];  // every consumer warp of the cluster has read the stage
 };
 constexpr size_t kSharedBytes = sizeof(Ring) + sm90::kSharedSlack;
-static_assert(kSharedBytes <= 227 << 10, "what a block may have");
+static_assert(kSharedBytes <= 227 << 10, "the shared memory limit of a block");
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(POP_CUDA_SHIM)
 
@@ -57,9 +53,9 @@ constexpr int kConsumerWarps = kv_tile::kConsumers * kv_tile::kGroupThreads / kW
 
 // ---- Producer ------------------------------------------------------------------------------
 
-// Loads this block's x, and its share of W: both boxes, or in a cluster one, for both blocks. Either
-// way kStageBytes land in every block. The other block may send its box before this one expects
-// it: the phase cannot complete without this block's own arrival.
+// Loads x of this block and its share of W: both boxes, or, in a cluster, one box for both blocks. Either way every
+// block receives kStageBytes. The other block may send its box before this one expects it: the phase cannot complete
+// without this block's own arrival.
 __device__ __forceinline__ void load_stage(const sm90::TensorMap& x, const sm90::TensorMap& w, const Tile& tile,
                                            int column, int cluster, int rank, int stage, Ring& ring) {
   sm90::Barrier* full = &ring.full[stage];
@@ -76,7 +72,7 @@ __device__ __forceinline__ void load_stage(const sm90::TensorMap& x, const sm90:
   }
 }
 
-// One thread: every step of every tile of the block, as far ahead as the ring allows.
+// Run by one thread: loads every step of every tile of the block, as far ahead as the ring allows.
 __device__ __forceinline__ void produce(const sm90::TensorMap& x, const sm90::TensorMap& w, const KvProjectRun& run,
                                         Ring& ring) {
   const int rank = sm90::cluster_rank();
@@ -93,8 +89,8 @@ __device__ __forceinline__ void produce(const sm90::TensorMap& x, const sm90::Te
 
 // ---- Consumers -----------------------------------------------------------------------------
 
-// Adds the squares of 16 of the 64 elements of either row of this thread: its quad adds them all.
-// Eight neighbouring lanes read eight different 16-byte banks.
+// Adds the squares of 16 of the 64 elements of each of this thread's two rows; the four threads of its quad cover all
+// of them. Eight adjacent lanes read eight different 16-byte banks.
 __device__ __forceinline__ void add_squares(const unsigned char* x, const int (&row)[2], float (&squares)[2]) {
   const int q = static_cast<int>(threadIdx.x) % 4;
 #pragma unroll
@@ -109,15 +105,15 @@ __device__ __forceinline__ void add_squares(const unsigned char* x, const int (&
   }
 }
 
-// This warp has read the stage: tells the producer of every block that writes to it.
+// Tells the producer of every block that writes to the stage that this warp has read it.
 __device__ __forceinline__ void release(Ring& ring, int stage, int cluster) {
-  __syncwarp();  // the other lanes have read it as well
+  __syncwarp();  // all lanes have read it
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   if (lane < cluster) sm90::barrier_arrive_at(&ring.empty[stage], lane);
 }
 
-// sums = x . W^T for the 64 rows of warpgroup `group`, and the sums of squares of this thread's two
-// rows (its quad's part) unless rstd is given. `step` counts the block's steps.
+// sums = x . W^T for the 64 rows of warpgroup `group`, and, unless rstd is given, this thread's part of the sums of
+// squares of its two rows. `step` counts the steps of the block.
 __device__ __forceinline__ void multiply(const KvProjectRun& run, Ring& ring, int group, const int (&row)[2],
                                          uint32_t& step, float (&sums)[kv_tile::kAccumulators], float (&squares)[2]) {
   const int cluster = run.order.cluster;
@@ -135,7 +131,7 @@ __device__ __forceinline__ void multiply(const KvProjectRun& run, Ring& ring, in
       sm90::multiply_64x256x16(sums, a + k * kNext, b + k * kNext, column != 0 || k != 0);
     }
     sm90::multiply_commit();
-    sm90::multiply_wait<1>();  // the products of the stage before are done, this stage's go on
+    sm90::multiply_wait<1>();  // the products of the previous stage are done; this stage's may still run
     if (previous >= 0) release(ring, previous, cluster);
     if (run.rstd == nullptr) add_squares(x, row, squares);
     previous = at.stage;
@@ -145,7 +141,7 @@ __device__ __forceinline__ void multiply(const KvProjectRun& run, Ring& ring, in
   release(ring, previous, cluster);
 }
 
-// The rstd of a row from its quad's sums of squares, or as given.
+// The rstd of a row: the given one, or from the sums of squares of the quad.
 __device__ __forceinline__ float row_scale(const KvProjectRun& run, const KvRow& row, float squares) {
   if (run.rstd != nullptr) return run.rstd[row.batch_row - run.first_row];
   return rms_scale(warp_sum<4>(squares), run.hidden, run.eps);
@@ -160,7 +156,8 @@ __device__ __forceinline__ void consume(const KvProjectRun& run, Ring& ring, int
   for (int unit = sm90::cluster_index(); unit < unit_count(run.order); unit += sm90::cluster_count()) {
     const Tile tile = tile_of(run.order, unit, rank);
     const int first = tile.row * kv_tile::kRows + group * kv_tile::kGroupRows;
-    const KvRow rows[2] = {kv_row(run, first + row[0]), kv_row(run, first + row[1])};  // loads that the products hide
+    const KvRow rows[2] = {kv_row(run, first + row[0]),
+                           kv_row(run, first + row[1])};  // these loads overlap with the products
     float sums[kv_tile::kAccumulators];
     float squares[2] = {};
     multiply(run, ring, group, row, step, sums, squares);
@@ -199,10 +196,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     sm90::take_registers<kConsumerRegisters>();
     consume<kHeadDim>(run, ring, group - 1);
   }
-  // The other block still arrives at barriers of this one, and sends it boxes of W: neither may be gone.
+  // The other block still arrives at this block's barriers and sends it boxes of W, so neither block may exit first.
   sm90::cluster_sync();
 #else
-  __trap();  // code for another GPU: kv_project_sm90_supports() keeps it from being launched
+  __trap();  // code for another GPU, which kv_project_sm90_supports() never launches
 #endif
 }
 
@@ -279,7 +276,7 @@ bool kv_project_sm90_supports(const KvProjectParams& p) {
   return kv_project_sm90_fits(p) && sm90::available();
 #else
   static_cast<void>(p);
-  return false;  // built without 90a: what a Hopper would run of this file is a trap
+  return false;  // built without 90a: the kernel is a trap
 #endif
 }
 

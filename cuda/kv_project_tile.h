@@ -1,21 +1,22 @@
-// The arithmetic of kv_project_sm90.cu that needs no GPU: which tile comes when, which columns are
-// whose, where an element lies in shared memory and in the accumulators, and the ring's phases.
-// Host and device; tests/cuda_shim/check_kv_project_tile.cpp proves it.
+// The index arithmetic of kv_project_sm90.cu, for host and device: the order of tiles, the heads of columns, the places
+// of elements in shared memory and in the accumulators, and the phases of the ring.
+// tests/cuda_shim/check_kv_project_tile.cpp tests it.
 #pragma once
 
 #include <cstdint>
 
+#include "core/math.h"
 #include "host_device.h"
 
 namespace pop::cuda::kv_tile {
 
-// A block computes kRows x kColumns of the product, kDepth elements of `hidden` a step.
+// A block computes kRows x kColumns of the product, kDepth elements of hidden_size per step.
 inline constexpr int kRows = 128;
 inline constexpr int kColumns = 256;
 inline constexpr int kDepth = 64;  // 128 bytes: a row of the 128-byte swizzle
 inline constexpr int kStages = 4;
 
-// W is loaded in boxes of kBoxRows rows, so that two blocks of a cluster can load one each.
+// W is loaded in boxes of kBoxRows rows, so that the two blocks of a cluster can load one each.
 inline constexpr int kBoxRows = 128;
 inline constexpr int kBoxes = kColumns / kBoxRows;
 
@@ -31,21 +32,21 @@ inline constexpr int kStageBytes = kXBytes + kBoxes * kBoxBytes;
 
 // ---- Tile order ----------------------------------------------------------------------------
 
-// Rows are fastest, so that a tile of W is read from HBM once, for the blocks that run at the same
-// time, while x stays in the L2. That holds for as much of x as the L2 takes: rows are cut in bands
-// of kBandTiles tiles (2048 rows, 17 MB at hidden 4096), and W is read once a band.
+// Rows vary fastest, so that a tile of W is read from HBM once, for the blocks that run at the same time, while x stays
+// in the L2. The L2 holds only part of a long x, so rows are cut into bands of kBandTiles tiles (2048 rows, 17 MB at
+// hidden size 4096), and W is read once per band.
 inline constexpr int kBandTiles = 16;
 
-// `cluster` blocks (1 or 2) take neighbouring row tiles of one tile of W. Together they are a unit.
+// A unit is `cluster` blocks (1 or 2) on adjacent row tiles and the same tile of W.
 struct TileOrder {
   int row_tiles, column_tiles, cluster;
 };
 
 struct Tile {
-  int row, column;  // in tiles; `row` may be row_tiles where a unit is not full
+  int row, column;  // in tiles; `row` is row_tiles if the unit is not full
 };
 
-POP_HD int row_units(const TileOrder& order) { return (order.row_tiles + order.cluster - 1) / order.cluster; }
+POP_HD int row_units(const TileOrder& order) { return ceil_div(order.row_tiles, order.cluster); }
 
 POP_HD int unit_count(const TileOrder& order) { return row_units(order) * order.column_tiles; }
 
@@ -58,8 +59,8 @@ POP_HD Tile tile_of(const TileOrder& order, int unit, int rank) {
   return {(band * band_units + within % height) * order.cluster + rank, within / height};
 }
 
-// With two blocks in a cluster each tile of W is read from the L2 half as often. An empty tile is
-// the price where row_tiles is odd: under 6 % from here on.
+// Two blocks in a cluster read each tile of W from the L2 half as often. If row_tiles is odd, this costs an empty tile:
+// less than 6 % from this many tiles on.
 inline constexpr int kTilesForOddCluster = 17;
 
 POP_HD int cluster_for(int row_tiles) { return row_tiles % 2 == 0 || row_tiles >= kTilesForOddCluster ? 2 : 1; }
@@ -82,8 +83,8 @@ POP_HD StackedHead stacked_head(int index, int kv_heads) {
 
 // ---- Accumulators --------------------------------------------------------------------------
 
-// wgmma gives thread t of a warpgroup rows accumulator_row(t, 0) and (t, 1) of its 64, and of each
-// group of 8 columns the two from 2 * (t % 4). The four threads with these rows are a quad.
+// wgmma gives thread t of a warpgroup the rows accumulator_row(t, 0) and accumulator_row(t, 1) of its 64, and of each
+// group of 8 columns the two from 2 * (t % 4) on. The four threads with the same rows are a quad.
 POP_HD int accumulator_row(int thread, int half) { return thread / 32 * 16 + thread % 32 / 4 + 8 * half; }
 
 POP_HD constexpr int accumulator_index(int column_group, int half, int odd) {
@@ -96,8 +97,8 @@ POP_HD int accumulator_column(int thread, int column_group, int odd) {
 
 // ---- Shared memory -------------------------------------------------------------------------
 
-// Byte of 16-byte chunk `chunk` (of 8) of row `row` of a tile that TMA wrote with a 128-byte
-// swizzle: bits 4-6 of the address are XORed with bits 7-9. The tile begins at a multiple of 1024.
+// The offset in bytes of 16-byte chunk `chunk` (of 8) of row `row`, in a tile that TMA wrote with a 128-byte swizzle:
+// bits 4-6 of the address are XORed with bits 7-9. The tile begins at a multiple of 1024.
 POP_HD int swizzled_chunk(int row, int chunk) { return row * kLineBytes + ((chunk ^ (row % 8)) * 16); }
 
 // wgmma's description of such a tile, K-major (PTX ISA, "Matrix Descriptor Format"): bits 0-13
@@ -110,9 +111,9 @@ POP_HD uint64_t tile_descriptor(uint32_t shared_address) {
 
 // ---- The ring of stages --------------------------------------------------------------------
 
-// Step i of a block (counted over all of its tiles) uses stage i % kStages for the (i / kStages)th
-// time. Its full barrier then completes phase `parity`; a producer waits for the phase before of
-// the empty barrier, parity ^ 1, which a new barrier counts as complete.
+// Step i of a block (counted over all of its tiles) uses stage i % kStages for the (i / kStages)th time. Its full
+// barrier then completes phase `parity`. A producer waits for the previous phase of the empty barrier, parity ^ 1,
+// which is complete on a new barrier.
 struct RingStep {
   int stage;
   uint32_t parity;

@@ -1,4 +1,5 @@
-// Putting a kernel into a stream. Under the CPU shim (tests/cuda_shim) a launch runs on the host.
+// Launches kernels into a stream, and sums over threads. Under the CPU shim (tests/cuda_shim) a launch runs on the
+// host.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/math.h"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 
@@ -17,22 +19,20 @@ namespace pop::cuda {
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Are a base and every row after it aligned for accesses of `bytes`? `stride` in elements.
+// True if `base` and every row after it are aligned for accesses of `bytes`; `stride` is in elements.
 inline bool is_aligned(const void* base, int64_t stride, int64_t element_bytes, int64_t bytes = 16) {
   return reinterpret_cast<uintptr_t>(base) % bytes == 0 && stride * element_bytes % bytes == 0;
 }
 
-// ---- Kernels that start before the one in front of them has ended -----------------------------
+// ---- Early launches: kernels that start before the previous one has ended ---------------------
 //
-// By launch_early, where the code is for compute capability 9.0 and up (programmatic dependent launch): the blocks of
-// such a kernel start when those of the kernel in front have all passed their wait, not when they have ended, and load
-// what no kernel of a prefill writes, weights, in the meantime. No more than two kernels run at once, since each lets
-// the next one start only after its own wait: a library's kernel between them finds everything before the one in front
-// done. The shim sees to it that every thread waits, a test that every kernel of such a file does.
+// launch_early uses programmatic dependent launch, on compute capability 9.0 and up. The blocks of such a kernel start
+// as soon as all blocks of the previous kernel have passed their wait. Until its own wait a kernel loads only what no
+// kernel of a prefill writes: weights. At most two kernels run at once, since each lets the next one start only after
+// its own wait; a library's kernel between them finds everything before the previous kernel finished. The shim checks
+// that every thread waits, and a test that every kernel of such a file does.
 
-// What kernels in front have written is there, and what they read may be overwritten, only after this.
+// After this, the results of previous kernels are visible, and their inputs may be overwritten.
 __device__ __forceinline__ void wait_for_kernels_in_front() {
 #if defined(POP_CUDA_SHIM)
   cuda_shim::count_wait();
@@ -41,7 +41,7 @@ __device__ __forceinline__ void wait_for_kernels_in_front() {
 #endif
 }
 
-// The kernel behind may start as soon as every block of this one has come here.
+// Lets the next kernel start once every block of this one has reached this call.
 __device__ __forceinline__ void let_kernel_behind_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -103,7 +103,7 @@ void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_
   launch_as(false, name, kernel, grid, block, shared_bytes, stream, args...);
 }
 
-// For kernels whose threads all call wait_for_kernels_in_front.
+// Only for kernels in which every thread calls wait_for_kernels_in_front.
 template <class... P, class... A>
 void launch_early(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
                   A... args) {
@@ -120,7 +120,7 @@ __device__ __forceinline__ T* dynamic_shared() {
 
 // ---- Sums and maxima over threads ----------------------------------------------------------
 
-// Sum over `width` neighbouring lanes (a power of two up to 32), in every one of them.
+// The sum over `width` adjacent lanes (a power of two up to 32), returned to each of them.
 template <int width = kWarp>
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
@@ -137,8 +137,9 @@ __device__ __forceinline__ float warp_max(float value) {
   return value;
 }
 
-// Over a block of whole warps, in every thread, always in the same order. `partial` is shared memory of a float a
-// warp, one a call: nothing says when the last thread has read it. A block of several warps passes one barrier.
+// Reduces over a block of whole warps, always in the same order; every thread gets the result. `partial` is shared
+// memory with one float per warp. Each call needs its own: there is no barrier after the last read. A block of several
+// warps passes one barrier.
 template <class OverWarp>
 __device__ __forceinline__ float over_block(float value, float neutral, float* partial, OverWarp over_warp) {
   value = over_warp(value);

@@ -1,7 +1,7 @@
-// Rows in 8-bit floats (e4m3), each by a scale of its own: what a product of 8-bit weights reads.
+// Rounds rows to 8-bit floats (e4m3) with one scale per row, as input of products with 8-bit weights.
 //
-// Floor: a row of x read, half of its bytes written. A block takes a row, and reads it a second time, from the cache,
-// to round it: rows of an MLP's intermediate size would not stay in registers.
+// Floor: a row of x read, half of its bytes written. A block takes one row and reads it a second time, from the cache,
+// to round it: rows of an MLP's intermediate size do not fit in registers.
 #include <algorithm>
 
 #if defined(__CUDACC__)
@@ -32,7 +32,7 @@ __device__ __forceinline__ uint32_t e4m3_word(const float* value, float factor) 
 #endif
 }
 
-// `count` neighbouring elements a thread and step.
+// `count` adjacent elements per thread and step.
 template <class T, int count>
 __global__ void __launch_bounds__(kMaxThreads) quantize_rows_kernel(const QuantizeRowsParams p) {
   __shared__ float partial[kWarp];

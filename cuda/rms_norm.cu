@@ -1,11 +1,11 @@
 // Residual add and RMSNorm:
 //   x += delta + delta_bias;  rstd = 1 / sqrt(mean(x^2) + eps);  out = x * rstd * (weight + offset)
-// where the model says so after an RMSNorm of delta + delta_bias.
+// With delta_norm, delta + delta_bias goes through an RMSNorm of its own before it is added.
 // The sum is rounded to the dtype and stored before its norm is taken, as the stock model does.
 //
-// Floor: a row of x read, a row of out written; with delta one row more each way. A block takes a
-// row and keeps it in registers between the sum and the scaling. How a row is cut depends on its
-// width alone, so that a row gives the same bits whatever comes with it.
+// Floor: a row of x read, a row of out written; with delta one more row each way. A block takes one row and keeps it in
+// registers between the sum and the scaling. The cut of a row depends on its width alone, so the bits of a row do not
+// depend on the rest of the call.
 #include <algorithm>
 
 #include "cuda/elements.cuh"
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kMaxThreads = 512;
 
-// A row's address in each operand of the block, null where the operand is.
+// The row of a block in each operand; null if the operand is null.
 template <class T>
 struct Row {
   T* x;
@@ -44,7 +44,7 @@ __device__ __forceinline__ float squares(const float (&x)[count]) {
   return sum;
 }
 
-// delta += bias[i...], where there is one.
+// delta += bias[i...], if bias is not null.
 template <class T, int count>
 __device__ __forceinline__ void add_bias(float (&delta)[count], const T* bias, int64_t i) {
   if (bias == nullptr) return;
@@ -63,8 +63,8 @@ __device__ __forceinline__ void normalise(float (&delta)[count], float rstd, con
   for (int e = 0; e < count; ++e) delta[e] *= rstd * (values[e] + offset);
 }
 
-// A row of up to `packs` packs of 16 bytes a thread. Every load, of the weight too, is on its way
-// before the first result is used.
+// A row of up to `packs` packs of 16 bytes per thread. Every load, of the weight too, is issued before the first result
+// is used.
 template <class T, int packs>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormParams p) {
   __shared__ float partial[kWarp], partial_delta[kWarp];
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormPara
   }
 }
 
-// A row of any width, `count` elements at a time: x is read again for the scaling, by the thread that stored it.
+// A row of any width, `count` elements at a time. x is read again for the scaling, by the thread that stored it.
 template <class T, int count>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_loop_kernel(const RmsNormParams p) {
   __shared__ float partial[kWarp], partial_delta[kWarp];
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_loop_kernel(const RmsNor
   }
 }
 
-// Threads for a row of `pieces`, up to `a_thread` of them each.
+// The number of threads for a row of `pieces`, up to `a_thread` pieces each.
 unsigned threads_for(int64_t pieces, int64_t a_thread) {
   return static_cast<unsigned>(std::min<int64_t>(ceil_div(ceil_div(pieces, a_thread), kWarp) * kWarp, kMaxThreads));
 }

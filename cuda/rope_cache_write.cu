@@ -1,14 +1,12 @@
-// The way of q, k and v from their projections to attention, a head at a time and in fp32 until the
-// one rounding at the end: row scale, bias, per-head RMSNorm, RoPE; q stays where it is, k and v go
-// to the cache. For one layer with its q, or for the k and v of every layer of a run.
+// Prepares q, k and v for attention: row scale, bias, RMSNorm per head, RoPE. q is updated in place, k and v go to the
+// cache. One launch serves one layer with its q, or the k and v of every layer of a run. Values are fp32 until the
+// single rounding at the end.
 //
-// Floor: q, k and v read and written once, (heads + 2 * kv_heads) * head_dim elements a row and way;
-// for a run layers * 2 * kv_heads * head_dim. cos and sin, rotary_dim floats a row, and the tables
-// of rows are read besides.
+// Floor: q, k and v read once and written once, (heads + 2 * kv_heads) * head_dim elements per row each way; for a run
+// layers * 2 * kv_heads * head_dim. In addition cos and sin, rotary_dim floats per row, and the row tables are read.
 //
-// A head belongs to a group of lanes. A lane holds two runs of `count` channels, which for a channel
-// that turns are a run and its partner half the rotary width on, and keeps their cos and sin from
-// one head of the row to the next.
+// A group of lanes computes a head. A lane holds two ranges of `count` channels, which in the rotary part are RoPE
+// partners (rotary_dim / 2 apart), and keeps their cos and sin from one head of the row to the next.
 #include <algorithm>
 #include <bit>
 
@@ -20,28 +18,28 @@ namespace pop::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kBlocksToFit = 8;    // on a multiprocessor, by their registers
-constexpr int kLayersAtOnce = 32;  // with the rest under the 4 KiB that every driver takes as parameters
+constexpr int kBlocksToFit = 8;    // per multiprocessor, limited by registers
+constexpr int kLayersAtOnce = 32;  // keeps the kernel parameters under 4 KiB, which every driver accepts
 constexpr int kMostHeadsAGroup = 4;
-constexpr int64_t kThreadsToFill = 1 << 18;  // about what the largest device holds at once
+constexpr int64_t kThreadsToFill = 1 << 18;  // about as many as the largest device holds at once
 
 struct LayerHeads {
   const void *k_bias, *v_bias, *k_norm;  // or null
   LayerCache cache;
 };
 
-// The heads of a row in the order that groups take them: `heads` of q, then of each layer `kv_heads`
-// of k and as many of v.
+// The heads of a row in the order in which groups process them: `heads` of q, then for each layer `kv_heads` of k and
+// as many of v.
 template <int max_layers>
 struct HeadsWork {
-  int heads, kv_heads, layers, head_dim, half;  // half: of the channels that turn
+  int heads, kv_heads, layers, head_dim, half;  // half: rotary_dim / 2
   bool any_norm;
   int64_t first_row;
   void* q;
   int64_t q_stride;
   const void* q_bias;
   const void* q_norm;
-  const void *k, *v;  // of the first layer; a layer's follow the last one's by 2 * kv_heads * head_dim
+  const void *k, *v;  // of the first layer; the next layer's are 2 * kv_heads * head_dim elements further
   int64_t kv_stride;
   float norm_eps, norm_offset;
   const float* row_scale;
@@ -66,7 +64,7 @@ __device__ __forceinline__ const T* at(const void* base, int64_t offset) {
   return base == nullptr ? nullptr : static_cast<const T*>(base) + offset;
 }
 
-// What all heads of a row have in common.
+// The values that all heads of a row share.
 struct Place {
   int64_t row;  // of q, k and v
   int64_t sequence, slot;
@@ -80,7 +78,7 @@ struct Place {
   }
 };
 
-// Where head `h` of the row comes from and goes to.
+// The source and destination of head `h` of the row.
 template <class T, int max_layers>
 __device__ __forceinline__ Head<T> head_of(const HeadsWork<max_layers>& p, const Place& place, int h) {
   if (h < p.heads) {
@@ -104,7 +102,7 @@ __device__ __forceinline__ Head<T> head_of(const HeadsWork<max_layers>& p, const
           is_k};
 }
 
-// Tells the compiler what it cannot see of a pointer chosen among several: that it is to global memory.
+// Tells the compiler that a pointer which was chosen among several is to global memory.
 template <class T>
 __device__ __forceinline__ T* global(T* pointer) {
 #if defined(__CUDA_ARCH__)
@@ -113,7 +111,7 @@ __device__ __forceinline__ T* global(T* pointer) {
   return pointer;
 }
 
-// 16 bytes at a time, as the tables of cos and sin are aligned to no more.
+// Loads 16 bytes at a time: the tables of cos and sin have no larger alignment.
 template <int count>
 __device__ __forceinline__ void load_angles(const float* from, float (&to)[count]) {
   constexpr int step = count < 4 ? count : 4;
@@ -126,16 +124,16 @@ __device__ __forceinline__ void load_angles(const float* from, float (&to)[count
   }
 }
 
-// The two runs of channels that a lane holds of a head, before or after they are turned.
+// The two ranges of channels of a head that a lane holds, before or after RoPE.
 template <int count>
 struct Runs {
   float first[count], second[count];
 };
 
-// Item `i` of the heads of a row: which runs they are, and their angles.
+// Item `i` of a row's heads: its two ranges of channels and their angles.
 template <int count>
 struct Item {
-  int first, second;  // channels they begin at
+  int first, second;  // first channel of each range
   bool turns, has_second;
   float cos[count], sin[count];
 
@@ -201,9 +199,8 @@ __device__ __forceinline__ float squares(const Runs<count>& runs) {
   return sum;
 }
 
-// A row a blockIdx.x; threadIdx.x goes over the lanes of a group (a power of two, within a warp),
-// threadIdx.y over the groups. Every lane goes through every step, as a sum over a group needs
-// whole warps.
+// One row per blockIdx.x; threadIdx.x counts the lanes of a group (a power of two, within a warp), threadIdx.y the
+// groups. Every lane runs every step, since a sum over a group needs whole warps.
 template <class T, int count, int max_layers>
 __global__ void __launch_bounds__(kThreads, kBlocksToFit)
     heads_kernel(const __grid_constant__ HeadsWork<max_layers> p) {
@@ -216,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksToFit)
   const Place place(p, blockIdx.x);
   for (int first = blockIdx.y * groups; first < total; first += gridDim.y * groups) {
     const int h = first + threadIdx.y;
-    const int end = h < total ? items : 0;  // of the items of this group's head
+    const int end = h < total ? items : 0;  // items of this group's head
     const Head<T> head = head_of<T>(p, place, h < total ? h : first);
     Runs<count> runs{};
     if (lane < end) item.load_projected(head, runs);
@@ -245,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksToFit)
   }
 }
 
-// Can heads be moved 16 bytes at a time, with an item a lane?
+// True if heads can be moved with 16-byte accesses, one item per lane.
 template <class T, int max_layers>
 bool in_packs(const HeadsWork<max_layers>& w) {
   const int count = kPack<T>;
@@ -266,8 +263,8 @@ bool in_packs(const HeadsWork<max_layers>& w) {
   return all;
 }
 
-// Few rows spread over as many threads as they can; where rows alone fill the device, a group takes
-// a few heads of its row in turn.
+// Few rows are spread over as many threads as possible. If the rows alone fill the device, a group processes a few
+// heads of its row one after the other.
 template <class T, int count, int max_layers>
 void launch_with(HeadsWork<max_layers> work, int64_t rows, Stream stream) {
   const int64_t items = ceil_div(work.head_dim, 2 * count);
@@ -291,7 +288,7 @@ void launch_heads(DType dtype, const HeadsWork<max_layers>& work, int64_t rows, 
   });
 }
 
-// What both launchers' parameters have under one name.
+// The fields that the parameters of both launchers share.
 template <int max_layers, class Params>
 HeadsWork<max_layers> work_of(const Params& p, int64_t rope_table) {
   HeadsWork<max_layers> work{};

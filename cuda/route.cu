@@ -1,7 +1,7 @@
-// A token's way to its experts and back: which of them and with what weights (route), the order in which each expert
-// has its rows side by side (group_rows), and the weighted sum of what a row's experts return (combine_rows).
+// Mixture of experts: choose the experts of each row and their weights (route), sort (row, expert) pairs by expert
+// (group_rows), and sum the outputs of a row's experts by weight (combine_rows).
 //
-// Floor: route reads rows * experts logits; group_rows reads its pairs once an expert, from L2; combine_rows reads
+// Floor: route reads rows * experts logits; group_rows reads the pairs once per expert, from L2; combine_rows reads
 // rows * experts_per_row * width elements and writes rows * width.
 #include "route_math.h"
 
@@ -17,7 +17,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kRowsOfBlock = kThreads / kWarp;
 
-// The earliest choice of a warp, in every lane.
+// The best choice of a warp's lanes, returned to every lane.
 __device__ __forceinline__ Choice warp_earliest(Choice choice) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
@@ -28,7 +28,7 @@ __device__ __forceinline__ Choice warp_earliest(Choice choice) {
   return choice;
 }
 
-// A warp a row: a pass over its logits for each expert that it chooses.
+// One warp per row: a pass over its logits for each expert to choose.
 template <class T>
 __global__ void __launch_bounds__(kThreads) route_kernel(const RouteParams p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsOfBlock + threadIdx.x / kWarp;
@@ -55,12 +55,12 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const RouteParams p) {
   }
   for (int64_t e = lane; e < p.experts; e += kWarp) all += softmax_part(to_float(logits[e]), largest);
   const float scale = route_scale(warp_sum(all), chosen_sum, p.normalise);
-  __syncwarp();  // lane 0 wrote the parts
+  __syncwarp();  // lane 0 wrote the weights
   for (int64_t pass = lane; pass < p.experts_per_row; pass += kWarp) weight[pass] *= scale;
 }
 
-// A block an expert. It counts the pairs of experts before its own, and places its own behind them: each thread those
-// of a range of pairs, so that rows stay in order whatever the schedule.
+// One block per expert. It counts the pairs of the experts before it and places its own pairs after them. Each thread
+// handles a range of pairs, so rows stay in order whatever the schedule.
 __global__ void __launch_bounds__(kThreads) group_rows_kernel(const GroupRowsParams p) {
   __shared__ int32_t before[kThreads], own[kThreads];
   const int32_t expert = static_cast<int32_t>(blockIdx.x);
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads) group_rows_kernel(const GroupRowsPar
   }
 }
 
-// `count` neighbouring elements a thread; a block column a row.
+// `count` adjacent elements per thread; blockIdx.y is the row.
 template <class T, int count>
 __global__ void __launch_bounds__(kThreads) combine_rows_kernel(const CombineRowsParams p) {
   const int64_t row = blockIdx.x;

@@ -1,22 +1,21 @@
-// out = a . w^T for the few rows of a boundary step, up to three matrices w that share `a` a launch.
+// out = a . w^T for the few rows of a boundary step; one launch takes up to three matrices w that share `a`.
 //
 // Floor: the bytes of w, read once from HBM; a Llama-3.1-8B layer (436 MB in bf16) takes 101 us at the
-// 4.3 TB/s of an H200. 32 elements of w cost 60 instructions for addresses and conversions and 45 more for
-// each row of `a`: 13 an element at 8 rows, 90 % of what 132 SMs issue at 1.9 GHz while 16-bit weights
-// arrive at that rate. So about 8 rows are the crossover; at 16 the best this can do is 2.4 TB/s, and
-// a library GEMM on the tensor cores is expected to be the better choice. (Before sm_100 there is no packed
-// fp32 FMA, and products of 16-bit pairs would not accumulate in fp32.)
+// 4.3 TB/s of an H200. 32 elements of w cost 60 instructions for addresses and conversions, and 45 more for each row of
+// `a`: 13 per element at 8 rows, which is 90 % of what 132 SMs issue at 1.9 GHz while 16-bit weights arrive at that
+// rate. The crossover is therefore at about 8 rows. At 16 rows this kernel reaches 2.4 TB/s at best, and a library GEMM
+// on the tensor cores is expected to be faster. (Before sm_100 there is no packed fp32 FMA, and products of 16-bit
+// pairs would not accumulate in fp32.)
 //
-// A warp owns kColumns columns and a tile of rows. Its lanes walk along k, 16 bytes of each column a
-// step, one step ahead: 64 bytes in flight a thread. n = 4096 gives 1024 blocks of 128 threads; an SM
-// holds 8 of them for one row (64 KB in flight), 5 for up to 4 rows (40 KB) and 4 for up to 8 (32 KB), where
-// 4.3 TB/s times 800 ns of latency asks for 26 KB. w passes by the L1 cache, where `a` stays for all
-// warps of the SM. Of several tiles of rows those with the same columns are neighbours in the grid:
-// they run together, and w comes from HBM once, from L2 otherwise.
+// A warp computes kColumns columns of a tile of rows. Its lanes walk along k, 16 bytes of each column per step, and
+// load one step ahead: 64 bytes in flight per thread. n = 4096 gives 1024 blocks of 128 threads; an SM holds 8 of them
+// for one row (64 KB in flight), 5 for up to 4 rows (40 KB) and 4 for up to 8 (32 KB), where 4.3 TB/s times 800 ns of
+// latency need 26 KB. w bypasses the L1 cache, where `a` stays for all warps of the SM. Tiles of rows with the same
+// columns are adjacent in the grid: they run together, and read w from HBM once, else from the L2.
 //
-// Where columns are too few to fill the machine, up to kWarps warps of a block share them, a step
-// each in turn, and their sums meet in shared memory. That choice looks at n and k alone, and every
-// element is summed in one order whatever the tile: a row's bits do not depend on the other rows.
+// If there are too few columns to fill the GPU, up to kWarps warps of a block share them: they take the steps in turn
+// and add their sums in shared memory. This choice depends on n and k alone, and every element is summed in one order
+// whatever the tile: the bits of a row do not depend on the other rows.
 #include <algorithm>
 
 #include "cuda/elements.cuh"
@@ -26,13 +25,13 @@ namespace pop::cuda {
 
 namespace {
 
-constexpr int kColumns = 4;  // of a warp
+constexpr int kColumns = 4;  // per warp
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int64_t kManyWarps = 3072;  // 23 an SM of an H200: no need to share columns
-constexpr int64_t kShortPart = 512;   // elements along k that a warp should have at least
+constexpr int64_t kManyWarps = 3072;  // 23 per SM of an H200: no need to share columns
+constexpr int64_t kShortPart = 512;   // the fewest elements along k that a warp should have
 
-// An SM holds these at a time: 4 leave a thread 128 registers.
+// Blocks per SM: 4 leave 128 registers per thread.
 constexpr int blocks_an_sm(int rows) { return rows == 1 ? 8 : rows == 4 ? 5 : 4; }
 
 struct Product {
@@ -62,10 +61,10 @@ __device__ __forceinline__ void multiply(const Product& p, int row, int64_t colu
   const T* a = static_cast<const T*>(p.a) + row * p.a_stride + k;
   const int rows = p.m - row, end = p.k;
   const int64_t a_stride = p.a_stride;
-  const T* w[kColumns];  // the step ahead
+  const T* w[kColumns];  // the next step
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
-    // Columns past the last one compute it again.
+    // Columns beyond the last one repeat it.
     w[c] = static_cast<const T*>(p.w) + (column + c < p.n ? column + c : p.n - 1) * p.w_stride + k;
   }
   Operand<T, kCount> ahead[kColumns];
@@ -76,7 +75,7 @@ __device__ __forceinline__ void multiply(const Product& p, int row, int64_t colu
       w[c] += step;
     }
   };
-  if (k < end) load_ahead();  // of w, which no kernel writes
+  if (k < end) load_ahead();  // w: no kernel writes it, so no wait is needed
   wait_for_kernels_in_front();
   let_kernel_behind_start();
 #pragma unroll 1
@@ -107,9 +106,9 @@ __device__ __forceinline__ void multiply(const Product& p, int row, int64_t colu
   }
 }
 
-// Sums of kValues values over the lanes of a warp: lane l returns that of value l / (32 / kValues). Each
-// round hands half of the values left to the other half of the lanes: kValues - 1 shuffles and a few,
-// where one sum after the other takes 5 * kValues. The tree is the same for any kValues.
+// Sums of kValues values over the lanes of a warp: lane l returns that of value l / (32 / kValues). Each round passes
+// half of the remaining values to the other half of the lanes: a few more than kValues - 1 shuffles, where separate
+// sums take 5 * kValues. The order of the additions is the same for any kValues.
 template <int kValues>
 __device__ __forceinline__ float sum_over_lanes(float (&values)[kValues]) {
   const unsigned lane = threadIdx.x % kWarp;
@@ -129,7 +128,7 @@ __device__ __forceinline__ float sum_over_lanes(float (&values)[kValues]) {
   return values[0];
 }
 
-// kCount elements an access: kPack<T>, or 1 for operands that are not aligned.
+// kCount elements per access: kPack<T>, or 1 for operands that are not aligned.
 template <class T, int kRows, int kCount>
 __global__ void __launch_bounds__(kThreads, blocks_an_sm(kRows))
     skinny_gemm_kernel(const __grid_constant__ ProductList list) {

@@ -1,6 +1,5 @@
-// The instructions of Hopper (sm_90a) that C++ has no words for, a function each, and what a host
-// needs for them. Section titles are the PTX ISA's. Under the CPU shim tests/cuda_shim/sm90_emulated.h
-// stands in for this file.
+// Hopper (sm_90a) instructions that CUDA C++ does not have, one function each, and their host side. The quoted names
+// are sections of the PTX ISA manual. The CPU shim uses tests/cuda_shim/sm90_emulated.h instead of this file.
 #pragma once
 
 #include <cudaTypedefs.h>
@@ -16,13 +15,13 @@ using TensorMap = CUtensorMap;
 
 // ---- Shared memory, threads and clusters ---------------------------------------------------
 
-// "Generic Addressing": where a generic pointer lies in the shared window.
+// "Generic Addressing": the address of a generic pointer in the shared window.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// The dynamic shared memory from its first multiple of 1024, which the 128-byte swizzle asks for:
-// the same offset in every block of a cluster. kSharedSlack bytes have to be asked for on top.
+// The dynamic shared memory from its first multiple of 1024 on, as the 128-byte swizzle requires: the same offset in
+// every block of a cluster. The launch must request kSharedSlack bytes more.
 inline constexpr size_t kSharedSlack = 1024 - 128;
 template <class T>
 __device__ __forceinline__ T& shared_memory() {
@@ -51,12 +50,12 @@ __device__ __forceinline__ int cluster_count() {
   return static_cast<int>(count);
 }
 
-// "barrier.cluster": every thread of the cluster waits for every other; orders their memory accesses.
+// "barrier.cluster": waits for every thread of the cluster, and orders their memory accesses.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// "setmaxnreg": a warpgroup gives registers back, or takes more, to have `count` a thread.
+// "setmaxnreg": changes the registers of a warpgroup to `count` per thread.
 template <int count>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
@@ -68,17 +67,17 @@ __device__ __forceinline__ void take_registers() {
 
 // ---- mbarrier ------------------------------------------------------------------------------
 
-// "mbarrier.init": a phase completes after `arrivals` arrivals and all bytes expected by then.
+// "mbarrier.init": a phase completes after `arrivals` arrivals and all bytes that are expected until then.
 __device__ __forceinline__ void barrier_init(Barrier* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
-// "fence.mbarrier_init": the cluster and the copy engine see the barriers initialised.
+// "fence.mbarrier_init": makes initialised barriers visible to the cluster and the copy engine.
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// "mbarrier.arrive": one arrival, and `bytes` more to come before the phase completes.
+// "mbarrier.arrive": one arrival, and `bytes` more bytes to wait for before the phase completes.
 __device__ __forceinline__ void barrier_arrive_expecting(Barrier* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
@@ -96,10 +95,10 @@ __device__ __forceinline__ void barrier_arrive_at(Barrier* barrier, int rank) {
       : "memory");
 }
 
-// "mbarrier.try_wait": waits until the phase of this parity is complete; a new barrier's "phase before"
-// has parity 1. Arrivals and waits keep the default scope, the block's, also where the other block of a
-// cluster arrives: no ordinary store is handed over, only boxes that TMA wrote and room that it may
-// write to, and the scope of the cluster would put a fence of the whole GPU into every step.
+// "mbarrier.try_wait": waits until the phase of this parity is complete. On a new barrier the wait for parity 1 returns
+// at once. Arrivals and waits use the default scope, the block, also between the blocks of a cluster: they hand over no
+// ordinary stores, only boxes that TMA wrote and space that it may write to. Cluster scope would put a fence of the
+// whole GPU into every step.
 __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) {
   uint32_t complete;
   do {
@@ -122,8 +121,8 @@ __device__ __forceinline__ void prefetch(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// "cp.async.bulk.tensor": the box at (row, column) to shared memory of this block; elements outside
-// the matrix become zeros. All bytes of the box count at `barrier` when they have landed.
+// "cp.async.bulk.tensor": copies the box at (row, column) to shared memory of this block; elements outside of the
+// matrix become zeros. All bytes of the box count towards `barrier` once they are written.
 __device__ __forceinline__ void load_box(const TensorMap& map, void* to, Barrier* barrier, int row, int column) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
@@ -132,7 +131,7 @@ __device__ __forceinline__ void load_box(const TensorMap& map, void* to, Barrier
       : "memory");
 }
 
-// The same to every block whose bit is set in `ranks`, at the same offsets for box and barrier.
+// The same for every block whose bit is set in `ranks`, with the same offsets of box and barrier.
 __device__ __forceinline__ void load_box_multicast(const TensorMap& map, void* to, Barrier* barrier, int row,
                                                    int column, uint16_t ranks) {
   asm volatile(
@@ -144,13 +143,13 @@ __device__ __forceinline__ void load_box_multicast(const TensorMap& map, void* t
 
 // ---- wgmma ---------------------------------------------------------------------------------
 
-// "wgmma.fence": accesses to the accumulators before it come before the products after it.
+// "wgmma.fence": orders earlier accesses to the accumulators before later products.
 __device__ __forceinline__ void multiply_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// "wgmma.commit_group": the products issued since the last one are a group.
+// "wgmma.commit_group": makes a group of the products issued since the last one.
 __device__ __forceinline__ void multiply_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// "wgmma.wait_group": waits until at most `pending` groups are not done.
+// "wgmma.wait_group": waits until at most `pending` groups are unfinished.
 template <int pending>
 __device__ __forceinline__ void multiply_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
@@ -186,7 +185,7 @@ __device__ __forceinline__ void multiply_64x256x16(float (&c)[128], uint64_t a, 
 #undef POP_FLOATS_8
 #undef POP_FLOATS_32
 
-// After the wait: as the compiler sees it the accumulators change here, so it moves no use of them ahead of it.
+// Call after the wait. Tells the compiler that the accumulators change here, so that it moves no use of them forward.
 __device__ __forceinline__ void multiply_done(float (&c)[128]) {
 #pragma unroll
   for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(c[i])::"memory");
@@ -194,7 +193,7 @@ __device__ __forceinline__ void multiply_done(float (&c)[128]) {
 
 // ---- Host ----------------------------------------------------------------------------------
 
-// The driver's encoder, found through the runtime: nothing links against libcuda. Null where the
+// The driver's encoder of tensor maps, found through the runtime, since nothing links against libcuda. Null if the
 // driver does not have it.
 inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const auto encoder = [] {
@@ -215,14 +214,14 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// Is the current device a Hopper, with a driver that encodes tensor maps? sm_90a code runs nowhere else.
+// True if the current device is a Hopper and its driver encodes tensor maps. sm_90a code runs nowhere else.
 inline bool available() {
   return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
          device_attribute(cudaDevAttrComputeCapabilityMinor) == 0 && tensor_map_encoder() != nullptr;
 }
 
-// Describes the bf16 matrix [rows, columns], `stride` elements from row to row, in boxes of
-// [box_rows, 64] that land in shared memory with the 128-byte swizzle.
+// Describes the bf16 matrix [rows, columns], rows `stride` elements apart, in boxes of [box_rows, 64] that are written
+// to shared memory with the 128-byte swizzle.
 inline TensorMap tensor_map(const void* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
   const cuuint64_t size[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(stride) * 2};
@@ -240,8 +239,8 @@ inline TensorMap tensor_map(const void* matrix, int64_t rows, int64_t columns, i
   return map;
 }
 
-// Launches as many clusters of `cluster` blocks as can run at the same time, at most `most`. How many that is the
-// driver knows: a cluster has to lie within a part of the GPU, and parts differ in size.
+// Launches as many clusters of `cluster` blocks as can run at the same time, at most `most`. The driver knows that
+// number: a cluster must fit into one part of the GPU, and parts differ in size.
 template <class... P>
 void launch_clusters(const char* name, void (*kernel)(P...), int most, int cluster, int threads, size_t shared_bytes,
                      Stream stream, const P&... args) {

@@ -293,7 +293,7 @@ STAGES: dict[str, Callable[[Run, Stage], int]] = {
         "bench-8b",
         "llama-3.1-8b",
         *LENGTHS,
-        *("--compile", "--compile-lengths", "2048", "--tune", "fused_kv_project=1"),
+        *("--compile", "--compile-lengths", "2048", "--tune", "early_launch=1", "fused_kv_project=1"),
     ),
     "bench-1b": bench("bench-1b", "llama-3.2-1b", *LENGTHS),
     "kernels": bench("kernels", "llama-3.1-8b", "--lengths", "2048", "512", "--kernels", "--no-cases"),

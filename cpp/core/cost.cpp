@@ -1,7 +1,7 @@
-// The count follows runtime/prefill.cpp: what is counted here is what runs there.
+// Counts the work of runtime/prefill.cpp, step by step.
 //
-// A product of [m, k] and [n, k] is 2 m n k FLOPs. Norms, RoPE, activations and the embedding
-// look-up are left out of the FLOPs: below 0.1 % at any size that matters.
+// A product of [m, k] and [n, k] is 2 m n k FLOPs. The FLOPs of norms, RoPE, activations and the embedding are left
+// out: they are below 0.1 % at any practical size.
 #include "core/cost.h"
 
 #include <algorithm>

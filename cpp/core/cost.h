@@ -1,4 +1,4 @@
-// FLOPs and bytes of a prefill: what the bench divides by, and the ceiling that it prints.
+// FLOPs and bytes of a prefill. The bench divides by them and derives its ceilings from them.
 #pragma once
 
 #include <string>
@@ -9,8 +9,8 @@
 
 namespace pop {
 
-// Work of one stage. FLOPs count a multiply-add as two; bytes are weights read once plus
-// activations and K/V read and written once.
+// The work of one stage. A multiply-add counts as two FLOPs. Bytes are weights read once, plus activations and K/V read
+// and written once.
 struct Cost {
   double flops = 0;
   double bytes = 0;
@@ -21,7 +21,7 @@ struct StageCost {
   Cost cost;
 };
 
-// One sequence of the batch.
+// The lengths of one sequence of a batch.
 struct SequenceShape {
   int64_t tokens;          // new rows T
   int64_t past;            // positions already in the cache P
@@ -29,12 +29,11 @@ struct SequenceShape {
   int64_t logits_to_keep;  // rows whose logits are wanted, 1 <= logits_to_keep <= boundary
 };
 
-// Hugging Face's full prefill: every layer for every row, logits for `logits_to_keep` rows.
+// The cost of Hugging Face's full prefill: every layer for every row, logits for `logits_to_keep` rows.
 std::vector<StageCost> stock_cost(const ModelSpec& spec, const std::vector<SequenceShape>& batch);
 
-// What the native runtime executes for `plan` (omit = {}: native full prefill). "boundary" is
-// the full-depth pass of boundary rows through omitted layers; retained layers' rows are in
-// the other stages.
+// The cost of the native runtime for `plan` (omit = {}: native full prefill). "boundary" is the boundary recompute in
+// omitted layers; the rows of retained layers are in the other stages.
 std::vector<StageCost> plan_cost(const ModelSpec& spec, const Plan& plan, const std::vector<SequenceShape>& batch);
 
 Cost total(const std::vector<StageCost>& stages);

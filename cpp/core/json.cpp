@@ -2,321 +2,279 @@
 
 #include <algorithm>
 #include <cctype>
-#include <charconv>
 #include <cmath>
-#include <cstdio>
+#include <iterator>
 #include <limits>
 #include <stdexcept>
-
-#include "core/text.h"
+#include <string_view>
+#include <utility>
 
 namespace pop::json {
 
 namespace {
 
-constexpr int kMaxDepth = 64;
+using nlohmann::json;
 
-class Parser {
+constexpr size_t kMaxDepth = 64;
+
+// Reads a text and counts the characters that the parser has taken.
+class CountingIterator {
  public:
-  Parser(const std::string& text, const std::string& what) : text_(text), what_(what) {}
+  using difference_type = std::ptrdiff_t;
+  using value_type = char;
+  using pointer = const char*;
+  using reference = const char&;
+  using iterator_category = std::input_iterator_tag;
 
-  Value document() {
-    Value value = parse_value(0);
-    skip_space();
-    if (at_ != text_.size()) fail("the end of the text");
-    return value;
+  CountingIterator(const char* at, size_t* taken) : at_(at), taken_(taken) {}
+  reference operator*() const { return *at_; }
+  CountingIterator& operator++() {
+    ++at_;
+    ++*taken_;
+    return *this;
   }
+  CountingIterator operator++(int) {
+    const CountingIterator before = *this;
+    ++*this;
+    return before;
+  }
+  bool operator==(const CountingIterator& other) const { return at_ == other.at_; }
+  bool operator!=(const CountingIterator& other) const { return at_ != other.at_; }
 
  private:
-  Value parse_value(int depth) {
-    if (depth > kMaxDepth) fail("no deeper nesting than " + std::to_string(kMaxDepth));
-    skip_space();
-    switch (peek()) {
-      case '{':
-        return parse_object(depth);
-      case '[':
-        return parse_array(depth);
-      case '"':
-        return parse_string();
-      case 't':
-        return literal("true", true);
-      case 'f':
-        return literal("false", false);
-      case 'n':
-        return literal("null", Value());
-      default:
-        return parse_number();
-    }
+  const char* at_;
+  size_t* taken_;
+};
+
+// What the parser expected, by a piece of its message. The first piece that is found decides.
+struct Expectation {
+  const char* piece;
+  const char* expected;
+  bool in_token;  // the error is at the last character that was read, inside a string or number; else at the token
+};
+constexpr Expectation kExpectations[] = {
+    {"forbidden character after backslash", "an escape sequence", true},
+    {"hex digits", "four hexadecimal digits", true},
+    {"surrogate", "a pair of surrogates", true},
+    {"missing closing quote", "a closing '\"'", true},
+    {"control character", "a closing '\"'", true},
+    {"ill-formed UTF-8", "UTF-8", true},
+    {"expected digit after '-'", "a value", true},
+    {"invalid number", "a digit", true},
+    {"number overflow", "a finite number", false},
+    {"; expected end of input", "the end of the text", false},
+    {"parsing object key", "a member name in double quotes", false},
+    {"parsing object separator", "':'", false},
+    {"parsing object", "',' or '}'", false},
+    {"parsing array", "',' or ']'", false},
+};
+
+// Builds a json value from the parser's events, and refuses what the grammar allows and this file does not.
+class Builder final : public nlohmann::json_sax<json> {
+ public:
+  Builder(const std::string& text, const std::string& what, const size_t& taken)
+      : text_(text), what_(what), taken_(taken) {}
+
+  json take() { return std::move(root_); }
+
+  bool null() override { return add(nullptr); }
+  bool boolean(bool value) override { return add(value); }
+  bool number_integer(int64_t value) override { return add(value); }
+  bool number_unsigned(uint64_t value) override {
+    if (value > static_cast<uint64_t>(std::numeric_limits<int64_t>::max())) fail_number();
+    return add(static_cast<int64_t>(value));
   }
-
-  Value parse_object(int depth) {
-    Object members;
-    ++at_;
-    skip_space();
-    if (accept('}')) return members;
-    do {
-      skip_space();
-      if (peek() != '"') fail("a member name in double quotes");
-      std::string name = parse_string();
-      for (const auto& member : members) {
-        if (member.first == name) fail("each member once, not \"" + name + "\" again");
-      }
-      skip_space();
-      if (!accept(':')) fail("':'");
-      members.emplace_back(std::move(name), parse_value(depth + 1));
-      skip_space();
-    } while (accept(','));
-    if (!accept('}')) fail("',' or '}'");
-    return members;
+  bool number_float(double value, const std::string& token) override {
+    // An integer that fits no 64 bits comes as a double.
+    if (token.find_first_of(".eE") == std::string::npos) fail_number();
+    return add(value);
   }
+  bool string(std::string& value) override { return add(std::move(value)); }
+  bool binary(json::binary_t&) override { return false; }  // no event of a text
+  bool start_object(size_t) override { return open(json::object()); }
+  bool end_object() override { return close(); }
+  bool start_array(size_t) override { return open(json::array()); }
+  bool end_array() override { return close(); }
 
-  Value parse_array(int depth) {
-    Array values;
-    ++at_;
-    skip_space();
-    if (accept(']')) return values;
-    do {
-      values.push_back(parse_value(depth + 1));
-      skip_space();
-    } while (accept(','));
-    if (!accept(']')) fail("',' or ']'");
-    return values;
-  }
-
-  std::string parse_string() {
-    std::string out;
-    ++at_;
-    while (!accept('"')) {
-      const unsigned char c = peek();
-      if (at_ == text_.size() || c < 0x20) fail("a closing '\"'");
-      ++at_;
-      if (c == '\\') {
-        parse_escape(out);
-      } else {
-        out.push_back(static_cast<char>(c));
-      }
-    }
-    return out;
-  }
-
-  void parse_escape(std::string& out) {
-    static const std::string letters = "\"\\/bfnrt", meanings = "\"\\/\b\f\n\r\t";
-    const char c = peek();
-    if (const size_t i = letters.find(c); at_ < text_.size() && i != std::string::npos) {
-      ++at_;
-      out.push_back(meanings[i]);
-      return;
-    }
-    if (!accept('u')) fail("an escape sequence");
-    uint32_t code = parse_hex4();
-    if (code >= 0xD800 && code < 0xDC00 && text_.compare(at_, 2, "\\u") == 0) {
-      at_ += 2;
-      const uint32_t low = parse_hex4();
-      if (low < 0xDC00 || low > 0xDFFF) fail("a low surrogate");
-      code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
-    } else if (code >= 0xD800 && code <= 0xDFFF) {
-      fail("a pair of surrogates");
-    }
-    append_utf8(out, code);
-  }
-
-  uint32_t parse_hex4() {
-    uint32_t code = 0;
-    for (int i = 0; i < 4; ++i) {
-      const char c = peek();
-      if (!std::isxdigit(static_cast<unsigned char>(c))) fail("four hexadecimal digits");
-      code = code * 16 + (c <= '9' ? c - '0' : (c | 0x20) - 'a' + 10);
-      ++at_;
-    }
-    return code;
-  }
-
-  static void append_utf8(std::string& out, uint32_t code) {
-    const auto tail = [&](int shift) { out.push_back(static_cast<char>(0x80 | ((code >> shift) & 0x3F))); };
-    if (code < 0x80) {
-      out.push_back(static_cast<char>(code));
-    } else if (code < 0x800) {
-      out.push_back(static_cast<char>(0xC0 | (code >> 6)));
-      tail(0);
-    } else if (code < 0x10000) {
-      out.push_back(static_cast<char>(0xE0 | (code >> 12)));
-      tail(6), tail(0);
-    } else {
-      out.push_back(static_cast<char>(0xF0 | (code >> 18)));
-      tail(12), tail(6), tail(0);
-    }
-  }
-
-  // -?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?
-  Value parse_number() {
-    const size_t begin = at_;
-    accept('-');
-    if (!accept('0')) digits("a value");
-    bool integral = true;
-    if (accept('.')) {
-      integral = false;
-      digits("a digit");
-    }
-    if (accept('e') || accept('E')) {
-      integral = false;
-      if (!accept('+')) accept('-');
-      digits("a digit");
-    }
-    const char *first = text_.data() + begin, *last = text_.data() + at_;
-    int64_t integer = 0;
-    double number = 0;
-    const auto read = integral ? std::from_chars(first, last, integer) : std::from_chars(first, last, number);
-    if (read.ec != std::errc() || read.ptr != last) {
-      at_ = begin;
-      fail(integral ? "an integer of 64 bits" : "a finite number");
-    }
-    return integral ? Value(integer) : Value(number);
-  }
-
-  void digits(const char* expected) {
-    if (!std::isdigit(static_cast<unsigned char>(peek()))) fail(expected);
-    while (std::isdigit(static_cast<unsigned char>(peek()))) ++at_;
-  }
-
-  Value literal(const std::string& word, Value value) {
-    if (text_.compare(at_, word.size(), word) != 0) fail("a value");
-    at_ += word.size();
-    return value;
-  }
-
-  void skip_space() {
-    while (peek() == ' ' || peek() == '\t' || peek() == '\n' || peek() == '\r') ++at_;
-  }
-
-  char peek() const { return at_ < text_.size() ? text_[at_] : '\0'; }
-
-  bool accept(char c) {
-    if (at_ == text_.size() || text_[at_] != c) return false;
-    ++at_;
+  bool key(std::string& name) override {
+    const auto [member, is_new] = open_.back()->get_ref<json::object_t&>().try_emplace(name, nullptr);
+    if (!is_new) fail("each member once, not \"" + name + "\" again", taken_);
+    member_ = &member->second;
     return true;
   }
 
-  [[noreturn]] void fail(const std::string& expected) const {
-    const std::string got = at_ == text_.size() ? "the end of the text" : "'" + text_.substr(at_, 16) + "'";
-    throw std::invalid_argument(what_ + ": not JSON: expected " + expected + " at offset " + std::to_string(at_) +
+  bool parse_error(size_t position, const std::string& token, const nlohmann::detail::exception& error) override {
+    const std::string_view message = error.what();
+    const auto says = [&](const char* piece) { return message.find(piece) != std::string_view::npos; };
+    if (position == 0 || position > text_.size() || says("unexpected end of input")) position = text_.size() + 1;
+    // Where the token begins. `token` also holds the tokens in front of it, unless it is a number or a string.
+    const auto begin = [&] {
+      if (position > text_.size()) return text_.size();
+      if (says("unexpected number") || says("unexpected string") || says("overflow")) return position - token.size();
+      size_t at = position - 1;
+      if (!says("invalid literal") && !is_letter(text_[at])) return at;
+      while (at > 0 && is_letter(text_[at - 1])) --at;
+      return at;
+    };
+    for (const Expectation& entry : kExpectations) {
+      if (says(entry.piece)) fail(entry.expected, entry.in_token ? position - 1 : begin());
+    }
+    fail("a value", begin());
+  }
+
+ private:
+  static bool is_letter(char c) { return std::isalpha(static_cast<unsigned char>(c)) != 0; }
+
+  template <class Value>
+  json* place(Value&& value) {
+    if (open_.empty()) {
+      root_ = std::forward<Value>(value);
+      return &root_;
+    }
+    if (open_.back()->is_array()) {
+      open_.back()->push_back(std::forward<Value>(value));
+      return &open_.back()->back();
+    }
+    *member_ = std::forward<Value>(value);
+    return member_;
+  }
+
+  template <class Value>
+  bool add(Value&& value) {
+    place(std::forward<Value>(value));
+    return true;
+  }
+
+  bool open(json container) {
+    if (open_.size() == kMaxDepth + 1) fail("no deeper nesting than " + std::to_string(kMaxDepth), taken_ - 1);
+    open_.push_back(place(std::move(container)));
+    return true;
+  }
+
+  bool close() {
+    open_.pop_back();
+    return true;
+  }
+
+  // The parser has read one character beyond the number, if there is one.
+  [[noreturn]] void fail_number() const {
+    const auto in_number = [](char c) { return std::isdigit(static_cast<unsigned char>(c)) || c == '-'; };
+    size_t begin = taken_;
+    while (begin > 0 && !in_number(text_[begin - 1])) --begin;
+    while (begin > 0 && in_number(text_[begin - 1])) --begin;
+    fail("an integer of 64 bits", begin);
+  }
+
+  [[noreturn]] void fail(const std::string& expected, size_t offset) const {
+    const std::string got = offset >= text_.size() ? "the end of the text" : "'" + text_.substr(offset, 16) + "'";
+    throw std::invalid_argument(what_ + ": not JSON: expected " + expected + " at offset " + std::to_string(offset) +
                                 ", got " + got);
   }
 
   const std::string& text_;
   const std::string& what_;
-  size_t at_ = 0;
+  const size_t& taken_;
+  json root_;
+  std::vector<json*> open_;  // the objects and arrays around the next value, outermost first
+  json* member_ = nullptr;   // where the value of the member that was named last goes
 };
 
-std::string quoted(const std::string& text) {
-  std::string out = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') {
-      out.push_back('\\');
-      out.push_back(c);
-    } else if (static_cast<unsigned char>(c) < 0x20) {
-      char escape[8];
-      std::snprintf(escape, sizeof escape, "\\u%04x", c);
-      out += escape;
-    } else {
-      out.push_back(c);
-    }
-  }
-  return out + '"';
+json parse(const std::string& text, const std::string& what) {
+  size_t taken = 0;
+  Builder builder(text, what, taken);
+  json::sax_parse(CountingIterator(text.data(), &taken), CountingIterator(text.data() + text.size(), &taken), &builder);
+  return builder.take();
 }
 
-// The shortest text that reads back as the same double, never that of an integer.
-std::string number_text(double value) {
-  const std::string text = to_text(value);  // the shortest that reads back as the same number
-  return text.find_first_of(".e") == std::string::npos ? text + ".0" : text;
+template <class Json>
+void append(std::string& out, const Json& value) {
+  const auto separate = [&](bool first) {
+    if (!first) out += ", ";
+  };
+  if (value.is_array()) {
+    out += '[';
+    for (size_t i = 0; i < value.size(); ++i) {
+      separate(i == 0);
+      append(out, value[i]);
+    }
+    out += ']';
+  } else if (value.is_object()) {
+    out += '{';
+    for (auto member = value.begin(); member != value.end(); ++member) {
+      separate(member == value.begin());
+      out += Json(member.key()).dump();
+      out += ": ";
+      append(out, member.value());
+    }
+    out += '}';
+  } else {
+    out += value.dump();
+  }
+}
+
+std::string text_of(const json& value) {
+  std::string text;
+  append(text, value);
+  return text;
 }
 
 }  // namespace
 
-std::string Value::dump() const {
-  const auto joined = [](char open, const auto& items, const auto& text, char close) {
-    std::string out(1, open);
-    for (const auto& item : items) {
-      if (out.size() > 1) out += ", ";
-      out += text(item);
-    }
-    out += close;
-    return out;
-  };
-  const auto member_text = [](const auto& member) {
-    std::string out = quoted(member.first);
-    out += ": ";
-    out += member.second.dump();
-    return out;
-  };
-  if (const bool* value = boolean()) return *value ? "true" : "false";
-  if (const int64_t* value = integer()) return std::to_string(*value);
-  if (const double* value = number()) return number_text(*value);
-  if (const std::string* value = string()) return quoted(*value);
-  if (const Array* values = array()) return joined('[', *values, [](const Value& v) { return v.dump(); }, ']');
-  if (const Object* members = object()) return joined('{', *members, member_text, '}');
-  return "null";
+std::string dump(const Writer& value) {
+  std::string text;
+  append(text, value);
+  return text;
 }
 
-Value parse(const std::string& text, const std::string& what) { return Parser(text, what).document(); }
-
-Members::Members(Value value, std::string what) : value_(std::move(value)), what_(std::move(what)) {
-  if (value_.object() == nullptr) throw std::invalid_argument(what_ + ": expected a JSON object, got " + value_.dump());
+Members::Members(const std::string& text, std::string what) : what_(std::move(what)) {
+  object_ = parse(text, what_);
+  if (!object_.is_object()) {
+    throw std::invalid_argument(what_ + ": expected a JSON object, got " + text_of(object_));
+  }
 }
 
 bool Members::boolean(const std::string& name) const {
-  const Value& value = get(name);
-  if (const bool* found = value.boolean()) return *found;
-  fail(name, "true or false", value.dump());
+  const json& value = get(name);
+  if (!value.is_boolean()) fail(name, "true or false", text_of(value));
+  return value.get<bool>();
 }
 
 int64_t Members::integer(const std::string& name) const {
-  const Value& value = get(name);
-  if (const int64_t* found = value.integer()) return *found;
-  fail(name, "an integer", value.dump());
+  const json& value = get(name);
+  if (!value.is_number_integer()) fail(name, "an integer", text_of(value));
+  return value.get<int64_t>();
 }
 
 double Members::number(const std::string& name) const {
-  const Value& value = get(name);
-  if (const double* found = value.number()) return *found;
-  if (const int64_t* found = value.integer()) return static_cast<double>(*found);
-  fail(name, "a number", value.dump());
+  const json& value = get(name);
+  if (!value.is_number()) fail(name, "a number", text_of(value));
+  return value.get<double>();
 }
 
 std::string Members::string(const std::string& name) const {
-  const Value& value = get(name);
-  if (const std::string* found = value.string()) return *found;
-  fail(name, "a string", value.dump());
+  const json& value = get(name);
+  if (!value.is_string()) fail(name, "a string", text_of(value));
+  return value.get<std::string>();
 }
 
 std::vector<int64_t> Members::integers(const std::string& name) const {
-  const Value& value = get(name);
-  const Array* found = value.array();
-  if (found == nullptr) fail(name, "a list of integers", value.dump());
-  std::vector<int64_t> integers;
-  for (const Value& element : *found) {
-    if (element.integer() == nullptr) fail(name, "a list of integers", value.dump());
-    integers.push_back(*element.integer());
-  }
-  return integers;
+  const json& value = get(name);
+  const bool all = value.is_array() && std::ranges::all_of(value, [](const json& v) { return v.is_number_integer(); });
+  if (!all) fail(name, "a list of integers", text_of(value));
+  return value.get<std::vector<int64_t>>();
 }
 
-void Members::only(const std::vector<std::string>& names) const {
-  for (const auto& [name, value] : *value_.object()) {
-    if (std::find(names.begin(), names.end(), name) == names.end()) fail(name, "no such member", value.dump());
+void Members::only(std::vector<std::string> names) const {
+  std::ranges::sort(names);
+  for (const auto& [name, value] : object_.items()) {
+    if (!std::ranges::binary_search(names, name)) fail(name, "no such member", text_of(value));
   }
 }
 
-const Value* Members::find(const std::string& name) const {
-  for (const auto& member : *value_.object()) {
-    if (member.first == name) return &member.second;
-  }
-  return nullptr;
-}
-
-const Value& Members::get(const std::string& name) const {
-  const Value* value = find(name);
-  if (value == nullptr) fail(name, "a value", "none");
-  return *value;
+const json& Members::get(const std::string& name) const {
+  const auto found = object_.find(name);
+  if (found == object_.end()) fail(name, "a value", "none");
+  return *found;
 }
 
 void Members::fail(const std::string& name, const std::string& expected, const std::string& got) const {

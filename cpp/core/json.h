@@ -1,69 +1,47 @@
-// A small strict JSON reader and writer, for specs and plans.
+// Strict JSON for model specs and plans: nlohmann::json under rules of its own.
+//
+// Beyond the grammar: a member name comes once per object, nesting is at most 64 deep, integers have 64 bits, numbers
+// are finite. Every error is a std::invalid_argument that says what was expected, what came and where.
 #pragma once
 
 #include <cstdint>
 #include <string>
-#include <utility>
-#include <variant>
 #include <vector>
+
+#define JSON_NO_IO  // no streams: text goes in and out as std::string
+#include <nlohmann/json.hpp>
 
 namespace pop::json {
 
-class Value;
-using Array = std::vector<Value>;
-using Object = std::vector<std::pair<std::string, Value>>;  // in the order of the text, no key twice
+// Members in the order in which they are added. For writing only: look-up is linear in the number of members.
+using Writer = nlohmann::ordered_json;
 
-class Value {
- public:
-  Value() = default;
-  Value(bool value) : data_(value) {}
-  Value(int64_t value) : data_(value) {}
-  Value(double value) : data_(value) {}  // finite
-  Value(const char* value) : data_(std::string(value)) {}
-  Value(std::string value) : data_(std::move(value)) {}
-  Value(Array value) : data_(std::move(value)) {}
-  Value(Object value) : data_(std::move(value)) {}
-  Value(const std::vector<int64_t>& values) : data_(Array(values.begin(), values.end())) {}
+// The text of `value`, with a space after every colon and comma. Throws nlohmann::json::type_error for a string that
+// is not UTF-8.
+std::string dump(const Writer& value);
 
-  // The content as that type, or null. An integer is a number, too.
-  const bool* boolean() const { return std::get_if<bool>(&data_); }
-  const int64_t* integer() const { return std::get_if<int64_t>(&data_); }
-  const double* number() const { return std::get_if<double>(&data_); }
-  const std::string* string() const { return std::get_if<std::string>(&data_); }
-  const Array* array() const { return std::get_if<Array>(&data_); }
-  const Object* object() const { return std::get_if<Object>(&data_); }
-
-  std::string dump() const;
-
- private:
-  std::variant<std::nullptr_t, bool, int64_t, double, std::string, Array, Object> data_ = nullptr;
-};
-
-// Throws std::invalid_argument naming `what`, the place and what was expected.
-Value parse(const std::string& text, const std::string& what);
-
-// Reads the members of an object; each getter throws std::invalid_argument naming `what`, the
-// member, what was expected and what came.
+// The members of a JSON object. Each getter throws std::invalid_argument naming `what`, the member, what was expected
+// and what came.
 class Members {
  public:
-  Members(Value value, std::string what);
+  // `what` is the subject of every error text, such as "plan".
+  Members(const std::string& text, std::string what);
 
-  bool has(const std::string& name) const { return find(name) != nullptr; }
+  bool has(const std::string& name) const { return object_.contains(name); }
   bool boolean(const std::string& name) const;
   int64_t integer(const std::string& name) const;
-  double number(const std::string& name) const;
+  double number(const std::string& name) const;  // an integer is a number, too
   std::string string(const std::string& name) const;
   std::vector<int64_t> integers(const std::string& name) const;
 
-  // Throws when there is a member that is not in `names`.
-  void only(const std::vector<std::string>& names) const;
+  // Throws if there is a member that is not in `names`.
+  void only(std::vector<std::string> names) const;
 
  private:
-  const Value* find(const std::string& name) const;
-  const Value& get(const std::string& name) const;
+  const nlohmann::json& get(const std::string& name) const;
   [[noreturn]] void fail(const std::string& name, const std::string& expected, const std::string& got) const;
 
-  Value value_;  // an object
+  nlohmann::json object_;
   std::string what_;
 };
 

@@ -30,87 +30,41 @@ Enum parse_enum(const char* field, const char* const (&names)[n], const std::str
   fail(field, "one of " + expected, name);
 }
 
-void positive(const char* field, int64_t value) {
-  if (value < 1) fail(field, "an integer >= 1", std::to_string(value));
+void check_range(const char* field, int64_t value, Range range) {
+  const int64_t least = range == Range::positive ? 1 : 0;
+  if (range == Range::any || value >= least) return;
+  fail(field, "an integer >= " + std::to_string(least), std::to_string(value));
 }
 
-void positive(const char* field, double value) {
-  if (value > 0 && std::isfinite(value)) return;
-  fail(field, "a finite number > 0", rounded(value));
+void check_range(const char* field, double value, Range range) {
+  if (range == Range::any) return;
+  if (std::isfinite(value) && (range == Range::positive ? value > 0 : value >= 0)) return;
+  fail(field, range == Range::positive ? "a finite number > 0" : "a finite number >= 0", rounded(value));
 }
 
-void not_negative(const char* field, double value) {
-  if (value >= 0 && std::isfinite(value)) return;
-  fail(field, "a finite number >= 0", rounded(value));
-}
-
-// The JSON form: every field is required and no other is known, since a field that is passed
-// over would change what is computed.
-template <class Spec, class Visitor>
-void visit_fields(Spec& spec, Visitor& visit) {
-  visit("architecture", spec.architecture);
-  visit("dtype", spec.dtype);
-  visit("num_layers", spec.num_layers);
-  visit("hidden_size", spec.hidden_size);
-  visit("num_heads", spec.num_heads);
-  visit("num_kv_heads", spec.num_kv_heads);
-  visit("head_dim", spec.head_dim);
-  visit("rotary_dim", spec.rotary_dim);
-  visit("intermediate_size", spec.intermediate_size);
-  visit("vocab_size", spec.vocab_size);
-  visit("rms_norm_eps", spec.rms_norm_eps);
-  visit("attention_scale", spec.attention_scale);
-  visit("activation", spec.activation);
-  visit("qkv_bias", spec.qkv_bias);
-  visit("o_bias", spec.o_bias);
-  visit("mlp_bias", spec.mlp_bias);
-  visit("qk_norm", spec.qk_norm);
-  visit("qk_norm_over_heads", spec.qk_norm_over_heads);
-  visit("norm_weight_offset", spec.norm_weight_offset);
-  visit("input_norms", spec.input_norms);
-  visit("output_norms", spec.output_norms);
-  visit("embed_scale", spec.embed_scale);
-  visit("attention_softcap", spec.attention_softcap);
-  visit("window", spec.window);
-  visit("rope_table", spec.rope_table);
-  visit("sparse", spec.sparse);
-  visit("num_experts", spec.num_experts);
-  visit("experts_per_token", spec.experts_per_token);
-  visit("moe_intermediate_size", spec.moe_intermediate_size);
-  visit("norm_topk", spec.norm_topk);
-}
-
-struct FieldWriter {
-  json::Object fields;
-
-  template <class T>
-  void operator()(const char* name, const T& value) {
-    if constexpr (std::is_enum_v<T>) {
-      fields.emplace_back(name, to_string(value));
-    } else {
-      fields.emplace_back(name, value);
-    }
+// One entry per layer, each of which `allowed` accepts; `expected` says which those are.
+template <class Allowed>
+void check_layer_list(const char* field, const std::vector<int64_t>& entries, int64_t num_layers,
+                      const Allowed& allowed, const char* expected) {
+  if (static_cast<int64_t>(entries.size()) != num_layers) {
+    fail(field, "an entry for each of " + std::to_string(num_layers) + " layers", std::to_string(entries.size()));
   }
-};
-
-struct FieldReader {
-  const json::Members& members;
-  std::vector<std::string> names;
-
-  template <class T>
-  void operator()(const char* name, T& value) {
-    names.push_back(name);
-    read(name, value);
+  for (const int64_t entry : entries) {
+    if (!allowed(entry)) fail(field, expected, std::to_string(entry));
   }
+}
 
-  void read(const char* name, std::string& value) { value = members.string(name); }
-  void read(const char* name, DType& value) { value = parse_dtype(members.string(name)); }
-  void read(const char* name, Activation& value) { value = parse_activation(members.string(name)); }
-  void read(const char* name, int64_t& value) { value = members.integer(name); }
-  void read(const char* name, double& value) { value = members.number(name); }
-  void read(const char* name, bool& value) { value = members.boolean(name); }
-  void read(const char* name, std::vector<int64_t>& value) { value = members.integers(name); }
-};
+void read(const json::Members& members, const char* name, std::string& value) { value = members.string(name); }
+void read(const json::Members& members, const char* name, DType& value) { value = parse_dtype(members.string(name)); }
+void read(const json::Members& members, const char* name, Activation& value) {
+  value = parse_activation(members.string(name));
+}
+void read(const json::Members& members, const char* name, int64_t& value) { value = members.integer(name); }
+void read(const json::Members& members, const char* name, double& value) { value = members.number(name); }
+void read(const json::Members& members, const char* name, bool& value) { value = members.boolean(name); }
+void read(const json::Members& members, const char* name, std::vector<int64_t>& value) {
+  value = members.integers(name);
+}
 
 }  // namespace
 
@@ -166,16 +120,48 @@ bool ModelSpec::has_local_rope() const {
 
 bool ModelSpec::has_experts() const { return std::find(sparse.begin(), sparse.end(), 1) != sparse.end(); }
 
+void ModelSpec::fill_derived(const std::string& name) {
+  const std::vector<int64_t> zeros(num_layers > 0 ? num_layers : 0, 0);
+  if (name == "rotary_dim") rotary_dim = head_dim;
+  if (name == "attention_scale") attention_scale = std::pow(static_cast<double>(head_dim), -0.5);
+  if (name == "window") window = zeros;
+  if (name == "rope_table") rope_table = zeros;
+  if (name == "sparse") sparse = zeros;
+}
+
+void ModelSpec::validate() const {
+  for_each_field([&](const char* name, auto member, Default, Range range) {
+    using Value = std::decay_t<decltype(this->*member)>;
+    if constexpr (std::is_same_v<Value, int64_t> || std::is_same_v<Value, double>) {
+      check_range(name, this->*member, range);
+    }
+  });
+  if (qk_norm_over_heads && (!qk_norm || qkv_bias || input_norms)) {
+    // Biases and the row scale of an input norm are applied on the way to the cache, which is after these norms.
+    fail("qk_norm_over_heads", "qk_norm, and neither input_norms nor qkv_bias", "another combination");
+  }
+  if (num_heads % num_kv_heads != 0) {
+    fail("num_kv_heads", "a divisor of num_heads (" + std::to_string(num_heads) + ")", std::to_string(num_kv_heads));
+  }
+  if (rotary_dim % 2 != 0 || rotary_dim > head_dim) {
+    fail("rotary_dim", "an even number <= head_dim (" + std::to_string(head_dim) + ")", std::to_string(rotary_dim));
+  }
+  validate_layer_lists();
+  if (has_experts()) validate_experts();
+}
+
+void ModelSpec::validate_layer_lists() const {
+  check_layer_list("window", window, num_layers, [](int64_t size) { return size >= 0; }, "sizes >= 0 (0: no window)");
+  // The kernels compare positions as 32-bit integers.
+  check_layer_list("window", window, num_layers, [](int64_t size) { return size <= INT32_MAX; }, "sizes <= 2147483647");
+  const auto is_0_or_1 = [](int64_t entry) { return entry == 0 || entry == 1; };
+  check_layer_list("rope_table", rope_table, num_layers, is_0_or_1, "tables 0 and 1");
+  check_layer_list("sparse", sparse, num_layers, is_0_or_1, "0 (dense) and 1 (experts)");
+}
+
 void ModelSpec::validate_experts() const {
-  if (static_cast<int64_t>(sparse.size()) != num_layers) {
-    fail("sparse", "an entry for each of " + std::to_string(num_layers) + " layers", std::to_string(sparse.size()));
-  }
-  for (const int64_t entry : sparse) {
-    if (entry != 0 && entry != 1) fail("sparse", "0 (dense) and 1 (experts)", std::to_string(entry));
-  }
-  if (!has_experts()) return;
-  positive("num_experts", num_experts);
-  positive("moe_intermediate_size", moe_intermediate_size);
+  check_range("num_experts", num_experts, Range::positive);
+  check_range("moe_intermediate_size", moe_intermediate_size, Range::positive);
   if (experts_per_token < 1 || experts_per_token > num_experts) {
     fail("experts_per_token", "1 to num_experts (" + std::to_string(num_experts) + ")",
          std::to_string(experts_per_token));
@@ -186,60 +172,28 @@ void ModelSpec::validate_experts() const {
   }
 }
 
-void ModelSpec::validate() const {
-  positive("num_layers", num_layers);
-  positive("hidden_size", hidden_size);
-  positive("num_heads", num_heads);
-  positive("num_kv_heads", num_kv_heads);
-  positive("head_dim", head_dim);
-  positive("rotary_dim", rotary_dim);
-  positive("intermediate_size", intermediate_size);
-  positive("vocab_size", vocab_size);
-  positive("rms_norm_eps", rms_norm_eps);
-  positive("attention_scale", attention_scale);
-  positive("embed_scale", embed_scale);
-  not_negative("norm_weight_offset", norm_weight_offset);
-  not_negative("attention_softcap", attention_softcap);
-  if (qk_norm_over_heads && (!qk_norm || qkv_bias || input_norms)) {
-    // Row scale and biases come on the way to the cache, which is after these norms.
-    fail("qk_norm_over_heads", "qk_norm, and neither input_norms nor qkv_bias", "another combination");
-  }
-  if (num_heads % num_kv_heads != 0) {
-    fail("num_kv_heads", "a divisor of num_heads (" + std::to_string(num_heads) + ")", std::to_string(num_kv_heads));
-  }
-  if (rotary_dim % 2 != 0 || rotary_dim > head_dim) {
-    fail("rotary_dim", "an even number <= head_dim (" + std::to_string(head_dim) + ")", std::to_string(rotary_dim));
-  }
-  if (static_cast<int64_t>(window.size()) != num_layers) {
-    fail("window", "an entry for each of " + std::to_string(num_layers) + " layers", std::to_string(window.size()));
-  }
-  for (const int64_t size : window) {
-    if (size < 0) fail("window", "sizes >= 0 (0: no window)", std::to_string(size));
-    // The kernels compare positions as 32-bit integers.
-    if (size > INT32_MAX) fail("window", "sizes <= 2147483647", std::to_string(size));
-  }
-  if (static_cast<int64_t>(rope_table.size()) != num_layers) {
-    fail("rope_table", "an entry for each of " + std::to_string(num_layers) + " layers",
-         std::to_string(rope_table.size()));
-  }
-  for (const int64_t table : rope_table) {
-    if (table != 0 && table != 1) fail("rope_table", "tables 0 and 1", std::to_string(table));
-  }
-  validate_experts();
-}
-
 std::string ModelSpec::to_json() const {
-  FieldWriter writer;
-  visit_fields(*this, writer);
-  return json::Value(writer.fields).dump();
+  json::Writer members;
+  for_each_field([&](const char* name, auto member, Default, Range) {
+    if constexpr (std::is_enum_v<std::decay_t<decltype(this->*member)>>) {
+      members[name] = to_string(this->*member);
+    } else {
+      members[name] = this->*member;
+    }
+  });
+  return json::dump(members);
 }
 
+// No field may be left out and no other is known: a field that is passed over would change the result silently.
 ModelSpec ModelSpec::from_json(const std::string& text) {
-  const json::Members members(json::parse(text, "model spec"), "model spec");
+  const json::Members members(text, "model spec");
   ModelSpec spec;
-  FieldReader reader{members, {}};
-  visit_fields(spec, reader);
-  members.only(reader.names);
+  std::vector<std::string> names;
+  for_each_field([&](const char* name, auto member, Default, Range) {
+    read(members, name, spec.*member);
+    names.push_back(name);
+  });
+  members.only(std::move(names));
   spec.validate();
   return spec;
 }

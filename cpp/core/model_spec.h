@@ -1,4 +1,4 @@
-// What a decoder-only transformer looks like: the one place that states its shapes.
+// The shape of a decoder-only transformer.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,7 @@ namespace pop {
 
 enum class DType { f32, bf16, f16 };
 
-// Bytes of one element.
-int64_t element_size(DType dtype);
+int64_t element_size(DType dtype);   // bytes
 const char* to_string(DType dtype);  // "float32", "bfloat16", "float16"
 DType parse_dtype(const std::string& name);
 
@@ -22,15 +21,25 @@ Activation parse_activation(const std::string& name);
 
 inline constexpr int64_t kMaxExperts = 4096;
 
-// One tensor the runtime reads. `layer` is -1 for tensors of no layer.
+// One tensor that the runtime reads. `layer` is -1 for a tensor outside the layers.
 struct WeightSlot {
   std::string name;  // "embed_tokens", "norm", "layers.3.k_proj", "layers.3.k_bias", ...
   int64_t layer;
   std::vector<int64_t> shape;
 };
 
+// How a field of ModelSpec gets its value in the Python constructor. In JSON every field is required.
+enum class Default {
+  none,     // required
+  stated,   // the member's initialiser
+  derived,  // computed from other fields (ModelSpec::fill_derived)
+};
+
+// The values that a numeric field may have by itself. ModelSpec::validate checks rules between fields.
+enum class Range { any, positive, not_negative };
+
 struct ModelSpec {
-  std::string architecture;  // informational, e.g. "llama"
+  std::string architecture;  // informational, such as "llama"
   DType dtype = DType::f32;
   int64_t num_layers = 0;
   int64_t hidden_size = 0;
@@ -47,24 +56,63 @@ struct ModelSpec {
   bool o_bias = false;
   bool mlp_bias = false;
   bool qk_norm = false;             // RMSNorm over head_dim on q and k before RoPE (Qwen3, Gemma 3)
-  bool qk_norm_over_heads = false;  // ... over all heads of q, and of k, instead: weights [q_dim], [kv_dim] (OLMo 2)
-  double norm_weight_offset = 0;    // added to the weight of every RMSNorm: 1 where it is stored as weight - 1 (Gemma)
-  bool input_norms = true;       // RMSNorm on what attention and MLP read; else they read the residual stream (OLMo 2)
+  bool qk_norm_over_heads = false;  // that norm runs over all heads of q, and of k: weights [q_dim], [kv_dim] (OLMo 2)
+  double norm_weight_offset = 0;    // added to every RMSNorm weight: 1 where weight - 1 is stored (Gemma)
+  bool input_norms = true;       // RMSNorm before attention and MLP; without it they read the residual stream (OLMo 2)
   bool output_norms = false;     // RMSNorm on what attention and MLP add to the residual stream (Gemma, OLMo 2)
-  double embed_scale = 1;        // of embedded ids, a number of `dtype`; input embeddings come scaled (Gemma)
-  double attention_softcap = 0;  // scores become softcap * tanh(score / softcap); 0: as they are (Gemma 2)
+  double embed_scale = 1;        // multiplies embedded ids, not input embeddings; a number of `dtype` (Gemma)
+  double attention_softcap = 0;  // scores become softcap * tanh(score / softcap); 0: no cap (Gemma 2)
   std::vector<int64_t> window;   // [num_layers]; a query sees itself and window - 1 positions before it; 0: all
-  std::vector<int64_t> rope_table;    // [num_layers]; which of a call's tables of cos and sin turns the layer: 0 or 1
-  std::vector<int64_t> sparse;        // [num_layers]; 1: a mixture of experts in the place of the MLP (Mixtral)
-  int64_t num_experts = 0;            // of a sparse layer
-  int64_t experts_per_token = 0;      // how many of them a token goes through
+  std::vector<int64_t> rope_table;  // [num_layers]; 0 or 1: which of the call's two cos/sin tables the layer uses
+  std::vector<int64_t> sparse;      // [num_layers]; 1: a mixture of experts replaces the MLP (Mixtral)
+  int64_t num_experts = 0;          // of a sparse layer
+  int64_t experts_per_token = 0;
   int64_t moe_intermediate_size = 0;  // of one expert
-  bool norm_topk = false;             // the weights of a token's experts sum to one; else they are probabilities
+  bool norm_topk = false;  // true: the weights of a token's experts sum to one; false: they are probabilities
 
   int64_t q_dim() const { return num_heads * head_dim; }
   int64_t kv_dim() const { return num_kv_heads * head_dim; }
-  bool has_local_rope() const;  // does some layer take table 1?
-  bool has_experts() const;     // is some layer sparse?
+  bool has_local_rope() const;  // some layer uses RoPE table 1
+  bool has_experts() const;     // some layer is sparse
+
+  // Calls visit(name, member, default, range) for every field, in the order of the JSON form. JSON, the range checks
+  // and the Python binding are made from this list; python/pop_ext/_core.pyi repeats it.
+  template <class Visitor>
+  static void for_each_field(Visitor&& visit) {
+    visit("architecture", &ModelSpec::architecture, Default::none, Range::any);
+    visit("dtype", &ModelSpec::dtype, Default::none, Range::any);
+    visit("num_layers", &ModelSpec::num_layers, Default::none, Range::positive);
+    visit("hidden_size", &ModelSpec::hidden_size, Default::none, Range::positive);
+    visit("num_heads", &ModelSpec::num_heads, Default::none, Range::positive);
+    visit("num_kv_heads", &ModelSpec::num_kv_heads, Default::none, Range::positive);
+    visit("head_dim", &ModelSpec::head_dim, Default::none, Range::positive);
+    visit("rotary_dim", &ModelSpec::rotary_dim, Default::derived, Range::positive);
+    visit("intermediate_size", &ModelSpec::intermediate_size, Default::none, Range::positive);
+    visit("vocab_size", &ModelSpec::vocab_size, Default::none, Range::positive);
+    visit("rms_norm_eps", &ModelSpec::rms_norm_eps, Default::stated, Range::positive);
+    visit("attention_scale", &ModelSpec::attention_scale, Default::derived, Range::positive);
+    visit("activation", &ModelSpec::activation, Default::stated, Range::any);
+    visit("qkv_bias", &ModelSpec::qkv_bias, Default::stated, Range::any);
+    visit("o_bias", &ModelSpec::o_bias, Default::stated, Range::any);
+    visit("mlp_bias", &ModelSpec::mlp_bias, Default::stated, Range::any);
+    visit("qk_norm", &ModelSpec::qk_norm, Default::stated, Range::any);
+    visit("qk_norm_over_heads", &ModelSpec::qk_norm_over_heads, Default::stated, Range::any);
+    visit("norm_weight_offset", &ModelSpec::norm_weight_offset, Default::stated, Range::not_negative);
+    visit("input_norms", &ModelSpec::input_norms, Default::stated, Range::any);
+    visit("output_norms", &ModelSpec::output_norms, Default::stated, Range::any);
+    visit("embed_scale", &ModelSpec::embed_scale, Default::stated, Range::positive);
+    visit("attention_softcap", &ModelSpec::attention_softcap, Default::stated, Range::not_negative);
+    visit("window", &ModelSpec::window, Default::derived, Range::any);
+    visit("rope_table", &ModelSpec::rope_table, Default::derived, Range::any);
+    visit("sparse", &ModelSpec::sparse, Default::derived, Range::any);
+    visit("num_experts", &ModelSpec::num_experts, Default::stated, Range::any);
+    visit("experts_per_token", &ModelSpec::experts_per_token, Default::stated, Range::any);
+    visit("moe_intermediate_size", &ModelSpec::moe_intermediate_size, Default::stated, Range::any);
+    visit("norm_topk", &ModelSpec::norm_topk, Default::stated, Range::any);
+  }
+
+  // Sets the field `name`, one with Default::derived, from the other fields.
+  void fill_derived(const std::string& name);
 
   // The tensors that `pop::load` takes, in its order.
   std::vector<WeightSlot> weight_slots() const;
@@ -76,6 +124,7 @@ struct ModelSpec {
   static ModelSpec from_json(const std::string& text);
 
  private:
+  void validate_layer_lists() const;
   void validate_experts() const;
 };
 

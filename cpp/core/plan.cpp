@@ -57,14 +57,16 @@ std::vector<LayerRange> Plan::projected_runs() const {
 }
 
 std::string Plan::to_json() const {
-  return json::Value(
-             json::Object{
-                 {"num_layers", num_layers}, {"omit", omit}, {"boundary", boundary}, {"min_tokens", min_tokens}})
-      .dump();
+  json::Writer members;
+  members["num_layers"] = num_layers;
+  members["omit"] = omit;
+  members["boundary"] = boundary;
+  members["min_tokens"] = min_tokens;
+  return json::dump(members);
 }
 
 Plan Plan::from_json(const std::string& text) {
-  const json::Members members(json::parse(text, "plan"), "plan");
+  const json::Members members(text, "plan");
   Plan plan;
   plan.num_layers = members.integer("num_layers");
   plan.omit = members.integers("omit");

@@ -1,5 +1,5 @@
-// Numbers as text and back, the same under every locale. No streams: where a compiler brings a C++ library of its own
-// into a process that has another, those of one find the locale facets of the other.
+// Formats numbers, independent of the locale. No streams: if a process has two C++ libraries, the streams of one find
+// the locale facets of the other.
 #pragma once
 
 #include <charconv>
@@ -15,7 +15,7 @@ std::string to_text(Number value) {
   return {text, std::to_chars(text, text + sizeof(text), value).ptr};
 }
 
-// For people: up to six digits.
+// Up to six digits, for messages.
 inline std::string rounded(double value) {
   char text[32];
   return {text, std::to_chars(text, text + sizeof(text), value, std::chars_format::general, 6).ptr};
@@ -36,7 +36,7 @@ void append_text(std::string& text, const T& value) {
   }
 }
 
-// Texts and numbers, one after the other.
+// Concatenates texts and numbers.
 template <class... Args>
 std::string join(const Args&... args) {
   std::string text;

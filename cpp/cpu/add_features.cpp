@@ -1,4 +1,4 @@
-// Adds features of a vision tower to the rows of its tokens (DeepStack).
+// Adds the features of a vision tower to the rows of its tokens (DeepStack).
 #include "cpu/row_kernels.h"
 #include "cpu/vec.h"
 

@@ -1,4 +1,4 @@
-// Arithmetic of attention on vectors: exponential, and the two kinds of products it multiplies with.
+// Vector arithmetic of attention: the exponential, and the two kinds of products.
 #pragma once
 
 #include "vec.h"
@@ -48,7 +48,7 @@ POP_INLINE Vec exp2(Vec x) {
   return p * (Vec)((VecU32)shifted << 23);
 }
 
-// Swaps the lanes of `a` whose number has the bit `step` with the lanes of `b` whose number has not.
+// Swaps the lanes of `a` whose index has the bit `step` with the lanes of `b` whose index has not.
 POP_INLINE void exchange(Vec& a, Vec& b, int step) {
   VecI32 lane;
 #pragma GCC unroll 16
@@ -60,7 +60,7 @@ POP_INLINE void exchange(Vec& a, Vec& b, int step) {
   b = __builtin_shuffle(before, b, upper);
 }
 
-// Rows become columns.
+// Transposes kLanes rows of kLanes lanes.
 POP_INLINE void transpose(Vec (&rows)[kLanes]) {
 #pragma GCC unroll 4
   for (int step = 1; step < kLanes; step *= 2) {
@@ -71,8 +71,8 @@ POP_INLINE void transpose(Vec (&rows)[kLanes]) {
   }
 }
 
-// The tile path multiplies in units of 32 bits: a unit of one operand is broadcast, the other operand
-// holds a unit of kLanes query rows in a vector.
+// The tile path multiplies in units of 32 bits. A unit of one operand is broadcast; the other operand is a vector with
+// one unit for each of kLanes query rows.
 struct FloatUnits {
   static constexpr int kDepth = 1;  // elements of the summed dimension in a unit
   static constexpr int kExpDegree = 5;
@@ -80,12 +80,12 @@ struct FloatUnits {
   static POP_INLINE Vec broadcast(const float* unit) { return splat(*unit); }
   static POP_INLINE Vec multiply_add(Vec sum, Vec a, Vec b) { return a * b + sum; }
 
-  // One row of probabilities from kDepth keys.
+  // Stores a row of units of probabilities from kDepth keys.
   static POP_INLINE void store_units(float* to, const Vec* keys) { store(to, *keys); }
 };
 
 #if defined(__AVX512BF16__)
-// Two bfloat16 that are neighbours along the summed dimension.
+// A unit is two bfloat16 that are adjacent along the summed dimension.
 struct PairUnits {
   static constexpr int kDepth = 2;
   static constexpr int kExpDegree = 3;

@@ -1,5 +1,5 @@
-// The streaming path of attention.cpp: a handful of lanes over a long cache, bound by the bytes of K
-// and V, which are read as they lie and once.
+// The stream path of attention.cpp: a few lanes over a long cache, bound by the bytes of K and V, which are read once
+// and without packing.
 #pragma once
 
 #include "attention_task.h"
@@ -10,9 +10,9 @@ namespace {
 #if defined(__AVX512BF16__)
 
 struct StreamConfig {
-  // Up to here reading the cache takes longer than a product a lane; beyond, the tile path is faster.
+  // Up to this many lanes, reading the cache takes longer than one product per lane; with more the tile path is faster.
   static constexpr int64_t kMaxLanes = 8;
-  // Lanes whose sums share a reduction, and the channels of a vector.
+  // kStep lanes share a reduction of sums; a vector has kChannels channels.
   static constexpr int kStep = 4, kChannels = 32;
 };
 
@@ -70,7 +70,7 @@ class StreamTask {
       }
     }
     __builtin_memset(o_, 0, sizeof(o_));
-    // Lanes between kMaxLanes and kLanes are computed with and never read.
+    // Lanes from kMaxLanes to kLanes take part in the arithmetic, but are never read.
     __builtin_memset(scores_, 0, sizeof(scores_));
   }
 

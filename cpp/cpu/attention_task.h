@@ -1,8 +1,9 @@
-// What the paths of attention.cpp share: the blocking, a task's rows and keys, the softmax of a tile.
+// Shared by both paths of attention.cpp: block sizes, the rows and keys of a task, and the softmax of a tile.
 #pragma once
 
 #include "attention_math.h"
-#include "backend.h"
+#include "backend/params.h"
+#include "core/math.h"
 #include "kernels.h"
 
 namespace pop::cpu::POP_ISA {
@@ -19,41 +20,38 @@ struct TileConfig {
 #else
   static constexpr int kRows = 4, kVecs = 2;
 #endif
-  // A block is kWidth (query row, head) pairs, one a lane.
+  // A block is kWidth (query row, head) pairs, one per lane.
   static constexpr int kWidth = kVecs * kLanes;
-  // Keys of a tile: its scores (12 KiB) stay in the L1 cache from product to softmax to product.
+  // Keys per tile: its scores (12 KiB) stay in the L1 cache through product, softmax and product.
   static constexpr int kKeys = 64;
-  // Lanes of a task, a multiple of all kWidths. Packing K and V once a task then costs about 5 %, and
-  // a task's Q and O, 144 KiB with head_dim 64 and 576 KiB with 256, fit the L2 cache.
+  // Lanes per task, a multiple of every kWidth. Packing K and V once per task then costs about 5 %, and Q and O of a
+  // task, 144 KiB with head_dim 64 and 576 KiB with 256, fit in the L2 cache.
   static constexpr int kTaskLanes = 384;
-  // Scores grow by up to 2^kSlack beyond the maximum that probabilities refer to before the sums
-  // so far are rescaled. Far below what a float32 holds.
+  // Scores may exceed the maximum that probabilities refer to by a factor of 2^kSlack before the sums are rescaled.
+  // That is far below the range of float32.
   static constexpr float kSlack = 8.0f;
 };
 
 constexpr float kLowest = -3.0e38f;
 constexpr float kLog2E = 1.44269504f;
-constexpr int64_t kMaxHeadDim = 256;
 
-constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// What products become on their way to exponents of two.
+// How products q.k become exponents of two.
 struct ScoreScale {
   float log2_scale;
   float cap;  // of scaled scores, in powers of two; 0: none
 };
 
-// What a tile is to a block of lanes.
+// A tile of keys, as a block of lanes sees it.
 struct TileView {
   int64_t first_key;  // position of the tile's key 0
-  int begin, end;     // keys that any lane sees, rounded to multiples of 8
-  bool edge;          // some of them are hidden from some lane
+  int begin, end;     // keys that at least one lane sees, rounded to multiples of 8
+  bool edge;          // at least one of them is hidden from a lane
   int64_t window;
-  int64_t sees_to;  // Segment::sees_to
+  int64_t visible_end;  // Segment::visible_end
 };
 
-// Where the rows of a task lie in q, out and the cache. Its lanes are (query row, head) pairs, the
-// heads of a row next to each other, so that neighbouring lanes see nearly the same keys.
+// The addresses of a task's rows in q, out and the cache. Its lanes are (query row, head) pairs, the heads of a row
+// next to each other, so that adjacent lanes see nearly the same keys.
 template <class T>
 class TaskGeometry {
  public:
@@ -69,7 +67,7 @@ class TaskGeometry {
 
   int64_t lanes() const { return lanes_; }
 
-  // Keys [lowest_key(), keys()) are visible to some lane; no other is read.
+  // Keys [lowest_key(), keys()) are visible to at least one lane. No other key is read.
   int64_t lowest_key() const { return lowest_key_; }
   int64_t keys() const { return keys_; }
 
@@ -78,11 +76,11 @@ class TaskGeometry {
   const T* q(int64_t lane) const { return static_cast<const T*>(p_.q) + row_offset(lane, p_.q_stride); }
   T* out(int64_t lane) const { return static_cast<T*>(p_.out) + row_offset(lane, p_.out_stride); }
 
-  // head_dim elements; zeros for a key that nobody sees.
+  // head_dim elements; zeros for a key that no lane sees.
   const T* key_row(int64_t key) const { return cache_row(p_.cache.key, p_.cache.key_strides, key); }
   const T* value_row(int64_t key) const { return cache_row(p_.cache.value, p_.cache.value_strides, key); }
 
-  // Inlined by force: g++ takes a function of prefetches for one without effect and drops its calls.
+  // Forced inline: g++ treats a function of prefetches as one without effect and drops its calls.
   POP_INLINE void prefetch(int64_t key) const {
     const T* k = key_row(key);
     const T* v = value_row(key);
@@ -92,7 +90,7 @@ class TaskGeometry {
     }
   }
 
-  // The tile that starts at position `first_key`, to lanes [first, last].
+  // The tile that starts at position `first_key`, for lanes first to last, both included.
   TileView view(int64_t first_key, int64_t first, int64_t last) const {
     const int64_t low = first_visible(position(first)) - first_key;
     const int64_t high = last_visible(position(last)) + 1 - first_key;
@@ -103,12 +101,12 @@ class TaskGeometry {
     tile.edge = first_key + tile.end - 1 > last_visible(position(first)) ||
                 first_key + tile.begin < first_visible(position(last));
     tile.window = p_.window;
-    tile.sees_to = segment_.sees_to;
+    tile.visible_end = segment_.visible_end;
     return tile;
   }
 
-  // Takes scores to powers of two. Not zero, which a hidden score of minus infinity could not be
-  // multiplied by. A negative scale is left to Q's signs: the largest score is the largest product.
+  // Scales scores to exponents of two. Never zero, since a hidden score of minus infinity times zero is a NaN. A
+  // negative scale flips the signs of Q instead, so that the largest score is always the largest product.
   ScoreScale score_scale() const {
     const float scale = __builtin_fabsf(p_.scale) * kLog2E;
     return {.log2_scale = scale < 1e-37f ? 1e-37f : scale, .cap = p_.softcap * kLog2E};
@@ -119,7 +117,9 @@ class TaskGeometry {
     return p_.window > 0 && position >= p_.window ? position - p_.window + 1 : 0;
   }
 
-  int64_t last_visible(int64_t position) const { return position > segment_.sees_to ? position : segment_.sees_to; }
+  int64_t last_visible(int64_t position) const {
+    return position + 1 > segment_.visible_end ? position : segment_.visible_end - 1;
+  }
 
   int64_t row_offset(int64_t lane, int64_t stride) const {
     const int64_t row = segment_.first_row - p_.first_row + row_ + lane / group_;
@@ -137,7 +137,7 @@ class TaskGeometry {
   const int64_t kv_head_, row_, group_, lanes_, keys_, lowest_key_;
 };
 
-// Scores stay products in their unit, which the softmax scales.
+// Applies the soft cap. The results are in the unit of the products again, since the softmax scales them.
 template <int kVecs>
 __attribute__((noinline)) void cap_scores(const TileView& tile, ScoreScale scale, float* scores) {
   using C = TileConfig;
@@ -150,8 +150,8 @@ __attribute__((noinline)) void cap_scores(const TileView& tile, ScoreScale scale
   }
 }
 
-// Turns scores into units of probabilities, and keeps maxima and sums. Returns whether any maximum
-// moved; o must then be multiplied by `factor`.
+// Turns scores into units of probabilities and updates maxima and sums. Returns true if a maximum changed; the caller
+// must then multiply o by `factor`.
 template <class Units, int kVecs>
 __attribute__((noinline)) bool softmax(const TileView& tile, ScoreScale scale, const int32_t* position, float* scores,
                                        float* max_so_far, float* sum_so_far, float* factor) {
@@ -165,8 +165,8 @@ __attribute__((noinline)) bool softmax(const TileView& tile, ScoreScale scale, c
       VecI32 own;
       __builtin_memcpy(&own, position + v * kLanes, sizeof(own));
       const VecI32 first = tile.window > 0 ? own - static_cast<int32_t>(tile.window) : own - own - 1;
-      const VecI32 sees_to = own - own + static_cast<int32_t>(tile.sees_to);
-      const VecI32 last = own > sees_to ? own : sees_to;
+      const VecI32 last_in_block = own - own + static_cast<int32_t>(tile.visible_end - 1);
+      const VecI32 last = own > last_in_block ? own : last_in_block;
       for (int k = tile.begin; k < tile.end; ++k) {
         float* at = scores + k * C::kWidth + v * kLanes;
         const int32_t key = static_cast<int32_t>(tile.first_key + k);

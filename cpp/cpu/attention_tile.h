@@ -45,7 +45,7 @@ struct TileScratch {
 
 // c[r, lane] (+)= sum over u of a(r, u) * b[u, lane] for kRows rows and at least one unit. Units of
 // `a` lie along its rows (K: a_stride from row to row) or across them (V: a_stride from unit to unit).
-// A function of its own: inlined into a large one, g++ 12 keeps some of the sums in memory.
+// Not inlined: within a large function, g++ 12 keeps some of the sums in memory.
 template <class Units, int kVecs, bool kAlongRows, bool kAdd>
 __attribute__((noinline)) void multiply_rows(int64_t units, const float* a, int64_t a_stride, const float* b,
                                              float* c) {
@@ -76,7 +76,7 @@ __attribute__((noinline)) void multiply_rows(int64_t units, const float* a, int6
   }
 }
 
-// One tile of keys for one block of kVecs vectors of lanes.
+// Attention of one block of kVecs vectors of lanes over one tile of keys.
 template <class Units, int kVecs>
 void attend(const TileView& tile, ScoreScale scale, int64_t head_dim, const TileScratch& s, int64_t block) {
   using C = TileConfig;
@@ -120,11 +120,11 @@ class TileTask {
 
   void run() {
     load_queries();
-    // Tiles start at multiples of kKeys, wherever the task begins: a row meets the same tiles in any task.
+    // Tiles start at multiples of kKeys, whatever the task: a row has the same tiles in any task.
     for (int64_t key = rows_.lowest_key() / C::kKeys * C::kKeys; key < rows_.keys(); key += C::kKeys) {
       load_keys(key);
       for (int64_t lane = 0; lane < width_; lane += C::kWidth) {
-        // The next tile comes to the L2 cache a part at a time, while the products keep busy.
+        // Prefetches the next tile to the L2 cache in parts, during the products.
         for (int64_t i = lane * C::kKeys / width_; i < (lane + C::kWidth) * C::kKeys / width_; ++i) {
           rows_.prefetch(key + C::kKeys + i);
         }
@@ -137,7 +137,7 @@ class TileTask {
  private:
   using C = TileConfig;
 
-  // Lanes beyond the last one compute the last one again; nobody reads them.
+  // Lanes beyond the last one repeat it; their results are not stored.
   int64_t real_lane(int64_t lane) const { return lane < rows_.lanes() ? lane : rows_.lanes() - 1; }
 
   void load_queries() {
@@ -162,7 +162,7 @@ class TileTask {
     }
   }
 
-  // Units [unit, unit + kLanes) of a row, as far as it goes.
+  // Units [unit, unit + kLanes) of a row, up to its end.
   Vec load_units(const T* row, int64_t unit) const {
     if constexpr (Units::kDepth == 1) {
       return load_upto(row + unit, units_ - unit);
@@ -171,7 +171,7 @@ class TileTask {
     }
   }
 
-  // head_dim elements as units along the row.
+  // Copies head_dim elements as units along the row.
   void load_row(float* to, const T* row) const {
     for (int64_t u = 0; u < units_; u += kLanes) store_upto(to + u, load_units(row, u), units_ - u);
   }
@@ -226,7 +226,7 @@ class TileTask {
 
   const TaskGeometry<T> rows_;
   const int64_t head_dim_, units_;
-  const uint32_t flip_;  // signs of a unit, for a negative scale
+  const uint32_t flip_;  // flips the signs of a unit if the scale is negative
   const int64_t width_;
   const TileScratch s_;
 };

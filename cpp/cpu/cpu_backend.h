@@ -1,11 +1,11 @@
-// The CPU backend: the kernels of the running processor on torch's threads.
+// The CPU backend: the kernels for this processor, on torch's threads.
 #pragma once
 
-#include "backend.h"
+#include "backend/backend.h"
 
 namespace pop {
 
-// One for all: it holds no state.
+// One instance for all calls: it has no state.
 Backend& cpu_backend();
 
 }  // namespace pop

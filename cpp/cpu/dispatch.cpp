@@ -1,4 +1,4 @@
-// Chooses the kernels of the best instruction set that processor and operating system support.
+// Chooses the kernels for the best instruction set that the processor and the operating system support.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -14,8 +14,7 @@ struct Choice {
   bool supported;
 };
 
-// The kernels that were compiled in, best first. The questions asked of cpuid cover the operating
-// system too: does it save the registers?
+// The compiled kernels, best first. __builtin_cpu_supports also checks that the operating system saves the registers.
 std::vector<Choice> choices() {
   std::vector<Choice> all;
 #if defined(POP_EMULATE_AVX512)
@@ -26,7 +25,7 @@ std::vector<Choice> choices() {
                                             __builtin_cpu_supports("avx512bf16")});
 #endif
 #if defined(POP_HAVE_AVX2)
-  // F16C is older than AVX2; no processor has the one without the other.
+  // Every processor with AVX2 has F16C, so it is not checked.
   all.push_back({&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
 #endif
   all.push_back({&baseline::kernels, true});

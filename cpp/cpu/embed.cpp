@@ -1,4 +1,4 @@
-// Gathers rows of the embedding table (or of the caller's input embeddings) into batch order, scaled where asked.
+// Gathers rows of the embedding table, or of the caller's input embeddings, into batch order, and scales them.
 #include "cpu/row_kernels.h"
 #include "cpu/vec.h"
 
@@ -19,7 +19,7 @@ void embed(const EmbedParams& p, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     int64_t source = p.row_source[row];
     if (p.ids != nullptr) {
-      // Ids are checked where they come in; a stray one must not read outside the table all the same.
+      // The operator has checked the ids. Clamping them ensures that no id reads outside of the table.
       const int64_t id = p.ids[source];
       source = id < 0 ? 0 : (id < p.vocab_size ? id : p.vocab_size - 1);
     }

@@ -1,4 +1,4 @@
-// The gated MLP's middle: gate = act(gate + gate_bias) * (up + up_bias), rounded once.
+// The activation of the gated MLP: gate = act(gate + gate_bias) * (up + up_bias), rounded once.
 #include "cpu/row_kernels.h"
 #include "cpu/vec.h"
 

@@ -1,46 +1,39 @@
-// Who computes a product is decided by processor, dtype and shape alone, so that the same call gives the
-// same bits. What was measured, and what was tried beside it, is in docs/cpu.md.
+// Processor, dtype and shape alone decide which kernel computes a product, so that the same call gives the same bits.
+// Measurements, and what was tried beside these kernels, are in docs/cpu.md.
 #include "cpu/gemm.h"
-
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
 
+#include "core/math.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/prepacked.h"
-#include "torch/aten.h"
 
 namespace pop::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Up to so many rows skinny_gemm is used. Measured with K and N of 2048 and 8192: on two cores of a Zen 4 it streams w
-// at the speed of memory up to 6 rows and stays ahead of whole products by oneDNN (bfloat16, 4x at one row, 1.1x at 48)
-// and by MKL (float32, 2x at one row, 1.1x at 64), which pack their operands; on two of a Zen 5 ahead of oneDNN up to
-// 24 rows, equal at 32 and 1.2x behind at 48, equal to products of prepacked weights from 8 to 16; on two of a Zen 3
-// ahead of blocks up to 24 rows of float32 and 32 of bfloat16, and of 64 rows 1.4x and 1.2x behind.
+// The most rows that skinny_gemm computes. Measured with K and N of 2048 and 8192. On two cores of a Zen 4 it streams w
+// at the speed of memory up to 6 rows, and stays ahead of whole products by oneDNN (bfloat16, 4x at one row, 1.1x at
+// 48) and by MKL (float32, 2x at one row, 1.1x at 64), which pack their operands. On two cores of a Zen 5 it is ahead
+// of oneDNN up to 24 rows, equal at 32 and 1.2x behind at 48, and equal to products of prepacked weights from 8 to 16.
+// On two cores of a Zen 3 it is ahead of blocks up to 24 rows of float32 and 32 of bfloat16; at 64 rows it is 1.4x
+// and 1.2x behind.
 constexpr int64_t kSkinnyRows = 32;  // of 16 bits
 constexpr int64_t kSkinnyRowsBeforePacked = 12;
 constexpr int64_t kSkinnyRowsFloat32 = 64, kSkinnyRowsFloat32BeforeBlocks = 24;
 
-// A product in blocks holds at once so many bytes of a, widened; of each thread so many columns of w, of which
-// so many elements are widened; and their sums. The columns of a block were measured on a Zen 3 with K of 2048
-// and 8192: the library packs all of a for each block, which asks for wide ones, and w should still be in the
-// cache when it is read.
-constexpr int64_t kBytesOfA = 32 << 20, kMostRows = 2048;
+// The size of a block: the columns of out (rows of w), the rows of a that are widened at once, and the elements along k
+// that are widened at once. The columns were measured on a Zen 3 with K of 2048 and 8192. The library packs all of a
+// for each block, which asks for wide blocks; w should still be in the cache when it is read, which asks for narrow
+// ones.
+constexpr int64_t kWidenedBytes = 32 << 20, kMostRows = 2048;  // of a
 constexpr int64_t kMostColumns = 384, kMostElements = 2048;
 constexpr int64_t kFewRows = 128, kMostColumnsForFewRows = 192;
-constexpr int64_t kFewestColumns = 64, kColumnsTogether = 16, kElementsTogether = 16;
-constexpr int64_t kRowsTogether = 512;
+constexpr int64_t kFewestColumns = 64, kColumnMultiple = 16, kElementMultiple = 16;
+constexpr int64_t kRowsPerCall = 512;  // rows of a that the library packs at once
 
-const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
-
-// Does the library's GEMM of this dtype fall back to a plain loop on this processor?
-bool widen_first(DType dtype) {
+// True if the library's GEMM of this dtype is a plain loop on this processor. Operands are then widened to float32.
+bool widens_to_float32(DType dtype) {
 #if defined(__x86_64__)
   static const bool avx512 =
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -50,119 +43,136 @@ bool widen_first(DType dtype) {
 #endif
 }
 
-// On AMD's processors MKL loses up to half of its speed where w has many rows, and none in blocks of them.
+// On AMD's processors MKL loses up to half of its speed if w has many rows, and none in blocks of them.
 std::atomic<int64_t>& gemm_blocks() {
 #if defined(__x86_64__)
-  static std::atomic<int64_t> wanted{__builtin_cpu_is("amd") ? 1 : 0};
+  static std::atomic<int64_t> enabled{__builtin_cpu_is("amd") ? 1 : 0};
 #else
-  static std::atomic<int64_t> wanted{0};
+  static std::atomic<int64_t> enabled{0};
 #endif
-  return wanted;
+  return enabled;
 }
 
-Tensor view(DType dtype, const void* base, int64_t row, int64_t column, int64_t rows, int64_t columns, int64_t stride) {
-  const char* data = static_cast<const char*>(base) + (row * stride + column) * element_size(dtype);
-  return aten::host_matrix(dtype, data, rows, columns, stride);
-}
+// A matrix in memory; elements of `dtype`, or e4m3 with one scale per row.
+struct Operand {
+  DType dtype;
+  const void* data;
+  int64_t stride;
+  const float* scale;  // [rows] or null
+};
 
-Tensor matrix(float* data, int64_t rows, int64_t columns) {
-  return view(DType::f32, data, 0, 0, rows, columns, columns);
-}
-
-// Of an operand these rows and columns in float32, to `out`; 8-bit ones times the scale of their row.
-void widen(DType dtype, const void* base, const float* scale, int64_t row, int64_t column, int64_t rows,
-           int64_t columns, int64_t stride, float* out) {
-  Tensor to = matrix(out, rows, columns);
-  if (scale == nullptr) {
-    torch::stable::copy_(to, view(dtype, base, row, column, rows, columns, stride));
-    return;
-  }
-  auto* data = static_cast<uint8_t*>(const_cast<void*>(base)) + row * stride + column;
-  torch::stable::copy_(to,
-                       torch::stable::from_blob(data, {rows, columns}, {stride, 1}, kCpu, ScalarType::Float8_e4m3fn));
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrainElements / columns), [&](int64_t begin, int64_t end) {
+// Writes rows [row, row + rows) and columns [column, column + columns) of `from` to `out` [rows, columns] as float32;
+// e4m3 elements are multiplied by the scale of their row.
+void widen(const Operand& from, int64_t row, int64_t column, int64_t rows, int64_t columns, float* out) {
+  const bool e4m3 = from.scale != nullptr;
+  const int64_t element = e4m3 ? 1 : element_size(from.dtype);
+  const char* data = static_cast<const char*>(from.data) + (row * from.stride + column) * element;
+  convert({.dtype = from.dtype,
+           .data = data,
+           .rows = rows,
+           .columns = columns,
+           .stride = from.stride,
+           .type = e4m3 ? HostMatrix::Type::e4m3 : HostMatrix::Type::model},
+          {.dtype = DType::f32, .data = out, .rows = rows, .columns = columns, .stride = columns});
+  if (!e4m3) return;
+  parallel_for(0, rows, std::max<int64_t>(1, kGrainElements / columns), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      for (int64_t c = 0; c < columns; ++c) out[r * columns + c] *= scale[row + r];
+      for (int64_t c = 0; c < columns; ++c) out[r * columns + c] *= from.scale[row + r];
     }
   });
 }
 
-// How a product is cut into blocks, one of which is one thread's at a time.
+// How a product is cut into blocks. A block is computed by one thread.
 struct Blocks {
   bool widens;
   int64_t rows, columns;  // of a block
-  int64_t elements;       // of a row of w, widened at a time
+  int64_t elements;       // along k, widened at a time
 
-  int64_t scratch() const {  // floats of a thread
-    return widens ? columns * elements + (rows + std::min(rows, kRowsTogether)) * columns : 0;
+  int64_t scratch() const {  // floats per thread: widened w, the sums, and one call's part of the sums
+    return widens ? columns * elements + (rows + std::min(rows, kRowsPerCall)) * columns : 0;
   }
 };
 
 Blocks blocks_of(const GemmParams& p) {
-  // Of about equal columns, and as many blocks for each thread.
+  // Blocks of about equal width, the same number for each thread.
   const int64_t most = p.m <= kFewRows ? kMostColumnsForFewRows : kMostColumns;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t count = ceil_div(ceil_div(p.n, most), threads) * threads;
+  const int64_t threads = num_threads();
+  const int64_t count = round_up(ceil_div(p.n, most), threads);
   const int64_t columns = std::max(kFewestColumns, ceil_div(p.n, count));
   const bool widens = p.dtype != DType::f32 || p.a_scale != nullptr;
-  const int64_t fitting = kBytesOfA / (p.k * static_cast<int64_t>(sizeof(float)));
+  const int64_t fitting = kWidenedBytes / (p.k * static_cast<int64_t>(sizeof(float)));
   return {.widens = widens,
           .rows = widens ? std::min(p.m, std::clamp<int64_t>(fitting, 1, kMostRows)) : p.m,
-          .columns = ceil_div(columns, kColumnsTogether) * kColumnsTogether,
-          .elements = ceil_div(ceil_div(p.k, ceil_div(p.k, kMostElements)), kElementsTogether) * kElementsTogether};
+          .columns = round_up(columns, kColumnMultiple),
+          .elements = round_up(ceil_div(p.k, ceil_div(p.k, kMostElements)), kElementMultiple)};
 }
 
-// a [rows, K], float32, of which w takes the elements from `k` on; into out [rows, columns], or added to it by way of
-// `more`. A part of the rows at a time, since the library packs them.
-void product(Tensor a, int64_t k, const Tensor& w, Tensor out, float* more) {
-  const Tensor w_transposed = torch::stable::transpose(w, 0, 1);
-  const int64_t rows = a.size(0), columns = w.size(0), part = ceil_div(rows, ceil_div(rows, kRowsTogether));
-  for (int64_t begin = 0; begin < rows; begin += part) {
-    const int64_t count = std::min(part, rows - begin);
-    Tensor a_rows = torch::stable::narrow(a, 0, begin, count);
-    const Tensor a_part = torch::stable::narrow(a_rows, 1, k, w.size(1));
-    const Tensor out_part = torch::stable::narrow(out, 0, begin, count);
-    if (k == 0) {
-      aten::mm_out(a_part, w_transposed, out_part);
-      continue;
+// out = a . w^T in float32, or out += a . w^T by way of `part` [kRowsPerCall, n] if that is not null. Some rows at a
+// time, since the library packs them.
+void add_product(const GemmParams& p, float* part) {
+  const int64_t rows_at_once = ceil_div(p.m, ceil_div(p.m, kRowsPerCall));
+  for (int64_t begin = 0; begin < p.m; begin += rows_at_once) {
+    GemmParams some = p;
+    some.m = std::min(rows_at_once, p.m - begin);
+    some.a = static_cast<const float*>(p.a) + begin * p.a_stride;
+    float* out = static_cast<float*>(p.out) + begin * p.out_stride;
+    some.out = part == nullptr ? out : part;
+    some.out_stride = part == nullptr ? p.out_stride : p.n;
+    matmul(some);
+    if (part == nullptr) continue;
+    for (int64_t row = 0; row < some.m; ++row) {
+      for (int64_t i = 0; i < p.n; ++i) out[row * p.out_stride + i] += part[row * p.n + i];
     }
-    aten::mm_out(a_part, w_transposed, matrix(more, count, columns));
-    auto* sums = static_cast<float*>(out_part.data_ptr());
-    for (int64_t i = 0; i < count * columns; ++i) sums[i] += more[i];
   }
 }
 
-// Rows [m, m + a.size(0)) and columns [n, n + columns) of out.
-void block(const GemmParams& p, const Blocks& blocks, const Tensor& a, int64_t m, int64_t n, int64_t columns,
-           float* scratch) {
-  const int64_t rows = a.size(0);
-  Tensor out = view(p.dtype, p.out, m, n, rows, columns, p.out_stride);
-  if (!blocks.widens) return product(a, 0, view(p.dtype, p.w, n, 0, columns, p.k, p.w_stride), out, nullptr);
+// One block: rows [m, m + rows) and columns [n, n + columns) of out. `a` is float32 [rows, k] and starts at row m.
+void compute_block(const GemmParams& p, const Blocks& blocks, const float* a, int64_t a_stride, int64_t m, int64_t rows,
+                   int64_t n, int64_t columns, float* scratch) {
+  const int64_t element = element_size(p.dtype);
+  char* out = static_cast<char*>(p.out) + (m * p.out_stride + n) * element;
+  GemmParams product{.dtype = DType::f32,
+                     .m = rows,
+                     .n = columns,
+                     .k = p.k,
+                     .a = a,
+                     .a_stride = a_stride,
+                     .w = static_cast<const char*>(p.w) + n * p.w_stride * element,
+                     .w_stride = p.w_stride,
+                     .out = out,
+                     .out_stride = p.out_stride};
+  if (!blocks.widens) return add_product(product, nullptr);
   float* sums = scratch + columns * blocks.elements;
+  product.w = scratch;
+  product.out = sums;
+  product.out_stride = columns;
   for (int64_t k = 0; k < p.k; k += blocks.elements) {
-    const int64_t elements = std::min(blocks.elements, p.k - k);
-    widen(p.dtype, p.w, p.w_scale, n, k, columns, elements, p.w_stride, scratch);
-    product(a, k, matrix(scratch, columns, elements), matrix(sums, rows, columns), sums + rows * columns);
+    product.k = product.w_stride = std::min(blocks.elements, p.k - k);
+    product.a = a + k;
+    widen({p.dtype, p.w, p.w_stride, p.w_scale}, n, k, columns, product.k, scratch);
+    add_product(product, k == 0 ? nullptr : sums + rows * columns);
   }
-  torch::stable::copy_(out, matrix(sums, rows, columns));
+  convert({.dtype = DType::f32, .data = sums, .rows = rows, .columns = columns, .stride = columns},
+          {.dtype = p.dtype, .data = out, .rows = rows, .columns = columns, .stride = p.out_stride});
 }
 
-// The GEMM in float32 by aten, rounded once: a block of columns is one thread's, from the widening of its rows of w to
-// its part of out. In 16 bits that is several times the speed of a plain loop. What is widened has memory of the whole
-// call: allocated block by block, it comes to twice as much.
+// The GEMM in float32, rounded once. One thread computes a block of columns, from widening its rows of w to its part of
+// out. In 16 bits that is several times the speed of a plain loop. The widened operands have memory for the whole call:
+// allocated block by block it took twice as much.
 void gemm_in_blocks(const GemmParams& p) {
   const Blocks blocks = blocks_of(p);
-  const int64_t tasks = ceil_div(p.n, blocks.columns), each = blocks.scratch();
-  const Tensor scratch = torch::stable::empty({workers_for(tasks) * each}, ScalarType::Float);
-  const Tensor wide = torch::stable::empty({blocks.widens ? blocks.rows * p.k : 0}, ScalarType::Float);
-  auto *of_threads = static_cast<float*>(scratch.data_ptr()), *wide_a = static_cast<float*>(wide.data_ptr());
+  const int64_t tasks = ceil_div(p.n, blocks.columns), thread_floats = blocks.scratch();
+  const Scratch scratch = allocate(workers_for(tasks) * thread_floats * sizeof(float));
+  const Scratch widened = allocate(blocks.widens ? blocks.rows * p.k * sizeof(float) : 0);
+  auto *of_threads = reinterpret_cast<float*>(scratch.get()), *widened_a = reinterpret_cast<float*>(widened.get());
   for (int64_t m = 0; m < p.m; m += blocks.rows) {
     const int64_t rows = std::min(blocks.rows, p.m - m);
-    if (blocks.widens) widen(p.dtype, p.a, p.a_scale, m, 0, rows, p.k, p.a_stride, wide_a);
-    const Tensor a = blocks.widens ? matrix(wide_a, rows, p.k) : view(p.dtype, p.a, m, 0, rows, p.k, p.a_stride);
-    over_tasks(tasks, [&](int64_t i, int64_t worker) {
-      const int64_t n = i * blocks.columns;
-      block(p, blocks, a, m, n, std::min(blocks.columns, p.n - n), of_threads + worker * each);
+    if (blocks.widens) widen({p.dtype, p.a, p.a_stride, p.a_scale}, m, 0, rows, p.k, widened_a);
+    const float* a = blocks.widens ? widened_a : static_cast<const float*>(p.a) + m * p.a_stride;
+    const int64_t a_stride = blocks.widens ? p.k : p.a_stride;
+    parallel_tasks(tasks, [&](int64_t i, int64_t worker) {
+      const int64_t n = i * blocks.columns, columns = std::min(blocks.columns, p.n - n);
+      compute_block(p, blocks, a, a_stride, m, rows, n, columns, of_threads + worker * thread_floats);
     });
   }
 }
@@ -172,24 +182,23 @@ void gemm_in_blocks(const GemmParams& p) {
 void gemm(const GemmParams& p) {
   if (p.m == 0 || p.n == 0) return;
   if (p.a_scale != nullptr) return gemm_in_blocks(p);
-  if (p.packed != nullptr && p.m > kSkinnyRowsBeforePacked) return packed_gemm(p);
+  if (p.packed != nullptr && p.m > kSkinnyRowsBeforePacked) return packed_matmul(p);
   const bool float32 = p.dtype == DType::f32;
-  const bool in_blocks = widen_first(p.dtype) || (float32 && gemm_blocks() != 0);
+  const bool in_blocks = widens_to_float32(p.dtype) || (float32 && gemm_blocks() != 0);
   const int64_t float32_rows = in_blocks ? kSkinnyRowsFloat32BeforeBlocks : kSkinnyRowsFloat32;
   if (p.m <= (float32 ? float32_rows : kSkinnyRows)) {
     const int64_t grain = std::max<int64_t>(4, kGrainElements / std::max<int64_t>(1, p.k));
-    torch::stable::parallel_for(0, p.n, grain,
-                                [&](int64_t begin, int64_t end) { kernels().skinny_gemm(p, begin, end); });
+    parallel_for(0, p.n, grain, [&](int64_t begin, int64_t end) { kernels().skinny_gemm(p, begin, end); });
   } else if (in_blocks) {
     gemm_in_blocks(p);
   } else {
-    aten::matmul_nt(p, kCpu);
+    matmul(p);
   }
 }
 
-// Whole products of bfloat16 with 512 rows leave an intermediate result of 8192 columns in the last-level cache, and
-// read their weight at a fraction of memory's speed. What is widened should be widened once for all rows.
-int64_t mlp_rows(DType dtype) { return dtype == DType::bf16 && !widen_first(dtype) ? 512 : kMlpChunkRows; }
+// With 512 rows, whole products of bfloat16 leave an intermediate result of 8192 columns in the last-level cache, and
+// read their weight at a fraction of memory's speed. A weight that is widened should be widened once for all rows.
+int64_t mlp_rows(DType dtype) { return dtype == DType::bf16 && !widens_to_float32(dtype) ? 512 : kMlpChunkRows; }
 
 int64_t set_gemm_blocks(int64_t value) { return gemm_blocks().exchange(value != 0); }
 

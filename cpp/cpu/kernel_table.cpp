@@ -1,4 +1,4 @@
-// The kernels of one instruction set as a table.
+// The kernel table of one instruction set.
 #include "cpu/attention.h"
 #include "cpu/kernels.h"
 #include "cpu/row_kernels.h"

@@ -1,17 +1,16 @@
-// The CPU kernels: single-threaded functions over a range of rows or one task, compiled once
-// per instruction set (namespace POP_ISA) and chosen at run time. Threads are cpu_backend.cpp's.
+// The CPU kernels: single-threaded functions over a range of rows or one task. They are compiled once per instruction
+// set (namespace POP_ISA) and chosen at run time. cpu_backend.cpp distributes them over threads.
 //
-// A file compiled per instruction set includes no torch header and instantiates no standard
-// library template: the linker keeps one copy of an inline function, and it could be the one
-// with AVX-512 in it.
+// A file that is compiled per instruction set includes no torch header and instantiates no template of the standard
+// library: the linker keeps one copy of an inline function, and that could be the one with AVX-512 instructions.
 #pragma once
 
-#include "backend.h"
+#include "backend/params.h"
 
 namespace pop::cpu {
 
-// What one call of `attention` computes: query rows [row, row + rows) of segment `segment`
-// (counted from the segment's first row) for the query heads that share `kv_head`.
+// The work of one call of `attention`: query rows [row, row + rows) of segment `segment`, counted from the segment's
+// first row, for the query heads that share `kv_head`.
 struct AttentionTask {
   int64_t segment;
   int64_t kv_head;
@@ -31,16 +30,16 @@ struct Kernels {
   void (*quantize_rows)(const QuantizeRowsParams&, int64_t begin, int64_t end);
   void (*route)(const RouteParams&, int64_t begin, int64_t end);
   void (*combine_rows)(const CombineRowsParams&, int64_t begin, int64_t end);
-  // out columns [begin, end) of a GEMM with few rows, bound by the bytes of w.
+  // Columns [begin, end) of out, for a GEMM with few rows, which is bound by the bytes of w.
   void (*skinny_gemm)(const GemmParams&, int64_t begin, int64_t end);
 
-  // Query rows of one attention task, and bytes of scratch that a call may use (64-byte aligned).
+  // The most query rows of one attention task, and the bytes of scratch of a call (64-byte aligned).
   int64_t (*attention_task_rows)(const AttentionParams&);
   size_t (*attention_scratch)(const AttentionParams&);
   void (*attention)(const AttentionParams&, const AttentionTask&, void* scratch);
 };
 
-// One table per instruction set that was compiled in.
+// One table per compiled instruction set.
 namespace baseline {
 extern const Kernels kernels;
 }
@@ -51,7 +50,8 @@ namespace avx512_bf16 {
 extern const Kernels kernels;
 }
 
-// The best table this processor can run; POP_CPU_ISA=baseline|avx2|avx512_bf16 asks for a lesser one.
+// The best table that this processor can run. The environment variable POP_CPU_ISA=baseline|avx2|avx512_bf16 selects
+// another one.
 const Kernels& kernels();
 
 }  // namespace pop::cpu

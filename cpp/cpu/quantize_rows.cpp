@@ -1,4 +1,4 @@
-// Rows in 8-bit floats (e4m3), each by a scale of its own.
+// Rounds rows to 8-bit floats (e4m3) with one scale per row.
 #include "cpu/row_kernels.h"
 #include "cpu/vec.h"
 

@@ -1,6 +1,6 @@
 // Residual add and RMSNorm in one pass over a row:
 //   x += delta + delta_bias;  rstd = 1 / sqrt(mean(x^2) + eps);  out = x * rstd * (weight + offset)
-// where the model says so after an RMSNorm of delta + delta_bias.
+// With delta_norm, delta + delta_bias goes through an RMSNorm of its own before it is added.
 // The sum is rounded to the dtype and stored before its norm is taken, as the stock model does.
 #include "cpu/row_kernels.h"
 #include "cpu/vec.h"
@@ -10,8 +10,7 @@ namespace {
 
 constexpr int kAccumulators = 4;
 
-// Adds delta and bias to `count` elements of x (a full group of lanes, or fewer at the end of
-// a row) and returns what x now holds.
+// Adds delta and bias to `count` elements of x (a full vector, or fewer at the end of a row) and returns the new x.
 template <class T>
 POP_INLINE Vec update(T* x, const T* delta, const T* bias, int64_t count) {
   Vec value = load_upto(x, count);
@@ -21,8 +20,8 @@ POP_INLINE Vec update(T* x, const T* delta, const T* bias, int64_t count) {
   return store_rounded(x, value + addend, count);
 }
 
-// Adds delta and bias and returns the sum of squares. Pointers that are null stay null: the
-// compiler makes a loop of its own for each case.
+// Adds delta and bias and returns the sum of squares. Callers pass literal nulls, so that the compiler makes a loop for
+// each case.
 template <class T>
 POP_INLINE float sum_of_squares(T* x, const T* delta, const T* bias, int64_t width) {
   const auto at = [](const T* base, int64_t i) { return base == nullptr ? base : base + i; };
@@ -43,7 +42,7 @@ POP_INLINE float sum_of_squares(T* x, const T* delta, const T* bias, int64_t wid
   return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// x += norm(delta + bias) and the sum of squares; the row of delta is read twice.
+// x += rms_norm(delta + bias); returns the sum of squares of x. Reads the row of delta twice.
 template <class T>
 POP_INLINE float add_normalised(T* x, const T* delta, const T* bias, const T* norm, float offset, int64_t width,
                                 float eps) {

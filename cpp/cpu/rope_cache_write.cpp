@@ -1,13 +1,12 @@
-// The way of q, k and v from their projections to attention, a head at a time and in fp32 until
-// the one rounding at the end: row scale, bias, per-head RMSNorm, RoPE; q stays where it is, k and
-// v go to the cache.
+// Prepares q, k and v for attention, one head at a time: row scale, bias, RMSNorm per head, RoPE. q is updated in
+// place, k and v go to the cache. Values are fp32 until the single rounding at the end.
 #include "cpu/row_kernels.h"
 #include "cpu/vec.h"
 
 namespace pop::cpu::POP_ISA {
 namespace {
 
-// One head as its projection left it; element i is (raw[i] * scale + bias[i]) * rstd * (norm[i] + offset).
+// One head of a projection's output. Its element i is (raw[i] * scale + bias[i]) * rstd * (norm[i] + offset).
 template <class T>
 struct Head {
   const T* raw;
@@ -39,8 +38,8 @@ struct Head {
   }
 };
 
-// Writes the head to `out`, its first 2 * half channels turned by RoPE. `out` may be `raw`: both
-// channels of a pair are read before either is written.
+// Writes the head to `out`, with RoPE applied to its first 2 * half channels. `out` may be `raw`: both channels of a
+// pair are read before either is written.
 template <class T>
 POP_INLINE void rotate_head(const Head<T>& head, int64_t head_dim, int64_t half, const float* cos, const float* sin,
                             T* out) {
@@ -56,7 +55,7 @@ POP_INLINE void rotate_head(const Head<T>& head, int64_t head_dim, int64_t half,
 }
 
 template <class T>
-POP_INLINE void turn(Head<T> head, const RopeCacheWriteParams& p, int64_t batch_row, T* out) {
+POP_INLINE void norm_and_rotate(Head<T> head, const RopeCacheWriteParams& p, int64_t batch_row, T* out) {
   const int64_t half = p.rotary_dim / 2;
   const float* cos = (p.rope_table == 0 ? p.batch->cos : p.batch->cos_local) + batch_row * half;
   const float* sin = (p.rope_table == 0 ? p.batch->sin : p.batch->sin_local) + batch_row * half;
@@ -79,7 +78,7 @@ void rope_cache_write_rows(const RopeCacheWriteParams& p, int64_t begin, int64_t
         T* out = q + h * p.head_dim;
         const Head<T> head = {
             out, at_head<T>(p.q_bias, h, p.head_dim), static_cast<const T*>(p.q_norm), p.norm_offset, 1.0f, 1.0f};
-        turn(head, p, batch_row, out);
+        norm_and_rotate(head, p, batch_row, out);
       }
     }
     const T* k = static_cast<const T*>(p.k) + row * p.kv_stride;
@@ -92,9 +91,9 @@ void rope_cache_write_rows(const RopeCacheWriteParams& p, int64_t begin, int64_t
           static_cast<T*>(p.cache.key) + cache_offset(p.cache.key_strides, p.batch->address, sequence, h, position);
       T* value =
           static_cast<T*>(p.cache.value) + cache_offset(p.cache.value_strides, p.batch->address, sequence, h, position);
-      turn<T>({k + h * p.head_dim, at_head<T>(p.k_bias, h, p.head_dim), static_cast<const T*>(p.k_norm), p.norm_offset,
-               scale, 1.0f},
-              p, batch_row, key);
+      norm_and_rotate<T>({k + h * p.head_dim, at_head<T>(p.k_bias, h, p.head_dim), static_cast<const T*>(p.k_norm),
+                          p.norm_offset, scale, 1.0f},
+                         p, batch_row, key);
       const Head<T> v_head = {v + h * p.head_dim, at_head<T>(p.v_bias, h, p.head_dim), nullptr, 0.0f, scale, 1.0f};
       for (int64_t i = 0; i < p.head_dim; i += kLanes)
         store_upto(value + i, v_head.value(i, p.head_dim - i), p.head_dim - i);

@@ -1,4 +1,4 @@
-// A token's way to its experts and back: which of them and with what weights, and the weighted sum of what they return.
+// Mixture of experts: the choice and weights of each row's experts, and the weighted sum of their outputs.
 #include "route_math.h"
 
 #include "cpu/row_kernels.h"

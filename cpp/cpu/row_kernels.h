@@ -1,7 +1,7 @@
-// The kernels that work on one row after another, in the namespace of one instruction set.
+// The kernels that process rows independently, in the namespace of one instruction set.
 #pragma once
 
-#include "backend.h"
+#include "backend/params.h"
 
 namespace pop::cpu::POP_ISA {
 

@@ -1,7 +1,7 @@
-// out = a . w^T for the few rows of a boundary step: bound by the bytes of w, so w is read once, in
-// tiles of kTileColumns of its rows against as many rows of a as registers hold, and no operand is
-// packed. An element's sum has one accumulator of lanes that walks along k, whatever the tile: a
-// row's result does not depend on how many rows come with it.
+// out = a . w^T for the few rows of a boundary step. It is bound by the bytes of w, so w is read once, in tiles of
+// kTileColumns of its rows against as many rows of a as registers hold, and no operand is packed. Each element has one
+// vector accumulator that walks along k, whatever the tile: the result of a row does not depend on the number of rows.
+#include "core/math.h"
 #include "cpu/row_kernels.h"
 #include "cpu/vec.h"
 
@@ -17,7 +17,7 @@ constexpr int kTileRows = 2;  // 8, 4 and 1 in 16
 
 constexpr int kIntoL2 = 2;  // locality of __builtin_prefetch; a tile of w and the next may be more than L1 holds
 
-// How kStep elements along k are loaded and multiplied.
+// Loads and multiplies kStep elements along k.
 template <class T>
 struct Dot {
   using Operand = Vec;
@@ -42,8 +42,8 @@ struct Dot<BFloat16> {
 };
 #endif
 
-// Rows [row, row + Rows) and columns [column, column + Columns) of out. A row of w is a page or more,
-// where hardware prefetchers stop, so the first tile of a column fetches the columns that come next.
+// Rows [row, row + Rows) and columns [column, column + Columns) of out. A row of w is a page or more, at whose end
+// hardware prefetchers stop, so the first tile of a column prefetches the next columns.
 template <class T, int Rows, int Columns>
 void tile(const GemmParams& p, int64_t row, int64_t column) {
   using D = Dot<T>;
@@ -90,7 +90,7 @@ POP_INLINE void tile_of(const GemmParams& p, int64_t rows, int64_t row, int64_t 
 // All rows of out, in tiles of nearly equal height.
 template <class T, int Columns>
 POP_INLINE void column_tile(const GemmParams& p, int64_t column) {
-  const int64_t tiles = (p.m + kTileRows - 1) / kTileRows;
+  const int64_t tiles = ceil_div(p.m, kTileRows);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t row = p.m * t / tiles;
     tile_of<T, Columns>(p, p.m * (t + 1) / tiles - row, row, column);

@@ -1,5 +1,5 @@
-// Groups of fp32 lanes, as wide as a register of the instruction set this file is compiled for,
-// and their loads and stores from float32, bfloat16 and float16. Only for files of POP_ISA.
+// Vectors of fp32 lanes, as wide as a register of the instruction set that this file is compiled for, with loads and
+// stores of float32, bfloat16 and float16. Only for files that are compiled per instruction set (POP_ISA).
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
-constexpr __mmask16 kAll = 0xffff;  // the forms without a mask make g++ 12 warn of an undefined register
+constexpr __mmask16 kAll = 0xffff;  // without a mask, g++ 12 warns of an undefined register
 #elif defined(__AVX__)
 constexpr int kLanes = 8;
 #else
@@ -44,7 +44,7 @@ struct pop::LaneInts<pop::cpu::POP_ISA::Vec> {
 namespace pop::cpu::POP_ISA {
 namespace {
 
-// The element types: float, and these two, which a load or store converts.
+// The element types are float and these two. Loads and stores convert them.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -60,7 +60,7 @@ POP_INLINE Vec load(const float* from) {
   return value;
 }
 
-// g++ makes several instructions of __builtin_convertvector between 16 and 32 bits, hence these.
+// g++ compiles __builtin_convertvector between 16 and 32 bits to several instructions, so intrinsics are used.
 POP_INLINE VecU32 load_u16(const void* from) {
 #if defined(__AVX512F__)
   return lane_cast<VecU32>(_mm512_maskz_cvtepu16_epi32(kAll, _mm256_loadu_si256(static_cast<const __m256i*>(from))));
@@ -87,7 +87,7 @@ POP_INLINE Vec load(const Float16* from) {
 
 POP_INLINE void store(float* to, Vec value) { __builtin_memcpy(to, &value, sizeof(value)); }
 
-// Lanes below 2^16.
+// Every lane is below 2^16.
 POP_INLINE void store_u16(void* to, VecU32 value) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_maskz_cvtepi32_epi16(kAll, lane_cast<__m512i>(value)));
@@ -113,7 +113,7 @@ POP_INLINE void store(Float16* to, Vec value) {
 #endif
 }
 
-// The first `count` < kLanes elements; the other lanes are zero.
+// Loads the first `count` < kLanes elements; the other lanes are zero.
 template <class T>
 POP_INLINE Vec load_tail(const T* from, int64_t count) {
   T lanes[kLanes] = {};
@@ -128,7 +128,7 @@ POP_INLINE void store_tail(T* to, Vec value, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
-// `count` may be anything from 1 up; a full group is loaded where there is one.
+// Loads min(count, kLanes) elements, for count >= 1.
 template <class T>
 POP_INLINE Vec load_upto(const T* from, int64_t count) {
   return count >= kLanes ? load(from) : load_tail(from, count);
@@ -143,7 +143,7 @@ POP_INLINE void store_upto(T* to, Vec value, int64_t count) {
   }
 }
 
-// Stores like store_upto and returns what was stored, rounded as it is.
+// Stores like store_upto and returns the stored values, rounded to the element type.
 POP_INLINE Vec store_rounded(float* to, Vec value, int64_t count) {
   store_upto(to, value, count);
   return value;
@@ -164,7 +164,7 @@ POP_INLINE Vec store_rounded(Float16* to, Vec value, int64_t count) {
   return load_upto(to, count);
 }
 
-// The upper half of the lanes is added to the lower one until four are left.
+// Adds the upper half of the lanes to the lower half until four are left.
 POP_INLINE Quad fold_to_quad(Vec value) {
   Quad quads[kLanes / 4];
   __builtin_memcpy(quads, &value, sizeof(value));
@@ -174,13 +174,13 @@ POP_INLINE Quad fold_to_quad(Vec value) {
   return quads[0];
 }
 
-// Sum of the lanes, always in the same order.
+// The sum of the lanes, always in the same order.
 POP_INLINE float sum_lanes(Vec value) {
   const Quad quad = fold_to_quad(value);
   return (quad[0] + quad[2]) + (quad[1] + quad[3]);
 }
 
-// The same sums of four groups at once.
+// The same sums for four vectors at once.
 POP_INLINE Quad sum_lanes(const Vec (&values)[4]) {
   Quad pairs[2];
   for (int i = 0; i < 2; ++i) {
@@ -195,7 +195,7 @@ POP_INLINE void store_one(float* to, float value) { *to = value; }
 POP_INLINE void store_one(BFloat16* to, float value) { to->bits = static_cast<uint16_t>(bf16_bits(value)); }
 POP_INLINE void store_one(Float16* to, float value) { to->bits = static_cast<uint16_t>(f16_bits(value)); }
 
-// Runs `call(T{})` with the element type of `dtype`.
+// Calls `call(T{})` with the element type T of `dtype`.
 template <class Call>
 POP_INLINE void with_element(DType dtype, const Call& call) {
   switch (dtype) {

@@ -10,7 +10,7 @@ BatchLayout::BatchLayout(const std::vector<SequenceCall>& calls, const std::vect
     const int64_t past = calls[block.sequence].past;
     blocks_[block.sequence].push_back({block.sequence, past + block.begin, past + block.end});
   }
-  // Appends tokens [begin, end) of a sequence whose first token is row `source` of the input.
+  // Appends tokens [begin, end) of a sequence whose first token is row `source` of the packed input.
   const auto append = [this](int64_t sequence, const SequenceCall& call, int64_t source, int64_t begin, int64_t end) {
     if (begin == end) return;
     segments_.push_back({.sequence = sequence,
@@ -59,12 +59,12 @@ std::vector<Segment> BatchLayout::attention_segments(int64_t begin, int64_t end)
   std::vector<Segment> cut;
   for (const Segment& whole : segments(begin, end)) {
     Segment rest = whole;
-    // The first `rows` rows of what is left, which see up to `sees_to`.
-    const auto take = [&](int64_t rows, int64_t sees_to) {
+    // Moves the first `rows` rows of `rest` to `cut`.
+    const auto take = [&](int64_t rows, int64_t visible_end) {
       if (rows <= 0) return;
       cut.push_back(rest);
       cut.back().rows = rows;
-      cut.back().sees_to = sees_to;
+      cut.back().visible_end = visible_end;
       rest.first_row += rows;
       rest.first_position += rows;
       rest.first_source += rows;
@@ -72,7 +72,7 @@ std::vector<Segment> BatchLayout::attention_segments(int64_t begin, int64_t end)
     };
     for (const TokenBlock& block : blocks_[whole.sequence]) {
       take(std::min(rest.rows, block.begin - rest.first_position), 0);
-      if (rest.first_position >= block.begin) take(std::min(rest.rows, block.end - rest.first_position), block.end - 1);
+      if (rest.first_position >= block.begin) take(std::min(rest.rows, block.end - rest.first_position), block.end);
     }
     take(rest.rows, 0);
   }

@@ -2,27 +2,27 @@
 
 #include <vector>
 
-#include "runtime/cutter.h"
+#include "runtime/arena.h"
 #include "runtime/product.h"
 
 namespace pop {
 
 namespace {
 
-// A pair is a row and one of its experts. Pairs lie side by side by expert, so that an expert's are rows of a product.
+// A pair is a row and one of its experts. Pairs are sorted by expert, so that those of one expert are adjacent rows.
 struct ExpertsWorkspace {
   ExpertsWorkspace(const ExpertsShape& shape, int64_t rows, void* base) {
-    Cutter cutter(base);
+    Arena arena(base);
     const int64_t pairs = rows * shape.experts_per_row, element = element_size(shape.dtype);
-    logits = cutter.take(rows * shape.experts * element);
-    expert = cutter.take_array<int32_t>(pairs);
-    weight = cutter.take_array<float>(pairs);
-    place = cutter.take_array<int32_t>(pairs);
-    row = cutter.take_array<int64_t>(pairs);
-    begin = cutter.take_array<int64_t>(shape.experts + 1);
-    x = cutter.take(pairs * shape.hidden_size * element);
-    gate_up = cutter.take(pairs * 2 * shape.inner_size * element);
-    bytes = cutter.used();
+    logits = arena.take(rows * shape.experts * element);
+    expert = arena.take_array<int32_t>(pairs);
+    weight = arena.take_array<float>(pairs);
+    place = arena.take_array<int32_t>(pairs);
+    row = arena.take_array<int64_t>(pairs);
+    begin = arena.take_array<int64_t>(shape.experts + 1);
+    x = arena.take(pairs * shape.hidden_size * element);
+    gate_up = arena.take(pairs * 2 * shape.inner_size * element);
+    bytes = arena.used();
   }
 
   void* logits;     // [rows, experts]
@@ -31,7 +31,7 @@ struct ExpertsWorkspace {
   int32_t* place;   // [rows, experts_per_row]
   int64_t* row;     // [pairs]
   int64_t* begin;   // [experts + 1]
-  void* x;          // [pairs, hidden_size]: what experts read, then what they return
+  void* x;          // [pairs, hidden_size]: the input of the experts, then their output
   void* gate_up;    // [pairs, 2 * inner_size]
   size_t bytes;
 };
@@ -103,7 +103,7 @@ class Experts {
                     .out = work_.x});
   }
 
-  // Each expert's pairs with its own matrix [n, k]; rows of `a` and `out` lie where those of x and gate_up do.
+  // Multiplies the pairs of each expert with its own matrix [n, k]. `a` is work_.x or work_.gate_up.
   void products(void* a, int64_t k, const LinearStack& w, void* out, int64_t n) {
     const int64_t a_stride = a == work_.x ? shape_.hidden_size : 2 * shape_.inner_size;
     std::vector<GemmParams> products;

@@ -1,9 +1,9 @@
-// The sparse MLP: a router sends each row through a few of many experts, each a gated MLP of its own.
+// The sparse MLP (mixture of experts): a router sends each row through a few of many experts, each a gated MLP.
 #pragma once
 
 #include <cstddef>
 
-#include "backend.h"
+#include "backend/backend.h"
 #include "runtime/model.h"
 
 namespace pop {
@@ -13,7 +13,7 @@ struct ExpertsShape {
   Activation activation;
   int64_t hidden_size, inner_size;  // of one expert
   int64_t experts, experts_per_row;
-  bool normalise;  // the weights of a row's experts: as in RouteParams
+  bool normalise;  // RouteParams::normalise
 };
 
 ExpertsShape experts_shape(const ModelSpec& spec);

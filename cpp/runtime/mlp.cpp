@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 
+#include "core/math.h"
 #include "runtime/experts.h"
 #include "runtime/product.h"
 
@@ -14,12 +15,11 @@ int64_t most_rows(DType dtype, bool sparse, bool fp8, const Backend& backend) {
   return sparse || fp8 ? kMlpChunkRows : std::min(kMlpChunkRows, backend.mlp_rows(dtype));
 }
 
-// Rows of each chunk: of about equal chunks, since a short last one reads all weights again for little.
+// Rows of a chunk. Chunks are about equal: a short last one would read all weights again for a few rows.
 int64_t chunk_rows(int64_t rows, int64_t most) {
   constexpr int64_t kTile = 128;
-  const int64_t chunks = (rows + most - 1) / most;
-  const int64_t equal = (rows + chunks - 1) / chunks;
-  return std::min(most, (equal + kTile - 1) / kTile * kTile);
+  const int64_t equal = ceil_div(rows, ceil_div(rows, most));
+  return std::min(most, round_up(equal, kTile));
 }
 
 size_t inner_bytes(const ModelSpec& spec, int64_t rows) {

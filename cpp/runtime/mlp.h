@@ -1,10 +1,10 @@
-// The MLP of a layer, dense or sparse, a chunk of rows at a time (kMlpChunkRows; of a dense one, Backend::mlp_rows): so
-// extra memory does not grow with intermediate_size * prompt.
+// The MLP of a layer, dense or sparse, in chunks of rows, so that its memory does not grow with intermediate_size *
+// prompt. A chunk has at most kMlpChunkRows rows, or Backend::mlp_rows for a dense MLP.
 #pragma once
 
 #include <cstddef>
 
-#include "backend.h"
+#include "backend/backend.h"
 #include "runtime/model.h"
 #include "runtime/product.h"
 
@@ -17,15 +17,15 @@ struct MlpCall {
   int64_t rows;
   const void* x;  // [rows, hidden_size]
   int64_t x_stride;
-  void* out;  // [rows, hidden_size]; down_bias is left to who adds it to the residual stream
+  void* out;  // [rows, hidden_size], without down_bias: the next norm adds it
   int64_t out_stride;
   void* workspace;          // mlp_workspace(model, rows, backend) bytes
-  QuantizedRows quantized;  // of quantized_mlp_bytes(spec, rows) bytes, and as many scales as a chunk has rows
+  QuantizedRows quantized;  // quantized_mlp_bytes(spec, rows) bytes, and one scale per row of a chunk
 };
 
 size_t mlp_workspace(const Model& model, int64_t rows, const Backend& backend);
 
-// Of the rows of a chunk in 8-bit floats.
+// Bytes of a chunk's rows in 8-bit floats.
 size_t quantized_mlp_bytes(const ModelSpec& spec, int64_t rows);
 
 void run_mlp(const MlpCall& call, Backend& backend);

@@ -1,10 +1,10 @@
-// A loaded model as the loop sees it: shapes, plan, and where each weight lies. Torch-free;
-// who owns the memory is the caller's business (torch/registry.h).
+// A loaded model for the prefill loop: shapes, plan and pointers to the weights. No torch; torch/loaded_model.h owns
+// the memory.
 #pragma once
 
 #include <vector>
 
-#include "backend.h"
+#include "backend/params.h"
 #include "core/model_spec.h"
 #include "core/plan.h"
 
@@ -14,9 +14,9 @@ namespace pop {
 struct Linear {
   const void* data = nullptr;
   int64_t stride = 0;
-  // Of e4m3 data, [out_features]: a row is data * scale. Null: data is of the model's dtype.
+  // [out_features] if data is e4m3: a row is data * scale. Null if data has the model's dtype.
   const float* scale = nullptr;
-  const PackedWeight* packed = nullptr;  // the same again, or null
+  const PackedWeight* packed = nullptr;  // a prepacked copy, or null
 };
 
 // Matrices [count, out_features, in_features], `matrix_stride` elements apart.
@@ -25,7 +25,7 @@ struct LinearStack {
   int64_t matrix_stride = 0, stride = 0;
 };
 
-// Vectors are contiguous; a bias or norm that the spec does not have is null.
+// Vectors are contiguous. Biases and norms that the spec does not have are null.
 struct LayerWeights {
   const void* input_norm = nullptr;
   const void* post_norm = nullptr;  // of the MLP's input
@@ -35,12 +35,12 @@ struct LayerWeights {
   const void *q_norm = nullptr, *k_norm = nullptr;
   Linear gate_proj, up_proj, down_proj;
   const void *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;
-  Linear router;  // of a sparse layer, which has these three in the place of the MLP's
+  Linear router;  // a sparse layer has a router and experts instead of gate_proj, up_proj and down_proj
   LinearStack experts_gate_up, experts_down;
 };
 
-// What the independent KV projection of one run reads: all its layers' K and V weights in one
-// matrix, each row multiplied by its layer's input norm, if it has one.
+// The weights of the independent KV projection of one run: K and V of all its layers in one matrix, each row multiplied
+// by its layer's input norm if there is one.
 struct RunWeights {
   LayerRange layers;
   const void* stack = nullptr;  // [layers * 2 * kv_dim, hidden_size]: K of the first layer, its V, K of the second, ...
@@ -51,11 +51,11 @@ struct Model {
   ModelSpec spec;
   Plan plan;
   Linear embed_tokens;
-  const void* norm = nullptr;
+  const void* norm = nullptr;  // the final norm
   std::vector<LayerWeights> layers;
-  std::vector<RunWeights> runs;  // of plan.projected_runs()
-  bool fp8 = false;              // the other layers' products read e4m3 weights
-  bool prepacked = false;        // ... or, of many rows, prepacked ones
+  std::vector<RunWeights> runs;  // one per run of plan.projected_runs()
+  bool fp8 = false;              // the layers outside of the runs have e4m3 matrices
+  bool prepacked = false;        // the layers outside of the runs have prepacked copies of their matrices
 };
 
 }  // namespace pop

@@ -4,8 +4,8 @@
 #include <initializer_list>
 #include <vector>
 
-#include "norm_over_heads.h"
 #include "runtime/mlp.h"
+#include "runtime/norm_over_heads.h"
 #include "runtime/product.h"
 #include "runtime/workspace.h"
 
@@ -13,6 +13,7 @@ namespace pop {
 
 namespace {
 
+// Tells the observer that a stage runs while this object lives.
 class StageRange {
  public:
   StageRange(StageObserver& observer, const char* stage) : observer_(observer) { observer_.begin(stage); }
@@ -22,6 +23,14 @@ class StageRange {
 
  private:
   StageObserver& observer_;
+};
+
+// What an earlier step still has to add to the hidden states: gemm_out + bias, RMS-normalised with `norm` if it is not
+// null. The next norm adds it in the same pass.
+struct PendingUpdate {
+  int64_t begin;  // rows from here on have one
+  const void* bias = nullptr;
+  const void* norm = nullptr;
 };
 
 class Prefill {
@@ -34,25 +43,28 @@ class Prefill {
         backend_(backend),
         observer_(observer),
         element_(element_size(model.spec.dtype)),
-        work_(model, call, backend) {}
+        work_(model, call, backend),
+        pending_{.begin = layout_.rows} {}
 
   void run();
 
  private:
-  void place_rows();
+  void build_row_tables();
   void embed();
-  void run_of_projected(const RunWeights& run, LayerRange layers);
-  std::vector<int64_t> project_run(const RunWeights& run, LayerRange layers);
-  void project_layers(const RunWeights& run, LayerRange layers, int64_t first_row, int64_t rows, const float* rstd);
+  void omitted_layers(const RunWeights& run, LayerRange layers);
+  void project_context_rows(const RunWeights& run, LayerRange layers);
+  void project(const RunWeights& run, LayerRange layers, int64_t first_row, int64_t rows, const float* rstd);
   void full_layer(int64_t layer, int64_t kv_begin, int64_t q_begin);
   void qkv(const LayerWeights& weights, int64_t kv_begin, int64_t q_begin);
   void rope_cache_write(int64_t layer, int64_t kv_begin, int64_t q_begin);
   void attention(int64_t layer, int64_t q_begin);
+  void o_proj(const LayerWeights& weights, int64_t q_begin);
   void mlp(int64_t layer, int64_t q_begin);
   void add_features(int64_t layer);
   void final_norm();
 
   Linear layer_input(int64_t begin, const void* weight);
+  void apply_pending(int64_t begin, int64_t end) { norm(begin, end, nullptr, nullptr, 0); }
   void norm(int64_t begin, int64_t end, const void* weight, void* out, int64_t out_stride, float* rstd = nullptr);
   void gemm(std::initializer_list<GemmParams> products) {
     backend_.gemm(products.begin(), static_cast<int64_t>(products.size()));
@@ -74,16 +86,11 @@ class Prefill {
   const int64_t element_;
   Workspace work_;
   Batch batch_{};
-
-  // Rows from `pending_begin_` on still have to add z + `pending_bias_`, normalised by `pending_norm_` where
-  // there is one, to x: the next norm does it in the same pass.
-  int64_t pending_begin_ = 0;
-  const void* pending_bias_ = nullptr;
-  const void* pending_norm_ = nullptr;
+  PendingUpdate pending_;
 };
 
 void Prefill::run() {
-  place_rows();
+  build_row_tables();
   embed();
   auto next_run = model_.runs.begin();
   for (int64_t layer = 0; layer < spec_.num_layers;) {
@@ -91,9 +98,9 @@ void Prefill::run() {
     if (next_run == model_.runs.end() || layer < next_run->layers.begin) {
       full_layer(layer, 0, 0);
     } else {
-      // A layer after which features are added ends a run: the next one reads something else.
+      // Features that are added after a layer change the hidden state of context rows, so they end the run there.
       if (layer >= call_.feature_layers) end = next_run->layers.end;
-      run_of_projected(*next_run, {layer, end});
+      omitted_layers(*next_run, {layer, end});
       if (end == next_run->layers.end) ++next_run;
     }
     add_features(end - 1);
@@ -102,29 +109,35 @@ void Prefill::run() {
   final_norm();
 }
 
-// Context rows stay as they are through these layers of a run and only leave their K and V behind;
-// boundary rows go through them, over that K and V, and where the backend has a side line
-// they set out while later layers are still being projected.
-void Prefill::run_of_projected(const RunWeights& run, LayerRange layers) {
-  const int64_t before = backend_.mark();
-  const std::vector<int64_t> projected = project_run(run, layers);
-  const bool beside = !projected.empty();
-  if (beside) backend_.begin_side(before);
+// Layers of a run, which share one hidden state of the context rows. Context rows only write their K and V (the
+// independent KV projection). Boundary rows then go through the full layers and attend to them (the boundary
+// recompute). In the last layer only rows whose logits are wanted need more than K and V.
+void Prefill::omitted_layers(const RunWeights& run, LayerRange layers) {
+  project_context_rows(run, layers);
   for (int64_t layer = layers.begin; layer < layers.end; ++layer) {
-    if (beside) backend_.wait(projected[layer - layers.begin]);
     const bool last = layer == spec_.num_layers - 1;
     full_layer(layer, layout_.context_rows, last ? layout_.wanted_begin : layout_.context_rows);
   }
-  if (beside) backend_.end_side();
 }
 
-void Prefill::place_rows() {
-  StageRange stage(observer_, "pop::place_rows");
+// The full layer for rows [q_begin, rows); rows [kv_begin, q_begin) only write their K and V.
+void Prefill::full_layer(int64_t layer, int64_t kv_begin, int64_t q_begin) {
+  if (kv_begin == layout_.rows) return;
+  const LayerWeights& weights = model_.layers[layer];
+  qkv(weights, kv_begin, q_begin);
+  rope_cache_write(layer, kv_begin, q_begin);
+  attention(layer, q_begin);
+  o_proj(weights, q_begin);
+  mlp(layer, q_begin);
+}
+
+void Prefill::build_row_tables() {
+  StageRange stage(observer_, "pop::build_row_tables");
   const std::vector<Segment> segments = layout_.segments(0, layout_.rows);
-  PlaceRowsParams& tables = work_.place_rows;
+  RowTablesParams& tables = work_.row_tables;
   tables.segments = segments.data();
   tables.num_segments = static_cast<int64_t>(segments.size());
-  backend_.place_rows(tables);
+  backend_.build_row_tables(tables);
   batch_ = {.rows = layout_.rows,
             .sequences = layout_.sequences,
             .row_sequence = tables.row_sequence,
@@ -150,7 +163,7 @@ void Prefill::embed() {
                   .row_source = batch_.row_source,
                   .table = from_ids ? model_.embed_tokens.data : call_.embeds,
                   .table_stride = from_ids ? model_.embed_tokens.stride : call_.embeds_stride,
-                  .out = work_.x,
+                  .out = work_.hidden,
                   .scale = from_ids ? static_cast<float>(spec_.embed_scale) : 1.0f});
   for (const auto& [packed, ordered] :
        {std::pair{call_.cos, work_.cos}, std::pair{call_.sin, work_.sin}, std::pair{call_.cos_local, work_.cos_local},
@@ -166,41 +179,38 @@ void Prefill::embed() {
                     .table_stride = call_.rope_stride,
                     .out = ordered});
   }
-  pending_begin_ = layout_.rows;
 }
 
-// Returns, for each of the layers, the mark after which its K and V are there; empty without context rows.
-std::vector<int64_t> Prefill::project_run(const RunWeights& run, LayerRange all) {
-  if (layout_.context_rows == 0) return {};
+void Prefill::project_context_rows(const RunWeights& run, LayerRange all) {
+  if (layout_.context_rows == 0) return;
   StageRange stage(observer_, "pop::kv_project");
-  // The pass that brings x up to date hands its row scales over.
-  const bool pending = pending_begin_ < layout_.context_rows;
+  // If an update is pending, the pass that adds it also computes the row scales.
+  const bool pending = pending_.begin < layout_.context_rows;
   if (pending) norm(0, layout_.context_rows, nullptr, nullptr, 0, work_.rstd);
   const float* rstd = pending ? work_.rstd : nullptr;
 
+  // With window_only, an omitted layer with a window writes only the positions that later rows can see.
   const std::vector<int64_t>& omit = model_.plan.omit;
   const auto window_of = [&](int64_t layer) {
     return call_.window_only && std::binary_search(omit.begin(), omit.end(), layer) ? spec_.window[layer] : 0;
   };
-  const int64_t at_once = backend_.kv_project_layers(layout_.context_rows, all.size(), spec_.kv_dim());
-  std::vector<int64_t> marks;
   LayerRange layers{all.begin, all.begin};
   for (; layers.begin < all.end; layers.begin = layers.end) {
-    const int64_t window = window_of(layers.begin), limit = std::min(layers.begin + at_once, all.end);
-    while (layers.end < limit && window_of(layers.end) == window) ++layers.end;
-    if (window == 0) project_layers(run, layers, 0, layout_.context_rows, rstd);
-    for (const Segment& segment : layout_.segments(0, window == 0 ? 0 : layout_.context_rows)) {
-      // The first boundary row is the next reader: it sees the window - 1 positions before it.
-      const int64_t rows = std::min(segment.rows, window - 1);
-      if (rows > 0) project_layers(run, layers, segment.first_row + segment.rows - rows, rows, rstd);
+    const int64_t window = window_of(layers.begin);
+    while (layers.end < all.end && window_of(layers.end) == window) ++layers.end;
+    if (window == 0) {
+      project(run, layers, 0, layout_.context_rows, rstd);
+      continue;
     }
-    marks.resize(layers.end - all.begin, backend_.mark());
+    for (const Segment& segment : layout_.segments(0, layout_.context_rows)) {
+      // The first boundary row reads next: it sees the window - 1 positions before it.
+      const int64_t rows = std::min(segment.rows, window - 1);
+      if (rows > 0) project(run, layers, segment.first_row + segment.rows - rows, rows, rstd);
+    }
   }
-  return marks;
 }
 
-void Prefill::project_layers(const RunWeights& run, LayerRange layers, int64_t first_row, int64_t rows,
-                             const float* rstd) {
+void Prefill::project(const RunWeights& run, LayerRange layers, int64_t first_row, int64_t rows, const float* rstd) {
   const int64_t skip = layers.begin - run.layers.begin;
   const auto from = [skip](const std::vector<const void*>& vectors) { return vectors.data() + skip; };
   backend_.kv_project({.dtype = spec_.dtype,
@@ -210,7 +220,7 @@ void Prefill::project_layers(const RunWeights& run, LayerRange layers, int64_t f
                        .kv_heads = spec_.num_kv_heads,
                        .head_dim = spec_.head_dim,
                        .rotary_dim = spec_.rotary_dim,
-                       .x = at(work_.x, first_row, spec_.hidden_size),
+                       .x = at(work_.hidden, first_row, spec_.hidden_size),
                        .x_stride = spec_.hidden_size,
                        .normalise = spec_.input_norms,
                        .rstd = rstd == nullptr ? nullptr : rstd + first_row,
@@ -225,34 +235,25 @@ void Prefill::project_layers(const RunWeights& run, LayerRange layers, int64_t f
                        .rope_table = spec_.rope_table.data() + layers.begin,
                        .batch = &batch_,
                        .caches = call_.caches + layers.begin,
-                       .workspace = work_.kv_project});
-}
-
-// The whole layer for rows [q_begin, rows); rows [kv_begin, q_begin) only leave their K and V.
-void Prefill::full_layer(int64_t layer, int64_t kv_begin, int64_t q_begin) {
-  if (kv_begin == layout_.rows) return;
-  const LayerWeights& weights = model_.layers[layer];
-  qkv(weights, kv_begin, q_begin);
-  rope_cache_write(layer, kv_begin, q_begin);
-  attention(layer, q_begin);
-  mlp(layer, q_begin);
+                       .workspace = work_.scratch});
 }
 
 void Prefill::qkv(const LayerWeights& weights, int64_t kv_begin, int64_t q_begin) {
   StageRange stage(observer_, "pop::qkv");
   const Linear input = layer_input(kv_begin, weights.input_norm);
   const int64_t kv_rows = layout_.rows - kv_begin, q_rows = layout_.rows - q_begin;
-  const int64_t hidden = spec_.hidden_size, q_dim = spec_.q_dim(), kv_dim = spec_.kv_dim(), wide = work_.wide;
+  const int64_t hidden = spec_.hidden_size, q_dim = spec_.q_dim(), kv_dim = spec_.kv_dim(), q_stride = work_.row_stride;
   const DType dtype = spec_.dtype;
   const ProductRows from = rows_for(backend_, dtype, weights.k_proj, kv_rows, hidden,
                                     at(input.data, kv_begin, input.stride), input.stride, work_.quantized);
-  void *q = at(work_.z, q_begin, wide), *k = at(work_.k, kv_begin, kv_dim), *v = at(work_.v, kv_begin, kv_dim);
+  void *q = at(work_.gemm_out, q_begin, q_stride), *k = at(work_.k, kv_begin, kv_dim),
+       *v = at(work_.v, kv_begin, kv_dim);
   gemm({product(dtype, kv_rows, kv_dim, hidden, from, weights.k_proj, k, kv_dim),
         product(dtype, kv_rows, kv_dim, hidden, from, weights.v_proj, v, kv_dim),
-        product(dtype, q_rows, q_dim, hidden, from_row(from, q_begin - kv_begin, dtype), weights.q_proj, q, wide)});
+        product(dtype, q_rows, q_dim, hidden, from_row(from, q_begin - kv_begin, dtype), weights.q_proj, q, q_stride)});
   if (!spec_.qk_norm_over_heads) return;
   const float offset = static_cast<float>(spec_.norm_weight_offset), eps = static_cast<float>(spec_.rms_norm_eps);
-  norm_over_heads(backend_, spec_.dtype, q, q_rows, q_dim, wide, weights.q_norm, offset, eps);
+  norm_over_heads(backend_, spec_.dtype, q, q_rows, q_dim, q_stride, weights.q_norm, offset, eps);
   norm_over_heads(backend_, spec_.dtype, k, kv_rows, kv_dim, kv_dim, weights.k_norm, offset, eps);
 }
 
@@ -268,8 +269,8 @@ void Prefill::rope_cache_write(int64_t layer, int64_t kv_begin, int64_t q_begin)
                                .rotary_dim = spec_.rotary_dim,
                                .first_row = begin,
                                .rows = end - begin,
-                               .q = with_q ? at(work_.z, begin, work_.wide) : nullptr,
-                               .q_stride = work_.wide,
+                               .q = with_q ? at(work_.gemm_out, begin, work_.row_stride) : nullptr,
+                               .q_stride = work_.row_stride,
                                .k = at(work_.k, begin, spec_.kv_dim()),
                                .v = at(work_.v, begin, spec_.kv_dim()),
                                .kv_stride = spec_.kv_dim(),
@@ -290,37 +291,34 @@ void Prefill::rope_cache_write(int64_t layer, int64_t kv_begin, int64_t q_begin)
 }
 
 void Prefill::attention(int64_t layer, int64_t q_begin) {
-  const LayerWeights& weights = model_.layers[layer];
-  const int64_t wide = work_.wide;
-  {
-    StageRange stage(observer_, "pop::attention");
-    const std::vector<Segment> segments = layout_.attention_segments(q_begin, layout_.rows);
-    backend_.attention({.dtype = spec_.dtype,
-                        .heads = spec_.num_heads,
-                        .kv_heads = spec_.num_kv_heads,
-                        .head_dim = spec_.head_dim,
-                        .scale = static_cast<float>(spec_.attention_scale),
-                        .softcap = static_cast<float>(spec_.attention_softcap),
-                        .window = spec_.window[layer],
-                        .segments = segments.data(),
-                        .num_segments = static_cast<int64_t>(segments.size()),
-                        .first_row = 0,
-                        .q = work_.z,
-                        .q_stride = wide,
-                        .out = work_.y,
-                        .out_stride = wide,
-                        .cache = call_.caches[layer],
-                        .address = batch_.address});
-  }
+  StageRange stage(observer_, "pop::attention");
+  const std::vector<Segment> segments = layout_.attention_segments(q_begin, layout_.rows);
+  backend_.attention({.dtype = spec_.dtype,
+                      .heads = spec_.num_heads,
+                      .kv_heads = spec_.num_kv_heads,
+                      .head_dim = spec_.head_dim,
+                      .scale = static_cast<float>(spec_.attention_scale),
+                      .softcap = static_cast<float>(spec_.attention_softcap),
+                      .window = spec_.window[layer],
+                      .segments = segments.data(),
+                      .num_segments = static_cast<int64_t>(segments.size()),
+                      .first_row = 0,
+                      .q = work_.gemm_out,
+                      .q_stride = work_.row_stride,
+                      .out = work_.gemm_in,
+                      .out_stride = work_.row_stride,
+                      .cache = call_.caches[layer],
+                      .address = batch_.address});
+}
+
+void Prefill::o_proj(const LayerWeights& weights, int64_t q_begin) {
   StageRange stage(observer_, "pop::o_proj");
-  const int64_t rows = layout_.rows - q_begin;
+  const int64_t rows = layout_.rows - q_begin, stride = work_.row_stride;
   const ProductRows attended = rows_for(backend_, spec_.dtype, weights.o_proj, rows, spec_.q_dim(),
-                                        at(work_.y, q_begin, wide), wide, work_.quantized);
+                                        at(work_.gemm_in, q_begin, stride), stride, work_.quantized);
   gemm({product(spec_.dtype, rows, spec_.hidden_size, spec_.q_dim(), attended, weights.o_proj,
-                at(work_.z, q_begin, wide), wide)});
-  pending_begin_ = q_begin;
-  pending_bias_ = weights.o_bias;
-  pending_norm_ = weights.attention_out_norm;
+                at(work_.gemm_out, q_begin, stride), stride)});
+  pending_ = {.begin = q_begin, .bias = weights.o_bias, .norm = weights.attention_out_norm};
 }
 
 void Prefill::mlp(int64_t layer, int64_t q_begin) {
@@ -333,20 +331,18 @@ void Prefill::mlp(int64_t layer, int64_t q_begin) {
            .rows = layout_.rows - q_begin,
            .x = at(from.data, q_begin, from.stride),
            .x_stride = from.stride,
-           .out = at(work_.z, q_begin, work_.wide),
-           .out_stride = work_.wide,
-           .workspace = work_.mlp,
+           .out = at(work_.gemm_out, q_begin, work_.row_stride),
+           .out_stride = work_.row_stride,
+           .workspace = work_.scratch,
            .quantized = work_.quantized},
           backend_);
-  pending_begin_ = q_begin;
-  pending_bias_ = weights.down_bias;
-  pending_norm_ = weights.mlp_out_norm;
+  pending_ = {.begin = q_begin, .bias = weights.down_bias, .norm = weights.mlp_out_norm};
 }
 
 void Prefill::add_features(int64_t layer) {
   if (layer >= call_.feature_layers) return;
   StageRange stage(observer_, "pop::add_features");
-  norm(0, layout_.rows, nullptr, nullptr, 0);
+  apply_pending(0, layout_.rows);
   const LayerFeatures& features = call_.features[layer];
   backend_.add_features({.dtype = spec_.dtype,
                          .rows = layout_.rows,
@@ -356,7 +352,7 @@ void Prefill::add_features(int64_t layer) {
                          .num_features = features.rows,
                          .features = features.data,
                          .features_stride = features.stride,
-                         .out = work_.x});
+                         .out = work_.hidden});
 }
 
 void Prefill::final_norm() {
@@ -364,30 +360,32 @@ void Prefill::final_norm() {
   norm(layout_.wanted_begin, layout_.rows, model_.norm, call_.hidden_states, spec_.hidden_size);
 }
 
-// Where attention or the MLP reads rows from `begin` on: x, up to date, through its norm where the family has one.
+// Adds the pending update to rows from `begin` on, and returns what attention or the MLP reads: those rows of the
+// hidden states, normalised with `weight` if the family has input norms.
 Linear Prefill::layer_input(int64_t begin, const void* weight) {
   if (!spec_.input_norms) {
-    norm(begin, layout_.rows, nullptr, nullptr, 0);
-    return {work_.x, spec_.hidden_size};
+    apply_pending(begin, layout_.rows);
+    return {work_.hidden, spec_.hidden_size};
   }
-  norm(begin, layout_.rows, weight, at(work_.y, begin, work_.wide), work_.wide);
-  return {work_.y, work_.wide};
+  norm(begin, layout_.rows, weight, at(work_.gemm_in, begin, work_.row_stride), work_.row_stride);
+  return {work_.gemm_in, work_.row_stride};
 }
 
-// Rows [begin, end): adds what is pending to x, then out = rms_norm(x) * weight; rstd [end - begin] on request.
+// For rows [begin, end): adds the pending update to the hidden states, then out = rms_norm(hidden) * weight and rstd,
+// each [end - begin] rows and skipped if null.
 void Prefill::norm(int64_t begin, int64_t end, const void* weight, void* out, int64_t out_stride, float* rstd) {
-  const int64_t split = std::clamp(pending_begin_, begin, end);
+  const int64_t split = std::clamp(pending_.begin, begin, end);
   const auto norm_rows = [&](int64_t first, int64_t last, bool pending) {
     if (first == last || (!pending && out == nullptr && rstd == nullptr)) return;
     backend_.rms_norm({.dtype = spec_.dtype,
                        .rows = last - first,
                        .width = spec_.hidden_size,
-                       .x = at(work_.x, first, spec_.hidden_size),
+                       .x = at(work_.hidden, first, spec_.hidden_size),
                        .x_stride = spec_.hidden_size,
-                       .delta = pending ? at(work_.z, first, work_.wide) : nullptr,
-                       .delta_stride = work_.wide,
-                       .delta_bias = pending ? pending_bias_ : nullptr,
-                       .delta_norm = pending ? pending_norm_ : nullptr,
+                       .delta = pending ? at(work_.gemm_out, first, work_.row_stride) : nullptr,
+                       .delta_stride = work_.row_stride,
+                       .delta_bias = pending ? pending_.bias : nullptr,
+                       .delta_norm = pending ? pending_.norm : nullptr,
                        .weight = weight,
                        .weight_offset = static_cast<float>(spec_.norm_weight_offset),
                        .eps = static_cast<float>(spec_.rms_norm_eps),
@@ -397,7 +395,7 @@ void Prefill::norm(int64_t begin, int64_t end, const void* weight, void* out, in
   };
   norm_rows(begin, split, false);
   norm_rows(split, end, true);
-  pending_begin_ = std::max(pending_begin_, end);
+  pending_.begin = std::max(pending_.begin, end);
 }
 
 }  // namespace

@@ -1,15 +1,15 @@
-// Prefill-only pruning, once, for every backend: the layer-skipping loop.
+// Prefill with Prefill-Only Pruning (arXiv 2602.03295): the layer-skipping loop, for every backend.
 #pragma once
 
 #include <cstddef>
 
-#include "backend.h"
+#include "backend/backend.h"
 #include "runtime/batch.h"
 #include "runtime/model.h"
 
 namespace pop {
 
-// Told when a stage begins and ends, so that a profiler can show what ran.
+// Is told when a stage begins and ends, for profilers.
 class StageObserver {
  public:
   virtual ~StageObserver() = default;
@@ -17,7 +17,7 @@ class StageObserver {
   virtual void end() = 0;
 };
 
-// What a vision tower adds to the rows of its tokens after one of the first layers (DeepStack).
+// Features of a vision tower that are added to the rows of its tokens after one of the first layers (DeepStack).
 struct LayerFeatures {
   const void* data;  // [rows, hidden_size]
   int64_t rows, stride;
@@ -29,19 +29,19 @@ struct PrefillCall {
   const void* embeds;  // [packed rows, hidden_size] or null
   int64_t embeds_stride;
   const float *cos, *sin;              // [packed rows, >= rotary_dim / 2]
-  const float *cos_local, *sin_local;  // the same, of layers with rope table 1; null without them
+  const float *cos_local, *sin_local;  // the same for layers with RoPE table 1; null if there are none
   int64_t rope_stride;
   CacheAddress address;           // host
   const LayerCache* caches;       // host [num_layers]
-  bool window_only;               // omitted layers with a window: project what it lets later rows see, no more
-  const int64_t* feature_index;   // [packed rows] row of every LayerFeatures, or -1; null without them
-  const LayerFeatures* features;  // host [feature_layers]: those of layer l are added after it
+  bool window_only;               // omitted layers with a window: project only the rows that later rows can see
+  const int64_t* feature_index;   // [packed rows] row of LayerFeatures::data, or -1; null if there are no features
+  const LayerFeatures* features;  // host [feature_layers]; entry l is added after layer l
   int64_t feature_layers;
   void* hidden_states;  // [wanted rows, hidden_size]: the result, final norm applied
   void* workspace;      // workspace_bytes(...) bytes, aligned to kAlignment
 };
 
-// With what `call` says of its rows; its pointers to memory of the device are not looked at.
+// Bytes of PrefillCall::workspace. Reads the layout and the address of `call`; workspace and hidden_states may be null.
 size_t workspace_bytes(const Model& model, const PrefillCall& call, const Backend& backend);
 
 void prefill(const Model& model, const PrefillCall& call, Backend& backend, StageObserver& observer);

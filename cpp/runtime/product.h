@@ -1,42 +1,42 @@
-// Products with weight matrices, as the loop asks for them.
+// Products with weight matrices: builds GemmParams, and rounds rows to 8-bit floats where the weight is e4m3.
 #pragma once
 
 #include <stdexcept>
 
-#include "backend.h"
+#include "backend/backend.h"
 #include "runtime/model.h"
 
 namespace pop {
 
-// Memory for rows in 8-bit floats, null in a call without such products.
+// Memory for rows in 8-bit floats; null if no weight of the call is e4m3.
 struct QuantizedRows {
   uint8_t* data = nullptr;
-  float* scale = nullptr;
+  float* scale = nullptr;  // one per row
 };
 
-// What products read: rows of the model's dtype, or with a scale of each in 8-bit floats.
+// The left operand of a product: rows of the model's dtype, or e4m3 rows with one scale each.
 struct ProductRows {
   const void* data;
   int64_t stride;
   const float* scale = nullptr;
 };
 
-// Rows [rows, k] for products with `w` and its like: as they are, or quantised into `place` where w is.
+// Rows x [rows, k] as the operand of products with `w`: x itself, or x rounded to e4m3 in `buffer` if w is e4m3.
 inline ProductRows rows_for(Backend& backend, DType dtype, const Linear& w, int64_t rows, int64_t k, const void* x,
-                            int64_t x_stride, const QuantizedRows& place) {
+                            int64_t x_stride, const QuantizedRows& buffer) {
   if (w.scale == nullptr) return {x, x_stride};
   backend.quantize_rows({.dtype = dtype,
                          .rows = rows,
                          .width = k,
                          .x = x,
                          .x_stride = x_stride,
-                         .out = place.data,
+                         .out = buffer.data,
                          .out_stride = k,
-                         .scale = place.scale});
-  return {place.data, k, place.scale};
+                         .scale = buffer.scale});
+  return {buffer.data, k, buffer.scale};
 }
 
-// The same from row `row` on. Rows in 8-bit floats are not cut: layers with them have as many rows of q as of K and V.
+// The rows from `row` on. e4m3 rows are never cut: their layers compute q for the same rows as K and V.
 inline ProductRows from_row(const ProductRows& rows, int64_t row, DType dtype) {
   if (row == 0) return rows;
   if (rows.scale != nullptr) throw std::logic_error("pop: rows in 8-bit floats: expected all of them");

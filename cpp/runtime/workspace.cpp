@@ -2,62 +2,65 @@
 
 #include <algorithm>
 
-#include "runtime/cutter.h"
+#include "runtime/arena.h"
 #include "runtime/mlp.h"
 
 namespace pop {
+
+namespace {
+
+// The most that a projection of some layers of a run needs. A run may be projected in parts, and a part of fewer layers
+// may take more rows at once, so every number of layers counts.
+size_t most_kv_project_bytes(const Model& model, const BatchLayout& layout, const Backend& backend) {
+  const ModelSpec& spec = model.spec;
+  size_t most = 0;
+  for (const RunWeights& run : model.runs) {
+    for (int64_t layers = 1; layers <= run.layers.size(); ++layers) {
+      most = std::max(
+          most, backend.kv_project_workspace(spec.dtype, layout.context_rows, spec.hidden_size, layers, spec.kv_dim()));
+    }
+  }
+  return most;
+}
+
+}  // namespace
 
 Workspace::Workspace(const Model& model, const PrefillCall& call, const Backend& backend) {
   const ModelSpec& spec = model.spec;
   const BatchLayout& layout = *call.layout;
   const int64_t element = element_size(spec.dtype);
-  const int64_t rows = layout.rows;
-  wide = std::max(spec.hidden_size, spec.q_dim());
+  const int64_t rows = layout.rows, half = spec.rotary_dim / 2;
+  row_stride = std::max(spec.hidden_size, spec.q_dim());
 
-  Cutter cutter(call.workspace);
-  x = cutter.take(rows * spec.hidden_size * element);
-  y = cutter.take(rows * wide * element);
-  z = cutter.take(rows * wide * element);
-  k = cutter.take(rows * spec.kv_dim() * element);
-  v = cutter.take(rows * spec.kv_dim() * element);
+  Arena arena(call.workspace);
+  hidden = arena.take(rows * spec.hidden_size * element);
+  gemm_in = arena.take(rows * row_stride * element);
+  gemm_out = arena.take(rows * row_stride * element);
+  k = arena.take(rows * spec.kv_dim() * element);
+  v = arena.take(rows * spec.kv_dim() * element);
   if (model.fp8) {
-    const size_t inputs = std::max<size_t>(rows * wide, quantized_mlp_bytes(spec, rows));
-    quantized = {.data = static_cast<uint8_t*>(cutter.take(inputs)), .scale = cutter.take_array<float>(rows)};
+    const size_t inputs = std::max<size_t>(rows * row_stride, quantized_mlp_bytes(spec, rows));
+    quantized = {.data = static_cast<uint8_t*>(arena.take(inputs)), .scale = arena.take_array<float>(rows)};
   }
-  rstd = cutter.take_array<float>(rows);
-  cos = cutter.take_array<float>(rows * (spec.rotary_dim / 2));
-  sin = cutter.take_array<float>(rows * (spec.rotary_dim / 2));
+  rstd = arena.take_array<float>(rows);
+  cos = arena.take_array<float>(rows * half);
+  sin = arena.take_array<float>(rows * half);
   const bool local = spec.has_local_rope();
-  cos_local = local ? cutter.take_array<float>(rows * (spec.rotary_dim / 2)) : nullptr;
-  sin_local = local ? cutter.take_array<float>(rows * (spec.rotary_dim / 2)) : nullptr;
-  place_rows = {.segments = nullptr,
+  cos_local = local ? arena.take_array<float>(rows * half) : nullptr;
+  sin_local = local ? arena.take_array<float>(rows * half) : nullptr;
+  row_tables = {.segments = nullptr,
                 .num_segments = 0,
                 .sequences = layout.sequences,
                 .address = call.address,
-                .row_sequence = cutter.take_array<int64_t>(rows),
-                .row_position = cutter.take_array<int64_t>(rows),
-                .row_source = cutter.take_array<int64_t>(rows),
-                .start = cutter.take_array<int64_t>(layout.sequences),
+                .row_sequence = arena.take_array<int64_t>(rows),
+                .row_position = arena.take_array<int64_t>(rows),
+                .row_source = arena.take_array<int64_t>(rows),
+                .start = arena.take_array<int64_t>(layout.sequences),
                 .slot_table = call.address.slot_table == nullptr
                                   ? nullptr
-                                  : cutter.take_array<int32_t>(layout.sequences * call.address.slot_table_stride)};
-
-  // The projection of a run and the MLP of a layer never run at once, but for the MLP of boundary rows
-  // on a side line.
-  const int64_t beside = backend.has_side() ? rows - layout.context_rows : 0;
-  const size_t before = mlp_workspace(model, beside, backend);
-  size_t projection = 0;
-  for (const RunWeights& run : model.runs) {
-    // A run may be projected in parts, and a part of fewer layers take more rows at once.
-    for (int64_t layers = 1; layers <= run.layers.size(); ++layers) {
-      projection = std::max(projection, backend.kv_project_workspace(spec.dtype, layout.context_rows, spec.hidden_size,
-                                                                     layers, spec.kv_dim()));
-    }
-  }
-  const size_t chunk = mlp_workspace(model, rows, backend);
-  mlp = cutter.take(std::max(chunk, before + projection));
-  kv_project = mlp == nullptr ? nullptr : static_cast<char*>(mlp) + before;
-  bytes = cutter.used();
+                                  : arena.take_array<int32_t>(layout.sequences * call.address.slot_table_stride)};
+  scratch = arena.take(std::max(mlp_workspace(model, rows, backend), most_kv_project_bytes(model, layout, backend)));
+  bytes = arena.used();
 }
 
 size_t workspace_bytes(const Model& model, const PrefillCall& call, const Backend& backend) {

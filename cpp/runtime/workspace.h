@@ -1,10 +1,10 @@
-// The memory of one call, cut from a single allocation: made for the call, freed with it.
+// The memory of one call, cut from a single allocation that the caller makes and frees.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "backend.h"
+#include "backend/backend.h"
 #include "runtime/batch.h"
 #include "runtime/model.h"
 #include "runtime/prefill.h"
@@ -12,28 +12,25 @@
 
 namespace pop {
 
-// Row r of a buffer belongs to row r of the batch; widths in elements.
+// Row r of a buffer belongs to row r of the batch. Widths are in elements.
 struct Workspace {
-  // Cut from call.workspace; without that only `bytes` is meaningful.
+  // Cuts call.workspace; if that is null, only `bytes` is meaningful.
   Workspace(const Model& model, const PrefillCall& call, const Backend& backend);
 
-  int64_t wide;  // max(hidden_size, q_dim)
-  void* x;       // [rows, hidden_size] residual stream
-  void* y;       // [rows, wide] input of the next GEMM: normalised rows or attention output
-  void* z;       // [rows, wide] output of a GEMM: q, or what is to be added to x
-  void* k;       // [rows, kv_dim]
-  void* v;       // [rows, kv_dim]
-  // mlp_workspace bytes; with a side line, KvProjectParams::workspace lies behind those of the rows at full
-  // depth, which run beside it.
-  void* mlp;
-  void* kv_project;
-  QuantizedRows quantized;  // input of the next product in a model with 8-bit weights, else null
+  int64_t row_stride;       // of gemm_in and gemm_out: max(hidden_size, q_dim)
+  void* hidden;             // [rows, hidden_size] hidden states (the residual stream)
+  void* gemm_in;            // [rows, row_stride] input of the next GEMM: normalised rows, or attention output
+  void* gemm_out;           // [rows, row_stride] output of a GEMM: q, or the update to add to `hidden`
+  void* k;                  // [rows, kv_dim]
+  void* v;                  // [rows, kv_dim]
+  void* scratch;            // MlpCall::workspace or KvProjectParams::workspace, which are never in use at once
+  QuantizedRows quantized;  // the next GEMM's input in 8-bit floats; null if the model has no e4m3 weights
   float* rstd;              // [rows]
   float* cos;               // [rows, rotary_dim / 2]
-  float* sin;               // the same
-  float* cos_local;         // the same; null where no layer takes a second table
-  float* sin_local;
-  PlaceRowsParams place_rows;
+  float* sin;               // [rows, rotary_dim / 2]
+  float* cos_local;         // [rows, rotary_dim / 2], or null if no layer uses RoPE table 1
+  float* sin_local;         // the same
+  RowTablesParams row_tables;
   size_t bytes;
 };
 

@@ -1,4 +1,4 @@
-// Calls of the operators in torch/foreign_ops.h that every backend needs.
+// Calls of those operators of torch/foreign_ops.h that every backend needs.
 #pragma once
 
 #include <dlfcn.h>
@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "backend.h"
+#include "backend/params.h"
 #include "torch/foreign_ops.h"
 
 namespace pop::aten {
@@ -18,14 +18,15 @@ namespace pop::aten {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Why the latest call of this thread failed. Part of torch's C shim from 2.13 on: looked up, not linked.
+// The reason why the latest call of this thread failed. It is part of torch's C shim from 2.13 on, so it is looked up,
+// not linked.
 inline const char* last_error() {
   using What = const char* (*)();
   static const auto what = reinterpret_cast<What>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
   return what == nullptr ? "failed; torch wrote the reason to stderr" : what();
 }
 
-// Puts the results over the arguments: `stack` is as long as the longer of the two.
+// Writes the results over the arguments: `stack` has the length of the longer of the two.
 template <size_t N>
 void call(const char* name, const char* overload, std::array<StableIValue, N>& stack) {
   if (torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION) != 0) {
@@ -66,7 +67,7 @@ inline ScalarType scalar_type(DType dtype) {
   throw std::invalid_argument("DType: expected f32, bf16 or f16");
 }
 
-// Rows in host memory, `stride` elements apart.
+// A view of rows in host memory, `stride` elements apart.
 inline Tensor host_matrix(DType dtype, const void* data, int64_t rows, int64_t columns, int64_t stride) {
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   return torch::stable::from_blob(const_cast<void*>(data), {rows, columns}, {stride, 1}, cpu, scalar_type(dtype));
@@ -81,7 +82,7 @@ inline void scaled_mm_out(const Tensor& self, const Tensor& mat2, const Tensor& 
                              from(std::optional(out_dtype)), from(use_fast_accum), from(out)});
 }
 
-// out = a . w^T on `device`, by the library behind aten's matmul.
+// out = a . w^T on `device`, by the library that aten's matmul uses.
 inline void matmul_nt(const GemmParams& p, torch::stable::Device device) {
   const auto view = [&](const void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
                         ScalarType dtype) {
@@ -93,7 +94,7 @@ inline void matmul_nt(const GemmParams& p, torch::stable::Device device) {
   if (p.a_scale == nullptr) return mm_out(a, w, out);
   const Tensor a_scale = view(p.a_scale, p.m, 1, 1, 1, ScalarType::Float);
   const Tensor w_scale = view(p.w_scale, 1, p.n, p.n, 1, ScalarType::Float);
-  // The kernel for compute capability 8.9 takes rows to follow one another.
+  // The kernel for compute capability 8.9 assumes that the rows of its result are adjacent.
   Tensor to = p.out_stride == p.n ? out : torch::stable::new_empty(out, {p.m, p.n});
   scaled_mm_out(a, w, a_scale, w_scale, dtype, true, to);
   if (p.out_stride != p.n) {

@@ -9,7 +9,7 @@
 #include "torch/checks.h"
 
 #if defined(POP_WITH_CUDA)
-#include "torch/cuda_backend.h"
+#include "cuda/host/cuda_backend.h"
 #endif
 
 namespace pop {
@@ -18,7 +18,7 @@ namespace pop {
 
 namespace {
 
-// Under the shim the CUDA backend works on host memory, and takes the place of the CPU's.
+// Under the shim the CUDA backend works on host memory and replaces the CPU backend.
 bool takes_cuda_backend([[maybe_unused]] const Tensor& tensor) {
 #if defined(POP_CUDA_SHIM)
   return true;

@@ -1,4 +1,4 @@
-// The backend of a tensor's device, for one call of an operator.
+// The backend for a tensor's device, for one call of an operator.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -7,13 +7,13 @@
 #include <memory>
 #include <string>
 
-#include "backend.h"
+#include "backend/backend.h"
 
 namespace pop {
 
 class BackendOfCall {
  public:
-  // The device of `like` becomes the current one, and its backend works on torch's current stream there.
+  // Makes the device of `like` the current one; its backend works on torch's current stream there.
   explicit BackendOfCall(const torch::stable::Tensor& like);
   ~BackendOfCall();
   BackendOfCall(const BackendOfCall&) = delete;
@@ -28,11 +28,12 @@ class BackendOfCall {
   Backend* backend_;
 };
 
-// Switches of the backends, by name; returns the value before, or throws on an unknown name. The names
-// and their meanings are in docs/ops.md.
+// Sets an option of a backend by name and returns the value before; throws for an unknown name. docs/ops.md lists the
+// options.
 int64_t tune(const std::string& option, int64_t value);
 
-// Throws if a kernel of an earlier call met an id outside the vocabulary (CUDA; elsewhere ids are checked before).
+// Throws if a kernel of an earlier call met an id outside of the vocabulary (CUDA only; ids on a CPU are checked before
+// the call).
 void check_reported_ids(const torch::stable::Tensor& like);
 
 }  // namespace pop

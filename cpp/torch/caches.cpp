@@ -77,17 +77,12 @@ CacheGuard::CacheGuard(bool enabled, Backend& backend, const Geometry& geometry,
 }
 
 CacheGuard::~CacheGuard() {
-  try {
-    backend_.end_side();  // nothing of the call is written after what is put back, or after its memory is given back
-  } catch (const std::exception&) {
-    // The device has failed; the caller's exception says so already.
-  }
-  for (size_t i = 0; i < saved_.size(); ++i) put_back(written_[i], saved_[i]);
+  for (size_t i = 0; i < saved_.size(); ++i) restore(written_[i], saved_[i]);
 }
 
-// Not by torch: the caller's exception is under way, and a cache made in inference mode takes no
-// copy_ outside it.
-void CacheGuard::put_back(const Tensor& written, const Tensor& saved) noexcept {
+// Does not use torch's copy_: an exception is being handled, and a cache that was made in inference mode refuses copy_
+// outside of it.
+void CacheGuard::restore(const Tensor& written, const Tensor& saved) noexcept {
   const int64_t heads = written.size(0), slots = written.size(1);
   const int64_t element = written.element_size();
   const int64_t row_bytes = written.size(2) * element;

@@ -1,32 +1,34 @@
-// KV caches as an operator is given them: tensors [batch, kv_heads, capacity, head_dim].
+// The KV cache arguments of an operator: tensors [batch, kv_heads, capacity, head_dim].
 #pragma once
 
 #include <string>
 #include <vector>
 
+#include "backend/backend.h"
 #include "torch/geometry.h"
 
 namespace pop {
 
-// What the caches of a call must agree with.
+// The dtype and shape that the caches of a call must have.
 struct CacheForm {
   DType dtype;
   int64_t kv_heads;
   int64_t head_dim;
 };
 
-// The caches of `keys.size()` layers as the runtime sees them, checked: of one form, on the device of
-// `like`, large enough for the call, and none sharing memory with another or with `others`.
+// Checks the caches of `keys.size()` layers and returns them for the runtime. They must have `form`, be on the device
+// of `like`, be large enough for the call, and share no memory with each other or with `others` (tensors and their
+// names).
 std::vector<LayerCache> check_caches(const std::string& op, const Geometry& geometry, const CacheForm& form,
                                      const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
                                      const Tensor& like, const std::vector<std::pair<Tensor, std::string>>& others);
 
-// The caches of one layer, for an operator that only reads them.
+// The same for one layer, for an operator that only reads its caches: shared memory is allowed.
 LayerCache check_cache(const std::string& op, const Geometry& geometry, const CacheForm& form, const Tensor& key,
                        const Tensor& value, const Tensor& like);
 
-// Remembers what a call is about to overwrite, and puts it back unless the call is kept. It holds
-// a copy of the new slots of every layer, so that putting back allocates nothing and cannot fail.
+// Saves the cache slots that a call is about to overwrite, and restores them on destruction unless keep() was called.
+// The copies are made up front, so restoring allocates nothing and cannot fail.
 class CacheGuard {
  public:
   CacheGuard(bool enabled, Backend& backend, const Geometry& geometry, const std::vector<Tensor>& keys,
@@ -38,7 +40,7 @@ class CacheGuard {
   void keep() { saved_.clear(); }
 
  private:
-  void put_back(const Tensor& written, const Tensor& saved) noexcept;
+  void restore(const Tensor& written, const Tensor& saved) noexcept;
 
   Backend& backend_;
   std::vector<Tensor> written_;  // [kv_heads, new slots, head_dim] views of the caches

@@ -29,8 +29,8 @@ std::vector<Dim> dims_of(const Tensor& tensor, int64_t element) {
   return dims;
 }
 
-// Whether distance = sum of d_i * stride_i has a solution with |d_i| < size_i: two views of the
-// same strides and that distance then share an element.
+// True if distance = sum of d_i * stride_i has a solution with |d_i| < size_i. Two views with these strides and that
+// distance then share an element.
 bool reachable(const std::vector<Dim>& dims, size_t first, int64_t distance) {
   if (first == dims.size()) return distance == 0;
   const Dim& dim = dims[first];
@@ -48,7 +48,7 @@ bool same_strides(const std::vector<Dim>& a, const std::vector<Dim>& b) {
 
 }  // namespace
 
-// Python's None in a tensor's place comes as an undefined tensor.
+// None in Python arrives as an undefined tensor.
 void check_given(const Tensor& tensor, const std::string& name) {
   check(tensor.defined(), name, ": expected a tensor, got None");
 }
@@ -167,7 +167,7 @@ void check_disjoint(const std::vector<Tensor>& tensors, const std::vector<std::s
     const int64_t element = element_size(dtype_of(tensors[i], names[i]));
     dims.push_back(dims_of(tensors[i], element));
     int64_t span = element;
-    int64_t inner = element;  // bytes that the dimensions inside the current one reach over
+    int64_t inner = element;  // bytes spanned by the dimensions inside of the current one
     for (auto dim = dims.back().rbegin(); dim != dims.back().rend(); ++dim) {
       check(dim->stride >= inner, names[i], ": expected elements that do not share memory, got shape ",
             shape_of(tensors[i]), " with a stride of ", dim->stride / element, " over ", inner / element, " elements");

@@ -1,5 +1,5 @@
-// Checks on what an operator is given. Each throws std::runtime_error (Python: RuntimeError)
-// whose text names the operator, the argument, what was expected and what came.
+// Checks of operator arguments. Each throws std::runtime_error (Python: RuntimeError) whose text names the operator,
+// the argument, what was expected and what came.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "backend.h"
+#include "backend/params.h"
 #include "core/text.h"
 
 namespace pop {
@@ -31,20 +31,20 @@ DType dtype_of(const Tensor& tensor, const std::string& name);  // float32, bflo
 void check_given(const Tensor& tensor, const std::string& name);  // not None
 void check_dtype(const Tensor& tensor, DType dtype, const std::string& name);
 void check_same_device(const Tensor& tensor, const Tensor& like, const std::string& name);
-void check_like(const Tensor& tensor, const Tensor& like, const std::string& name);  // of its dtype, on its device
-// -1 accepts any extent.
+void check_like(const Tensor& tensor, const Tensor& like, const std::string& name);  // same dtype, same device
+// `shape`: -1 accepts any size.
 void check_shape(const Tensor& tensor, const std::vector<int64_t>& shape, const std::string& name);
-void check_head_dim(int64_t head_dim, const std::string& name);  // one that attention serves
+void check_head_dim(int64_t head_dim, const std::string& name);  // supported by attention
 void check_last_dim_contiguous(const Tensor& tensor, const std::string& name);
 
-// Its memory, a vector [width] of the dtype and device of `like`; null where there is none.
+// The data of a vector [width] with the dtype and device of `like`; null if there is no tensor.
 const void* optional_vector(const std::optional<Tensor>& tensor, const Tensor& like, int64_t width,
                             const std::string& name);
 
 // Reads an int32 tensor in host memory.
 std::vector<int64_t> read_lengths(const Tensor& tensor, int64_t count, const std::string& name);
 
-// No two of these tensors, and no two elements of one, share memory.
+// Checks that no two of these tensors, and no two elements of one, share memory.
 void check_disjoint(const std::vector<Tensor>& tensors, const std::vector<std::string>& names);
 
 }  // namespace pop

@@ -7,8 +7,8 @@
 
 namespace pop::foreign {
 
-// (Operators behind torch/csrc/stable/ops.h are torch's own to keep: its wrappers pass the version they
-// were built with, and torch adapts the call.)
+// Operators behind torch/csrc/stable/ops.h are not listed: its wrappers pass the version that they were built with, and
+// torch adapts the call.
 const char* const kSchemas =
     "aten::mm.out(Tensor self, Tensor mat2, *, Tensor(a!) out) -> Tensor(a!)\n"
     "aten::mul.Tensor(Tensor self, Tensor other) -> Tensor\n"

@@ -1,4 +1,4 @@
-// What the length tensors of an operator say about its rows and their places in the cache.
+// The rows of an operator call and their slots in the cache, from its length tensors.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -20,11 +20,11 @@ struct Lengths {
   const std::optional<Tensor>& slot_table;  // [batch, >= past + tokens] int32, host, or none
 };
 
-// Owns the arrays that `address` points into.
+// Reads and checks the length tensors, and owns the arrays that `address` points into.
 class Geometry {
  public:
-  // `op` opens every error text. With `boundary` and `logits_to_keep` null every row is wanted
-  // and rows keep their order. `blocks`: [blocks, 3] int32, host, of TokenBlock, or none.
+  // `op` is the start of every error text. If `boundary` and `logits_to_keep` are null, every row is wanted and rows
+  // keep their order. `blocks`: TokenBlocks as [blocks, 3] int32 on the host, or none.
   Geometry(const std::string& op, const Lengths& lengths, int64_t rows, const Tensor* boundary,
            const Tensor* logits_to_keep, const std::optional<Tensor>& blocks = std::nullopt);
   Geometry(const Geometry&) = delete;
@@ -34,10 +34,10 @@ class Geometry {
   const std::vector<SequenceCall>& sequences() const { return sequences_; }
   CacheAddress address() const;
 
-  // Every position of the call has a slot inside `cache` [batch, kv_heads, capacity, head_dim].
+  // Checks that every position of the call has a slot in a cache [batch, kv_heads, capacity, head_dim] named `cache`.
   void check_fits(const std::string& op, const std::string& cache, int64_t batch, int64_t capacity) const;
 
-  // The smallest range of slots that the new rows of a sequence are written to.
+  // The smallest range of slots that contains the new rows of a sequence.
   std::pair<int64_t, int64_t> written_slots(int64_t sequence) const;
 
  private:

@@ -1,27 +1,26 @@
 // The operators of namespace `pop`: every schema, once. Implementations per dispatch key are
-// in ops_prefill.cpp, ops_rows.cpp and ops_cache.cpp, fake kernels in python/pop_ext/operators.py.
+// in ops_prefill.cpp, ops_rows.cpp and ops_cache.cpp, fake kernels in Python (pop_ext).
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pop, m) {
-  // A model: weights are shared, not copied; only the K/V weights of omitted layers are folded
-  // into new memory. `projections` stand in for those of the plan's omitted layers, in its order. With `fp8` the
-  // products of the other layers read copies of their matrices in 8-bit floats, with `prepack` those of many rows
-  // copies in the backend's layout. The handle is freed by `unload`, and never reused.
+  // Loads a model and returns its handle, which `unload` frees and which is never reused. Weights are shared, not
+  // copied; only the K/V weights of omitted layers are folded into new memory. `projections` replace those of the
+  // plan's omitted layers, in the plan's order. `fp8` makes copies of the other layers' matrices in 8-bit floats,
+  // `prepack` copies in the backend's layout for products of many rows.
   m.def(
       "load(str spec, str plan, Tensor[] weights, Tensor[]? projections=None, bool fp8=False, bool prepack=False) "
       "-> int");
-  // Why `fp8` is not for a model of that spec with its weights on the device of `like`; "" if it is.
+  // The reason why a model of that spec, with its weights on the device of `like`, cannot have `fp8`; "" if it can.
   m.def("fp8_missing(str spec, Tensor like) -> str");
-  // The same of `prepack`.
+  // The same for `prepack`.
   m.def("prepack_missing(str spec, Tensor like) -> str");
   m.def("unload(int model) -> ()");
   m.def("info(int model) -> str");
-  // Name of a weight whose memory, dtype or (where it was folded or copied) values changed since `load`; "" for
-  // none.
+  // The name of a weight whose memory, dtype or (if it was folded or copied) values changed since `load`; "" for none.
   m.def("stale_weight(int model) -> str");
 
-  // Prefill of packed sequences by the model's plan; hidden states of the wanted rows, final
-  // norm applied. See docs/ops.md.
+  // Prefills packed sequences by the model's plan and returns the hidden states of the wanted rows after the final
+  // norm. See docs/ops.md.
   m.def(
       "prefill(int model, Tensor input, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens, "
       "Tensor cache_start, Tensor boundary, Tensor logits_to_keep, Tensor(a!)[] key_cache, Tensor(b!)[] value_cache, "
@@ -30,7 +29,7 @@ STABLE_TORCH_LIBRARY(pop, m) {
 
   // Building blocks.
   m.def("linear(Tensor x, Tensor weight) -> Tensor");
-  // Rows of x, and the weight's, in 8-bit floats (e4m3): the products of a prefill with `fp8`.
+  // The products of a prefill with `fp8`: rows of x and of the weight in 8-bit floats (e4m3).
   m.def("fp8_linear(Tensor x, Tensor weight, Tensor weight_scale) -> Tensor");
   m.def("quantize_rows(Tensor x) -> (Tensor, Tensor)");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0) -> Tensor");
@@ -56,11 +55,11 @@ STABLE_TORCH_LIBRARY(pop, m) {
       "norm_offset=0.0) "
       "-> ()");
 
-  // For the checks of python/pop_ext/operators.py and `pop-ext info`.
+  // For the schema checks at import and for `pop-ext info`.
   m.def("foreign_schemas() -> str");
-  // The operator `name` of another library is here under its schema number `variant`, or not (-1) for that reason.
+  // Records that the operator `name` of another library has its schema number `variant`, or is missing (-1) and why.
   m.def("set_foreign(str name, int variant, str reason) -> ()");
   m.def("cpu_isa() -> str");
-  // Sets an option of a backend and returns what it was, for measuring.
+  // Sets an option of a backend and returns the value before; for measuring.
   m.def("tune(str option, int value) -> int");
 }

@@ -1,4 +1,4 @@
-// The building blocks around a KV cache, as operators: the backend's kernels, one call each.
+// The building blocks around a KV cache as operators: one kernel call of the backend each.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -8,20 +8,20 @@
 #include "torch/caches.h"
 #include "torch/checks.h"
 #include "torch/geometry.h"
-#include "torch/registry.h"
+#include "torch/loaded_model.h"
 
 namespace pop {
 
 namespace {
 
-// [rows, heads, head_dim] whose rows lie anywhere.
+// Checks that the heads of a row are adjacent in [rows, heads, head_dim]; rows may have any stride.
 void check_heads_contiguous(const Tensor& query, const std::string& name) {
   check_last_dim_contiguous(query, name);
   check(query.size(1) <= 1 || query.stride(1) == query.size(2), name,
         ": expected heads that follow one another (stride ", query.size(2), "), got stride ", query.stride(1));
 }
 
-// cos and sin of a building block, as the kernels read them: float32 [rows, rotary_dim / 2].
+// cos and sin in the form that the kernels read: contiguous float32 [rows, rotary_dim / 2].
 struct RopeTables {
   RopeTables(const std::string& op, const Tensor& cos_rows, const Tensor& sin_rows, int64_t rows, int64_t head_dim,
              const Tensor& like) {
@@ -47,10 +47,10 @@ struct RopeTables {
   }
 };
 
-// Where the rows of a building block come from and belong, in memory of the device of `like`.
-class PlacedRows {
+// The row tables of a building block, in memory of the device of `like`.
+class RowTables {
  public:
-  PlacedRows(const Geometry& geometry, Backend& backend, const Tensor& like) {
+  RowTables(const Geometry& geometry, Backend& backend, const Tensor& like) {
     const BatchLayout& layout = geometry.layout();
     const CacheAddress address = geometry.address();
     const int64_t slots = address.slot_table == nullptr ? 0 : layout.sequences * address.slot_table_stride;
@@ -58,7 +58,7 @@ class PlacedRows {
     int64_t* table = static_cast<int64_t*>(tables_.mutable_data_ptr());
     int64_t* start = table + 3 * layout.rows;
     const std::vector<Segment> segments = layout.segments(0, layout.rows);
-    const PlaceRowsParams params{
+    const RowTablesParams params{
         .segments = segments.data(),
         .num_segments = static_cast<int64_t>(segments.size()),
         .sequences = layout.sequences,
@@ -68,7 +68,7 @@ class PlacedRows {
         .row_source = table + 2 * layout.rows,
         .start = start,
         .slot_table = slots == 0 ? nullptr : reinterpret_cast<int32_t*>(start + layout.sequences)};
-    backend.place_rows(params);
+    backend.build_row_tables(params);
     batch_ = {
         .rows = layout.rows,
         .sequences = layout.sequences,
@@ -117,8 +117,8 @@ void rope_cache_write(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor
       check_caches(op, geometry, form, {key_cache}, {value_cache}, query, {{query, "query"}}).front();
   const RopeTables rope(op, cos, sin, rows, head_dim, query);
   const BackendOfCall backend(query);
-  const PlacedRows placed(geometry, *backend, query);
-  const Batch batch = placed.batch(rope);
+  const RowTables tables(geometry, *backend, query);
+  const Batch batch = tables.batch(rope);
   const Tensor key_rows = torch::stable::contiguous(key), value_rows = torch::stable::contiguous(value);
   backend->rope_cache_write({.dtype = dtype,
                              .heads = heads,
@@ -167,7 +167,7 @@ Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_s
   Tensor out = torch::stable::new_empty(query, {rows, heads, head_dim});
   const std::vector<Segment> segments = geometry.layout().attention_segments(0, rows);
   const BackendOfCall backend(query);
-  const PlacedRows placed(geometry, *backend, query);
+  const RowTables tables(geometry, *backend, query);
   backend->attention({.dtype = dtype,
                       .heads = heads,
                       .kv_heads = kv_heads,
@@ -183,13 +183,13 @@ Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_s
                       .out = out.mutable_data_ptr(),
                       .out_stride = heads * head_dim,
                       .cache = cache,
-                      .address = placed.address()});
+                      .address = tables.address()});
   return out;
 }
 
 using TensorList = std::optional<std::vector<Tensor>>;
 
-// One vector a layer; empty where there are none.
+// The data of one vector per layer; empty if there are none.
 std::vector<const void*> layer_vectors(const TensorList& tensors, size_t layers, const Tensor& like, int64_t width,
                                        const std::string& name) {
   std::vector<const void*> data;
@@ -227,8 +227,8 @@ void kv_project(Tensor hidden, Tensor weight, Tensor cos, Tensor sin, Tensor cu_
   const auto v_biases = layer_vectors(v_bias, layers, hidden, kv_dim, op + ": v_bias");
   const auto k_norms = layer_vectors(k_norm, layers, hidden, head_dim, op + ": k_norm");
   const BackendOfCall backend(hidden);
-  const PlacedRows placed(geometry, *backend, hidden);
-  const Batch batch = placed.batch(rope);
+  const RowTables tables(geometry, *backend, hidden);
+  const Batch batch = tables.batch(rope);
   const size_t bytes = backend->kv_project_workspace(dtype, rows, hidden_size, static_cast<int64_t>(layers), kv_dim);
   const Tensor workspace = torch::stable::new_empty(hidden, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
   backend->kv_project({.dtype = dtype,
@@ -262,7 +262,7 @@ Tensor fold_kv_op(std::vector<Tensor> k_proj, std::vector<Tensor> v_proj, std::v
 
 STABLE_TORCH_LIBRARY_IMPL(pop, CompositeExplicitAutograd, m) { m.impl("fold_kv", TORCH_BOX(&fold_kv_op)); }
 
-// The same functions for every device: the backend differs.
+// The functions are the same for every device; only the backend differs.
 template <class Library>
 static void implement(Library& m) {
   m.impl("rope_cache_write", TORCH_BOX(&rope_cache_write));

@@ -1,4 +1,4 @@
-// pop::load, unload, info and prefill.
+// pop::load, unload, info and prefill, and the operators that describe the process.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -8,8 +8,8 @@
 #include "torch/caches.h"
 #include "torch/checks.h"
 #include "torch/geometry.h"
+#include "torch/handles.h"
 #include "torch/profile.h"
-#include "torch/registry.h"
 
 namespace pop {
 
@@ -50,7 +50,7 @@ std::string info(int64_t handle) {
 
 std::string stale_weight(int64_t handle) { return find_model(handle)->stale_weight(); }
 
-// Packed ids as int64, in range where they lie in host memory; none for embeddings.
+// The packed ids as int64, or none if `input` is embeddings. Ids in host memory are checked against the vocabulary.
 std::optional<Tensor> check_input(const ModelSpec& spec, const Tensor& input, const Tensor& like) {
   const std::string name = join(kOp, ": input");
   check_same_device(input, like, name);
@@ -65,7 +65,7 @@ std::optional<Tensor> check_input(const ModelSpec& spec, const Tensor& input, co
   check(input.scalar_type() == ScalarType::Long || input.scalar_type() == ScalarType::Int, name,
         ": expected ids of dtype int64 or int32, got ", dtype_name(input));
   const Tensor ids = torch::stable::contiguous(torch::stable::to(input, ScalarType::Long));
-  if (!ids.is_cpu()) return ids;  // looking at them would synchronise: the kernel clamps and reports
+  if (!ids.is_cpu()) return ids;  // reading them would synchronise: the kernel clamps and reports
   const int64_t* data = static_cast<const int64_t*>(ids.const_data_ptr());
   for (int64_t row = 0; row < ids.numel(); ++row) {
     check(data[row] >= 0 && data[row] < spec.vocab_size, name, ": expected ids from 0 to ", spec.vocab_size - 1,
@@ -74,7 +74,7 @@ std::optional<Tensor> check_input(const ModelSpec& spec, const Tensor& input, co
   return ids;
 }
 
-// float32 rows of at least rotary_dim / 2 values: the halves of a row repeat each other.
+// cos or sin as contiguous float32 rows of rotary_dim or rotary_dim / 2 values; both halves of a full row are equal.
 Tensor check_rope(const ModelSpec& spec, const Tensor& table, int64_t rows, const Tensor& like, const char* argument) {
   const std::string name = join(kOp, ": ", argument);
   check_same_device(table, like, name);
@@ -86,7 +86,7 @@ Tensor check_rope(const ModelSpec& spec, const Tensor& table, int64_t rows, cons
   return torch::stable::contiguous(torch::stable::to(table, ScalarType::Float));
 }
 
-// The second table of a model whose layers take two, of the first one's shape.
+// RoPE table 1, required if and only if the model has layers that use it; same shape as the first table.
 std::optional<Tensor> check_local_rope(const ModelSpec& spec, const std::optional<Tensor>& table, const Tensor& cos,
                                        const Tensor& like, const char* argument) {
   const bool wanted = spec.has_local_rope();
@@ -98,7 +98,7 @@ std::optional<Tensor> check_local_rope(const ModelSpec& spec, const std::optiona
   return rows;
 }
 
-// Row of `features` of each packed row, or -1: int64, and within the features where it lies in host memory.
+// The row of `features` of each packed row, or -1, as int64. Indices in host memory are checked.
 std::optional<Tensor> check_feature_index(const std::optional<Tensor>& index,
                                           const std::optional<std::vector<Tensor>>& features, int64_t rows,
                                           const Tensor& like) {
@@ -111,7 +111,7 @@ std::optional<Tensor> check_feature_index(const std::optional<Tensor>& index,
   check(index->scalar_type() == ScalarType::Long || index->scalar_type() == ScalarType::Int, name,
         ": expected dtype int64 or int32, got ", dtype_name(*index));
   const Tensor rows_of = torch::stable::contiguous(torch::stable::to(*index, ScalarType::Long));
-  if (!rows_of.is_cpu() || features->empty()) return rows_of;  // the kernel passes by what is out of range
+  if (!rows_of.is_cpu() || features->empty()) return rows_of;  // the kernel ignores indices out of range
   const int64_t* data = static_cast<const int64_t*>(rows_of.const_data_ptr());
   for (int64_t row = 0; row < rows; ++row) {
     check(data[row] >= -1 && data[row] < (*features)[0].size(0), name, ": expected -1 to ", (*features)[0].size(0) - 1,
@@ -176,7 +176,7 @@ Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor c
   const BackendOfCall backend_of_call(like);
   Backend& backend = *backend_of_call;
   const BatchLayout& layout = geometry.layout();
-  // The large pieces are allocated before the first cache write; what fails later is put back by the guard.
+  // The large allocations come before the first cache write. If a later step fails, the guard restores the caches.
   PrefillCall call{
       .layout = &layout,
       .ids = ids.has_value() ? static_cast<const int64_t*>(ids->const_data_ptr()) : nullptr,

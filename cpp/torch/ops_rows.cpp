@@ -1,4 +1,4 @@
-// The building blocks that work on rows alone, as operators: the backend's kernels, one call each.
+// The building blocks on rows as operators: one kernel call of the backend each.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -9,14 +9,14 @@ namespace pop {
 
 namespace {
 
-// The last dimension, of at least 1.
+// The size of the last dimension, which must be at least 1.
 int64_t width_of(const Tensor& tensor, const std::string& name) {
   check(tensor.dim() >= 1 && tensor.size(tensor.dim() - 1) >= 1, name,
         ": expected a last dimension of at least 1, got ", shape_of(tensor));
   return tensor.size(tensor.dim() - 1);
 }
 
-// Any leading dimensions as rows; a copy only where they cannot be viewed as such.
+// All leading dimensions as one dimension of rows; copies only if there is no such view.
 Tensor as_rows(const Tensor& tensor) {
   const int64_t width = tensor.size(tensor.dim() - 1);
   const Tensor rows = torch::stable::reshape(tensor, {-1, width});
@@ -25,7 +25,7 @@ Tensor as_rows(const Tensor& tensor) {
 
 Tensor empty_like_rows(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
 
-// Of another last dimension.
+// The same shape with another last dimension.
 Tensor empty_like_rows(const Tensor& tensor, int64_t width) {
   std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());
   shape.back() = width;
@@ -54,7 +54,7 @@ Tensor linear(Tensor x, Tensor weight) {
   return out;
 }
 
-// e4m3 [..., width] and the float32 scale of each row, [...].
+// Returns e4m3 [..., width] and the float32 scale of each row, [...].
 std::tuple<Tensor, Tensor> quantize_rows(Tensor x) {
   const DType dtype = dtype_of(x, "pop::quantize_rows: x");
   const int64_t width = width_of(x, "pop::quantize_rows: x");
@@ -187,7 +187,7 @@ Tensor gated_act(Tensor gate, Tensor up, std::string activation, std::optional<T
 
 }  // namespace
 
-// The same functions for every device: the backend differs.
+// The functions are the same for every device; only the backend differs.
 template <class Library>
 static void implement(Library& m) {
   m.impl("linear", TORCH_BOX(&linear));

@@ -8,7 +8,7 @@ namespace pop {
 
 namespace {
 
-// Part of torch's C shim, but not in every release this library serves: looked up, not linked.
+// Part of torch's C shim, but not in every supported release, so it is looked up, not linked.
 using RecordFunctionStart = int32_t (*)(const char* name, void* kwargs, const void* inputs, uint64_t count,
                                         void** guard);
 using RecordFunctionEnd = int32_t (*)(void* guard);

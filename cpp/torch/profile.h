@@ -5,7 +5,7 @@
 
 namespace pop {
 
-// Ranges of torch.profiler's record_function kind, where this torch exports them; else nothing.
+// Makes ranges like torch.profiler.record_function, if this torch exports them; else does nothing.
 class ProfilerStages : public StageObserver {
  public:
   void begin(const char* stage) override;

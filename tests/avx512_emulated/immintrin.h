@@ -1,6 +1,6 @@
-// Test-only: stands before the compiler's header and gives the AVX-512 kernels of cpp/cpu the few intrinsics that they
-// use, in plain C++, so that they run, slowly, on any processor. Compiled with __AVX512F__ and its like defined by hand
-// (CMakeLists.txt, POP_EMULATE_AVX512); a kernel that takes another intrinsic finds it missing here.
+// For tests only: found before the compiler's header, it gives the AVX-512 kernels of cpp/cpu the few intrinsics that
+// they use, in plain C++, so that they run, slowly, on any x86-64 processor. CMakeLists.txt defines __AVX512F__ and
+// __AVX512BF16__ by hand (POP_EMULATE_AVX512). A kernel that uses another intrinsic does not compile.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,7 @@ inline T read(const void* from) {
 
 inline float widen(uint16_t bfloat16) { return bits<float>(static_cast<uint32_t>(bfloat16) << 16); }
 
-// To the nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even; a NaN stays a NaN.
 inline uint16_t narrow(float value) {
   const uint32_t word = bits<uint32_t>(value);
   if (value != value) return static_cast<uint16_t>((word >> 16) | 0x40u);
@@ -80,7 +80,7 @@ inline __m256i _mm512_maskz_cvtps_ph(__mmask16 mask, __m512 from, int /*rounding
   return avx512_emulated::bits<__m256i>(out);
 }
 
-// The second operand where one of them is a NaN, as the instruction does.
+// Returns the second operand if one of them is a NaN, as the instruction does.
 inline __m512 _mm512_maskz_max_ps(__mmask16 mask, __m512 a, __m512 b) {
   __m512 out;
   for (int i = 0; i < 16; ++i) out[i] = mask >> i & 1 ? (a[i] > b[i] ? a[i] : b[i]) : 0;
@@ -96,7 +96,7 @@ inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
   return sum;
 }
 
-// `b` becomes the lower half.
+// `b` is the lower half of the result.
 inline __m512bh _mm512_cvtne2ps_pbh(__m512 a, __m512 b) {
   avx512_emulated::Words out;
   for (int i = 0; i < 16; ++i) {

@@ -110,6 +110,20 @@ def test_torch_free_parts_include_no_torch_header():
     assert torch_includes == []
 
 
+def test_the_cpu_backend_calls_torch_in_one_file():
+    """Kernels, threads and the choice of a product then stay free of torch's types."""
+    seam = CPP / "cpu" / "torch_calls.cpp"
+    using_torch = {
+        path.relative_to(ROOT).as_posix()
+        for path in sources("cpp/cpu")
+        for include in includes(path)
+        if re.match(r'[<"]torch/', include)
+    }
+    assert using_torch == {seam.relative_to(ROOT).as_posix()}
+    reached = {path for part in sources("cpp/cpu") if part != seam for path in reachable(part)}
+    assert [path.name for path in reached for include in includes(path) if re.match(r'[<"]torch/', include)] == []
+
+
 @needs_nm
 def test_instruction_set_files_emit_no_weak_symbols():
     """The linker keeps one copy of a weak symbol, which could be the one compiled for AVX-512."""
@@ -219,7 +233,7 @@ def files_below(*names: str) -> set[str]:
 def test_sdist_holds_sources_and_nothing_built(tmp_path):
     with tarfile.open(build("build_sdist", tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    read = files_below("cpp", "cuda", "cmake", "build_backend", "python/pop_ext")
+    read = files_below("cpp", "cuda", "cmake", "build_backend", "python/pop_ext", "third_party")
     read |= {"CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "NOTICE"}
     assert len(read) > 80
     assert sorted(read - names) == []

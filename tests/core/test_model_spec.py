@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import pickle
+from pathlib import Path
 
+import pop_ext
 import pytest
 from pop_ext._core import ModelSpec
 
@@ -234,6 +237,50 @@ def test_json_with_fields_of_other_types_is_refused(changes, text):
     with pytest.raises(ValueError, match="expected") as error:
         ModelSpec.from_json(json.dumps({**json.loads(spec().to_json()), **changes}))
     assert str(error.value) == text
+
+
+def test_the_stub_lists_the_fields_of_the_binding():
+    stub = Path(pop_ext.__file__).with_name("_core.pyi")
+    [fields] = [node for node in ast.parse(stub.read_text()).body if getattr(node, "name", "") == "ModelSpec"]
+    stated = {node.target.id: node.value for node in fields.body if isinstance(node, ast.AnnAssign)}
+    assert list(stated) == list(json.loads(spec().to_json()))
+    assert {name for name, default in stated.items() if default is None} == set(SIZES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (dict(num_layers="2"), "num_layers: expected an integer, got '2'"),
+        (dict(num_layers=2.0), "num_layers: expected an integer, got 2.0"),
+        (dict(num_layers=None), "num_layers: expected an integer, got None"),
+        (dict(embed_scale="1"), "embed_scale: expected a number, got '1'"),
+        (dict(qk_norm="yes"), "qk_norm: expected a bool, got 'yes'"),
+        (dict(window=[0, 1.5]), "window: expected a sequence of integers, got [0, 1.5]"),
+        (dict(dtype=16), "dtype: expected a str, got 16"),
+        (dict(logit_softcap=30.0), "ModelSpec: expected the name of a field, got logit_softcap"),
+    ],
+)
+def test_an_argument_of_another_type_or_name_is_a_type_error(changes, text):
+    with pytest.raises(TypeError) as error:
+        spec(**changes)
+    assert str(error.value) == text
+
+
+def test_a_field_without_a_default_is_required():
+    for name in SIZES:
+        with pytest.raises(TypeError, match=f"^ModelSpec: {name}: expected a value, got none$"):
+            ModelSpec(**{key: value for key, value in SIZES.items() if key != name})
+
+
+def test_none_stands_for_a_derived_default():
+    assert spec(rotary_dim=None, attention_scale=None, window=None, rope_table=None, sparse=None) == spec()
+
+
+def test_200000_unknown_members_are_refused():
+    """Reading is n log n in the number of members: this takes a fraction of a second."""
+    fields = json.loads(spec().to_json()) | {f"x{i:06}": i for i in range(200_000)}
+    with pytest.raises(ValueError, match="^model spec: x000000: expected no such member, got 0$"):
+        ModelSpec.from_json(json.dumps(fields))
 
 
 def test_specs_are_values():

@@ -23,7 +23,7 @@ void check_case(const Case& c) {
   checks::Vector<int64_t> source(c.rows), index(c.rows);
   for (int64_t row = 0; row < c.rows; ++row) {
     source[row] = c.rows - 1 - row;
-    index[row] = row % 3 == 0 ? -1 : static_cast<int64_t>(random() % (c.features + 1));  // c.features: a stray one
+    index[row] = row % 3 == 0 ? -1 : static_cast<int64_t>(random() % (c.features + 1));  // c.features is out of range
   }
   std::vector<float> expected;
   for (int64_t row = 0; row < c.rows; ++row) {

@@ -11,7 +11,7 @@ using checks::Buffer;
 
 struct Rows {
   int64_t rows, first_position;
-  int64_t sees_to = 0;
+  int64_t visible_end = 0;
 };
 
 enum class Layout {
@@ -37,12 +37,12 @@ std::string name_of(DType dtype, const Case& c) {
                      " table=" + std::to_string(c.has_slot_table) + " softcap=" + std::to_string(c.softcap);
   for (const Rows& s : c.segments) {
     name += " " + std::to_string(s.rows) + "@" + std::to_string(s.first_position);
-    if (s.sees_to > 0) name += ">" + std::to_string(s.sees_to);
+    if (s.visible_end > 0) name += ">" + std::to_string(s.visible_end);
   }
   return name;
 }
 
-// Everything a call takes. What no row sees, and the cache outside of the sequences, holds NaN.
+// The operands of one call. Keys that no row sees, and the cache outside of the sequences, hold NaN.
 class Problem {
  public:
   Problem(DType dtype, const Case& c)
@@ -112,12 +112,12 @@ class Problem {
   }
   static int64_t capacity_of(const Case& c) {
     int64_t longest = 0;
-    for (const Rows& s : c.segments) longest = std::max({longest, s.first_position + s.rows, s.sees_to + 1});
+    for (const Rows& s : c.segments) longest = std::max({longest, s.first_position + s.rows, s.visible_end});
     return longest + 3;
   }
 
-  // Sequences in reverse, each at another start; with a table, positions in reverse, and those that nobody sees
-  // nowhere.
+  // Sequences in reverse order, each with its own start. With a slot table, positions are in reverse order, and those
+  // that no row sees have an invalid slot.
   void place() {
     int64_t row = kFirstRow;
     for (int64_t i = 0; i < sequences_; ++i) {
@@ -128,7 +128,7 @@ class Problem {
                            .first_position = case_.segments[i].first_position,
                            .first_source = 0,
                            .cache_start = sequence % 3,
-                           .sees_to = case_.segments[i].sees_to});
+                           .visible_end = case_.segments[i].visible_end});
       row += case_.segments[i].rows;
     }
     table_.assign(sequences_ * capacity_, 1 << 30);
@@ -156,7 +156,7 @@ class Problem {
     const CacheStrides s = strides_of();
     return sequence * s.batch + head * s.head + slot * s.slot;
   }
-  static int64_t end_of(const Segment& s) { return std::max(s.first_position + s.rows, s.sees_to + 1); }
+  static int64_t end_of(const Segment& s) { return std::max(s.first_position + s.rows, s.visible_end); }
   int64_t first_visible(int64_t position) const {
     return case_.window > 0 ? std::max<int64_t>(0, position - case_.window + 1) : 0;
   }
@@ -175,7 +175,7 @@ class Problem {
 
   void attend(const Segment& s, int64_t position, int64_t head, int64_t q_at, float* out) const {
     const int64_t kv_head = head / (case_.heads / case_.kv_heads), first = first_visible(position);
-    const int64_t last = std::max(position, s.sees_to);
+    const int64_t last = std::max(position, s.visible_end - 1);
     std::vector<double> weights, sums(case_.head_dim);
     double top = -INFINITY, total = 0;
     for (int64_t p = first; p <= last; ++p) {
@@ -213,7 +213,7 @@ void run_all(const std::vector<Case>& cases) {
   }
 }
 
-// One tile of 4, 8, 16 and 32 queries each, without and with a cut along the keys.
+// One tile of 4, 8, 16 and 32 queries each, with and without a split along the keys.
 void run_boundary() {
   run_all({
       {.heads = 4, .kv_heads = 1, .head_dim = 128, .segments = {{1, 0}}},
@@ -227,7 +227,7 @@ void run_boundary() {
   });
 }
 
-// Rows from the start of a sequence: tiles at the diagonal, several of them, the last one not full.
+// Rows from the start of a sequence: several tiles at the diagonal, the last one not full.
 void run_prefill() {
   run_all({
       {.heads = 2, .kv_heads = 1, .head_dim = 64, .segments = {{67, 0}}},
@@ -235,7 +235,7 @@ void run_prefill() {
       {.heads = 8, .kv_heads = 1, .head_dim = 80, .segments = {{9, 3}}},
   });
   if (checks::kRaces) return;
-  // So many KV heads that no keys are cut.
+  // So many KV heads that keys are not split.
   Problem(DType::bf16, {.heads = 300, .kv_heads = 300, .head_dim = 8, .segments = {{2, 70}}}).run("many heads");
 }
 
@@ -250,7 +250,7 @@ void run_windows() {
   run_all(cases);
 }
 
-// Caps far above, near and below the scores, in tiles of every size, cut along the keys and not.
+// Soft caps far above, near and below the scores, in tiles of every size, with and without a split along the keys.
 void run_softcaps() {
   std::vector<Case> cases;
   for (const float softcap : {0.5f, 5.0f, 50.0f}) {
@@ -276,7 +276,7 @@ void run_layouts() {
   if (checks::kRaces) segments = {{1, 70}, {9, 60}, {0, 7}};
   std::vector<Case> cases;
   for (const Layout layout : {Layout::kHeadsFirst, Layout::kSlotsFirst, Layout::kUnaligned}) {
-    if (checks::kRaces && layout == Layout::kSlotsFirst) continue;  // its copies are those of kHeadsFirst
+    if (checks::kRaces && layout == Layout::kSlotsFirst) continue;  // same code path as kHeadsFirst
     cases.push_back({.heads = 4, .kv_heads = 2, .head_dim = 40, .segments = segments, .layout = layout});
     cases.push_back({.heads = 4,
                      .kv_heads = 2,
@@ -290,27 +290,27 @@ void run_layouts() {
   run_all(cases);
 }
 
-// Images: whole ones, parts of one, a few rows of a long one, within windows shorter and longer than they are.
+// Images: whole ones, parts of one, and a few rows of a long one, with windows shorter and longer than the image.
 void run_images() {
   std::vector<Case> cases;
   for (const int64_t window : {0, 5, 40, 300}) {
     if (checks::kRaces && (window == 5 || window == 300)) continue;
-    cases.push_back({.heads = 4, .kv_heads = 2, .head_dim = 64, .segments = {{40, 7, 46}}, .window = window});
+    cases.push_back({.heads = 4, .kv_heads = 2, .head_dim = 64, .segments = {{40, 7, 47}}, .window = window});
     cases.push_back(
-        {.heads = 2, .kv_heads = 1, .head_dim = 40, .segments = {{9, 30, 70}, {3, 0, 2}}, .window = window});
-    cases.push_back({.heads = 4, .kv_heads = 1, .head_dim = 32, .segments = {{2, 140, 190}, {5, 9}}, .window = window});
+        {.heads = 2, .kv_heads = 1, .head_dim = 40, .segments = {{9, 30, 71}, {3, 0, 3}}, .window = window});
+    cases.push_back({.heads = 4, .kv_heads = 1, .head_dim = 32, .segments = {{2, 140, 191}, {5, 9}}, .window = window});
   }
   run_all(cases);
 }
 
-// More segments than one launch takes.
+// More segments than fit in one launch.
 void run_many_segments() {
   std::vector<Rows> segments;
   for (int64_t i = 0; i < 50; ++i) segments.push_back({1, i % 20 == 3 ? 70 : i % 5});
   Problem(DType::bf16, {.heads = 2, .kv_heads = 1, .head_dim = 16, .segments = segments}).run("many segments");
 }
 
-// A row keeps its bits whatever sequences come with it.
+// The bits of a row do not depend on the other sequences of the call.
 void run_alone() {
   const Case alone = {.heads = 4, .kv_heads = 1, .head_dim = 64, .segments = {{1, 150}}};
   Case first = alone;
@@ -318,7 +318,7 @@ void run_alone() {
   Problem a(DType::f32, alone), b(DType::f32, first);
   a.run("alone");
   b.run("with others");
-  // The first row's q and keys are the first that Problem draws.
+  // Problem draws the first row's q and keys first.
   for (int64_t i = 0; i < 4 * 64; ++i) {
     if (a.out().get(i) != b.out().get(i)) throw std::runtime_error("a row depends on other sequences");
   }

@@ -12,7 +12,7 @@ struct Case {
   DType dtype;
   int64_t rows, width;
   bool with_ids;
-  int64_t extra_stride, offset;  // of the table: what makes it unaligned
+  int64_t extra_stride, offset;  // of the table; make it unaligned
   bool stray_ids;
   float scale = 1.0f;
 };
@@ -68,14 +68,14 @@ void run() {
       if (turns.next()) check_case(c);
     };
     run_case({dtype, 1, 1, true, 0, 0, false});
-    run_case({dtype, 2, 19, true, 0, 0, true});  // odd rows, no flag to raise
+    run_case({dtype, 2, 19, true, 0, 0, true});  // odd rows, without a flag for bad ids
     run_case({dtype, 9, 96, true, 0, 0, true});
     run_case({dtype, 5, 96, true, 0, 1, false});   // unaligned base
     run_case({dtype, 5, 96, false, 3, 0, false});  // unaligned rows
     run_case({dtype, 5, 96, false, 16, 0, false});
     run_case({dtype, 129, 64, false, 0, 0, false});
     run_case({dtype, 2, 2600, true, 0, 0, true});
-    run_case({dtype, 1, 10000, true, 0, 0, false});  // more than a block holds at once
+    run_case({dtype, 1, 10000, true, 0, 0, false});  // more than one step of a block
     run_case({dtype, 0, 96, true, 0, 0, false});
     run_case({dtype, 2, 19, true, 0, 0, true, 9.8125f});
     run_case({dtype, 9, 96, true, 0, 0, true, 61.75f});

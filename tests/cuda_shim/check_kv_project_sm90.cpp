@@ -1,5 +1,5 @@
-// The whole kernel, on sm90_emulated.h or on a Hopper: ring, tiles, accumulators, epilogue and cache, against the
-// formula.
+// The whole kernel, on sm90_emulated.h or on a Hopper, against the formula: ring, tiles, accumulators, epilogue and
+// cache.
 #include "checks.h"
 #include "cuda/kernels.h"
 
@@ -13,7 +13,7 @@ struct Case {
   int64_t rows, hidden, kv_heads, head_dim, layers;
   bool bias = false, norm = false, given_rstd = false, table = false;
   int64_t first_row = 0, x_padding = 0;
-  bool in_races = false;  // waits in a way of its own: also run where races are looked for
+  bool in_races = false;  // also run under ThreadSanitizer: it has a wait that other cases do not have
 };
 
 // Operands and outputs of one case.
@@ -78,7 +78,7 @@ struct Run {
     return rms_scale(squares, c.hidden, kEps);
   }
 
-  // One head of one row, by the formula.
+  // One head of one row, computed by the formula.
   void head(int64_t row, int64_t layer, bool is_value, int64_t h) {
     const int64_t dim = c.head_dim, batch_row = c.first_row + row;
     const float scale = row_scale(row);
@@ -182,8 +182,8 @@ struct Run {
   }
 };
 
-// Rings that wrap within a tile and between tiles; tiles that end within a block, a cluster or a head's
-// columns; more tiles than blocks; more layers than one launch takes.
+// Rings that wrap within a tile and between tiles; tiles that end within a block, a cluster or a head's columns; more
+// tiles than blocks; more layers than fit in one launch.
 const Case kCases[] = {
     {.name = "one row", .rows = 1, .hidden = 64, .kv_heads = 1, .head_dim = 64, .layers = 1, .in_races = true},
     {.name = "a cluster, two column tiles",
@@ -244,7 +244,7 @@ void run() {
   }
 }
 
-// What the kernel does not serve is refused before anything is launched.
+// Unsupported calls are refused before anything is launched.
 void refusals() {
   const Case plain = {
       .name = "plain", .rows = 5, .hidden = 64, .kv_heads = 1, .head_dim = 64, .layers = 1, .bias = true};

@@ -12,8 +12,8 @@ void expect(bool ok, const char* what) {
   if (!ok) throw std::runtime_error(what);
 }
 
-// Every tile comes once; a unit's blocks are neighbouring rows of one tile of W; while a tile of W is in
-// use no other comes between, once a band of rows.
+// Every tile comes once. The blocks of a unit have adjacent row tiles and the same tile of W. Within a band of rows,
+// the uses of a tile of W are consecutive.
 void tile_order() {
   for (int row_tiles : {1, 2, 3, 4, 15, 16, 17, 31, 32, 33, 70}) {
     for (int column_tiles : {1, 2, 5, 80}) {
@@ -37,14 +37,14 @@ void tile_order() {
         for (int row = 0; row < row_tiles; ++row) {
           for (int column = 0; column < column_tiles; ++column) expect(seen[{row, column}] == 1, "a tile not once");
         }
-        expect(sweeps == (row_tiles + kBandTiles - 1) / kBandTiles * column_tiles, "W is read more than once a band");
+        expect(sweeps == pop::ceil_div(row_tiles, kBandTiles) * column_tiles, "W is read more than once a band");
       }
     }
   }
 }
 
-// Every element of 64 x 256 has one thread and register. Both channels of a RoPE pair are in one thread, 16 bytes
-// of one row in one quad.
+// Every element of 64 x 256 has exactly one thread and register. Both channels of a RoPE pair are in one thread, and 16
+// bytes of a row are in one quad.
 void accumulators() {
   std::map<std::pair<int, int>, std::pair<int, int>> owner;  // (row, column): (thread, register)
   for (int thread = 0; thread < kGroupThreads; ++thread) {
@@ -89,8 +89,8 @@ void heads() {
   }
 }
 
-// Chunks lie where an address' bits say, each at a place of its own; the eight lanes that one phase of a
-// 16-byte load serves (two quads reading chunk 2 q + i of two rows) meet no bank twice.
+// Every chunk has its own place, which follows from the bits of its address. The eight lanes of one phase of a 16-byte
+// load (two quads that read chunk 2 q + i of two rows) use eight different banks.
 void shared_memory() {
   std::set<int> places;
   for (int row = 0; row < kRows; ++row) {
@@ -120,7 +120,7 @@ void ring() {
   for (uint32_t step = 0; step < 10 * kStages + 3; ++step) {
     const RingStep at = ring_step(step);
     expect(at.stage == static_cast<int>(step % kStages), "stages take turns");
-    // A wait for parity p returns while the current phase, completed ones counted, is of the other parity.
+    // A wait for parity p returns if the number of completed phases has the other parity.
     expect(empty[at.stage] % 2 != static_cast<int>(at.parity ^ 1), "the producer waits for a free stage");
     expect(full[at.stage] % 2 == static_cast<int>(at.parity), "a consumer does not wait for the load");
     ++full[at.stage];

@@ -1,5 +1,6 @@
-// Runs every registered check, or those named on the command line; prints a line each, returns 1 if one failed.
-// With --list it prints their names and runs none.
+// Runs every registered check, or those named on the command line. Prints one line each and returns 1 if one failed.
+// With
+// --list it prints the names and runs none.
 #include <algorithm>
 #include <cstdio>
 

@@ -15,7 +15,7 @@ struct Case {
   int64_t x_extra = 0, out_extra = 0, offset = 0;
 };
 
-// The number that a byte stands for, by the definition of e4m3: four bits of exponent, three of mantissa.
+// The value of a byte by the definition of e4m3: four bits of exponent, three of mantissa.
 float value_of(uint8_t byte) {
   const int exponent = byte >> 3 & 15, mantissa = byte & 7;
   const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
@@ -23,7 +23,7 @@ float value_of(uint8_t byte) {
   return byte & 0x80 ? -magnitude : magnitude;
 }
 
-// Of the numbers that bytes stand for, is `byte` one that is nearest to `value`?
+// True if no e4m3 number is nearer to `value` than that of `byte`.
 bool is_nearest(uint8_t byte, float value) {
   const float distance = std::abs(value_of(byte) - value);
   for (int other = 0; other < 256; ++other) {
@@ -87,7 +87,7 @@ void run() {
     run_case({dtype, 3, 96});
     run_case({dtype, 2, 19});
     run_case({dtype, 2, 500, 100.0f});
-    run_case({dtype, 2, 4104, 0.01f});        // more than a block takes in a step
+    run_case({dtype, 2, 4104, 0.01f});        // more than one step of a block
     run_case({dtype, 3, 96, 1.0f, 8, 16});    // rows with gaps
     run_case({dtype, 3, 96, 1.0f, 3, 5});     // unaligned rows
     run_case({dtype, 2, 96, 1.0f, 0, 0, 1});  // unaligned bases

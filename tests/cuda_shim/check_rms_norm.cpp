@@ -83,7 +83,7 @@ void check_case(const Case& c) {
                         nullptr);
   checks::finish();
   const float rounding = checks::rounding(c.dtype);
-  // A normalised addend may round the other way.
+  // A normalised addend may round differently in the last place.
   const float x_relative = c.delta_norm ? rounding : 0.0f, x_absolute = c.delta_norm ? 1e-5f : 0.0f;
   if (!c.in_place) checks::expect_close(name_of(c) + ": x", x, x_expected, x_absolute, x_relative);
   std::vector<float> out_expected(to.count(), Buffer::kSentinel), rstd_expected;
@@ -108,7 +108,7 @@ void run() {
     const auto run_case = [&](const Case& c) {
       if (turns.next()) check_case(c);
     };
-    // Every argument on and off, in registers (96) and element by element (19).
+    // Every optional argument on and off, in registers (96) and element by element (19).
     for (const int64_t width : {96, 19}) {
       for (int given = 0; given < 32; given += checks::kRaces ? 31 : 1) {
         run_case({dtype, 2, width, (given & 1) != 0, (given & 2) != 0, (given & 4) != 0, (given & 8) != 0,
@@ -126,11 +126,11 @@ void run() {
     run_case({dtype, 5, 111, true, false, true, true, false});
     run_case({dtype, 2, 500, true, true, true, true, true, 4});
     run_case({dtype, 2, 96, true, true, true, true, true, 0, 1});  // unaligned bases
-    run_case({dtype, 3, 96, true, true, true, true, true, 8});     // gaps between rows stay as they are
+    run_case({dtype, 3, 96, true, true, true, true, true, 8});     // gaps between rows are not written
     run_case({dtype, 3, 96, true, false, true, true, false, 3});   // unaligned rows
     run_case({dtype, 2, 1500, true, true, true, true, true, 0, 1});
     run_case({dtype, 3, 96, true, true, true, true, true, 3, 1, true, 1.0f});
-    // One, two and four packs a thread, the last one cut short; then more than registers hold.
+    // One, two and four packs per thread, the last one not full; then more than registers hold.
     for (const int64_t width : {1016, 2048, 3000, 4096, 5000, 8192, 17000}) {
       if (checks::kRaces && width != 1016 && width != 4096 && width != 17000) continue;
       run_case({dtype, 1, width, true, true, true, true, true});

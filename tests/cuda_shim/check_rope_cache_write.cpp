@@ -1,4 +1,4 @@
-// rope_cache_write and kv_epilogue against one head computed at a time, in the order of the formula.
+// rope_cache_write and kv_epilogue against one head at a time, in the order of the formula.
 #include "checks.h"
 #include "cuda/kernels.h"
 
@@ -16,8 +16,8 @@ struct Shape {
   int64_t first_row = 0;
   bool slot_table = false;
   bool heads_inside = false;  // caches [sequence, slot, head, channel] instead of [sequence, head, slot, channel]
-  int64_t q_pad = 0, kv_pad = 0, cache_pad = 0;  // elements more between rows, and between slots
-  int64_t offset = 0;                            // of every base
+  int64_t q_pad = 0, kv_pad = 0, cache_pad = 0;  // extra elements between rows, and between slots
+  int64_t offset = 0;                            // of every operand from an aligned base
 };
 
 std::string name_of(const Shape& s) {
@@ -33,7 +33,7 @@ Buffer random_buffer(const Shape& s, int64_t count, std::mt19937& random) {
   return buffer;
 }
 
-// Where rows belong: sequences in turn, positions that go up, slots that a table shuffles.
+// The row tables: alternating sequences, increasing positions, slots shuffled by a table.
 struct Rows {
   checks::Vector<int64_t> sequence, position, start;
   checks::Vector<int32_t> table;
@@ -216,8 +216,8 @@ void check_rope(const Shape& s, int64_t heads, const Given& given) {
   expect(s, name + ": value", value.buffer, value.expected);
 }
 
-// Every second layer without its norm and bias, as a run may mix layers. With `local_every`, every so many
-// layers take the first table of RoPE and the others the second one, and norms have an offset.
+// Every second layer has no norm and no bias, since a run may mix layers. With `local_every`, every so many layers use
+// RoPE table 0 and the others table 1, and norms have an offset.
 void check_epilogue(const Shape& s, int64_t layers, bool vectors, bool with_rstd, int64_t local_every = 0) {
   std::mt19937 random(static_cast<unsigned>(s.rows * 131 + layers));
   const Rows rows(s, random);
@@ -287,7 +287,7 @@ void check_epilogue(const Shape& s, int64_t layers, bool vectors, bool with_rstd
   }
 }
 
-// 16 bytes at a time, or not: by shape, strides or bases.
+// Cases with and without 16-byte accesses, because of shape, strides or bases.
 std::vector<Shape> shapes(DType dtype) {
   return {
       {.dtype = dtype, .rows = 2, .kv_heads = 2, .head_dim = 64, .rotary_dim = 64},
@@ -306,7 +306,11 @@ std::vector<Shape> shapes(DType dtype) {
        .kv_pad = 16,
        .cache_pad = 8},
       {.dtype = dtype, .rows = 2, .kv_heads = 1, .head_dim = 8, .rotary_dim = 0},
-      {.dtype = dtype, .rows = 2, .kv_heads = 3, .head_dim = 72, .rotary_dim = 16},  // an item of one run
+      {.dtype = dtype,
+       .rows = 2,
+       .kv_heads = 3,
+       .head_dim = 72,
+       .rotary_dim = 16},  // an item with one range of channels
       {.dtype = dtype, .rows = 2, .kv_heads = 2, .head_dim = 64, .rotary_dim = 64, .offset = 1},
       {.dtype = dtype, .rows = 3, .kv_heads = 2, .head_dim = 64, .rotary_dim = 32, .first_row = 2, .q_pad = 3},
       {.dtype = dtype, .rows = 3, .kv_heads = 2, .head_dim = 64, .rotary_dim = 64, .kv_pad = 3},
@@ -338,8 +342,8 @@ void rope() {
     none.rows = 0;
     run_rope(none, 4, {});
   }
-  if (checks::kRaces) return;  // host threads would take minutes for so many
-  // Enough to fill a device, so that a group takes several heads in turn.
+  if (checks::kRaces) return;  // would take minutes on host threads
+  // Enough rows to fill a device, so that a group processes several heads.
   check_rope({.dtype = DType::f32, .rows = 257, .kv_heads = 1, .head_dim = 40, .rotary_dim = 40}, 254, {.bias = false});
   check_rope({.dtype = DType::bf16, .rows = 131, .kv_heads = 2, .head_dim = 19, .rotary_dim = 6}, 254, {.bias = false});
 }
@@ -361,8 +365,8 @@ void epilogue() {
     run_epilogue(narrow, 32, true, true);
     run_epilogue(narrow, 67, true, true);  // three launches
     run_epilogue(narrow, 1, true, true, 2);
-    run_epilogue(one, 7, true, true, 3);        // a launch for neighbours that share a table
-    run_epilogue(narrow, 80, true, false, 36);  // more of them than one launch takes
+    run_epilogue(one, 7, true, true, 3);        // one launch for consecutive layers with the same table
+    run_epilogue(narrow, 80, true, false, 36);  // more of them than fit in one launch
   }
 }
 

@@ -53,7 +53,7 @@ void run_route(DType dtype, int64_t rows, int64_t experts, int64_t per_row, bool
   checks::expect_close(name, weight, expected, 1e-7f, 1e-5f);
 }
 
-// NaN reaches every weight of its row and no other, and the experts are still ones that exist.
+// A NaN reaches every weight of its row and of no other row, and the expert indices stay valid.
 void run_route_of_nan(bool normalise) {
   constexpr int64_t kExperts = 5, kPerRow = 4;
   Buffer logits(DType::f32, 2 * kExperts), weight(DType::f32, 2 * kPerRow);
@@ -81,7 +81,7 @@ void run_group(int64_t rows, int64_t experts, int64_t per_row) {
   const int64_t pairs = rows * per_row;
   checks::Vector<int32_t> expert(pairs), place(pairs + 1, -7);
   checks::Vector<int64_t> row(pairs + 1, -7), begin(experts + 2, -7);
-  // Experts that nobody chooses, among them the last one.
+  // Some experts are not chosen by any row, among them the last one.
   for (int32_t& e : expert) e = static_cast<int32_t>(random() % (experts > 2 ? experts - 1 : experts) / 2 * 2);
   cuda::launch_group_rows({.rows = rows,
                            .experts = experts,
@@ -143,10 +143,10 @@ void run_combine(DType dtype, int64_t rows, int64_t width, int64_t per_row, int6
 void run() {
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
     if (checks::kRaces && dtype != DType::bf16) continue;
-    run_route(dtype, 9, 8, 2, false, false);  // more rows than a block takes
+    run_route(dtype, 9, 8, 2, false, false);  // more rows than one block
     run_route(dtype, 2, 128, 8, true, true);
     run_combine(dtype, 3, 96, 2, 0);
-    run_combine(dtype, 2, 2104, 3, 8);  // more than a block a row
+    run_combine(dtype, 2, 2104, 3, 8);  // several blocks per row
     run_combine(dtype, 5, 19, 1, 3);
     run_combine(dtype, 0, 96, 2, 0);
   }

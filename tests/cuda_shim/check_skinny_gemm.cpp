@@ -6,7 +6,7 @@ namespace {
 using namespace pop;
 using checks::Buffer;
 
-// A matrix of `rows` with room between them; no row beyond the last one.
+// A matrix whose rows have a gap between them, but not after the last one.
 struct Matrix {
   Buffer buffer;
   int64_t rows, width, stride;
@@ -18,9 +18,9 @@ struct Matrix {
 
 struct Case {
   int64_t m, k;
-  std::vector<int64_t> n;  // a product each
+  std::vector<int64_t> n;  // one product each
   int64_t gap = 0;         // elements between rows
-  int64_t offset = 0;      // elements off an aligned base
+  int64_t offset = 0;      // elements from an aligned base
 };
 
 std::string name_of(DType dtype, const Case& c, size_t product) {
@@ -55,7 +55,7 @@ void expect_product(const std::string& what, const Matrix& a, const Matrix& w, c
   checks::expect_close(what, out.buffer, expected, 1e-4f, checks::rounding(a.buffer.dtype()));
 }
 
-// The bits of a row are those it gets when it comes alone.
+// The bits of a row are the same as if it were the only row.
 void expect_alone_the_same(const std::string& what, const Matrix& a, const Matrix& w, const Matrix& out) {
   for (const int64_t row : {int64_t{0}, a.rows - 1}) {
     Matrix alone(a.buffer.dtype(), 1, w.rows, 0, 0);
@@ -96,7 +96,7 @@ void run() {
       {.m = 1, .k = 19, .n = {3}},
       {.m = 1, .k = 500, .n = {37}, .gap = 3},
       {.m = 1, .k = 4096, .n = {19}},           // four warps share the columns
-      {.m = 2, .k = 1032, .n = {9}, .gap = 8},  // two do, and their steps are not full
+      {.m = 2, .k = 1032, .n = {9}, .gap = 8},  // two warps share, and their last step is not full
       {.m = 3, .k = 129, .n = {17}, .offset = 1},
       {.m = 4, .k = 264, .n = {16}},
       {.m = 7, .k = 500, .n = {33}, .gap = 4},       // 16-byte rows in fp32 only
@@ -104,7 +104,7 @@ void run() {
       {.m = 9, .k = 2056, .n = {7, 20}, .gap = 16},  // two tiles of rows; gate and up
       {.m = 17, .k = 96, .n = {19}},
       {.m = 64, .k = 40, .n = {13}},
-      {.m = 5, .k = 64, .n = {12}, .gap = 8, .offset = 1},  // rows of whole packs on a base that is not
+      {.m = 5, .k = 64, .n = {12}, .gap = 8, .offset = 1},  // rows are whole packs, but the base is not aligned
       {.m = 3, .k = 0, .n = {5}},
   };
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {

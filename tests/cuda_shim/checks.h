@@ -1,5 +1,5 @@
-// Checks of the CUDA kernels: each compares a launch with the same arithmetic done serially. On the shim, or on a GPU
-// (target cuda_checks of a build with POP_CUDA=ON), where what kernels touch is managed memory.
+// Checks of the CUDA kernels: each compares a launch with the same arithmetic done serially. They run on the shim, or
+// on a GPU (target cuda_checks of a build with POP_CUDA=ON) with operands in managed memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,7 +18,7 @@
 
 namespace checks {
 
-// Registers a check, which throws where it fails: `static const Check check("name", run);`
+// Registers a check, which throws if it fails: `static const Check check("name", run);`
 struct Check {
   Check(const char* name, void (*run)());
 };
@@ -36,7 +36,7 @@ inline void check_cuda(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-// Memory of the host and of the current device.
+// Memory that the host and the current device share.
 template <class T>
 struct Memory {
   using value_type = T;
@@ -54,12 +54,12 @@ struct Memory {
   bool operator==(const Memory&) const { return true; }
 };
 
-// Waits for what was launched, and throws what it failed with.
+// Waits for all launches, and throws their error.
 inline void finish() { check_cuda(cudaDeviceSynchronize()); }
 
 #endif
 
-// What a kernel reads or writes; between a launch and `finish` it is the kernel's.
+// An operand of a kernel. Do not touch it between a launch and `finish`.
 template <class T>
 using Vector = std::vector<T, Memory<T>>;
 
@@ -80,13 +80,13 @@ inline float round_to(pop::DType dtype, float value) {
 }
 
 #if defined(POP_CUDA_SHIM_THREADS)
-inline constexpr bool kRaces = true;  // ThreadSanitizer watches the threads, and slows them: see Turns
+inline constexpr bool kRaces = true;  // ThreadSanitizer slows threads down: see Turns
 #else
 inline constexpr bool kRaces = false;
 #endif
 
-// Whether a check runs its next case in this dtype. All of them, but where races are looked for: kernels wait for
-// each other's threads in the same places in every dtype, so that there each case runs in one, in turn.
+// Decides if a check runs its next case in this dtype: always, except under ThreadSanitizer. Kernels synchronise at the
+// same points in every dtype, so there each case runs in one dtype, in rotation.
 class Turns {
  public:
   explicit Turns(pop::DType dtype) : turn_(static_cast<int>(dtype)) {}
@@ -97,13 +97,13 @@ class Turns {
   int turn_, count_ = 0;
 };
 
-// An array of elements of one dtype, with sentinels before, after, and wherever nothing was written.
+// An array of elements of one dtype, with sentinels before it, after it, and in every element that is not written.
 class Buffer {
  public:
   static constexpr float kSentinel = 7776.0f;  // exact in every dtype
-  static constexpr int64_t kGuard = 64;        // elements on either side
+  static constexpr int64_t kGuard = 64;        // elements on each side
 
-  // `offset` elements more before the first one, to test alignment.
+  // `offset` extra elements before the first one, to test alignment.
   Buffer(pop::DType dtype, int64_t count, int64_t offset = 0)
       : dtype_(dtype),
         count_(count),
@@ -166,7 +166,7 @@ class Buffer {
   Vector<Line> lines_;
 };
 
-// `buffer` holds `expected` within |error| <= absolute + relative * |expected|, and its guards are intact.
+// Throws unless `buffer` holds `expected` within |error| <= absolute + relative * |expected| and its guards are intact.
 inline void expect_close(const std::string& what, const Buffer& buffer, const std::vector<float>& expected,
                          float absolute, float relative) {
   if (!buffer.guards_intact()) throw std::runtime_error(what + ": wrote outside its output");
@@ -179,7 +179,7 @@ inline void expect_close(const std::string& what, const Buffer& buffer, const st
   }
 }
 
-// Relative error that one rounding to `dtype` may add.
+// The relative error of one rounding to `dtype`.
 inline float rounding(pop::DType dtype) {
   return dtype == pop::DType::f32 ? 1e-5f : dtype == pop::DType::bf16 ? 1.0f / 128 : 1.0f / 1024;
 }

@@ -1,5 +1,5 @@
-// Asynchronous copies to shared memory: test-only, see cuda_runtime.h. A copy happens when its thread
-// waits for it, the latest moment that a GPU allows, so that a missing wait shows.
+// Asynchronous copies to shared memory, for tests only (see cuda_runtime.h). A copy is made when its thread waits for
+// it, the latest moment that a GPU allows, so that a missing wait shows.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,7 +18,7 @@ struct AsyncCopy {
   size_t bytes;
 };
 
-// Of one thread of the block: copies not committed, and groups not waited for.
+// The copies of one thread that are not committed, and its groups that are not waited for.
 struct AsyncCopies {
   std::vector<AsyncCopy> open;
   std::deque<std::vector<AsyncCopy>> groups;
@@ -42,7 +42,7 @@ inline void __pipeline_commit() {
   own.open.clear();
 }
 
-// All groups but the latest `count` have arrived.
+// Waits for all groups except the latest `count`.
 inline void __pipeline_wait_prior(size_t count) {
   auto& own = cuda_shim::async_copies[cuda_shim::lane->index];
   for (; own.groups.size() > count; own.groups.pop_front()) {

@@ -1,8 +1,8 @@
-// Stands in for the toolkit's header when a kernel of cuda/ is compiled as C++ and run on a CPU: test-only.
+// Replaces the toolkit's header when a kernel of cuda/ is compiled as C++ and run on a CPU; for tests only.
 //
-// The threads of a block are fibers of one host thread, or (POP_CUDA_SHIM_THREADS) host threads, for
-// ThreadSanitizer to watch; blocks run one after another. Shared memory is `static`, so that launches
-// take turns. Anything a kernel uses that is not here does not compile.
+// The threads of a block are fibers of one host thread, or, with POP_CUDA_SHIM_THREADS, host threads under
+// ThreadSanitizer. Blocks run one after another. Shared memory is `static`, so launches run one after another too. A
+// kernel that uses anything that is not here does not compile.
 #pragma once
 
 #include <atomic>
@@ -47,17 +47,17 @@ struct Lane {
 extern thread_local Lane* lane;
 extern dim3 grid_dim, block_dim;
 
-// Runs `body` as every thread of every block. Throws std::runtime_error if threads wait for each other forever, and
-// with `early`, a kernel's name, unless each has called count_wait, once.
+// Runs `body` as every thread of every block. Throws std::runtime_error if threads wait for each other forever. With
+// `early`, the name of a kernel, it also throws unless every thread called count_wait once.
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body, const char* early = nullptr);
 
-void count_wait();  // for kernels in front (cuda/launch.cuh)
+void count_wait();  // counts calls of wait_for_kernels_in_front (cuda/launch.cuh)
 
 void* dynamic_shared();  // filled with NaN before each block
 void block_barrier();
 void warp_barrier();
-void yield();                         // lets the others run: for a thread that polls
-void* warp_slot(unsigned warp_lane);  // 16 bytes a lane, to hand a value over
+void yield();                         // lets other threads run; for a thread that polls
+void* warp_slot(unsigned warp_lane);  // 16 bytes per lane, to exchange values
 
 template <class T>
 T shuffle(T value, unsigned from) {

@@ -22,8 +22,8 @@ namespace {
 
 std::mutex one_launch_at_a_time;
 std::vector<unsigned char> shared;
-std::vector<std::array<unsigned char, 16>> slots;  // one a thread of the block
-std::atomic<size_t> waits;                         // of the launch
+std::vector<std::array<unsigned char, 16>> slots;  // one per thread of the block
+std::atomic<size_t> waits;                         // calls of count_wait in this launch
 
 std::vector<Lane> lanes_of(dim3 block_index, dim3 block) {
   std::vector<Lane> lanes;
@@ -88,8 +88,8 @@ void block_barrier() { block_meeting->arrive_and_wait(); }
 void warp_barrier() { warp_meetings[lane->index / kWarpSize]->arrive_and_wait(); }
 void yield() { std::this_thread::yield(); }
 
-// The threads live as long as the launch; each block has barriers of its own, since a thread that has
-// returned is waited for no longer.
+// The threads live as long as the launch. Each block has its own barriers, since a thread that returned no longer takes
+// part.
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body, const char* early) {
   std::lock_guard lock(one_launch_at_a_time);
   begin_launch(grid, block, shared_bytes);
@@ -131,8 +131,7 @@ enum class State { ready, at_block_barrier, at_warp_barrier, done };
 
 constexpr size_t kStackBytes = 128 << 10;
 
-// A context is entered once by swapcontext; after that _setjmp and _longjmp switch, which, unlike it, make no
-// system call.
+// swapcontext enters a context once. After that _setjmp and _longjmp switch, which make no system call.
 struct Fiber {
   ucontext_t context;
   jmp_buf resume;
@@ -147,7 +146,7 @@ ucontext_t scheduler_context;
 jmp_buf scheduler;
 Fiber* running = nullptr;
 const std::function<void()>* current_body = nullptr;
-unsigned first_to_run = 0;  // changes from block to block: an order that a kernel must not depend on
+unsigned first_to_run = 0;  // changes from block to block, since a kernel must not depend on the order
 
 void enter() {
   (*current_body)();
@@ -161,7 +160,7 @@ void wait(State state) {
   if (_setjmp(self->resume) == 0) _longjmp(scheduler, 1);
 }
 
-// Runs a fiber until it waits or is done.
+// Runs a fiber until it waits or ends.
 void resume(Fiber& fiber) {
   running = &fiber;
   lane = &fiber.lane;
@@ -171,7 +170,7 @@ void resume(Fiber& fiber) {
   swapcontext(&scheduler_context, &fiber.context);
 }
 
-// Lets threads that all wait at one barrier go on; false if there are none.
+// Resumes threads that all wait at one barrier; false if there are none.
 bool release(size_t begin, size_t end, State barrier) {
   bool any = false;
   for (size_t i = begin; i < end; ++i) {

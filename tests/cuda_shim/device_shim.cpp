@@ -1,4 +1,4 @@
-// cuda/device.h on the CPU: one device, and everything happens in order.
+// cuda/device.h on the CPU: one device, and every call is synchronous.
 #include "cuda/device.h"
 
 #include <atomic>
@@ -9,17 +9,9 @@ namespace pop::cuda {
 void set_device(int) {}
 
 const DeviceFacts& device_facts() {
-  static const DeviceFacts facts{.major = 0, .minor = 0, .code = 0, .sm_count = 4};  // one that no library serves
+  static const DeviceFacts facts{.major = 0, .minor = 0, .code = 0, .sm_count = 4};  // no library supports this device
   return facts;
 }
-
-struct SideLine::Resources {};
-
-SideLine::SideLine() : resources_(std::make_unique<Resources>()) {}
-SideLine::~SideLine() = default;
-Stream SideLine::stream() const { return nullptr; }
-int64_t SideLine::record(Stream) { return used_++; }
-void SideLine::wait(Stream, int64_t) {}
 
 namespace {
 std::atomic<int32_t> flag{0};

@@ -1,8 +1,9 @@
-// Stands in for cuda/sm90.cuh under the CPU shim: the same functions, done the way the PTX ISA words them.
+// Replaces cuda/sm90.cuh under the CPU shim: the same functions, emulated as the PTX ISA describes them.
 //
-// A cluster is one block of the shim, whose y is the rank of a block in it. What hardware does some time
-// between two points is done at the less convenient one: a TMA box is written when it is asked for, and the
-// operands of a product are read when it is waited for, and must then be what they were when it was issued.
+// A cluster is one block of the shim; threadIdx.y is the rank of a block in it. Where hardware may act at any time
+// between two points, the emulation takes the one that is more likely to show an error: a TMA box is written when it is
+// requested, and the operands of a product are read when it is waited for, and must then be the same as when it was
+// issued.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +32,7 @@ inline constexpr size_t kSharedSlack = 0;
 
 namespace emulated {
 
-inline constexpr uint32_t kWindow = 3 * 1024;  // where shared memory begins in its window
+inline constexpr uint32_t kWindow = 3 * 1024;  // the start of shared memory in its window
 inline size_t rank_bytes = 0;                  // shared memory of one block of a cluster
 inline unsigned cluster = 1;
 
@@ -46,7 +47,7 @@ inline unsigned char* shared_base(unsigned rank) {
   return reinterpret_cast<unsigned char*>(first) + rank * rank_bytes;
 }
 
-// The same place in another block of the cluster.
+// The same address in another block of the cluster.
 template <class T>
 T* in_rank(T* pointer, unsigned rank) {
   return reinterpret_cast<T*>(shared_base(rank) +
@@ -83,12 +84,12 @@ void take_registers() {}
 namespace emulated {
 
 struct BarrierState {
-  uint16_t phase, arrivals;  // parity of the current phase; arrivals that a phase asks for
+  uint16_t phase, arrivals;  // parity of the current phase; arrivals that complete a phase
   int16_t pending;           // arrivals still missing
-  int16_t bytes;             // in units of 16, still to come; below 0 where they came before they were expected
+  int16_t bytes;             // in units of 16, still missing; negative if they came before they were expected
 };
 
-// Applies `change`, and completes the phase where nothing is missing any more.
+// Applies `change`, and completes the phase if nothing is missing.
 template <class Change>
 void update(Barrier* barrier, const Change& change) {
   std::atomic_ref<uint64_t> word(*barrier);
@@ -184,7 +185,7 @@ struct Products {
   std::deque<std::vector<Product>> groups;
 };
 
-inline std::vector<Products> products;  // one a thread of the block
+inline std::vector<Products> products;  // one per thread of the block
 
 inline float operand(uint64_t descriptor, uint32_t row, uint32_t k) {
   const uint32_t start = (descriptor & 0x3fffu) << 4, eight_rows = (descriptor >> 32 & 0x3fffu) << 4;
@@ -195,8 +196,8 @@ inline float operand(uint64_t descriptor, uint32_t row, uint32_t k) {
   return bf16_value<float>(bits);
 }
 
-// a . b^T where it is this thread's: register i is row 16 warp + lane / 4 + 8 (i / 2 % 2), column
-// 8 (i / 4) + 2 (lane % 4) + i % 2.
+// This thread's part of a . b^T: register i is row 16 warp + lane / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (lane % 4)
+// + i % 2.
 inline std::vector<float> product(uint64_t a, uint64_t b) {
   const uint32_t warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   std::vector<float> sums(128);
@@ -218,7 +219,7 @@ inline std::vector<float> product(uint64_t a, uint64_t b) {
 inline void multiply_fence() {}
 
 inline void multiply_64x256x16(float (&c)[128], uint64_t a, uint64_t b, bool accumulate) {
-  const bool watched = threadIdx.x % 16 == 5;  // computing it twice takes time
+  const bool watched = threadIdx.x % 16 == 5;  // only some threads: computing it twice takes time
   std::vector<float> now = watched ? emulated::product(a, b) : std::vector<float>();
   emulated::products[cuda_shim::lane->index].open.push_back({c, a, b, accumulate, std::move(now)});
 }
@@ -232,7 +233,8 @@ inline void multiply_commit() {
 template <size_t pending>
 void multiply_wait() {
   emulated::Products& own = emulated::products[cuda_shim::lane->index];
-  for (int i = 0; i < 2; ++i) cuda_shim::yield();  // time for a producer to overwrite what it believes to be free
+  for (int i = 0; i < 2; ++i)
+    cuda_shim::yield();  // gives a producer time to overwrite a stage that it wrongly takes for free
   for (; own.groups.size() > pending; own.groups.pop_front()) {
     for (const emulated::Product& each : own.groups.front()) {
       const std::vector<float> sums = emulated::product(each.a, each.b);

@@ -1,5 +1,4 @@
-// The backend over the CUDA kernels: chooses, for each product and each piece of attention, between a kernel of
-// cuda/ and a library's, and keeps the two lines of work of a call (backend.h) apart and in order.
+// The CUDA backend: chooses for each product and each segment of attention between a kernel of cuda/ and a library's.
 #pragma once
 
 #include <atomic>
@@ -8,28 +7,21 @@
 #include <string>
 #include <vector>
 
-#include "backend.h"
+#include "backend/backend.h"
 #include "cuda/device.h"
+#include "cuda/host/torch_cuda.h"
 #include "cuda/kernels.h"
-#include "torch/torch_cuda.h"
 
 namespace pop {
 
-// For one call, on torch's current stream of a device; makes that device the current one.
+// The backend of one call. Makes `device` the current one and works on torch's current stream of it.
 class CudaBackend final : public Backend {
  public:
   explicit CudaBackend(int device);
-  ~CudaBackend() override;
   CudaBackend(const CudaBackend&) = delete;
   CudaBackend& operator=(const CudaBackend&) = delete;
 
-  int64_t mark() override;
-  void wait(int64_t mark) override;
-  void begin_side(int64_t mark) override;
-  void end_side() override;
-  bool has_side() const override { return side_.has_value(); }
-
-  void place_rows(const PlaceRowsParams&) override;
+  void build_row_tables(const RowTablesParams&) override;
   void embed(const EmbedParams&) override;
   void add_features(const AddFeaturesParams&) override;
   void rms_norm(const RmsNormParams&) override;
@@ -45,7 +37,6 @@ class CudaBackend final : public Backend {
   void route(const RouteParams&) override;
   void group_rows(const GroupRowsParams&) override;
   void combine_rows(const CombineRowsParams&) override;
-  int64_t kv_project_layers(int64_t rows, int64_t layers, int64_t kv_dim) const override;
   size_t kv_project_workspace(DType dtype, int64_t rows, int64_t hidden_size, int64_t layers,
                               int64_t kv_dim) const override;
   void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t row_bytes,
@@ -56,16 +47,12 @@ class CudaBackend final : public Backend {
 
  private:
   void library_gemm(const GemmParams&);
-  void kv_project_chunk(const KvProjectParams&, int64_t begin, int64_t rows);
-  void project_and_write(const KvProjectParams&, void* kv);
+  void write_kv(const KvProjectParams&, const void* kv);
   void own_attention(const AttentionParams&, const std::vector<Segment>& segments);
 
   int device_;
   DeviceScope scope_;
-  cuda::Stream stream_;  // the current line's
-  cuda::Stream main_;
-  std::optional<cuda::SideLine> side_;  // where boundary rows run beside the projection
-  std::optional<StreamScope> on_side_;
+  cuda::Stream stream_;
   std::optional<cuda::EarlyLaunches> early_launches_;
 };
 

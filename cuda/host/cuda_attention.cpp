@@ -1,4 +1,4 @@
-#include "torch/cuda_attention.h"
+#include "cuda/host/cuda_attention.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -19,21 +19,21 @@ using torch::stable::Tensor;
 using torch::stable::detail::from;
 using torch::stable::detail::to;
 
-// The segments as one dense batch. Tensors are views of the caller's memory.
+// Segments of one shape as a dense batch. Tensors are views of the caller's memory.
 struct DenseBatch {
   int64_t batch, rows, keys;
-  bool causal;    // else every row sees all keys, as far as the window goes back
+  bool causal;    // false: every row sees all keys after the start of its window
   Tensor q, out;  // [batch, rows, heads, head_dim]
   Tensor k, v;    // [batch, keys, kv_heads, head_dim]
 };
 
-bool sees_ahead(const Segment& segment) { return segment.sees_to > segment.first_position; }
+bool sees_ahead(const Segment& segment) { return segment.visible_end > segment.first_position + 1; }
 
 DenseBatch dense_batch(const AttentionParams& p, int device) {
   const Segment& first = p.segments[0];
   const int64_t batch = p.num_segments, rows = first.rows, element = element_size(p.dtype);
-  const int64_t end = std::max(first.first_position + rows, first.sees_to + 1);
-  // The library aligns causality at the end; keys that no row of the window reaches are left out.
+  const int64_t end = std::max(first.first_position + rows, first.visible_end);
+  // The libraries align the causal mask at the end. Keys before every row's window are left out.
   const int64_t begin = p.window == 0 ? 0 : std::max<int64_t>(0, first.first_position - p.window + 1);
   const torch::stable::Device where(torch::headeronly::DeviceType::CUDA, device);
   const auto view = [&](const void* data, int64_t offset, int64_t length, int64_t heads, int64_t batch_stride,
@@ -59,7 +59,8 @@ DenseBatch dense_batch(const AttentionParams& p, int device) {
           .v = cache_of(p.cache.value, p.cache.value_strides)};
 }
 
-// A row sees itself and `window - 1` positions before it; the libraries count those before and after it, -1 for all.
+// A row sees itself and `window - 1` positions before it. The libraries count the positions before and after a row; -1
+// means all.
 int64_t window_left(const AttentionParams& p) { return p.window == 0 ? -1 : p.window - 1; }
 int64_t window_right(const AttentionParams& p, const DenseBatch& b) { return p.window == 0 || !b.causal ? -1 : 0; }
 
@@ -120,7 +121,7 @@ void torch_flash(const AttentionParams& p, DenseBatch& b) {
   stack[10] = from(std::optional<double>(p.scale));
   stack[11] = optional_window(window_left(p));
   stack[12] = optional_window(window_right(p, b));
-  // Variant 0 ends with block_table and num_splits: none. Variant 1 has no such arguments, and does not read them.
+  // Variant 0 ends with block_table and num_splits, both none. Variant 1 has no such arguments and does not read them.
   call("aten::_flash_attention_forward", "", stack);
   const Tensor result = to<Tensor>(stack[0]);
   for (int i = 1; i < 5; ++i) to<Tensor>(stack[i]);
@@ -139,8 +140,8 @@ DenseBatch some_rows(const DenseBatch& b, int64_t begin, int64_t end) {
   return part;
 }
 
-// torch's choice among its kernels: on Hopper and Blackwell cuDNN's, twice as fast as its flash kernel there. Square
-// and causal only: cuDNN aligns causality at the start.
+// torch's own choice among its kernels: cuDNN's on Hopper and Blackwell, twice as fast as its flash kernel there. Only
+// for as many keys as rows: cuDNN aligns the causal mask at the start.
 void torch_sdpa(const AttentionParams& p, DenseBatch& b) {
   // [batch, heads, rows, head_dim]
   const auto heads_first = [](Tensor& tensor) { return from(torch::stable::transpose(tensor, 1, 2)); };
@@ -159,7 +160,7 @@ void torch_sdpa(const AttentionParams& p, DenseBatch& b) {
 
 enum class Provider { none, flash_attention_3, flash_attention_2, torch_sdpa, torch_flash };
 
-// The libraries move 16 bytes at a time.
+// The libraries use 16-byte accesses.
 bool is_aligned(const AttentionParams& p) {
   const int64_t element = element_size(p.dtype);
   const auto aligned = [&](const void* data, std::initializer_list<int64_t> strides) {
@@ -175,16 +176,16 @@ std::atomic<int64_t> sdpa_rows{512};
 
 Provider choose(const AttentionParams& p, int compute_capability) {
   const bool ampere = compute_capability >= 80, hopper = compute_capability == 90;
-  // Soft caps are left to the own kernel: torch's operators have none, FlashAttention's is untested here.
+  // Soft caps go to cuda/attention.cu: torch's operators have none, and FlashAttention's is untested here.
   if (p.softcap > 0.0f) return Provider::none;
   if (p.dtype == DType::f32 || p.address.slot_table != nullptr || !ampere || p.num_segments == 0 || !is_aligned(p)) {
     return Provider::none;
   }
   if (hopper && foreign::variant_of("flash_attn_3::fwd") >= 0) return Provider::flash_attention_3;
   if (foreign::variant_of("flash_attn::_flash_attn_forward") >= 0) return Provider::flash_attention_2;
-  // Windows count from the last key: rows that stop short of the positions they see are not at the end.
+  // Windows count from the last key, so rows that see keys beyond the last row do not fit.
   const Segment& first = p.segments[0];
-  if (p.window > 0 && first.sees_to >= first.first_position + first.rows) return Provider::none;
+  if (p.window > 0 && first.visible_end > first.first_position + first.rows) return Provider::none;
   const int64_t multiple = sdpa_rows;
   const bool square = p.window == 0 && first.first_position == 0 && !sees_ahead(first);
   if (multiple > 0 && first.rows >= multiple && square && compute_capability >= 90 &&
@@ -195,8 +196,8 @@ Provider choose(const AttentionParams& p, int compute_capability) {
   return foreign::variant_of("aten::_flash_attention_forward") >= 0 ? Provider::torch_flash : Provider::none;
 }
 
-// As many rows as are a multiple of `sdpa_rows` by the kernel that needs a plan for every shape, the others by the one
-// that needs none.
+// The largest multiple of `sdpa_rows` rows by the kernel that needs a plan for every shape, the remaining rows by the
+// one that needs none.
 void sdpa_then_flash(const AttentionParams& p, DenseBatch& b) {
   const int64_t multiple = std::max<int64_t>(1, sdpa_rows);
   int64_t done = b.rows - b.rows % multiple;
@@ -204,7 +205,7 @@ void sdpa_then_flash(const AttentionParams& p, DenseBatch& b) {
   try {
     torch_sdpa(p, squares);
   } catch (const std::runtime_error& error) {
-    // A shape that none of torch's kernels has a plan for: nothing has been written yet.
+    // None of torch's kernels has a plan for this shape. Nothing has been written yet.
     foreign::set_variant("aten::scaled_dot_product_attention", -1, error.what());
     done = 0;
   }

@@ -1,7 +1,7 @@
-// Fills the tables that say where each row of a call comes from and belongs.
+// Fills the row tables of a call: sequence, position and packed input row of each row, and the slot table.
 //
-// What a kernel needs of host memory travels in its parameters, so that nothing is copied later
-// from memory that may be gone, and a capture into a CUDA graph keeps it.
+// Host data is passed in the kernel parameters. It is then not read later, when the memory may be freed, and a capture
+// into a CUDA graph keeps it.
 #include <algorithm>
 
 #include "cuda/launch.cuh"
@@ -12,16 +12,16 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kSegmentsAtOnce = 64;
-constexpr int kWordsAtOnce = 960;  // with the rest under the 4 KiB that every driver takes as parameters
+constexpr int kWordsAtOnce = 960;  // keeps the kernel parameters under 4 KiB, which every driver accepts
 
 struct SegmentList {
   Segment segments[kSegmentsAtOnce];
 };
 
-// A block column a segment.
+// blockIdx.y is the segment.
 __global__ void __launch_bounds__(kThreads)
-    place_segments_kernel(const SegmentList list, int64_t* row_sequence, int64_t* row_position, int64_t* row_source,
-                          int64_t* start) {
+    segments_kernel(const SegmentList list, int64_t* row_sequence, int64_t* row_position, int64_t* row_source,
+                    int64_t* start) {
   const Segment& segment = list.segments[blockIdx.y];
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < segment.rows; i += stride) {
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) store_words_kernel(const Words words
 
 }  // namespace
 
-void launch_place_rows(const PlaceRowsParams& p, Stream stream) {
+void launch_build_row_tables(const RowTablesParams& p, Stream stream) {
   for (int64_t first = 0; first < p.num_segments; first += kSegmentsAtOnce) {
     const int64_t count = std::min<int64_t>(kSegmentsAtOnce, p.num_segments - first);
     SegmentList list{};
@@ -53,7 +53,7 @@ void launch_place_rows(const PlaceRowsParams& p, Stream stream) {
     }
     const dim3 grid(static_cast<unsigned>(std::min<int64_t>(ceil_div(longest, kThreads), 64)),
                     static_cast<unsigned>(count));
-    launch("place_rows", place_segments_kernel, grid, dim3(kThreads), 0, stream, list, p.row_sequence, p.row_position,
+    launch("build_row_tables", segments_kernel, grid, dim3(kThreads), 0, stream, list, p.row_sequence, p.row_position,
            p.row_source, p.start);
   }
   if (p.slot_table == nullptr) return;
@@ -62,7 +62,7 @@ void launch_place_rows(const PlaceRowsParams& p, Stream stream) {
     Words words{};
     const int64_t count = std::min<int64_t>(kWordsAtOnce, total - first);
     std::copy_n(p.address.slot_table + first, count, words.words);
-    launch("place_rows", store_words_kernel, dim3(1), dim3(kThreads), 0, stream, words, static_cast<int>(count),
+    launch("build_row_tables", store_words_kernel, dim3(1), dim3(kThreads), 0, stream, words, static_cast<int>(count),
            p.slot_table + first);
   }
 }

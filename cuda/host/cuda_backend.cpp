@@ -1,4 +1,4 @@
-#include "torch/cuda_backend.h"
+#include "cuda/host/cuda_backend.h"
 
 #include <torch/csrc/stable/ops.h>
 
@@ -6,10 +6,11 @@
 #include <array>
 #include <string>
 
+#include "core/math.h"
 #include "core/text.h"
-#include "norm_over_heads.h"
+#include "cuda/host/cuda_attention.h"
+#include "runtime/kv_project.h"
 #include "torch/aten.h"
-#include "torch/cuda_attention.h"
 
 namespace pop {
 
@@ -21,26 +22,20 @@ constexpr auto kDeviceType = torch::headeronly::DeviceType::CPU;
 constexpr auto kDeviceType = torch::headeronly::DeviceType::CUDA;
 #endif
 
-// Bytes of [k | v] of a run that are in flight at once; they bound kv_project's workspace.
+// Bytes of a run's [k | v] at a time; they bound kv_project's workspace.
 constexpr int64_t kKvProjectBytes = 96 << 20;
 constexpr int64_t kKvProjectMinRows = 256;
 
-// Tile of a library's GEMM, to judge how many blocks a product makes.
-constexpr int64_t kGemmTileRows = 128, kGemmTileColumns = 256;
-
-// Segments of so few rows go to the kernel that cuts along the keys.
+// Segments of up to so many rows go to cuda/attention.cu, which splits along the keys.
 constexpr int64_t kFewRows = 64;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Settings for measuring, by name.
+// Settings of torch.ops.pop.tune, for measuring (docs/ops.md).
 struct Options {
-  std::atomic<int64_t> skinny_rows{8};        // products of up to so many rows take cuda/skinny_gemm.cu
-  std::atomic<int64_t> overlap{0};            // boundary rows on a second stream, beside the projection
-  std::atomic<int64_t> library_attention{1};  // 0: all attention by cuda/attention.cu
-  std::atomic<int64_t> early_launch{0};       // kernels start before those in front have ended (cuda/launch.cuh)
-  std::atomic<int64_t> fused{0};              // runs by cuda/kv_project_sm90.cu, where it serves them
-  std::atomic<int64_t> kv_project_kib{0};     // a run's [k | v] of so many layers at once; 0: of all
+  std::atomic<int64_t> skinny_rows{8};        // products of up to so many rows run in cuda/skinny_gemm.cu
+  std::atomic<int64_t> library_attention{1};  // 0: all attention runs in cuda/attention.cu
+  std::atomic<int64_t> early_launch{0};       // kernels start before the previous ones have ended (cuda/launch.cuh)
+  std::atomic<int64_t> fused{0};              // runs are projected by cuda/kv_project_sm90.cu if it supports them
+  std::atomic<int64_t> kv_project_kib{0};     // KiB of a run's [k | v] per product, at least one layer; 0: all layers
 };
 
 Options& options() {
@@ -52,14 +47,13 @@ Options& options() {
 
 int64_t CudaBackend::tune(const std::string& option, int64_t value) {
   if (option == "skinny_rows") return options().skinny_rows.exchange(std::clamp<int64_t>(value, 0, cuda::kSkinnyRows));
-  if (option == "overlap") return options().overlap.exchange(value);
   if (option == "library_attention") return options().library_attention.exchange(value);
   if (option == "sdpa_rows") return set_sdpa_rows(value);
   if (option == "early_launch") return options().early_launch.exchange(value);
   if (option == "fused_kv_project") return options().fused.exchange(value);
   if (option == "kv_project_kib") return options().kv_project_kib.exchange(std::clamp<int64_t>(value, 0, 1 << 20));
   throw std::runtime_error(
-      "pop::tune: option: expected gemm_blocks, skinny_rows, overlap, library_attention, sdpa_rows, "
+      "pop::tune: option: expected gemm_blocks, skinny_rows, library_attention, sdpa_rows, "
       "early_launch, fused_kv_project or kv_project_kib, got " +
       option);
 }
@@ -73,43 +67,12 @@ void CudaBackend::check_reported_ids(int device) {
   }
 }
 
-CudaBackend::CudaBackend(int device)
-    : device_(device), scope_(device), stream_(current_stream(device)), main_(stream_) {
-  if (options().overlap != 0) side_.emplace();
-}
+CudaBackend::CudaBackend(int device) : device_(device), scope_(device), stream_(current_stream(device)) {}
 
-// After an error in the side line the caller's stream must still wait for it: it uses the caller's memory.
-CudaBackend::~CudaBackend() {
-  try {
-    end_side();
-  } catch (const std::exception&) {
-    // The device has failed; the caller's exception says so already.
-  }
-}
-
-int64_t CudaBackend::mark() { return side_ ? side_->record(stream_) : 0; }
-
-void CudaBackend::wait(int64_t mark) {
-  if (side_) side_->wait(stream_, mark);
-}
-
-void CudaBackend::begin_side(int64_t mark) {
-  if (!side_) return;
-  on_side_.emplace(side_->stream(), device_);
-  stream_ = side_->stream();
-  side_->wait(stream_, mark);
-}
-
-void CudaBackend::end_side() {
-  if (!on_side_) return;
-  stream_ = main_;
-  on_side_.reset();
-  side_->wait(main_, side_->record(side_->stream()));
-}
-
-// It waits for all that is in the stream, weights that were just written as well; what follows need not.
-void CudaBackend::place_rows(const PlaceRowsParams& p) {
-  cuda::launch_place_rows(p, stream_);
+// This kernel waits for everything in the stream, including weights that were just written. Later kernels of the call
+// need not, so they may launch early.
+void CudaBackend::build_row_tables(const RowTablesParams& p) {
+  cuda::launch_build_row_tables(p, stream_);
   if (options().early_launch != 0 && cuda::device_facts().code >= 90) early_launches_.emplace();
 }
 
@@ -127,7 +90,7 @@ void CudaBackend::route(const RouteParams& p) { cuda::launch_route(p, stream_); 
 
 void CudaBackend::combine_rows(const CombineRowsParams& p) { cuda::launch_combine_rows(p, stream_); }
 
-// The one place that waits for the device: how many rows each expert has decides which products there are.
+// The only wait for the device: the number of rows of each expert decides which products to launch.
 void CudaBackend::group_rows(const GroupRowsParams& p) {
   cuda::launch_group_rows(p, stream_);
   cuda::copy_to_host(p.host_begin, p.begin, (p.experts + 1) * sizeof(int64_t), stream_,
@@ -136,7 +99,7 @@ void CudaBackend::group_rows(const GroupRowsParams& p) {
 
 void CudaBackend::quantize_rows(const QuantizeRowsParams& p) { cuda::launch_quantize_rows(p, stream_); }
 
-// What aten::_scaled_mm asks for where every row has its scale.
+// The conditions of aten::_scaled_mm with one scale per row.
 std::string CudaBackend::fp8_missing(DType dtype) const {
   if (dtype != DType::bf16) return join("expected bfloat16 on a CUDA device, got ", to_string(dtype));
   const cuda::DeviceFacts& facts = cuda::device_facts();
@@ -153,7 +116,7 @@ void CudaBackend::gemm(const GemmParams* products, int64_t count) {
       library_gemm(products[i++]);
       continue;
     }
-    // Neighbours that share their rows go together.
+    // Consecutive products that share `a` go into one launch.
     const int64_t first = i;
     const auto shares = [&](const GemmParams& other) {
       const GemmParams& p = products[first];
@@ -176,61 +139,25 @@ void CudaBackend::library_gemm(const GemmParams& p) {
 namespace {
 
 int64_t kv_project_rows(DType dtype, int64_t rows, int64_t columns) {
-  const int64_t at_once = kKvProjectBytes / (columns * element_size(dtype));
+  const int64_t fitting = kKvProjectBytes / (columns * element_size(dtype));
   // Whole tiles, so that the last one of a chunk is not mostly empty.
-  return std::min(rows, std::max(kKvProjectMinRows, at_once / kKvProjectMinRows * kKvProjectMinRows));
+  return std::min(rows, std::max(kKvProjectMinRows, fitting / kKvProjectMinRows * kKvProjectMinRows));
 }
 
-// Layers of one product: what it writes can still be in the L2 cache when the epilogue reads it.
+// Layers of one product: few enough that the epilogue can find its result in the L2 cache.
 int64_t layers_at_once(const KvProjectParams& p, int64_t rows) {
   const int64_t most = options().kv_project_kib << 10;
   if (most == 0) return p.layers;
-  const int64_t bytes_a_layer = rows * 2 * p.kv_heads * p.head_dim * element_size(p.dtype);
-  const int64_t parts = ceil_div(p.layers, std::clamp<int64_t>(most / bytes_a_layer, 1, p.layers));
+  const int64_t bytes_per_layer = rows * 2 * p.kv_heads * p.head_dim * element_size(p.dtype);
+  const int64_t parts = ceil_div(p.layers, std::clamp<int64_t>(most / bytes_per_layer, 1, p.layers));
   return ceil_div(p.layers, parts);
 }
 
-// The same call for layers [first, first + count) of its run.
-KvProjectParams part_of(const KvProjectParams& p, int64_t first, int64_t count) {
-  const auto from = [first](const auto* list) { return list == nullptr ? nullptr : list + first; };
-  KvProjectParams part = p;
-  part.layers = count;
-  part.weight =
-      static_cast<const char*>(p.weight) + first * 2 * p.kv_heads * p.head_dim * p.hidden_size * element_size(p.dtype);
-  part.k_bias = from(p.k_bias);
-  part.v_bias = from(p.v_bias);
-  part.k_norm = from(p.k_norm);
-  part.rope_table = from(p.rope_table);
-  part.caches = from(p.caches);
-  return part;
-}
-
-// Where the parts of its workspace begin, in bytes.
-struct KvProjectLayout {
-  size_t rstd, normalised, kv, bytes;
-
-  KvProjectLayout(DType dtype, int64_t rows, int64_t hidden_size, int64_t columns) {
-    const bool normalise = dtype == DType::f16;
-    rstd = 0;
-    normalised = rstd + aligned(normalise ? 0 : rows * sizeof(float));
-    kv = normalised + aligned(normalise ? rows * hidden_size * element_size(dtype) : 0);
-    bytes = kv + aligned(rows * columns * element_size(dtype));
-  }
-};
-
 }  // namespace
-
-// Few enough that the boundary rows need not wait long, enough for two waves of the GEMM's blocks.
-int64_t CudaBackend::kv_project_layers(int64_t rows, int64_t layers, int64_t kv_dim) const {
-  if (!side_) return layers;
-  const int64_t blocks_a_layer = ceil_div(rows, kGemmTileRows) * ceil_div(2 * kv_dim, kGemmTileColumns);
-  return std::min(layers, ceil_div(2 * cuda::device_facts().sm_count, blocks_a_layer));
-}
 
 size_t CudaBackend::kv_project_workspace(DType dtype, int64_t rows, int64_t hidden_size, int64_t layers,
                                          int64_t kv_dim) const {
-  const int64_t columns = layers * 2 * kv_dim;
-  return KvProjectLayout(dtype, kv_project_rows(dtype, rows, columns), hidden_size, columns).bytes;
+  return kv_project_bytes(dtype, kv_project_rows(dtype, rows, layers * 2 * kv_dim), hidden_size, layers, kv_dim);
 }
 
 void CudaBackend::kv_project(const KvProjectParams& p) {
@@ -239,61 +166,13 @@ void CudaBackend::kv_project(const KvProjectParams& p) {
     return;
   }
   const int64_t columns = p.layers * 2 * p.kv_heads * p.head_dim;
-  const int64_t at_once = std::max<int64_t>(1, kv_project_rows(p.dtype, p.rows, columns));
-  for (int64_t begin = 0; begin < p.rows; begin += at_once) {
-    kv_project_chunk(p, begin, std::min(at_once, p.rows - begin));
-  }
+  const KvProjectChunks chunks{.rows = std::max<int64_t>(1, kv_project_rows(p.dtype, p.rows, columns)),
+                               .layers = [&](int64_t rows) { return layers_at_once(p, rows); }};
+  kv_project_in_chunks(*this, p, chunks, [&](const KvProjectParams& part, const void* kv) { write_kv(part, kv); });
 }
 
-// Rows [begin, begin + rows) of the call. The scale rstd commutes with the GEMM, which therefore takes
-// the rows as they are; in float16, where such products can overflow, they are scaled first.
-void CudaBackend::kv_project_chunk(const KvProjectParams& p, int64_t begin, int64_t rows) {
-  const int64_t columns = p.layers * 2 * p.kv_heads * p.head_dim;
-  const KvProjectLayout layout(p.dtype, rows, p.hidden_size, columns);
-  char* workspace = static_cast<char*>(p.workspace);
-  const bool normalise = p.normalise && p.dtype == DType::f16;
-  float* own_rstd = normalise ? nullptr : reinterpret_cast<float*>(workspace + layout.rstd);
-  void* normalised = normalise ? workspace + layout.normalised : nullptr;
-  const void* x = static_cast<const char*>(p.x) + begin * p.x_stride * element_size(p.dtype);
-  if (p.normalise && (normalise || p.rstd == nullptr)) {
-    rms_norm({.dtype = p.dtype,
-              .rows = rows,
-              .width = p.hidden_size,
-              .x = const_cast<void*>(x),  // only read: there is no delta
-              .x_stride = p.x_stride,
-              .eps = p.eps,
-              .out = normalised,
-              .out_stride = p.hidden_size,
-              .rstd = own_rstd});
-  }
-  KvProjectParams rest = p;
-  rest.first_row = p.first_row + begin;
-  rest.rows = rows;
-  rest.x = normalise ? normalised : x;
-  rest.x_stride = normalise ? p.hidden_size : p.x_stride;
-  const float* rstd = p.rstd == nullptr ? own_rstd : p.rstd + begin;
-  rest.rstd = normalise || !p.normalise ? nullptr : rstd;
-  const int64_t at_once = layers_at_once(p, rows);
-  for (int64_t first = 0; first < p.layers; first += at_once) {
-    project_and_write(part_of(rest, first, std::min(at_once, p.layers - first)), workspace + layout.kv);
-  }
-}
-
-// Rows and their scale as they are; `kv` is [rows, layers * 2 * kv_dim].
-void CudaBackend::project_and_write(const KvProjectParams& p, void* kv) {
-  const int64_t columns = p.layers * 2 * p.kv_heads * p.head_dim;
-  const GemmParams product{.dtype = p.dtype,
-                           .m = p.rows,
-                           .n = columns,
-                           .k = p.hidden_size,
-                           .a = p.x,
-                           .a_stride = p.x_stride,
-                           .w = p.weight,
-                           .w_stride = p.hidden_size,
-                           .out = kv,
-                           .out_stride = columns};
-  gemm(&product, 1);
-  if (p.norm_over_heads) norm_stacked_keys(*this, p, kv, p.rows);
+// See KvWrite in runtime/kv_project.h.
+void CudaBackend::write_kv(const KvProjectParams& p, const void* kv) {
   cuda::launch_kv_epilogue({.dtype = p.dtype,
                             .first_row = p.first_row,
                             .rows = p.rows,
@@ -302,7 +181,7 @@ void CudaBackend::project_and_write(const KvProjectParams& p, void* kv) {
                             .rotary_dim = p.rotary_dim,
                             .layers = p.layers,
                             .kv = kv,
-                            .kv_stride = columns,
+                            .kv_stride = p.layers * 2 * p.kv_heads * p.head_dim,
                             .rstd = p.rstd,
                             .k_bias = p.k_bias,
                             .v_bias = p.v_bias,
@@ -317,7 +196,7 @@ void CudaBackend::project_and_write(const KvProjectParams& p, void* kv) {
 
 // ---- Attention -----------------------------------------------------------------------------
 
-// A library takes segments of one shape in one call: those of a batch of equal prompts.
+// A library takes segments of one shape in one call, such as a batch of prompts of equal length.
 void CudaBackend::attention(const AttentionParams& p) {
   std::vector<Segment> own;
   const int capability = cuda::device_facts().major * 10 + cuda::device_facts().minor;
@@ -326,13 +205,13 @@ void CudaBackend::attention(const AttentionParams& p) {
     const auto continues = [&](const Segment& segment, int64_t index) {
       return segment.sequence == first.sequence + index && segment.first_row == first.first_row + index * first.rows &&
              segment.rows == first.rows && segment.first_position == first.first_position &&
-             segment.cache_start == first.cache_start && segment.sees_to == first.sees_to;
+             segment.cache_start == first.cache_start && segment.visible_end == first.visible_end;
     };
     for (end = begin + 1; end < p.num_segments && continues(p.segments[end], end - begin);) ++end;
     AttentionParams part = p;
     part.segments = p.segments + begin;
     part.num_segments = end - begin;
-    if (part.window >= first.first_position + first.rows) part.window = 0;  // nothing lies behind it
+    if (part.window >= first.first_position + first.rows) part.window = 0;  // the window covers everything
     const bool to_library = first.rows > kFewRows && options().library_attention != 0;
     if (to_library && library_attention(part, device_, capability)) continue;
     own.insert(own.end(), p.segments + begin, p.segments + end);
@@ -345,7 +224,7 @@ void CudaBackend::own_attention(const AttentionParams& p, const std::vector<Segm
   part.segments = segments.data();
   part.num_segments = static_cast<int64_t>(segments.size());
   const auto bytes = static_cast<int64_t>(cuda::attention_workspace(part));
-  // Freed when this returns, for use by what comes later on the same stream.
+  // Freed on return: torch's allocator gives it only to later work on the same stream.
   const torch::stable::Tensor workspace = torch::stable::empty(
       {bytes}, torch::headeronly::ScalarType::Byte, std::nullopt,
       torch::stable::Device(kDeviceType, kDeviceType == torch::headeronly::DeviceType::CPU ? -1 : device_));

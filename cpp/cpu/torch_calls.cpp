@@ -1,7 +1,4 @@
-// torch keeps its oneDNN to itself. What it offers is the operator that it compiles models to,
-// mkldnn::_linear_pointwise, which returns a new tensor. It takes strings, which the dispatcher's stable form leaks up
-// to torch 2.13, so it is called by torch's C shim.
-#include "cpu/prepacked.h"
+#include "cpu/torch_calls.h"
 
 #include <dlfcn.h>
 #include <torch/csrc/stable/ops.h>
@@ -12,21 +9,27 @@
 #include <stdexcept>
 #include <utility>
 
-#include "cpu/parallel.h"
+#include "core/math.h"
 #include "torch/aten.h"
 
 namespace pop::cpu {
 namespace {
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
+
+// torch does not export its oneDNN. It offers mkldnn::_linear_pointwise, the operator that compiled models call, which
+// returns a new tensor. That operator takes strings, which the dispatcher's stable form leaks up to torch 2.13, so it
+// is called through torch's C shim.
 constexpr const char *kReorder = "mkldnn::_reorder_linear_weight", *kLinear = "mkldnn::_linear_pointwise";
-// Rows of a product at once: its result, which is copied to its place, should still be in the cache, and its memory not
-// grow with the prompt.
+// Rows of a prepacked product at once. Its result is copied, so it should still be in the cache, and its memory must
+// not grow with the prompt.
 constexpr int64_t kRowsAtOnce = 1024;
-// Rows that weights are packed for. Products of 13 to 2048 rows read that layout at the full rate (oneDNN of
+// The row count that weights are packed for. Products of 13 to 2048 rows read that layout at the full rate (oneDNN of
 // torch 2.13).
-constexpr int64_t kRowsInMind = 512;
+constexpr int64_t kPackedForRows = 512;
 
 // torch/csrc/inductor/aoti_torch/c/shim_cpu.h
 using LinearPointwise = AOTITorchError (*)(AtenTensorHandle x, AtenTensorHandle w, AtenTensorHandle* bias,
@@ -56,7 +59,26 @@ bool multiplies_bfloat16() {
 #endif
 }
 
+Tensor view(const HostMatrix& m) {
+  const ScalarType type = m.type == HostMatrix::Type::e4m3 ? ScalarType::Float8_e4m3fn : aten::scalar_type(m.dtype);
+  return torch::stable::from_blob(const_cast<void*>(m.data), {m.rows, m.columns}, {m.stride, 1}, kCpu, type);
+}
+
 }  // namespace
+
+int64_t num_threads() { return torch::stable::get_num_threads(); }
+
+void parallel_for(int64_t first, int64_t last, int64_t grain, void (*body)(const void*, int64_t, int64_t),
+                  const void* context) {
+  torch::stable::parallel_for(first, last, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+void matmul(const GemmParams& p) { aten::matmul_nt(p, kCpu); }
+
+void convert(const HostMatrix& from, const HostMatrix& to) {
+  Tensor out = view(to);
+  torch::stable::copy_(out, view(from));
+}
 
 std::string prepack_missing(DType dtype) {
   if (dtype != DType::bf16) return std::string("expected bfloat16 weights, got ") + to_string(dtype);
@@ -72,11 +94,11 @@ std::string prepack_missing(DType dtype) {
 std::unique_ptr<PackedWeight> prepack(const PrepackParams& p) {
   using torch::stable::detail::from;
   const Tensor plain = torch::stable::contiguous(aten::host_matrix(p.dtype, p.w, p.n, p.k, p.w_stride));
-  const std::optional<int64_t> rows = kRowsInMind;
+  const std::optional<int64_t> rows = kPackedForRows;
   return std::make_unique<Packed>(aten::call_for_tensor(kReorder, "", std::array{from(plain), from(rows)}));
 }
 
-void packed_gemm(const GemmParams& p) {
+void packed_matmul(const GemmParams& p) {
   foreign::require(kLinear);
   const AtenTensorHandle w = static_cast<const Packed*>(p.packed)->handle();
   Tensor a = aten::host_matrix(p.dtype, p.a, p.m, p.k, p.a_stride),
@@ -84,9 +106,9 @@ void packed_gemm(const GemmParams& p) {
   const int64_t rows_at_once = ceil_div(p.m, ceil_div(p.m, kRowsAtOnce));
   for (int64_t begin = 0; begin < p.m; begin += rows_at_once) {
     const int64_t rows = std::min(rows_at_once, p.m - begin);
-    const Tensor some = torch::stable::narrow(a, 0, begin, rows);
+    const Tensor part = torch::stable::narrow(a, 0, begin, rows);
     AtenTensorHandle handle = nullptr;
-    if (linear_pointwise()(some.get(), w, nullptr, "none", nullptr, 0, nullptr, &handle) != 0) {
+    if (linear_pointwise()(part.get(), w, nullptr, "none", nullptr, 0, nullptr, &handle) != 0) {
       throw std::runtime_error(std::string(kLinear) + ": " + aten::last_error());
     }
     const Tensor product(handle);

@@ -5,7 +5,7 @@ namespace {
 
 using namespace pop;
 
-// More segments than one launch takes, some of one row, and a slot table of more than one launch.
+// More segments than fit in one launch, some of one row, and a slot table that needs several launches.
 void run() {
   constexpr int64_t kSequences = 70, kStride = 31;
   std::vector<Segment> segments;
@@ -26,7 +26,7 @@ void run() {
   checks::Vector<int32_t> placed(table.size() + 1, -1);
   for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(3 * i + 1);
   std::vector<int64_t> host_start(kSequences);
-  cuda::launch_place_rows(
+  cuda::launch_build_row_tables(
       {.segments = segments.data(),
        .num_segments = kSequences,
        .sequences = kSequences,
@@ -54,6 +54,6 @@ void run() {
   expect(start.back() == -1 && placed.back() == -1, "wrote past the tables");
 }
 
-const checks::Check check("place_rows", run);
+const checks::Check check("build_row_tables", run);
 
 }  // namespace

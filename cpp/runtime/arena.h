@@ -1,16 +1,17 @@
-// Cuts an allocation into aligned pieces, or, without one, counts the bytes that they take.
+// Cuts one allocation into aligned pieces. Without an allocation it counts the bytes that the pieces take.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "backend.h"
+#include "backend/params.h"
 
 namespace pop {
 
-class Cutter {
+class Arena {
  public:
-  explicit Cutter(void* base) : base_(static_cast<char*>(base)) {}
+  // `base` is aligned to kAlignment, or null to count only.
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
 
   void* take(size_t bytes) {
     void* piece = base_ == nullptr ? nullptr : base_ + used_;

@@ -1,0 +1,57 @@
+// The interface of a backend: the kernels of a prefill. The loop that calls them is runtime/prefill.cpp.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "backend/params.h"
+
+namespace pop {
+
+// Calls run in the order in which they are made. A device may run them later than the call returns, except where a
+// function says otherwise.
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual void build_row_tables(const RowTablesParams&) = 0;
+  virtual void embed(const EmbedParams&) = 0;
+  virtual void add_features(const AddFeaturesParams&) = 0;
+  virtual void rms_norm(const RmsNormParams&) = 0;
+  virtual void rope_cache_write(const RopeCacheWriteParams&) = 0;
+  virtual void attention(const AttentionParams&) = 0;
+  virtual void gated_act(const GatedActParams&) = 0;
+
+  // `count` products that do not depend on each other: those of few rows may share a launch.
+  virtual void gemm(const GemmParams* products, int64_t count) = 0;
+
+  virtual void kv_project(const KvProjectParams&) = 0;
+  // Bytes of KvProjectParams::workspace for a call of at most `rows` rows.
+  virtual size_t kv_project_workspace(DType dtype, int64_t rows, int64_t hidden_size, int64_t layers,
+                                      int64_t kv_dim) const = 0;
+
+  virtual void quantize_rows(const QuantizeRowsParams&) = 0;
+  // The reason why this backend computes no products of e4m3 with results of `dtype`; empty if it does.
+  virtual std::string fp8_missing(DType dtype) const = 0;
+
+  // The reason why this backend cannot prepack weights of `dtype`; empty if it can.
+  virtual std::string prepack_missing(DType dtype) const = 0;
+  // Call only if prepack_missing is empty.
+  virtual std::unique_ptr<PackedWeight> prepack(const PrepackParams&) const = 0;
+
+  // Rows of a dense MLP to compute at a time for the best speed; at most kMlpChunkRows are used.
+  virtual int64_t mlp_rows(DType /*dtype*/) const { return kMlpChunkRows; }
+
+  virtual void route(const RouteParams&) = 0;
+  // Waits for the device: host_begin is filled on return.
+  virtual void group_rows(const GroupRowsParams&) = 0;
+  virtual void combine_rows(const CombineRowsParams&) = 0;
+
+  // Copies rows of `row_bytes` each, strides in bytes. Restores a cache after a failed call, so it never throws.
+  virtual void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t row_bytes,
+                         int64_t rows) noexcept = 0;
+};
+
+}  // namespace pop

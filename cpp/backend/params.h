@@ -1,0 +1,273 @@
+// The arguments of the kernels (backend/backend.h), as plain structs.
+//
+// Pointers are to memory of the backend's device, except where marked "host". The structs, and arrays of them, are in
+// host memory and may be freed when the call returns. Strides are in elements. Activations, weights and caches have one
+// dtype; rstd, cos and sin are float32.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cache_address.h"
+#include "core/math.h"
+#include "core/model_spec.h"
+
+namespace pop {
+
+// Attention takes a head_dim that is a multiple of kHeadDimStep up to kMaxHeadDim.
+inline constexpr int64_t kHeadDimStep = 8;
+inline constexpr int64_t kMaxHeadDim = 256;
+
+// Consecutive rows of one sequence: row `first_row + i` is at position `first_position + i` of `sequence`. Positions
+// count the sequence's real tokens (no padding) from its start.
+struct Segment {
+  int64_t sequence;
+  int64_t first_row;
+  int64_t rows;
+  int64_t first_position;
+  int64_t first_source;  // the row of the packed input that is row `first_row`
+  int64_t cache_start;   // CacheAddress::start of the sequence
+  // For attention: every row also sees the positions before this one (the block of an image); 0: causal.
+  int64_t visible_end = 0;
+};
+
+// The rows of a call: their sequences, positions, places in the packed input, and RoPE tables. Rows are ordered
+// context, boundary, wanted (runtime/batch.h), so that every set of rows that the loop works on is a range.
+struct Batch {
+  int64_t rows;
+  int64_t sequences;
+  const int64_t* row_sequence;  // [rows]
+  const int64_t* row_position;  // [rows]
+  const int64_t* row_source;    // [rows] index into the packed input
+  const float* cos;             // [rows, rotary_dim / 2]
+  const float* sin;             // [rows, rotary_dim / 2]
+  const float* cos_local;       // the same for layers with RoPE table 1; null if there are none
+  const float* sin_local;
+  CacheAddress address;
+};
+
+// Fills the tables of a Batch from the segments of a call.
+struct RowTablesParams {
+  const Segment* segments;  // host; every row is in exactly one
+  int64_t num_segments;
+  int64_t sequences;
+  CacheAddress address;   // host
+  int64_t* row_sequence;  // [rows]
+  int64_t* row_position;  // [rows]
+  int64_t* row_source;    // [rows]
+  int64_t* start;         // [sequences]
+  int32_t* slot_table;    // [sequences, address.slot_table_stride], or null if the address has none
+};
+
+struct EmbedParams {
+  DType dtype;
+  int64_t rows, width;
+  int64_t vocab_size;
+  const int64_t* ids;         // [packed rows], or null if `table` holds the input embeddings
+  const int64_t* row_source;  // [rows]
+  const void* table;          // [vocab_size, width], or [packed rows, width] without ids
+  int64_t table_stride;
+  void* out;           // [rows, width]
+  float scale = 1.0f;  // out = table * scale
+};
+
+// out[row] += features[index[row_source[row]]]; rows with index -1 are left unchanged.
+struct AddFeaturesParams {
+  DType dtype;
+  int64_t rows, width;
+  const int64_t* row_source;  // [rows]
+  const int64_t* index;       // [packed rows] row of `features`, or -1
+  int64_t num_features;       // larger indices count as -1
+  const void* features;       // [num_features, width]
+  int64_t features_stride;
+  void* out;  // [rows, width]
+};
+
+struct RmsNormParams {
+  DType dtype;
+  int64_t rows, width;
+  void* x;  // [rows, width] residual stream; updated in place if `delta` is given
+  int64_t x_stride;
+  const void* delta = nullptr;  // [rows, width] or null; x += delta + delta_bias, before the norm
+  int64_t delta_stride = 0;
+  const void* delta_bias = nullptr;  // [width] or null
+  const void* delta_norm = nullptr;  // [width] or null; RMSNorm weight for delta + delta_bias, before it is added
+  const void* weight = nullptr;      // [width], or null for ones
+  float weight_offset = 0.0f;        // added to delta_norm and weight
+  float eps;
+  void* out;  // [rows, width] or null; may be x if there is no delta
+  int64_t out_stride;
+  float* rstd = nullptr;  // [rows] or null
+};
+
+// Rounds rows to 8-bit floats (e4m3) with one scale per row: x = out * scale, where the largest |out| of a row is 448.
+struct QuantizeRowsParams {
+  DType dtype;
+  int64_t rows, width;
+  const void* x;  // [rows, width]
+  int64_t x_stride;
+  uint8_t* out;  // [rows, width]
+  int64_t out_stride;
+  float* scale;  // [rows]
+};
+
+// n and k of e4m3 products are multiples of this.
+inline constexpr int64_t kFp8Multiple = 16;
+
+// Rows of an MLP's intermediate activations held at a time.
+inline constexpr int64_t kMlpChunkRows = 2048;
+
+// A copy of a weight in the backend's own layout, for products of many rows. The plain weight stays in memory too.
+class PackedWeight {
+ public:
+  PackedWeight() = default;
+  virtual ~PackedWeight() = default;
+  PackedWeight(const PackedWeight&) = delete;
+  PackedWeight& operator=(const PackedWeight&) = delete;
+};
+
+struct PrepackParams {
+  DType dtype;
+  int64_t n, k;
+  const void* w;  // [n, k]
+  int64_t w_stride;
+};
+
+// out = a . w^T. If the scales are given, a and w are e4m3 and out = (a . w^T) * a_scale * w_scale^T.
+struct GemmParams {
+  DType dtype;
+  int64_t m, n, k;
+  const void* a;  // [m, k]
+  int64_t a_stride;
+  const void* w;  // [n, k]
+  int64_t w_stride;
+  void* out;  // [m, n]
+  int64_t out_stride;
+  const float* a_scale = nullptr;        // [m], or null
+  const float* w_scale = nullptr;        // [n], with a_scale
+  const PackedWeight* packed = nullptr;  // the prepacked copy of w, or null
+};
+
+// K and V of one layer. Element [sequence, head, slot, channel]; channels are contiguous.
+struct LayerCache {
+  void* key;
+  void* value;
+  CacheStrides key_strides;
+  CacheStrides value_strides;
+};
+
+// q, k, v += bias; RMSNorm of q and k per head; RoPE of q and k; k and v are written to the cache.
+struct RopeCacheWriteParams {
+  DType dtype;
+  int64_t heads, kv_heads, head_dim, rotary_dim;
+  int64_t first_row, rows;  // rows of the batch; row 0 of q, k, v is `first_row`
+  void* q;                  // [rows, heads * head_dim] in place, or null
+  int64_t q_stride;
+  const void* k;  // [rows, kv_heads * head_dim]
+  const void* v;  // [rows, kv_heads * head_dim]
+  int64_t kv_stride;
+  const void *q_bias, *k_bias, *v_bias;  // [heads or kv_heads * head_dim] or null
+  const void *q_norm, *k_norm;           // [head_dim] or null
+  float norm_eps;
+  float norm_offset = 0.0f;  // added to q_norm and k_norm
+  int64_t rope_table = 0;    // 1: use cos_local and sin_local of the batch
+  const float* row_scale;    // [rows] or null; multiplies k and v before the bias
+  const Batch* batch;
+  LayerCache cache;
+};
+
+// The independent KV projection of a run of omitted layers. For every layer j of the run
+// [k_j | v_j] = rstd(x) * (x . weight_j^T), then bias, k_norm, RoPE and the cache write.
+struct KvProjectParams {
+  DType dtype;
+  int64_t first_row, rows;  // rows of the batch; row 0 of x and rstd is `first_row`
+  int64_t hidden_size;
+  int64_t kv_heads, head_dim, rotary_dim;
+  const void* x;  // [rows, hidden_size]
+  int64_t x_stride;
+  bool normalise = true;  // false: rstd(x) is 1
+  const float* rstd;      // [rows], or null to compute it from x
+  int64_t layers;
+  const void* weight;         // [layers * 2 * kv_dim, hidden_size], input norm folded in
+  const void* const* k_bias;  // host [layers] of [kv_dim] or null
+  const void* const* v_bias;  // host [layers] of [kv_dim] or null
+  const void* const* k_norm;  // host [layers] of [head_dim] or null
+  float eps;
+  float norm_offset = 0.0f;             // added to k_norm; the input norm's is folded into `weight`
+  bool norm_over_heads = false;         // k_norm is [kv_dim], over all heads; requires no biases and normalise = false
+  const int64_t* rope_table = nullptr;  // host [layers] of 0 and 1, or null: 0 in all
+  const Batch* batch;
+  const LayerCache* caches;  // host [layers]
+  void* workspace;           // kv_project_workspace(...) bytes
+};
+
+// Causal attention of packed rows over the cache. A row at position p sees positions first <= i < end of its sequence:
+// first = max(0, p - window + 1), or 0 if window is 0; end = max(p + 1, visible_end of its segment).
+struct AttentionParams {
+  DType dtype;
+  int64_t heads, kv_heads, head_dim;
+  float scale;
+  float softcap = 0.0f;  // scores become softcap * tanh(score / softcap); 0: no cap
+  int64_t window;
+  const Segment* segments;  // host; rows outside of them are not written
+  int64_t num_segments;
+  int64_t first_row;  // row 0 of q and out is this row of the batch
+  const void* q;      // [rows, heads * head_dim]
+  int64_t q_stride;
+  void* out;  // [rows, heads * head_dim]
+  int64_t out_stride;
+  LayerCache cache;
+  CacheAddress address;
+};
+
+// gate = act(gate + gate_bias) * (up + up_bias)
+struct GatedActParams {
+  DType dtype;
+  Activation activation;
+  int64_t rows, width;
+  void* gate;  // [rows, width] in place
+  int64_t gate_stride;
+  const void* up;  // [rows, width]
+  int64_t up_stride;
+  const void *gate_bias, *up_bias;  // [width] or null
+};
+
+// Chooses the experts of each row: those with the experts_per_row largest logits, largest first, the lower index first
+// among equal logits. The weights are their softmax probabilities over all experts; `normalise` divides them by their
+// sum.
+struct RouteParams {
+  DType dtype;
+  int64_t rows, experts, experts_per_row;
+  bool normalise;
+  const void* logits;  // [rows, experts]
+  int32_t* expert;     // [rows, experts_per_row]
+  float* weight;       // [rows, experts_per_row]
+};
+
+// Sorts (row, expert) pairs by expert, and by row within an expert.
+struct GroupRowsParams {
+  int64_t rows, experts, experts_per_row;
+  const int32_t* expert;  // [rows, experts_per_row]
+  int32_t* place;         // [rows, experts_per_row] index of the pair in sorted order
+  int64_t* row;           // [rows * experts_per_row] row of the pair at each index
+  int64_t* begin;         // [experts + 1] first index of each expert; the last entry is the number of pairs
+  int64_t* host_begin;    // host [experts + 1]: a copy of begin
+};
+
+// out[row] = sum over the row's experts of weight * x[place]
+struct CombineRowsParams {
+  DType dtype;
+  int64_t rows, width, experts_per_row;
+  const void* x;         // [rows * experts_per_row, width]
+  const int32_t* place;  // [rows, experts_per_row]
+  const float* weight;   // [rows, experts_per_row]
+  void* out;             // [rows, width]
+  int64_t out_stride;
+};
+
+// Alignment in bytes of workspaces and of the pieces that they are cut into: a cache line, and the widest access.
+inline constexpr size_t kAlignment = 64;
+
+constexpr size_t aligned(size_t bytes) { return round_up(bytes, kAlignment); }
+
+}  // namespace pop

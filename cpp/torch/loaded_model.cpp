@@ -1,0 +1,96 @@
+#include "torch/loaded_model.h"
+
+#include <algorithm>
+
+#include "torch/checks.h"
+
+namespace pop {
+
+LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Tensor> weights,
+                         const std::optional<std::vector<Tensor>>& projections, bool fp8, bool prepack)
+    : slots_(spec.weight_slots()), weights_(std::move(weights)) {
+  check(!fp8 || !prepack, "pop::load: prepack: expected False with fp8=True, got True");
+  check(plan.num_layers == spec.num_layers, "pop::load: plan: expected num_layers ", spec.num_layers,
+        " like the model, got ", plan.num_layers);
+  check_head_dim(spec.head_dim, "pop::load: spec");
+  check(weights_.size() == slots_.size(), "pop::load: weights: expected ", slots_.size(), " tensors, got ",
+        weights_.size());
+  for (size_t i = 0; i < slots_.size(); ++i) index_[slots_[i].name] = i;
+  model_.spec = spec;
+  model_.plan = plan;
+  check_weights();
+  model_.embed_tokens = {weight("embed_tokens")->const_data_ptr(), weight("embed_tokens")->stride(0)};
+  model_.norm = weight("norm")->const_data_ptr();
+  model_.layers.resize(spec.num_layers);
+  for (int64_t layer = 0; layer < spec.num_layers; ++layer) set_layer(layer);
+  for (const LayerRange& layers : plan.projected_runs()) fold(layers);
+  if (projections.has_value()) set_projections(*projections);
+  if (fp8) quantize_layers();
+  if (prepack) prepack_layers();
+  stamp_weights();
+}
+
+void LoadedModel::check_weights() const {
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    const std::string name = "pop::load: weight " + slots_[i].name;
+    check_dtype(weights_[i], model_.spec.dtype, name);
+    check_shape(weights_[i], slots_[i].shape, name);
+    check_same_device(weights_[i], weights_.front(), name);
+    check_last_dim_contiguous(weights_[i], name);
+    check(weights_[i].is_cpu() || weights_[i].is_cuda(), name,
+          ": expected memory on a CPU or a CUDA device, got another device, or a meta or fake tensor");
+  }
+}
+
+const Tensor* LoadedModel::weight(const std::string& name) const {
+  const auto found = index_.find(name);
+  return found == index_.end() ? nullptr : &weights_[found->second];
+}
+
+void LoadedModel::set_layer(int64_t layer) {
+  const std::string prefix = join("layers.", layer, ".");
+  const auto vector = [&](const char* name) -> const void* {
+    const Tensor* tensor = weight(prefix + name);
+    return tensor == nullptr ? nullptr : tensor->const_data_ptr();
+  };
+  const auto linear = [&](const char* name) -> Linear {
+    const Tensor* tensor = weight(prefix + name);
+    if (tensor == nullptr) return {};
+    return {tensor->const_data_ptr(), tensor->stride(0)};
+  };
+  const auto stack = [&](const char* name) -> LinearStack {
+    const Tensor* tensor = weight(prefix + name);
+    if (tensor == nullptr) return {};
+    return {tensor->const_data_ptr(), tensor->stride(0), tensor->stride(1)};
+  };
+  model_.layers[layer] = {.input_norm = vector("input_norm"),
+                          .post_norm = vector("post_norm"),
+                          .attention_out_norm = vector("attention_out_norm"),
+                          .mlp_out_norm = vector("mlp_out_norm"),
+                          .q_proj = linear("q_proj"),
+                          .k_proj = linear("k_proj"),
+                          .v_proj = linear("v_proj"),
+                          .o_proj = linear("o_proj"),
+                          .q_bias = vector("q_bias"),
+                          .k_bias = vector("k_bias"),
+                          .v_bias = vector("v_bias"),
+                          .o_bias = vector("o_bias"),
+                          .q_norm = vector("q_norm"),
+                          .k_norm = vector("k_norm"),
+                          .gate_proj = linear("gate_proj"),
+                          .up_proj = linear("up_proj"),
+                          .down_proj = linear("down_proj"),
+                          .gate_bias = vector("gate_bias"),
+                          .up_bias = vector("up_bias"),
+                          .down_bias = vector("down_bias"),
+                          .router = linear("router"),
+                          .experts_gate_up = stack("experts_gate_up"),
+                          .experts_down = stack("experts_down")};
+}
+
+bool LoadedModel::is_projected(int64_t layer) const {
+  return std::ranges::any_of(
+      model_.runs, [&](const RunWeights& run) { return layer >= run.layers.begin && layer < run.layers.end; });
+}
+
+}  // namespace pop
