@@ -304,7 +304,10 @@ def test_a_model_that_cannot_be_loaded_fails_alone(config_dir, tmp_path, capsys,
         (["--tune", "early_launch"], '--tune: expected options such as "early_launch=1,sdpa_rows=0", got'),
         (["--calibrate"], "--calibrate: expected --model, and --via enable, which alone looks at min_tokens"),
         (["--model", "demo", "--calibrate", "--via", "prefill"], "--calibrate: expected --model, and --via enable"),
-        (["--tune", "gemm_blocks=0,early_launch=1"], "--tune: expected gemm_blocks, or --device cuda, got early_launch"),
+        (
+            ["--tune", "gemm_blocks=0,early_launch=1"],
+            "--tune: expected gemm_blocks, or --device cuda, got early_launch",
+        ),
     ],
 )
 def test_bad_arguments_are_named(arguments, text, capsys):
