@@ -168,7 +168,8 @@ __device__ __forceinline__ void consume(const KvProjectRun& run, Ring& ring, int
 
 #endif
 
-static_assert(2 * sizeof(sm90::TensorMap) + sizeof(KvProjectRun) <= 4096, "parameters that every driver takes");
+static_assert(2 * sizeof(sm90::TensorMap) + sizeof(KvProjectRun) <= 4096,
+              "the parameter size that every driver accepts");
 
 // ---- Kernel --------------------------------------------------------------------------------
 

@@ -12,9 +12,10 @@ namespace pop {
 
 namespace {
 
-// Sum over positions [begin, end) of the positions that each sees: min(position + 1, window).
+// The sum over positions [begin, end) of the number of positions that each sees: min(position + 1, window).
 double visible_pairs(int64_t begin, int64_t end, int64_t window) {
-  const int64_t full = window == 0 ? end : std::clamp(window, begin, end);  // positions before it see all
+  const int64_t full =
+      window == 0 ? end : std::clamp(window, begin, end);  // positions before this one see all previous ones
   const auto triangle = [](int64_t n) { return 0.5 * static_cast<double>(n) * static_cast<double>(n + 1); };
   return triangle(full) - triangle(begin) + static_cast<double>(end - full) * static_cast<double>(window);
 }
@@ -37,13 +38,13 @@ class Counter {
     }
   }
 
-  // Rows of each kind are the last ones of their sequences.
+  // Rows over all sequences: all of them, the boundary rows, the wanted rows. Each kind is the last rows of a sequence.
   int64_t tokens() const { return tokens_; }
   int64_t boundary() const { return boundary_; }
   int64_t wanted() const { return wanted_; }
 
-  // One layer: K and V of `kv_rows` rows, everything else for the last `rows(s)` rows of each
-  // sequence. All of it goes to `stage`, or to the stages of a retained layer when that is null.
+  // Adds one layer: K and V of `kv_rows` rows, everything else for the last `rows(s)` rows of each sequence. The cost
+  // counts for `stage`, or, if that is null, for the stages of a retained layer.
   template <class Rows>
   void layer(int64_t index, int64_t kv_rows, Rows rows, const char* stage) {
     int64_t q_rows = 0;
@@ -87,8 +88,8 @@ class Counter {
     return gemm(rows, 2 * inner, spec_.hidden_size) + gemm(rows, spec_.hidden_size, inner);
   }
 
-  // The router, and experts_per_token experts a row. Weights are those of as many experts as the rows can touch, which
-  // many rows do: which ones a few rows share is for the router to say.
+  // The router, and experts_per_token experts per row. Counts the weights of as many experts as the rows can use at
+  // most: many rows use that many, and for a few rows only the router knows which ones they share.
   Cost experts(int64_t rows) const {
     if (rows == 0) return {};
     const int64_t pairs = rows * spec_.experts_per_token, touched = std::min(spec_.num_experts, pairs);
@@ -97,7 +98,7 @@ class Counter {
            elements((touched - 1) * weights);
   }
 
-  // Scores and weighted sum over visible pairs; q in, out out, and every K and V that some row sees once.
+  // Scores and weighted sums over visible pairs. Bytes: q, the output, and once every K and V that a row sees.
   template <class Rows>
   Cost attention(int64_t window, Rows rows) const {
     Cost cost;

@@ -6,12 +6,12 @@
 namespace pop::cpu::POP_ISA {
 namespace {
 
-// Where a task keeps its operands. A unit is the 32 bits of PairUnits or FloatUnits, typed float
-// whatever they hold; D units are head_dim / kDepth.
+// The scratch memory of a task. A unit is the 32 bits of PairUnits or FloatUnits, with type float in either case; D
+// units are head_dim / kDepth.
 struct TileScratch {
   float* q;           // [blocks, D units, kWidth]
   float* o;           // [blocks, head_dim, kWidth] unnormalised output
-  float* max;         // [blocks, kWidth] what probabilities refer to, in powers of two
+  float* max;         // [blocks, kWidth] maximum that probabilities refer to, in powers of two
   float* sum;         // [blocks, kWidth] of probabilities
   int32_t* position;  // [blocks, kWidth]
   float* k;           // [kKeys, D units]
