@@ -48,13 +48,13 @@ def test_an_inference_mode_cache_is_restored_when_a_layer_fails():
     output = run(
         """
         import sys
-        sys.path.insert(0, "tests")
+        sys.path.insert(0, "tests/support")
         import torch, pop_ext
         from models import llama
         torch.set_num_threads(1)
         model = llama()
         native = pop_ext.load(model)
-        spec, rows = native.spec, 200  # more rows than the kernel for few of them takes
+        spec, rows = native.spec, 200  # more rows than the kernel for few rows supports
         with torch.inference_mode():
             shape = (1, spec.num_kv_heads, rows, spec.head_dim)
             keys = [torch.full(shape, 3.0) for _ in range(spec.num_layers)]
@@ -162,12 +162,12 @@ def test_a_disabled_aten_operator_is_never_called():
     output = run(
         """
         import sys
-        sys.path.insert(0, "tests")
+        sys.path.insert(0, "tests/support")
         import torch, pop_ext
         from models import llama, tokens
         native = pop_ext.load(llama())
         torch.ops.pop.set_foreign("aten::mm.out", -1, "changed")
-        hidden = torch.randn(200, 8)  # more rows than the kernel for few of them takes
+        hidden = torch.randn(200, 8)  # more rows than the kernel for few rows supports
         rows = lambda *values: torch.tensor(values, dtype=torch.int32)
         cache = lambda: [torch.zeros(1, 1, 200, 8)]
         for call in (
