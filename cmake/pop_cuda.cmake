@@ -13,19 +13,19 @@ set(POP_CUDA_SOURCES
   cuda/route.cu
   cuda/skinny_gemm.cu)
 set(POP_CUDA_CHECKS
-  tests/cuda_shim/check_attention.cpp
-  tests/cuda_shim/check_add_features.cpp
-  tests/cuda_shim/check_embed.cpp
-  tests/cuda_shim/check_gated_act.cpp
-  tests/cuda_shim/check_kv_project_sm90.cpp
-  tests/cuda_shim/check_kv_project_tile.cpp
-  tests/cuda_shim/check_main.cpp
-  tests/cuda_shim/check_build_row_tables.cpp
-  tests/cuda_shim/check_quantize_rows.cpp
-  tests/cuda_shim/check_rms_norm.cpp
-  tests/cuda_shim/check_rope_cache_write.cpp
-  tests/cuda_shim/check_route.cpp
-  tests/cuda_shim/check_skinny_gemm.cpp)
+  tests/gpu/cuda_shim/check_attention.cpp
+  tests/gpu/cuda_shim/check_add_features.cpp
+  tests/gpu/cuda_shim/check_embed.cpp
+  tests/gpu/cuda_shim/check_gated_act.cpp
+  tests/gpu/cuda_shim/check_kv_project_sm90.cpp
+  tests/gpu/cuda_shim/check_kv_project_tile.cpp
+  tests/gpu/cuda_shim/check_main.cpp
+  tests/gpu/cuda_shim/check_build_row_tables.cpp
+  tests/gpu/cuda_shim/check_quantize_rows.cpp
+  tests/gpu/cuda_shim/check_rms_norm.cpp
+  tests/gpu/cuda_shim/check_rope_cache_write.cpp
+  tests/gpu/cuda_shim/check_route.cpp
+  tests/gpu/cuda_shim/check_skinny_gemm.cpp)
 set(POP_WITH_CUDA OFF)
 set(POP_CUDA_VERSION "")
 
@@ -33,20 +33,20 @@ if(NOT POP_CUDA MATCHES "^(AUTO|ON|OFF|SHIM)$")
   message(FATAL_ERROR "POP_CUDA: expected AUTO, ON, OFF or SHIM, got ${POP_CUDA}")
 endif()
 
-# For tests (tests/cuda_shim): the kernels as C++ on the CPU. In the package in <build>/python they replace the CPU backend;
+# For tests (tests/gpu/cuda_shim): the kernels as C++ on the CPU. In the package in <build>/python they replace the CPU backend;
 # cuda_checks compares each with serial arithmetic, and cuda_races does the same under ThreadSanitizer.
 function(pop_add_cuda_shim)
-  set(shim tests/cuda_shim/cuda_shim.cpp tests/cuda_shim/device_shim.cpp)
+  set(shim tests/gpu/cuda_shim/cuda_shim.cpp tests/gpu/cuda_shim/device_shim.cpp)
   set_source_files_properties(${POP_CUDA_SOURCES} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++;-Wno-unknown-pragmas")
   add_library(pop_cuda STATIC ${POP_CUDA_SOURCES} ${shim})
-  target_include_directories(pop_cuda PUBLIC tests/cuda_shim)
+  target_include_directories(pop_cuda PUBLIC tests/gpu/cuda_shim)
   target_compile_definitions(pop_cuda PUBLIC POP_WITH_CUDA POP_CUDA_SHIM POP_CUDA_SM90A)
 
   find_package(Threads REQUIRED)
   add_executable(cuda_checks ${POP_CUDA_CHECKS})
   target_link_libraries(cuda_checks PRIVATE pop_cuda pop_core Threads::Threads)
   add_executable(cuda_races ${POP_CUDA_CHECKS} ${POP_CUDA_SOURCES} ${shim})
-  target_include_directories(cuda_races PRIVATE tests/cuda_shim)
+  target_include_directories(cuda_races PRIVATE tests/gpu/cuda_shim)
   target_compile_definitions(cuda_races PRIVATE POP_WITH_CUDA POP_CUDA_SHIM POP_CUDA_SHIM_THREADS POP_CUDA_SM90A)
   target_compile_options(cuda_races PRIVATE -g1 -O1 -fsanitize=thread)
   target_link_options(cuda_races PRIVATE -fsanitize=thread)

@@ -1,5 +1,5 @@
 // The calls of the CUDA runtime that the backend needs, without the toolkit's headers. Under the CPU shim
-// (tests/cuda_shim) there is one device, and every call is synchronous.
+// (tests/gpu/cuda_shim) there is one device, and every call is synchronous.
 #pragma once
 
 #include <cstddef>

@@ -1,6 +1,6 @@
 // The index arithmetic of kv_project_sm90.cu, for host and device: the order of tiles, the heads of columns, the places
 // of elements in shared memory and in the accumulators, and the phases of the ring.
-// tests/cuda_shim/check_kv_project_tile.cpp tests it.
+// tests/gpu/cuda_shim/check_kv_project_tile.cpp tests it.
 #pragma once
 
 #include <cstdint>

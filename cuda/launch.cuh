@@ -1,4 +1,4 @@
-// Launches kernels into a stream, and sums over threads. Under the CPU shim (tests/cuda_shim) a launch runs on the
+// Launches kernels into a stream, and sums over threads. Under the CPU shim (tests/gpu/cuda_shim) a launch runs on the
 // host.
 #pragma once
 

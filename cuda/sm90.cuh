@@ -1,5 +1,5 @@
 // Hopper (sm_90a) instructions that CUDA C++ does not have, one function each, and their host side. The quoted names
-// are sections of the PTX ISA manual. The CPU shim uses tests/cuda_shim/sm90_emulated.h instead of this file.
+// are sections of the PTX ISA manual. The CPU shim uses tests/gpu/cuda_shim/sm90_emulated.h instead of this file.
 #pragma once
 
 #include <cudaTypedefs.h>

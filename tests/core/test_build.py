@@ -18,7 +18,7 @@ from pop_ext import _core
 
 ROOT = Path(__file__).parents[2]
 CPP = ROOT / "cpp"
-SHIM = ROOT / "tests" / "cuda_shim"
+SHIM = ROOT / "tests" / "gpu" / "cuda_shim"
 CORE = Path(_core.__file__)
 OPS = CORE.with_name("_ops.so")
 

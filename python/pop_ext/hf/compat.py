@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -49,19 +49,19 @@ def field_names(output: type[Any]) -> set[str]:
 
 @lru_cache(maxsize=256)
 def output_class(forward: Callable[..., Any]) -> type[Any]:
-    """Return the ``ModelOutput`` class in the return annotation of ``forward``.
+    """Return the ``ModelOutput`` class in the return annotation of ``forward``, which may be a union with ``tuple``.
 
     Args:
         forward: an unbound method. A bound one would keep its model alive in the memo of this function.
 
     Returns:
-        The annotated class, or ``CausalLMOutputWithPast`` if the annotation is no ``ModelOutput`` with logits.
+        The annotated class, or ``CausalLMOutputWithPast`` if the annotation has no ``ModelOutput`` with logits.
     """
     annotation: Any = inspect.signature(forward).return_annotation
-    usable = (
-        isinstance(annotation, type) and issubclass(annotation, ModelOutput) and "logits" in field_names(annotation)
-    )
-    return annotation if usable else CausalLMOutputWithPast
+    for member in get_args(annotation) or (annotation,):
+        if isinstance(member, type) and issubclass(member, ModelOutput) and "logits" in field_names(member):
+            return member
+    return CausalLMOutputWithPast
 
 
 def cache_of(output: Any) -> Any:
