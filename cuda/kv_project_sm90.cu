@@ -15,7 +15,7 @@
 // Expected limits, in this order: shared memory (of the 1024 cycles that the products of a step take, operands are read
 // in 640, TMA writes in 384 and the sums of squares read in 128, so passing rstd may be faster); the epilogue (2 to 3
 // us after 45 us of products); 1280 tiles on 132 blocks (9.7 rounds in 10, and 2.4 in 3 at 512 tokens, where 128 x 128
-// tiles would fill 4.8 in 5). Measured rates are in docs/performance.md.
+// tiles would fill 4.8 in 5). Measured rates are in docs/results/h200.md.
 #include <algorithm>
 
 #include "cuda/kv_project_epilogue.cuh"

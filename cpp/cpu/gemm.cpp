@@ -1,5 +1,5 @@
 // Processor, dtype and shape alone decide which kernel computes a product, so that the same call gives the same bits.
-// Measurements, and what was tried beside these kernels, are in docs/cpu.md.
+// Measurements, and what was tried beside these kernels, are in docs/notes/cpu-products.md.
 #include "cpu/gemm.h"
 
 #include <algorithm>

@@ -45,7 +45,7 @@ void convert(const HostMatrix& from, const HostMatrix& to);
 // The reason why weights of `dtype` cannot be prepacked in this process; empty if they can.
 std::string prepack_missing(DType dtype);
 
-// Copies a weight into the layout that oneDNN's products read. docs/cpu.md has what that gains and costs.
+// Copies a weight into the layout that oneDNN's products read. docs/cpu.md says what that gains and costs.
 std::unique_ptr<PackedWeight> prepack(const PrepackParams& params);
 
 // A product with a prepacked weight, params.packed. oneDNN returns a new tensor, which is copied to its place some rows

@@ -1,6 +1,6 @@
 """Decide whether a call of an enabled model is a prefill to prune, and make its request.
 
-The rules are those of docs/semantics.md: pruning never changes what a call means.
+docs/declined.md lists the rules. Pruning never changes which outputs a call returns.
 """
 
 from __future__ import annotations

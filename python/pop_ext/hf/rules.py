@@ -1,7 +1,7 @@
 """Decide from the arguments of a ``forward`` call whether a pruned prefill can give the result that it asks for.
 
 ``check_prefill`` reads a call and changes nothing. It and the functions that it calls raise ``Decline`` with the rule
-that a call breaks. docs/semantics.md lists the rules.
+that a call breaks. docs/declined.md lists the rules.
 """
 
 from __future__ import annotations
