@@ -357,7 +357,10 @@ class Run:
         self.failed = True
 
     def fitting_length(self, model: BenchModel, seconds: float) -> int:
-        """Return the longest of a few lengths whose rounds fit, estimated from the speed of a matrix product."""
+        """Return the longest of a few prompt lengths whose rounds should take at most ``seconds``, else the shortest.
+
+        The time is estimated from the rate of a matrix product.
+        """
         spec, plans = describe(model.model).spec, self.plans(model)
         rate = self.rate(spec)
         rounds = self.options.warmup + MIN_REPEATS

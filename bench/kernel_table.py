@@ -67,7 +67,7 @@ class KernelTable:
         return row.rate / peak if row.rate is not None and peak else None
 
     def relative(self, row: Row) -> float | None:
-        """Return how many times as fast a row is as the one that it is compared with."""
+        """Return the median time of the row that ``row`` is compared with, divided by its own; None without one."""
         other = next((r for r in self.rows if r.name == row.beside and r.tokens == row.tokens), None)
         if other is None or not other.samples or not row.samples:
             return None

@@ -1,3 +1,4 @@
 #!/usr/bin/env bash
-# What a machine with an NVIDIA GPU has to show, without a network: scripts/gpu_check.sh OUT [stage ...]; see gpu_check.py.
+# Build, test and measure on a machine with an NVIDIA GPU, without a network: scripts/gpu_check.sh OUT [stage ...].
+# gpu_check.py describes the stages.
 exec "${PYTHON:-python3}" "$(dirname "$0")/gpu_check.py" "$@"

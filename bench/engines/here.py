@@ -16,7 +16,10 @@ _ALL_LENGTHS = [[0, 0]]  # the names of arms do not depend on the prompt
 
 
 class Engine:
-    """The engine. Job options: ``plans`` (JSON texts of the pruned arms), ``compile_mode`` (None: no hf-compile)."""
+    """Run Hugging Face and pop_ext.
+
+    Job options: ``plans`` (JSON texts of the pruned arms), ``compile_mode`` (None: no hf-compile).
+    """
 
     def load(self, job: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         torch.set_num_threads(job["threads"])

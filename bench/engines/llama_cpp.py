@@ -13,7 +13,7 @@ _MARGIN = 16  # positions beyond the prompt
 
 
 class Engine:
-    """The engine, without job options. The K/V cache is float16, llama.cpp's default."""
+    """Run llama.cpp. Takes no job options. The K/V cache is float16, llama.cpp's default."""
 
     def load(self, job: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         from llama_cpp import Llama

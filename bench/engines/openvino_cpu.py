@@ -15,7 +15,7 @@ _LAST_ROW = ([-1], [np.iinfo(np.int64).max], [1], [1])  # start, stop, step, axi
 
 
 class Engine:
-    """The engine, without job options. It computes in the precision that OpenVINO chooses for this processor."""
+    """Run OpenVINO. Takes no job options. It computes in the precision that OpenVINO chooses for this processor."""
 
     def load(self, job: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         import openvino as ov

@@ -11,7 +11,7 @@ _MARGIN = 16  # positions beyond the prompt
 
 
 class Engine:
-    """The engine, without job options. Prompts run whole: no chunks, no prefix cache."""
+    """Run vLLM's CPU build. Takes no job options. Prompts run whole: no chunks, no prefix cache."""
 
     def arm_and_arguments(self, job: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """Return the name of the arm, and further arguments of ``vllm.LLM``."""

@@ -9,7 +9,10 @@ from bench.engines import vllm_cpu
 
 
 class Engine(vllm_cpu.Engine):
-    """The engine. Job option: ``plans``, a list with one JSON text; more plans are refused."""
+    """Run vLLM's CPU build with pruned prefills.
+
+    Job option: ``plans``, a list with one JSON text; more plans are refused.
+    """
 
     def arm_and_arguments(self, job: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         import pop_ext.vllm

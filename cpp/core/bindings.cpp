@@ -75,7 +75,7 @@ ModelSpec make_spec(const py::kwargs& given) {
   return spec;
 }
 
-// What Python sees of a field: enums as their names, lists as tuples.
+// The Python value of a field: enums become their names, lists become tuples.
 template <class T>
 py::object as_python(const T& value) {
   if constexpr (std::is_enum_v<T>) {

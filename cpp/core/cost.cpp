@@ -89,7 +89,7 @@ class Counter {
   }
 
   // The router, and experts_per_token experts per row. Counts the weights of as many experts as the rows can use at
-  // most: many rows use that many, and for a few rows only the router knows which ones they share.
+  // most. Many rows use that many; how many a few rows share depends on the router, so it cannot be counted here.
   Cost experts(int64_t rows) const {
     if (rows == 0) return {};
     const int64_t pairs = rows * spec_.experts_per_token, touched = std::min(spec_.num_experts, pairs);

@@ -46,7 +46,7 @@ class CountingIterator {
   size_t* taken_;
 };
 
-// What the parser expected, by a piece of its message. The first piece that is found decides.
+// Pairs of a piece of the parser's message and the text of what it expected. The first piece that is found decides.
 struct Expectation {
   const char* piece;
   const char* expected;

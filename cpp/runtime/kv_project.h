@@ -1,5 +1,5 @@
 // The independent KV projection of a run as a sequence of smaller steps, for backends that have no single kernel for
-// it: RMSNorm scale, one product for the layers of the run, and a write step that only the backend knows.
+// it: RMSNorm scale, one product for the layers of the run, and a write step that each backend brings.
 #pragma once
 
 #include <cstddef>

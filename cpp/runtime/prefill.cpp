@@ -25,10 +25,10 @@ class StageRange {
   StageObserver& observer_;
 };
 
-// What an earlier step still has to add to the hidden states: gemm_out + bias, RMS-normalised with `norm` if it is not
-// null. The next norm adds it in the same pass.
+// An update that an earlier step has computed but not yet added to the hidden states: gemm_out + bias, RMS-normalised
+// with `norm` if it is not null. The next norm adds it in the same pass.
 struct PendingUpdate {
-  int64_t begin;  // rows from here on have one
+  int64_t begin;  // first row that has one; all rows after it have one, too
   const void* bias = nullptr;
   const void* norm = nullptr;
 };

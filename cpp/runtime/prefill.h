@@ -9,7 +9,7 @@
 
 namespace pop {
 
-// Is told when a stage begins and ends, for profilers.
+// Receives the begin and the end of each stage, for profilers.
 class StageObserver {
  public:
   virtual ~StageObserver() = default;

@@ -71,7 +71,7 @@ void LoadedModel::fold(LayerRange layers) {
 }
 
 // Copies the fitted projections over the folded rows of their layers. The weights of those layers are still checked for
-// changes: a fit belongs to them.
+// changes, because a fit is valid only for the weights that it was made for.
 void LoadedModel::set_projections(const std::vector<Tensor>& projections) {
   const std::vector<int64_t>& omit = model_.plan.omit;
   const int64_t rows = 2 * model_.spec.kv_dim();

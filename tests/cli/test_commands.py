@@ -66,7 +66,7 @@ def test_calibrate_writes_plan_importance_and_figure(folder, files, tmp_path):
     assert Path(report["plots"][0]).read_bytes().startswith(b"\x89PNG")
     printed = calibrate(folder, files, tmp_path / "out" / "plan.json", "--count", 2, "--free")
     assert printed.exit_code == 0, printed.output
-    for text in ("what follows", "omitted", "(6 samples)", "plan.json"):
+    for text in ("continuation", "omitted", "(6 samples)", "plan.json"):
         assert text in printed.stdout
 
 

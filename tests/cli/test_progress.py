@@ -17,7 +17,7 @@ class Terminal(io.StringIO):
 
 
 def terminal_as_stderr(monkeypatch):
-    """Call it in the test itself: pytest sets its own standard error after the fixtures."""
+    """Replace standard error by a terminal. Call it in a test, not in a fixture: pytest replaces it after fixtures."""
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setenv("TERM", "xterm")

@@ -147,7 +147,7 @@ def _choose(
     tokens: int,
     bar: bool,
 ) -> tuple[Plan, BudgetedPlan | None]:
-    """Return the plan of ``count`` layers, or the one that keeps the budget, together with what was timed."""
+    """Return the plan of ``count`` layers, or the one that keeps the budget, and the times measured for it."""
     if budget_ms is None and speedup is None:
         return choose(count), None
 
@@ -181,7 +181,7 @@ def _draw(scores: Importance, path: Path) -> list[str]:
 
 def _print(scores: Importance, plan: Plan, report: dict[str, Any]) -> None:
     console = Console()
-    table = output.new_table("layer", "prompt", "(error)", "what follows", "(error)", "omitted")
+    table = output.new_table("layer", "prompt", "(error)", "continuation", "(error)", "omitted")
     columns = (scores.prefill, scores.prefill_error, scores.decode, scores.decode_error)
     for layer, values in enumerate(zip(*columns, strict=True)):
         table.add_row(str(layer), *(f"{value:.3g}" for value in values), "yes" if layer in plan.omit else "")

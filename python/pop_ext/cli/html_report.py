@@ -18,7 +18,7 @@ from pop_ext.plans.projections import FitReport
 
 # Captions by file name without suffix; the figure of any other name is captioned by that name.
 _CAPTIONS = {
-    "importance": "Importance of each layer for encoding a prompt and for what follows: squared gate derivatives.",
+    "importance": "Importance of each layer for encoding a prompt and for its continuation: squared gate derivatives.",
     "cost": "Loss above full depth by the number of omitted layers, with standard errors.",
     "frontier": "Loss above full depth against measured speed, one point per plan. Down and to the right is better.",
     "lengths": "Loss above full depth by the length of the prompt.",
@@ -188,7 +188,7 @@ def _importance(members: dict[str, Any], name: str) -> Section:
             _cells(layer, *(f"{_number(value):.3g}" for value in values))
             for layer, values in enumerate(zip(*(gate[column] for column in columns), strict=True))
         ]
-        header = ["layer" if kind == "layer" else f"layer, {kind}", "prompt", "error", "what follows", "error"]
+        header = ["layer" if kind == "layer" else f"layer, {kind}", "prompt", "error", "continuation", "error"]
         section.parts.append(Table(header, rows))
     return section
 
@@ -216,7 +216,7 @@ def _add_fit(section: Section, fit: FitReport) -> None:
             [Cell(fit.ridge_text(ridge)), Cell(f"{loss:.4f}", f"{error:.4f}"), Cell("chosen" * (ridge == fit.ridge))]
             for ridge, loss, error in fit.losses
         ]
-        section.parts.append(Table(["lambda", "loss of what follows held-out prompts", ""], losses))
+        section.parts.append(Table(["lambda", "loss of the continuations of held-out prompts", ""], losses))
     residuals = [
         _cells(layer, *(f"{share:.1%}" for share in shares)) for layer, shares in sorted(fit.residuals.items())
     ]

@@ -1,4 +1,4 @@
-"""``pop-ext info``: what is installed, and what a plan means for a model."""
+"""``pop-ext info``: show what is installed, and what a plan omits and can gain on a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands print: errors on one line, JSON, tables, and a spinner while a model loads."""
+"""Print for the commands: errors on one line, JSON, tables, and a spinner while a model loads."""
 
 from __future__ import annotations
 

@@ -234,7 +234,7 @@ def _chains(points: Sequence[Any]) -> list[list[Any]]:
 
 
 def _frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points (speed, loss) that no other beats in both: higher speed and lower loss."""
+    """Return the Pareto frontier of points (speed, loss): those to which no other is better in both speed and loss."""
     best: list[tuple[float, float]] = []
     for point in sorted(points, key=lambda p: (-p[0], p[1])):
         if not best or point[1] < best[-1][1]:

@@ -68,7 +68,7 @@ class PrefillRequest:
 
 
 class Target(Protocol):
-    """State what the checks of a request read of the model that will run it. ``NativeModel`` is one."""
+    """List the attributes of a model that the checks of a request read. ``NativeModel`` has them."""
 
     @property
     def family(self) -> Family: ...

@@ -196,7 +196,7 @@ class CacheTransaction:
         self._cache.layers[:] = self._layers
 
     def abort(self) -> None:
-        """Make the cache what it was before the call. Also right after a ``commit`` that failed."""
+        """Restore the cache to its state before the call. Allowed right after a failed ``commit``, too."""
         for transaction in self._transactions:
             transaction.abort()
 

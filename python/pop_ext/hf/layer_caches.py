@@ -35,7 +35,7 @@ class LayerTransaction(Protocol):
         """Make the layer hold the new tokens."""
 
     def abort(self) -> None:
-        """Make the layer what it was before the call."""
+        """Restore the layer to its state before the call."""
 
 
 def _new_buffer(like: torch.Tensor, batch: int, slots: int, zero: bool) -> torch.Tensor:

@@ -251,7 +251,7 @@ class NativeModel:
                     transaction.key_cache,
                     transaction.value_cache,
                     packed.slot_table,
-                    False,  # restore_on_error: the transaction also restores after a failure of what follows
+                    False,  # restore_on_error: the transaction restores, also after a failure in the steps below
                     window_only,
                     cos_local,
                     sin_local,

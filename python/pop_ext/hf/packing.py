@@ -186,7 +186,7 @@ def per_sequence(value: PerSequence, batch: int, name: str) -> list[int]:
     """Expand an argument that is one int for all sequences or one for each into a list ``[batch]``.
 
     Raises:
-        TypeError: The value is no int, no sequence of ints and no 1-D integer tensor.
+        TypeError: The value is neither an int, nor a sequence of ints, nor a 1-D integer tensor.
         ValueError: The length is not ``batch``, a value is below 1, or the tensor has no data.
     """
     values = _tensor_values(value, name) if isinstance(value, torch.Tensor) else value

@@ -1,6 +1,6 @@
 """Names and shapes of published models, with how many layers their preset omits.
 
-Plain data: it knows no ``Plan``, so that ``Plan.preset`` can read it.
+Plain data that does not import ``Plan``, so that ``Plan.preset`` can import it.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ def check_filled(cache: DynamicCache, length: int) -> None:
         stored = int(layer.get_seq_length())
         if stored != length:
             raise ValueError(
-                f"model: expected hooks that leave the cache as it is until the prefill is through, got {stored} of "
+                f"model: expected hooks that leave the cache as it is until the prefill has ended, got {stored} of "
                 f"{length} positions in layer {number}: compress the cache that the prefill returns"
             )
 
