@@ -83,7 +83,7 @@ def enable(
     Raises:
         UnsupportedModelError: The model has no native form, or none with ``fp8`` or ``prepack``;
             ``backend="reference"`` works. A subclass of ValueError.
-        ValueError, TypeError: A bad argument. The model is as it was.
+        ValueError, TypeError: A bad argument. The model is unchanged.
         RuntimeError: Something else has wrapped the forward of a model that is already enabled.
     """
     if backend not in _BACKENDS:
@@ -133,7 +133,7 @@ def enabled(
     fp8: bool = False,
     prepack: bool = False,
 ) -> Iterator[Model]:
-    """Enable ``model`` inside a ``with`` block. Afterwards it is as it was before, enabled or not.
+    """Enable ``model`` inside a ``with`` block. Afterwards restore its former state, enabled or not.
 
     Arguments and errors are those of ``enable``.
     """

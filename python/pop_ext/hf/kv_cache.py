@@ -141,7 +141,7 @@ class CacheTransaction:
 
     Raises:
         ValueError: A layer does not hold ``past`` positions, has tensors of another shape, dtype or device, or has no
-            room for the new tokens. The cache is as it was.
+            room for the new tokens. The cache is unchanged.
     """
 
     def __init__(

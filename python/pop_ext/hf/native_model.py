@@ -161,7 +161,7 @@ class NativeModel:
     ) -> PrefillOutput:
         """Prefill a batch under the plan, which is executed as given (POP, arXiv 2602.03295, section 3).
 
-        Pass either ``input_ids`` or ``inputs_embeds``. A call that fails leaves the cache as it was.
+        Pass either ``input_ids`` or ``inputs_embeds``. A call that fails leaves the cache unchanged.
 
         Args:
             input_ids: ``[batch, tokens]`` integer ids.
