@@ -214,7 +214,7 @@ def tests(run: Run, stage: Stage) -> int:
     groups = test_groups(PROCESSES)
     if run.dry:
         selection, groups = (
-            ["-k", "guard or stream"],
+            ["-k", "restore_on_error or stream"],
             [["tests/ops/test_op_prefill.py", "tests/gpu/test_cuda_streams.py"]],
         )
     with tempfile.TemporaryDirectory() as folder:
