@@ -22,7 +22,7 @@ PYTHON := $(CURDIR)/$(VENV)/bin/python
 RUN := $(PYTHON)
 # A venv over site packages that have it gets none of its own.
 CLANG_FORMAT ?= $(firstword $(wildcard $(VENV)/bin/clang-format) clang-format)
-LINT_IMPORTS ?= $(VENV)/bin/lint-imports
+LINT_IMPORTS ?= $(firstword $(wildcard $(VENV)/bin/lint-imports) lint-imports)
 FOR_DEMO := $(VENV)/installed-hf,cli
 FOR_TEST := $(VENV)/installed-dev
 FOR_LINT := $(FOR_TEST)
