@@ -46,27 +46,28 @@ class CountingIterator {
   size_t* taken_;
 };
 
-// Pairs of a piece of the parser's message and the text of what it expected. The first piece that is found decides.
+// What was expected, by a piece of the parser's message. The first piece that the message contains decides.
 struct Expectation {
   const char* piece;
   const char* expected;
-  bool in_token;  // the error is at the last character that was read, inside a string or number; else at the token
 };
-constexpr Expectation kExpectations[] = {
-    {"forbidden character after backslash", "an escape sequence", true},
-    {"hex digits", "four hexadecimal digits", true},
-    {"surrogate", "a pair of surrogates", true},
-    {"missing closing quote", "a closing '\"'", true},
-    {"control character", "a closing '\"'", true},
-    {"ill-formed UTF-8", "UTF-8", true},
-    {"expected digit after '-'", "a value", true},
-    {"invalid number", "a digit", true},
-    {"number overflow", "a finite number", false},
-    {"; expected end of input", "the end of the text", false},
-    {"parsing object key", "a member name in double quotes", false},
-    {"parsing object separator", "':'", false},
-    {"parsing object", "',' or '}'", false},
-    {"parsing array", "',' or ']'", false},
+// Between values, where a token of any kind is out of place: the error is where the token begins.
+constexpr Expectation kBetweenValues[] = {
+    {"; expected end of input", "the end of the text"},
+    {"parsing object separator", "':'"},
+    {"parsing object -", "',' or '}'"},
+    {"parsing array", "',' or ']'"},
+};
+// Inside a string or a number: the error is at the last character that was read.
+constexpr Expectation kInToken[] = {
+    {"forbidden character after backslash", "an escape sequence"},
+    {"hex digits", "four hexadecimal digits"},
+    {"surrogate", "a pair of surrogates"},
+    {"missing closing quote", "a closing '\"'"},
+    {"control character", "a closing '\"'"},
+    {"ill-formed UTF-8", "UTF-8"},
+    {"expected digit after '-'", "a value"},
+    {"invalid number", "a digit"},
 };
 
 // Builds a json value from the parser's events, and refuses what the grammar allows and this file does not.
@@ -87,6 +88,11 @@ class Builder final : public nlohmann::json_sax<json> {
   bool number_float(double value, const std::string& token) override {
     // An integer that fits no 64 bits comes as a double.
     if (token.find_first_of(".eE") == std::string::npos) fail_number();
+    // A number that is too small for a double comes as zero.
+    const std::string digits = token.substr(0, token.find_first_of("eE"));
+    if (value == 0 && digits.find_first_of("123456789") != std::string::npos) {
+      fail("a finite number", text_.rfind(token, taken_ - token.size()));
+    }
     return add(value);
   }
   bool string(std::string& value) override { return add(std::move(value)); }
@@ -106,20 +112,36 @@ class Builder final : public nlohmann::json_sax<json> {
   bool parse_error(size_t position, const std::string& token, const nlohmann::detail::exception& error) override {
     const std::string_view message = error.what();
     const auto says = [&](const char* piece) { return message.find(piece) != std::string_view::npos; };
-    if (position == 0 || position > text_.size() || says("unexpected end of input")) position = text_.size() + 1;
+    const size_t size = text_.size();
+    if (position == 0 || position > size || says("unexpected end of input")) position = size + 1;
     // Where the token begins. `token` also holds the tokens in front of it, unless it is a number or a string.
     const auto begin = [&] {
-      if (position > text_.size()) return text_.size();
-      if (says("unexpected number") || says("unexpected string") || says("overflow")) return position - token.size();
-      size_t at = position - 1;
-      if (!says("invalid literal") && !is_letter(text_[at])) return at;
+      const bool number_or_string = says("number") || says("invalid string") || says("unexpected string");
+      if (number_or_string && !says("unexpected end of input")) return std::min(position, size) - token.size();
+      const bool literal = says("invalid literal");
+      if (position > size && !literal) return size;
+      size_t at = std::min(position - 1, size);
+      if (!literal && !is_letter(text_[at])) return at;
       while (at > 0 && is_letter(text_[at - 1])) --at;
       return at;
     };
-    for (const Expectation& entry : kExpectations) {
-      if (says(entry.piece)) fail(entry.expected, entry.in_token ? position - 1 : begin());
+    for (const Expectation& entry : kBetweenValues) {
+      if (says(entry.piece)) fail(entry.expected, begin());
     }
-    fail("a value", begin());
+    const bool is_key = says("parsing object key");
+    if (!is_key || says("invalid string")) {
+      for (const Expectation& entry : kInToken) {
+        if (says(entry.piece)) fail(entry.expected, position - 1);
+      }
+    }
+    if (is_key) fail("a member name in double quotes", begin());
+    fail(says("number overflow") ? "a finite number" : "a value", begin());
+  }
+
+  [[noreturn]] void fail(const std::string& expected, size_t offset) const {
+    const std::string got = offset >= text_.size() ? "the end of the text" : "'" + text_.substr(offset, 16) + "'";
+    throw std::invalid_argument(what_ + ": not JSON: expected " + expected + " at offset " + std::to_string(offset) +
+                                ", got " + got);
   }
 
  private:
@@ -165,12 +187,6 @@ class Builder final : public nlohmann::json_sax<json> {
     fail("an integer of 64 bits", begin);
   }
 
-  [[noreturn]] void fail(const std::string& expected, size_t offset) const {
-    const std::string got = offset >= text_.size() ? "the end of the text" : "'" + text_.substr(offset, 16) + "'";
-    throw std::invalid_argument(what_ + ": not JSON: expected " + expected + " at offset " + std::to_string(offset) +
-                                ", got " + got);
-  }
-
   const std::string& text_;
   const std::string& what_;
   const size_t& taken_;
@@ -182,6 +198,7 @@ class Builder final : public nlohmann::json_sax<json> {
 json parse(const std::string& text, const std::string& what) {
   size_t taken = 0;
   Builder builder(text, what, taken);
+  if (text.starts_with("\xEF\xBB\xBF")) builder.fail("a value", 0);  // nlohmann::json skips a byte order mark
   json::sax_parse(CountingIterator(text.data(), &taken), CountingIterator(text.data() + text.size(), &taken), &builder);
   return builder.take();
 }

@@ -302,11 +302,17 @@ def test_enabling_again_frees_the_native_handle():
     assert is_alive(handle_of(model))
 
 
-def test_a_deleted_model_is_freed_at_once():
+@pytest.mark.filterwarnings("ignore:pop_ext")
+@pytest.mark.parametrize("declined", [False, True], ids=["a prefill", "a declined call"])
+def test_a_deleted_model_is_freed_at_once(declined):
     gc.disable()
     try:
         model = pop_ext.enable(llama(), PLAN)
         output = prefill(model, tokens(model, 1, T))
+        if declined:
+            with torch.no_grad():
+                output = model(tokens(model, 1, T))  # logits of all rows
+            assert pop_ext.last_call(model).rule == "logits_to_keep"
         handle, gone = handle_of(model), weakref.ref(model)
         weight = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
         del model, output

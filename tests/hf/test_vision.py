@@ -249,6 +249,45 @@ def test_forward_returns_what_the_stock_forward_returns(family):
     assert_close_fp32(as_tuple[0], expected.logits, "logits")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_config_return_dict_false_returns_a_tuple(family):
+    model = VISION[family]()
+    p = prompt(model, [7, "image", 5])
+    with torch.no_grad(), pop_ext.enabled(model, plan_of(), strict=True):
+        expected = model(p.ids, use_cache=True, logits_to_keep=1, **p.call)
+        model.config.return_dict = False
+        as_tuple = model(p.ids, use_cache=True, logits_to_keep=1, **p.call)
+        as_output = model(p.ids, use_cache=True, logits_to_keep=1, return_dict=True, **p.call)
+    assert isinstance(as_tuple, tuple)
+    assert torch.equal(as_tuple[0], expected.logits)
+    assert type(as_output) is type(expected)
+    assert torch.equal(as_output.logits, expected.logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_native_prefill_takes_positions_that_begin_with_the_past(family):
+    model = VISION[family]()
+    native = pop_ext.load(model, plan_of())
+    first, second = prompt(model, [7, "image", 5]), torch.full((1, 4), 3)
+    columns = first.ids.shape[1] + 4
+    positions = torch.arange(columns)[None]
+    logits = []
+    for given in (positions, positions[:, -4:]):
+        cache = native.prefill(first.ids, **first.call).past_key_values
+        logits.append(native.prefill(second, past_key_values=cache, position_ids=given).logits)
+    assert torch.equal(*logits)
+    with pytest.raises(ValueError, match=r"position_ids: expected shape \[1, 4\]( or \[3, 1, 4\])?, got \[1, 5\]"):
+        native.prefill(second, past_key_values=cache, position_ids=positions[:, :5])
+
+
+def test_native_prefill_keeps_no_image_features_alive():
+    model = VISION["gemma3"]()
+    output = pop_ext.load(model, plan_of()).prefill(
+        prompt(model, [7, "image", 5]).ids, **prompt(model, [7, "image", 5]).call
+    )
+    assert output.wrapper_output is None
+
+
 def test_a_call_stores_the_stock_rope_deltas():
     model = qwen3_vl()
     p = prompt(model, [7, "image", 5])

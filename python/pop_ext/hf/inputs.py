@@ -67,8 +67,8 @@ class PrefillRequest:
     features: tuple[torch.Tensor, ...] = ()
 
 
-class Target(Protocol):
-    """List the attributes of a model that the checks of a request read. ``NativeModel`` has them."""
+class LoadedModel(Protocol):
+    """List the attributes of a loaded model that the checks of new tokens read. ``LoadedWeights`` has them."""
 
     @property
     def family(self) -> Family: ...
@@ -80,6 +80,11 @@ class Target(Protocol):
     def device(self) -> torch.device: ...
     @property
     def dtype(self) -> torch.dtype: ...
+
+
+class Target(LoadedModel, Protocol):
+    """Add the attribute that the check of a boundary reads. ``NativeModel`` has them all."""
+
     @property
     def plan(self) -> Plan: ...
 
@@ -148,7 +153,7 @@ def make_request(
     )
 
 
-def check_device_and_dtype(target: Target, name: str, tokens: torch.Tensor) -> None:
+def check_device_and_dtype(target: LoadedModel, name: str, tokens: torch.Tensor) -> None:
     """Raise ValueError unless ids or embeddings are on the model's device, and embeddings of its dtype and size."""
     if tokens.device != target.device:
         raise ValueError(f"{name}: expected device {target.device} like the model, got {tokens.device}")
@@ -165,7 +170,7 @@ def check_device_and_dtype(target: Target, name: str, tokens: torch.Tensor) -> N
         raise TypeError(f"{name}: expected int64 or int32 ids, got {tokens.dtype}")
 
 
-def check_ids(target: Target, rows: torch.Tensor) -> None:
+def check_ids(target: LoadedModel, rows: torch.Tensor) -> None:
     """Raise ValueError for packed ids outside the vocabulary. Padding, which is not packed, may hold any id.
 
     The id that stands for an image in a vision-language model may lie outside; its wrapper replaces it.
@@ -228,14 +233,13 @@ def _positions(target: Target, position_ids: torch.Tensor | None, packed: Packed
         raise TypeError(f"position_ids: expected int64 or int32, got {position_ids.dtype}")
     check_device(position_ids, target.device, "position_ids")
     batch, columns, mrope = packed.batch, packed.columns, target.family.uses_mrope
+    if target.family.vision is not None and position_ids.shape[-1] == packed.slots:
+        position_ids = position_ids[..., -columns:]  # a vision wrapper also takes positions that begin with the past
     axes = position_ids.unbind() if position_ids.ndim == 3 and mrope else (position_ids,)
     # transformers itself passes four axes: positions of text, then time, height and width.
     if len(axes) not in (1, 3, 4) or tuple(axes[0].shape) not in ((batch, columns), (1, columns)):
-        or_axes = f" or [3, {batch}, {columns}]" if mrope else ""
-        raise ValueError(
-            f"position_ids: expected shape [{batch}, {columns}] or [1, {columns}]{or_axes}, "
-            f"got {list(position_ids.shape)}"
-        )
+        shapes = dict.fromkeys([f"[{batch}, {columns}]", f"[1, {columns}]"] + [f"[3, {batch}, {columns}]"] * mrope)
+        raise ValueError(f"position_ids: expected shape {' or '.join(shapes)}, got {list(position_ids.shape)}")
     return packed.pack_positions(position_ids[-3:] if len(axes) > 1 else position_ids).to(target.device)
 
 

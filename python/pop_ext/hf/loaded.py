@@ -26,6 +26,8 @@ class LoadedWeights:
         description: spec of the model and places of its weights.
         inner: the modules that the native loop replaces, as they were at the load.
         like: one of the weights, for their dtype and device.
+        family, spec, dtype, device: of the model, as plain attributes, since a call reads them often.
+        config: config of the model.
         extra_bytes: size of the folded and copied weights.
     """
 
@@ -39,6 +41,9 @@ class LoadedWeights:
             self.handle = torch.ops.pop.load(description.spec.to_json(), plan.to_json(), weights, fitted, fp8, prepack)
         weakref.finalize(self, torch.ops.pop.unload, self.handle)
         self.description = description
+        self.family, self.spec = description.family, description.spec
+        self.dtype, self.device = weights[0].dtype, weights[0].device
+        self.config: Any = model.config
         self.inner = InnerModules(model)
         self.like = weights[0].detach()
         self.extra_bytes: int = json.loads(torch.ops.pop.info(self.handle))["extra_bytes"]

@@ -28,7 +28,7 @@ class DecoderModules:
     rotary: Module
 
 
-def find_parts(model: Module) -> DecoderModules:
+def find_decoder_modules(model: Module) -> DecoderModules:
     """Return the decoder of a model, its layers and its rotary embedding.
 
     Raises:

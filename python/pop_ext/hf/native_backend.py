@@ -59,7 +59,9 @@ class NativeBackend:
                 raise Decline("cache", str(error)) from error
         return native
 
-    bind = validate  # the run validates nothing
+    def bind(self, model: nn.Module, call: Call) -> NativeModel:
+        """Validate now, and leave nothing to the run."""
+        return self.validate(model, call)
 
     def load(self, model: nn.Module, inner: InnerModules | None = None) -> NativeModel:
         """Load the model, or return the one loaded before if neither modules nor weights have changed.

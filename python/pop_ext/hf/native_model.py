@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from pop_ext.hf.compat import uncompiled
 from pop_ext.hf.inputs import PrefillRequest, check_device_and_dtype, check_ids, make_request
 from pop_ext.hf.kv_cache import CacheTransaction, keeps_only_windows
 from pop_ext.hf.loaded import LoadedWeights, check_options
-from pop_ext.hf.modules import find_parts
+from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.hf.packing import PerSequence, lengths, offsets
 from pop_ext.hf.patches import InnerModules, is_unpatched
 from pop_ext.hf.restore import module_restored_on_error
@@ -40,14 +41,15 @@ class PrefillOutput:
         hidden_states: the same rows after the final norm, ``[..., hidden_size]``.
         past_key_values: the cache, which holds every position in every layer, ready for decode.
         cu_rows: ``[batch + 1]`` int32, first row of each sequence in the packed form; None otherwise.
-        wrapper_output: of a vision-language model, the output of the wrapper around its language model; None otherwise.
+        wrapper_output: output of the vision wrapper, for ``PrefillForward``; None in what ``prefill`` returns, which
+            would otherwise keep the features of images alive.
     """
 
     logits: torch.Tensor
     hidden_states: torch.Tensor
     past_key_values: Cache
     cu_rows: torch.Tensor | None = None
-    wrapper_output: Any = None
+    wrapper_output: Any = field(default=None, repr=False)
 
 
 def check_plan(plan: Plan, num_layers: int, config: Any) -> Plan:
@@ -65,14 +67,6 @@ class NativeModel:
 
     It refers to the model's weights and copies only the folded K/V weights of omitted layers and of the last layer and,
     with ``fp8`` or ``prepack``, the matrices of the other layers. ``extra_bytes`` counts these copies.
-
-    Attributes:
-        model: the Hugging Face model.
-        plan: layers that its prefills omit.
-        family: architecture of the model.
-        spec: shapes of the model.
-        dtype: data type of the weights.
-        device: device of the weights.
     """
 
     def __init__(
@@ -84,17 +78,9 @@ class NativeModel:
         self.model = model
         chosen = default_plan(model.config) if plan is None else plan
         self.plan = check_plan(chosen, description.spec.num_layers, model.config)
-        check_fit(self.plan, find_parts(model).layers)
+        check_fit(self.plan, find_decoder_modules(model).layers)
         self.fp8, self.prepack = fp8, prepack
-        self._take(LoadedWeights(model, description, self.plan, fp8, prepack))
-
-    def _take(self, loaded: LoadedWeights) -> None:
-        self._loaded = loaded
-        # Attributes, not properties: a call reads them often.
-        self.family: Family = loaded.description.family
-        self.spec: _core.ModelSpec = loaded.description.spec
-        self.dtype: torch.dtype = loaded.like.dtype
-        self.device: torch.device = loaded.like.device
+        self._loaded = LoadedWeights(model, description, self.plan, fp8, prepack)
 
     def __repr__(self) -> str:
         options = ", fp8=True" * self.fp8 + ", prepack=True" * self.prepack
@@ -121,6 +107,26 @@ class NativeModel:
         return self._loaded.inner
 
     @property
+    def family(self) -> Family:
+        """Architecture of the model."""
+        return self._loaded.family
+
+    @property
+    def spec(self) -> _core.ModelSpec:
+        """Shapes of the model."""
+        return self._loaded.spec
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the weights."""
+        return self._loaded.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self._loaded.device
+
+    @property
     def extra_bytes(self) -> int:
         """Bytes of the folded K/V weights and, with ``fp8`` or ``prepack``, of the copied matrices."""
         return self._loaded.extra_bytes
@@ -133,8 +139,8 @@ class NativeModel:
             FitMismatch: The plan's projections were fitted on other weights. What was loaded before stays.
         """
         description = describe(self.model)
-        check_fit(self.plan, find_parts(self.model).layers)
-        self._take(LoadedWeights(self.model, description, self.plan, self.fp8, self.prepack))
+        check_fit(self.plan, find_decoder_modules(self.model).layers)
+        self._loaded = LoadedWeights(self.model, description, self.plan, self.fp8, self.prepack)
 
     def stale_weight(self) -> str | None:
         """Return the name of a weight that was changed, moved or reassigned since it was loaded, or None.
@@ -190,7 +196,7 @@ class NativeModel:
                 f"weight {stale}: expected the tensor that was loaded, unchanged; it was changed, moved or "
                 "reassigned. Call native.refresh()."
             )
-        return self.run(
+        output = self.run(
             make_request(
                 self,
                 input_ids,
@@ -204,6 +210,8 @@ class NativeModel:
                 **vision,
             )
         )
+        output.wrapper_output = None
+        return output
 
     def check_values(self, request: PrefillRequest) -> None:
         """Check what ``dispatch`` leaves open: device and dtype of the new tokens, and the range of ids.
@@ -212,8 +220,8 @@ class NativeModel:
             ValueError, TypeError: The tokens do not fit the model that was loaded.
         """
         name = "input_ids" if request.arguments.get("inputs_embeds") is None else "inputs_embeds"
-        check_device_and_dtype(self, name, request.arguments[name])
-        check_ids(self, request.rows)
+        check_device_and_dtype(self._loaded, name, request.arguments[name])
+        check_ids(self._loaded, request.rows)
 
     def run(self, request: PrefillRequest, validate: Callable[[], None] | None = None) -> PrefillOutput:
         """Run a validated request. Its cache changes only if the whole call succeeds.
@@ -225,19 +233,23 @@ class NativeModel:
             validate: called after the operator has launched its work and before the head runs and the cache changes.
                 An exception from it fails the call. Not called for a vision-language model.
         """
+        loaded = self._loaded  # once, so that a refresh in another thread does not change it during the call
         with torch.no_grad():
-            if self.family.vision is not None:
-                return run_wrapper(self.model.model, self.family.vision, request, self._run_decoder)
-            return self._run_decoder(request, validate)
+            if loaded.family.vision is not None:
+                run_decoder = partial(self._run_decoder, loaded)
+                return run_wrapper(self.model.model, loaded.family.vision, request, run_decoder)
+            return self._run_decoder(loaded, request, validate)
 
-    def _run_decoder(self, request: PrefillRequest, validate: Callable[[], None] | None = None) -> PrefillOutput:
+    def _run_decoder(
+        self, loaded: LoadedWeights, request: PrefillRequest, validate: Callable[[], None] | None = None
+    ) -> PrefillOutput:
         """Run the language model of a request: first the operator, then the head, then commit the cache."""
-        packed, loaded = request.packed, self._loaded
-        transaction, window_only = self._open_cache(request)
+        packed = request.packed
+        transaction, window_only = self._open_cache(loaded, request)
         try:
             rotary = decoder_of(self.model).rotary_emb
             with module_restored_on_error(rotary):
-                cos, sin, cos_local, sin_local = self._rope(rotary, request.positions)
+                cos, sin, cos_local, sin_local = _rope(loaded, rotary, request.positions)
                 hidden = torch.ops.pop.prefill(
                     loaded.handle,
                     request.rows,
@@ -270,15 +282,15 @@ class NativeModel:
         cu_rows = offsets(request.num_logits) if len(request.output_shape) == 1 else None
         return PrefillOutput(logits, hidden, request.cache, cu_rows)
 
-    def _open_cache(self, request: PrefillRequest) -> tuple[CacheTransaction, bool]:
+    def _open_cache(self, loaded: LoadedWeights, request: PrefillRequest) -> tuple[CacheTransaction, bool]:
         """Open the cache for writing.
 
         Returns:
             The transaction, and whether omitted layers with a sliding window write K and V only of positions that a
             later token can reach.
         """
-        packed, spec = request.packed, self.spec
-        like = self._loaded.like.new_empty((0, spec.num_kv_heads, 0, spec.head_dim))
+        packed, spec = request.packed, loaded.spec
+        like = loaded.like.new_empty((0, spec.num_kv_heads, 0, spec.head_dim))
         windowed = [layer for layer in self.plan.omit if spec.window[layer] > 0]
         # K and V before the window would be projected for nothing if the cache drops them anyway.
         window_only = request.window_only or (
@@ -295,29 +307,6 @@ class NativeModel:
             left_out=windowed if window_only else (),
         )
         return transaction, window_only
-
-    def _rope(self, rotary: Any, positions: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return cos and sin of RoPE for packed positions.
-
-        Args:
-            positions: ``[rows]`` or ``[3, rows]``.
-
-        Returns:
-            cos, sin, cos_local and sin_local, each float32 ``[rows, rotary_dim]``. The local ones are for layers with
-            a second RoPE base, and None in models without such layers.
-        """
-        kinds = self.family.rope_kinds
-        # The module reads only dtype and device of its first argument. The tables are float32 in every dtype.
-        like = torch.empty(0, dtype=torch.float32, device=self.device)
-        if not kinds:
-            cos, sin = rotary(like, positions.unsqueeze(-2))  # [1, rows], or [3, 1, rows]
-            return cos[0], sin[0], None, None
-        tables = {kind: rotary(like, positions[None], kind) for kind in kinds if kind in rotary.layer_types}
-        cos, sin = tables.get(kinds[0]) or tables[kinds[1]]  # a model may have layers of one kind only
-        if not any(self.spec.rope_table):
-            return cos[0], sin[0], None, None
-        cos_local, sin_local = tables[kinds[1]]
-        return cos[0], sin[0], cos_local[0], sin_local[0]
 
     def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """Apply the head, and the soft cap of logits if the family has one.
@@ -357,6 +346,32 @@ def load(model: PreTrainedModel, plan: Plan | None = None, fp8: bool = False, pr
             type, or both ``fp8`` and ``prepack`` are set.
     """
     return NativeModel(uncompiled(model), plan, fp8, prepack)
+
+
+def _rope(loaded: LoadedWeights, rotary: Any, positions: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Return cos and sin of RoPE for packed positions.
+
+    Args:
+        loaded: what is loaded of the model.
+        rotary: rotary embedding of the model.
+        positions: ``[rows]`` or ``[3, rows]``.
+
+    Returns:
+        cos, sin, cos_local and sin_local, each float32 ``[rows, rotary_dim]``. The local ones are for layers with
+        a second RoPE base, and None in models without such layers.
+    """
+    kinds = loaded.family.rope_kinds
+    # The module reads only dtype and device of its first argument. The tables are float32 in every dtype.
+    like = torch.empty(0, dtype=torch.float32, device=loaded.device)
+    if not kinds:
+        cos, sin = rotary(like, positions.unsqueeze(-2))  # [1, rows], or [3, 1, rows]
+        return cos[0], sin[0], None, None
+    tables = {kind: rotary(like, positions[None], kind) for kind in kinds if kind in rotary.layer_types}
+    cos, sin = tables.get(kinds[0]) or tables[kinds[1]]  # a model may have layers of one kind only
+    if not any(loaded.spec.rope_table):
+        return cos[0], sin[0], None, None
+    cos_local, sin_local = tables[kinds[1]]
+    return cos[0], sin[0], cos_local[0], sin_local[0]
 
 
 def apply_head(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

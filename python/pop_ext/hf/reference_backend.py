@@ -11,7 +11,7 @@ from pop_ext.hf.compat import text_config
 from pop_ext.hf.decision import Decline
 from pop_ext.hf.dispatch import Call
 from pop_ext.hf.inputs import PrefillRequest
-from pop_ext.hf.modules import find_parts
+from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.hf.native_model import PrefillOutput, check_plan
 from pop_ext.hf.restore import cache_restored_on_error
 from pop_ext.plans.plan import Plan
@@ -35,7 +35,7 @@ class ReferenceBackend:
             ValueError: The model lacks a module that the oracle needs, or the plan is for another model.
             TypeError: The plan is no ``Plan``.
         """
-        layers = find_parts(model).layers
+        layers = find_decoder_modules(model).layers
         config = text_config(model)
         check_plan(self.plan, config.num_hidden_layers, config)
         check_fit(self.plan, layers)
@@ -44,12 +44,14 @@ class ReferenceBackend:
         """Return a runner. Raise ``Decline`` if the plan's projections were fitted on other weights."""
         if self.plan.projections is not None:
             try:
-                check_fit(self.plan, find_parts(model).layers)
+                check_fit(self.plan, find_decoder_modules(model).layers)
             except FitMismatch as error:
                 raise Decline("model", str(error)) from error
         return ReferenceRunner(model, self.plan)
 
-    bind = validate  # the run validates nothing
+    def bind(self, model: nn.Module, call: Call) -> ReferenceRunner:
+        """Validate now, and leave nothing to the run."""
+        return self.validate(model, call)
 
 
 class ReferenceRunner:

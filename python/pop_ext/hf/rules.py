@@ -6,7 +6,7 @@ that a call breaks. docs/declined.md lists the rules.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -75,13 +75,13 @@ def check_prefill(
         arguments.get("logits_to_keep", 0), columns, arguments.get("past_key_values")
     )
     if too_many_logits is not None and not too_many_logits.declined:
-        raise too_many_logits
+        raise Decline(*too_many_logits)
     _check_outputs(model.config, vision, arguments)
     _check_inference(model, config, tokens.device.type)
     # Raised late: logits of all rows are also the default of forward, so a rule that a given argument breaks is the
     # more helpful reason.
     if too_many_logits is not None:
-        raise too_many_logits
+        raise Decline(*too_many_logits)
     if not getattr(config, "is_causal", True):
         raise Decline("attention", "config.is_causal=False: a pruned prefill is causal")
     mask, packed, types = _check_mask_and_cache(config, tokens, arguments)
@@ -122,7 +122,15 @@ def _new_tokens(arguments: dict[str, Any]) -> torch.Tensor:
     return tokens
 
 
-def _check_logits_to_keep(keep: Any, columns: int, cache: Any) -> Decline | None:
+class _Reason(NamedTuple):
+    """Arguments of a ``Decline``. An exception kept in a variable of the frame that raises it would be a cycle."""
+
+    rule: str
+    reason: str
+    declined: bool
+
+
+def _check_logits_to_keep(keep: Any, columns: int, cache: Any) -> _Reason | None:
     """Return the reason to decline if logits of every row are requested, else None.
 
     Args:
@@ -132,7 +140,7 @@ def _check_logits_to_keep(keep: Any, columns: int, cache: Any) -> Decline | None
     """
     if not is_int(keep):
         found = "a tensor of indices" if isinstance(keep, torch.Tensor) else f"a {type(keep).__name__}"
-        return Decline("logits_to_keep", f"logits_to_keep is {found}: expected a number of last rows, an int")
+        return _Reason("logits_to_keep", f"logits_to_keep is {found}: expected a number of last rows, an int", True)
     if 0 < keep < columns:
         return None
     rows = "all" if keep == 0 or keep >= columns else "other than the last"
@@ -140,7 +148,7 @@ def _check_logits_to_keep(keep: Any, columns: int, cache: Any) -> Decline | None
     # Speculative decoding verifies its candidates by such calls on a filled cache.
     cached = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
     verification = rows == "all" and bool(cached > 0)
-    return Decline("verification" if verification else "logits_to_keep", reason, declined=not verification)
+    return _Reason("verification" if verification else "logits_to_keep", reason, not verification)
 
 
 def _check_outputs(config: Any, vision: VisionSpec | None, arguments: dict[str, Any]) -> None:

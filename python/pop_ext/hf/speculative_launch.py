@@ -18,6 +18,7 @@ from pop_ext.hf.inputs import PrefillRequest
 from pop_ext.hf.native_backend import NativeBackend
 from pop_ext.hf.native_model import NativeModel, PrefillOutput
 from pop_ext.hf.patches import is_unpatched, unsupported_reason
+from pop_ext.plans.plan import Plan
 
 ENABLED = False
 """Whether ``enable`` uses it. It stays off until a measurement on a GPU shows a gain."""
@@ -31,15 +32,15 @@ def is_async(device: torch.device) -> bool:
 class SpeculativeBackend(NativeBackend):
     """Run prefills natively, and launch them before the model is validated where that is safe."""
 
-    def __init__(self, plan: Any, fp8: bool = False, prepack: bool = False) -> None:
+    def __init__(self, plan: Plan, fp8: bool = False, prepack: bool = False) -> None:
         super().__init__(plan, fp8, prepack)
         self._unchanged = False  # whether the last validation found no change
 
     def validate(self, model: nn.Module, call: Call) -> NativeModel:
         """Validate as ``NativeBackend`` does, and note whether anything had changed."""
-        before = (
-            None if self.native is None else self.native.handle
-        )  # the number only: a reference to the model would keep old weights
+        native = self.native
+        before = None if native is None else native.handle
+        del native  # else the old weights would outlive the load of new ones
         self._unchanged = False
         native = super().validate(model, call)
         self._unchanged = native.handle == before

@@ -72,7 +72,7 @@ def run_wrapper(
     if spec.spans_argument is not None:
         arguments["attention_mask"] = {}  # an empty dict keeps the wrapper from making 4-D masks, which are not used
     cache = arguments.pop("past_key_values")
-    result = type(wrapper).forward(clone, **arguments, **with_cache(wrapper, cache))
+    result = type(wrapper).forward(clone, **arguments, **with_cache(wrapper, cache), return_dict=True)
     for name, value in clone.__dict__.items():
         if value is not before.get(name):
             wrapper.__dict__[name] = value

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pop_ext import reference
-from pop_ext.hf.modules import find_parts
+from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.methods.calibration import Batches, check_batches, count_sequences, stock_evaluation, stock_model
 from pop_ext.methods.fit_moments import HOLD_EVERY, MomentsReader, count_continuation
 from pop_ext.methods.ridge import RunMoments, RunSolution
@@ -86,7 +86,7 @@ def fit(
     with stock_evaluation(model), torch.no_grad(), reporting(progress, "fit", total) as advance:
         reader = MomentsReader(model, plan, held if split else None, weighting, advance)
         reader.read(batches)
-        layers = find_parts(model).layers
+        layers = find_decoder_modules(model).layers
         samples = {layer: sample_weights(layers[layer]) for layer in plan.omit}
         losses: list[tuple[float, float, float]] = []
         if chooses:
@@ -100,7 +100,7 @@ def fit(
 
 def _check_plan(plan: Plan, model: Any, weighting: str) -> Plan:
     """Check plan and weighting, and return the plan without projections."""
-    layers = find_parts(model).layers
+    layers = find_decoder_modules(model).layers
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: expected a pop_ext.Plan, got {type(plan).__name__}")
     if weighting not in WEIGHTINGS:

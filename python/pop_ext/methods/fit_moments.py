@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pop_ext import reference
-from pop_ext.hf.modules import find_parts
+from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.hf.restore import replaced_forward
 from pop_ext.methods.calibration import Batches, check_batches, input_hidden_states
 from pop_ext.methods.ridge import RunMoments
@@ -56,7 +56,7 @@ class MomentsReader:
         """
         self.model, self.plan, self.holdout, self.advance = model, plan, holdout, advance
         self.by_attention = weighting == "attention"
-        modules = find_parts(model)
+        modules = find_decoder_modules(model)
         self.decoder, self.layers = modules.decoder, modules.layers
         self.moments = [RunMoments({i: original_projection(self.layers[i]) for i in run}) for run in plan.runs]
         self.sequences = 0

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from pop_ext.hf.compat import uncompiled, with_cache
-from pop_ext.hf.modules import DecoderModules, Module, find_parts
+from pop_ext.hf.modules import DecoderModules, Module, find_decoder_modules
 from pop_ext.hf.restore import module_restored_on_error, replaced_forward
 from pop_ext.plans.presets import default_plan
 from pop_ext.reference.caches import (
@@ -104,7 +104,7 @@ def prefill(
         TypeError: An argument has the wrong type.
     """
     stock: Module = uncompiled(model)
-    parts = find_parts(stock)
+    parts = find_decoder_modules(stock)
     if plan is None:
         plan = default_plan(stock.config)
     check_plan(plan, parts.layers, stock.config)
