@@ -152,13 +152,12 @@ def _make_request(model: nn.Module, call: Call) -> PrefillRequest:
     arguments, packed, decision, vision = call.arguments, call.packed, call.decision, call.vision
     tokens = arguments["inputs_embeds"] if arguments.get("input_ids") is None else arguments["input_ids"]
     cache = arguments.get("past_key_values")
-    position_ids, by_column = arguments.get("position_ids"), packed.column_position_ids(tokens.device)
-    if position_ids is None and vision is None:
-        position_ids = by_column
+    given = arguments.get("position_ids")
+    position_ids = packed.column_position_ids(tokens.device) if given is None or vision is not None else given
     return PrefillRequest(
         rows=packed.pack(tokens),
         packed=packed,
-        positions=packed.pack_positions(by_column if vision is not None or position_ids is None else position_ids),
+        positions=packed.pack_positions(position_ids),
         cache=new_cache(model.config) if cache is None else cache,
         boundary=list(decision.boundary),
         num_logits=[decision.logits_to_keep] * packed.batch,
@@ -168,7 +167,7 @@ def _make_request(model: nn.Module, call: Call) -> PrefillRequest:
             "input_ids": arguments.get("input_ids"),
             "inputs_embeds": arguments.get("inputs_embeds"),
             "attention_mask": call.mask,
-            "position_ids": position_ids,
+            "position_ids": position_ids if vision is None else given,
             "past_key_values": cache,
             **({} if vision is None else {name: arguments[name] for name in vision.arguments & arguments.keys()}),
         },
