@@ -1,0 +1,175 @@
+"""A pruned prefill that K/V matrices can be trained through: the oracle in grad mode, on cached states.
+
+In training, only the K/V matrices of omitted layers change. They are read by the rows after the context rows, in
+omitted layers. Everything before the first omitted layer is therefore the same in every step, for all rows: it is
+computed once by the full model, and a step starts from the cached input of the first omitted layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from pop_ext.hf.compat import with_cache
+from pop_ext.hf.modules import find_decoder_modules
+from pop_ext.hf.restore import forward_attribute, replaced_forward
+from pop_ext.methods.calibration import input_hidden_states, output_hidden_states
+from pop_ext.plans.plan import Plan
+from pop_ext.reference.prefill import has_wrapper, rope_seen_up_to
+from pop_ext.reference.projection import omitted_layers
+
+
+@dataclass(frozen=True)
+class Example:
+    """Sequences of one length, and states of the full model on them.
+
+    Attributes:
+        ids: int64 [batch, T], on the model's device.
+        entry: Input of the first omitted layer, [batch, T, hidden], on the CPU.
+        final: Output of the last layer for the last ``kept`` rows, [batch, kept, hidden], on the CPU.
+        answer: Number of last tokens that are the answer of a task; 0 for text, which may be split anywhere.
+    """
+
+    ids: Tensor
+    entry: Tensor
+    final: Tensor
+    answer: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, rows: Sequence[int]) -> Example:
+        """Return some of the sequences, by index."""
+        index = list(rows)
+        return Example(self.ids[index], self.entry[index], self.final[index], self.answer)
+
+
+class Student:
+    """Computes logits of a pruned prefill as a differentiable function of the omitted layers' K/V matrices.
+
+    Attributes:
+        model: Stock model inside ``stock_evaluation``.
+        plan: The plan; its projections are ignored.
+        vocabulary: Ids that logits are computed for, int64 [n]; None for all.
+    """
+
+    def __init__(self, model: Any, plan: Plan, vocabulary: Tensor | None = None) -> None:
+        """Prepare.
+
+        Args:
+            model: Hugging Face decoder that the oracle runs.
+            plan: Plan that omits at least one layer.
+            vocabulary: Ids to compute logits for. Ignored if the head is no plain ``nn.Linear``.
+        """
+        self.model, self.plan, self.parts = model, plan, find_decoder_modules(model)
+        self.head = model.get_output_embeddings()
+        plain = type(self.head) is nn.Linear and self.head.weight.is_floating_point()
+        self.vocabulary = vocabulary if plain else None
+        self._first = plan.omit[0]
+        if self.vocabulary is not None:
+            self._rows = self.head.weight.detach()[self.vocabulary]
+            self._bias = None if self.head.bias is None else self.head.bias.detach()[self.vocabulary]
+
+    @torch.no_grad()
+    def example(self, ids: Tensor, kept: int, answer: int = 0) -> Example:
+        """Run the full model over sequences and keep what training needs.
+
+        Args:
+            ids: int64 [batch, T].
+            kept: Number of last rows whose teacher logits will be asked for.
+            answer: As for ``Example``.
+        """
+        layers, seen = self.parts.layers, {}
+
+        def keep_entry(_: Any, args: Any, kwargs: Any) -> None:
+            seen["entry"] = input_hidden_states(args, kwargs).detach().cpu()
+
+        def keep_final(_: Any, args: Any, output: Any) -> None:
+            seen["final"] = output_hidden_states(output).detach()[:, -kept:].cpu()
+
+        with ExitStack() as stack:
+            stack.callback(layers[self._first].register_forward_pre_hook(keep_entry, with_kwargs=True).remove)
+            stack.callback(layers[-1].register_forward_hook(keep_final).remove)
+            self.parts.decoder(input_ids=ids, use_cache=False)
+        return Example(ids, seen["entry"], seen["final"], answer)
+
+    @torch.no_grad()
+    def teacher_logits(self, example: Example, start: int, rows: int) -> Tensor:
+        """Return the full model's logits of ``rows`` rows from row ``start`` on, [batch, rows, vocabulary] float32."""
+        begin = start - (example.ids.shape[1] - example.final.shape[1])
+        states = example.final[:, begin : begin + rows].to(example.ids.device)
+        with self._layers_return(len(self.parts.layers), states):
+            return self._call(example.ids[:, start : start + rows], start, None, rows)
+
+    def logits(self, example: Example, prompt: int, rows: int, matrices: Mapping[int, Tensor]) -> Tensor:
+        """Return the logits that predict the ``rows`` tokens after a pruned prompt.
+
+        Args:
+            example: Sequences of more than ``prompt + rows - 1`` tokens.
+            prompt: Length of the prompt, > the plan's boundary.
+            rows: Number of tokens to predict.
+            matrices: Omitted layer -> ``[2 * kv_dim, hidden]``, as in ``Projections``. In float32 they may be masters
+                of a model in another dtype.
+
+        Returns:
+            [batch, rows, vocabulary] float32.
+        """
+        layers, first = self.parts.layers, self._first
+        context = prompt - self.plan.boundary
+        stop = prompt + rows - 1
+        entry = example.entry[:, :stop].to(example.ids.device)
+        cache = DynamicCache()
+        fitted = SimpleNamespace(omit=self.plan.omit, projections=SimpleNamespace(matrices=matrices))
+        position = torch.tensor(stop - 1, device=example.ids.device)
+        with rope_seen_up_to(self.parts.rotary, position):
+            with omitted_layers(layers, fitted), self._layers_return(first, entry[:, :context]):
+                self.parts.decoder(
+                    input_ids=example.ids[:, :context],
+                    **self._places(example.ids, 0, context),
+                    **with_cache(self.parts.decoder, cache),
+                )
+            for layer in range(first):  # nobody reads these, but the masks follow the length of the first layer
+                nothing = entry.new_zeros(len(entry), 1, context, 1)
+                cache.update(nothing, nothing, layer)
+            with self._layers_return(first, entry[:, context:]):
+                return self._call(example.ids[:, context:stop], context, cache, rows)
+
+    @contextmanager
+    def _layers_return(self, count: int, states: Tensor) -> Iterator[None]:
+        """Replace the first ``count`` layers inside the block, so that they return ``states``."""
+        with ExitStack() as stack:
+            for layer in list(self.parts.layers)[:count]:
+                stack.enter_context(replaced_forward(layer, lambda *_, **__: states, forward_attribute(layer)))
+            yield
+
+    def _places(self, ids: Tensor, start: int, stop: int) -> dict[str, Any]:
+        return {
+            "attention_mask": torch.ones(len(ids), stop, dtype=torch.long, device=ids.device),
+            "position_ids": torch.arange(start, stop, device=ids.device)[None].expand(len(ids), -1),
+            "use_cache": True,
+            "return_dict": True,
+        }
+
+    def _call(self, ids: Tensor, start: int, cache: DynamicCache | None, keep: int) -> Tensor:
+        """Run the stock model on rows from ``start`` on over a cache, and return the last ``keep`` logits."""
+        call = {"input_ids": ids, **self._places(ids, start, start + ids.shape[1])}
+        if cache is None:
+            call["attention_mask"], call["use_cache"] = None, False
+        with ExitStack() as stack:
+            if self.vocabulary is not None:
+                stack.enter_context(replaced_forward(self.head, self._head_rows, forward_attribute(self.head)))
+            if has_wrapper(self.model, self.parts):
+                states = self.parts.decoder(**call, **with_cache(self.parts.decoder, cache)).last_hidden_state
+                return self.head(states[:, -keep:]).float()
+            forward = type(self.model).forward
+            return forward(self.model, **call, **with_cache(self.model, cache), logits_to_keep=keep).logits.float()
+
+    def _head_rows(self, states: Tensor) -> Tensor:
+        return nn.functional.linear(states, self._rows, self._bias)
