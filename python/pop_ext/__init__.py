@@ -1,8 +1,8 @@
 """Prefill-Only Pruning (POP, arXiv 2602.03295) for Hugging Face language models.
 
-After ``pop_ext.enable(model)``, ``model.generate(...)`` works as before. Long prompts get their first token sooner,
-because their context rows skip the layers that a plan omits. Decode runs the full model. An engine that does not use
-``generate`` can call the same prefill as ``torch.ops.pop.prefill``.
+After ``pop_ext.enable(model, plan)``, ``model.generate(...)`` works as before. Long prompts get their first token
+sooner, because their context rows skip the layers that the plan omits. Decode runs the full model. An engine that does
+not use ``generate`` can call the same prefill as ``torch.ops.pop.prefill``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch  # noqa: F401  (its shared libraries must be loaded before those of
 
 from pop_ext import ops as _ops  # noqa: F401  (registers torch.ops.pop)
 from pop_ext._core import __version__
+from pop_ext.plans.default import NoPlanWarning
 from pop_ext.plans.plan import Plan
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = [
     "Decision",
     "Importance",
     "NativeModel",
+    "NoPlanWarning",
     "Plan",
     "PrefillDeclined",
     "PrefillOutput",

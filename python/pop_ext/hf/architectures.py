@@ -331,7 +331,7 @@ class UnsupportedModelError(ValueError):
 def supported_models() -> dict[str, Preset]:
     """Return the presets of all models whose language model runs natively, by Hugging Face name.
 
-    Any other model of the same architectures runs as well. Without a plan, its deepest third of layers is omitted.
+    Any other model of the same architectures runs as well. Only published presets run without being named.
 
     Returns:
         Hugging Face name -> ``Preset``. ``preset.published`` is True where the number of omitted layers comes from

@@ -208,6 +208,18 @@ LOAD = [
         "config.head_dim: expected a multiple of 8 up to 256, got 20",
     ),
     Case(
+        'an unknown word as plan, `enable(model, "half")`',
+        lambda f: pop_ext.enable(f.model, "half"),
+        ValueError,
+        'plan: expected a pop_ext.Plan, "third", "preset", or the path of a plan file .* got \'half\'',
+    ),
+    Case(
+        '`plan="preset"` for a model without a preset',
+        lambda f: load(f, "preset"),
+        ValueError,
+        'plan: expected a model that has a preset with "preset".* got llama with 3 layers',
+    ),
+    Case(
         "a dict as plan",
         lambda f: load(f, {"omit": [1]}),
         TypeError,
