@@ -13,6 +13,7 @@ import torch  # noqa: F401  (its shared libraries must be loaded before those of
 
 from pop_ext import ops as _ops  # noqa: F401  (registers torch.ops.pop)
 from pop_ext._core import __version__
+from pop_ext.plans.card import PlanCard
 from pop_ext.plans.default import NoPlanWarning
 from pop_ext.plans.plan import Plan
 
@@ -36,6 +37,7 @@ __all__ = [
     "NativeModel",
     "NoPlanWarning",
     "Plan",
+    "PlanCard",
     "PrefillDeclined",
     "PrefillOutput",
     "UnsupportedModelError",

@@ -1,12 +1,19 @@
-"""``PlanCard``: what was measured of a plan, as JSON."""
+"""``PlanCard``: what was measured of a plan, as data."""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
+from pop_ext._core import __version__
 from pop_ext.utils.json import finite
 from pop_ext.utils.layer_ranges import format_layers
 
@@ -85,6 +92,9 @@ class _PlanLike(Protocol):
     @property
     def projections(self) -> Any: ...
 
+    @property
+    def origin(self) -> Any: ...
+
 
 @dataclass(frozen=True)
 class PlanCard:
@@ -132,6 +142,29 @@ class PlanCard:
             f"prompt but {rows}{fitted}"
         )
 
+    @classmethod
+    def of(cls, plan: _PlanLike, **figures: Any) -> PlanCard:
+        """Return the card of a plan: what the plan itself says, the versions and today's date, and ``figures``.
+
+        Args:
+            plan: The plan. Of its origin come model and ``config_hash``. A model that is a path is named by its last
+                part.
+            **figures: Further members of the card, or other values for those above.
+        """
+        origin = plan.origin
+        fitted = None if plan.projections is None else getattr(origin, "fit", None) or "fitted"
+        members: dict[str, Any] = {
+            "num_layers": plan.num_layers,
+            "omit": plan.omit,
+            "boundary": plan.boundary,
+            "fit": fitted,
+            "model": None if origin is None or origin.model is None else public_name(origin.model),
+            "config_hash": None if origin is None else origin.config_hash,
+            "versions": _versions(),
+            "created": datetime.date.today().isoformat(),
+        }
+        return cls(**{**members, **figures})
+
     def describes(self, plan: _PlanLike) -> bool:
         """Return whether the figures are those of ``plan``: same layers, same boundary, fitted alike."""
         same = (self.num_layers, self.omit, self.boundary) == (plan.num_layers, plan.omit, plan.boundary)
@@ -159,6 +192,19 @@ class PlanCard:
         except json.JSONDecodeError as error:
             raise ValueError(f"card: expected JSON, got {error}") from None
         return _read(cls, members, "card")
+
+
+def public_name(model: str) -> str:
+    """Return the name of a model for others to read: the last part of a path, or a hub id as it is."""
+    path = Path(model)
+    return path.name if path.is_absolute() or path.exists() or model.startswith(".") else model
+
+
+def _versions() -> dict[str, str]:
+    versions = {"pop_ext": __version__, "torch": torch.__version__}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        versions["transformers"] = importlib.metadata.version("transformers")
+    return versions
 
 
 _TUPLES: dict[str, type[Any]] = {"texts": CardText, "quality": CardQuality, "speed": CardSpeed}

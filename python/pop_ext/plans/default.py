@@ -14,14 +14,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from pop_ext.plans.card import PlanCard
+from pop_ext.plans.folder import CARD_FILE, PLAN_FILE, SUBFOLDER, cached_folder, read_folder
 from pop_ext.plans.origin import check_origin, config_hash
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.presets import find_preset, preset_or_third
 from pop_ext.utils.callers import caller_level
-
-SUBFOLDER, PLAN_FILE, CARD_FILE = "pop_ext", "plan.json", "card.json"
-"""A plan beside a checkpoint: ``<checkpoint>/pop_ext/plan.json``, with its card in ``card.json``."""
 
 PlanArgument = Plan | str | PathLike[str] | None
 """The ``plan`` argument of public functions: a plan, ``"third"``, ``"preset"``, a path, or None for the default."""
@@ -100,7 +97,8 @@ def named_plan(name: str | PathLike[str], config: Any) -> Plan:
         return preset.plan
     path = Path(name)
     if path.is_dir():
-        path /= PLAN_FILE
+        found: Plan = read_folder(Plan, path)
+        return found
     if not path.is_file():
         raise ValueError(
             'plan: expected a pop_ext.Plan, "third", "preset", or the path of a plan file or of a folder with a '
@@ -125,11 +123,11 @@ def default_plan(config: Any, name: str | None = None, revision: str | None = No
         revision: Commit of the checkpoint, for a hub id. None: the one that the config names.
     """
     name = name or getattr(config, "_name_or_path", None)
-    file = _plan_beside(name, revision or getattr(config, "_commit_hash", None)) if name else None
+    folder = _folder_beside(name, revision or getattr(config, "_commit_hash", None)) if name else None
     why_not = "no plan whose cost was measured is known"
-    if file is not None:
+    if folder is not None:
         try:
-            return ChosenPlan(_measured_plan(file, config), f"the plan beside the checkpoint, {file}")
+            return ChosenPlan(_measured_plan(folder, config), f"the plan beside the checkpoint, in {folder}")
         except (ValueError, OSError) as error:
             why_not = f"the plan beside its checkpoint does not run ({error})"
     preset = find_preset(config)
@@ -157,43 +155,31 @@ def _text(config: Any) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _measured_plan(file: Path, config: Any) -> Plan:
-    """Read a plan and its card.
+def _measured_plan(folder: Path, config: Any) -> Plan:
+    """Read a plan with a card.
 
     Raises:
-        ValueError: The plan is for another model, or the card holds no figures of this plan and model.
+        ValueError: A file is broken, the plan is for another model, or the card holds no figures of this model.
         OSError: A file cannot be read.
     """
-    plan = Plan.load(file)
+    plan: Plan = read_folder(Plan, folder)
     depth = _text(config).num_hidden_layers
     if plan.num_layers != depth:
-        raise ValueError(f"{file}: expected a plan of {depth} layers, got one of {plan.num_layers}")
-    check_origin(plan.origin, config, str(file))
-    beside = file.with_name(CARD_FILE)
-    try:
-        card = PlanCard.from_json(beside.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{beside}: {error}") from None
-    if not card.quality:
-        raise ValueError(f"{beside}: expected measured quality figures, got none")
-    if not card.describes(plan):
-        raise ValueError(f"{beside}: expected figures of the plan in {file.name}, got those of another ({card.plan})")
-    if card.config_hash != config_hash(config):
-        raise ValueError(f"{beside}: expected config_hash {config_hash(config)}, the model's, got {card.config_hash}")
+        raise ValueError(f"{folder}: expected a plan of {depth} layers, got one of {plan.num_layers}")
+    check_origin(plan.origin, config, str(folder))
+    if plan.card is None or not plan.card.quality:
+        raise ValueError(f"{folder / CARD_FILE}: expected measured quality figures, got none")
+    found = config_hash(config)
+    if plan.card.config_hash != found:
+        raise ValueError(
+            f"{folder / CARD_FILE}: expected config_hash {found}, the model's, got {plan.card.config_hash}"
+        )
     return plan
 
 
-def _plan_beside(name: str, revision: str | None) -> Path | None:
-    """Return the plan file beside a checkpoint, in its folder or in the local hub cache; None if there is none."""
+def _folder_beside(name: str, revision: str | None) -> Path | None:
+    """Return the plan folder beside a checkpoint, in its folder or in the local hub cache; None if there is none."""
     if os.path.isdir(name):
-        file = Path(name, SUBFOLDER, PLAN_FILE)
-        return file if file.is_file() else None
-    try:
-        from huggingface_hub import try_to_load_from_cache
-    except ImportError:
-        return None
-    try:
-        cached = try_to_load_from_cache(name, f"{SUBFOLDER}/{PLAN_FILE}", revision=revision)
-    except ValueError:  # not a hub id
-        return None
-    return Path(cached) if isinstance(cached, str) else None
+        folder = Path(name, SUBFOLDER)
+        return folder if (folder / PLAN_FILE).is_file() else None
+    return cached_folder(name, revision)

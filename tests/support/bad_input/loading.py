@@ -6,7 +6,7 @@ from typing import Any
 
 import pop_ext
 from models import llama, mixtral
-from pop_ext import Plan, UnsupportedModelError
+from pop_ext import Plan, PlanCard, UnsupportedModelError
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
@@ -28,6 +28,13 @@ PLAN = [
         lambda f: Plan.last(3, count=1, fraction=0.5),
         ValueError,
         "count, fraction: expected one of them",
+    ),
+    Case("a dict as card", lambda f: f.plan.replace(card={}), TypeError, "card: expected a .*PlanCard, got dict"),
+    Case(
+        "the card of another plan",
+        lambda f: Plan(3, [1], card=PlanCard(3, (2,), 1)),
+        ValueError,
+        r"card: expected the figures of Plan.* got those of another plan \(1 of 3 layers omitted \(2\)",
     ),
     Case("text that is not JSON", lambda f: Plan.from_json("{"), ValueError, "plan"),
     Case("a dict, to `Plan.from_json`", lambda f: Plan.from_json({}), TypeError, "text: expected a str .*, got dict"),
