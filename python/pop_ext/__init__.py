@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from pop_ext.hf.enable import disable, enable, enabled, explain, last_call
     from pop_ext.hf.forward import PrefillDeclined
     from pop_ext.hf.native_model import NativeModel, PrefillOutput, load
+    from pop_ext.methods.autoplan import AutoPlan, Trial, autoplan
     from pop_ext.methods.block_influence import BlockInfluence, block_influence
     from pop_ext.methods.fit import fit
     from pop_ext.methods.importance import Importance, importance
     from pop_ext.methods.latency import BudgetedPlan, plan_within, shortest_paying
 
 __all__ = [
+    "AutoPlan",
     "BlockInfluence",
     "BudgetedPlan",
     "Decision",
@@ -40,8 +42,10 @@ __all__ = [
     "PlanCard",
     "PrefillDeclined",
     "PrefillOutput",
+    "Trial",
     "UnsupportedModelError",
     "__version__",
+    "autoplan",
     "block_influence",
     "disable",
     "enable",
@@ -60,6 +64,7 @@ __all__ = [
 
 # Names that need transformers are imported at first use, because the operators work without it.
 _LAZY = {
+    "AutoPlan": "pop_ext.methods.autoplan",
     "BlockInfluence": "pop_ext.methods.block_influence",
     "BudgetedPlan": "pop_ext.methods.latency",
     "Decision": "pop_ext.hf.decision",
@@ -67,7 +72,9 @@ _LAZY = {
     "NativeModel": "pop_ext.hf.native_model",
     "PrefillDeclined": "pop_ext.hf.forward",
     "PrefillOutput": "pop_ext.hf.native_model",
+    "Trial": "pop_ext.methods.autoplan",
     "UnsupportedModelError": "pop_ext.hf.architectures",
+    "autoplan": "pop_ext.methods.autoplan",
     "block_influence": "pop_ext.methods.block_influence",
     "disable": "pop_ext.hf.enable",
     "enable": "pop_ext.hf.enable",

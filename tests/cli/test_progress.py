@@ -91,9 +91,14 @@ def test_off_a_terminal_a_quiet_or_failed_bar_ends_without_a_line(monkeypatch, c
     slow_clock(monkeypatch, 9)
     with ProgressBar("scoring", 1, quiet=True) as bar:
         bar.advance()
-    with pytest.raises(KeyError), reporting(True, "fitting", 2) as advance:
-        advance(1)
-        raise KeyError
+
+    def fail():
+        with reporting(True, "fitting", 2) as advance:
+            advance(1)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert capsys.readouterr().err.splitlines() == ["fitting 1/2 (18 s)"]
 
 

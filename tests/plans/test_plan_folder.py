@@ -110,6 +110,16 @@ def test_a_card_of_another_plan_is_refused(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_another_readme_is_never_replaced(tmp_path):
+    (tmp_path / "README.md").write_text("# My project")
+    with pytest.raises(ValueError, match=r"folder: expected no other README\.md in the place of the card"):
+        PLAN.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    PLAN.save_pretrained(tmp_path / "plan")
+    PLAN.save_pretrained(tmp_path / "plan", card=CARD)
+    assert "0.0123" in (tmp_path / "plan" / "README.md").read_text()
+
+
 def test_json_and_card_agree_on_every_member():
     assert PlanCard.from_json(CARD.to_json()) == CARD
     members = json.loads(CARD.to_json())

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from pop_ext.plans.card import PlanCard
 
+MARK = "library_name: pop_ext"
+"""Line of the front matter by which a card is known."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HOW_TO = """## How to use it
 
@@ -35,7 +37,7 @@ def render(card: PlanCard) -> str:
 
 
 def _front_matter(card: PlanCard) -> str:
-    lines = ["---", "library_name: pop_ext"]
+    lines = ["---", MARK]
     if card.model and _HUB_ID.fullmatch(card.model):
         lines.append(f"base_model: {json.dumps(card.model)}")  # a JSON string is a YAML string
     return "\n".join([*lines, "tags:", "- pop_ext", "- prefill-only-pruning", "---"])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pop_ext.plans.card import PlanCard
-from pop_ext.plans.card_markdown import render
+from pop_ext.plans.card_markdown import MARK, render
 
 PLAN_FILE, MATRICES_FILE, CARD_FILE, README_FILE = "plan.json", "plan.safetensors", "card.json", "README.md"
 SUBFOLDER = "pop_ext"
@@ -26,15 +26,18 @@ def write_folder(plan: Any, folder: str | PathLike[str], card: PlanCard | None) 
 
     Raises:
         TypeError: ``card`` is no ``PlanCard``.
-        ValueError: ``card`` describes another plan.
+        ValueError: ``card`` describes another plan, or the folder has a ``README.md`` of something else.
         OSError: A file cannot be written.
     """
     card = check_card(card, plan) or plan.card or PlanCard.of(plan)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    readme = folder / README_FILE
+    if readme.exists() and MARK not in readme.read_text(encoding="utf-8"):
+        raise ValueError(f"folder: expected no other {README_FILE} in the place of the card, got one in {folder}")
     plan.save(folder / PLAN_FILE)
     (folder / CARD_FILE).write_text(card.to_json() + "\n", encoding="utf-8")
-    (folder / README_FILE).write_text(render(card), encoding="utf-8")
+    readme.write_text(render(card), encoding="utf-8")
 
 
 def read_folder(kind: Any, folder: str | PathLike[str]) -> Any:

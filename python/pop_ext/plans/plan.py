@@ -253,7 +253,7 @@ class Plan(_core.Plan):
 
         Raises:
             TypeError: ``card`` is no ``PlanCard``.
-            ValueError: ``card`` describes another plan.
+            ValueError: ``card`` describes another plan, or the folder has a ``README.md`` of something else.
             ImportError: The plan is fitted, and safetensors is missing.
             OSError: A file cannot be written.
         """
