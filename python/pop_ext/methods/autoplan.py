@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -61,6 +62,9 @@ class Trial:
             cost equals the limit passes about one time in six.
         batch_size: Prompts per forward.
         seed: Seed of the retrieval tasks.
+
+    Raises:
+        ValueError: A member has a bad value.
     """
 
     tokens: int = 512
@@ -71,6 +75,17 @@ class Trial:
     errors: float = 1.0
     batch_size: int = 4
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"tokens": 2, "continuation": 1, "prompts": 1, "samples": 2, "batch_size": 1, "seed": 0}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+                raise ValueError(f"{name}: expected an int >= {smallest}, got {value!r}")
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"holdout: expected a number between 0 and 1, got {self.holdout!r}")
+        if not 0 <= self.errors < math.inf:
+            raise ValueError(f"errors: expected a number >= 0, got {self.errors!r}")
 
     @property
     def window(self) -> int:
@@ -138,7 +153,9 @@ def autoplan(
         TypeError: An argument has the wrong type.
         OSError: A file cannot be read or written.
     """
-    model, trial = stock_model(model), trial or Trial()
+    model, trial = stock_model(model), Trial() if trial is None else trial
+    if not isinstance(trial, Trial):
+        raise TypeError(f"trial: expected a pop_ext.Trial, got {type(trial).__name__}")
     depth = model.config.get_text_config().num_hidden_layers
     limits = _check_limits({"max_loss": max_loss, "max_kl": max_kl, "max_recall_drop": max_recall_drop})
     highest = _check_arguments(method, highest, depth)
@@ -246,7 +263,7 @@ def _with_card(model: Any, best: Candidate, run: _Run, asked: dict[str, float], 
 
 
 def _card_quality(name: str, figure: Figure) -> CardQuality:
-    error = figure.error if figure.error == figure.error else None  # NaN for a single prompt
+    error = None if math.isnan(figure.error) else figure.error
     return CardQuality(name, figure.value, error, UNITS[name], figure.prompts)
 
 
