@@ -312,6 +312,30 @@ def test_distill_is_asked_with_tasks_of_the_calibration_part(model, text, monkey
     assert {len(prompt) for prompt, _ in distill["tasks"]} == {90}
 
 
+def test_the_fit_reads_the_first_part_and_the_judge_the_last(model, tokenizer, text, monkeypatch):
+    seen = {"calibration": [], "held-out": []}
+
+    class Recording(QualityJudge):
+        def __init__(self, model, texts, tasks, *how):
+            seen["held-out"] += [torch.cat(pair) for pair in texts]
+            super().__init__(model, texts, tasks, *how)
+
+    def fit(given, plan, batches, *, progress):
+        seen["calibration"] += [row for batch in batches for row in batch]
+        return plan
+
+    monkeypatch.setattr(module, "QualityJudge", Recording)
+    monkeypatch.setattr(module, "fit", fit)
+    autoplan(model, [text], max_kl=9.0, highest=1, trial=TRIAL, pays_from=(), time_lengths=())
+    split = split_texts([text], tokenizer, TRIAL.holdout, TRIAL.window)
+    for role, parts in (("calibration", split.calibration.plain), ("held-out", split.held_out.plain)):
+        begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        windows = [window[int(begins) :].tolist() for window in seen[role]]
+        whole = parts[0].tolist()
+        assert windows
+        assert all(any(whole[at : at + len(w)] == w for at in range(len(whole))) for w in windows)
+
+
 # The command
 
 
