@@ -230,6 +230,32 @@ def test_a_push_uploads_the_folder(monkeypatch, fitted):
     assert (uploaded["plan"], uploaded["plan"].card) == (fitted, card)
 
 
+@pytest.mark.parametrize(
+    ("exists", "file", "refused"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_a_plan_never_replaces_the_card_of_a_checkpoint(monkeypatch, exists, file, refused):
+    asked = []
+
+    def file_exists(repo_id, filename, **how):
+        assert exists
+        asked.append((repo_id, filename, how))
+        return file
+
+    monkeypatch.setattr(huggingface_hub, "repo_exists", lambda repo_id, **how: exists)
+    monkeypatch.setattr(huggingface_hub, "file_exists", file_exists)
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda repo_id, **how: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **how: SimpleNamespace(commit_url="uploaded"))
+    if refused:
+        with pytest.raises(
+            ValueError, match=r'path_in_repo: expected "pop_ext" for me/model, which holds a checkpoint'
+        ):
+            PLAN.push_to_hub("me/model", token="t")
+        assert asked == [("me/model", "config.json", {"token": "t"})]
+        assert PLAN.push_to_hub("me/model", path_in_repo="pop_ext") == "uploaded"
+    else:
+        assert PLAN.push_to_hub("me/model") == "uploaded"
+
+
 def test_enable_runs_a_pushed_plan_with_figures_by_itself(tmp_path, recwarn):
     from model_folder import save_tiny_llama
     from transformers import AutoModelForCausalLM

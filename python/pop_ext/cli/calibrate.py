@@ -304,4 +304,6 @@ def _print(scores: Importance, plan: Plan, report: dict[str, Any]) -> None:
         )
     )
     for name in ("plan", "importance", "plots"):  # print, because a console breaks long paths
-        print(f"{name}: {report[name] if isinstance(report[name], str) else ', '.join(report[name])}")
+        paths = report[name] if isinstance(report[name], str) else ", ".join(report[name])
+        if paths:  # without matplotlib there is no figure
+            print(f"{name}: {paths}")

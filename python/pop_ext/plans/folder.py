@@ -109,8 +109,16 @@ def upload_folder(
 
     Returns:
         The address of the commit.
+
+    Raises:
+        ValueError: The repository holds a checkpoint, and the plan would replace its model card.
     """
     hub = _hub()
+    if path_in_repo.strip("/") == "" and _holds_checkpoint(hub, repo_id, token):
+        raise ValueError(
+            f'path_in_repo: expected "{SUBFOLDER}" for {repo_id}, which holds a checkpoint whose README.md the card '
+            f"would replace, got {path_in_repo!r}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         write_folder(plan, folder, card)
         repo_id = hub.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
@@ -122,6 +130,11 @@ def upload_folder(
             commit_message=commit_message or "Upload a prefill plan with pop_ext",
         )
     return str(commit.commit_url)
+
+
+def _holds_checkpoint(hub: Any, repo_id: str, token: str | bool | None) -> bool:
+    """Return whether a repository exists and holds a checkpoint."""
+    return bool(hub.repo_exists(repo_id, token=token)) and bool(hub.file_exists(repo_id, "config.json", token=token))
 
 
 def cached_folder(repo_id: str, revision: str | None) -> Path | None:

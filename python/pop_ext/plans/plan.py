@@ -314,7 +314,8 @@ class Plan(_core.Plan):
             The address of the commit.
 
         Raises:
-            TypeError, ValueError: As in ``save_pretrained``.
+            TypeError, ValueError: As in ``save_pretrained``. Also if the repository holds a checkpoint and
+                ``path_in_repo`` is its root, where the card would replace the checkpoint's.
             OSError: The hub refuses the upload or cannot be reached.
             ImportError: huggingface_hub is missing.
         """
