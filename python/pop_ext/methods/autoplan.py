@@ -12,7 +12,9 @@ from os import PathLike
 from typing import Any
 
 from pop_ext import env_info
-from pop_ext.evaluation.prompts import Pair, Texts, calibration_batches, recall_sets, text_sets
+from pop_ext.evaluation.prompts import Pair, Texts, calibration_batches, text_sets
+from pop_ext.evaluation.retrieval import retrieval_pairs
+from pop_ext.evaluation.retrieval_templates import EVALUATION, TRAINING
 from pop_ext.evaluation.timing import NATIVE_FULL, plan_arm, speedup, time_plans
 from pop_ext.methods.calibration import stock_model
 from pop_ext.methods.fit import fit
@@ -198,9 +200,9 @@ class _Run:
         self._bar = progress is True
         self._batches = calibration_batches(split.calibration, tokenizer, trial.window, trial.samples, batch=1)
         self._training: list[Pair] | None = None
-        self._make_training = lambda: _tasks(split.calibration, tokenizer, trial, trial.seed + 1)
+        self._make_training = lambda: _tasks(split.calibration, tokenizer, trial, TRAINING)
         (held,) = text_sets(split.held_out, tokenizer, [trial.tokens], trial.continuation, trial.prompts)
-        tasks = _tasks(split.held_out, tokenizer, trial, trial.seed) if RECALL_DROP in limits else []
+        tasks = _tasks(split.held_out, tokenizer, trial, EVALUATION) if RECALL_DROP in limits else []
         self.judge = QualityJudge(model, held.pairs, tasks, trial.batch_size, self._bar)
         drop = limits.get(RECALL_DROP)
         if drop is not None and (self.judge.recall or 0.0) <= drop:
@@ -240,10 +242,9 @@ class _Run:
             print(text, file=sys.stderr, flush=True)
 
 
-def _tasks(texts: Texts, tokenizer: Any, trial: Trial, seed: int) -> list[Pair]:
-    """Make retrieval tasks as long as the held-out prompts, at most as many."""
-    (tasks,) = recall_sets(texts, tokenizer, [trial.tokens], trial.prompts, seed)
-    return list(tasks.pairs)
+def _tasks(texts: Texts, tokenizer: Any, trial: Trial, kind: str) -> list[Pair]:
+    """Make retrieval tasks as long as the held-out prompts, and as many. The kinds share no wording and no name."""
+    return retrieval_pairs(texts, tokenizer, trial.tokens, trial.prompts, kind=kind, seed=trial.seed)
 
 
 def _with_card(model: Any, best: Candidate, run: _Run, asked: dict[str, float], split: SplitTexts) -> Plan:

@@ -10,10 +10,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pop_ext.evaluation.prompts import Texts
+from pop_ext.evaluation.prompts import Texts, encode
 from pop_ext.plans.card import CardText
 
 
@@ -60,7 +59,7 @@ def split_texts(
     longest = 0
     for number, given in enumerate(texts, 1):
         name, content = _read(given, number)
-        ids = _encode(tokenizer, content)
+        ids = encode(tokenizer, content)
         longest = max(longest, len(ids))
         held = max(round(share * len(ids)), window)
         cut = len(ids) - held if len(ids) - held >= window else len(ids)
@@ -77,12 +76,6 @@ def split_texts(
             "the longest"
         )
     return SplitTexts(Texts(tuple(first), ()), Texts(tuple(last), ()), tuple(sources))
-
-
-def _encode(tokenizer: Any, text: str) -> Tensor:
-    # verbose=False: no warning that the text is longer than the model takes; it is cut into prompts later.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 def _read(given: Any, number: int) -> tuple[str, str]:
