@@ -174,3 +174,20 @@ def test_enable_takes_the_plan_beside_the_checkpoint_silently(tmp_path, recwarn)
     model = pop_ext.enable(AutoModelForCausalLM.from_pretrained(tmp_path))
     assert pop_ext.explain(model, input_ids=model.dummy_inputs["input_ids"], logits_to_keep=1).plan == plan
     assert not [warning for warning in recwarn if warning.category is pop_ext.NoPlanWarning]
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_plan_fitted_on_other_weights_beside_the_checkpoint_does_not_run(tmp_path, backend):
+    import torch
+    from models import llama
+    from pop_ext.plans.projections import FitMismatch
+
+    model = llama(seed=1)
+    plan = pop_ext.fit(llama(), Plan(6, (3, 4)), [torch.arange(40)[None]], lambdas=[1.0])
+    plan.save_pretrained(tmp_path / "pop_ext", card=PlanCard.of(plan, quality=CARD.quality))
+    model.config._name_or_path = str(tmp_path)
+    with pytest.warns(pop_ext.NoPlanWarning, match="does not run .*fit on the weights that the model has"):
+        pop_ext.enable(model, backend=backend)
+    assert pop_ext.explain(model, input_ids=model.dummy_inputs["input_ids"], logits_to_keep=1).plan == Plan(6, ())
+    with pytest.raises(FitMismatch):
+        pop_ext.enable(model, tmp_path / "pop_ext", backend=backend)

@@ -18,12 +18,14 @@ from pop_ext.hf.decision import Decision
 from pop_ext.hf.dispatch import Backend
 from pop_ext.hf.forward import PrefillForward
 from pop_ext.hf.loaded import check_options
+from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.hf.native_backend import NativeBackend
 from pop_ext.hf.reference_backend import ReferenceBackend
 from pop_ext.hf.restore import forward_attribute
 from pop_ext.hf.speculative_launch import SpeculativeBackend
 from pop_ext.plans.default import PlanArgument, choose_plan
 from pop_ext.plans.plan import Plan
+from pop_ext.plans.projections import check_fit
 
 Model = TypeVar("Model", bound=nn.Module)
 _BACKENDS = ("native", "reference")
@@ -106,7 +108,7 @@ def enable(
     previous = _enabled_forward(model)
     attribute = forward_attribute(inner)
     replaced = previous.replaced if previous is not None else inner.__dict__.get(attribute)
-    chosen = choose_plan(plan, inner.config)
+    chosen = choose_plan(plan, inner.config, lambda found: check_fit(found, find_decoder_modules(inner).layers))
     runs = _make_backend(backend, chosen.plan, fp8, prepack)
     runs.load(inner)
     setattr(inner, attribute, PrefillForward(inner, runs, strict, replaced))

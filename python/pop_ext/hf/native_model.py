@@ -76,7 +76,7 @@ class NativeModel:
         ops.require_aten()
         description = describe(model)
         self.model = model
-        chosen = choose_plan(plan, model.config)
+        chosen = choose_plan(plan, model.config, lambda found: check_fit(found, find_decoder_modules(model).layers))
         self.plan = check_plan(chosen.plan, description.spec.num_layers, model.config)
         check_fit(self.plan, find_decoder_modules(model).layers)
         self.fp8, self.prepack = fp8, prepack

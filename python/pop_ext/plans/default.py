@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -58,20 +59,21 @@ class ChosenPlan:
         )
 
 
-def choose_plan(plan: Any, config: Any) -> ChosenPlan:
+def choose_plan(plan: Any, config: Any, check: Callable[[Plan], object] | None = None) -> ChosenPlan:
     """Return the plan that an argument ``plan`` stands for.
 
     Args:
         plan: A ``Plan``. ``"third"``: ``Plan.last(L)``. ``"preset"``: the preset of a model of this shape, published or
             not. Another str or a path: a plan file, or a folder with a ``plan.json``. None: ``default_plan``.
         config: Hugging Face config of the model.
+        check: As for ``default_plan``.
 
     Raises:
         ValueError: No preset has the shape of the model, or the str is neither a word nor a path of a plan.
         OSError: The file cannot be read.
     """
     if plan is None:
-        return default_plan(config)
+        return default_plan(config, check=check)
     if isinstance(plan, (str, PathLike)):
         return ChosenPlan(named_plan(plan, config), f"plan={os.fspath(plan)!r}")
     return ChosenPlan(plan, "the plan that was given")
@@ -107,13 +109,15 @@ def named_plan(name: str | PathLike[str], config: Any) -> Plan:
     return Plan.load(path)
 
 
-def default_plan(config: Any, name: str | None = None, revision: str | None = None) -> ChosenPlan:
+def default_plan(
+    config: Any, name: str | None = None, revision: str | None = None, check: Callable[[Plan], object] | None = None
+) -> ChosenPlan:
     """Return the plan of a model whose caller names none.
 
     The first of these that there is:
 
     1. the plan beside the checkpoint, if its card holds measured figures of this plan and was made with a model of this
-       ``config_hash``; for a hub id, only a plan that is in the local hub cache;
+       ``config_hash``, and ``check`` accepts it; for a hub id, only a plan that is in the local hub cache;
     2. the preset, if the paper gives the number of omitted layers for a model of this shape;
     3. a plan that omits no layer.
 
@@ -121,13 +125,18 @@ def default_plan(config: Any, name: str | None = None, revision: str | None = No
         config: Hugging Face config of the model.
         name: Folder or hub id of the checkpoint. None: the one that the config names.
         revision: Commit of the checkpoint, for a hub id. None: the one that the config names.
+        check: Function that raises ValueError if a plan was fitted on other weights than the model has. None: the
+            weights are not known.
     """
     name = name or getattr(config, "_name_or_path", None)
     folder = _folder_beside(name, revision or getattr(config, "_commit_hash", None)) if name else None
     why_not = "no plan whose cost was measured is known"
     if folder is not None:
         try:
-            return ChosenPlan(_measured_plan(folder, config), f"the plan beside the checkpoint, in {folder}")
+            measured = _measured_plan(folder, config)
+            if check is not None:
+                check(measured)
+            return ChosenPlan(measured, f"the plan beside the checkpoint, in {folder}")
         except (ValueError, OSError) as error:
             why_not = f"the plan beside its checkpoint does not run ({error})"
     preset = find_preset(config)
