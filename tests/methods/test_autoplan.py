@@ -289,27 +289,30 @@ def test_bad_arguments_are_named(model, text, change, error, expected):
         autoplan(model, [text], trial=TRIAL, **change)
 
 
-def test_distill_is_asked_with_tasks_of_the_calibration_part(model, text, monkeypatch):
+def test_each_fit_gets_its_sequences_and_distill_the_tasks_for_training(model, text, monkeypatch):
     calls = []
     real = module.fit
 
     def fit(given, plan, batches, *, progress, **more):
-        calls.append(more)
+        calls.append((len(batches), more))
         return real(given, plan, batches, lambdas=[1.0])
 
     def candidate_of(judge, stages, highest):
-        first: Candidate = judge(1, "ridge")
+        first: Candidate = judge(1, "quick ridge")
         assert first.within
+        judge(1, "ridge")
         return judge(1, "distill")
 
     monkeypatch.setattr(module, "fit", fit)
     monkeypatch.setattr(module, "search", candidate_of)
-    trial = dataclasses.replace(TRIAL, tokens=90)
+    monkeypatch.setattr(module, "QUICK_SHARE", 2)
+    trial = dataclasses.replace(TRIAL, tokens=60, samples=17)
     autoplan(model, [text], max_kl=9.0, method="distill", trial=trial, pays_from=(), time_lengths=())
-    ridge, distill = calls
-    assert ridge == {}
+    (some, quick), (every, ridge), (again, distill) = calls
+    assert (some, every, again) == (9, 17, 17)
+    assert (quick, ridge) == ({"lambdas": [0.1]}, {})
     assert distill["method"] == "distill"
-    assert {len(prompt) for prompt, _ in distill["tasks"]} == {90}
+    assert {len(prompt) for prompt, _ in distill["tasks"]} == {60}
 
 
 def test_the_fit_reads_the_first_part_and_the_judge_the_last(model, tokenizer, text, monkeypatch):
@@ -320,7 +323,7 @@ def test_the_fit_reads_the_first_part_and_the_judge_the_last(model, tokenizer, t
             seen["held-out"] += [torch.cat(pair) for pair in texts]
             super().__init__(model, texts, tasks, *how)
 
-    def fit(given, plan, batches, *, progress):
+    def fit(given, plan, batches, *, progress, **how):
         seen["calibration"] += [row for batch in batches for row in batch]
         return plan
 

@@ -18,7 +18,7 @@ class Judge:
 
     def __call__(self, count: int, stage: str) -> Candidate:
         self.asked.append((count, stage))
-        kl = count / (1 + list(STAGES["distill"]).index(stage))
+        kl = count / (1 + ("unfitted", "quick ridge", "ridge", "distill").index(stage))
         figures = {KL: Figure(kl, 0.0, 9)}
         return Candidate(Plan.last(40, count), stage, figures, count <= self.limits[stage], 0.0)
 
@@ -33,39 +33,46 @@ def test_bisection_finds_the_largest_count_of_a_stage(least):
 
 
 @pytest.mark.parametrize(
-    ("unfitted", "ridge", "distill", "count", "fit"),
+    ("unfitted", "quick", "distill", "count", "fit"),
     [
         (3, 8, 10, 10, "distill"),
         (3, 8, 8, 8, "distill"),  # the ridge's count, fitted better
-        (3, 8, 0, 8, "ridge"),  # distill over the budget: the ridge stays
+        (3, 8, 0, 8, "quick ridge"),  # distill over the budget: the ridge stays
         (3, 3, 3, 3, "distill"),
         (3, 0, 0, 3, "unfitted"),
         (0, 0, 2, 2, "distill"),
         (0, 15, 20, 19, "distill"),  # at most four further
     ],
 )
-def test_each_stage_starts_from_the_count_of_the_cheaper_one(unfitted, ridge, distill, count, fit):
-    judge = Judge(unfitted=unfitted, ridge=ridge, distill=distill)
+def test_each_stage_starts_from_the_count_of_the_cheaper_one(unfitted, quick, distill, count, fit):
+    judge = Judge(**{"unfitted": unfitted, "quick ridge": quick, "distill": distill})
     found = search(judge, STAGES["distill"], 20)
     assert (found.count, found.fit) == (count, fit)
     assert [stage for _, stage in judge.asked] == sorted(
         (stage for _, stage in judge.asked), key=STAGES["distill"].index
     )
-    assert all(tried >= unfitted for tried, stage in judge.asked if stage == "ridge")
+    assert all(tried >= unfitted for tried, stage in judge.asked if stage == "quick ridge")
 
 
 def test_no_count_within_the_budget_gives_none():
-    assert search(Judge(unfitted=0, ridge=0, distill=0), STAGES["distill"], 20) is None
+    assert search(Judge(**{"unfitted": 0, "quick ridge": 0, "distill": 0}), STAGES["distill"], 20) is None
 
 
 def test_the_fit_of_the_last_stage_must_not_have_more_kl():
     class Worse(Judge):
         def __call__(self, count, stage):
             found = super().__call__(count, stage)
-            kl = {"unfitted": 3.0, "ridge": 1.0, "distill": 2.0}[stage]
+            kl = {"unfitted": 3.0, "quick ridge": 1.0, "distill": 2.0}[stage]
             return Candidate(found.plan, stage, {KL: Figure(kl, 0.0, 9)}, found.within, 0.0)
 
-    assert search(Worse(unfitted=1, ridge=6, distill=6), STAGES["distill"], 9).fit == "ridge"
+    judge = Worse(**{"unfitted": 1, "quick ridge": 6, "distill": 6})
+    assert search(judge, STAGES["distill"], 9).fit == "quick ridge"
+
+
+def test_the_ridge_on_all_sequences_is_fitted_for_one_count_only():
+    judge = Judge(**{"unfitted": 2, "quick ridge": 7, "ridge": 20})
+    assert search(judge, STAGES["ridge"], 20).count == 7
+    assert [count for count, stage in judge.asked if stage == "ridge"] == [7]
 
 
 def test_figures_are_means_with_standard_errors():

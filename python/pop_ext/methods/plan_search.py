@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pop_ext.methods.quality_judge import KL, Figure
 from pop_ext.plans.plan import Plan
 
-UNFITTED, RIDGE, DISTILL = "unfitted", "ridge", "distill"
-STAGES = {UNFITTED: (UNFITTED,), RIDGE: (UNFITTED, RIDGE), DISTILL: (UNFITTED, RIDGE, DISTILL)}
-"""Method -> the stages of its search, in order of cost."""
-REACH = 4
-"""Counts above the ridge's answer that are tried with the most expensive method."""
+UNFITTED, QUICK, RIDGE, DISTILL = "unfitted", "quick ridge", "ridge", "distill"
+STAGES = {UNFITTED: (UNFITTED,), RIDGE: (UNFITTED, QUICK, RIDGE), DISTILL: (UNFITTED, QUICK, DISTILL)}
+"""Method -> the stages of its search, in order of cost. The quick ridge fits on some of the calibration sequences."""
+REACH = {DISTILL: 4}
+"""Third stage -> how many counts above the quick ridge's answer it tries."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Candidate:
 
     Attributes:
         plan: The plan, with the projections of its fit.
-        fit: "unfitted", "ridge" or "distill".
+        fit: "unfitted", "quick ridge", "ridge" or "distill".
         figures: Held-out figures by name.
         within: True if all limits are kept.
         seconds: Time of fit and measurement.
@@ -43,8 +43,8 @@ def search(judge: Callable[[int, str], Candidate], stages: Sequence[str], highes
     """Find the plan that omits the most layers within the limits, by bisection in each stage.
 
     Each stage starts from the count that the one before has found, because a better fit costs no quality. The search
-    assumes that within a stage a larger count costs more. The third stage looks at most ``REACH`` counts further. At
-    the end the count that was found is judged with the last stage's fit, too, and the lower KL of the two wins.
+    assumes that within a stage a larger count costs more. The third stage looks only ``REACH`` counts further. At the
+    end the count that was found is judged with the last stage's fit, too, and the lower KL of the two wins.
 
     Args:
         judge: Function from (number of layers, stage) to a judged candidate.
@@ -63,7 +63,7 @@ def search(judge: Callable[[int, str], Candidate], stages: Sequence[str], highes
 
     low, best = 0, None
     for number, stage in enumerate(stages):
-        high = highest if number < 2 else min(highest, low + REACH)
+        high = highest if number < 2 else min(highest, low + REACH.get(stage, 0))
         while low < high:
             middle = (low + high + 1) // 2
             tried = candidate(middle, stage)
