@@ -82,6 +82,12 @@ def test_figures_are_means_with_standard_errors():
     assert math.isnan(Figure.of([1.0]).error)
 
 
+def test_the_error_of_lost_answers_is_at_least_one_answer():
+    assert Figure.of_answers([0.0] * 20) == Figure(0.0, 0.05, 20)
+    assert Figure.of_answers([1.0, -1.0] * 10) == Figure.of([1.0, -1.0] * 10)
+    assert Figure.of_answers([1.0]).error == 1.0
+
+
 def test_a_limit_holds_for_the_mean_plus_its_standard_errors():
     figures = {LOSS: Figure(0.01, 0.005, 9), RECALL_DROP: Figure(0.0, 0.02, 9)}
     assert within(figures, {LOSS: 0.015}, 1.0)

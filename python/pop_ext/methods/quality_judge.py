@@ -41,6 +41,16 @@ class Figure:
         error = float(tensor.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         return cls(float(tensor.mean()), error, len(values))
 
+    @classmethod
+    def of_answers(cls, values: Sequence[float]) -> Figure:
+        """Return mean and standard error of answers lost, 1, 0 or -1 per prompt.
+
+        The error is at least that of one answer, ``1 / prompts``: if no answer was lost, the values do not vary, but
+        the share is not known any better.
+        """
+        figure = cls.of(values)
+        return cls(figure.value, max(1 / len(values), figure.error), figure.prompts)
+
     def upper(self, errors: float) -> float:
         """Return the mean plus ``errors`` standard errors; infinity if a standard error is unknown but asked for."""
         if errors == 0:
@@ -116,7 +126,7 @@ class QualityJudge:
         of_texts = {name: limit for name, limit in (limits or {}).items() if name in figures}
         if self.tasks and within(figures, of_texts, errors):
             exact = self._answers(arm, f"{title}, tasks")
-            figures[RECALL_DROP] = Figure.of([full - own for full, own in zip(self._exact, exact, strict=True)])
+            figures[RECALL_DROP] = Figure.of_answers([full - own for full, own in zip(self._exact, exact, strict=True)])
         return figures
 
     def _answers(self, arm: Arm, title: str) -> list[float]:
