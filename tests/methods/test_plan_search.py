@@ -69,10 +69,10 @@ def test_the_fit_of_the_last_stage_must_not_have_more_kl():
     assert search(judge, STAGES["distill"], 9).fit == "quick ridge"
 
 
-def test_the_ridge_on_all_sequences_is_fitted_for_one_count_only():
+def test_the_ridge_on_all_sequences_tries_at_most_two_layers_more():
     judge = Judge(**{"unfitted": 2, "quick ridge": 7, "ridge": 20})
-    assert search(judge, STAGES["ridge"], 20).count == 7
-    assert [count for count, stage in judge.asked if stage == "ridge"] == [7]
+    assert search(judge, STAGES["ridge"], 20).count == 9
+    assert [count for count, stage in judge.asked if stage == "ridge"] == [8, 9]
 
 
 def test_figures_are_means_with_standard_errors():

@@ -122,7 +122,7 @@ def autoplan(
     with the model at full depth, prompt by prompt. A candidate is within the budget if each limited figure, its mean
     plus ``trial.errors`` standard errors, is at most its limit. The number of layers is found by bisection: first
     without a fit, then with a ridge fit on a quarter of the sequences. The count that is found gets the fit of
-    ``method`` on all of them; "distill" also tries a few more layers.
+    ``method`` on all of them, which also tries a few more layers.
 
     The held-out prompts choose among few candidates, so the figures of the chosen plan are slightly too good.
     ``pop-ext eval`` on other texts has no such bias.

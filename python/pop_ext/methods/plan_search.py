@@ -11,7 +11,7 @@ from pop_ext.plans.plan import Plan
 UNFITTED, QUICK, RIDGE, DISTILL = "unfitted", "quick ridge", "ridge", "distill"
 STAGES = {UNFITTED: (UNFITTED,), RIDGE: (UNFITTED, QUICK, RIDGE), DISTILL: (UNFITTED, QUICK, DISTILL)}
 """Method -> the stages of its search, in order of cost. The quick ridge fits on some of the calibration sequences."""
-REACH = {DISTILL: 4}
+REACH = {RIDGE: 2, DISTILL: 4}
 """Third stage -> how many counts above the quick ridge's answer it tries."""
 
 
