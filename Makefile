@@ -30,7 +30,8 @@ endif
 
 .PHONY: demo test lint format docs dev core shim avx512 vllm clean
 
-# One prompt three ways: the stock model, native at full depth, pruned. More options: make demo DEMO='--count 6'
+# One prompt three ways: the stock model, native at full depth, pruned. Other plans: make demo DEMO='--count 6'
+DEMO ?= --plan third
 demo: $(FOR_DEMO)
 	$(RUN) -m pop_ext generate --model examples/demo_model/model \
 	  --prompt-file examples/demo_model/heldout/pprint.py.txt --prompt-tokens 768 $(DEMO)

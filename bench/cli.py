@@ -16,7 +16,7 @@ from pop_ext.hf.native_model import load
 from pop_ext.hf.weight_map import describe
 from pop_ext.methods.latency import shortest_paying
 from pop_ext.plans.plan import Plan
-from pop_ext.plans.presets import default_plan
+from pop_ext.plans.presets import preset_or_third
 from pop_ext.utils.layer_ranges import parse_layers
 
 from bench import report
@@ -252,7 +252,7 @@ class Run:
         release_memory(self.device)
 
     def plans(self, model: BenchModel) -> list[Plan]:
-        """Return the plans that the arguments name, else the model's default plan.
+        """Return the plans that the arguments name, else the model's preset or its deepest third.
 
         Raises:
             ValueError: a file holds no plan, or a plan for another depth.
@@ -262,7 +262,7 @@ class Run:
         plans = [Plan.load(path) for path in options.plan]
         plans += [Plan(depth, parse_layers(text)) for text in options.omit]
         plans += [Plan.last(depth, count=count) for count in options.count]
-        plans = plans or [default_plan(config)]
+        plans = plans or [preset_or_third(config)]
         if options.boundary:
             plans = [plan.replace(boundary=boundary) for plan in plans for boundary in options.boundary]
         if options.calibrate:

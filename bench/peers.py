@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from pop_ext import _core  # noqa: E402
 from pop_ext.hf.weight_map import describe  # noqa: E402
 from pop_ext.plans.plan import Plan  # noqa: E402
-from pop_ext.plans.presets import default_plan  # noqa: E402
+from pop_ext.plans.presets import preset_or_third  # noqa: E402
 
 from bench.engines.catalogue import PEERS  # noqa: E402
 from bench.engines.comparison import Engines, PeerCase, run_peers  # noqa: E402
@@ -133,7 +133,7 @@ def prepared(options: argparse.Namespace, cpus: list[int]) -> Engines:
     config = model.model.config
     depth = config.num_hidden_layers
     plans = [Plan.load(path) for path in options.plan] + [Plan.last(depth, count=count) for count in options.count]
-    plans = [plan.replace(min_tokens=0) for plan in plans or [default_plan(config)]]
+    plans = [plan.replace(min_tokens=0) for plan in plans or [preset_or_third(config)]]
     spec = describe(model.model).spec
     home = options.folder / "models" / f"{Path(options.model).name}-{options.dtype}"
     weights = home / "weights"

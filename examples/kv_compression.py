@@ -180,7 +180,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
     with open(options.prompt_file, encoding="utf-8") as file:
         inputs = tokenizer(file.read(), return_tensors="pt", truncation=True)
-    pop_ext.enable(model, strict=True, backend="reference" if options.hidden_states else "native")
+    pop_ext.enable(model, "third", strict=True, backend="reference" if options.hidden_states else "native")
     press = find_press(options.press)(compression_ratio=options.ratio)
     with pressed(model, press, options.hidden_states):
         out = model.generate(**inputs, max_new_tokens=24, do_sample=False, return_dict_in_generate=True)

@@ -60,7 +60,7 @@ def main() -> None:
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    native = pop_ext.load(AutoModelForCausalLM.from_pretrained(options.model, dtype="auto"))
+    native = pop_ext.load(AutoModelForCausalLM.from_pretrained(options.model, dtype="auto"), "third")
     with open(options.prompt_file, encoding="utf-8") as file:
         ids = torch.tensor(tokenizer(file.read())["input_ids"])[: CAPACITY - options.new_tokens]
     prompts = [ids, ids[: len(ids) // 2], ids[: len(ids) // 3]]

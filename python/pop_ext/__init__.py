@@ -1,8 +1,8 @@
 """Prefill-Only Pruning (POP, arXiv 2602.03295) for Hugging Face language models.
 
-After ``pop_ext.enable(model)``, ``model.generate(...)`` works as before. Long prompts get their first token sooner,
-because their context rows skip the layers that a plan omits. Decode runs the full model. An engine that does not use
-``generate`` can call the same prefill as ``torch.ops.pop.prefill``.
+After ``pop_ext.enable(model, plan)``, ``model.generate(...)`` works as before. Long prompts get their first token
+sooner, because their context rows skip the layers that the plan omits. Decode runs the full model. An engine that does
+not use ``generate`` can call the same prefill as ``torch.ops.pop.prefill``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch  # noqa: F401  (its shared libraries must be loaded before those of
 
 from pop_ext import ops as _ops  # noqa: F401  (registers torch.ops.pop)
 from pop_ext._core import __version__
+from pop_ext.plans.card import PlanCard
+from pop_ext.plans.default import NoPlanWarning
 from pop_ext.plans.plan import Plan
 
 if TYPE_CHECKING:
@@ -22,22 +24,28 @@ if TYPE_CHECKING:
     from pop_ext.hf.enable import disable, enable, enabled, explain, last_call
     from pop_ext.hf.forward import PrefillDeclined
     from pop_ext.hf.native_model import NativeModel, PrefillOutput, load
+    from pop_ext.methods.autoplan import AutoPlan, Trial, autoplan
     from pop_ext.methods.block_influence import BlockInfluence, block_influence
     from pop_ext.methods.fit import fit
     from pop_ext.methods.importance import Importance, importance
     from pop_ext.methods.latency import BudgetedPlan, plan_within, shortest_paying
 
 __all__ = [
+    "AutoPlan",
     "BlockInfluence",
     "BudgetedPlan",
     "Decision",
     "Importance",
     "NativeModel",
+    "NoPlanWarning",
     "Plan",
+    "PlanCard",
     "PrefillDeclined",
     "PrefillOutput",
+    "Trial",
     "UnsupportedModelError",
     "__version__",
+    "autoplan",
     "block_influence",
     "disable",
     "enable",
@@ -56,6 +64,7 @@ __all__ = [
 
 # Names that need transformers are imported at first use, because the operators work without it.
 _LAZY = {
+    "AutoPlan": "pop_ext.methods.autoplan",
     "BlockInfluence": "pop_ext.methods.block_influence",
     "BudgetedPlan": "pop_ext.methods.latency",
     "Decision": "pop_ext.hf.decision",
@@ -63,7 +72,9 @@ _LAZY = {
     "NativeModel": "pop_ext.hf.native_model",
     "PrefillDeclined": "pop_ext.hf.forward",
     "PrefillOutput": "pop_ext.hf.native_model",
+    "Trial": "pop_ext.methods.autoplan",
     "UnsupportedModelError": "pop_ext.hf.architectures",
+    "autoplan": "pop_ext.methods.autoplan",
     "block_influence": "pop_ext.methods.block_influence",
     "disable": "pop_ext.hf.enable",
     "enable": "pop_ext.hf.enable",

@@ -92,6 +92,28 @@ def test_generate_executes_a_saved_plan_despite_min_tokens(folder, prompt_file, 
     assert "shorter than min_tokens" in generate(folder, prompt_file, "--plan", path).stdout
 
 
+def test_generate_without_a_plan_measures_a_third_and_says_that_its_cost_is_unknown(folder, prompt_file):
+    report = json.loads(generate(folder, prompt_file, "--json").stdout)
+    assert report["plan"]["omit"] == [4, 5]
+    assert report["plan_choice"] == {
+        "reason": "the deepest third of the layers; what it costs is unknown",
+        "unmeasured": True,
+    }
+    named = json.loads(generate(folder, prompt_file, "--json", "--plan", "third").stdout)
+    assert named["plan"] == report["plan"]
+    assert named["plan_choice"] == {"reason": "--plan third", "unmeasured": False}
+
+
+def test_info_shows_which_plan_runs_without_one_and_why(folder):
+    model = json.loads(run("info", "--model", folder, "--json").stdout)["model"]
+    assert model["plan"]["omit"] == []
+    assert model["plan_choice"] == {"reason": "no plan whose cost was measured is known", "unmeasured": True}
+    text = run("info", "--model", folder).stdout
+    assert "why: no plan whose cost was measured is known" in text
+    assert "pop-ext calibrate" in text
+    assert run("info", "--model", folder, "--plan", "preset").exit_code == 2
+
+
 def test_likelihood_and_continuation_equal_score_and_generate():
     model = models.llama()
     context, continuation = models.tokens(model, 30).tolist(), models.tokens(model, 5, seed=1).tolist()

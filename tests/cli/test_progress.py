@@ -66,6 +66,42 @@ def test_off_a_terminal_only_notes_are_printed(rich, monkeypatch, capsys):
     assert capsys.readouterr().err == "[a] note\n"
 
 
+def slow_clock(monkeypatch, seconds):
+    """Let that many seconds pass at each look at the clock."""
+    now = iter(range(0, 10**6, seconds))
+    monkeypatch.setattr("pop_ext.utils.progress.monotonic", lambda: float(next(now)))
+
+
+def test_off_a_terminal_slow_steps_print_lines(monkeypatch, capsys):
+    slow_clock(monkeypatch, 3)
+    with ProgressBar("scoring", 4) as bar:  # 0 s
+        bar.advance()  # 3 s: too early
+        bar.advance(label="second")  # 6 s, printed at 9 s
+        bar.advance(label="third")  # 12 s: too early
+        bar.advance(label="last")  # 15 s, printed at 18 s
+    with ProgressBar("timing", 3) as bar:  # 21 s
+        bar.advance()  # 24 s: too early
+        bar.advance()  # 27 s, printed at 30 s
+        bar.advance()  # 33 s: too early, so at the end, at 36 s
+    lines = ["scoring: second 2/4 (9 s)", "scoring: last 4/4 (18 s)", "timing 2/3 (9 s)", "timing 3/3 (15 s)"]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_off_a_terminal_a_quiet_or_failed_bar_ends_without_a_line(monkeypatch, capsys):
+    slow_clock(monkeypatch, 9)
+    with ProgressBar("scoring", 1, quiet=True) as bar:
+        bar.advance()
+
+    def fail():
+        with reporting(True, "fitting", 2) as advance:
+            advance(1)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert capsys.readouterr().err.splitlines() == ["fitting 1/2 (18 s)"]
+
+
 def test_a_quiet_bar_prints_nothing(monkeypatch):
     terminal = terminal_as_stderr(monkeypatch)
     with ProgressBar("scoring", 3, quiet=True) as bar:

@@ -51,7 +51,7 @@ def test_pruned_greedy_continuations_equal_the_oracles(model, pairs):
     prompt = pairs[0][0][None]
     continuations = []
     for backend in ("native", "reference"):
-        with pop_ext.enabled(model, strict=True, backend=backend):
+        with pop_ext.enabled(model, "third", strict=True, backend=backend):
             continuations.append(model.generate(prompt, max_new_tokens=64, do_sample=False)[0, PROMPT:])
             assert pop_ext.last_call(model).backend == backend
     assert torch.equal(*continuations)

@@ -94,7 +94,7 @@ FORMS = [(line, "json") for line in CLI_LINES] + [(line, "text") for line in FIR
 @pytest.mark.parametrize(("line", "form"), FORMS)
 def test_every_line_of_pop_ext_runs(line, form, tmp_path, monkeypatch):
     prompt = tmp_path / "prompt.txt"
-    prompt.write_text((DEMO / "heldout" / "pprint.py.txt").read_text()[:1500])
+    prompt.write_text((DEMO / "heldout" / "pprint.py.txt").read_text()[:6000])
     folder = tmp_path / "results"
     folder.mkdir()
     for path in (tmp_path / "plan.json", folder / "plan.json", folder / "fitted.json"):

@@ -163,7 +163,7 @@ def test_a_score_keeps_the_model_it_loaded_while_another_thread_reloads():
         load = backend.load
 
         def load_and_lose(model):
-            native = load(model)
+            native = load(model, "third")
             backend.native = None  # as while another thread loads anew
             return native
 

@@ -10,7 +10,7 @@ from models import llama, tokens
 
 
 def test_integers_of_numpy_are_integers():
-    native = pop_ext.load(llama())
+    native = pop_ext.load(llama(), "third")
     ids = tokens(native.model, 2, 9)
     expected = native.prefill(ids, logits_to_keep=2, boundary=[2, 3])
     actual = native.prefill(ids, logits_to_keep=np.int64(2), boundary=[np.int32(2), np.int64(3)])
@@ -27,7 +27,7 @@ def test_integers_of_numpy_are_integers():
         (lambda: pop_ext.Plan.preset([3]), ValueError, "preset: expected a name like"),
         (lambda: pop_ext.reference.prefill(llama(), torch.ones(1, 3).long(), {}), TypeError, "plan: expected a Plan"),
         (
-            lambda: pop_ext.load(llama()).prefill(torch.ones(1, 3).long(), window_only="no"),
+            lambda: pop_ext.load(llama(), "third").prefill(torch.ones(1, 3).long(), window_only="no"),
             TypeError,
             "window_only: expected a bool, got str",
         ),

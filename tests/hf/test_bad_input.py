@@ -197,7 +197,7 @@ def test_changed_weights_are_detected_and_refresh_loads_them(change):
 
 def test_a_square_matrix_transposed_in_place_is_detected():
     model = llama(layers=2, hidden=128, heads=2)
-    native, ids = pop_ext.load(model), tokens(model, 1, 9)
+    native, ids = pop_ext.load(model, "third"), tokens(model, 1, 9)
     expected = native.prefill(ids).logits
     weight = model.model.layers[0].self_attn.o_proj.weight
     facts = (weight.data_ptr(), weight._version, weight.shape)

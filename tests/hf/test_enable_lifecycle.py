@@ -33,6 +33,7 @@ from models import llama, mistral, qwen2, tokens
 from pop_ext import Plan
 from pop_ext.hf.forward import PrefillForward
 from threads import run_threads
+from tolerance import assert_close_fp32
 from transformers import LlamaForCausalLM
 
 # enable, disable, enabled
@@ -142,10 +143,48 @@ def test_enabled_blocks_nest():
     assert_enabled_equals_oracle(model, ids, PLAN)
 
 
-def test_enable_without_a_plan_omits_the_deepest_third():
-    model = pop_ext.enable(llama())
+def test_a_plan_may_be_named_by_a_word():
+    model = pop_ext.enable(llama(), "third")
     prefill(model, tokens(model, 1, T))
     assert pop_ext.last_call(model).plan == Plan(LAYERS, (4, 5))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_without_a_plan_every_layer_runs_and_one_warning_says_so(backend):
+    model = llama()
+    ids = tokens(model, 2, T)
+    with torch.no_grad():
+        expected = model(ids, logits_to_keep=1).logits
+    with pytest.warns(pop_ext.NoPlanWarning, match="runs at full depth.*calibrate.*third.*preset") as caught:
+        pop_ext.enable(model, strict=True, backend=backend)
+    assert [warning.filename for warning in caught] == [__file__]
+    with torch.no_grad():
+        assert_close_fp32(model(ids, logits_to_keep=1).logits, expected, "logits")
+    call = pop_ext.last_call(model)
+    assert (call.backend, call.plan.omit) == (backend, ())
+    assert str(call) == (
+        f"{backend} prefill: the plan omits no layer; 2 sequence(s), {2 * T} new tokens, all of them run all 6 layers"
+    )
+
+
+def test_the_missing_plan_is_reported_once_for_each_model():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        models = [llama(), llama()]
+        for model in models:
+            pop_ext.enable(model)
+            pop_ext.enable(model)
+            pop_ext.load(pop_ext.disable(model))
+            with torch.no_grad():
+                pop_ext.reference.prefill(model, tokens(model, 1, 3))
+    assert [warning.category for warning in caught] == [pop_ext.NoPlanWarning] * 2
+
+
+def test_a_model_that_cannot_run_gets_an_error_and_no_advice():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(pop_ext.UnsupportedModelError):
+            pop_ext.enable(llama(hidden_act="relu"))
 
 
 def test_inference_mode_gives_the_same_bits():

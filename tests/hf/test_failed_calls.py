@@ -67,7 +67,7 @@ def too_small(model):
 
 def two_layers_in_the_same_memory(model):
     cache = StaticCache(config=model.config, max_cache_len=200)
-    pop_ext.load(model).prefill(tokens(model, 1, 9), past_key_values=cache)
+    pop_ext.load(model, "third").prefill(tokens(model, 1, 9), past_key_values=cache)
     cache.layers[2].keys = cache.layers[1].keys
     return cache
 
@@ -76,7 +76,7 @@ def two_layers_in_the_same_memory(model):
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
 def test_a_refused_cache_leaves_scaled_rope_frequencies_unchanged(rope, make):
     model = llama(rope=rope)
-    native, cache = pop_ext.load(model), make(model)
+    native, cache = pop_ext.load(model, "third"), make(model)
     before = state_of(model.model.rotary_emb)
     with pytest.raises((ValueError, RuntimeError), match=r"past_key_values|key_cache"):
         native.prefill(tokens(model, 1, 150), past_key_values=cache)

@@ -201,14 +201,14 @@ def test_fp8_works_with_a_fitted_plan():
 def test_models_with_experts_are_refused_only_with_fp8():
     model = shared("mixtral", dtype=torch.bfloat16)
     with pytest.raises(UnsupportedModelError, match="fp8: expected a model without experts, got one of 4"):
-        pop_ext.load(model, fp8=True)
-    pop_ext.load(model)
+        pop_ext.load(model, "third", fp8=True)
+    pop_ext.load(model, "third")
 
 
 def test_odd_sizes_are_refused_by_name():
     model = llama(dtype=torch.bfloat16, intermediate=150)
     with pytest.raises(UnsupportedModelError, match="fp8: expected intermediate_size to be a multiple of 16, got 150"):
-        pop_ext.enable(model, fp8=True)
+        pop_ext.enable(model, "third", fp8=True)
 
 
 @pytest.mark.cuda
@@ -216,4 +216,4 @@ def test_odd_sizes_are_refused_by_name():
 def test_other_dtypes_are_refused_on_a_gpu(dtype):
     model = llama(dtype=dtype).cuda()
     with pytest.raises(UnsupportedModelError, match="fp8: expected bfloat16 on a CUDA device"):
-        pop_ext.load(model, fp8=True)
+        pop_ext.load(model, "third", fp8=True)

@@ -44,7 +44,7 @@ def test_a_plain_head_runs_pop_linear_as_exactly_as_the_module(dtype, shape, pro
 @pytest.mark.cpu
 def test_a_prefill_runs_its_plain_head_with_pop_linear(products):
     model = shared("llama")
-    pop_ext.load(model).prefill(tokens(model, 2, 9), logits_to_keep=2)
+    pop_ext.load(model, "third").prefill(tokens(model, 2, 9), logits_to_keep=2)
     assert products == [(2, 2, model.config.hidden_size)]
 
 

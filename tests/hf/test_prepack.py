@@ -89,8 +89,8 @@ def test_prepack_is_refused_without_the_product_of_torch(without_linear):
     model = shared(dtype=torch.bfloat16)
     with without_linear():
         with pytest.raises(UnsupportedModelError, match=f"prepack: expected a {LINEAR} of a .* taken away; without"):
-            pop_ext.load(model, prepack=True)
-        pop_ext.load(model).prefill(tokens(model, 1, 40))
+            pop_ext.load(model, "third", prepack=True)
+        pop_ext.load(model, "third").prefill(tokens(model, 1, 40))
 
 
 def test_only_layers_that_context_rows_enter_are_copied():

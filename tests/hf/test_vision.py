@@ -355,9 +355,9 @@ def test_a_text_model_refuses_image_arguments():
 
     model = llama()
     with pytest.raises(TypeError, match="pixel_values: expected no such argument for a llama, got one"):
-        pop_ext.load(model).prefill(tokens(model, 1, 5), pixel_values=torch.zeros(1))
+        pop_ext.load(model, "third").prefill(tokens(model, 1, 5), pixel_values=torch.zeros(1))
     with pytest.raises(TypeError, match="pixel_values: expected no such argument for a LlamaForCausalLM, got one"):
-        reference.prefill(model, tokens(model, 1, 5), pixel_values=torch.zeros(1))
+        reference.prefill(model, tokens(model, 1, 5), "third", pixel_values=torch.zeros(1))
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,12 @@ def test_the_library_knows_the_operators_of_this_torch():
 def test_a_changed_required_operator_is_named_and_loading_fails(changed, name):
     changed(name)
     with pytest.raises(RuntimeError, match=rf'{name}: found {name}\(Tensor self, int surprise\).*backend="reference"'):
-        pop_ext.load(shared())
+        pop_ext.load(shared(), "third")
     assert env_info.installation()["aten_schemas"] == {name: f"{name}(Tensor self, int surprise) -> Tensor"}
 
 
 def test_a_model_loaded_before_calls_no_changed_operator(changed):
-    native = pop_ext.load(shared())
+    native = pop_ext.load(shared(), "third")
     ids = tokens(native.model, 1, 200)  # more rows than the kernel for few rows supports
     expected = native.prefill(ids).logits
     changed("aten::mm.out")
@@ -50,5 +50,5 @@ def test_a_model_loaded_before_calls_no_changed_operator(changed):
 
 def test_a_changed_attention_operator_affects_nothing_else(changed):
     changed("aten::scaled_dot_product_attention")
-    native = pop_ext.load(shared())
+    native = pop_ext.load(shared(), "third")
     assert native.prefill(tokens(native.model, 1, 9)).logits.isfinite().all()

@@ -27,7 +27,7 @@ def run(code: str) -> str:
 
 
 def test_freeing_a_model_may_free_another_one():
-    native = pop_ext.load(llama())
+    native = pop_ext.load(llama(), "third")
     spec, plan = native.spec.to_json(), native.plan.to_json()
     weights = [ref.tensor.detach().clone() for ref in native.description.weights]
     inner = torch.ops.pop.load(spec, plan, weights)
@@ -53,7 +53,7 @@ def test_an_inference_mode_cache_is_restored_when_a_layer_fails():
         from models import llama
         torch.set_num_threads(1)
         model = llama()
-        native = pop_ext.load(model)
+        native = pop_ext.load(model, "third")
         spec, rows = native.spec, 200  # more rows than the kernel for few rows supports
         with torch.inference_mode():
             shape = (1, spec.num_kv_heads, rows, spec.head_dim)
@@ -152,7 +152,7 @@ def test_errors_of_the_core_name_the_operator():
 
 
 def test_a_weight_whose_layout_changed_in_place_is_stale():
-    native = pop_ext.load(llama(hidden=64, heads=4, head_dim=16))
+    native = pop_ext.load(llama(hidden=64, heads=4, head_dim=16), "third")
     projection = native.model.model.layers[0].self_attn.q_proj.weight
     projection.data = projection.data.t()
     assert torch.ops.pop.stale_weight(native.handle) == "layers.0.q_proj"
@@ -165,7 +165,7 @@ def test_a_disabled_aten_operator_is_never_called():
         sys.path.insert(0, "tests/support")
         import torch, pop_ext
         from models import llama, tokens
-        native = pop_ext.load(llama())
+        native = pop_ext.load(llama(), "third")
         torch.ops.pop.set_foreign("aten::mm.out", -1, "changed")
         hidden = torch.randn(200, 8)  # more rows than the kernel for few rows supports
         rows = lambda *values: torch.tensor(values, dtype=torch.int32)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pop_ext import supported_models
 from pop_ext.plans.plan import Plan
-from pop_ext.plans.presets import PRESETS, default_plan
+from pop_ext.plans.presets import PRESETS, preset_or_third
 
 
 def test_omit_becomes_a_sorted_tuple():
@@ -260,11 +260,11 @@ def test_unknown_presets_are_refused_with_near_names():
         Plan.preset("llama-3.1")
 
 
-def test_default_plan_is_the_matching_preset_or_the_deepest_third():
+def test_the_preset_of_a_shape_or_the_deepest_third():
     config = SimpleNamespace(**PRESETS["meta-llama/Llama-3.2-1B"].config, rope_theta=5e5)
-    assert default_plan(config) is PRESETS["meta-llama/Llama-3.2-1B"].plan
-    assert default_plan(SimpleNamespace(model_type="other", num_hidden_layers=10)) == Plan(10, [7, 8, 9])
-    assert default_plan(SimpleNamespace(get_text_config=lambda: config)) == Plan.last(16)
+    assert preset_or_third(config) is PRESETS["meta-llama/Llama-3.2-1B"].plan
+    assert preset_or_third(SimpleNamespace(model_type="other", num_hidden_layers=10)) == Plan(10, [7, 8, 9])
+    assert preset_or_third(SimpleNamespace(get_text_config=lambda: config)) == Plan.last(16)
 
 
 def test_presets_have_distinct_configs():
@@ -278,4 +278,4 @@ def test_presets_match_the_configs_of_transformers():
     for name, preset in {id(preset): (name, preset) for name, preset in PRESETS.items()}.values():
         facts = {key: value for key, value in preset.config.items() if key != "model_type"}
         config = transformers.AutoConfig.for_model(preset.config["model_type"], **facts)
-        assert default_plan(config) is preset.plan, name
+        assert preset_or_third(config) is preset.plan, name

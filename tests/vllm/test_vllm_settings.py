@@ -83,7 +83,9 @@ REFUSED = {
     "additional_config.'pop_ext'.: expected an object with member 'plan'": dict(
         additional_config={"pop_ext": {"plans": "x"}}
     ),
-    "'plan'.: expected the path of a saved plan, got 3": dict(additional_config={"pop_ext": {"plan": 3}}),
+    "'plan'.: expected a saved plan's path, 'third' or 'preset', got 3": dict(
+        additional_config={"pop_ext": {"plan": 3}}
+    ),
 }
 
 
@@ -93,8 +95,12 @@ def test_unsupported_settings_are_refused_by_name(text):
         PrunedConfig.verify_and_update_config(config(**REFUSED[text]))
 
 
-def test_the_default_plan_is_the_models():
-    assert engine_plan(config()) == pop_ext.Plan.last(6)
+def test_without_a_plan_every_layer_runs():
+    assert engine_plan(config()) == pop_ext.Plan(6, ())
+
+
+def test_a_plan_may_be_named_by_a_word():
+    assert engine_plan(config(additional_config={"pop_ext": {"plan": "third"}})) == pop_ext.Plan.last(6)
 
 
 def test_a_plan_of_another_model_is_refused(tmp_path):

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pop_ext.cli import options, output
+from pop_ext.cli.budget import Budget, calibrate_within, plan_folder
 from pop_ext.cli.options import (
     LAYERS,
     DeviceOption,
@@ -20,7 +21,6 @@ from pop_ext.cli.options import (
     ModelArgument,
     TextOption,
     ThreadsOption,
-    WindowOption,
 )
 from pop_ext.plans.plan import Plan
 
@@ -28,15 +28,41 @@ if TYPE_CHECKING:
     from pop_ext.methods.importance import Importance
     from pop_ext.methods.latency import BudgetedPlan
 
+QUALITY = "Budget of quality"
+"""Panel of a command's help."""
+SAMPLES, TOKENS = 200, 256
+"""Sequences to score, and their length, by default."""
+STATE = ".importance.json"
 _PAYS_FROM = "16,32,64,128,256,512,1024"
 
 
 def calibrate(
     model: ModelArgument,
     text: TextOption,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Plan file to write, as JSON.", metavar="FILE")],
-    samples: Annotated[int, typer.Option(min=1, help="Sequences of the texts to score, at most.")] = 200,
-    tokens: WindowOption = 256,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Plan file to write, as JSON. With a budget of quality: the folder of the plan and its card.",
+            metavar="FILE",
+        ),
+    ],
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Sequences of the texts to score or to fit on, at most. Default: 200; 112 with a budget of quality.",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=4,
+            help="Length of each sequence, in tokens; with a budget of quality, of the prompts that are measured. "
+            "Default: 256; 512 with a budget of quality.",
+        ),
+    ] = None,
     branches: Annotated[
         bool, typer.Option("--branches", help="Also score the attention and the MLP of each layer separately.")
     ] = False,
@@ -51,6 +77,56 @@ def calibrate(
             metavar="LENGTHS",
         ),
     ] = _PAYS_FROM,
+    time_lengths: Annotated[
+        str,
+        typer.Option(
+            help="Prompt lengths at which a plan within a budget of quality is timed: 256,1024. Empty: none.",
+            metavar="LENGTHS",
+        ),
+    ] = "1024",
+    max_loss: Annotated[
+        float | None,
+        typer.Option(help="Omit as many layers as add at most this loss, in nats a token.", rich_help_panel=QUALITY),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            help="Omit as many layers as change the next token by at most this KL divergence, in nats a token.",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
+    max_recall_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Omit as many layers as lose at most this share of exact answers to questions about a fact in the "
+            "prompt.",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
+    prompts: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Held-out prompts that judge a budget of quality, at most. Default: 48.",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="Fit of the K/V projections within a budget of quality: ridge, distill or unfitted.",
+            metavar="METHOD",
+            rich_help_panel=QUALITY,
+        ),
+    ] = "ridge",
+    by_importance: Annotated[
+        bool,
+        typer.Option(
+            "--by-importance",
+            help="Within a budget of quality, omit the consecutive layers of lowest importance. Default: the deepest.",
+            rich_help_panel=QUALITY,
+        ),
+    ] = False,
     count: Annotated[
         int | None, typer.Option(help="Omit this many layers. Default: a third.", rich_help_panel=LAYERS)
     ] = None,
@@ -97,30 +173,66 @@ def calibrate(
 
     With --out PLAN.json two more files are written: PLAN.importance.json, from which a stopped run resumes, and the
     figure PLAN.importance.png.
+
+    With a budget of quality (--max-loss, --max-kl, --max-recall-drop: one of them or more) the plan that omits the most
+    layers within it is found, fitted, and written to a folder with a card that says what it costs and gains. A part of
+    each text is held out to measure that. All limits must be kept by the mean plus one standard error.
     """
+    lengths = {"--pays-from": pays_from, "--time-lengths": time_lengths}
     with output.errors_on_one_line():
-        options.require_one({"--count": count, "--budget-ms": budget_ms, "--speedup": speedup})
+        timed, shown = (options.parse_numbers(option, text) for option, text in lengths.items())
+        budget = Budget(max_loss, max_kl, max_recall_drop, method, boundary, samples, prompts, tokens, timed, shown)
+        exclusive = {"--count": count, "--budget-ms": budget_ms, "--speedup": speedup}
+        options.require_one({**exclusive, "--max-loss, --max-kl, --max-recall-drop": True if budget.given else None})
+        folder = plan_folder(out) if budget.given else None
         files = options.find_files("--text", text)
         options.set_threads(threads)
         with output.loading_spinner(as_json):
             loaded = options.load_model(model, dtype, device)
             tokenizer = options.load_tokenizer(model)
+        if folder is not None:
+            found = calibrate_within(loaded, tokenizer, files, folder, budget, by_importance, as_json)
+        else:
+            found = True
+            how = {"branches": branches, "recompute": recompute, "progress": not as_json}
+            scores = _score(loaded, tokenizer, files, out, samples or SAMPLES, tokens or TOKENS, how)
+            choose = functools.partial(scores.plan, contiguous=not free, boundary=boundary)
+            chosen, within = _choose(loaded, choose, count, budget_ms, speedup, budget_tokens, not as_json)
+            chosen.save(out)  # before anything is timed, so that a stopped run leaves a plan
+            chosen = _with_min_tokens(loaded, chosen, timed, not as_json)
+            chosen.save(out)
+            plots = output.draw_figures(_draw, scores, out.with_suffix(".importance.png"))
+            _show(_report(out, scores, chosen, within, plots), scores, chosen, as_json)
+    if not found:
+        raise typer.Exit(1)
 
-        from pop_ext.evaluation import calibration_batches, read_texts
-        from pop_ext.methods.importance import importance
 
-        batches = calibration_batches(read_texts(files, tokenizer), tokenizer, tokens, samples)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        state, bar = out.with_suffix(".importance.json"), not as_json
-        scores = importance(loaded, batches, branches=branches, recompute=recompute, resume=state, progress=bar)
-        choose = functools.partial(scores.plan, contiguous=not free, boundary=boundary)
-        chosen, budget = _choose(loaded, choose, count, budget_ms, speedup, budget_tokens, bar)
-        chosen = _with_min_tokens(loaded, chosen, options.parse_numbers("--pays-from", pays_from), bar)
-        chosen.save(out)
-        plots = output.draw_figures(_draw, scores, out.with_suffix(".importance.png"))
-    report = {
+def _show(report: dict[str, Any], scores: Importance, chosen: Plan, as_json: bool) -> None:
+    if as_json:
+        output.print_json(report)
+    else:
+        _print(scores, chosen, report)
+
+
+def _score(
+    model: Any, tokenizer: Any, files: list[Path], out: Path, samples: int, tokens: int, how: dict[str, Any]
+) -> Importance:
+    """Score the layers on the texts; resume from the file of scores beside ``out``."""
+    from pop_ext.evaluation import calibration_batches, read_texts
+    from pop_ext.methods.importance import importance
+
+    batches = calibration_batches(read_texts(files, tokenizer), tokenizer, tokens, samples)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return importance(model, batches, resume=out.with_suffix(STATE), **how)
+
+
+def _report(
+    out: Path, scores: Importance, chosen: Plan, budget: BudgetedPlan | None, plots: list[str]
+) -> dict[str, Any]:
+    """Return plan and scores as JSON values."""
+    return {
         "plan": str(out),
-        "importance": str(state),
+        "importance": str(out.with_suffix(STATE)),
         "plots": plots,
         "omit": list(chosen.omit),
         "boundary": chosen.boundary,
@@ -132,10 +244,6 @@ def calibrate(
         "decode": list(scores.decode),
         "decode_error": list(scores.decode_error),
     }
-    if as_json:
-        output.print_json(report)
-    else:
-        _print(scores, chosen, report)
 
 
 def _choose(
@@ -196,4 +304,6 @@ def _print(scores: Importance, plan: Plan, report: dict[str, Any]) -> None:
         )
     )
     for name in ("plan", "importance", "plots"):  # print, because a console breaks long paths
-        print(f"{name}: {report[name] if isinstance(report[name], str) else ', '.join(report[name])}")
+        paths = report[name] if isinstance(report[name], str) else ", ".join(report[name])
+        if paths:  # without matplotlib there is no figure
+            print(f"{name}: {paths}")

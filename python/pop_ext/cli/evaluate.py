@@ -19,8 +19,8 @@ from pop_ext.cli.options import (
     TextOption,
     ThreadsOption,
 )
+from pop_ext.plans.default import plan_to_measure
 from pop_ext.plans.plan import Plan
-from pop_ext.plans.presets import default_plan
 
 if TYPE_CHECKING:
     from pop_ext.evaluation import Evaluation
@@ -64,10 +64,10 @@ def evaluate(
     repeats: Annotated[int, typer.Option(min=3, help="Timed prefills of each plan; medians are shown.")] = 7,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per forward.")] = 8,
     plan: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
-            help="Plan file, as calibrate, fit or Plan.save writes it. Repeat the option for more plans.",
-            metavar="FILE",
+            help=f"{options.PLAN_HELP} Repeat the option for more plans.",
+            metavar="PLAN",
             rich_help_panel=LAYERS,
         ),
     ] = None,
@@ -97,8 +97,8 @@ def evaluate(
 
     An ablation leaves out one part of the method.
 
-    Without --plan and --counts the preset of the model is measured (pop-ext info lists presets), else its deepest
-    third.
+    Without --plan and --counts the plan that pop_ext.enable runs is measured (pop-ext info --model shows it); if that
+    omits no layer, the preset of a model of this shape (pop-ext info lists presets), else the deepest third.
 
     Results are saved after each way to run a plan; a stopped run resumes from them.
     """
@@ -137,12 +137,12 @@ def evaluate(
         print(f"{path}: results of every sample; pop-ext report {out} makes a page of them")
 
 
-def _plans(config: Any, paths: list[Path], counts: str | None, boundary: str | None) -> list[Plan]:
+def _plans(config: Any, names: list[str], counts: str | None, boundary: str | None) -> list[Plan]:
     """Return the plans of --plan, then those of --counts, each with every boundary of --boundary."""
     depth = config.get_text_config().num_hidden_layers
-    plans = [Plan.load(path) for path in paths]
+    plans = [options.named_plan(config, name).plan for name in names]
     plans += [Plan.last(depth, count=count) for count in options.parse_numbers("--counts", counts or "")]
-    plans = plans or [default_plan(config)]
+    plans = plans or [plan_to_measure(config).plan]
     boundaries = options.parse_numbers("--boundary", boundary or "")
     return [plan.replace(boundary=rows) for plan in plans for rows in boundaries] if boundaries else plans
 

@@ -57,9 +57,10 @@ def generate(
     The three are the stock Hugging Face model, pop_ext's own prefill of all layers (native full), and the pruned
     prefill (POP). The stock model decodes after each.
 
-    --plan, --omit or --count choose the plan, one of them at most. Default: the preset of the model (pop-ext info lists
-    presets), else its deepest third. The plan runs even if the prompt is shorter than its min_tokens, below which
-    pop_ext.enable runs all layers.
+    --plan, --omit or --count choose the plan, one of them at most. Default: the plan that pop_ext.enable runs (pop-ext
+    info --model shows it); if that omits no layer, the preset of a model of this shape (pop-ext info lists presets),
+    else the deepest third. The plan runs even if the prompt is shorter than its min_tokens, below which pop_ext.enable
+    runs all layers.
     """
     with output.errors_on_one_line():
         options.set_threads(threads)
@@ -67,7 +68,7 @@ def generate(
         with output.loading_spinner(as_json):
             loaded = options.load_model(model, dtype, device)
             tokenizer = options.load_tokenizer(model)
-        chosen = options.choose_plan(loaded.config, plan, omit, count, boundary)
+        chosen = options.chosen_plan(loaded.config, plan, omit, count, boundary, measure=True)
 
         from pop_ext.cli.compare import compare, count_steps, split_prompt
 
@@ -78,8 +79,9 @@ def generate(
             def advance(stage: str) -> None:
                 bar.advance(label=stage)
 
-            result = compare(loaded, prompt, chosen, repeats, max_new_tokens, advance)
+            result = compare(loaded, prompt, chosen.plan, repeats, max_new_tokens, advance)
         report = _generate_report(model, str(prompt_file), loaded, tokenizer, result)
+        report["plan_choice"] = {"reason": chosen.reason, "unmeasured": chosen.unmeasured}
     if as_json:
         output.print_json(report)
     else:
@@ -143,7 +145,10 @@ def _print_generate(report: dict[str, Any]) -> None:
         f"prompt: the first {report['prompt_tokens']} tokens of {report['prompt_file']}",
         f"POP omits {len(plan['omit'])} of {plan['num_layers']} layers for all tokens of the prompt but the last "
         f"{plan['boundary']}",
+        f"plan: {report['plan_choice']['reason']}",
     ]
+    if report["plan_choice"]["unmeasured"]:
+        lines.append("(pop_ext.enable runs all layers of this model unless it is given a plan)")
     if report["prompt_tokens"] < plan["min_tokens"]:
         lines.append(
             f"(pop_ext.enable would run all layers: the prompt is shorter than min_tokens, {plan['min_tokens']})"

@@ -30,8 +30,9 @@ def info(
     The possible speed-up is the ratio of FLOPs: what omitting work alone can gain.
 
 
-    --plan, --omit or --count choose the plan, one of them at most. Default: the preset of the model, else its deepest
-    third.
+    --plan, --omit or --count choose the plan, one of them at most. Default: the plan that pop_ext.enable runs, which is
+    the one beside the checkpoint if its card holds measured figures, else a published preset, else one that omits no
+    layer.
     """
     with output.errors_on_one_line():
         report = env_info.installation()
@@ -41,8 +42,10 @@ def info(
 
                 from pop_ext.hf.native_model import load
 
-                native = load(loaded, options.choose_plan(loaded.config, plan, omit, count, boundary))
+                chosen = options.chosen_plan(loaded.config, plan, omit, count, boundary)
+                native = load(loaded, chosen.plan)
             report["model"] = {"name": model, **env_info.model_summary(native)}
+            report["model"]["plan_choice"] = {"reason": chosen.reason, "unmeasured": chosen.unmeasured}
     if as_json:
         output.print_json(report)
     else:
@@ -86,8 +89,11 @@ def _print_model(console: Console, model: dict[str, Any]) -> None:
         f"{model['layers']} layers of hidden {model['hidden_size']}, {model['heads']} heads and {model['kv_heads']} "
         f"KV heads of {model['head_dim']}, MLP {model['intermediate_size']}; vocabulary {model['vocab_size']}",
         f"plan: omits {plan['omit']}, boundary {plan['boundary']}, min_tokens {plan['min_tokens']}",
+        f"why: {model['plan_choice']['reason']}",
         f"extra memory for K/V weights of omitted layers: {model['extra_bytes'] / 2**20:.1f} MiB",
     ]
+    if model["plan_choice"]["unmeasured"]:
+        lines.append("pop-ext calibrate finds layers to omit and what that costs; --plan third shows the deepest third")
     if windows:
         lines.insert(3, f"sliding windows: {windows}")
     for line in lines:

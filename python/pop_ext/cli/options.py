@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 import typer
 
 from pop_ext import env_info
+from pop_ext.plans.default import ChosenPlan, choose_plan, plan_to_measure
 from pop_ext.plans.plan import Plan
-from pop_ext.plans.presets import default_plan
 from pop_ext.utils.layer_ranges import parse_layers, parse_ranges
 
 LAYERS, MACHINE = "Choice of layers", "Model and machine"
@@ -31,10 +32,11 @@ TextOption = Annotated[
     ),
 ]
 WindowOption = Annotated[int, typer.Option(min=4, help="Length of each sequence, in tokens.")]
-PlanOption = Annotated[
-    Path | None,
-    typer.Option(help="Plan file, as calibrate, fit or Plan.save writes it.", metavar="FILE", rich_help_panel=LAYERS),
-]
+PLAN_HELP = (
+    "Plan file, as calibrate, fit or Plan.save writes it, or a folder with a plan.json. third: the deepest third of "
+    "the layers. preset: the preset of a model of this shape, published or not."
+)
+PlanOption = Annotated[str | None, typer.Option(help=PLAN_HELP, metavar="PLAN", rich_help_panel=LAYERS)]
 OmitOption = Annotated[
     str | None,
     typer.Option(help="Layers to omit: 22-31 or 8,9,11.", metavar="LAYERS", rich_help_panel=LAYERS),
@@ -92,31 +94,46 @@ def find_files(option: str, names: Sequence[str]) -> list[Path]:
     return files
 
 
-def choose_plan(config: Any, path: Path | None, omit: str | None, count: int | None, boundary: int | None) -> Plan:
-    """Return the plan that --plan, --omit or --count names, else the preset of the model, else its deepest third.
+def chosen_plan(
+    config: Any, plan: str | None, omit: str | None, count: int | None, boundary: int | None, measure: bool = False
+) -> ChosenPlan:
+    """Return the plan that --plan, --omit or --count names, else the one for a model whose caller names none.
 
     Args:
         config: Configuration of the model.
-        path: Value of --plan.
+        plan: Value of --plan.
         omit: Value of --omit.
         count: Value of --count.
         boundary: Value of --boundary; replaces the plan's own.
+        measure: Without a named plan: True for one worth measuring, False for the one that ``pop_ext.enable`` runs.
 
     Raises:
         OSError: The plan file cannot be read.
         ValueError: More than one of the three is given, or one does not fit the model.
     """
-    require_one({"--plan": path, "--omit": omit, "--count": count})
+    require_one({"--plan": plan, "--omit": omit, "--count": count})
     depth = config.get_text_config().num_hidden_layers
-    if path is not None:
-        plan = Plan.load(path)
+    if plan is not None:
+        chosen = named_plan(config, plan)
     elif omit is not None:
-        plan = Plan(depth, parse_layers(omit))
+        chosen = ChosenPlan(Plan(depth, parse_layers(omit)), f"--omit {omit}")
     elif count is not None:
-        plan = Plan.last(depth, count=count)
+        chosen = ChosenPlan(Plan.last(depth, count=count), f"--count {count}")
     else:
-        plan = default_plan(config)
-    return plan if boundary is None else plan.replace(boundary=boundary)
+        chosen = plan_to_measure(config) if measure else choose_plan(None, config)
+    if boundary is None:
+        return chosen
+    return dataclasses.replace(chosen, plan=chosen.plan.replace(boundary=boundary))
+
+
+def named_plan(config: Any, plan: str) -> ChosenPlan:
+    """Return the plan of a value of --plan.
+
+    Raises:
+        OSError: The plan file cannot be read.
+        ValueError: The value names no plan, or one that does not fit the model.
+    """
+    return dataclasses.replace(choose_plan(plan, config), reason=f"--plan {plan}")
 
 
 def require_one(given: dict[str, Any]) -> None:

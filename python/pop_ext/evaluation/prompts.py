@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TEXT, RECALL = "text", "recall"
+TEXT, RECALL, RETRIEVAL, SECOND_TURN = "text", "recall", "retrieval", "second turn"
 """Kinds of sets."""
 Pair = tuple[Tensor, Tensor]
 """(prompt, continuation)."""
@@ -30,20 +30,28 @@ class PromptSet:
 
     Attributes:
         kind: ``TEXT`` if the continuation is the text that follows, ``RECALL`` if it is the value that the prompt's
-            first line defines.
-        length: Tokens of each prompt. None if they differ, as in JSON lines.
-        pairs: One (prompt, continuation) per prompt.
+            first line defines, ``RETRIEVAL`` if it is a value that stands anywhere in the prompt, and ``SECOND_TURN``
+            for a retrieval in the second turn of a dialogue.
+        length: Tokens of each prompt, of the first one in dialogues. None if they differ, as in JSON lines.
+        pairs: One (prompt, continuation) per prompt. In dialogues the prompt is what the second turn adds.
+        first_turns: The first (prompt, answer) of each dialogue. Empty for other kinds.
     """
 
     kind: str
     length: int | None
     pairs: tuple[Pair, ...]
+    first_turns: tuple[Pair, ...] = ()
+
+    @property
+    def has_answers(self) -> bool:
+        """True if the continuations are answers, which are either exact or not."""
+        return self.kind != TEXT
 
     @property
     def digest(self) -> str:
         """SHA-256 over kind, length and all ids, in hexadecimal digits."""
         found = hashlib.sha256(f"{self.kind} {self.length}".encode())
-        for context, continuation in self.pairs:
+        for context, continuation in (*self.first_turns, *self.pairs):
             for ids in (context, continuation):
                 found.update(f" {len(ids)} ".encode() + ids.cpu().numpy().astype("<i8").tobytes())
         return found.hexdigest()
@@ -79,7 +87,7 @@ def read_texts(paths: Sequence[Path], tokenizer: Any) -> Texts:
     for path in paths:
         text = path.read_text(encoding="utf-8")
         if path.suffix != ".jsonl":
-            plain.append(_encode(tokenizer, text))
+            plain.append(encode(tokenizer, text))
             continue
         for number, line in enumerate(text.splitlines(), 1):
             if line.strip():
@@ -96,8 +104,8 @@ def _pair_of_line(where: str, line: str, tokenizer: Any) -> Pair:
         raise ValueError(f'{where}: expected an object with "prompt" and "continuation", got {line:.60}') from None
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f'{where}: expected strings as "prompt" and "continuation", got {line:.60}')
-    context, continuation = (_encode(tokenizer, text) for text in texts)
-    context = torch.cat([_beginning(tokenizer), context])
+    context, continuation = (encode(tokenizer, text) for text in texts)
+    context = torch.cat([beginning_of(tokenizer), context])
     if len(context) == 0 or len(continuation) == 0:
         raise ValueError(f"{where}: expected at least one token of each, got {len(context)} and {len(continuation)}")
     return context, continuation
@@ -125,15 +133,15 @@ def text_sets(
     """
     sets = []
     if texts.plain:
-        beginning = _beginning(tokenizer)
-        _check_lengths(lengths, continuation, limit)
-        ends = _window_ends(texts.plain, max(lengths) - len(beginning), continuation, samples)
+        beginning = beginning_of(tokenizer)
+        check_lengths(lengths, continuation, limit)
+        ends = window_ends(texts.plain, max(lengths) - len(beginning), continuation, samples)
         for length in sorted(set(lengths)):
             own = length - len(beginning)
             pairs = [(torch.cat([beginning, text[at - own : at]]), text[at : at + continuation]) for text, at in ends]
             sets.append(PromptSet(TEXT, length, tuple(pairs)))
     if texts.pairs:
-        begin = len(_beginning(tokenizer))
+        begin = len(beginning_of(tokenizer))
         fitting = [(_truncate_prompt(ids, begin, limit, after), after) for ids, after in texts.pairs]
         sets.append(PromptSet(TEXT, None, tuple(fitting[:samples])))
     return sets
@@ -162,16 +170,16 @@ def recall_sets(
         ValueError: As for ``text_sets``, or a length is too short for the two lines.
     """
     draw = random.Random(seed)
-    line, sets = _encode(tokenizer, "\n"), []
-    beginning = _beginning(tokenizer)
-    _check_lengths(lengths, _LITERAL_DIGITS + 1, limit)
+    line, sets = encode(tokenizer, "\n"), []
+    beginning = beginning_of(tokenizer)
+    check_lengths(lengths, _LITERAL_DIGITS + 1, limit)
     for length in sorted(set(lengths)) if texts.plain else []:
-        ends = _window_ends(texts.plain, length, 1, samples)
+        ends = window_ends(texts.plain, length, 1, samples)
         pairs = []
         for text, at in ends:
             name = "".join(draw.choices(string.ascii_uppercase, k=_NAME_LETTERS))
-            asked = _encode(tokenizer, f"\n{name} =")
-            answer = _encode(tokenizer, f" {draw.randrange(10 ** (_LITERAL_DIGITS - 1), 10**_LITERAL_DIGITS)}")
+            asked = encode(tokenizer, f"\n{name} =")
+            answer = encode(tokenizer, f" {draw.randrange(10 ** (_LITERAL_DIGITS - 1), 10**_LITERAL_DIGITS)}")
             room = length - len(beginning) - 2 * len(asked) - len(answer) - len(line)
             if room < 1:
                 raise ValueError(
@@ -200,11 +208,11 @@ def calibration_batches(texts: Texts, tokenizer: Any, tokens: int, samples: int,
     Raises:
         ValueError: The texts are too short for a single sequence.
     """
-    beginning = _beginning(tokenizer)
+    beginning = beginning_of(tokenizer)
     own = tokens - len(beginning)
     whole = [*texts.plain, *(torch.cat([context[len(beginning) :], after]) for context, after in texts.pairs)]
     rows = torch.stack(
-        [torch.cat([beginning, text[at : at + own]]) for text, at in _window_ends(whole, 0, own, samples)]
+        [torch.cat([beginning, text[at : at + own]]) for text, at in window_ends(whole, 0, own, samples)]
     )
     return list(rows.split(batch))
 
@@ -219,7 +227,7 @@ def _truncate_prompt(context: Tensor, begin: int, limit: int | None, after: Tens
     return torch.cat([context[:begin], context[len(context) - own :]])
 
 
-def _window_ends(texts: Sequence[Tensor], before: int, after: int, samples: int) -> list[tuple[Tensor, int]]:
+def window_ends(texts: Sequence[Tensor], before: int, after: int, samples: int) -> list[tuple[Tensor, int]]:
     """Choose where prompts end and continuations begin.
 
     Args:
@@ -242,20 +250,20 @@ def _window_ends(texts: Sequence[Tensor], before: int, after: int, samples: int)
     return [places[index * len(places) // count] for index in range(count)]
 
 
-def _check_lengths(lengths: Sequence[int], after: int, limit: int | None) -> None:
+def check_lengths(lengths: Sequence[int], after: int, limit: int | None) -> None:
     if not lengths or min(lengths) < 2:
         raise ValueError(f"lengths: expected integers from 2, got {list(lengths)}")
     if limit is not None and max(lengths) + after > limit:
         raise ValueError(f"lengths: expected at most {limit - after} (the model takes {limit}), got {max(lengths)}")
 
 
-def _encode(tokenizer: Any, text: str) -> Tensor:
+def encode(tokenizer: Any, text: str) -> Tensor:
     # verbose=False: no warning that the text is longer than the model takes; it is cut into prompts later.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
-def _beginning(tokenizer: Any) -> Tensor:
+def beginning_of(tokenizer: Any) -> Tensor:
     """Return the token that the tokenizer puts before every text, [1] or [0]; many models fail without it."""
     ids = tokenizer("a")["input_ids"]
     begins = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]

@@ -67,8 +67,8 @@ class Evaluation:
     - ``fit``: digest of the fitted projections, or None.
     - ``samples``: lists with one value per prompt. ``loss`` is the loss of the true continuation in nats per token,
       ``first`` that of its first token. ``agreement`` is the leading share of the full model's greedy continuation
-      that is kept; 1 is an exact match. ``exact``, for recall prompts, is 1 if every token of the answer is the most
-      probable one.
+      that is kept; 1 is an exact match. ``exact``, for prompts with answers, is 1 if every token of the answer is the
+      most probable one.
 
     Attributes:
         facts: Model, versions, hardware and sets of prompts.
@@ -140,8 +140,8 @@ class Evaluation:
 
         Returns:
             One dict per cell: ``set`` (kind), ``length``, ``prompts``, ``arm``, ``kind``, ``omit`` and ``boundary``; a
-            ``Mean`` for each measure; ``match``, the share of exact matches; ``delta_loss`` and ``delta_first``, the
-            mean difference to the full model, paired by prompt.
+            ``Mean`` for each measure; ``match``, the share of exact matches; ``delta_loss``, ``delta_first`` and
+            ``delta_exact``, the mean difference to the full model, paired by prompt.
         """
         rows = []
         for cell in self.cells:
@@ -152,9 +152,9 @@ class Evaluation:
             row |= {name: mean_of(values) for name, values in samples.items()}
             if "agreement" in samples:
                 row["match"] = mean_of([float(value == 1) for value in samples["agreement"]])
-            for name in ("loss", "first"):
-                if full is None:
-                    break
+            for name in ("loss", "first", "exact"):
+                if full is None or name not in samples:
+                    continue
                 pairs = zip(samples[name], full["samples"][name], strict=True)
                 row[f"delta_{name}"] = mean_of([mine - its for mine, its in pairs])
             rows.append(row)

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from pop_ext import env_info
 from pop_ext.evaluation.arms import DEFAULT_KINDS, FULL, Arm, arm_logits, backend_of, make_arms
-from pop_ext.evaluation.prompts import RECALL, Pair, PromptSet
+from pop_ext.evaluation.prompts import Pair, PromptSet
 from pop_ext.evaluation.results import SCHEMA, Evaluation
 from pop_ext.hf.loaded import check_option_supported
 from pop_ext.hf.native_model import check_plan
@@ -87,7 +87,7 @@ def evaluate(
             greedy: list[Tensor] = []
             for arm in arms:
                 if not evaluation.has(number, arm):
-                    if not greedy and prompts.kind != RECALL and greedy_tokens:
+                    if not greedy and not prompts.has_answers and greedy_tokens:
                         greedy = _greedy(model, prompts.pairs, greedy_tokens)
                     measured = _measure(model, arm, prompts, greedy, batch_size, backend)
                     evaluation.add(number, arm, measured)
@@ -165,7 +165,7 @@ def _measure(
         backend: "native" or "reference".
 
     Returns:
-        Measure -> one value per prompt: "loss" and "first" in nats per token, and "exact" for recall prompts or
+        Measure -> one value per prompt: "loss" and "first" in nats per token, and "exact" for prompts with answers or
         "agreement" for others with greedy continuations.
     """
     count = len(prompts.pairs)
@@ -176,7 +176,7 @@ def _measure(
         losses = -log_p.gather(1, target[:, None])[:, 0].double()
         loss[index], first[index] = round(float(losses.mean()), DIGITS), round(float(losses[0]), DIGITS)
         exact[index] = float((log_p.argmax(-1) == target).all())
-    if prompts.kind == RECALL:
+    if prompts.has_answers:
         return {"loss": loss, "first": first, "exact": exact}
     if not greedy:
         return {"loss": loss, "first": first}

@@ -331,11 +331,12 @@ class UnsupportedModelError(ValueError):
 def supported_models() -> dict[str, Preset]:
     """Return the presets of all models whose language model runs natively, by Hugging Face name.
 
-    Any other model of the same architectures runs as well. Without a plan, its deepest third of layers is omitted.
+    Any other model of the same architectures runs as well. Only published presets run without being named.
 
     Returns:
         Hugging Face name -> ``Preset``. ``preset.published`` is True where the number of omitted layers comes from
-        the paper (POP, arXiv 2602.03295), and False where it is a default of this project.
+        the paper (POP, arXiv 2602.03295), and False where it is a suggestion of this project, which runs only if it is
+        named.
     """
     known = {family.text_model_type for family in FAMILIES.values()}
     return {name: preset for name, preset in PRESETS.items() if preset.config["model_type"] in known}

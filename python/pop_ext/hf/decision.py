@@ -43,10 +43,14 @@ class Decision:
         if self.backend == "stock":
             return f"stock forward: {self.reason}"
         pruned = sum(tokens - boundary for tokens, boundary in zip(self.tokens, self.boundary, strict=True))
+        depth = (
+            f"{pruned} of them omit {len(self.plan.omit)} of {self.plan.num_layers} layers"
+            if self.plan.omit
+            else f"all of them run all {self.plan.num_layers} layers"
+        )
         return (
             f"{self.backend} prefill{' in 8-bit floats' if self.fp8 else ''}: {self.reason}; "
-            f"{len(self.tokens)} sequence(s), {sum(self.tokens)} new tokens, "
-            f"{pruned} of them omit {len(self.plan.omit)} of {self.plan.num_layers} layers"
+            f"{len(self.tokens)} sequence(s), {sum(self.tokens)} new tokens, {depth}"
         )
 
 

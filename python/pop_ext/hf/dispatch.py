@@ -136,7 +136,9 @@ def classify(model: nn.Module, backend: Backend, arguments: dict[str, Any], repl
     boundaries = [t if t < plan.min_tokens else min(max(plan.boundary, keep), t) for t in packed.tokens]
     boundary = tuple(snap_to_span_start(boundaries, packed.tokens, spans))
     full = all(t == b for t, b in zip(packed.tokens, boundary, strict=True))
-    reason = "every row runs at full depth" if full or not plan.omit else "a prefill"
+    reason = "every row runs at full depth" if full else "a prefill"
+    if not plan.omit:
+        reason = "the plan omits no layer"
     decision = Decision(
         backend.name, "prefill", reason, False, plan, tuple(packed.tokens), boundary, keep, fp8=backend.fp8
     )

@@ -18,12 +18,14 @@ from pop_ext.hf.decision import Decision
 from pop_ext.hf.dispatch import Backend
 from pop_ext.hf.forward import PrefillForward
 from pop_ext.hf.loaded import check_options
+from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.hf.native_backend import NativeBackend
 from pop_ext.hf.reference_backend import ReferenceBackend
 from pop_ext.hf.restore import forward_attribute
 from pop_ext.hf.speculative_launch import SpeculativeBackend
+from pop_ext.plans.default import PlanArgument, choose_plan
 from pop_ext.plans.plan import Plan
-from pop_ext.plans.presets import default_plan
+from pop_ext.plans.projections import check_fit
 
 Model = TypeVar("Model", bound=nn.Module)
 _BACKENDS = ("native", "reference")
@@ -61,7 +63,7 @@ def _enabled_forward(model: nn.Module) -> PrefillForward | None:
 
 def enable(
     model: Model,
-    plan: Plan | None = None,
+    plan: PlanArgument = None,
     strict: bool = False,
     backend: str = "native",
     fp8: bool = False,
@@ -71,7 +73,11 @@ def enable(
 
     Args:
         model: a Hugging Face causal language model.
-        plan: layers to omit. None: the preset whose config matches, else the deepest third with boundary 1.
+        plan: layers to omit. None: the plan beside the checkpoint if its card holds measured figures, else the preset
+            that the paper publishes for a model of this shape, else one that omits no layer: the model runs natively
+            at full depth, and one ``NoPlanWarning`` says so. "third": the deepest third. "preset": the preset of a
+            model of this shape, published or not. Any other string or path: a plan file, or a folder with a
+            ``plan.json``.
         strict: raise ``PrefillDeclined`` where the stock forward would otherwise run with a warning.
         backend: "native", or "reference" for the plain PyTorch oracle, which is slow and runs any decoder.
         fp8: compute the products of native prefills in 8-bit floats, as in ``pop_ext.load``.
@@ -84,6 +90,7 @@ def enable(
         UnsupportedModelError: The model has no native form, or none with ``fp8`` or ``prepack``;
             ``backend="reference"`` works. A subclass of ValueError.
         ValueError, TypeError: A bad argument. The model is unchanged.
+        OSError: The file of a plan cannot be read.
         RuntimeError: Something else has wrapped the forward of a model that is already enabled.
     """
     if backend not in _BACKENDS:
@@ -96,15 +103,16 @@ def enable(
         if value and backend != "native":
             raise ValueError(f'{name}: expected False with backend="{backend}", which calls the model, got True')
     inner = _unwrap(model)
-    config = text_config(inner)
-    if config is None:
+    if text_config(inner) is None:
         raise TypeError(f"model: expected a Hugging Face model with a config, got {type(inner).__name__}")
     previous = _enabled_forward(model)
     attribute = forward_attribute(inner)
     replaced = previous.replaced if previous is not None else inner.__dict__.get(attribute)
-    chosen = _make_backend(backend, default_plan(config) if plan is None else plan, fp8, prepack)
-    chosen.load(inner)
-    setattr(inner, attribute, PrefillForward(inner, chosen, strict, replaced))
+    chosen = choose_plan(plan, inner.config, lambda found: check_fit(found, find_decoder_modules(inner).layers))
+    runs = _make_backend(backend, chosen.plan, fp8, prepack)
+    runs.load(inner)
+    setattr(inner, attribute, PrefillForward(inner, runs, strict, replaced))
+    chosen.warn(inner)
     return model
 
 
@@ -127,7 +135,7 @@ def disable(model: Model) -> Model:
 @contextmanager
 def enabled(
     model: Model,
-    plan: Plan | None = None,
+    plan: PlanArgument = None,
     strict: bool = False,
     backend: str = "native",
     fp8: bool = False,

@@ -22,9 +22,7 @@ from pop_ext.hf.decision import Decision, Decline
 from pop_ext.hf.dispatch import Backend, bind_arguments, dispatch, explain_call
 from pop_ext.hf.restore import shallow_clone
 from pop_ext.plans.plan import Plan
-
-# A warning points to the nearest frame outside these packages.
-_NOT_THE_CALLER = ("pop_ext", "torch", "transformers", "contextlib")
+from pop_ext.utils.callers import caller_level
 
 # Fields of a vision wrapper's output that are not copied to the model's output.
 _OWN_FIELDS = {"loss", "logits", "hidden_states", "attentions", OLD_CACHE_NAME, NEW_CACHE_NAME}
@@ -157,7 +155,7 @@ class PrefillForward:
             raise PrefillDeclined(f"pop_ext: the stock forward would run: {decision.reason} (strict=True)")
         if decision.rule not in self._warned:
             self._warned.add(decision.rule)
-            warnings.warn(f"pop_ext: the stock forward runs: {decision.reason}", stacklevel=_caller_level())
+            warnings.warn(f"pop_ext: the stock forward runs: {decision.reason}", stacklevel=caller_level())
 
 
 def _is_decode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -191,13 +189,3 @@ def _model_output(model: nn.Module, result: Any, return_dict: bool | None) -> An
 def _signature_of(method: Callable[..., Any]) -> inspect.Signature:
     """Return the signature of a method without ``self``."""
     return inspect.signature(method.__get__(object()))
-
-
-def _caller_level() -> int:
-    """Return the ``stacklevel`` that puts a warning of the calling function on the line that called the model."""
-    frame = inspect.currentframe()
-    level = 0
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
-        frame = frame.f_back
-        level += 1
-    return level

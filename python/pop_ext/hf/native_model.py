@@ -22,9 +22,9 @@ from pop_ext.hf.patches import InnerModules, is_unpatched
 from pop_ext.hf.restore import module_restored_on_error
 from pop_ext.hf.vision import run_wrapper
 from pop_ext.hf.weight_map import Description, describe
+from pop_ext.plans.default import PlanArgument, choose_plan
 from pop_ext.plans.origin import check_origin
 from pop_ext.plans.plan import Plan
-from pop_ext.plans.presets import default_plan
 from pop_ext.plans.projections import check_fit
 
 if TYPE_CHECKING:
@@ -70,17 +70,18 @@ class NativeModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, plan: Plan | None = None, fp8: bool = False, prepack: bool = False
+        self, model: PreTrainedModel, plan: PlanArgument = None, fp8: bool = False, prepack: bool = False
     ) -> None:
         check_options(fp8, prepack)
         ops.require_aten()
         description = describe(model)
         self.model = model
-        chosen = default_plan(model.config) if plan is None else plan
-        self.plan = check_plan(chosen, description.spec.num_layers, model.config)
+        chosen = choose_plan(plan, model.config, lambda found: check_fit(found, find_decoder_modules(model).layers))
+        self.plan = check_plan(chosen.plan, description.spec.num_layers, model.config)
         check_fit(self.plan, find_decoder_modules(model).layers)
         self.fp8, self.prepack = fp8, prepack
         self._loaded = LoadedWeights(model, description, self.plan, fp8, prepack)
+        chosen.warn(model)
 
     def __repr__(self) -> str:
         options = ", fp8=True" * self.fp8 + ", prepack=True" * self.prepack
@@ -324,13 +325,13 @@ class NativeModel:
         return torch.tanh(logits / cap) * cap
 
 
-def load(model: PreTrainedModel, plan: Plan | None = None, fp8: bool = False, prepack: bool = False) -> NativeModel:
+def load(model: PreTrainedModel, plan: PlanArgument = None, fp8: bool = False, prepack: bool = False) -> NativeModel:
     """Load a Hugging Face model for native prefill. The model itself is not changed.
 
     Args:
         model: causal language model of a supported family, on one device. Of a model compiled by ``torch.compile`` the
             model inside is loaded.
-        plan: layers to omit. None: the preset whose config matches, else the deepest third with boundary 1.
+        plan: layers to omit: a plan, "third", "preset", a path, or None for the default, as in ``pop_ext.enable``.
         fp8: compute the products of retained layers in 8-bit floats (e4m3). This copies their matrices at half their
             size, and results differ slightly from the stock model's. Decode is unchanged.
         prepack: copy the matrices of retained layers into the layout of the CPU's product library, at their full size,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from pop_ext.evaluation.ablations import group_by_shape, stock_logits
 from pop_ext.evaluation.score import score
 from pop_ext.hf.enable import enable
+from pop_ext.plans.default import ChosenPlan, choose_plan
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.layer_ranges import parse_layers
 from pop_ext.utils.progress import reporting
 
 _DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,12 +39,13 @@ class PopLM(TemplateLM):
     - ``generate_until`` is ``model.generate`` of the enabled model.
 
     The plan is executed whatever its ``min_tokens``. At most one of ``plan``, ``omit`` and ``count`` is given; without
-    them the model's default plan is enabled. On the command line the arguments are given by ``--model_args``.
+    them the plan runs that ``pop_ext.enable`` takes by itself. On the command line the arguments are given by
+    ``--model_args``.
 
     Args:
         pretrained: Folder or Hugging Face name of a model, or a loaded model.
         tokenizer: Folder, name or loaded tokenizer. None: the model's.
-        plan: A plan, or a file that ``Plan.save`` wrote.
+        plan: A plan, "third", "preset", or a path, as in ``pop_ext.enable``.
         omit: Layers to omit: ``22-31`` or ``8+9+11``, since a comma separates the arguments of ``--model_args``.
         count: Number of the deepest layers to omit; 0 runs all layers.
         boundary: Last rows of a context that run through all layers. None: the plan's.
@@ -91,11 +94,13 @@ class PopLM(TemplateLM):
         self.model = pretrained
         name = tokenizer or pretrained.config._name_or_path
         self.tokenizer: Any = AutoTokenizer.from_pretrained(name) if isinstance(name, str) else name
-        self.plan = _choose_plan(self.model.config, plan, omit, count, boundary).replace(min_tokens=0)
+        chosen = _choose_plan(self.model.config, plan, omit, count, boundary)
+        self.plan = chosen.plan.replace(min_tokens=0)
         text_config = self.model.config.get_text_config()
         longest = getattr(text_config, "max_position_embeddings", None)
         self.max_length: int = max_length or longest or _DEFAULT_MAX_LENGTH
         enable(self.model, self.plan, backend=backend)
+        chosen.warn(self.model)
 
     @property
     def eot_token_id(self) -> int:
@@ -250,27 +255,22 @@ def _choose_device(name: str | None) -> torch.device:
     return torch.device("cpu")
 
 
-def _choose_plan(config: Any, plan: str | Plan | None, omit: Any, count: Any, boundary: Any) -> Plan:
-    """Return the plan that the arguments name, else the model's default plan.
+def _choose_plan(config: Any, plan: str | Plan | None, omit: Any, count: Any, boundary: Any) -> ChosenPlan:
+    """Return the plan that the arguments name, else the one that ``pop_ext.enable`` runs without a plan.
 
     Raises:
         ValueError: More than one of plan, omit and count is given.
     """
-    from pop_ext.plans.presets import default_plan
-
     given = {"plan": plan, "omit": omit, "count": count}
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:
         raise ValueError(f"{' and '.join(names)}: expected one of them")
     depth = config.get_text_config().num_hidden_layers
-    if isinstance(plan, Plan):
-        chosen = plan
-    elif plan is not None:
-        chosen = Plan.load(Path(plan))
-    elif omit is not None:
-        from pop_ext.utils.layer_ranges import parse_layers
-
-        chosen = Plan(depth, parse_layers(str(omit).replace("+", ","), "omit"))  # a comma separates --model_args
-    else:
-        chosen = default_plan(config) if count is None else Plan.last(depth, count=int(count))
-    return chosen if boundary is None else chosen.replace(boundary=int(boundary))
+    if omit is not None:
+        plan = Plan(depth, parse_layers(str(omit).replace("+", ","), "omit"))  # a comma separates --model_args
+    elif count is not None:
+        plan = Plan.last(depth, count=int(count))
+    chosen = choose_plan(plan, config)
+    if boundary is None:
+        return chosen
+    return dataclasses.replace(chosen, plan=chosen.plan.replace(boundary=int(boundary)))

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from pop_ext import _core
+from pop_ext.plans.card import PlanCard
+from pop_ext.plans.folder import check_card, download_folder, is_folder, read_folder, upload_folder, write_folder
 from pop_ext.plans.origin import Origin
 from pop_ext.plans.preset_table import find_entry
 from pop_ext.plans.projections import FitReport, Projections, load_matrices, save_matrices
@@ -20,7 +22,8 @@ from pop_ext.plans.projections import FitReport, Projections, load_matrices, sav
 class Plan(_core.Plan):
     """The layers that a prefill omits for context rows.
 
-    A plan is immutable and hashable. Two plans are equal if they compute the same result: ``origin`` does not count.
+    A plan is immutable and hashable. Two plans are equal if they compute the same result: ``origin`` and ``card`` do
+    not count.
 
     Args:
         num_layers: Depth ``L`` of the model.
@@ -33,6 +36,7 @@ class Plan(_core.Plan):
             the plan.
         projections: Fitted K/V projections, made by ``pop_ext.fit``. Context rows use them in place of the omitted
             layers' own.
+        card: What was measured of the plan. ``save_pretrained`` and ``push_to_hub`` keep it, ``save`` does not.
 
     Attributes:
         omit: The omitted layers, a sorted tuple.
@@ -48,7 +52,7 @@ class Plan(_core.Plan):
         Plan(num_layers=32, omit=(22, 23, 24, 25, 26, 27, 28, 29, 30, 31), boundary=16, min_tokens=0)
     """
 
-    __slots__ = ("_origin", "_projections")
+    __slots__ = ("_card", "_origin", "_projections")
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class Plan(_core.Plan):
         *,
         origin: Origin | None = None,
         projections: Projections | None = None,
+        card: PlanCard | None = None,
     ) -> None:
         if isinstance(omit, (str, bytes)) or not isinstance(omit, Iterable):
             raise TypeError(f"omit: expected an iterable of integers, got {omit!r}")
@@ -78,6 +83,12 @@ class Plan(_core.Plan):
                 f"projections: expected matrices of layers {self.omit}, those of omit, got {projections.layers}"
             )
         self._projections = projections
+        self._card = check_card(card, self)
+
+    @property
+    def card(self) -> PlanCard | None:
+        """What was measured of the plan. None if nothing is known."""
+        return self._card
 
     @property
     def origin(self) -> Origin | None:
@@ -143,6 +154,7 @@ class Plan(_core.Plan):
 
         If ``num_layers`` or ``omit`` changes, the origin keeps only the model, because its method did not choose the
         new layers, and fitted projections are dropped. With ``projections=None`` the origin no longer mentions a fit.
+        The card is dropped unless only ``min_tokens`` changes, because its figures are those of this plan.
 
         Args:
             **changes: Arguments of ``Plan`` by name.
@@ -151,10 +163,13 @@ class Plan(_core.Plan):
             ValueError: As for ``Plan``.
             TypeError: As for ``Plan``, or an unknown argument.
         """
-        plan = type(self)(**{**self._arguments(), "origin": self.origin, **changes})
+        given = {name: value for name, value in changes.items() if name != "card"}
+        plan = type(self)(**{**self._arguments(), "origin": self.origin, **given})
         same = (plan.num_layers, plan.omit) == (self.num_layers, self.omit)
         if same and "projections" not in changes:
             plan._projections = self.projections
+        if changes.keys() <= {"min_tokens", "origin", "card"}:
+            plan._card = check_card(changes.get("card", self.card), plan)
         if "origin" in changes or self.origin is None:
             return plan
         if not same:
@@ -227,6 +242,85 @@ class Plan(_core.Plan):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
+    def save_pretrained(self, folder: str | PathLike[str], *, card: PlanCard | None = None) -> None:
+        """Write the plan to a folder: ``plan.json``, the card as ``card.json`` and ``README.md``, and the projections.
+
+        As the sub-folder ``pop_ext`` of a checkpoint's folder, ``pop_ext.enable(model)`` finds it by itself.
+
+        Args:
+            folder: Folder, made if it does not exist. Files of an older plan are replaced.
+            card: Card to write. None: the plan's own, else one that says that nothing was measured.
+
+        Raises:
+            TypeError: ``card`` is no ``PlanCard``.
+            ValueError: ``card`` describes another plan, or the folder has a ``README.md`` of something else.
+            ImportError: The plan is fitted, and safetensors is missing.
+            OSError: A file cannot be written.
+        """
+        write_folder(self, folder, card)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> Plan:
+        """Read a plan and its card from a folder or from the Hugging Face hub.
+
+        Args:
+            source: Folder, or id of a hub repository, which holds the plan itself or in a sub-folder ``pop_ext``.
+            revision: Branch, tag or commit of the repository.
+            token: Token of the hub; None for the one that is logged in.
+            cache_dir: Folder of the hub's cache; None for its default.
+            local_files_only: Read only the cache, without the network.
+
+        Raises:
+            OSError: There is no such folder or repository, or no plan in it.
+            ValueError: A file is broken, the projections are not those that the plan was saved with, the card describes
+                another plan, or ``source`` is neither a folder nor the id of a repository.
+            ImportError: ``source`` is no folder, and huggingface_hub is missing.
+        """
+        if not is_folder(source):
+            source = download_folder(str(source), revision, token, cache_dir, local_files_only)
+        plan: Plan = read_folder(cls, source)
+        return plan
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        card: PlanCard | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        path_in_repo: str = "",
+    ) -> str:
+        """Upload the plan folder to the Hugging Face hub; make the repository if it does not exist.
+
+        Args:
+            repo_id: Id of the repository.
+            card: As in ``save_pretrained``.
+            private: True for a new private repository; None for the owner's default.
+            token: Token of the hub; None for the one that is logged in.
+            commit_message: First line of the commit.
+            path_in_repo: Folder in the repository. ``"pop_ext"`` in the repository of a checkpoint puts the plan beside
+                it.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            TypeError, ValueError: As in ``save_pretrained``. Also if the repository holds a checkpoint and
+                ``path_in_repo`` is its root, where the card would replace the checkpoint's.
+            OSError: The hub refuses the upload or cannot be reached.
+            ImportError: huggingface_hub is missing.
+        """
+        return upload_folder(self, repo_id, card, private, token, commit_message, path_in_repo)
+
     def _to_json(self, names: dict[str, str]) -> str:
         """Return the JSON text; ``names`` are members that locate the file of the matrices."""
         text = super().to_json()
@@ -277,7 +371,7 @@ class Plan(_core.Plan):
         return f"{type(self).__name__}({arguments})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        more = {"origin": self.origin, "projections": self.projections}
+        more = {"origin": self.origin, "projections": self.projections, "card": self.card}
         return _rebuild, (type(self), {**self._arguments(), **more})
 
 

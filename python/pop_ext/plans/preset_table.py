@@ -21,7 +21,7 @@ class PresetEntry:
         names: Hugging Face names of the models.
         config: Members of the models' (text) config that tell their shape.
         num_layers: Depth of the models.
-        omitted: Number of deepest layers to omit; None for the default, a third.
+        omitted: Number of deepest layers to omit; None for our suggestion, a third.
         source: Where that number comes from.
     """
 
@@ -71,7 +71,7 @@ def _entry(
         "vocab_size": vocab,
         **more,
     }
-    source = "pop_ext's default, the deepest third" if published is None else _PAPER
+    source = "pop_ext's suggestion, the deepest third" if published is None else _PAPER
     return PresetEntry(names, config, layers, published, source)
 
 

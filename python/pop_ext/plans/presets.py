@@ -1,4 +1,4 @@
-"""Plans for published models, and the default plan of any other."""
+"""Plans for published models and their siblings."""
 
 from __future__ import annotations
 
@@ -44,20 +44,24 @@ PRESETS: Mapping[str, Preset] = {name: preset for preset in _PRESETS for name in
 """Presets by the Hugging Face name of the model."""
 
 
-def default_plan(config: Any) -> Plan:
-    """Return the plan for a model when the caller names none.
-
-    This is the plan of the preset whose config matches. Where none matches, the plan omits the deepest third.
+def find_preset(config: Any) -> Preset | None:
+    """Return the preset whose config matches, or None.
 
     Args:
         config: Hugging Face config. Of a config with several parts, the text config is used.
-
-    Returns:
-        The plan, with a boundary of 1.
     """
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    for candidate in _PRESETS:
-        if candidate.matches(config):
-            return candidate.plan
-    return Plan.last(config.num_hidden_layers)
+    return next((preset for preset in _PRESETS if preset.matches(config)), None)
+
+
+def preset_or_third(config: Any) -> Plan:
+    """Return the plan of the preset whose config matches; where none does, the plan that omits the deepest third.
+
+    Args:
+        config: Hugging Face config. Of a config with several parts, the text config is used.
+    """
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    preset = find_preset(config)
+    return Plan.last(config.num_hidden_layers) if preset is None else preset.plan

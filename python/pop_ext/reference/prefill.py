@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from transformers import Cache, DynamicCache
 from pop_ext.hf.compat import uncompiled, with_cache
 from pop_ext.hf.modules import DecoderModules, Module, find_decoder_modules
 from pop_ext.hf.restore import module_restored_on_error, replaced_forward
-from pop_ext.plans.presets import default_plan
+from pop_ext.plans.default import choose_plan
+from pop_ext.plans.projections import check_fit
 from pop_ext.reference.caches import (
     UnpaddedSequence,
     assemble_cache,
@@ -53,7 +55,7 @@ _FORWARD_LOCK = threading.RLock()
 def prefill(
     model: nn.Module,
     input_ids: Tensor | None = None,
-    plan: PlanLike | None = None,
+    plan: PlanLike | str | PathLike[str] | None = None,
     logits_to_keep: int | Sequence[int] | Tensor = 1,
     *,
     inputs_embeds: Tensor | None = None,
@@ -78,7 +80,8 @@ def prefill(
             ``self_attn.k_norm``. A family that projects K and V in another way is refused, after a check on one row of
             every omitted layer.
         input_ids: int [batch, T]. Give either this or ``inputs_embeds``.
-        plan: Object with ``num_layers``, ``omit`` and ``boundary``. None for the default plan of the model's config.
+        plan: Object with ``num_layers``, ``omit`` and ``boundary``; or "third", "preset", a path or None, as in
+            ``pop_ext.enable``.
         logits_to_keep: Number of last rows to return logits for, in 1..T_i: an int, or one per sequence (1-D).
         inputs_embeds: [batch, T, hidden] in the model's dtype.
         attention_mask: bool or 0/1 [batch, P + T], 1 for real positions. New tokens may be padded on the left or the
@@ -105,9 +108,10 @@ def prefill(
     """
     stock: Module = uncompiled(model)
     parts = find_decoder_modules(stock)
-    if plan is None:
-        plan = default_plan(stock.config)
-    check_plan(plan, parts.layers, stock.config)
+    chosen = choose_plan(plan, stock.config, lambda found: check_fit(found, parts.layers))
+    ran: PlanLike = chosen.plan
+    check_plan(ran, parts.layers, stock.config)
+    chosen.warn(stock)
     inputs = check_inputs(stock, input_ids, inputs_embeds)
     batch, new = inputs.shape[:2]
     past = read_past(past_key_values, len(parts.layers), batch)
@@ -127,7 +131,7 @@ def prefill(
         positions = position_ids
     else:
         positions = check_positions(position_ids, mask, past_length)
-    sequences = remove_padding(mask, past_length, positions, wrapped, plan.boundary, boundary, logits_to_keep)
+    sequences = remove_padding(mask, past_length, positions, wrapped, ran.boundary, boundary, logits_to_keep)
     window = getattr(stock.config.get_text_config(), "sliding_window", None)
     caches = [gather_past(past, sequence, i, window) for i, sequence in enumerate(sequences)]
 
@@ -137,7 +141,7 @@ def prefill(
     with _FORWARD_LOCK, module_restored_on_error(parts.rotary), rope_seen_up_to(parts.rotary, largest):
         for i, (sequence, cache) in enumerate(zip(sequences, caches, strict=True)):
             rows = inputs[i : i + 1, sequence.new_columns]
-            logits.append(prefill_sequence(stock, parts, plan, name, rows, sequence, cache))
+            logits.append(prefill_sequence(stock, parts, ran, name, rows, sequence, cache))
             check_filled(cache, len(sequence.past_columns) + rows.shape[1])
     packed = torch.cat(logits)
     if isinstance(logits_to_keep, int):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 
 def parse_ranges(text: str) -> list[int]:
@@ -31,3 +32,14 @@ def parse_layers(text: str, argument: str = "--omit") -> list[int]:
         return parse_ranges(text)
     except ValueError:
         raise ValueError(f"{argument}: expected layers like 22-31 or 8,9,11, got {text!r}") from None
+
+
+def format_layers(layers: Iterable[int]) -> str:
+    """Write ascending layer indices as people do: ``[3, 5, 6, 7]`` -> ``"3, 5-7"``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

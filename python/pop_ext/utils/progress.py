@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 from types import TracebackType
 from typing import Any
 
@@ -43,11 +44,16 @@ def reporting(progress: Progress, title: str, total: int | None) -> Iterator[Cal
     yield count
 
 
+INTERVAL = 5.0
+"""Seconds between two lines of progress where standard error is no terminal."""
+
+
 class ProgressBar:
     """A progress bar on standard error: rich's if it is installed (extra ``cli``), else one line of plain text.
 
     It is drawn between steps only, because a drawing thread would disturb what is being timed. It is removed at the
-    end. Nothing is drawn if standard error is no terminal.
+    end. If standard error is no terminal, a plain line is printed after a step instead, at most one in ``INTERVAL``
+    seconds, and one at the end of work that took longer.
 
     Example::
 
@@ -69,6 +75,8 @@ class ProgressBar:
         self._title, self._quiet = title, quiet
         self._draws = not quiet and sys.stderr.isatty()
         self._rich = _rich_progress() if self._draws else None
+        self._label, self._shown = "", 0
+        self._start = self._printed = monotonic()
 
     def __enter__(self) -> ProgressBar:
         if self._rich is not None:
@@ -84,17 +92,22 @@ class ProgressBar:
             self._rich.stop()
         elif self._draws:
             self._write("\r\x1b[K")
+        elif kind is None and self._printed > self._start and self.done > self._shown:
+            self._print_line()
 
     def advance(self, steps: int = 1, label: str = "") -> None:
         """Count ``steps`` more as done and redraw the bar, with ``label`` after the title."""
         self.done += steps
+        self._label = label
         if not self._draws:
+            if not self._quiet and monotonic() - self._printed >= INTERVAL:
+                self._print_line()
             return
         text = f"{self._title}: {label}" if label else self._title
         if self._rich is not None:
             self._rich.update(self._task, total=self.total, completed=self.done, description=text, refresh=True)
         else:
-            self._write(f"\r\x1b[K{text} {self.done}/{'?' if self.total is None else self.total}")
+            self._write(f"\r\x1b[K{text} {self._count()}")
 
     def log(self, text: str) -> None:
         """Print a line that stays, above the bar; also if standard error is no terminal."""
@@ -102,6 +115,15 @@ class ProgressBar:
             self._rich.console.print(text, highlight=False, markup=False)
         elif not self._quiet:
             self._write(f"\r\x1b[K{text}\n" if self._draws else f"{text}\n")
+
+    def _count(self) -> str:
+        return f"{self.done}/{'?' if self.total is None else self.total}"
+
+    def _print_line(self) -> None:
+        """Print title, label, steps and elapsed seconds on a line of its own."""
+        self._printed, self._shown = monotonic(), self.done
+        text = f"{self._title}: {self._label}" if self._label else self._title
+        self._write(f"{text} {self._count()} ({self._printed - self._start:.0f} s)\n")
 
     @staticmethod
     def _write(text: str) -> None:

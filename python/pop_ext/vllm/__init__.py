@@ -44,8 +44,8 @@ def engine_arguments(model: str | PathLike[str], plan: str | PathLike[str] | Non
 
     Args:
         model: name or path of the model; its config.json names its class.
-        plan: path of a plan that ``Plan.save`` wrote; fitted projections are read from the file beside it. None: the
-            preset whose config matches, else the deepest third of the layers.
+        plan: path of a plan that ``Plan.save`` wrote, or of a folder with a ``plan.json``; fitted projections are read
+            from the file beside it. "third", "preset" or None: as in ``pop_ext.enable``.
 
     Returns:
         ``hf_overrides`` and ``additional_config``.

@@ -7,13 +7,16 @@ from typing import Any
 
 from vllm import envs
 from vllm.config import CUDAGraphMode
+from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from pop_ext.hf.native_model import check_plan
+from pop_ext.plans.default import choose_plan, default_plan
 from pop_ext.plans.plan import Plan
-from pop_ext.plans.presets import default_plan
 from pop_ext.vllm.names import SECTION
+
+logger = init_logger(__name__)
 
 # Other methods draft from hidden states of every row of a prompt, which a pruned prefill does not compute, or with a
 # model that would have to be pruned as well.
@@ -21,11 +24,11 @@ _DRAFTS = ("ngram", "ngram_gpu", "suffix")
 
 
 def engine_plan(vllm_config: Any) -> Plan:
-    """Return an engine's plan: ``additional_config["pop_ext"]["plan"]``, or its model's default.
+    """Return an engine's plan: ``additional_config["pop_ext"]["plan"]``, else what ``pop_ext.enable`` runs without one.
 
     Raises:
         ValueError: the plan is for another model, its fit lies in the model's folder, or a setting is unknown.
-        TypeError: the plan is no path.
+        TypeError: the plan is no string.
         OSError: the plan cannot be read.
     """
     more = vllm_config.additional_config
@@ -34,19 +37,30 @@ def engine_plan(vllm_config: Any) -> Plan:
         raise ValueError(
             f"additional_config[{SECTION!r}]: expected an object with member 'plan' alone, got {settings!r}"
         )
-    config = vllm_config.model_config.hf_text_config
-    path = settings.get("plan")
+    config, path = vllm_config.model_config.hf_text_config, settings.get("plan")
     if path is None:
-        return default_plan(config)
+        return _default(vllm_config)
     if not isinstance(path, str):
-        raise TypeError(f"additional_config[{SECTION!r}]['plan']: expected the path of a saved plan, got {path!r}")
-    plan = check_plan(Plan.load(path), config.num_hidden_layers, config)
-    if plan.projections is not None and Path(path).resolve().parent == Path(vllm_config.model_config.model).resolve():
+        raise TypeError(
+            f"additional_config[{SECTION!r}]['plan']: expected a saved plan's path, 'third' or 'preset', got {path!r}"
+        )
+    plan = check_plan(choose_plan(path, config).plan, config.num_hidden_layers, config)
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if plan.projections is not None and folder.resolve() == Path(vllm_config.model_config.model).resolve():
         raise ValueError(
             f"additional_config[{SECTION!r}]['plan']: expected a fitted plan outside the model's folder, where vLLM "
             f"takes every .safetensors for weights of the model, got {path}"
         )
     return plan
+
+
+def _default(vllm_config: Any) -> Plan:
+    """Return the plan of an engine that is given none; log a line if no measured plan is known of its model."""
+    model = vllm_config.model_config
+    chosen = default_plan(model.hf_text_config, str(model.model), getattr(model, "revision", None))
+    if chosen.unmeasured:
+        logger.warning_once("pop_ext: %s", chosen.advice(str(model.model)))
+    return chosen.plan
 
 
 def engine_boundary(vllm_config: Any, plan: Plan) -> int:

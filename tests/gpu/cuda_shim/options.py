@@ -61,8 +61,8 @@ def test_a_changed_product_of_8_bit_floats_is_refused_by_name_and_asked_for_by_n
     torch.ops.pop.set_foreign("aten::_scaled_mm.out", -1, "under torch 9.9: other")
     try:
         with pytest.raises(pop_ext.UnsupportedModelError, match="fp8: expected an aten::_scaled_mm.out .* torch 9.9"):
-            pop_ext.load(model, fp8=True)
-        pop_ext.load(model).prefill(tokens(model, 1, 9))
+            pop_ext.load(model, "third", fp8=True)
+        pop_ext.load(model, "third").prefill(tokens(model, 1, 9))
     finally:
         torch.ops.pop.set_foreign("aten::_scaled_mm.out", 0, "")
-    pop_ext.load(model, fp8=True)
+    pop_ext.load(model, "third", fp8=True)

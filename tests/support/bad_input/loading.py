@@ -6,7 +6,7 @@ from typing import Any
 
 import pop_ext
 from models import llama, mixtral
-from pop_ext import Plan, UnsupportedModelError
+from pop_ext import Plan, PlanCard, UnsupportedModelError
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
@@ -28,6 +28,13 @@ PLAN = [
         lambda f: Plan.last(3, count=1, fraction=0.5),
         ValueError,
         "count, fraction: expected one of them",
+    ),
+    Case("a dict as card", lambda f: f.plan.replace(card={}), TypeError, "card: expected a .*PlanCard, got dict"),
+    Case(
+        "the card of another plan",
+        lambda f: Plan(3, [1], card=PlanCard(3, (2,), 1)),
+        ValueError,
+        r"card: expected the figures of Plan.* got those of another plan \(1 of 3 layers omitted \(2\)",
     ),
     Case("text that is not JSON", lambda f: Plan.from_json("{"), ValueError, "plan"),
     Case("a dict, to `Plan.from_json`", lambda f: Plan.from_json({}), TypeError, "text: expected a str .*, got dict"),
@@ -206,6 +213,18 @@ LOAD = [
         lambda f: pop_ext.load(llama(layers=3, head_dim=20)),
         UnsupportedModelError,
         "config.head_dim: expected a multiple of 8 up to 256, got 20",
+    ),
+    Case(
+        'an unknown word as plan, `enable(model, "half")`',
+        lambda f: pop_ext.enable(f.model, "half"),
+        ValueError,
+        'plan: expected a pop_ext.Plan, "third", "preset", or the path of a plan file .* got \'half\'',
+    ),
+    Case(
+        '`plan="preset"` for a model without a preset',
+        lambda f: load(f, "preset"),
+        ValueError,
+        'plan: expected a model that has a preset with "preset".* got llama with 3 layers',
     ),
     Case(
         "a dict as plan",

@@ -1,0 +1,187 @@
+"""``pop-ext calibrate`` with a budget of quality: find the plan that omits the most layers within it."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from pop_ext.cli import output
+from pop_ext.plans.folder import CARD_FILE, MATRICES_FILE, PLAN_FILE, README_FILE
+from pop_ext.plans.plan import Plan
+
+if TYPE_CHECKING:
+    from pop_ext.methods.autoplan import AutoPlan
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Options of ``pop-ext calibrate`` that state a budget of quality.
+
+    Attributes:
+        max_loss: Value of --max-loss.
+        max_kl: Value of --max-kl.
+        max_recall_drop: Value of --max-recall-drop.
+        method: Value of --method.
+        boundary: Value of --boundary.
+        samples: Value of --samples.
+        prompts: Value of --prompts.
+        tokens: Value of --tokens.
+        pays_from: Lengths of --pays-from.
+        time_lengths: Lengths of --time-lengths.
+    """
+
+    max_loss: float | None
+    max_kl: float | None
+    max_recall_drop: float | None
+    method: str
+    boundary: int
+    samples: int | None
+    prompts: int | None
+    tokens: int | None
+    pays_from: Sequence[int]
+    time_lengths: Sequence[int]
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """The limits by argument of ``autoplan``."""
+        return {"max_loss": self.max_loss, "max_kl": self.max_kl, "max_recall_drop": self.max_recall_drop}
+
+    @property
+    def given(self) -> bool:
+        """True if there is a limit."""
+        return any(limit is not None for limit in self.limits.values())
+
+
+def plan_folder(out: Path) -> Path:
+    """Return the folder of --out.
+
+    Raises:
+        ValueError: ``out`` is a file of another name than plan.json.
+    """
+    if out.suffix == "" or out.is_dir():
+        return out
+    if out.name != PLAN_FILE:
+        raise ValueError(f"--out: expected a folder, or a file {PLAN_FILE} in one, with a budget of quality, got {out}")
+    return out.parent
+
+
+def calibrate_within(
+    model: Any, tokenizer: Any, files: Sequence[Path], out: Path, budget: Budget, by_importance: bool, as_json: bool
+) -> bool:
+    """Find, save and print the plan. Return False if not even one layer can be omitted.
+
+    Args:
+        model: Hugging Face model.
+        tokenizer: Its tokenizer.
+        files: Plain texts.
+        out: Folder of the plan.
+        budget: The options.
+        by_importance: Omit the consecutive layers of lowest importance. Else the deepest ones.
+        as_json: Print a JSON object and no progress.
+    """
+    from pop_ext.methods.autoplan import Trial, autoplan
+
+    sizes = {"samples": budget.samples, "prompts": budget.prompts, "tokens": budget.tokens}
+    trial = Trial(**{name: size for name, size in sizes.items() if size is not None})
+    out.mkdir(parents=True, exist_ok=True)
+    found = autoplan(
+        model,
+        files,
+        **budget.limits,
+        method=budget.method,
+        boundary=budget.boundary,
+        choose=_by_importance(model, tokenizer, files, trial, out, not as_json) if by_importance else None,
+        tokenizer=tokenizer,
+        trial=trial,
+        save=out,
+        pays_from=budget.pays_from,
+        time_lengths=budget.time_lengths,
+        progress=not as_json,
+    )
+    if as_json:
+        output.print_json(_report(found, out))
+    else:
+        _print(found, out)
+    if found.card is None:
+        print("pop-ext: not even one layer can be omitted within the budget; no plan is written", file=sys.stderr)
+    return found.card is not None
+
+
+def _by_importance(
+    model: Any, tokenizer: Any, files: Sequence[Path], trial: Any, out: Path, bar: bool
+) -> Callable[[int], Plan]:
+    """Score the layers on the calibration part of the texts; return a function from a count to a plan."""
+    from pop_ext.evaluation import calibration_batches
+    from pop_ext.methods.held_out import split_texts
+    from pop_ext.methods.importance import importance
+
+    split = split_texts(files, tokenizer, trial.holdout, trial.window)
+    batches = calibration_batches(split.calibration, tokenizer, trial.window, trial.samples, batch=1)
+    scores = importance(model, batches, resume=out / "importance.json", progress=bar)
+    return functools.partial(scores.plan, contiguous=True)
+
+
+def _report(found: AutoPlan, out: Path) -> dict[str, Any]:
+    """Return the result as JSON values."""
+    tried = [
+        {
+            "omit": list(candidate.plan.omit),
+            "fit": candidate.fit,
+            "within": candidate.within,
+            "seconds": candidate.seconds,
+            **{
+                name: {"value": figure.value, "error": figure.error, "prompts": figure.prompts}
+                for name, figure in candidate.figures.items()
+            },
+        }
+        for candidate in found.tried
+    ]
+    card = None if found.card is None else found.card.to_dict()
+    return {
+        "plan": None if card is None else str(out / PLAN_FILE),
+        "omit": list(found.plan.omit),
+        "boundary": found.plan.boundary,
+        "min_tokens": found.plan.min_tokens,
+        "recall": found.recall,
+        "tried": tried,
+        "card": card,
+    }
+
+
+def _print(found: AutoPlan, out: Path) -> None:
+    console = Console()
+    names = list(dict.fromkeys(name for candidate in found.tried for name in candidate.figures))
+    table = output.new_table("omitted, fit", *names, "budget", "seconds")
+    for candidate in sorted(found.tried, key=lambda tried: tried.count):
+        cells = [str(candidate.figures[name]) if name in candidate.figures else "-" for name in names]
+        kept = "within" if candidate.within else "over"
+        table.add_row(f"{candidate.count}, {candidate.fit}", *cells, kept, f"{candidate.seconds:.0f}")
+    console.print(table)
+    note = (
+        "differences to full depth on held-out prompts: mean (standard error). A plan keeps a limit if mean plus one "
+        "standard error does. Loss and KL: nats a token."
+    )
+    console.print(Text(note, style="dim"))
+    if found.recall is not None:
+        console.print(Text(f"at full depth the model answers {found.recall:.2f} of the retrieval tasks"))
+    card = found.card
+    if card is None:
+        return
+    console.print(Text(f"plan: {card.plan}"))
+    for row in card.quality:
+        error = math.nan if row.error is None else row.error
+        console.print(Text(f"costs: {row.name} {row.value:+.4f} ({error:.4f}) {row.unit}, {row.prompts} prompts"))
+    for speed in card.speed:
+        console.print(Text(f"gains: {speed.speedup:.2f}x at {speed.tokens} tokens against the {speed.against} prefill"))
+    console.print(Text(f"prompts of fewer than {found.plan.min_tokens} tokens run all layers"))
+    for name in (PLAN_FILE, MATRICES_FILE, CARD_FILE, README_FILE):  # print, because a console breaks long paths
+        if (out / name).exists():
+            print(out / name)

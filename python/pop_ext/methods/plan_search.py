@@ -1,0 +1,77 @@
+"""Search the largest number of omitted layers within a budget of quality, with the cheap estimates first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from pop_ext.methods.quality_judge import KL, Figure
+from pop_ext.plans.plan import Plan
+
+UNFITTED, QUICK, RIDGE, DISTILL = "unfitted", "quick ridge", "ridge", "distill"
+STAGES = {UNFITTED: (UNFITTED,), RIDGE: (UNFITTED, QUICK, RIDGE), DISTILL: (UNFITTED, QUICK, DISTILL)}
+"""Method -> the stages of its search, in order of cost. The quick ridge fits on some of the calibration sequences."""
+REACH = {RIDGE: 2, DISTILL: 4}
+"""Third stage -> how many counts above the quick ridge's answer it tries."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan that the search has judged.
+
+    Attributes:
+        plan: The plan, with the projections of its fit.
+        fit: "unfitted", "quick ridge", "ridge" or "distill".
+        figures: Held-out figures by name.
+        within: True if all limits are kept.
+        seconds: Time of fit and measurement.
+    """
+
+    plan: Plan
+    fit: str
+    figures: Mapping[str, Figure]
+    within: bool
+    seconds: float
+
+    @property
+    def count(self) -> int:
+        """Number of omitted layers."""
+        return len(self.plan.omit)
+
+
+def search(judge: Callable[[int, str], Candidate], stages: Sequence[str], highest: int) -> Candidate | None:
+    """Find the plan that omits the most layers within the limits, by bisection in each stage.
+
+    Each stage starts from the count that the one before has found, because a better fit costs no quality. The search
+    assumes that within a stage a larger count costs more. The third stage looks only ``REACH`` counts further. At the
+    end the count that was found is judged with the last stage's fit, too, and the lower KL of the two wins.
+
+    Args:
+        judge: Function from (number of layers, stage) to a judged candidate.
+        stages: Fits in order of cost, of ``STAGES``.
+        highest: Largest number of layers to try.
+
+    Returns:
+        The candidate, or None if not even one layer can be omitted.
+    """
+    found: dict[tuple[int, str], Candidate] = {}
+
+    def candidate(count: int, stage: str) -> Candidate:
+        if (count, stage) not in found:
+            found[count, stage] = judge(count, stage)
+        return found[count, stage]
+
+    low, best = 0, None
+    for number, stage in enumerate(stages):
+        high = highest if number < 2 else min(highest, low + REACH.get(stage, 0))
+        while low < high:
+            middle = (low + high + 1) // 2
+            tried = candidate(middle, stage)
+            if tried.within:
+                low, best = middle, tried
+            else:
+                high = middle - 1
+    if best is None or best.fit == stages[-1]:
+        return best
+    last = candidate(low, stages[-1])
+    return last if last.within and last.figures[KL].value <= best.figures[KL].value else best

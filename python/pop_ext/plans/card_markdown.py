@@ -1,0 +1,78 @@
+"""Write a ``PlanCard`` as a model card: YAML front matter, as the Hugging Face hub reads it, then markdown."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+
+from pop_ext.plans.card import PlanCard
+
+MARK = "library_name: pop_ext"
+"""Line of the front matter by which a card is known."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HOW_TO = """## How to use it
+
+```python
+import pop_ext
+
+plan = pop_ext.Plan.from_pretrained(FOLDER_OR_HUB_ID)
+pop_ext.enable(model, plan)  # the model that the plan was made for
+```
+
+As the sub-folder `pop_ext` of the checkpoint's folder, `pop_ext.enable(model)` finds the plan by itself."""
+
+
+def render(card: PlanCard) -> str:
+    """Return the text of the model card."""
+    parts = [_front_matter(card), f"# Prefill plan for {card.model or 'a model'}", _summary(card), _quality(card)]
+    if card.speed:
+        rows = [(str(row.tokens), f"{row.speedup:.2f}x", row.against, row.hardware) for row in card.speed]
+        parts += ["## Speed", _table(("prompt tokens", "speed-up of the prefill", "against", "hardware"), rows)]
+    if card.texts:
+        texts = [(t.name, t.role, str(t.tokens), t.licence or "unknown", f"`{t.sha256}`") for t in card.texts]
+        parts += ["## Texts", _table(("text", "role", "tokens", "licence", "SHA-256"), texts)]
+    parts += ["## Facts", _facts(card), _HOW_TO]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(card: PlanCard) -> str:
+    lines = ["---", MARK]
+    if card.model and _HUB_ID.fullmatch(card.model):
+        lines.append(f"base_model: {json.dumps(card.model)}")  # a JSON string is a YAML string
+    return "\n".join([*lines, "tags:", "- pop_ext", "- prefill-only-pruning", "---"])
+
+
+def _summary(card: PlanCard) -> str:
+    plan = card.plan[0].upper() + card.plan[1:]
+    return f"{plan}. Decode runs all layers, with the stock weights ([POP](https://arxiv.org/abs/2602.03295))."
+
+
+def _quality(card: PlanCard) -> str:
+    heading = "## Quality"
+    if not card.quality:
+        return f"{heading}\n\n**Not measured.** Nothing is known of what this plan costs."
+    rows = []
+    for row in card.quality:
+        value = f"{row.value:+.4f}" if row.error is None else f"{row.value:+.4f} ({row.error:.4f})"
+        rows.append((row.name, value, row.unit, str(row.prompts), row.against))
+    table = _table(("figure", "value (standard error)", "unit", "held-out prompts", "difference to"), rows)
+    return f"{heading}\n\n{table}"
+
+
+def _facts(card: PlanCard) -> str:
+    asked = ", ".join(f"{name} {value:g}" for name, value in card.asked.items())
+    versions = ", ".join(f"{name} {version}" for name, version in card.versions.items())
+    facts = {
+        "asked for": asked,
+        "config_hash": card.config_hash,
+        "weights_hash": card.weights_hash,
+        "versions": versions,
+        "created": card.created,
+    }
+    return _table(("fact", "value"), [(name, value) for name, value in facts.items() if value])
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    cells = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
