@@ -1,4 +1,4 @@
-# make demo | test | lint | format | docs | dev | shim | avx512 | vllm
+# make demo | real | test | lint | format | docs | dev | shim | avx512 | vllm
 #
 # On a plain machine (python3 >= 3.10, a C++20 compiler, network for pip) demo, test, lint and format make .venv and
 # install into it; they use the torch of python3, if it has one. With PYTHON=... that interpreter is used as it is,
@@ -28,13 +28,18 @@ FOR_TEST := $(VENV)/installed-dev
 FOR_LINT := $(FOR_TEST)
 endif
 
-.PHONY: demo test lint format docs dev core shim avx512 vllm clean
+.PHONY: demo real test lint format docs dev core shim avx512 vllm clean
 
 # One prompt three ways: the stock model, native at full depth, pruned. Other plans: make demo DEMO='--count 6'
 DEMO ?= --plan third
 demo: $(FOR_DEMO)
 	$(RUN) -m pop_ext generate --model examples/demo_model/model \
 	  --prompt-file examples/demo_model/heldout/pprint.py.txt --prompt-tokens 768 $(DEMO)
+
+# A real checkpoint of 30 layers and texts for it, into a cache folder (examples/real_model), and its tests.
+real: $(FOR_TEST)
+	$(RUN) examples/real_model/prepare.py
+	$(RUN) -m pytest tests/evaluation/test_real_model.py
 
 test: $(FOR_TEST)
 	$(RUN) $(PYTEST) $(TESTS)

@@ -48,9 +48,11 @@ ON_THE_CPU = {
     "test_plan",
     "test_readme",
     "test_real_configs",
+    "test_real_model",
     "test_real_vision_configs",
     "test_reference",
     "test_reference_turns",
+    "test_retrieval",
 }
 """Modules that test the CPU's kernels, the oracle, or code without a device."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -133,6 +134,25 @@ def test_eval_measures_every_arm_and_draws_the_figures(folder, files, tmp_path):
     assert printed.exit_code == 0, printed.output
     for text in ("3 text prompts of 24 tokens", "pop 4-5 b4", "dropped 4-5", "exact"):
         assert text in printed.stdout
+
+
+def test_eval_measures_retrieval_and_second_turns_and_prints_times(folder, files, tmp_path):
+    longer = shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((longer / "config.json").read_text())
+    (longer / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    options = ("--retrieval", 240, "--second-turn", 250, "--counts", 2, "--boundary", 1, "--kinds", "pop,no-kv")
+    result = evaluate(longer, files, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    found = pop_ext.evaluation.Evaluation.load(tmp_path / "out" / "evaluation.json")
+    rows = {(row["set"], row["length"]): row for row in found.summary() if row["kind"] == "pop"}
+    assert {("retrieval", 240), ("second turn", 250)} <= rows.keys()
+    assert rows["retrieval", 240].keys() >= {"exact", "delta_exact", "kl"}
+    assert not [row for row in found.summary() if row["kind"] == "no-kv" and row["set"] == "second turn"]
+    for text in ("3 retrieval prompts of 240 tokens", "3 second turn prompts of 250", "exact", "KL"):
+        assert text in result.stdout
+    times = result.stdout.partition("time to first token")[2]
+    for text in ("Hugging Face full", "native full", "pop 4-5 b1", "16 tokens, ms"):
+        assert text in times
 
 
 def test_eval_takes_saved_plans_and_refuses_a_folder_of_other_prompts(folder, files, tmp_path):

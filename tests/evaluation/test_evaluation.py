@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 
 import models
+import numpy as np
 import pop_ext
 import pytest
 import torch
@@ -22,6 +24,7 @@ from pop_ext.evaluation import (
     timing,
 )
 from pop_ext.evaluation import run as running
+from pop_ext.evaluation.arms import Arm
 from pop_ext.evaluation.results import SCHEMA, mean_of
 from pop_ext.evaluation.timing import NATIVE_FULL, STOCK, speedup
 from pop_ext.plans.origin import origin_of
@@ -71,14 +74,50 @@ def test_resume_measures_a_new_fit_again(tmp_path):
     model, path = shared("llama"), tmp_path / "evaluation.json"
     ids = torch.randint(0, model.config.vocab_size, (8, 24), generator=torch.Generator().manual_seed(2))
     first, second = (pop_ext.fit(model, PLAN, [ids], lambdas=[ridge]) for ridge in (0.1, 0.01))
-    with pytest.raises(ValueError, match="plans: expected one fit of layers 1,4-5, got two"):
-        make_arms([first, second])
     before = evaluate(model, prompt_sets(model), [first], resume=path)
     after = evaluate(model, prompt_sets(model), [second], resume=path)
     assert len(after.cells) == len(before.cells)
     fresh = evaluate(model, prompt_sets(model), [second])
     name = next(arm.name for arm in make_arms([second]) if arm.kind == "pop-fitted")
     assert after.find(0, name)["samples"] == fresh.find(0, name)["samples"] != before.find(0, name)["samples"]
+
+
+def with_method(plan, method):
+    """Return a plan with its fit said to be by another method, and with other values."""
+    report = copy.copy(plan.projections.report)
+    object.__setattr__(report, "method", method)
+    matrices = {layer: matrix * 1.001 for layer, matrix in plan.projections.matrices.items()}
+    return plan.replace(projections=dataclasses.replace(plan.projections, report=report, matrices=matrices))
+
+
+def test_fits_of_the_same_layers_are_arms_named_by_their_methods():
+    model = shared("llama")
+    ids = torch.randint(0, model.config.vocab_size, (8, 24), generator=torch.Generator().manual_seed(2))
+    first, second = (pop_ext.fit(model, PLAN, [ids], lambdas=[ridge]) for ridge in (0.1, 0.01))
+    distilled = with_method(first, "distill")
+    arms = make_arms([first, distilled, second, first])
+    tag = second.projections.digest[:6]
+    fitted = [arm for arm in arms if arm.kind == "pop-fitted"]
+    assert [arm.name for arm in fitted] == [
+        "pop-ridge 1,4-5 b2",
+        "pop-distill 1,4-5 b2",
+        f"pop-ridge 1,4-5 b2 {tag}",
+    ]
+    assert [arm.fit for arm in fitted] == [plan.projections.digest for plan in (first, distilled, second)]
+    result = evaluate(model, prompt_sets(model)[1:], [first, second], kinds=["pop-fitted"])
+    losses = [cell["samples"]["loss"] for cell in result.cells]
+    assert len({tuple(values) for values in losses}) == 3
+    assert [row["method"] for row in result.summary()] == [None, "ridge", "ridge"]
+
+
+def test_results_from_before_there_were_methods_are_of_ridge_fits(tmp_path):
+    result = Evaluation({"schema": SCHEMA, "num_layers": 6, "sets": []})
+    result.add(0, Arm("pop-fitted", PLAN), {"loss": [1.0]})
+    del result.cells[0]["method"]
+    result.save(tmp_path / "e.json")
+    [cell] = Evaluation.load(tmp_path / "e.json").cells
+    assert (cell["arm"], cell["method"]) == ("pop-ridge 1,4-5 b2", "ridge")
+    assert not Evaluation({}, [cell]).has(0, Arm("pop-fitted", PLAN))  # kl was not measured
 
 
 @pytest.mark.parametrize(
@@ -118,7 +157,58 @@ def test_losses_match_score_and_agreement_matches_generate():
         leading = next((i for i, (a, b) in enumerate(zip(stock, made, strict=True)) if a != b), 5)
         assert pruned["agreement"][index] == pytest.approx(leading / 5)
     assert full["agreement"] == [1.0] * 3
-    assert result.find(1, "full")["samples"].keys() == {"loss", "first", "exact"}
+    assert result.find(1, "full")["samples"].keys() == {"loss", "first", "kl", "exact"}
+
+
+def test_kl_is_the_divergence_from_the_full_model_over_the_continuation():
+    model = shared("llama")
+    sets = prompt_sets(model)
+    result = evaluate(model, sets, [PLAN], kinds=["pop"], greedy_tokens=0)
+    full, pruned = (result.find(0, name)["samples"]["kl"] for name in ("full", "pop 1,4-5 b2"))
+    assert full == [0.0] * 3
+    for index, (context, continuation) in enumerate(sets[0].pairs):
+        ids = torch.cat([context, continuation[:-1]])[None]
+        with torch.no_grad():
+            teacher = model(ids).logits[0, 23:].double().log_softmax(-1)
+        logits, _ = pop_ext.reference.prefill(model, ids, PLAN, 6, boundary=7)
+        student = logits[0].double().log_softmax(-1)
+        wanted = float((teacher.exp() * (teacher - student)).sum(-1).mean())
+        assert wanted > 0.01
+        assert pruned[index] == pytest.approx(wanted, abs=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_second_turn_is_prefilled_over_the_cache_of_the_first(backend, monkeypatch):
+    model = shared("llama")
+    monkeypatch.setattr(running, "backend_of", lambda model: backend)
+    turns = [(tokens(model, n, seed=i), tokens(model, 4, seed=9 + i)) for i, n in enumerate((24, 31))]
+    pairs = [(tokens(model, 12 + i, seed=30 + i), tokens(model, 3 + i, seed=40 + i)) for i in range(2)]
+    dialogues = PromptSet("second turn", 24, tuple(pairs), tuple(turns))
+    kinds = ["pop", "no-kv", "dropped"]
+    result = evaluate(model, [dialogues], [PLAN], kinds=kinds)
+    assert [cell["arm"] for cell in result.cells] == ["full", "pop 1,4-5 b2", "dropped 1,4-5"]
+    full, pruned = (result.find(0, name)["samples"] for name in ("full", "pop 1,4-5 b2"))
+    for index, ((prompt, said), (new, value)) in enumerate(zip(turns, pairs, strict=True)):
+        whole = torch.cat([prompt, said, new, value])[None]
+        rows = {}
+        with torch.no_grad():
+            rows["full"] = model(whole).logits[0, -len(value) - 1 : -1]
+            with pop_ext.enabled(model, PLAN, strict=True):
+                cache = model(prompt[None], logits_to_keep=1).past_key_values
+                for token in said:
+                    cache = model(token.view(1, 1), past_key_values=cache).past_key_values
+                out = model(new[None], past_key_values=cache, logits_to_keep=1)
+                assert pop_ext.last_call(model).backend == "native"
+                made = [out.logits[0, -1]]
+                for token in value[:-1]:
+                    out = model(token.view(1, 1), past_key_values=out.past_key_values)
+                    made.append(out.logits[0, -1])
+            rows["pop"] = torch.stack(made)
+        for found, key in ((full, "full"), (pruned, "pop")):
+            loss = -rows[key].log_softmax(-1).gather(1, value[:, None]).mean()
+            assert found["loss"][index] == pytest.approx(float(loss), abs=2e-4)
+        assert abs(full["loss"][index] - pruned["loss"][index]) > 1e-2
+    assert set(pruned) == {"loss", "first", "kl", "exact"}
 
 
 def test_fp8_arms_prefill_in_fp8_and_decode_as_stock():
@@ -277,6 +367,15 @@ def test_time_plans_times_stock_native_full_and_each_plan():
     assert speedup(fake, "b", 8) is None
 
 
+def test_a_speedup_has_its_quartiles_over_rounds():
+    fake = [{"arm": NATIVE_FULL, "tokens": 8, "seconds": [2, 4, 9]}, {"arm": "a", "tokens": 8, "seconds": [1, 4, 3]}]
+    assert timing.speed_range(fake, "a", 8) == (1.5, 2, 2.5)
+    assert timing.speed_range(fake, "b", 8) is None
+    assert timing.median_ms(fake, "a", 8) == 3000
+    once = [{**entry, "seconds": entry["seconds"][:1]} for entry in fake]
+    assert timing.speed_range(once, "a", 8) == (2, 2, 2)
+
+
 def test_time_plans_loads_each_plan_once_and_keeps_boundaries(monkeypatch):
     model = shared("llama")
     loaded, boundaries = [], []
@@ -345,6 +444,31 @@ def test_the_frontier_uses_the_timed_length_and_labels_layers(tmp_path, monkeypa
     assert {text.get_text(): round(text.xy[0], 3) for text in ax.texts} == {"1,4-5": 3.0, "5": 2.0}
     assert "96 tokens" in ax.get_xlabel()
     assert "32 tokens" in ax.get_ylabel()
+
+
+def test_the_frontier_has_errors_in_both_directions_and_tells_fits_apart(tmp_path, monkeypatch):
+    model = shared("llama")
+    ids = torch.randint(0, model.config.vocab_size, (8, 24), generator=torch.Generator().manual_seed(2))
+    fitted = pop_ext.fit(model, Plan(6, (5,)), [ids], lambdas=[0.1])
+    result = Evaluation({"model": "m", "num_layers": 6, "sets": [{"kind": "text", "length": 24, "prompts": 2}]})
+    for number, arm in enumerate(make_arms([fitted, with_method(fitted, "distill")], ["pop", "pop-fitted"])):
+        result.add(0, arm, {"loss": [1.0 + number, 1.2 + 2 * number], "first": [1.0, 1.0]})
+    seconds = {NATIVE_FULL: [1.0, 1.0, 1.0], "pop 5 b1": [0.5, 0.25, 0.125]}
+    result.timings = [{"arm": arm, "tokens": 24, "seconds": times} for arm, times in seconds.items()]
+    ax = drawn(monkeypatch, plots.draw_frontier, result, tmp_path)
+    labels = ax.get_legend_handles_labels()[1]
+    assert [label.partition(",")[0] + label.partition(",")[2] for label in labels if "boundary" in label] == [
+        "POP boundary 1",
+        "POP distilled fit, boundary 1",
+        "POP ridge fit, boundary 1",
+    ]
+    [bars] = ax.containers
+    horizontal, vertical = (
+        list(lines.get_segments()) for lines in sorted(bars[2], key=lambda c: np.ptp(c.get_segments()[0][:, 1]))
+    )
+    assert horizontal[0][:, 0].tolist() == [3, 6]
+    assert len(vertical) == 3
+    assert ax.yaxis.get_major_formatter()(0, None) == "full depth  0"
 
 
 def test_a_line_joins_only_nested_plans(tmp_path, monkeypatch):

@@ -39,9 +39,10 @@ def evaluate(
         str,
         typer.Option(
             help="Ways to run each plan, separated by commas; the full model always runs. pop: the plan. pop-fitted: "
-            "the plan with its fitted projections. Ablations: no-kv (context rows leave no keys and values in omitted "
-            "layers), no-boundary (no token of the prompt runs through all layers), dropped (decoding omits the "
-            "layers, too). full-fp8, pop-fp8: the full model and the plan with matrix products in 8-bit floats.",
+            "the plan with its fitted projections, named pop-ridge or pop-distill. Ablations: no-kv (context "
+            "rows leave no keys and values in omitted layers), no-boundary (no token of the prompt runs through all "
+            "layers), dropped (decoding omits the layers, too). full-fp8, pop-fp8: the full model and the plan with "
+            "matrix products in 8-bit floats.",
             metavar="KINDS",
         ),
     ] = _KINDS,
@@ -58,6 +59,22 @@ def evaluate(
             metavar="LENGTHS",
         ),
     ] = "128",
+    retrieval: Annotated[
+        str,
+        typer.Option(
+            help="Lengths of retrieval prompts: a fact stands anywhere in a text, and the last line asks for it, in "
+            "chat form if the tokenizer has a chat template: 512,2000. Empty: none.",
+            metavar="LENGTHS",
+        ),
+    ] = "",
+    second_turn: Annotated[
+        str,
+        typer.Option(
+            help="Lengths of first prompts in dialogues whose second turn asks for another fact of the same text. "
+            "Empty: none.",
+            metavar="LENGTHS",
+        ),
+    ] = "",
     time_lengths: Annotated[
         str, typer.Option(help="Prompt lengths to time: 256,1024. Empty: none.", metavar="LENGTHS")
     ] = "256",
@@ -93,7 +110,7 @@ def evaluate(
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure the loss, greedy continuations, recall and time of plans, beside the full model and ablations.
+    """Measure the loss, greedy continuations, recall, retrieval and time of plans, beside the full model and ablations.
 
     An ablation leaves out one part of the method.
 
@@ -111,13 +128,15 @@ def evaluate(
         plans = _plans(loaded.config, plan or [], counts, boundary)
 
         from pop_ext.evaluation import evaluate as run
-        from pop_ext.evaluation import read_texts, recall_sets, text_sets, time_plans
+        from pop_ext.evaluation import read_texts, recall_sets, retrieval_sets, second_turn_sets, text_sets, time_plans
 
         limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
         texts = read_texts(files, tokenizer)
         sets = text_sets(texts, tokenizer, options.parse_numbers("--lengths", lengths), continuation, samples, limit)
-        asked = options.parse_numbers("--recall", recall)
-        sets += recall_sets(texts, tokenizer, asked, samples, limit=limit) if asked else []
+        makers = {"--recall": (recall, recall_sets), "--retrieval": (retrieval, retrieval_sets)}
+        for option, (given, make) in {**makers, "--second-turn": (second_turn, second_turn_sets)}.items():
+            asked = options.parse_numbers(option, given)
+            sets += make(texts, tokenizer, asked, samples, limit=limit) if asked else []
         path, bar = out / RESULT, not as_json
         wanted = [kind.strip() for kind in kinds.split(",")]
         how: dict[str, Any] = {"greedy_tokens": greedy, "batch_size": batch_size, "resume": path, "progress": bar}
@@ -164,23 +183,47 @@ def _print(result: Evaluation) -> None:
     for number, prompts in enumerate(result.facts["sets"]):
         length = "" if prompts["length"] is None else f" of {prompts['length']} tokens"
         console.print(Text(f"{prompts['prompts']} {prompts['kind']} prompts{length}: nats per token (standard error)"))
-        recall = prompts["kind"] == "recall"
-        shares = {"exact": "exact"} if recall else {"agreement": "as full", "match": "match"}
-        table = output.new_table("arm", "loss", "to full", "first token", *shares.values())
-        of_set = [row for row, cell in zip(rows, result.cells, strict=True) if cell["set"] == number]
-        for row in of_set:
-            cells = [_mean(row["loss"]), _mean(row["delta_loss"], "+"), _mean(row["delta_first"], "+")]
-            table.add_row(row["arm"], *cells, *(_mean(row[name], digits=2) if name in row else "-" for name in shares))
+        if prompts["kind"] == "text":
+            columns = {"delta_first": "first token", "agreement": "as full", "match": "match"}
+        else:
+            columns = {"exact": "exact", "delta_exact": "exact, to full"}
+        columns = {"loss": "loss", "delta_loss": "to full", "kl": "KL", **columns}
+        table = output.new_table("arm", *columns.values())
+        for row, cell in zip(rows, result.cells, strict=True):
+            if cell["set"] == number:
+                table.add_row(row["arm"], *(_mean(row[name], name) if name in row else "-" for name in columns))
         console.print(table)
     note = (
-        "loss: of the true continuation. to full: its difference to the full model's loss. first token: that "
-        "difference for the first token alone. as full: share of the full model's greedy continuation before the first "
-        "token that differs. match: share of prompts where all of it is equal. exact: share of prompts whose first "
-        "line was recalled."
+        "loss: of the true continuation. to full: its difference to the full model's loss. KL: divergence from the "
+        "full model's distribution. first token: difference of the loss of the first token alone. as full: share of "
+        "the full model's greedy continuation before the first token that differs. match: share of prompts where all "
+        "of it is equal. exact: share of prompts whose whole answer was found. Differences are paired by prompt."
     )
     console.print(Text(note, style="dim"))
+    if result.timings:
+        _print_times(console, result.timings)
 
 
-def _mean(mean: Any, sign: str = "", digits: int = 3) -> str:
-    """Format a mean and, in brackets, its standard error."""
+def _print_times(console: Console, timings: list[dict[str, Any]]) -> None:
+    from pop_ext.evaluation.timing import NATIVE_FULL, median_ms, speed_range
+
+    lengths = sorted({timing["tokens"] for timing in timings})
+    console.print(Text(f"time to first token: median, and times as fast as {NATIVE_FULL} (quartiles over rounds)"))
+    heads = [text for tokens in lengths for text in (f"{tokens} tokens, ms", "times as fast")]
+    table = output.new_table("arm", *heads)
+    for arm in dict.fromkeys(timing["arm"] for timing in timings):
+        cells = []
+        for tokens in lengths:
+            median, speed = median_ms(timings, arm, tokens), speed_range(timings, arm, tokens)
+            cells.append("-" if median is None else f"{median:.1f}")
+            cells.append("-" if speed is None else f"{speed.median:.2f} ({speed.low:.2f} to {speed.high:.2f})")
+        table.add_row(arm, *cells)
+    console.print(table)
+    console.print(Text("A fit takes the time of its plan: it replaces values, not work.", style="dim"))
+
+
+def _mean(mean: Any, name: str) -> str:
+    """Format a measure's mean and, in brackets, its standard error: shares with two digits, differences with a sign."""
+    digits = 2 if name in ("agreement", "match", "exact", "delta_exact") else 3
+    sign = "+" if name.startswith("delta_") else ""
     return f"{mean.value:{sign}.{digits}f} ({mean.error:.{digits}f})"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from pop_ext.evaluation.results import Evaluation, Mean
-from pop_ext.evaluation.timing import NATIVE_FULL, speedup
+from pop_ext.evaluation.timing import NATIVE_FULL, median_ms, speedup
 from pop_ext.methods.plots import plot_stages
 from pop_ext.plans.projections import FitReport
 
@@ -22,7 +22,7 @@ _CAPTIONS = {
     "cost": "Loss above full depth by the number of omitted layers, with standard errors.",
     "frontier": "Loss above full depth against measured speed, one point per plan. Down and to the right is better.",
     "lengths": "Loss above full depth by the length of the prompt.",
-    "recall": "Share of recall prompts whose first line is found again at their end.",
+    "recall": "Share of prompts with an answer in them that is found, by the number of omitted layers.",
     "ttft": "Time to first token by the length of the prompt.",
     "stages": "Time of a prefill by stage.",
 }
@@ -153,8 +153,8 @@ def _evaluation(result: Evaluation, name: str) -> Section:
     for number, prompts in enumerate(facts["sets"]):
         length = "" if prompts["length"] is None else f" of {prompts['length']} tokens"
         columns = {"loss": "loss", "delta_loss": "to full depth", "delta_first": "first token, to full depth"}
-        columns |= {"exact": "exact answer"} if prompts["kind"] == "recall" else {}
-        columns |= {"agreement": "greedy as full", "match": "exact match"} if prompts["kind"] == "text" else {}
+        columns |= {"kl": "KL from full depth", "exact": "exact answer", "delta_exact": "exact, to full depth"}
+        columns |= {"agreement": "greedy as full", "match": "exact match"}
         own = [row for row, cell in rows if cell["set"] == number]
         columns = {key: text for key, text in columns.items() if any(key in row for row in own)}
         body = [[Cell(row["arm"]), *(_mean(row.get(key)) for key in columns)] for row in own]
@@ -171,9 +171,8 @@ def _times(timings: Sequence[dict[str, Any]]) -> Table:
     for arm in dict.fromkeys(timing["arm"] for timing in timings):
         cells = [arm]
         for tokens in lengths:
-            seconds = next((t["seconds"] for t in timings if t["arm"] == arm and t["tokens"] == tokens), None)
-            gain = speedup(timings, arm, tokens)
-            cells.append("-" if seconds is None else f"{1e3 * sorted(seconds)[len(seconds) // 2]:.1f}")
+            median, gain = median_ms(timings, arm, tokens), speedup(timings, arm, tokens)
+            cells.append("-" if median is None else f"{median:.1f}")
             cells.append("-" if gain is None else f"{gain:.2f}x")
         rows.append(_cells(*cells))
     header = [text for tokens in lengths for text in (f"{tokens} tokens, ms", f"vs {NATIVE_FULL}")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,10 +28,12 @@ from pop_ext.methods.calibration import stock_evaluation
 from pop_ext.plans.plan import Plan
 
 FULL, POP, FITTED = "full", "pop", "pop-fitted"
+RIDGE, DISTILL = "ridge", "distill"
+"""Methods of fits. A report that names none is of a ridge."""
 FULL_FP8, POP_FP8 = "full-fp8", "pop-fp8"
 DEFAULT_KINDS = (FULL, POP, FITTED, NO_KV, NO_BOUNDARY, DROPPED)
 """The default kinds: ``full`` is the stock model, ``pop`` the plan without fitted projections, ``pop-fitted`` the plan
-with them. The others are ablations."""
+with them, named ``pop-ridge`` or ``pop-distill`` by the method of the fit. The others are ablations."""
 KINDS = (*DEFAULT_KINDS, FULL_FP8, POP_FP8)
 """All kinds: also ``full-fp8`` and ``pop-fp8``, which prefill prompts with products in 8-bit floats (docs/fp8.md)."""
 
@@ -43,10 +45,12 @@ class Arm:
     Attributes:
         kind: One of ``KINDS``.
         plan: Plan whose layers are omitted. In ``full`` and ``full-fp8`` it omits nothing.
+        tag: End of the name; tells fits apart that have the same method, layers and boundary.
     """
 
     kind: str
     plan: Plan
+    tag: str = ""
 
     @property
     def fp8(self) -> bool:
@@ -60,11 +64,21 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """Name made of kind, omitted layers and boundary, such as "pop 8-11 b16"."""
+        """Name made of kind or method, omitted layers and boundary, such as "pop 8-11 b16" or "pop-ridge 8-11 b1"."""
         if self.kind in (FULL, FULL_FP8):
             return self.kind
         boundary = "" if self.boundary is None else f" b{self.boundary}"
-        return f"{self.kind} {layers_text(self.plan)}{boundary}"
+        return (
+            f"{self.kind if self.method is None else f'pop-{self.method}'} {layers_text(self.plan)}{boundary}{self.tag}"
+        )
+
+    @property
+    def method(self) -> str | None:
+        """Method of the fit, "ridge" or "distill"; None for kinds without one."""
+        if self.kind != FITTED or self.plan.projections is None:
+            return None
+        method = getattr(self.plan.projections.report, "method", RIDGE)
+        return method if isinstance(method, str) else RIDGE
 
     @property
     def fit(self) -> str | None:
@@ -85,8 +99,9 @@ def layers_text(plan: Plan) -> str:
 def make_arms(plans: Sequence[Plan], kinds: Sequence[str] = DEFAULT_KINDS) -> list[Arm]:
     """Make the arms of an evaluation: the full model, then every kind of every plan, without duplicates.
 
-    A plan without fitted projections has no ``pop-fitted`` arm. Plans that differ only in their boundary share one
-    ``no-boundary`` and one ``dropped`` arm. ``min_tokens`` of the plans is set to 0.
+    A plan without fitted projections has no ``pop-fitted`` arm. Of several fits with the same method, layers and
+    boundary, all but the first have the beginning of their digest in their names. Plans that differ only in their
+    boundary share one ``no-boundary`` and one ``dropped`` arm. ``min_tokens`` of the plans is set to 0.
 
     Args:
         plans: Plans of one depth, at least one.
@@ -96,8 +111,7 @@ def make_arms(plans: Sequence[Plan], kinds: Sequence[str] = DEFAULT_KINDS) -> li
         The arms in the order of ``KINDS``.
 
     Raises:
-        ValueError: There is no plan, the plans differ in depth, two plans have different fits of the same layers, or
-            a kind is unknown.
+        ValueError: There is no plan, the plans differ in depth, or a kind is unknown.
     """
     depths = sorted({plan.num_layers for plan in plans})
     if len(depths) != 1:
@@ -113,8 +127,9 @@ def make_arms(plans: Sequence[Plan], kinds: Sequence[str] = DEFAULT_KINDS) -> li
             plan = plan.replace(min_tokens=0)  # min_tokens only decides when pruning pays
             plan = plan if kind == FITTED else plan.replace(projections=None)
             arm = Arm(kind, Plan(plan.num_layers, ()) if kind == FULL_FP8 else plan)
-            if arms.setdefault(arm.name, arm).plan.projections != arm.plan.projections:
-                raise ValueError(f"plans: expected one fit of layers {layers_text(plan)}, got two")
+            if arm.name in arms and arms[arm.name].fit != arm.fit:
+                arm = replace(arm, tag=f" {str(arm.fit)[:6]}")
+            arms.setdefault(arm.name, arm)
     return list(arms.values())
 
 

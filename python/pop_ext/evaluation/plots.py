@@ -12,33 +12,46 @@ from os import PathLike
 from typing import Any
 
 from pop_ext.evaluation.ablations import DROPPED, NO_BOUNDARY, NO_KV
-from pop_ext.evaluation.arms import FITTED, FULL, FULL_FP8, POP, POP_FP8, omitted_text
+from pop_ext.evaluation.arms import DISTILL, FITTED, FULL, FULL_FP8, POP, POP_FP8, omitted_text
 from pop_ext.evaluation.results import Evaluation, Mean
-from pop_ext.evaluation.timing import NATIVE_FULL, STOCK, plan_arm, speedup
+from pop_ext.evaluation.timing import NATIVE_FULL, STOCK, SpeedRange, plan_arm, speed_range
 from pop_ext.methods.plots import new_figure
 
 StrPath = str | PathLike[str]
 Row = dict[str, Any]
 
+DISTILLED = f"pop-{DISTILL}"
+"""How figures name the kind of arms with a distilled fit."""
+
 # Shades by kind, from light to dark with the boundary. The kinds can be told apart in grey, too.
 _SHADES = {
     POP: ("#6db3e8", "#1f7fc4", "#0b4f86", "#06304f"),
     FITTED: ("#7cc98a", "#2f9e4f", "#176b30", "#0c421c"),
+    DISTILLED: ("#e38ad0", "#c037a4", "#7d1d69", "#4c0f3f"),
     NO_KV: ("#f2b36b", "#e0842b", "#a85a10", "#6b3705"),
     NO_BOUNDARY: ("#8e5fb5",),
     DROPPED: ("#666666",),
     FULL_FP8: ("#c2405a",),
     POP_FP8: ("#e58fa0", "#c2405a", "#852338", "#4f1220"),
 }
-_MARKERS = {POP: "o", FITTED: "^", NO_KV: "s", NO_BOUNDARY: "D", DROPPED: "x", FULL_FP8: "*", POP_FP8: "v"}
+_MARKERS = {
+    POP: "o",
+    FITTED: "^",
+    DISTILLED: "P",
+    NO_KV: "s",
+    NO_BOUNDARY: "D",
+    DROPPED: "x",
+    FULL_FP8: "*",
+    POP_FP8: "v",
+}
 _LINEAR_BELOW = 0.01  # nats per token; below it the loss axis is linear, so that zero and noise can be shown
 
 
 def draw_cost(result: Evaluation, path: StrPath) -> bool:
     """Draw the loss of each arm above full depth, by the number of omitted layers."""
     rows = _widest_set(result, "text")
-    lines = _lines(rows, lambda row: len(row["omit"]), "delta_loss")
-    if not any(len(points) > 1 for points in lines.values()):
+    lines = _lines(rows, _count, "delta_loss")
+    if not _has_line(lines):
         return False
     figure, [ax] = new_figure(1, width=7.6, height=4.6)
     _draw_lines(ax, lines)
@@ -52,21 +65,22 @@ def draw_cost(result: Evaluation, path: StrPath) -> bool:
 
 
 def draw_recall(result: Evaluation, path: StrPath) -> bool:
-    """Draw the share of exact recall answers, by the number of omitted layers."""
-    rows = _widest_set(result, "recall")
-    lines = _lines(rows, lambda row: len(row["omit"]), "exact")
-    if not any(len(points) > 1 for points in lines.values()):
+    """Draw the share of exact answers by the number of omitted layers, in one panel per set of prompts with answers."""
+    sets = [rows for rows in _sets(result) if "exact" in rows[0] and _has_line(_lines(rows, _count, "exact"))]
+    if not sets:
         return False
-    figure, [ax] = new_figure(1, width=7.6, height=4.4)
-    _draw_lines(ax, lines)
-    for row in rows:
-        if row["kind"] == FULL:
-            ax.axhline(row["exact"].value, color="black", linewidth=1, linestyle=":", label="full depth")
-    ax.set_ylim(-0.03, 1.03)
-    ax.set_ylabel("share of exact answers")
-    ax.set_xlabel("omitted layers")
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    _title(figure, result, f"{rows[0]['prompts']} recall prompts{_of_length(rows[0])}")
+    figure, axes = new_figure(len(sets), width=2.4 + 5.2 * len(sets), height=4.4)
+    for ax, rows in zip(axes, sets, strict=True):
+        _draw_lines(ax, _lines(rows, _count, "exact"))
+        for row in rows:
+            if row["kind"] == FULL:
+                ax.axhline(row["exact"].value, color="black", linewidth=1, linestyle=":", label="full depth")
+        ax.set_ylim(-0.03, 1.03)
+        ax.set_title(f"{rows[0]['prompts']} {rows[0]['set']} prompts{_of_length(rows[0])}", fontsize=10)
+        ax.set_xlabel("omitted layers")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[0].set_ylabel("share of exact answers")
+    _title(figure, result, "answers from the prompt")
     _legend(figure)
     figure.savefig(path)
     return True
@@ -102,8 +116,9 @@ def draw_lengths(result: Evaluation, path: StrPath) -> bool:
 def draw_frontier(result: Evaluation, path: StrPath) -> bool:
     """Draw quality against measured speed, one point per plan, and join the plans that no other beats in both.
 
-    The speed is measured at the prompt length of the loss if it was timed, because a wide boundary costs a short
-    prompt more. Otherwise the longest timed length is used.
+    Error bars are standard errors of the loss, and quartiles of the speed over rounds. The speed is measured at the
+    prompt length of the loss if it was timed, because a wide boundary costs a short prompt more. Otherwise the longest
+    timed length is used.
     """
     rows = [row for row in _widest_set(result, "text") if row["kind"] in (POP, FITTED)]
     timed: set[int] = {timing["tokens"] for timing in result.timings}
@@ -111,21 +126,27 @@ def draw_frontier(result: Evaluation, path: StrPath) -> bool:
     tokens = length if length is not None and length in timed else max(timed, default=0)
     points = []
     for row in rows:
-        gain = speedup(result.timings, plan_arm(row["omit"], row["boundary"]), tokens)
+        gain = speed_range(result.timings, plan_arm(row["omit"], row["boundary"]), tokens)
         if gain is not None:
             points.append((gain, row["delta_loss"], row))
     if len(points) < 2:
         return False
     figure, [ax] = new_figure(1, width=9.0, height=5.6)
     style = {"fmt": "none", "ecolor": "#bbbbbb", "elinewidth": 0.8, "zorder": 1}
-    ax.errorbar([x for x, _, _ in points], [y.value for _, y, _ in points], [y.error for _, y, _ in points], **style)
+    ax.errorbar(
+        [x.median for x, _, _ in points],
+        [y.value for _, y, _ in points],
+        yerr=[y.error for _, y, _ in points],
+        xerr=[[x.median - x.low for x, _, _ in points], [x.high - x.median for x, _, _ in points]],
+        **style,
+    )
     boundaries = sorted({row["boundary"] for _, _, row in points})
-    for kind, boundary in sorted({(row["kind"], row["boundary"]) for _, _, row in points}):
-        own = [(x, y) for x, y, row in points if (row["kind"], row["boundary"]) == (kind, boundary)]
+    for kind, boundary in sorted({(_look(row), row["boundary"]) for _, _, row in points}):
+        own = [(x.median, y) for x, y, row in points if (_look(row), row["boundary"]) == (kind, boundary)]
         colour = _shade(kind, boundaries.index(boundary))
         label = f"{_kind_text(kind)}, boundary {boundary}"
         ax.scatter(*zip(*[(x, y.value) for x, y in own], strict=True), color=colour, marker=_MARKERS[kind], label=label)
-    best = _frontier([(x, y.value) for x, y, _ in points])
+    best = _frontier([(x.median, y.value) for x, y, _ in points])
     ax.plot(*zip(*best, strict=True), color="#999999", linewidth=1, linestyle="--", zorder=0, label="frontier")
     _loss_axis(ax, f"loss above full depth, nats a token{_after_prompts(length)}")
     _label_plans(ax, points)
@@ -136,12 +157,12 @@ def draw_frontier(result: Evaluation, path: StrPath) -> bool:
     return True
 
 
-def _label_plans(ax: Any, points: Sequence[tuple[float, Mean, Row]]) -> None:
+def _label_plans(ax: Any, points: Sequence[tuple[SpeedRange, Mean, Row]]) -> None:
     """Label each point with its omitted layers. A plan with and without a fit is equally fast and gets one label."""
     highest: dict[tuple[tuple[int, ...], int], tuple[float, float]] = {}
     for x, y, row in points:
-        plan = tuple(row["omit"]), row["boundary"]
-        highest[plan] = max(highest.get(plan, (x, y.value)), (x, y.value))
+        plan, at = (tuple(row["omit"]), row["boundary"]), (x.median, y.value)
+        highest[plan] = max(highest.get(plan, at), at)
     for (omit, _), at in highest.items():
         offset = {"xytext": (2, 4), "textcoords": "offset points", "rotation": 45}
         ax.annotate(omitted_text(omit), at, fontsize=7, ha="left", va="bottom", **offset)
@@ -187,15 +208,31 @@ FIGURES: dict[str, Callable[[Evaluation, StrPath], bool]] = {
 """File name without its ending -> the function that draws the figure."""
 
 
+def _sets(result: Evaluation) -> list[list[Row]]:
+    """Return the summary rows of each set of prompts."""
+    sets: dict[int, list[Row]] = {}
+    for row, cell in zip(result.summary(), result.cells, strict=True):
+        sets.setdefault(cell["set"], []).append(row)
+    return [sets[number] for number in sorted(sets)]
+
+
 def _widest_set(result: Evaluation, kind: str) -> list[Row]:
     """Return the summary rows of the set of a kind with the most arms; of several, that of the longest prompts."""
-    sets: dict[Any, list[Row]] = {}
-    for row in result.summary():
-        if row["set"] == kind:
-            sets.setdefault(row["length"], []).append(row)
-    if not sets:
-        return []
-    return max(sets.items(), key=lambda item: (len(item[1]), item[0] or 0))[1]
+    sets = [rows for rows in _sets(result) if rows[0]["set"] == kind]
+    return max(sets, key=lambda rows: (len(rows), rows[0]["length"] or 0), default=[])
+
+
+def _look(row: Row) -> str:
+    """Return the key of a row's shades, marker and label: its kind, except for distilled fits."""
+    return DISTILLED if row["method"] == DISTILL else str(row["kind"])
+
+
+def _count(row: Row) -> int:
+    return len(row["omit"])
+
+
+def _has_line(lines: dict[tuple[str, int | None], list[Any]]) -> bool:
+    return any(len(points) > 1 for points in lines.values())
 
 
 def _lines(rows: Iterable[Row], x: Callable[[Row], int], value: str) -> dict[tuple[str, int | None], list[Any]]:
@@ -203,7 +240,7 @@ def _lines(rows: Iterable[Row], x: Callable[[Row], int], value: str) -> dict[tup
     lines: dict[tuple[str, int | None], list[tuple[int, Mean, tuple[int, ...]]]] = {}
     for row in rows:
         if row["kind"] != FULL:
-            lines.setdefault((row["kind"], row["boundary"]), []).append((x(row), row[value], tuple(row["omit"])))
+            lines.setdefault((_look(row), row["boundary"]), []).append((x(row), row[value], tuple(row["omit"])))
     for points in lines.values():
         points.sort()
     return lines
@@ -250,7 +287,8 @@ def _shade(kind: str, index: int) -> str:
 def _kind_text(kind: str) -> str:
     names = {
         POP: "POP",
-        FITTED: "POP, fitted",
+        FITTED: "POP, ridge fit",
+        DISTILLED: "POP, distilled fit",
         NO_KV: "no KV projection",
         NO_BOUNDARY: "no boundary handling",
         DROPPED: "dropped in both stages",
@@ -265,7 +303,7 @@ def _loss_axis(ax: Any, label: str) -> None:
     ticks = [-0.1, -0.01, 0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10]
     low, high = ax.get_ylim()
     ax.set_yticks([tick for tick in ticks if low <= tick <= high])
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value else "full depth  0")
     ax.minorticks_off()
     ax.axhline(0, color="black", linewidth=0.7)
     ax.set_ylabel(label)

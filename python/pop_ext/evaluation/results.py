@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pop_ext.evaluation.arms import FITTED, FULL, POP, Arm
+from pop_ext.evaluation.arms import FITTED, FULL, POP, RIDGE, Arm
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.json import finite
 
@@ -64,9 +64,10 @@ class Evaluation:
 
     - ``set``: index into ``facts["sets"]``.
     - ``arm``, ``kind``, ``omit``, ``boundary``, ``plan``: the arm and its plan.
-    - ``fit``: digest of the fitted projections, or None.
+    - ``fit``, ``method``: digest and method of the fitted projections, or None.
     - ``samples``: lists with one value per prompt. ``loss`` is the loss of the true continuation in nats per token,
-      ``first`` that of its first token. ``agreement`` is the leading share of the full model's greedy continuation
+      ``first`` that of its first token. ``kl`` is the KL divergence from the full model's distribution, in nats per
+      token of the continuation. ``agreement`` is the leading share of the full model's greedy continuation
       that is kept; 1 is an exact match. ``exact``, for prompts with answers, is 1 if every token of the answer is the
       most probable one.
 
@@ -91,9 +92,9 @@ class Evaluation:
         return list({(plan.omit, plan.boundary): plan for plan in found}.values())
 
     def has(self, number: int, arm: Arm) -> bool:
-        """Return True if set ``number`` has a cell of this arm with the same fitted projections."""
+        """Return True if set ``number`` has a cell of this arm with the same fitted projections and every measure."""
         cell = self.find(number, arm.name)
-        return cell is not None and cell.get("fit") == arm.fit
+        return cell is not None and cell.get("fit") == arm.fit and "kl" in cell["samples"]
 
     def add(self, number: int, arm: Arm, samples: dict[str, list[float]]) -> None:
         """Add a cell, in place of an older one of the same arm.
@@ -113,6 +114,7 @@ class Evaluation:
                 "boundary": arm.boundary,
                 "plan": json.loads(arm.plan.to_json()),
                 "fit": arm.fit,
+                "method": arm.method,
                 "samples": samples,
             }
         )
@@ -139,16 +141,16 @@ class Evaluation:
         """Summarise every cell in a row.
 
         Returns:
-            One dict per cell: ``set`` (kind), ``length``, ``prompts``, ``arm``, ``kind``, ``omit`` and ``boundary``; a
-            ``Mean`` for each measure; ``match``, the share of exact matches; ``delta_loss``, ``delta_first`` and
-            ``delta_exact``, the mean difference to the full model, paired by prompt.
+            One dict per cell: ``set`` (kind), ``length``, ``prompts``, ``arm``, ``kind``, ``method``, ``omit`` and
+            ``boundary``; a ``Mean`` for each measure; ``match``, the share of exact matches; ``delta_loss``,
+            ``delta_first`` and ``delta_exact``, the mean difference to the full model, paired by prompt.
         """
         rows = []
         for cell in self.cells:
             samples, prompts = cell["samples"], self.facts["sets"][cell["set"]]
             full = self.find(cell["set"], FULL)
             row: dict[str, Any] = {"set": prompts["kind"], "length": prompts["length"], "prompts": prompts["prompts"]}
-            row |= {name: cell[name] for name in ("arm", "kind", "omit", "boundary")}
+            row |= {name: cell[name] for name in ("arm", "kind", "method", "omit", "boundary")}
             row |= {name: mean_of(values) for name, values in samples.items()}
             if "agreement" in samples:
                 row["match"] = mean_of([float(value == 1) for value in samples["agreement"]])
@@ -193,6 +195,9 @@ class Evaluation:
                 raise ValueError(members["facts"]["schema"])
             found = cls(members["facts"], list(members["cells"]), list(members["timings"]))
             for cell in found.cells:
+                if cell["kind"] == FITTED and "method" not in cell:  # files from before there were several methods
+                    cell["arm"] = cell["arm"].replace(FITTED, f"pop-{RIDGE}")
+                cell.setdefault("method", RIDGE if cell["kind"] == FITTED else None)
                 for name, values in cell["samples"].items():
                     cell["samples"][name] = [math.nan if value is None else value for value in values]
             return found

@@ -18,6 +18,7 @@ from pop_ext import env_info
 from pop_ext.evaluation.arms import DEFAULT_KINDS, FULL, Arm, arm_logits, backend_of, make_arms
 from pop_ext.evaluation.prompts import Pair, PromptSet
 from pop_ext.evaluation.results import SCHEMA, Evaluation
+from pop_ext.evaluation.turns import SECOND_TURN_KINDS, set_logits
 from pop_ext.hf.loaded import check_option_supported
 from pop_ext.hf.native_model import check_plan
 from pop_ext.hf.weight_map import describe
@@ -43,15 +44,18 @@ def evaluate(
 ) -> Evaluation:
     """Measure what each plan, and each of its ablations, costs on prompts with a known continuation.
 
-    For every prompt this measures the loss of its continuation, the loss of the first token, and the leading share of
-    the full model's greedy continuation that an arm keeps. The arm does not generate for that: its greedy continuation
-    equals the full model's for as long as each token is the most probable one after the tokens before it. The plans'
-    ``min_tokens`` is ignored.
+    For every prompt this measures the loss of its continuation, the loss of the first token, the KL divergence from the
+    full model over the continuation, and the leading share of the full model's greedy continuation that an arm keeps.
+    The arm does not generate for that: its greedy continuation equals the full model's for as long as each token is the
+    most probable one after the tokens before it. The plans' ``min_tokens`` is ignored.
+
+    The full model's logits of one set at a time are held in memory: [prompts, continuation, vocab] in its dtype.
 
     Args:
         model: Hugging Face causal language model with eager or sdpa attention, enabled or not. It is left unchanged.
             Without a native form, ``pop`` runs by the reference.
-        sets: Sets of prompts from ``text_sets`` and ``recall_sets``, at least one.
+        sets: Sets of prompts from ``text_sets``, ``recall_sets``, ``retrieval_sets`` and ``second_turn_sets``, at least
+            one. Second turns are measured for ``full``, ``pop``, ``pop-fitted`` and ``dropped``.
         plans: Plans. Each makes an arm of every kind.
         kinds: Kinds of arms from ``KINDS``. The full model is always measured.
         greedy_tokens: Length of the greedy continuations; 0 for none.
@@ -85,11 +89,14 @@ def evaluate(
     with reporting(progress, "evaluating", len(sets) * len(arms)) as advance:
         for number, prompts in enumerate(sets):
             greedy: list[Tensor] = []
+            full: dict[int, Tensor] = {}
             for arm in arms:
-                if not evaluation.has(number, arm):
+                measurable = not prompts.first_turns or arm.kind in SECOND_TURN_KINDS
+                if measurable and not evaluation.has(number, arm):
                     if not greedy and not prompts.has_answers and greedy_tokens:
                         greedy = _greedy(model, prompts.pairs, greedy_tokens)
-                    measured = _measure(model, arm, prompts, greedy, batch_size, backend)
+                    full = full or _full_logits(model, arms[0], prompts, batch_size)
+                    measured = _measure(model, arm, prompts, greedy, full, batch_size, backend)
                     evaluation.add(number, arm, measured)
                     if resume is not None:
                         evaluation.save(resume)
@@ -122,6 +129,11 @@ def _facts(model: Any, sets: Sequence[PromptSet], greedy_tokens: int, backend: s
     }
 
 
+def _full_logits(model: Any, full: Arm, prompts: PromptSet, batch_size: int) -> dict[int, Tensor]:
+    """Return the index of each prompt and the full model's logits of its continuation, [n, vocab] on the CPU."""
+    return {index: rows.cpu() for index, rows in set_logits(model, full, prompts, batch_size, backend="native")}
+
+
 def _greedy(model: Any, pairs: Sequence[Pair], tokens: int) -> list[Tensor]:
     """Return the full model's greedy continuation [n] of every prompt, up to its end-of-sequence token, on the CPU."""
     found = []
@@ -152,7 +164,13 @@ def _plain_generation(model: Any) -> Iterator[None]:
 
 
 def _measure(
-    model: Any, arm: Arm, prompts: PromptSet, greedy: list[Tensor], batch_size: int, backend: str
+    model: Any,
+    arm: Arm,
+    prompts: PromptSet,
+    greedy: list[Tensor],
+    full: dict[int, Tensor],
+    batch_size: int,
+    backend: str,
 ) -> dict[str, list[float]]:
     """Measure one arm on one set of prompts.
 
@@ -161,30 +179,47 @@ def _measure(
         arm: The arm.
         prompts: The set.
         greedy: The full model's greedy continuation of each prompt, or an empty list.
+        full: Index of each prompt -> the full model's logits of its continuation, [n, vocab].
         batch_size: Prompts per forward.
         backend: "native" or "reference".
 
     Returns:
-        Measure -> one value per prompt: "loss" and "first" in nats per token, and "exact" for prompts with answers or
-        "agreement" for others with greedy continuations.
+        Measure -> one value per prompt: "loss", "first" and "kl" in nats per token, and "exact" for prompts with
+        answers or "agreement" for others with greedy continuations.
     """
     count = len(prompts.pairs)
-    loss, first, exact, agreement = ([0.0] * count for _ in range(4))
-    for index, rows in arm_logits(model, arm, prompts.pairs, batch_size, backend):
+    loss, first, kl, exact, agreement = ([0.0] * count for _ in range(5))
+    measured = full.items() if arm.kind == FULL else set_logits(model, arm, prompts, batch_size, backend)
+    for index, rows in measured:
         target = prompts.pairs[index][1].to(rows.device)
         log_p = rows.float().log_softmax(-1)
         losses = -log_p.gather(1, target[:, None])[:, 0].double()
         loss[index], first[index] = round(float(losses.mean()), DIGITS), round(float(losses[0]), DIGITS)
         exact[index] = float((log_p.argmax(-1) == target).all())
+        if arm.kind != FULL:
+            kl[index] = round(_kl(full[index].to(rows.device), log_p), DIGITS)
+    found = {"loss": loss, "first": first, "kl": kl}
     if prompts.has_answers:
-        return {"loss": loss, "first": first, "exact": exact}
+        return {**found, "exact": exact}
     if not greedy:
-        return {"loss": loss, "first": first}
+        return found
     if arm.kind == FULL:  # the greedy continuation is its own
-        return {"loss": loss, "first": first, "agreement": [1.0] * count}
+        return {**found, "agreement": [1.0] * count}
     pairs = [(context, continuation) for (context, _), continuation in zip(prompts.pairs, greedy, strict=True)]
     for index, rows in arm_logits(model, arm, pairs, batch_size, backend):
         same = (rows.argmax(-1).cpu() == pairs[index][1]).tolist()
         leading = same.index(False) if False in same else len(same)
         agreement[index] = round(leading / len(same), DIGITS)
-    return {"loss": loss, "first": first, "agreement": agreement}
+    return {**found, "agreement": agreement}
+
+
+def _kl(full: Tensor, log_p: Tensor) -> float:
+    """Return the mean KL divergence in nats per token from the full model's distribution to another.
+
+    Args:
+        full: The full model's logits, [n, vocab].
+        log_p: Log-probabilities of the other, float32 [n, vocab].
+    """
+    log_q = full.float().log_softmax(-1)
+    q = log_q.exp()
+    return float(torch.where(q > 0, q * (log_q - log_p), 0.0).sum(-1).double().mean())

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -22,6 +22,20 @@ STOCK, NATIVE_FULL = "Hugging Face full", "native full"
 """Names of the two arms without a plan."""
 WARM_UPS = 2
 """Rounds before the timed ones."""
+
+
+class SpeedRange(NamedTuple):
+    """A speed-up over the timed rounds.
+
+    Attributes:
+        low: Lower quartile.
+        median: Median.
+        high: Upper quartile.
+    """
+
+    low: float
+    median: float
+    high: float
 
 
 class Prefiller(Protocol):
@@ -102,11 +116,32 @@ def speedup(timings: Sequence[dict[str, Any]], arm: str, tokens: int, baseline: 
     Returns:
         The factor, or None if one of the two was not timed.
     """
+    found = speed_range(timings, arm, tokens, baseline)
+    return None if found is None else found.median
+
+
+def speed_range(
+    timings: Sequence[dict[str, Any]], arm: str, tokens: int, baseline: str = NATIVE_FULL
+) -> SpeedRange | None:
+    """Return the median and the quartiles of an arm's speed-up over the rounds.
+
+    The arguments are those of ``speedup``. None if one of the two arms was not timed.
+    """
     both = [next((t for t in timings if t["arm"] == name and t["tokens"] == tokens), None) for name in (baseline, arm)]
     if both[0] is None or both[1] is None:
         return None
     ratios = [reference / own for reference, own in zip(both[0]["seconds"], both[1]["seconds"], strict=True)]
-    return statistics.median(ratios)
+    median = statistics.median(ratios)
+    if len(ratios) < 2:
+        return SpeedRange(median, median, median)
+    low, _, high = statistics.quantiles(ratios, method="inclusive")
+    return SpeedRange(low, median, high)
+
+
+def median_ms(timings: Sequence[dict[str, Any]], arm: str, tokens: int) -> float | None:
+    """Return the median time of an arm in milliseconds, or None if it was not timed at that length."""
+    seconds = next((t["seconds"] for t in timings if t["arm"] == arm and t["tokens"] == tokens), None)
+    return None if seconds is None else 1e3 * statistics.median(seconds)
 
 
 def plan_arm(omit: Sequence[int], boundary: int) -> str:
