@@ -207,7 +207,7 @@ def _plan(members: dict[str, Any], name: str) -> Section:
 def _add_fit(section: Section, fit: FitReport) -> None:
     """Add how a plan's projections were fitted."""
     section.paragraphs.append(
-        f"Fitted projections: {fit.method()}; {fit.sequences} sequences, {fit.tokens} tokens; {fit.holdout} held-out "
+        f"Fitted projections: {fit.describe()}; {fit.sequences} sequences, {fit.tokens} tokens; {fit.holdout} held-out "
         "sequences chose lambda."
     )
     if fit.losses:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+import pickle
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pop_ext.methods.student import Example, Student
+from pop_ext.plans.plan import Plan
 
-ROWS = 64
-"""Largest number of tokens after a split of a text that a step trains on, and that the held-out loss is of."""
 GROUP = 4
 """Sequences of text, and as many tasks, in a step."""
 WARM_UP = 20
@@ -22,6 +26,8 @@ FLOOR = 0.05
 """Share of the learning rate that is left at the last step."""
 CLIP = 1.0
 """Largest norm of a step's gradient."""
+PATIENCE = 4
+"""Training ends after this many judgements in a row that are worse than the best one."""
 
 
 @dataclass
@@ -40,23 +46,53 @@ class HeldOut:
     task_kl: list[float] = field(default_factory=list)
     exact: list[float] = field(default_factory=list)
 
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of a training.
+
+    Attributes:
+        steps: Largest number of steps.
+        learning_rate: Largest learning rate of Adam.
+        seed: Seed of the order of sequences and of the splits.
+        resume: File of the state, written at each judgement; a stopped training goes on from it. None for none.
+    """
+
+    steps: int
+    learning_rate: float
+    seed: int
+    resume: Path | None = None
+
     @property
-    def divergence(self) -> float:
-        """Mean KL divergence of text plus that of tasks, what training is judged by."""
-        return sum(sum(part) / len(part) for part in (self.kl, self.task_kl) if part)
+    def every(self) -> int:
+        """Number of steps between two judgements."""
+        return max(1, min(25, self.steps // 4))
 
 
 @dataclass(frozen=True)
-class Step:
-    """State of a training after a number of steps, as held-out examples judge it."""
+class Judgement:
+    """What held-out examples said of the matrices after a number of steps; ``task_kl`` and ``exact`` may be NaN."""
 
     step: int
-    held_out: HeldOut
+    kl: float
+    task_kl: float
+    exact: float
 
+    @classmethod
+    def of(cls, step: int, found: HeldOut) -> Judgement:
+        """Return the means of what ``judge`` found."""
+        return cls(
+            step, *(sum(part) / len(part) if part else math.nan for part in (found.kl, found.task_kl, found.exact))
+        )
 
-def count_rows(example: Example) -> int:
-    """Return how many last tokens of an example are predicted when it is held out."""
-    return example.answer or max(1, min(ROWS, example.ids.shape[1] // 4))
+    @property
+    def divergence(self) -> float:
+        """KL divergence of text plus that of tasks, by which the best matrices are chosen."""
+        return sum(part for part in (self.kl, self.task_kl) if not math.isnan(part))
+
+    def __str__(self) -> str:
+        tasks = "" if math.isnan(self.task_kl) else f", of tasks {self.task_kl:.4f}, exact {self.exact:.2f}"
+        return f"after {self.step} steps: held-out KL {self.kl:.4f}{tasks}"
 
 
 def kl_per_row(teacher: Tensor, student: Tensor) -> Tensor:
@@ -72,11 +108,11 @@ def judge(student: Student, matrices: Mapping[int, Tensor] | None, examples: Seq
     Args:
         student: Student with the whole vocabulary.
         matrices: As for ``Student.logits``. None for the full model.
-        examples: Examples; text is split where its last quarter begins, at most ``ROWS`` tokens before its end.
+        examples: Examples; text is split before its last ``Example.rows`` tokens.
     """
     found = HeldOut()
     for example in examples:
-        rows = count_rows(example)
+        rows = example.rows
         prompt = example.ids.shape[1] - rows
         for begin in range(0, len(example), GROUP):
             part = example.select(range(begin, min(begin + GROUP, len(example))))
@@ -102,52 +138,80 @@ class Trainer:
     """
 
     def __init__(
-        self, student: Student, start: Mapping[int, Tensor], steps: int, learning_rate: float, seed: int
+        self,
+        student: Student,
+        start: Mapping[int, Tensor],
+        mixture: Sequence[Sequence[Example]],
+        training: Training,
     ) -> None:
         """Prepare.
 
         Args:
             student: Student of the plan, with the vocabulary that the loss is over.
             start: Matrices to start from.
-            steps: Number of steps in all.
-            learning_rate: Largest learning rate of Adam.
-            seed: Seed of the order of examples and of the splits.
+            mixture: Parts such as texts and tasks; a step takes a group of each. Empty ones are left out.
+            training: Settings.
         """
-        self.student, self.steps, self.step = student, steps, 0
-        self.matrices = {layer: matrix.detach().float().clone().requires_grad_() for layer, matrix in start.items()}
-        self._adam = torch.optim.Adam(self.matrices.values(), lr=learning_rate, betas=(0.9, 0.99))
+        self.student, self.steps, self.step = student, training.steps, 0
+        device = student.model.get_input_embeddings().weight.device
+        self.matrices = {
+            layer: matrix.detach().to(device, torch.float32, copy=True).requires_grad_()
+            for layer, matrix in start.items()
+        }
+        self._adam = torch.optim.Adam(self.matrices.values(), lr=training.learning_rate, betas=(0.9, 0.99))
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._adam, self._share)
-        self._draw = random.Random(seed)
-        self._orders: dict[int, Iterator[tuple[Example, list[int]]]] = {}
+        self._draw = random.Random(training.seed)
+        self._orders = [self._order(part) for part in mixture if part]
 
     def _share(self, step: int) -> float:
         """Return the share of the learning rate at a step: linear warm-up, then a cosine."""
         warm = min(1.0, (step + 1) / min(WARM_UP, max(1, self.steps // 4)))
         return warm * (FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * step / self.steps)))
 
-    def train(self, *mixture: Sequence[Example]) -> float:
+    def train(self) -> float:
         """Take one step on a group of each part of the mixture.
-
-        Args:
-            *mixture: Parts, each a list of examples, such as texts and tasks. Empty ones are left out.
 
         Returns:
             The KL divergence that the step saw, nats a token, summed over the parts.
         """
         total = 0.0
-        for number, examples in enumerate(mixture):
-            if not examples:
-                continue
-            example, rows = next(self._orders.setdefault(number, self._order(examples)))
-            loss = self._divergence(example.select(rows))
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss)
+        for example, prompt in self._next():
+            rows = example.rows
+            logits = self.student.logits(example, prompt, rows, self.matrices)
+            loss = kl_per_row(self.student.teacher_logits(example, prompt - 1, rows), logits).mean()
+            loss.backward()
+            total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(self.matrices.values(), CLIP)
         self._adam.step()
         self._adam.zero_grad()
         self._schedule.step()
         self.step += 1
         return total
+
+    def state(self) -> dict[str, Any]:
+        """Return what ``restore`` needs to go on from here."""
+        matrices = {layer: matrix.detach().clone() for layer, matrix in self.matrices.items()}
+        return {"step": self.step, "matrices": matrices, "adam": self._adam.state_dict()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of a trainer with the same settings; call it before the first step."""
+        for _ in range(state["step"]):  # the draws of the steps that were done
+            for _ in self._next():
+                pass
+            self._schedule.step()
+        with torch.no_grad():
+            for layer, matrix in self.matrices.items():
+                matrix.copy_(state["matrices"][layer])
+        self._adam.load_state_dict(state["adam"])
+        self.step = state["step"]
+
+    def _next(self) -> Iterator[tuple[Example, int]]:
+        """Yield a group of each part and the length of its prompt: up to the answer, or at random in a text."""
+        for order in self._orders:
+            example, rows = next(order)
+            longest = example.ids.shape[1] - example.rows
+            shortest = self.student.shortest_prompt(example.ids, example.answer)
+            yield example.select(rows), self._draw.randint(shortest, longest)
 
     def _order(self, examples: Sequence[Example]) -> Iterator[tuple[Example, list[int]]]:
         """Yield groups of sequences of one length for ever, each sequence once in a round."""
@@ -159,47 +223,97 @@ class Trainer:
             self._draw.shuffle(groups)
             yield from groups
 
-    def _divergence(self, example: Example) -> Tensor:
-        """Return the mean KL divergence after a split of the sequences: at the answer, or at random in a text."""
-        length, rows = example.ids.shape[1], count_rows(example)
-        prompt = length - rows
-        if not example.answer:
-            least = max(self.student.plan.boundary + 1, (length - rows) // 2, length - example.final.shape[1] + 1)
-            prompt = self._draw.randint(min(least, prompt), prompt)
-        logits = self.student.logits(example, prompt, rows, self.matrices)
-        return kl_per_row(self.student.teacher_logits(example, prompt - 1, rows), logits).mean()
 
-
-def train(
-    trainer: Trainer,
-    mixture: Sequence[Sequence[Example]],
-    judged: Callable[[Mapping[int, Tensor]], HeldOut],
-    every: int,
+def distill(
+    model: Any,
+    plan: Plan,
+    start: Mapping[int, Tensor],
+    examples: Sequence[Example],
+    held: Sequence[Example],
+    training: Training,
     advance: Callable[[int], None],
-) -> tuple[dict[int, Tensor], list[Step]]:
-    """Train to the end, and return the matrices that held-out examples like best.
+    say: Callable[[str], None],
+) -> tuple[dict[int, Tensor], list[Judgement]]:
+    """Train the K/V matrices of a plan's omitted layers from ``start`` on.
+
+    The loss is the KL divergence of the next token to the full model, over the ids that the sequences have. It is
+    taken on the rows after the context rows of a pruned prefill, which run through the frozen layers.
 
     Args:
-        trainer: The trainer. Its start counts as a candidate.
-        mixture: As for ``Trainer.train``.
-        judged: Judges matrices.
-        every: Number of steps between two judgements.
+        model: Stock model inside ``stock_evaluation``.
+        plan: The plan.
+        start: Omitted layer -> ``[2 * kv_dim, hidden]``.
+        examples: Texts and tasks to train on.
+        held: Texts and tasks to judge by.
+        training: Settings.
         advance: Called with the steps just done.
+        say: Called with a line for each judgement.
 
     Returns:
-        The best matrices, and the judgement of every candidate.
+        The matrices that the held-out examples like best, ``start`` among them, in float32, and all judgements.
+
+    Raises:
+        ValueError: The file of ``training.resume`` is of another training. A loss is not finite.
     """
-
-    def snapshot() -> dict[int, Tensor]:
-        return {layer: matrix.detach().clone() for layer, matrix in trainer.matrices.items()}
-
-    best, history = snapshot(), [Step(trainer.step, judged(trainer.matrices))]
-    while trainer.step < trainer.steps:
-        trainer.train(*mixture)
+    ids = torch.cat([example.ids.flatten() for example in [*examples, *held]])
+    mixture = [[e for e in examples if not e.answer], [e for e in examples if e.answer]]
+    trainer, whole = Trainer(Student(model, plan, ids.unique()), start, mixture, training), Student(model, plan)
+    history: list[Judgement] = []
+    best, digest = trainer.state()["matrices"], _digest(ids, start, plan, training)
+    if training.resume is not None and training.resume.exists():
+        before = _load_state(training.resume, digest)
+        trainer.restore(before["trainer"])
+        best, history = before["best"], [Judgement(*row) for row in before["history"]]
+        advance(trainer.step)
+    while True:
+        if trainer.step % training.every == 0 or trainer.step == training.steps:
+            if not history or history[-1].step < trainer.step:
+                found = Judgement.of(trainer.step, judge(whole, trainer.matrices, held))
+                if not math.isfinite(found.divergence):
+                    raise ValueError(
+                        f"learning_rate: expected one with which the divergence stays finite, got "
+                        f"{training.learning_rate:g} ({found})"
+                    )
+                if all(found.divergence < older.divergence for older in history):
+                    best = trainer.state()["matrices"]
+                history.append(found)
+                say(str(found))
+                if training.resume is not None:
+                    _save_state(training.resume, digest, trainer, best, history)
+            since = len(history) - 1 - min(range(len(history)), key=lambda i: history[i].divergence)
+            if trainer.step == training.steps or since >= PATIENCE:
+                return best, history
+        trainer.train()
         advance(1)
-        if trainer.step % every == 0 or trainer.step == trainer.steps:
-            found = judged(trainer.matrices)
-            if found.divergence < min(step.held_out.divergence for step in history):
-                best = snapshot()
-            history.append(Step(trainer.step, found))
-    return best, history
+
+
+def _digest(ids: Tensor, start: Mapping[int, Tensor], plan: Plan, training: Training) -> str:
+    """Return a SHA-256 of what a training depends on."""
+    settings = (plan.to_json(), training.steps, training.learning_rate, training.seed)
+    found = hashlib.sha256(repr(settings).encode() + ids.cpu().numpy().tobytes())
+    for layer in sorted(start):
+        found.update(start[layer].detach().cpu().float().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _save_state(
+    path: Path, digest: str, trainer: Trainer, best: dict[int, Tensor], history: Sequence[Judgement]
+) -> None:
+    """Write the state of a training through a temporary file, so that none is left half written."""
+    rows = [(one.step, one.kl, one.task_kl, one.exact) for one in history]
+    part = path.with_name(path.name + ".part")
+    torch.save({"digest": digest, "trainer": trainer.state(), "best": best, "history": rows}, part)
+    os.replace(part, path)
+
+
+def _load_state(path: Path, digest: str) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        found = state["digest"]
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
+        raise ValueError(f"resume: expected a state that a training wrote, got {path} ({error!r:.80})") from None
+    if found != digest:
+        raise ValueError(
+            f"resume: expected a training on the same weights, sequences, plan and settings, got another in {path}"
+        )
+    return state

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,21 +15,13 @@ from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.hf.restore import replaced_forward
 from pop_ext.methods.calibration import Batches, check_batches, input_hidden_states
 from pop_ext.methods.ridge import RunMoments
+from pop_ext.methods.student import Example, Student, count_continuation
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.projections import key_value_weights, normalize_unweighted
 
 HOLD_EVERY = 8
 """Without a ``holdout``, every eighth sequence of the batches is held out to choose lambda. Of fewer than eight
 sequences the last one is."""
-
-CONTINUATION = 64
-"""Largest number of last tokens of a sequence that stand for the continuation of a prompt; never more than a quarter of
-the sequence. The held-out loss is their loss, and their attention weighs the rows before them."""
-
-
-def count_continuation(ids: Tensor) -> int:
-    """Return how many last tokens of the sequences ``ids`` [batch, T] stand for the continuation of a prompt."""
-    return max(1, min(CONTINUATION, ids.shape[1] // 4))
 
 
 class MomentsReader:
@@ -38,12 +30,19 @@ class MomentsReader:
     Attributes:
         moments: Moments of each run, in the order of ``plan.runs``.
         holdout: Sequences [1, T] held out of the batches are appended here; None to hold out none.
+        examples: States of the sequences that were added to the moments, if a student records them.
         sequences: Number of sequences added to the moments.
         by_attention: True if rows are weighted by attention.
     """
 
     def __init__(
-        self, model: Any, plan: Plan, holdout: list[Tensor] | None, weighting: str, advance: Callable[[int], None]
+        self,
+        model: Any,
+        plan: Plan,
+        holdout: list[Tensor] | None,
+        weighting: str,
+        advance: Callable[[int], None],
+        student: Student | None = None,
     ) -> None:
         """Prepare to read.
 
@@ -53,12 +52,15 @@ class MomentsReader:
             holdout: List that takes held-out sequences, or None.
             weighting: "attention" or "uniform", as for ``pop_ext.fit``.
             advance: Called with the number of sequences just added.
+            student: Student that records the sequences for training, or None.
         """
         self.model, self.plan, self.holdout, self.advance = model, plan, holdout, advance
         self.by_attention = weighting == "attention"
         modules = find_decoder_modules(model)
         self.decoder, self.layers = modules.decoder, modules.layers
         self.moments = [RunMoments({i: original_projection(self.layers[i]) for i in run}) for run in plan.runs]
+        self.examples: list[Example] = []
+        self._student = student
         self.sequences = 0
         self._seen = 0
         # Batch number and last sequence [1, T], which is held out if fewer than HOLD_EVERY sequences come.
@@ -84,6 +86,17 @@ class MomentsReader:
         if self.sequences == 0:
             raise ValueError("batches: expected at least one sequence to fit on, got none")
 
+    def read_tasks(self, tasks: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Read tasks, each a prompt and its answer, int64 [n] on the model's device.
+
+        Rows count by the attention that the rows which predict the answer pay to them.
+
+        Raises:
+            ValueError: A hidden state, K or V is not finite.
+        """
+        for number, (prompt, answer) in enumerate(tasks):
+            self._add(number, torch.cat([prompt, answer])[None], len(answer))
+
     def _split_holdout(self, number: int, ids: Tensor) -> list[tuple[int, Tensor]]:
         """Hold out every eighth sequence, and return the others as (batch number, ids).
 
@@ -100,13 +113,24 @@ class MomentsReader:
             fitted, self._last = fitted[:-1], (number, fitted[-1:])
         return [part for part in (last, (number, fitted)) if part is not None and len(part[1])]
 
-    def _add(self, number: int, ids: Tensor) -> None:
-        """Add the sequences ``ids`` [batch, T] of batch ``number`` to the moments."""
-        targets = self._run_full_forward(ids)
+    def _add(self, number: int, ids: Tensor, answer: int = 0) -> None:
+        """Add the sequences ``ids`` [batch, T] of batch ``number`` to the moments.
+
+        Args:
+            number: Number of the batch or task, for errors.
+            ids: int64 [batch, T].
+            answer: Number of last tokens that answer a task; 0 for text.
+        """
+        # Of a task, the rows at full depth are the boundary rows and those of the answer.
+        queries = min(answer + self.plan.boundary, ids.shape[1] - 1) if answer else count_continuation(ids)
+        with nullcontext() if self._student is None else self._student.recording(ids, answer) as found:
+            targets = self._run_full_forward(ids, queries)
+        self.examples += (found or [])[:1]  # a plan with several runs takes another forward
         for run, moments in zip(self.plan.runs, self.moments, strict=True):
             moments.add(self._run_inputs[run.start], {layer: targets[layer] for layer in run}, self._row_weights(run))
         if not all(run.is_finite() for run in self.moments):
-            raise ValueError(f"batches: expected finite hidden states, K and V, got NaN or infinity in batch {number}")
+            what, each = ("tasks", "task") if answer else ("batches", "batch")
+            raise ValueError(f"{what}: expected finite hidden states, K and V, got NaN or infinity in {each} {number}")
         self.sequences += len(ids)
         self.advance(len(ids))
 
@@ -120,8 +144,12 @@ class MomentsReader:
         mass = torch.stack([self._attention[layer] for layer in run]).mean(0)
         return (mass / mass.mean(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)).flatten()
 
-    def _run_full_forward(self, ids: Tensor) -> dict[int, Tensor]:
+    def _run_full_forward(self, ids: Tensor, queries: int) -> dict[int, Tensor]:
         """Run the full model, and the pruned one if the plan has several runs.
+
+        Args:
+            ids: int64 [batch, T].
+            queries: Number of last rows whose attention weighs the rows before them.
 
         Fills ``_run_inputs``, first layer of a run -> normalised input [rows, hidden] float32 in the pruned model, and
         ``_attention``, layer -> attention [batch, T] float32 that each row receives from the continuation.
@@ -136,7 +164,7 @@ class MomentsReader:
             if self.by_attention:
                 stack.enter_context(_eager(self.decoder.config))
                 for index in self.plan.omit:
-                    stack.callback(self._watch_attention(index, count_continuation(ids)).remove)
+                    stack.callback(self._watch_attention(index, queries).remove)
             for index in self.plan.omit:
                 for handle in _watch_key_values(self.layers[index], outputs[index].append):
                     stack.callback(handle.remove)

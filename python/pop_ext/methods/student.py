@@ -25,6 +25,15 @@ from pop_ext.plans.plan import Plan
 from pop_ext.reference.prefill import has_wrapper, rope_seen_up_to
 from pop_ext.reference.projection import omitted_layers
 
+CONTINUATION = 64
+"""Largest number of last tokens of a sequence that stand for the continuation of a prompt; never more than a quarter of
+the sequence. The held-out loss is their loss, and their attention weighs the rows before them."""
+
+
+def count_continuation(ids: Tensor) -> int:
+    """Return how many last tokens of the sequences ``ids`` [batch, T] stand for the continuation of a prompt."""
+    return max(1, min(CONTINUATION, ids.shape[1] // 4))
+
 
 @dataclass(frozen=True)
 class Example:
@@ -44,6 +53,11 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def rows(self) -> int:
+        """Number of last tokens that are predicted: the answer of a task, or the continuation of a text."""
+        return self.answer or count_continuation(self.ids)
 
     def select(self, rows: Sequence[int]) -> Example:
         """Return some of the sequences, by index."""
@@ -77,28 +91,46 @@ class Student:
             self._rows = self.head.weight.detach()[self.vocabulary]
             self._bias = None if self.head.bias is None else self.head.bias.detach()[self.vocabulary]
 
-    @torch.no_grad()
-    def example(self, ids: Tensor, kept: int, answer: int = 0) -> Example:
-        """Run the full model over sequences and keep what training needs.
+    def shortest_prompt(self, ids: Tensor, answer: int) -> int:
+        """Return the shortest prompt that sequences [batch, T] are split after: half a text, or all before an answer.
+
+        A split leaves ``Example.rows`` tokens after it, and a context row before the boundary rows.
+        """
+        if answer:
+            return ids.shape[1] - answer
+        longest = ids.shape[1] - count_continuation(ids)
+        return min(longest, max(self.plan.boundary + 1, longest // 2))
+
+    @contextmanager
+    def recording(self, ids: Tensor, answer: int = 0) -> Iterator[list[Example]]:
+        """Record a forward of the full model inside the block: the yielded list then holds its example.
 
         Args:
-            ids: int64 [batch, T].
-            kept: Number of last rows whose teacher logits will be asked for.
+            ids: Sequences that the forward runs, int64 [batch, T].
             answer: As for ``Example``.
         """
-        layers, seen = self.parts.layers, {}
+        length = ids.shape[1]
+        kept = length - self.shortest_prompt(ids, answer) + 1
+        layers, seen, found = self.parts.layers, {}, []
 
         def keep_entry(_: Any, args: Any, kwargs: Any) -> None:
             seen["entry"] = input_hidden_states(args, kwargs).detach().cpu()
 
         def keep_final(_: Any, args: Any, output: Any) -> None:
-            seen["final"] = output_hidden_states(output).detach()[:, -kept:].cpu()
+            final = output_hidden_states(output).detach()[:, -kept:].cpu().clone()  # a view would keep all rows
+            found.append(Example(ids, seen["entry"], final, answer))
 
         with ExitStack() as stack:
             stack.callback(layers[self._first].register_forward_pre_hook(keep_entry, with_kwargs=True).remove)
             stack.callback(layers[-1].register_forward_hook(keep_final).remove)
+            yield found
+
+    @torch.no_grad()
+    def example(self, ids: Tensor, answer: int = 0) -> Example:
+        """Run the full model over sequences and keep what training needs; arguments as for ``recording``."""
+        with self.recording(ids, answer) as found:
             self.parts.decoder(input_ids=ids, use_cache=False)
-        return Example(ids, seen["entry"], seen["final"], answer)
+        return found[0]
 
     @torch.no_grad()
     def teacher_logits(self, example: Example, start: int, rows: int) -> Tensor:

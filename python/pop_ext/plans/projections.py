@@ -48,7 +48,12 @@ class FitReport:
         holdout: Number of held-out sequences that chose lambda.
         weighting: Weighting of rows, as for ``pop_ext.fit``.
         residuals: Layer -> (K before, K after, V before, V after): the squared error of K and V over their energy,
-            before and after the fit, on the rows that it read.
+            before and after the least squares, on the rows that they read.
+        method: "ridge", or "distill" if training followed the least squares.
+        tasks: Number of tasks that were read beside the sequences.
+        steps: Number of steps of the training after which the matrices were taken; 0 are those of the ridge.
+        training: One (step, KL of text, KL of tasks, share of exact answers) for each time that held-out sequences
+            and tasks judged the training, in nats a token; NaN without tasks. Empty for a ridge.
     """
 
     ridge: float
@@ -59,11 +64,16 @@ class FitReport:
     holdout: int = 0
     residuals: Mapping[int, tuple[float, float, float, float]] = field(default_factory=dict)
     weighting: str = "uniform"
+    method: str = "ridge"
+    tasks: int = 0
+    steps: int = 0
+    training: tuple[tuple[int, float, float, float], ...] = ()
 
-    def method(self) -> str:
+    def describe(self) -> str:
         """Describe the fit in words, for the origin of a plan."""
         rows = ", rows weighted by attention" if self.weighting == "attention" else ""
-        return f"ridge towards the original projections, lambda {self.ridge:g}{rows}"
+        trained = f", then {self.steps} steps of KL divergence to the full model" if self.method == "distill" else ""
+        return f"ridge towards the original projections, lambda {self.ridge:g}{rows}{trained}"
 
     @staticmethod
     def ridge_text(ridge: float) -> str:
@@ -81,6 +91,10 @@ class FitReport:
             "holdout": self.holdout,
             "weighting": self.weighting,
             "residuals": {str(layer): list(values) for layer, values in self.residuals.items()},
+            "method": self.method,
+            "tasks": self.tasks,
+            "steps": self.steps,
+            "training": finite(self.training),
         }
 
     @classmethod
@@ -103,6 +117,14 @@ class FitReport:
                 holdout=int(members["holdout"]),
                 weighting=str(members["weighting"]),
                 residuals={int(layer): tuple(values) for layer, values in members["residuals"].items()},
+                # Files of earlier versions lack these.
+                method=str(members.get("method", "ridge")),
+                tasks=int(members.get("tasks", 0)),
+                steps=int(members.get("steps", 0)),
+                training=tuple(
+                    (int(step), _number(kl, math.nan), _number(task_kl, math.nan), _number(exact, math.nan))
+                    for step, kl, task_kl, exact in members.get("training", ())
+                ),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"projections: expected what Plan.save writes of a fit, got {error!r}") from None

@@ -1,0 +1,120 @@
+"""Checks of the arguments of ``pop_ext.fit``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pop_ext.methods.distill import Training
+from pop_ext.methods.fit_moments import HOLD_EVERY
+from pop_ext.methods.student import count_continuation
+from pop_ext.plans.plan import Plan
+
+LAMBDAS = (0.01, 0.1, 1.0, 10.0, math.inf)
+"""Ridges to try by default. Infinity stands for the original projections."""
+
+
+METHODS = ("ridge", "distill")
+"""Ways to fit."""
+
+Task = tuple[Tensor, Tensor]
+"""(prompt, answer), int [n] each."""
+
+
+def check_training(
+    method: str, steps: int, learning_rate: float, seed: int, resume: str | PathLike[str] | None
+) -> Training | None:
+    """Return the settings of the training; None for a method that does not train."""
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    for name, value, least in (("steps", steps, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
+        if value < least:
+            raise ValueError(f"{name}: expected an int >= {least}, got {value}")
+    if isinstance(learning_rate, bool) or not isinstance(learning_rate, (int, float)):
+        raise TypeError(f"learning_rate: expected a number, got {type(learning_rate).__name__} {learning_rate!r}")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate: expected a finite number > 0, got {learning_rate!r}")
+    if resume is not None and method != "distill":
+        raise ValueError(f'resume: expected None with method="{method}", which does not train, got {resume!r}')
+    if method != "distill":
+        return None
+    return Training(steps, float(learning_rate), seed, None if resume is None else Path(resume))
+
+
+def check_tasks(tasks: Any, model: Any, plan: Plan) -> list[Task]:
+    """Return the tasks as int64 tensors on the model's device.
+
+    Raises:
+        TypeError: ``tasks`` is no sequence of pairs of integer tensors.
+        ValueError: A prompt has no context row, an answer is empty, or an id is outside the vocabulary.
+    """
+    if isinstance(tasks, (str, bytes, Tensor)) or not isinstance(tasks, Sequence):
+        raise TypeError(f"tasks: expected a sequence of (prompt, answer), got {type(tasks).__name__}")
+    weight, found = model.get_input_embeddings().weight, []
+    for number, task in enumerate(tasks):
+        pair = task if isinstance(task, (tuple, list)) and len(task) == 2 else ()
+        if not pair or not all(isinstance(ids, Tensor) and ids.dtype in (torch.int64, torch.int32) for ids in pair):
+            raise TypeError(f"tasks: expected a pair of int64 or int32 tensors, got {task!r:.60} in task {number}")
+        prompt, answer = pair
+        if prompt.ndim != 1 or answer.ndim != 1 or len(prompt) <= plan.boundary or len(answer) == 0:
+            raise ValueError(
+                f"tasks: expected a prompt [n] of more tokens than the boundary {plan.boundary} and an answer [m], got "
+                f"{list(prompt.shape)} and {list(answer.shape)} in task {number}"
+            )
+        low, high = (int(bound) for bound in torch.cat([prompt, answer]).aminmax())
+        if low < 0 or high >= weight.shape[0]:
+            raise ValueError(
+                f"tasks: expected ids from 0 to {weight.shape[0] - 1}, got {low if low < 0 else high} in task {number}"
+            )
+        found.append((prompt.to(weight.device, torch.int64), answer.to(weight.device, torch.int64)))
+    return found
+
+
+def hold_out_tasks(tasks: list[Task]) -> tuple[list[Task], list[Task]]:
+    """Split tasks into those to fit on and those to judge by: every eighth, or the last one of fewer."""
+    at = (
+        range(HOLD_EVERY - 1, len(tasks), HOLD_EVERY) if len(tasks) >= HOLD_EVERY else range(len(tasks) - 1, len(tasks))
+    )
+    held = set(at) if len(tasks) > 1 else set()
+    return [t for i, t in enumerate(tasks) if i not in held], [t for i, t in enumerate(tasks) if i in held]
+
+
+def check_held(held: list[Tensor], plan: Plan, fitted: int) -> list[Tensor]:
+    """Return the held-out sequences that are long enough to have context rows."""
+    if not held:
+        raise ValueError(
+            f"holdout: expected sequences to choose lambda by (or a single lambda), got none of {fitted} sequences: "
+            f"without a holdout, every {HOLD_EVERY}th sequence of the batches is held out, or the last one of fewer, "
+            "but never the only one"
+        )
+    longer = [ids for ids in held if ids.shape[1] - 1 > plan.boundary - 1 + count_continuation(ids)]
+    if not longer:
+        longest = max(ids.shape[1] for ids in held)
+        raise ValueError(
+            f"holdout: expected sequences longer than the boundary {plan.boundary} and a continuation, got at most "
+            f"{longest} tokens"
+        )
+    return longer
+
+
+def check_lambdas(lambdas: Sequence[float] | None) -> tuple[float, ...]:
+    if lambdas is None:
+        return LAMBDAS
+    if isinstance(lambdas, (str, bytes)) or not isinstance(lambdas, Sequence):
+        raise TypeError(f"lambdas: expected a sequence of numbers, got {type(lambdas).__name__}")
+    for value in lambdas:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"lambdas: expected numbers, got {type(value).__name__} {value!r}")
+        if not value > 0:
+            raise ValueError(f"lambdas: expected numbers > 0, got {value!r}")
+    if not lambdas:
+        raise ValueError("lambdas: expected at least one number, got none")
+    return tuple(float(value) for value in lambdas)

@@ -1,0 +1,320 @@
+"""pop_ext.fit(method="distill"): the trained logits against the oracle, gradients, and what training changes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pop_ext
+import pytest
+import torch
+from against_oracle import GAPS, LAST, NATIVE, assert_equals_oracle, plan_of
+from models import FAMILIES, batches, shared, tokens
+from pop_ext import reference
+from pop_ext.methods import distill
+from pop_ext.methods.calibration import stock_evaluation
+from pop_ext.methods.distill import HeldOut, Judgement, Trainer, Training, judge, kl_per_row
+from pop_ext.methods.fit_arguments import hold_out_tasks
+from pop_ext.methods.student import Student
+from pop_ext.plans.projections import FitReport, Projections
+from tolerance import assert_close_fp32
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo_model"
+STEPS = 24
+
+
+def tasks(model, count=9, prompt=20, answer=3, seed=90):
+    rows = tokens(model, count, prompt + answer, seed=seed)
+    return [(row[:prompt], row[prompt:]) for row in rows]
+
+
+def distilled(model, plan, **more):
+    """Fit on random tokens, some of which also judge, because what is learnt from them helps on no others."""
+    seen = batches(model, count=8)
+    options = {"method": "distill", "lambdas": [0.1], "steps": STEPS, "learning_rate": 3e-3, "holdout": seen[:2]}
+    return pop_ext.fit(model, plan, seen, **{**options, **more})
+
+
+def any_matrices(model, plan):
+    """Return fitted matrices that differ from the original ones."""
+    return pop_ext.fit(model, plan, batches(model), lambdas=[0.1]).projections
+
+
+# The student
+
+
+@pytest.mark.parametrize("omit", [LAST, GAPS, (0,), (0, 2, 4)])
+@pytest.mark.parametrize("family", NATIVE)
+@torch.no_grad()
+def test_the_student_equals_the_oracle(family, omit):
+    model = shared(family)
+    plan = plan_of(model, omit, 2)
+    fitted = any_matrices(model, plan)
+    ids = tokens(model, 3, 33, seed=5)
+    with stock_evaluation(model):
+        student = Student(model, plan)
+        ours = student.logits(student.example(ids), 25, 8, fitted.matrices)
+        few = Student(model, plan, torch.tensor([3, 50, 7]))
+        narrow = few.logits(few.example(ids), 25, 8, fitted.matrices)
+    oracle, _ = reference.prefill(model, ids[:, :-1], plan.replace(projections=fitted), 8, boundary=2 - 1 + 8)
+    assert_close_fp32(ours, oracle, "logits")
+    assert_close_fp32(narrow, oracle[..., [3, 50, 7]], "logits of three ids")
+
+
+@pytest.mark.parametrize("family", NATIVE)
+@torch.no_grad()
+def test_the_teacher_equals_the_full_model(family):
+    model = shared(family)
+    ids = tokens(model, 2, 33, seed=6)
+    with stock_evaluation(model):
+        student = Student(model, plan_of(model, LAST))
+        example = student.example(ids)
+        assert example.final.shape[1] < 33  # no more rows than a split can ask for
+        ours = student.teacher_logits(example, 24, 8)
+        full = model(ids).logits
+    assert_close_fp32(ours, full[:, 24:32], "logits")
+
+
+@pytest.mark.parametrize("omit", [LAST, GAPS])
+def test_gradients_equal_finite_differences(omit):
+    model = shared("qwen3")  # with k_norm
+    plan = plan_of(model, omit)
+    ids = tokens(model, 2, 24, seed=7)
+    with stock_evaluation(model):
+        student = Student(model, plan)
+        example = student.example(ids)
+        training = Training(steps=8, learning_rate=1e-3, seed=0)
+        trainer = Trainer(student, any_matrices(model, plan).matrices, [[example]], training)
+
+        def loss():
+            rows = example.rows
+            return kl_per_row(
+                student.teacher_logits(example, 15, rows), student.logits(example, 16, rows, trainer.matrices)
+            ).mean()
+
+        loss().backward()
+        for layer, matrix in trainer.matrices.items():
+            direction = matrix.grad / matrix.grad.norm()
+            assert matrix.grad.norm() > 0, layer
+            with torch.no_grad():
+                sides = []
+                for sign in (1, -1):
+                    matrix += sign * 0.02 * direction
+                    sides.append(float(loss()))
+                    matrix -= sign * 0.02 * direction
+            assert (sides[0] - sides[1]) / 0.04 == pytest.approx(float(matrix.grad.norm()), rel=0.02), layer
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+# Training
+
+
+@pytest.mark.parametrize("omit", [LAST, GAPS])
+def test_training_lowers_the_divergence_that_it_trains_on(omit):
+    model = shared("llama")
+    seen = batches(model, count=8)
+    plan = distilled(model, plan_of(model, omit, 2))
+    report = plan.projections.report
+    first, best = report.training[0], min(report.training, key=lambda row: row[1])
+    assert first[0] == 0
+    assert best[1] < 0.9 * first[1]
+    assert report.method == "distill"
+    assert report.steps == best[0] > 0
+    assert plan.origin.fit == report.describe()
+    assert f"then {best[0]} steps of KL divergence" in plan.origin.fit
+    with stock_evaluation(model):  # the plan holds the matrices that were judged best
+        student = Student(model, plan)
+        found = judge(student, plan.projections.matrices, [student.example(ids) for ids in seen[:2]])
+    assert sum(found.kl) / len(found.kl) == pytest.approx(best[1], rel=1e-3)
+
+
+def test_training_on_text_helps_on_other_text():
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    files = sorted((DEMO / "heldout").glob("*.txt"))
+    ids = [tokenizer(path.read_text(), return_tensors="pt")["input_ids"][0] for path in files]
+    *used, other = [row.unfold(0, 128, 128)[:24] for row in ids]
+    plan = pop_ext.Plan.last(12, 6)
+    fitted = pop_ext.fit(
+        model, plan, used, method="distill", holdout=[other], lambdas=[0.1], steps=30, learning_rate=1e-3
+    )
+    first, best = fitted.projections.report.training[0], fitted.projections.report.training[-1]
+    assert best[1] < 0.95 * first[1]
+
+
+def test_a_distilled_plan_runs_natively_like_the_oracle():
+    model = FAMILIES["gemma3"]()
+    plan = distilled(model, plan_of(model, GAPS, 3), tasks=tasks(model))
+    ids = tokens(model, 2, 29, seed=8)
+    assert_equals_oracle(model, plan, ids)
+
+
+def test_the_model_is_left_as_it_was():
+    model = FAMILIES["llama"]()
+    before = copy.deepcopy(model.state_dict())
+    distilled(model, plan_of(model, LAST), tasks=tasks(model))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert "forward" not in model.model.layers[0].__dict__
+    assert "forward" not in model.get_output_embeddings().__dict__
+
+
+def test_a_training_that_only_harms_keeps_the_ridge():
+    model = shared("llama")
+    plan = plan_of(model, LAST)
+    ridge = pop_ext.fit(model, plan, batches(model, count=8), lambdas=[0.1], holdout=[tokens(model, 2, 40, seed=1)])
+    harmed = distilled(model, plan, learning_rate=10.0, holdout=[tokens(model, 2, 40, seed=1)])
+    assert harmed.projections.report.steps == 0
+    assert harmed.projections == ridge.projections
+    judged = [row[0] for row in harmed.projections.report.training]
+    assert len(judged) == distill.PATIENCE + 1  # and it ends early
+
+
+def test_tasks_are_trained_on_and_judged():
+    model = shared("llama")
+    given = tasks(model, count=9)
+    plan = distilled(model, plan_of(model, LAST), tasks=given)
+    report = plan.projections.report
+    assert report.tasks == 8
+    assert len(hold_out_tasks(given)[1]) == 1
+    assert hold_out_tasks(given)[1][0] is given[7]
+    assert report.training[-1][2] != report.training[0][2]
+    assert all(row[3] in (0.0, 1.0) for row in report.training)
+    without = distilled(model, plan_of(model, LAST))
+    assert without.projections != plan.projections
+    assert math.isnan(without.projections.report.training[0][2])
+
+
+def test_a_task_is_split_where_its_answer_begins():
+    model = shared("llama")
+    plan = plan_of(model, LAST)
+    with stock_evaluation(model):
+        student = Student(model, plan)
+        text, task = student.example(tokens(model, 2, 40)), student.example(tokens(model, 2, 23), answer=3)
+        trainer = Trainer(student, any_matrices(model, plan).matrices, [[text], [task]], Training(8, 1e-3, 0))
+        drawn = [list(trainer._next()) for _ in range(300)]
+    assert {prompt for (_, _), (_, prompt) in drawn} == {20}
+    assert {prompt for (_, prompt), _ in drawn} == set(range(15, 31))  # 10 of 40 tokens are the continuation
+
+
+def test_the_same_seed_trains_the_same_matrices():
+    model = shared("llama")
+    first, again, other = (distilled(model, plan_of(model, LAST), seed=seed) for seed in (1, 1, 2))
+    assert first.projections == again.projections != other.projections
+
+
+def test_low_precision_trains_float32_masters():
+    model = FAMILIES["llama"](dtype=torch.bfloat16)
+    plan = distilled(model, plan_of(model, LAST), learning_rate=1e-3)
+    report = plan.projections.report
+    assert plan.projections.dtype == torch.bfloat16
+    assert min(row[1] for row in report.training) < report.training[0][1]
+
+
+# Resuming
+
+
+def test_a_stopped_training_goes_on_to_the_same_result(tmp_path, monkeypatch):
+    model, plan, path = shared("llama"), plan_of(shared("llama"), LAST), tmp_path / "state.pt"
+    whole = distilled(model, plan, tasks=tasks(model))
+    taken = []
+
+    def stop(trainer, train=Trainer.train):
+        taken.append(trainer.step)
+        if len(taken) == STEPS // 2 + 2:
+            raise KeyboardInterrupt
+        return train(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train", stop)
+        with pytest.raises(KeyboardInterrupt):
+            distilled(model, plan, tasks=tasks(model), resume=path)
+    monkeypatch.setattr(Trainer, "train", lambda self, train=Trainer.train: (taken.append(self.step), train(self))[1])
+    taken.clear()
+    resumed = distilled(model, plan, tasks=tasks(model), resume=path)
+    assert taken == list(range(STEPS // 2, STEPS))
+    assert resumed.projections == whole.projections
+    assert resumed.projections.report == whole.projections.report
+
+
+def test_the_state_of_another_training_is_refused(tmp_path):
+    model, path = shared("llama"), tmp_path / "state.pt"
+    distilled(model, plan_of(model, LAST), steps=4, resume=path)
+    with pytest.raises(ValueError, match=r"resume: expected a training on the same weights.*state\.pt"):
+        distilled(model, plan_of(model, LAST), steps=4, seed=5, resume=path)
+    path.write_bytes(b"no state")
+    with pytest.raises(ValueError, match=r"resume: expected a state that a training wrote, got .*state\.pt"):
+        distilled(model, plan_of(model, LAST), steps=4, resume=path)
+
+
+# Reports and refusals
+
+
+def test_a_report_survives_its_file(tmp_path):
+    model = shared("llama")
+    plan = distilled(model, plan_of(model, LAST))
+    plan.save(tmp_path / "plan.json")
+    found = pop_ext.Plan.load(tmp_path / "plan.json").projections.report
+    assert found.to_dict() == plan.projections.report.to_dict()
+    assert found.method == "distill"
+
+
+def test_a_report_of_an_earlier_version_is_of_a_ridge():
+    members = FitReport(0.1, 3, 40).to_dict()
+    for name in ("method", "tasks", "steps", "training"):
+        del members[name]
+    assert FitReport.from_dict(members).method == "ridge"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"method": "adam"}, ValueError, "method: expected one of ridge, distill, got 'adam'"),
+        ({"steps": 0}, ValueError, "steps: expected an int >= 1, got 0"),
+        ({"steps": 2.0}, TypeError, "steps: expected an int, got float 2.0"),
+        ({"seed": -1}, ValueError, "seed: expected an int >= 0, got -1"),
+        ({"learning_rate": 0}, ValueError, "learning_rate: expected a finite number > 0, got 0"),
+        ({"learning_rate": "1"}, TypeError, "learning_rate: expected a number, got str '1'"),
+        ({"resume": "x", "method": "ridge"}, ValueError, 'resume: expected None with method="ridge"'),
+        ({"tasks": "ab"}, TypeError, r"tasks: expected a sequence of \(prompt, answer\), got str"),
+        ({"tasks": [torch.ones(3)]}, TypeError, "tasks: expected a pair of int64 or int32 tensors"),
+        (
+            {"tasks": [(torch.tensor([1]), torch.tensor([2]))]},
+            ValueError,
+            r"tasks: expected a prompt \[n\] of more tokens than the boundary 1 .*got \[1\] and \[1\] in task 0",
+        ),
+        (
+            {"tasks": [(torch.tensor([1, 2]), torch.tensor([2_000_000]))]},
+            ValueError,
+            "tasks: expected ids from 0 to .*, got 2000000 in task 0",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, text):
+    model = shared("llama")
+    with pytest.raises(error, match=text):
+        distilled(model, plan_of(model, LAST), **{"steps": 2, **arguments})
+
+
+def test_sequences_that_the_boundary_covers_are_refused():
+    model = shared("llama")
+    with pytest.raises(ValueError, match="holdout: expected sequences longer than the boundary 40"):
+        distilled(model, plan_of(model, LAST, 40))
+
+
+def test_judgements_choose_by_text_and_tasks():
+    both = Judgement.of(3, HeldOut(kl=[0.1, 0.3], task_kl=[1.0], exact=[1.0]))
+    assert both.divergence == pytest.approx(1.2)
+    assert str(both) == "after 3 steps: held-out KL 0.2000, of tasks 1.0000, exact 1.00"
+    assert Judgement.of(0, HeldOut(kl=[0.5])).divergence == 0.5
+
+
+def test_projections_of_the_result_are_checked_like_any(tmp_path):
+    model = shared("llama")
+    plan = distilled(model, plan_of(model, LAST), steps=2)
+    assert isinstance(plan.projections, Projections)
+    other = FAMILIES["llama"](seed=3)
+    with pytest.raises(ValueError, match="expected a fit on the weights that the model has"):
+        pop_ext.load(other, plan)
