@@ -116,7 +116,7 @@ def test_training_shares_no_wording_name_or_value_with_evaluation(texts, chat):
 
 
 def test_the_second_turn_asks_for_the_other_fact(texts, chat, plain):
-    for (prompt, said), (new, value) in second_turn_pairs(texts, chat, 600, 10):
+    for (prompt, said), (new, value) in second_turn_pairs(texts, chat, 600, 150):
         codes = dict(FACT.findall(text_of(chat, prompt)))
         assert len(codes) == 2
         first = re.search(r"What is the access code of the (\w+ \w+)\?</>\n<assistant>$", text_of(chat, prompt))[1]

@@ -12,8 +12,11 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass
 
-EVALUATION, TRAINING = "evaluation", "training"
-"""Kinds of retrieval tasks."""
+EVALUATION = "evaluation"
+"""Retrieval tasks to measure with."""
+
+TRAINING = "training"
+"""Retrieval tasks to fit with."""
 
 
 @dataclass(frozen=True)
