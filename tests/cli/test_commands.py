@@ -82,6 +82,23 @@ def test_calibrate_within_a_budget_reports_the_measured_times(folder, files, tmp
     assert "the fewest within 60 s" in Plan.load(tmp_path / "plan.json").origin.method
 
 
+def test_fit_distils_on_texts_and_tasks(folder, files, tmp_path, monkeypatch):
+    seen, fit = {}, pop_ext.fit
+    monkeypatch.setattr(pop_ext, "fit", lambda *args, **options: (seen.update(options), fit(*args, **options))[1])
+    Plan(6, (4, 5)).save(tmp_path / "plan.json")
+    out, state = tmp_path / "distilled.json", tmp_path / "state.pt"
+    options = ("--method", "distill", "--tasks", 9, "--steps", 4, "--learning-rate", 1e-3, "--seed", 3)
+    common = (*texts(files[0]), "-o", out, "--samples", 10, "--tokens", 128, *options, "--resume", state)
+    result = run("fit", folder, tmp_path / "plan.json", *common)
+    assert result.exit_code == 0, result.output
+    assert (seen["steps"], seen["learning_rate"], seen["seed"], seen["resume"]) == (4, 1e-3, 3, state)
+    assert [len(prompt) for prompt, _ in seen["tasks"]] == [128] * 9
+    report = Plan.load(out).projections.report
+    assert (report.method, report.tasks) == ("distill", 8)
+    assert "KL of held-out text" in result.stdout
+    assert state.exists()
+
+
 def test_fit_holds_out_the_last_sequences_and_saves_the_plan(folder, files, tmp_path, monkeypatch):
     seen, fit = {}, pop_ext.fit
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from pathlib import Path
 
@@ -309,6 +310,13 @@ def test_judgements_choose_by_text_and_tasks():
     assert both.divergence == pytest.approx(1.2)
     assert str(both) == "after 3 steps: held-out KL 0.2000, of tasks 1.0000, exact 1.00"
     assert Judgement.of(0, HeldOut(kl=[0.5])).divergence == 0.5
+
+
+def test_the_command_line_has_the_defaults_of_the_function():
+    from pop_ext.cli import fit as command
+
+    defaults = {name: one.default for name, one in inspect.signature(pop_ext.fit).parameters.items()}
+    assert (defaults["steps"], defaults["learning_rate"]) == (command.STEPS, command.LEARNING_RATE)
 
 
 def test_projections_of_the_result_are_checked_like_any(tmp_path):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +21,11 @@ from pop_ext.cli.options import (
 )
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.projections import FitReport
+
+TRAINING = "Training"
+"""Panel of the command's help."""
+STEPS, LEARNING_RATE = 120, 3e-4
+"""The defaults of ``pop_ext.fit``, which is imported only when the command runs."""
 
 
 def fit(
@@ -47,6 +53,27 @@ def fit(
             "--uniform", help="Weight all rows alike. Default: a row weighs as much as later rows attend to it."
         ),
     ] = False,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="ridge: least squares. distill: then train towards the full model, on the texts and on retrieval "
+            "tasks made from them."
+        ),
+    ] = "ridge",
+    tasks: Annotated[int, typer.Option(min=0, help="Retrieval tasks, made with --method distill.")] = 96,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps, at most.", rich_help_panel=TRAINING)] = STEPS,
+    learning_rate: Annotated[
+        float, typer.Option(help="Largest learning rate.", rich_help_panel=TRAINING)
+    ] = LEARNING_RATE,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the training.", rich_help_panel=TRAINING)] = 0,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of the training's state. A stopped run of the same command goes on from it.",
+            metavar="FILE",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
@@ -58,7 +85,8 @@ def fit(
     before those layers, and the fit adapts these projections.
 
     The fit is a ridge regression towards the original projections. The last sequences are held out, and the loss after
-    them chooses the strength of the ridge, lambda. Use texts that no evaluation uses.
+    them chooses the strength of the ridge, lambda. With --method distill, training follows, and held-out sequences and
+    tasks choose the number of steps. Use texts that no evaluation uses.
     """
     with output.errors_on_one_line():
         options.set_threads(threads)
@@ -69,13 +97,29 @@ def fit(
             tokenizer = options.load_tokenizer(model)
 
         import pop_ext
-        from pop_ext.evaluation import calibration_batches, read_texts
+        from pop_ext.evaluation import TRAINING as TRAINING_TASKS
+        from pop_ext.evaluation import calibration_batches, read_texts, retrieval_pairs
 
-        batches = calibration_batches(read_texts(files, tokenizer), tokenizer, tokens, samples, batch=1)
+        texts = read_texts(files, tokenizer)
+        batches = calibration_batches(texts, tokenizer, tokens, samples, batch=1)
         kept = min(len(batches) - 1, max(1, round(holdout * len(batches))))
         used, held = batches[: len(batches) - kept], batches[len(batches) - kept :]
         weighting = "uniform" if uniform else "attention"
-        fitted = pop_ext.fit(loaded, before, used, holdout=held or None, weighting=weighting, progress=not as_json)
+        more: dict[str, Any] = {}
+        if method == "distill":
+            if tasks and texts.plain:
+                more["tasks"] = retrieval_pairs(texts, tokenizer, tokens, tasks, kind=TRAINING_TASKS, seed=seed)
+            more |= {"steps": steps, "learning_rate": learning_rate, "seed": seed, "resume": resume}
+        fitted = pop_ext.fit(
+            loaded,
+            before,
+            used,
+            method=method,
+            holdout=held or None,
+            weighting=weighting,
+            progress=not as_json,
+            **more,
+        )
         out.parent.mkdir(parents=True, exist_ok=True)
         fitted.save(out)
     assert fitted.projections is not None  # fit has set them
@@ -107,6 +151,12 @@ def _print(found: FitReport) -> None:
             table.add_row(
                 found.ridge_text(ridge), f"{loss:.4f} ({error:.4f})", "chosen" if ridge == found.ridge else ""
             )
+        console.print(table)
+    if found.training:
+        table = output.new_table("steps", "KL of held-out text", "of tasks", "exact answers", "")
+        for step, *figures in found.training:
+            cells = ("-" if math.isnan(figure) else f"{figure:.4f}" for figure in figures)
+            table.add_row(str(step), *cells, "chosen" if step == found.steps else "")
         console.print(table)
     table = output.new_table("layer", "error of K, before", "after", "of V, before", "after")
     for layer, shares in sorted(found.residuals.items()):
