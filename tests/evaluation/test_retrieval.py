@@ -64,19 +64,21 @@ def text_of(tokenizer, ids):
 
 
 def test_a_chat_prompt_holds_the_fact_and_begins_the_answer(texts, chat):
-    pairs = retrieval_pairs(texts, chat, 600, 40)
+    pairs = retrieval_pairs(texts, chat, 700, 40)
     depths = set()
     for prompt, answer in pairs:
         text = text_of(chat, prompt)
-        [(name, code)] = FACT.findall(text)
-        assert len(prompt) == 600
+        codes = dict(FACT.findall(text))
+        assert len(codes) == len(set(codes.values())) == 4
+        name = re.search(r"access code of the (\w+ \w+)\?", text)[1]
+        assert len(prompt) == 700
         assert text.startswith("<user>")
         assert text.endswith(
             f"\n\nWhat is the access code of the {name}?</>\n<assistant>The access code of the {name} is"
         )
-        assert text_of(chat, answer) == f" {code}"
-        before = text[: FACT.search(text).start()]
-        assert before.endswith((".", "here.\n"))
+        assert text_of(chat, answer) == f" {codes[name]}"
+        before = text[: text.index(f"\nThe access code of the {name} is")]
+        assert before.rstrip("\n").endswith(".")
         depths.add(len(before) // 120)
     assert depths >= {0, 1, 2, 3}
     assert len(pairs) == 40
@@ -85,10 +87,11 @@ def test_a_chat_prompt_holds_the_fact_and_begins_the_answer(texts, chat):
 def test_a_tokenizer_without_chat_template_gets_plain_text(texts, plain):
     prompt, answer = retrieval_pairs(texts, plain, 600, 1)[0]
     text = text_of(plain, prompt)
-    [(name, code)] = FACT.findall(text)
+    codes = dict(FACT.findall(text))
+    name = re.search(r"access code of the (\w+ \w+)\?", text)[1]
     end = f"\n\nQuestion: What is the access code of the {name}?\nAnswer: The access code of the {name} is"
     assert text.endswith(end)
-    assert text_of(plain, answer) == f" {code}"
+    assert text_of(plain, answer) == f" {codes[name]}"
 
 
 def test_training_shares_no_wording_name_or_value_with_evaluation(texts, chat):
@@ -115,12 +118,18 @@ def test_training_shares_no_wording_name_or_value_with_evaluation(texts, chat):
     assert {value_kind(value) for value in values} == {EVALUATION}
 
 
-def test_the_second_turn_asks_for_the_other_fact(texts, chat, plain):
-    for (prompt, said), (new, value) in second_turn_pairs(texts, chat, 600, 150):
+def test_a_short_prompt_holds_fewer_other_facts(texts, chat):
+    found = [len(FACT.findall(text_of(chat, prompt))) for prompt, _ in retrieval_pairs(texts, chat, 400, 8)]
+    assert set(found) == {1}
+
+
+def test_the_second_turn_asks_for_another_fact(texts, chat, plain):
+    for (prompt, said), (new, value) in second_turn_pairs(texts, chat, 700, 150):
         codes = dict(FACT.findall(text_of(chat, prompt)))
-        assert len(codes) == 2
+        assert len(codes) == len(set(codes.values())) == 4
         first = re.search(r"What is the access code of the (\w+ \w+)\?</>\n<assistant>$", text_of(chat, prompt))[1]
-        [second] = set(codes) - {first}
+        second = re.search(r"access code of the (\w+ \w+)\?", text_of(chat, new))[1]
+        assert second in set(codes) - {first}
         assert text_of(chat, said) == f"The access code of the {first} is {codes[first]}."
         question = f"What is the access code of the {second}?"
         assert text_of(chat, new) == f"</>\n<user>{question}</>\n<assistant>The access code of the {second} is"

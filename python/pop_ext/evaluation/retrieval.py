@@ -28,8 +28,8 @@ from pop_ext.evaluation.prompts import (
 from pop_ext.evaluation.retrieval_templates import EVALUATION, TEMPLATES, TRAINING, Template, value_kind
 
 _SENTENCE_TOKENS = range(8, 33)
-_DISTRACTORS = 3
-"""Largest number of facts in a training prompt that are not asked for."""
+FACTS = 4
+"""Facts in an evaluation prompt, and the largest number in a training prompt."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,101 @@ class _Task:
         return f"{self.lead} {self.value}{self.end}"
 
 
+@dataclass(frozen=True)
+class _Maker:
+    """Draws tasks of a kind and makes prompts of ``length`` tokens for them."""
+
+    kind: str
+    length: int
+    tokenizer: Any
+    texts: Texts
+    form: _Form
+    draw: random.Random
+
+    def encode(self, text: str) -> Tensor:
+        return encode(self.tokenizer, text)
+
+    def draw_task(self) -> _Task:
+        """Draw a template, a name and a value of the kind."""
+        template: Template = self.draw.choice(TEMPLATES[self.kind])
+        name = template.name(self.draw)
+        while True:
+            if template.value is None:
+                value = self.sentence(self.draw.choice(self.texts.plain))
+                break
+            value = template.value(self.draw)
+            if value_kind(value) == self.kind:
+                break
+        fact, question, lead = (
+            part.format(name=name, value=value) for part in (template.fact, template.question, template.lead)
+        )
+        return _Task(fact, question, lead, value, template.end)
+
+    def draw_other(self, tasks: Sequence[_Task]) -> _Task:
+        """Draw a task that differs from the given ones in question and value."""
+        while True:
+            other = self.draw_task()
+            if not any(other.question == task.question or other.value == task.value for task in tasks):
+                return other
+
+    def facts(self, tasks: Sequence[_Task], question: Tensor, count: int) -> list[str]:
+        """Return the facts of the tasks, and others up to ``count`` in all as long as half of the prompt is text."""
+        chosen = list(tasks)
+        while len(chosen) < count:
+            other = self.draw_other(chosen)
+            lines = sum(len(self.encode(f"\n{task.fact}\n")) for task in [*chosen, other])
+            if self.length - len(self.form.head) - len(question) - lines < self.length // 2:
+                break
+            chosen.append(other)
+        return [task.fact for task in chosen]
+
+    def question(self, task: _Task) -> Tensor:
+        """Return the ids from the end of the text up to the answer."""
+        return torch.cat([self.encode(self.form.asked + task.question), self.form.tail])
+
+    def prompt(self, text: Tensor, facts: Sequence[str], question: Tensor) -> Tensor:
+        """Return a prompt [length]: the end of ``text`` with the facts at random depths, then the question."""
+        lines = [self.encode(f"\n{fact}\n") for fact in facts]
+        room = self.length - len(self.form.head) - sum(len(line) for line in lines) - len(question)
+        if room < 1:
+            least = self.length - room + 1
+            raise ValueError(f"length: expected at least {least} tokens for fact and question, got {self.length}")
+        filler = text[len(text) - room :]
+        places = sentence_ends(self.tokenizer, filler) or list(range(room + 1))
+        parts, done = [self.form.head], 0
+        for at, line in sorted(((self.draw.choice(places), line) for line in lines), key=lambda placed: placed[0]):
+            parts += [filler[done:at], line]
+            done = at
+        return torch.cat([*parts, filler[done:], question])
+
+    def training_pair(self, text: Tensor) -> Pair:
+        """Make a training task whose prompt has the end of ``text``, int64 [n], as its text."""
+        if self.draw.randrange(len(TEMPLATES[TRAINING]) + 1) == 0:  # as frequent as each template
+            return self.completion(text)
+        task = self.draw_task()
+        question = self.question(task)
+        facts = self.facts([task], question, self.draw.randrange(1, FACTS + 1))
+        return self.prompt(text, facts, question), self.encode(self.form.gap + task.answer)
+
+    def completion(self, text: Tensor) -> Pair:
+        """Make a task that asks how a sentence of the text goes on."""
+        around = len(self.form.head) + len(self.form.tail) + 2 * _SENTENCE_TOKENS.stop
+        words = self.sentence(text[-max(self.length // 2, self.length - around) :]).split()
+        begun, rest = (" ".join(part) for part in (words[: len(words) // 2], words[len(words) // 2 :]))
+        question = self.question(_Task("", f"How does the text go on after these words: {begun}", "", rest, ""))
+        return self.prompt(text, [], question), self.encode(self.form.gap + rest)
+
+    def sentence(self, text: Tensor) -> str:
+        """Draw a sentence of 8 to 32 tokens; any 16 tokens of a text that has none near the place drawn."""
+        near = 4 * _SENTENCE_TOKENS.stop
+        start = self.draw.randrange(max(1, len(text) - near))
+        part = text[start : start + near]
+        ends = sentence_ends(self.tokenizer, part)
+        whole = [part[a:b] for a, b in itertools.pairwise(ends) if b - a in _SENTENCE_TOKENS]
+        ids = self.draw.choice(whole) if whole else part[:16]
+        return " ".join(self.tokenizer.decode(ids.tolist()).split())
+
+
 def retrieval_pairs(
     texts: Texts,
     tokenizer: Any,
@@ -78,10 +173,11 @@ def retrieval_pairs(
 ) -> list[Pair]:
     """Make prompts that hold a fact at a random depth of a text and end in a question about it.
 
-    The fact is a line of its own after a sentence or a line of the text, each with the same probability. A prompt of
+    The fact is a line of its own after a sentence or a line of the text, each with the same probability. Three facts
+    about other names stand elsewhere, fewer if they left less than half of the prompt to the text. A prompt of
     ``EVALUATION`` also holds the beginning of the answer ("The access code of the Green Falcon is"), and the
-    continuation is the value alone. A continuation of ``TRAINING`` is the whole answer. Training prompts hold up to
-    three more facts; one in nine asks for the rest of a sentence that the text has, another for a remark word by word.
+    continuation is the value alone. A continuation of ``TRAINING`` is the whole answer. Training prompts hold none to
+    three other facts; one in nine asks for the rest of a sentence that the text has, another for a remark word by word.
 
     Args:
         texts: Result of ``read_texts``. Only its plain texts are used; at least one has ``length`` tokens.
@@ -99,16 +195,16 @@ def retrieval_pairs(
         ValueError: ``kind`` is unknown, ``length`` cannot hold fact and question or exceeds ``limit``, or no text has
             so many tokens.
     """
-    draw, form = _start(kind, seed, length, tokenizer)
+    maker = _maker(kind, seed, length, tokenizer, texts)
     pairs = []
     for text, at in window_ends(texts.plain, length, 1, samples):
         if kind == EVALUATION:
-            task = _draw_task(draw, kind, tokenizer, texts)
-            question = torch.cat([_question(tokenizer, form, task), encode(tokenizer, form.gap + task.lead)])
-            prompt = _place(draw, tokenizer, form, text[:at], [task.fact], question, length)
-            pairs.append((prompt, encode(tokenizer, f" {task.value}")))
+            task = maker.draw_task()
+            question = torch.cat([maker.question(task), maker.encode(maker.form.gap + task.lead)])
+            prompt = maker.prompt(text[:at], maker.facts([task], question, FACTS), question)
+            pairs.append((prompt, maker.encode(f" {task.value}")))
         else:
-            pairs.append(_training_pair(draw, tokenizer, form, texts, text[:at], length))
+            pairs.append(maker.training_pair(text[:at]))
     _check_limit(length, max(len(answer) for _, answer in pairs), limit)
     return pairs
 
@@ -116,9 +212,9 @@ def retrieval_pairs(
 def second_turn_pairs(
     texts: Texts, tokenizer: Any, length: int, samples: int, *, seed: int = 0, limit: int | None = None
 ) -> list[tuple[Pair, Pair]]:
-    """Make dialogues of two turns over one text that holds two facts.
+    """Make dialogues of two turns over one text that holds four facts, or fewer if it is short.
 
-    The first turn asks for one of them and is answered. The second turn asks for the other. Wording, names and values
+    The first turn asks for one of them and is answered. The second turn asks for another. Wording, names and values
     are those of ``EVALUATION``.
 
     Args:
@@ -136,23 +232,16 @@ def second_turn_pairs(
     Raises:
         ValueError: As for ``retrieval_pairs``.
     """
-    draw, form = _start(EVALUATION, seed, length, tokenizer)
-    dialogues = []
+    maker = _maker(EVALUATION, seed, length, tokenizer, texts)
+    form, dialogues = maker.form, []
     for text, at in window_ends(texts.plain, length, 1, samples):
-        first = _draw_task(draw, EVALUATION, tokenizer, texts)
-        second = first
-        while second.question == first.question or second.value == first.value:
-            second = _draw_task(draw, EVALUATION, tokenizer, texts)
-        facts = [first.fact, second.fact]
-        prompt = _place(draw, tokenizer, form, text[:at], facts, _question(tokenizer, form, first), length)
-        new = [
-            form.between,
-            encode(tokenizer, second.question),
-            form.tail,
-            encode(tokenizer, form.gap + second.lead),
-        ]
-        answer = encode(tokenizer, form.gap + first.answer)
-        dialogues.append(((prompt, answer), (torch.cat(new), encode(tokenizer, f" {second.value}"))))
+        first = maker.draw_task()
+        second = maker.draw_other([first])
+        question = maker.question(first)
+        prompt = maker.prompt(text[:at], maker.facts([first, second], question, FACTS), question)
+        new = [form.between, maker.encode(second.question), form.tail, maker.encode(form.gap + second.lead)]
+        answer = maker.encode(form.gap + first.answer)
+        dialogues.append(((prompt, answer), (torch.cat(new), maker.encode(f" {second.value}"))))
     after = max(len(said) + len(new) + len(value) for (_, said), (new, value) in dialogues)
     _check_limit(length, after, limit)
     return dialogues
@@ -212,12 +301,12 @@ def sentence_ends(tokenizer: Any, ids: Tensor) -> list[int]:
     return ends
 
 
-def _start(kind: str, seed: int, length: int, tokenizer: Any) -> tuple[random.Random, _Form]:
+def _maker(kind: str, seed: int, length: int, tokenizer: Any, texts: Texts) -> _Maker:
     if kind not in TEMPLATES:
         raise ValueError(f"kind: expected one of {', '.join(TEMPLATES)}, got {kind!r}")
     if isinstance(length, bool) or not isinstance(length, int) or length < 2:
         raise ValueError(f"length: expected an int from 2, got {length!r}")
-    return random.Random(f"{kind} {seed}"), _form(tokenizer)
+    return _Maker(kind, length, tokenizer, texts, _form(tokenizer), random.Random(f"{kind} {seed}"))
 
 
 def _form(tokenizer: Any) -> _Form:
@@ -231,84 +320,6 @@ def _form(tokenizer: Any) -> _Form:
     head, tail = tokenizer.apply_chat_template(turns[:1], **options).split(marks[0])
     between = tokenizer.apply_chat_template(turns, **options).split(marks[1])[1].split(marks[2])[0]
     return _Form(encode(tokenizer, head), encode(tokenizer, tail), encode(tokenizer, between), "\n\n", "")
-
-
-def _draw_task(draw: random.Random, kind: str, tokenizer: Any, texts: Texts) -> _Task:
-    """Draw a template, a name and a value of a kind."""
-    template: Template = draw.choice(TEMPLATES[kind])
-    name = template.name(draw)
-    while True:
-        if template.value is None:
-            value = _sentence(draw, tokenizer, draw.choice(texts.plain))
-            break
-        value = template.value(draw)
-        if value_kind(value) == kind:
-            break
-    fact, question, lead = (
-        part.format(name=name, value=value) for part in (template.fact, template.question, template.lead)
-    )
-    return _Task(fact, question, lead, value, template.end)
-
-
-def _training_pair(draw: random.Random, tokenizer: Any, form: _Form, texts: Texts, text: Tensor, length: int) -> Pair:
-    """Make a training task whose prompt has the end of ``text``, int64 [n], as its text."""
-    kinds = len(TEMPLATES[TRAINING]) + 1
-    if draw.randrange(kinds) == 0:  # completion, as frequent as each template
-        own = max(length // 2, length - len(form.head) - len(form.tail) - 2 * _SENTENCE_TOKENS.stop)
-        words = _sentence(draw, tokenizer, text[-own:]).split()
-        begun, rest = (" ".join(part) for part in (words[: len(words) // 2], words[len(words) // 2 :]))
-        task = _Task("", f"How does the text go on after these words: {begun}", "", rest, "")
-        answer = encode(tokenizer, form.gap + rest)
-        facts = []
-    else:
-        task = _draw_task(draw, TRAINING, tokenizer, texts)
-        answer = encode(tokenizer, form.gap + task.answer)
-        facts = [task.fact]
-    question = _question(tokenizer, form, task)
-    for _ in range(draw.randrange(_DISTRACTORS + 1) if facts else 0):
-        other = _draw_task(draw, TRAINING, tokenizer, texts).fact
-        taken = sum(len(encode(tokenizer, fact)) + 2 for fact in [*facts, other])
-        if length - len(form.head) - len(question) - taken >= length // 2:
-            facts.append(other)
-    return _place(draw, tokenizer, form, text, facts, question, length), answer
-
-
-def _question(tokenizer: Any, form: _Form, task: _Task) -> Tensor:
-    """Return the ids from the end of the text up to the answer."""
-    return torch.cat([encode(tokenizer, form.asked + task.question), form.tail])
-
-
-def _place(
-    draw: random.Random,
-    tokenizer: Any,
-    form: _Form,
-    text: Tensor,
-    facts: Sequence[str],
-    question: Tensor,
-    length: int,
-) -> Tensor:
-    """Return a prompt [length]: the end of ``text`` with the facts at random depths, then the question."""
-    lines = [encode(tokenizer, f"\n{fact}\n") for fact in facts]
-    room = length - len(form.head) - sum(len(line) for line in lines) - len(question)
-    if room < 1:
-        raise ValueError(f"length: expected at least {length - room + 1} tokens for fact and question, got {length}")
-    filler = text[len(text) - room :]
-    places = sentence_ends(tokenizer, filler) or list(range(room + 1))
-    parts, done = [form.head], 0
-    for at, line in sorted(((draw.choice(places), line) for line in lines), key=lambda placed: placed[0]):
-        parts += [filler[done:at], line]
-        done = at
-    return torch.cat([*parts, filler[done:], question])
-
-
-def _sentence(draw: random.Random, tokenizer: Any, text: Tensor) -> str:
-    """Draw a sentence of 8 to 32 tokens from a text; any 16 tokens of a text that has none near the place drawn."""
-    start = draw.randrange(max(1, len(text) - 4 * _SENTENCE_TOKENS.stop))
-    near = text[start : start + 4 * _SENTENCE_TOKENS.stop]
-    ends = sentence_ends(tokenizer, near)
-    whole = [near[a:b] for a, b in itertools.pairwise(ends) if b - a in _SENTENCE_TOKENS]
-    ids = draw.choice(whole) if whole else near[:16]
-    return " ".join(tokenizer.decode(ids.tolist()).split())
 
 
 def _check_limit(length: int, after: int, limit: int | None) -> None:
