@@ -84,8 +84,7 @@ def test_resume_measures_a_new_fit_again(tmp_path):
 
 def with_method(plan, method):
     """Return a plan with its fit said to be by another method, and with other values."""
-    report = copy.copy(plan.projections.report)
-    object.__setattr__(report, "method", method)
+    report = dataclasses.replace(plan.projections.report, method=method)
     matrices = {layer: matrix * 1.001 for layer, matrix in plan.projections.matrices.items()}
     return plan.replace(projections=dataclasses.replace(plan.projections, report=report, matrices=matrices))
 

@@ -77,8 +77,7 @@ class Arm:
         """Method of the fit, "ridge" or "distill"; None for kinds without one."""
         if self.kind != FITTED or self.plan.projections is None:
             return None
-        method = getattr(self.plan.projections.report, "method", RIDGE)
-        return method if isinstance(method, str) else RIDGE
+        return self.plan.projections.report.method
 
     @property
     def fit(self) -> str | None:
