@@ -25,7 +25,7 @@ from pop_ext.evaluation import (
     second_turn_sets,
     text_sets,
 )
-from pop_ext.evaluation.prompts import calibration_batches
+from pop_ext.evaluation.prompts import Texts, calibration_batches, texts_before_holdout
 from texts import Domain, fetch_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -83,15 +83,17 @@ class _Calibration:
         used = {name: domains[name].calibration for name in CALIBRATED if name in domains}
         window = CONTEXT + CONTINUATION
         self.steps = arguments.steps
-        self.batches = [
-            batch
-            for files in used.values()
-            for batch in calibration_batches(
-                read_texts(files, tokenizer), tokenizer, window, arguments.sequences // len(used), batch=1
-            )
-        ]
-        texts = read_texts([path for files in used.values() for path in files], tokenizer)
-        self.tasks = retrieval_pairs(texts, tokenizer, CONTEXT, arguments.tasks, kind=TRAINING)
+        each = arguments.sequences // len(used)
+        kept = max(1, each // 8)  # judges lambda and the steps
+        self.batches, self.holdout, before = [], [], []
+        for files in used.values():
+            texts = read_texts(files, tokenizer)
+            batches = calibration_batches(texts, tokenizer, window, each, batch=1)
+            self.batches += batches[:-kept]
+            self.holdout += batches[-kept:]
+            before += texts_before_holdout(texts, tokenizer, window, each, kept).plain
+        rest = Texts(tuple(before), ())
+        self.tasks = retrieval_pairs(rest, tokenizer, CONTEXT, arguments.tasks, kind=TRAINING)
 
     def fitted(self, model: Any, plan: Plan, name: str, path: Path) -> Plan:
         """Return the plan with the fit called ``name``, from its file if it was made before."""
@@ -99,7 +101,7 @@ class _Calibration:
             return Plan.load(path)
         print(f"{name} of {len(plan.omit)} layers", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
-        more: dict[str, Any] = {"lambdas": [0.01]}
+        more: dict[str, Any] = {"lambdas": [0.01], "holdout": self.holdout}
         if name != "ridge":
             more |= {"method": "distill", "steps": self.steps, "resume": path.with_name("state.pt")}
         if name == "distill":
@@ -128,14 +130,7 @@ def _print(name: str, result: Evaluation) -> None:
     print(f"\n{name}: mean (standard error), paired with full depth")
     for row in result.summary():
         figures = [
-            f"{title} {row[key].value:+.4f} ({row[key].error:.4f})"
-            for key, title in (
-                ("delta_loss", "loss"),
-                ("kl", "KL"),
-                ("exact", "exact"),
-                ("delta_exact", "exact to full"),
-            )
-            if key in row
+            f"{title} {row[key].value:+.4f} ({row[key].error:.4f})" for key, title in _FIGURES.items() if key in row
         ]
         print(f"  {row['arm']:32} {', '.join(figures)}")
 

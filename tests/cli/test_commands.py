@@ -15,6 +15,9 @@ from model_folder import save_tiny_llama
 from pop_ext import Plan
 from pop_ext.cli.app import app
 from pop_ext.cli.options import find_files, parse_numbers
+from pop_ext.evaluation import read_texts
+from pop_ext.evaluation.prompts import texts_before_holdout
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 
@@ -82,21 +85,40 @@ def test_calibrate_within_a_budget_reports_the_measured_times(folder, files, tmp
     assert "the fewest within 60 s" in Plan.load(tmp_path / "plan.json").origin.method
 
 
-def test_fit_distils_on_texts_and_tasks(folder, files, tmp_path, monkeypatch):
+def test_fit_distils_on_texts_and_tasks(folder, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"def f{i}({i * 7}): return {i * i + 3}\n" for i in range(200)))
     seen, fit = {}, pop_ext.fit
     monkeypatch.setattr(pop_ext, "fit", lambda *args, **options: (seen.update(options), fit(*args, **options))[1])
+    make, made, tokenizer = pop_ext.evaluation.retrieval_pairs, [], AutoTokenizer.from_pretrained(folder)
+    monkeypatch.setattr(
+        pop_ext.evaluation,
+        "retrieval_pairs",
+        lambda *args, **options: (made.append(args[0]), make(*args, **options))[1],
+    )
     Plan(6, (4, 5)).save(tmp_path / "plan.json")
     out, state = tmp_path / "distilled.json", tmp_path / "state.pt"
     options = ("--method", "distill", "--tasks", 9, "--steps", 4, "--learning-rate", 1e-3, "--seed", 3)
-    common = (*texts(files[0]), "-o", out, "--samples", 10, "--tokens", 128, *options, "--resume", state)
+    common = ("--text", text, "-o", out, "--samples", 10, "--tokens", 200, *options, "--resume", state)
     result = run("fit", folder, tmp_path / "plan.json", *common)
     assert result.exit_code == 0, result.output
     assert (seen["steps"], seen["learning_rate"], seen["seed"], seen["resume"]) == (4, 1e-3, 3, state)
-    assert [len(prompt) for prompt, _ in seen["tasks"]] == [128] * 9
+    assert [len(prompt) for prompt, _ in seen["tasks"]] == [200] * 9
     report = Plan.load(out).projections.report
     assert (report.method, report.tasks) == ("distill", 8)
     assert "KL of held-out text" in result.stdout
     assert state.exists()
+    # Tasks are made from what stands before the held-out sequences.
+    whole = read_texts([text], tokenizer)
+    rest = texts_before_holdout(whole, tokenizer, 200, 10, 2).plain
+    assert [ids.tolist() for ids in made[0].plain] == [ids.tolist() for ids in rest]
+    assert 0 < len(rest[0]) < len(whole.plain[0]) - 400
+    short = run("fit", folder, tmp_path / "plan.json", *common, "--tokens", 40)
+    assert short.exit_code == 2
+    assert "--tokens: expected at least" in short.stderr
+    for option, value in (("--steps", 4), ("--learning-rate", 0.1), ("--seed", 1), ("--resume", state)):
+        refused = run("fit", folder, tmp_path / "plan.json", *common[: -len(options) - 2], option, value)
+        assert refused.exit_code == 2, refused.output
 
 
 def test_fit_holds_out_the_last_sequences_and_saves_the_plan(folder, files, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from model_folder import save_tiny_llama
 from pop_ext.evaluation import calibration_batches, read_texts, recall_sets, text_sets
+from pop_ext.evaluation.prompts import Texts, texts_before_holdout
 from transformers import AutoTokenizer
 
 
@@ -113,3 +114,20 @@ def test_unusable_texts_and_lengths_are_refused_by_name(texts, tokenizer):
         text_sets(texts, tokenizer, [500], 8, 4)
     with pytest.raises(ValueError, match=r"lengths: expected at most 56 \(the model takes 64\), got 60"):
         text_sets(texts, tokenizer, [60], 8, 4, limit=64)
+
+
+@pytest.mark.parametrize(("sizes", "held"), [((60, 30, 10), 2), ((60, 7, 33), 1), ((25, 25, 60), 5)])
+def test_texts_before_the_holdout_share_nothing_with_it(sizes, held):
+    class Tokenizer:
+        bos_token_id = None
+
+        def __call__(self, _):
+            return {"input_ids": [0]}
+
+    ids = torch.arange(sum(sizes))
+    texts = Texts(tuple(ids.split(list(sizes))), ())
+    batches = calibration_batches(texts, Tokenizer(), 8, 9, batch=1)
+    out = torch.cat(batches[-held:]).flatten()
+    before = torch.cat(texts_before_holdout(texts, Tokenizer(), 8, 9, held).plain)
+    assert before.max() + 1 == out.min()
+    assert before.tolist() == list(range(len(before)))

@@ -174,3 +174,21 @@ def test_the_share_of_exact_answers_is_compared_prompt_by_prompt():
     assert row["exact"].value == 0.5
     assert row["delta_exact"].value == -0.25
     assert row["delta_exact"].error == pytest.approx(0.25)
+
+
+def test_prompts_do_not_follow_the_date(chat, texts):
+    chat.chat_template = "{{ date_string }} {{ strftime_now('%d %b %Y %H:%M:%S.%f') }}" + CHAT
+    head = chat.decode(retrieval_pairs(texts, chat, 200, 1)[0][0][:40].tolist())
+    assert head.replace(" ", "").startswith("26Jul202426Jul2024")
+
+
+def test_a_completion_asks_for_words_of_its_prompt(chat, texts):
+    asked = 0
+    for length in (180, 240, 300):
+        for prompt, answer in retrieval_pairs(texts, chat, length, 60, kind=TRAINING, seed=2):
+            text = chat.decode(prompt.tolist())
+            if "goonafterthesewords" in "".join(text.split()):
+                asked += 1
+                body = "".join(text.split()).split("Howdoes")[0]
+                assert "".join(chat.decode(answer.tolist()).split()) in body
+    assert asked > 0

@@ -188,16 +188,85 @@ def test_tasks_are_trained_on_and_judged():
     assert math.isnan(without.projections.report.training[0][2])
 
 
-def test_a_task_is_split_where_its_answer_begins():
-    model = shared("llama")
+def trainer_of(model, *mixture, **settings):
     plan = plan_of(model, LAST)
+    student = Student(model, plan)
+    parts = [[student.example(ids, answer) for ids, answer in part] for part in mixture]
+    training = Training(**{"steps": 8, "learning_rate": 1e-3, "seed": 0, **settings})
+    return Trainer(student, any_matrices(model, plan).matrices, parts, training)
+
+
+def test_a_task_is_split_where_its_answer_begins_and_a_text_anywhere():
+    model = shared("llama")
     with stock_evaluation(model):
-        student = Student(model, plan)
-        text, task = student.example(tokens(model, 2, 40)), student.example(tokens(model, 2, 23), answer=3)
-        trainer = Trainer(student, any_matrices(model, plan).matrices, [[text], [task]], Training(8, 1e-3, 0))
-        drawn = [list(trainer._next()) for _ in range(300)]
-    assert {prompt for (_, _), (_, prompt) in drawn} == {20}
-    assert {prompt for (_, prompt), _ in drawn} == set(range(15, 31))  # 10 of 40 tokens are the continuation
+        trainer = trainer_of(model, [(tokens(model, 2, 40), 0)], [(tokens(model, 2, 23), 3)])
+        drawn = [found for _ in range(300) for found in trainer._next()]
+    assert {prompt for example, prompt, _ in drawn if example.answer} == {20}
+    # 10 of 40 tokens are the continuation.
+    assert {prompt for example, prompt, _ in drawn if not example.answer} == set(range(15, 31))
+
+
+def test_a_step_reads_four_texts_and_four_tasks_whatever_batches_they_come_in():
+    model = shared("llama")
+    texts = [(row[None], 0) for row in tokens(model, 8, 40, seed=1)]
+    answers = (2, 3, 3, 4, 2, 3, 5, 2)
+    given = [(tokens(model, 1, 20 + answer, seed=20 + i), answer) for i, answer in enumerate(answers)]
+    with stock_evaluation(model):
+        trainer = trainer_of(model, texts, given)
+        seen = []
+        for _ in range(2):
+            step = list(trainer._next())
+            for part in (0, 1):
+                group = [(example, share) for example, _, share in step if bool(example.answer) == bool(part)]
+                assert sum(len(example) for example, _ in group) == 4
+                assert [share for _, share in group] == [len(example) / 4 for example, _ in group]
+                seen += [tuple(ids.tolist()) for example, _ in group for ids in example.ids]
+    assert len(set(seen)) == len(seen) == 16  # all of them in a round
+
+
+def test_a_group_of_unequal_tasks_has_the_mean_of_their_gradients():
+    model = shared("llama")
+    given = [(tokens(model, 1, 20 + answer, seed=answer), answer) for answer in (2, 3, 4, 5)]
+    with stock_evaluation(model):
+        trainer = trainer_of(model, given)
+        student, matrices = trainer.student, trainer.matrices
+        losses = [
+            kl_per_row(student.teacher_logits(e, 19, e.answer), student.logits(e, 20, e.answer, matrices)).mean()
+            for e in (student.example(*one) for one in given)
+        ]
+        assert trainer.train() == pytest.approx(float(sum(losses)) / 4, rel=1e-5)
+
+
+def test_masters_are_float32():
+    model = FAMILIES["llama"](dtype=torch.bfloat16)
+    with stock_evaluation(model):
+        trainer = trainer_of(model, [(tokens(model, 4, 40), 0)], learning_rate=1e-6)
+        before = {layer: matrix.detach().clone() for layer, matrix in trainer.matrices.items()}
+        trainer.train()
+    for layer, matrix in trainer.matrices.items():
+        assert matrix.dtype == torch.float32
+        moved = (matrix - before[layer]).abs().max()  # less than bfloat16 holds
+        assert 0 < moved < 1e-5
+
+
+def test_a_training_that_diverges_is_refused(monkeypatch):
+    model = shared("llama")
+    train = Trainer.train
+
+    def poisoned(trainer):
+        with torch.no_grad():
+            next(iter(trainer.matrices.values()))[0, 0] = math.nan
+        return train(trainer)
+
+    monkeypatch.setattr(Trainer, "train", poisoned)
+    with pytest.raises(ValueError, match="learning_rate: expected one with which the divergence stays finite, got 0"):
+        distilled(model, plan_of(model, LAST))
+
+
+def test_matrices_that_the_dtype_cannot_hold_are_refused():
+    model = FAMILIES["llama"](dtype=torch.float16)
+    with pytest.raises(ValueError, match="learning_rate: expected one"):
+        distilled(model, plan_of(model, LAST), learning_rate=1e4)
 
 
 def test_the_same_seed_trains_the_same_matrices():
@@ -206,7 +275,7 @@ def test_the_same_seed_trains_the_same_matrices():
     assert first.projections == again.projections != other.projections
 
 
-def test_low_precision_trains_float32_masters():
+def test_low_precision_trains_too():
     model = FAMILIES["llama"](dtype=torch.bfloat16)
     plan = distilled(model, plan_of(model, LAST), learning_rate=1e-3)
     report = plan.projections.report
@@ -235,7 +304,7 @@ def test_a_stopped_training_goes_on_to_the_same_result(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "train", lambda self, train=Trainer.train: (taken.append(self.step), train(self))[1])
     taken.clear()
     resumed = distilled(model, plan, tasks=tasks(model), resume=path)
-    assert taken == list(range(STEPS // 2, STEPS))
+    assert taken == list(range(STEPS // 2, STEPS))  # judged every third step
     assert resumed.projections == whole.projections
     assert resumed.projections.report == whole.projections.report
 
@@ -245,6 +314,9 @@ def test_the_state_of_another_training_is_refused(tmp_path):
     distilled(model, plan_of(model, LAST), steps=4, resume=path)
     with pytest.raises(ValueError, match=r"resume: expected a training on the same weights.*state\.pt"):
         distilled(model, plan_of(model, LAST), steps=4, seed=5, resume=path)
+    missing = tmp_path / "none" / "state.pt"
+    with pytest.raises(ValueError, match="resume: expected a file in a folder that exists, got .*none/state.pt"):
+        distilled(model, plan_of(model, LAST), steps=4, resume=missing)
     path.write_bytes(b"no state")
     with pytest.raises(ValueError, match=r"resume: expected a state that a training wrote, got .*state\.pt"):
         distilled(model, plan_of(model, LAST), steps=4, resume=path)
@@ -310,6 +382,8 @@ def test_judgements_choose_by_text_and_tasks():
     assert both.divergence == pytest.approx(1.2)
     assert str(both) == "after 3 steps: held-out KL 0.2000, of tasks 1.0000, exact 1.00"
     assert Judgement.of(0, HeldOut(kl=[0.5])).divergence == 0.5
+    assert math.isnan(Judgement.of(0, HeldOut(kl=[math.nan])).divergence)
+    assert math.isnan(Judgement.of(0, HeldOut(kl=[0.5], task_kl=[math.nan], exact=[0.0])).divergence)
 
 
 def test_the_command_line_has_the_defaults_of_the_function():

@@ -60,12 +60,17 @@ def fit(
             "tasks made from them."
         ),
     ] = "ridge",
-    tasks: Annotated[int, typer.Option(min=0, help="Retrieval tasks, made with --method distill.")] = 96,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps, at most.", rich_help_panel=TRAINING)] = STEPS,
+    tasks: Annotated[int, typer.Option(min=0, help="Retrieval tasks to make for --method distill.")] = 96,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help=f"Training steps, at most. Default: {STEPS}.", rich_help_panel=TRAINING)
+    ] = None,
     learning_rate: Annotated[
-        float, typer.Option(help="Largest learning rate.", rich_help_panel=TRAINING)
-    ] = LEARNING_RATE,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the training.", rich_help_panel=TRAINING)] = 0,
+        float | None, typer.Option(help=f"Largest learning rate. Default: {LEARNING_RATE}.", rich_help_panel=TRAINING)
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Seed of training and tasks. Default: 0.", rich_help_panel=TRAINING),
+    ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -99,17 +104,21 @@ def fit(
         import pop_ext
         from pop_ext.evaluation import TRAINING as TRAINING_TASKS
         from pop_ext.evaluation import calibration_batches, read_texts, retrieval_pairs
+        from pop_ext.evaluation.prompts import texts_before_holdout
 
         texts = read_texts(files, tokenizer)
         batches = calibration_batches(texts, tokenizer, tokens, samples, batch=1)
         kept = min(len(batches) - 1, max(1, round(holdout * len(batches))))
         used, held = batches[: len(batches) - kept], batches[len(batches) - kept :]
         weighting = "uniform" if uniform else "attention"
-        more: dict[str, Any] = {}
-        if method == "distill":
-            if tasks and texts.plain:
-                more["tasks"] = retrieval_pairs(texts, tokenizer, tokens, tasks, kind=TRAINING_TASKS, seed=seed)
-            more |= {"steps": steps, "learning_rate": learning_rate, "seed": seed, "resume": resume}
+        for path in (out, resume):
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+        more: dict[str, Any] = {"resume": resume, **_training(method, steps, learning_rate, seed)}
+        if method == "distill" and tasks and texts.plain:
+            rest = texts_before_holdout(texts, tokenizer, tokens, samples, len(held))
+            with output.option_named("--tokens", "length"):
+                more["tasks"] = retrieval_pairs(rest, tokenizer, tokens, tasks, kind=TRAINING_TASKS, seed=seed or 0)
         fitted = pop_ext.fit(
             loaded,
             before,
@@ -120,7 +129,6 @@ def fit(
             progress=not as_json,
             **more,
         )
-        out.parent.mkdir(parents=True, exist_ok=True)
         fitted.save(out)
     assert fitted.projections is not None  # fit has set them
     found = fitted.projections.report
@@ -140,6 +148,20 @@ def fit(
         _print(found)
         print(f"fitted layers {report['omit']} on {len(used)} sequences, {len(held)} held out")
         print(f"{report['plan']}: the plan; {report['matrices']}: its matrices")
+
+
+def _training(method: str, steps: int | None, learning_rate: float | None, seed: int | None) -> dict[str, Any]:
+    """Return the options of the training that were given, by argument of ``pop_ext.fit``.
+
+    Raises:
+        ValueError: One is given for a method that does not train.
+    """
+    options = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and method != "distill":
+        name, value = next(iter(given.items()))
+        raise ValueError(f"--{name.replace('_', '-')}: expected it with --method distill only, got {value}")
+    return given
 
 
 def _print(found: FitReport) -> None:

@@ -34,6 +34,18 @@ def errors_on_one_line() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
+@contextmanager
+def option_named(option: str, argument: str) -> Iterator[None]:
+    """Let errors of a function's argument name the option that set it."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        if not text.startswith(f"{argument}:"):
+            raise
+        raise ValueError(option + text.removeprefix(argument)) from None
+
+
 def loading_spinner(quiet: bool) -> AbstractContextManager[Any]:
     """Show a spinner while a model loads, if standard error is a terminal.
 

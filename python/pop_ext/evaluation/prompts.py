@@ -6,6 +6,7 @@ A prompt and a continuation are int64 tensors [n] on the CPU.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 import string
@@ -209,12 +210,30 @@ def calibration_batches(texts: Texts, tokenizer: Any, tokens: int, samples: int,
         ValueError: The texts are too short for a single sequence.
     """
     beginning = beginning_of(tokenizer)
+    windows = _calibration_windows(texts, tokenizer, tokens, samples)
     own = tokens - len(beginning)
-    whole = [*texts.plain, *(torch.cat([context[len(beginning) :], after]) for context, after in texts.pairs)]
-    rows = torch.stack(
-        [torch.cat([beginning, text[at : at + own]]) for text, at in window_ends(whole, 0, own, samples)]
-    )
+    rows = torch.stack([torch.cat([beginning, text[at : at + own]]) for text, at in windows])
     return list(rows.split(batch))
+
+
+def texts_before_holdout(texts: Texts, tokenizer: Any, tokens: int, samples: int, held: int) -> Texts:
+    """Return the plain texts before the last ``held`` sequences of ``calibration_batches``, called with the same texts.
+
+    Tasks that are made from them share no text with these sequences.
+    """
+    windows = _calibration_windows(texts, tokenizer, tokens, samples)
+    first, at = windows[len(windows) - held]
+    before = list(itertools.takewhile(lambda text: text is not first, texts.plain))
+    if len(before) < len(texts.plain):
+        before.append(first[:at])
+    return Texts(tuple(text for text in before if len(text)), ())
+
+
+def _calibration_windows(texts: Texts, tokenizer: Any, tokens: int, samples: int) -> list[tuple[Tensor, int]]:
+    """Return (text, start) of each calibration sequence, in the order of the texts."""
+    begin = len(beginning_of(tokenizer))
+    whole = [*texts.plain, *(torch.cat([context[begin:], after]) for context, after in texts.pairs)]
+    return window_ends(whole, 0, tokens - begin, samples)
 
 
 def _truncate_prompt(context: Tensor, begin: int, limit: int | None, after: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ from pop_ext.evaluation.prompts import (
 )
 from pop_ext.evaluation.retrieval_templates import EVALUATION, TEMPLATES, TRAINING, Template, value_kind
 
+_DATE = "26 Jul 2024"
+"""Date in the chat form; the default of Llama 3's template."""
 _SENTENCE_TOKENS = range(8, 33)
 FACTS = 4
 """Facts in an evaluation prompt, and the largest number in a training prompt."""
@@ -135,17 +137,22 @@ class _Maker:
 
     def training_pair(self, text: Tensor) -> Pair:
         """Make a training task whose prompt has the end of ``text``, int64 [n], as its text."""
-        if self.draw.randrange(len(TEMPLATES[TRAINING]) + 1) == 0:  # as frequent as each template
+        completes = self.draw.randrange(len(TEMPLATES[TRAINING]) + 1) == 0  # as frequent as each template
+        if completes and self.completion_room >= 2 * _SENTENCE_TOKENS.stop:
             return self.completion(text)
         task = self.draw_task()
         question = self.question(task)
         facts = self.facts([task], question, self.draw.randrange(1, FACTS + 1))
         return self.prompt(text, facts, question), self.encode(self.form.gap + task.answer)
 
+    @property
+    def completion_room(self) -> int:
+        """Tokens of the text that a prompt holds beside the question of any completion task."""
+        return self.length - len(self.form.head) - len(self.form.tail) - 2 * _SENTENCE_TOKENS.stop
+
     def completion(self, text: Tensor) -> Pair:
-        """Make a task that asks how a sentence of the text goes on."""
-        around = len(self.form.head) + len(self.form.tail) + 2 * _SENTENCE_TOKENS.stop
-        words = self.sentence(text[-max(self.length // 2, self.length - around) :]).split()
+        """Make a task that asks how a sentence of the text goes on, in a prompt that has the room."""
+        words = self.sentence(text[-self.completion_room :]).split()
         begun, rest = (" ".join(part) for part in (words[: len(words) // 2], words[len(words) // 2 :]))
         question = self.question(_Task("", f"How does the text go on after these words: {begun}", "", rest, ""))
         return self.prompt(text, [], question), self.encode(self.form.gap + rest)
@@ -316,7 +323,9 @@ def _form(tokenizer: Any) -> _Form:
         return _Form(beginning_of(tokenizer), tail, between, "\n\nQuestion: ", " ")
     marks = ["first message", "first answer", "second message"]
     turns = [{"role": role, "content": mark} for role, mark in zip(["user", "assistant", "user"], marks, strict=True)]
-    options = {"tokenize": False, "add_generation_prompt": True}
+    # Templates that print the date would make other prompts every day: a macro hides transformers' function.
+    fixed = f"{{% macro strftime_now(format) %}}{_DATE}{{% endmacro %}}" + tokenizer.get_chat_template()
+    options = {"tokenize": False, "add_generation_prompt": True, "chat_template": fixed, "date_string": _DATE}
     head, tail = tokenizer.apply_chat_template(turns[:1], **options).split(marks[0])
     between = tokenizer.apply_chat_template(turns, **options).split(marks[1])[1].split(marks[2])[0]
     return _Form(encode(tokenizer, head), encode(tokenizer, tail), encode(tokenizer, between), "\n\n", "")

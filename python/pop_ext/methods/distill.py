@@ -19,13 +19,15 @@ from pop_ext.methods.student import Example, Student
 from pop_ext.plans.plan import Plan
 
 GROUP = 4
-"""Sequences of text, and as many tasks, in a step."""
+"""Sequences of text in a step, and tasks, whatever batches they came in."""
 WARM_UP = 20
 """Steps with a rising learning rate."""
 FLOOR = 0.05
 """Share of the learning rate that is left at the last step."""
 CLIP = 1.0
 """Largest norm of a step's gradient."""
+EVERY = 25
+"""Largest number of steps between two judgements; never more than an eighth of all."""
 PATIENCE = 4
 """Training ends after this many judgements in a row that are worse than the best one."""
 
@@ -66,33 +68,51 @@ class Training:
     @property
     def every(self) -> int:
         """Number of steps between two judgements."""
-        return max(1, min(25, self.steps // 4))
+        return max(1, min(EVERY, self.steps // 8))
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What held-out examples said of the matrices after a number of steps; ``task_kl`` and ``exact`` may be NaN."""
+    """What held-out examples said of the matrices after a number of steps; without tasks the last two are None."""
 
     step: int
     kl: float
-    task_kl: float
-    exact: float
+    task_kl: float | None = None
+    exact: float | None = None
 
     @classmethod
     def of(cls, step: int, found: HeldOut) -> Judgement:
         """Return the means of what ``judge`` found."""
-        return cls(
-            step, *(sum(part) / len(part) if part else math.nan for part in (found.kl, found.task_kl, found.exact))
-        )
+
+        def mean(values: list[float]) -> float | None:
+            return sum(values) / len(values) if values else None
+
+        return cls(step, mean(found.kl) or 0.0, mean(found.task_kl), mean(found.exact))
 
     @property
     def divergence(self) -> float:
-        """KL divergence of text plus that of tasks, by which the best matrices are chosen."""
-        return sum(part for part in (self.kl, self.task_kl) if not math.isnan(part))
+        """KL divergence of text plus that of tasks, by which the best matrices are chosen; NaN if either is."""
+        return self.kl + (self.task_kl or 0.0)
 
     def __str__(self) -> str:
-        tasks = "" if math.isnan(self.task_kl) else f", of tasks {self.task_kl:.4f}, exact {self.exact:.2f}"
+        tasks = "" if self.task_kl is None else f", of tasks {self.task_kl:.4f}, exact {self.exact:.2f}"
         return f"after {self.step} steps: held-out KL {self.kl:.4f}{tasks}"
+
+
+def merge_examples(examples: Sequence[Example]) -> list[Example]:
+    """Return the examples with those of one length, text or task alike, joined to one."""
+    shapes: dict[tuple[int, int], list[Example]] = {}
+    for example in examples:
+        shapes.setdefault((example.ids.shape[1], example.answer), []).append(example)
+    return [
+        Example(
+            torch.cat([one.ids for one in same]),
+            torch.cat([one.entry for one in same]),
+            torch.cat([one.final for one in same]),
+            answer,
+        )
+        for (_, answer), same in shapes.items()
+    ]
 
 
 def kl_per_row(teacher: Tensor, student: Tensor) -> Tensor:
@@ -161,7 +181,7 @@ class Trainer:
         self._adam = torch.optim.Adam(self.matrices.values(), lr=training.learning_rate, betas=(0.9, 0.99))
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._adam, self._share)
         self._draw = random.Random(training.seed)
-        self._orders = [self._order(part) for part in mixture if part]
+        self._orders = [self._order(merge_examples(part)) for part in mixture if part]
 
     def _share(self, step: int) -> float:
         """Return the share of the learning rate at a step: linear warm-up, then a cosine."""
@@ -175,10 +195,10 @@ class Trainer:
             The KL divergence that the step saw, nats a token, summed over the parts.
         """
         total = 0.0
-        for example, prompt in self._next():
+        for example, prompt, share in self._next():
             rows = example.rows
             logits = self.student.logits(example, prompt, rows, self.matrices)
-            loss = kl_per_row(self.student.teacher_logits(example, prompt - 1, rows), logits).mean()
+            loss = share * kl_per_row(self.student.teacher_logits(example, prompt - 1, rows), logits).mean()
             loss.backward()
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(self.matrices.values(), CLIP)
@@ -191,37 +211,47 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Return what ``restore`` needs to go on from here."""
         matrices = {layer: matrix.detach().clone() for layer, matrix in self.matrices.items()}
-        return {"step": self.step, "matrices": matrices, "adam": self._adam.state_dict()}
+        return {
+            "step": self.step,
+            "matrices": matrices,
+            "adam": self._adam.state_dict(),
+            "schedule": self._schedule.state_dict(),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a state of a trainer with the same settings; call it before the first step."""
         for _ in range(state["step"]):  # the draws of the steps that were done
             for _ in self._next():
                 pass
-            self._schedule.step()
         with torch.no_grad():
             for layer, matrix in self.matrices.items():
                 matrix.copy_(state["matrices"][layer])
         self._adam.load_state_dict(state["adam"])
+        self._schedule.last_epoch = state["step"]  # the rate itself is part of Adam's state
         self.step = state["step"]
 
-    def _next(self) -> Iterator[tuple[Example, int]]:
-        """Yield a group of each part and the length of its prompt: up to the answer, or at random in a text."""
-        for order in self._orders:
-            example, rows = next(order)
-            longest = example.ids.shape[1] - example.rows
-            shortest = self.student.shortest_prompt(example.ids, example.answer)
-            yield example.select(rows), self._draw.randint(shortest, longest)
+    def _next(self) -> Iterator[tuple[Example, int, float]]:
+        """Yield the sequences of a step: those of one length, the length of their prompt, and their share of the part.
 
-    def _order(self, examples: Sequence[Example]) -> Iterator[tuple[Example, list[int]]]:
-        """Yield groups of sequences of one length for ever, each sequence once in a round."""
+        The prompt of a task ends where its answer begins, that of a text at random.
+        """
+        for order in self._orders:
+            group = next(order)
+            for example in group:
+                longest = example.ids.shape[1] - example.rows
+                shortest = self.student.shortest_prompt(example.ids, example.answer)
+                yield example, self._draw.randint(shortest, longest), len(example) / sum(map(len, group))
+
+    def _order(self, examples: Sequence[Example]) -> Iterator[list[Example]]:
+        """Yield groups of ``GROUP`` sequences for ever, each sequence once in a round, by length."""
+        places = [(number, row) for number, example in enumerate(examples) for row in range(len(example))]
         while True:
-            groups = []
-            for example in examples:
-                order = self._draw.sample(range(len(example)), len(example))
-                groups += [(example, order[i : i + GROUP]) for i in range(0, len(order), GROUP)]
-            self._draw.shuffle(groups)
-            yield from groups
+            self._draw.shuffle(places)
+            for begin in range(0, len(places), GROUP):
+                rows: dict[int, list[int]] = {}
+                for number, row in places[begin : begin + GROUP]:
+                    rows.setdefault(number, []).append(row)
+                yield [examples[number].select(chosen) for number, chosen in rows.items()]
 
 
 def distill(
@@ -308,7 +338,7 @@ def _save_state(
 
 def _load_state(path: Path, digest: str) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         found = state["digest"]
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
         raise ValueError(f"resume: expected a state that a training wrote, got {path} ({error!r:.80})") from None

@@ -74,7 +74,7 @@ def fit(
         method: "ridge" or "distill".
         tasks: Pairs (prompt, answer) of ids, int [n] each, without padding, such as
             ``pop_ext.evaluation.retrieval_pairs`` makes. Their answers count like continuations. With "distill" every
-            eighth is held out, or the last one of fewer.
+            eighth is held out, or the last one of fewer, but not a single one.
         holdout: Iterable like ``batches``, of other sequences. None holds out every eighth sequence of the batches,
             or the last one of fewer than eight, and does not fit on it.
         lambdas: Ridges > 0 to choose from, relative to the mean diagonal of the Gram matrix. Infinity stands for the
@@ -83,7 +83,8 @@ def fit(
             tokens, pays to it in the full model, averaged over the layers of the run. The full model then runs with
             eager attention, which holds heads * T^2 attention weights of one layer at a time. "uniform" weighs all
             rows alike.
-        steps: Largest number of training steps. A step reads four sequences of text and four tasks.
+        steps: Largest number of training steps. A step reads four sequences of text and four tasks, whatever batches
+            they come in.
         learning_rate: Largest learning rate of Adam, after a warm-up and before a cosine.
         seed: Seed of the order of sequences and of where they are split.
         resume: File that takes the state of the training at each judgement. A stopped training goes on from it.
@@ -122,7 +123,7 @@ def fit(
         samples = {layer: sample_weights(layers[layer]) for layer in plan.omit}
         losses: list[tuple[float, float, float]] = []
         if holds:
-            held = check_held(held, plan, reader.sequences - len(kept))
+            held = check_held(held, plan, reader.sequences - len(kept), "lambda" if len(ridges) > 1 else "steps")
         if len(ridges) > 1:
             for ridge in ridges:
                 losses.append((ridge, *_held_out_loss(model, _solve(reader, ridge, samples)[0], held, advance)))
@@ -174,11 +175,21 @@ def _distilled(
         start.report,
         method="distill",
         steps=best.step,
-        training=tuple((one.step, one.kl, one.task_kl, one.exact) for one in history),
+        training=tuple((one.step, one.kl, _nan(one.task_kl), _nan(one.exact)) for one in history),
     )
     matrices = {layer: matrix.to(dtype).cpu().contiguous() for layer, matrix in trained.items()}
+    for layer, matrix in matrices.items():
+        if not matrix.isfinite().all():
+            raise ValueError(
+                f"learning_rate: expected one whose matrices {str(dtype).removeprefix('torch.')} can hold, got "
+                f"{training.learning_rate:g} (layer {layer})"
+            )
     origin = dataclasses.replace(plan.origin, fit=report.describe())
     return plan.replace(projections=Projections(matrices, start.samples, report), origin=origin)
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _count_steps(batches: Batches, held: int, ridges: int, split: bool) -> int | None:

@@ -46,7 +46,10 @@ def check_training(
         raise ValueError(f'resume: expected None with method="{method}", which does not train, got {resume!r}')
     if method != "distill":
         return None
-    return Training(steps, float(learning_rate), seed, None if resume is None else Path(resume))
+    path = None if resume is None else Path(resume)
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"resume: expected a file in a folder that exists, got {path}")
+    return Training(steps, float(learning_rate), seed, path)
 
 
 def check_tasks(tasks: Any, model: Any, plan: Plan) -> list[Task]:
@@ -87,11 +90,19 @@ def hold_out_tasks(tasks: list[Task]) -> tuple[list[Task], list[Task]]:
     return [t for i, t in enumerate(tasks) if i not in held], [t for i, t in enumerate(tasks) if i in held]
 
 
-def check_held(held: list[Tensor], plan: Plan, fitted: int) -> list[Tensor]:
-    """Return the held-out sequences that are long enough to have context rows."""
+def check_held(held: list[Tensor], plan: Plan, fitted: int, chosen: str) -> list[Tensor]:
+    """Return the held-out sequences that are long enough to have context rows.
+
+    Args:
+        held: Sequences [1, T].
+        plan: The plan.
+        fitted: Number of sequences that were fitted on.
+        chosen: What they choose, "lambda" or "steps".
+    """
     if not held:
+        alone = " (or a single lambda)" if chosen == "lambda" else ""
         raise ValueError(
-            f"holdout: expected sequences to choose lambda by (or a single lambda), got none of {fitted} sequences: "
+            f"holdout: expected sequences to choose {chosen} by{alone}, got none of {fitted} sequences: "
             f"without a holdout, every {HOLD_EVERY}th sequence of the batches is held out, or the last one of fewer, "
             "but never the only one"
         )
