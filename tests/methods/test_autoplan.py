@@ -10,6 +10,7 @@ import pop_ext
 import pytest
 import torch
 from pop_ext import Plan
+from pop_ext.cli.budget import plan_folder
 from pop_ext.methods import autoplan as module
 from pop_ext.methods.autoplan import Trial, autoplan
 from pop_ext.methods.held_out import split_texts, token_counts
@@ -391,3 +392,21 @@ def test_the_command_finds_saves_and_prints_the_plan(tmp_path, capsys):
         refused = run(*wrong)
         assert refused.exit_code == 2
         assert text in refused.stderr
+
+
+def test_a_foreign_readme_is_refused_before_the_search(model, tokenizer, text, tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("# Mine")
+    monkeypatch.setattr("pop_ext.methods.autoplan.search", lambda *_: pytest.fail("searched"))
+    with pytest.raises(ValueError, match=r"folder: expected no other README\.md"):
+        autoplan(model, [text], max_loss=1.0, tokenizer=tokenizer, save=tmp_path)
+
+
+def test_one_held_out_prompt_is_refused(model, tokenizer, text):
+    trial = dataclasses.replace(TRIAL, prompts=1)
+    with pytest.raises(ValueError, match="texts: expected enough for two held-out prompts of 48 tokens"):
+        autoplan(model, [text], max_loss=1.0, tokenizer=tokenizer, trial=trial)
+
+
+def test_a_folder_may_have_a_dot_in_its_name(tmp_path):
+    assert plan_folder(tmp_path / "Llama-3.2-1B") == tmp_path / "Llama-3.2-1B"
+    assert plan_folder(tmp_path / "new" / "plan.json") == tmp_path / "new"

@@ -66,7 +66,7 @@ def plan_folder(out: Path) -> Path:
     Raises:
         ValueError: ``out`` is a file of another name than plan.json.
     """
-    if out.suffix == "" or out.is_dir():
+    if out.is_dir() or (out.suffix != ".json" and not out.exists()):  # a folder may be called Llama-3.2-1B
         return out
     if out.name != PLAN_FILE:
         raise ValueError(f"--out: expected a folder, or a file {PLAN_FILE} in one, with a budget of quality, got {out}")

@@ -93,7 +93,9 @@ def _print_model(console: Console, model: dict[str, Any]) -> None:
         f"extra memory for K/V weights of omitted layers: {model['extra_bytes'] / 2**20:.1f} MiB",
     ]
     if model["plan_choice"]["unmeasured"]:
-        lines.append("pop-ext calibrate finds layers to omit and what that costs; --plan third shows the deepest third")
+        lines.append(
+            "pop-ext calibrate --max-loss 0.03 finds layers to omit at that price; --plan third shows the deepest third"
+        )
     if windows:
         lines.insert(3, f"sliding windows: {windows}")
     for line in lines:

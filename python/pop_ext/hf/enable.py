@@ -111,8 +111,8 @@ def enable(
     chosen = choose_plan(plan, inner.config, lambda found: check_fit(found, find_decoder_modules(inner).layers))
     runs = _make_backend(backend, chosen.plan, fp8, prepack)
     runs.load(inner)
+    chosen.warn(inner)  # before the model changes: a filter may turn the warning into an error
     setattr(inner, attribute, PrefillForward(inner, runs, strict, replaced))
-    chosen.warn(inner)
     return model
 
 

@@ -23,6 +23,7 @@ from pop_ext.methods.latency import shortest_paying
 from pop_ext.methods.plan_search import DISTILL, QUICK, RIDGE, STAGES, UNFITTED, Candidate, search
 from pop_ext.methods.quality_judge import KL, LOSS, RECALL_DROP, UNITS, Figure, QualityJudge, within
 from pop_ext.plans.card import CardQuality, CardSpeed, PlanCard
+from pop_ext.plans.folder import prepare_folder
 from pop_ext.plans.origin import config_hash, origin_of, weights_hash
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.progress import Progress
@@ -164,6 +165,8 @@ def autoplan(
     depth = model.config.get_text_config().num_hidden_layers
     limits = _check_limits({"max_loss": max_loss, "max_kl": max_kl, "max_recall_drop": max_recall_drop})
     highest = _check_arguments(method, highest, depth)
+    if save is not None:
+        prepare_folder(save)  # fail now rather than after the search
     tokenizer = tokenizer or _tokenizer_of(model)
     split = split_texts(texts, tokenizer, trial.holdout, trial.window, licence)
     run = _Run(model, tokenizer, split, trial, limits, boundary, choose, progress)
@@ -197,6 +200,7 @@ class _Run:
     ) -> None:
         depth = model.config.get_text_config().num_hidden_layers
         self.model, self.trial, self.limits, self.boundary = model, trial, limits, boundary
+        self.choose_deepest = choose is None
         self.choose = choose or (lambda count: Plan.last(depth, count))
         self.tried: list[Candidate] = []
         self._report = progress if callable(progress) else None
@@ -205,6 +209,11 @@ class _Run:
         self._training: list[Pair] | None = None
         self._make_training = lambda: _tasks(split.calibration, tokenizer, trial, TRAINING)
         (held,) = text_sets(split.held_out, tokenizer, [trial.tokens], trial.continuation, trial.prompts)
+        if len(held.pairs) < 2 and trial.errors > 0:
+            raise ValueError(
+                f"texts: expected enough for two held-out prompts of {trial.window} tokens, as one has no standard "
+                f"error, got {len(held.pairs)}; give more text or a smaller trial.tokens"
+            )
         tasks = _tasks(split.held_out, tokenizer, trial, EVALUATION) if RECALL_DROP in limits else []
         self.judge = QualityJudge(model, held.pairs, tasks, trial.batch_size, self._bar)
         drop = limits.get(RECALL_DROP)
@@ -258,11 +267,12 @@ def _with_card(model: Any, best: Candidate, run: _Run, asked: dict[str, float], 
     """Return the plan of a candidate with an origin and a card."""
     budget = ", ".join(f"{name} {value:g}" for name, value in asked.items())
     plan = best.plan
-    origin = plan.origin or origin_of(model, "deepest")
+    how = "deepest" if run.choose_deepest else "chosen by the caller"
+    origin = plan.origin or origin_of(model, how)
     origin = dataclasses.replace(
         origin,
         config_hash=config_hash(model.config),
-        method=f"{origin.method or 'deepest'}; the most within {budget}",
+        method=f"{origin.method or how}; the most within {budget}",
     )
     plan = plan.replace(origin=origin)
     quality = tuple(_card_quality(name, figure) for name, figure in best.figures.items())

@@ -54,8 +54,8 @@ class ChosenPlan:
     def advice(self, name: str) -> str:
         """Return one line that says what is unknown of a model, and how to find out."""
         return (
-            f"{name} runs at full depth: {self.reason}. `pop-ext calibrate` finds layers to omit and what that costs. "
-            'plan="third" or plan="preset" prunes without knowing.'
+            f"{name} runs at full depth: {self.reason}. `pop-ext calibrate --max-loss 0.03` finds layers to omit at "
+            'that price. plan="third" or plan="preset" prunes without knowing.'
         )
 
 

@@ -30,14 +30,25 @@ def write_folder(plan: Any, folder: str | PathLike[str], card: PlanCard | None) 
         OSError: A file cannot be written.
     """
     card = check_card(card, plan) or plan.card or PlanCard.of(plan)
+    folder = prepare_folder(folder)
+    plan.save(folder / PLAN_FILE)
+    (folder / CARD_FILE).write_text(card.to_json() + "\n", encoding="utf-8")
+    (folder / README_FILE).write_text(render(card), encoding="utf-8")
+
+
+def prepare_folder(folder: str | PathLike[str]) -> Path:
+    """Make a folder for a plan, and check that ``write_folder`` may write there.
+
+    Raises:
+        ValueError: The folder has a ``README.md`` of something else.
+        OSError: It cannot be made, or ``folder`` is a file.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     readme = folder / README_FILE
     if readme.exists() and MARK not in readme.read_text(encoding="utf-8"):
         raise ValueError(f"folder: expected no other {README_FILE} in the place of the card, got one in {folder}")
-    plan.save(folder / PLAN_FILE)
-    (folder / CARD_FILE).write_text(card.to_json() + "\n", encoding="utf-8")
-    readme.write_text(render(card), encoding="utf-8")
+    return folder
 
 
 def read_folder(kind: Any, folder: str | PathLike[str]) -> Any:

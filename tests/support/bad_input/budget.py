@@ -19,7 +19,7 @@ class Letters:
         return {"input_ids": [ord(letter) % 40 for letter in text]}
 
 
-def autoplan(f: Fixture, texts: Any = ("a text of more than forty letters in all, or so",), **how: Any) -> Any:
+def autoplan(f: Fixture, texts: Any = ("a text of more than forty letters in all, or so, " * 3,), **how: Any) -> Any:
     how = {"max_kl": 0.1, "tokenizer": Letters(), "trial": Trial(tokens=8, continuation=4), **how}
     return pop_ext.autoplan(f.model, texts, **how)
 
