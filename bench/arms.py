@@ -11,6 +11,7 @@ import pop_ext
 import torch
 from pop_ext import _core
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.layer_ranges import format_layers
 
 from bench.measure import Timed, tuned
 from bench.memory import MemoryUse
@@ -149,8 +150,7 @@ def plan_name(plan: Plan) -> str:
 
 def layers_text(plan: Plan) -> str:
     """Format the omitted layers: "layers 3, 11-15"."""
-    runs = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in plan.runs]
-    return f"layers {', '.join(runs)}" if runs else "nothing"
+    return f"layers {format_layers(plan.omit)}" if plan.omit else "nothing"
 
 
 def _unused(name: str, names: list[str]) -> str:

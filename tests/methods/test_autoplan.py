@@ -203,7 +203,7 @@ def test_the_plan_is_written_before_anything_is_timed(model, text, tmp_path, mon
         assert Plan.from_pretrained(tmp_path).card.quality
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "shortest_paying", fail)
+    monkeypatch.setattr("pop_ext.methods.latency.shortest_paying", fail)
     with pytest.raises(KeyboardInterrupt):
         autoplan(model, [text], max_kl=5.0, method="unfitted", highest=1, trial=TRIAL, save=tmp_path)
     assert len(Plan.from_pretrained(tmp_path).omit) == 1

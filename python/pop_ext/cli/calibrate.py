@@ -267,19 +267,11 @@ def _choose(
 
 
 def _with_min_tokens(model: Any, plan: Plan, lengths: list[int], bar: bool) -> Plan:
-    """Time the plan at each prompt length and set the shortest at which it is faster as its ``min_tokens``.
-
-    If it is faster at none, ``min_tokens`` exceeds the longest length that was timed.
-    """
+    """Return the plan with its ``min_tokens`` timed, if it omits layers of a native model."""
     from pop_ext.evaluation.arms import backend_of
-    from pop_ext.methods.latency import shortest_paying
+    from pop_ext.methods.latency import with_min_tokens
 
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max(lengths, default=0)
-    lengths = [length for length in lengths if length <= limit]
-    if not lengths or not plan.omit or backend_of(model) != "native":
-        return plan
-    paying = shortest_paying(model, plan, lengths, progress=bar)
-    return plan.replace(min_tokens=max(lengths) + 1 if paying is None else paying)
+    return with_min_tokens(model, plan, lengths, bar) if plan.omit and backend_of(model) == "native" else plan
 
 
 def _draw(scores: Importance, path: Path) -> list[str]:

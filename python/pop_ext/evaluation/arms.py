@@ -26,6 +26,7 @@ from pop_ext.hf.enable import enabled
 from pop_ext.hf.native_model import load
 from pop_ext.methods.calibration import stock_evaluation
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.layer_ranges import format_layers
 
 FULL, POP, FITTED = "full", "pop", "pop-fitted"
 RIDGE, DISTILL = "ridge", "distill"
@@ -87,12 +88,12 @@ class Arm:
 
 def omitted_text(omit: Sequence[int]) -> str:
     """Format omitted layers, such as "3,11-15" or "none"."""
-    return layers_text(Plan(max(omit, default=0) + 2, omit))
+    return format_layers(omit, ",") or "none"
 
 
 def layers_text(plan: Plan) -> str:
     """Format the omitted layers of a plan, such as "3,11-15" or "none"."""
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in plan.runs) or "none"
+    return omitted_text(plan.omit)
 
 
 def make_arms(plans: Sequence[Plan], kinds: Sequence[str] = DEFAULT_KINDS) -> list[Arm]:

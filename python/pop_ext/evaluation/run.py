@@ -25,6 +25,7 @@ from pop_ext.hf.weight_map import describe
 from pop_ext.methods.calibration import stock_evaluation, stock_model
 from pop_ext.plans.origin import config_hash, weights_hash
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.divergence import kl_divergence
 from pop_ext.utils.progress import Progress, reporting
 
 DIGITS = 5
@@ -197,7 +198,8 @@ def _measure(
         loss[index], first[index] = round(float(losses.mean()), DIGITS), round(float(losses[0]), DIGITS)
         exact[index] = float((log_p.argmax(-1) == target).all())
         if arm.kind != FULL:
-            kl[index] = round(_kl(full[index].to(rows.device), log_p), DIGITS)
+            log_full = full[index].to(rows.device).float().log_softmax(-1)
+            kl[index] = round(float(kl_divergence(log_full, log_p).double().mean()), DIGITS)
     found = {"loss": loss, "first": first, "kl": kl}
     if prompts.has_answers:
         return {**found, "exact": exact}
@@ -211,15 +213,3 @@ def _measure(
         leading = same.index(False) if False in same else len(same)
         agreement[index] = round(leading / len(same), DIGITS)
     return {**found, "agreement": agreement}
-
-
-def _kl(full: Tensor, log_p: Tensor) -> float:
-    """Return the mean KL divergence in nats per token from the full model's distribution to another.
-
-    Args:
-        full: The full model's logits, [n, vocab].
-        log_p: Log-probabilities of the other, float32 [n, vocab].
-    """
-    log_q = full.float().log_softmax(-1)
-    q = log_q.exp()
-    return float(torch.where(q > 0, q * (log_q - log_p), 0.0).sum(-1).double().mean())

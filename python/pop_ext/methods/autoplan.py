@@ -19,7 +19,7 @@ from pop_ext.evaluation.timing import NATIVE_FULL, plan_arm, speedup, time_plans
 from pop_ext.methods.calibration import stock_model
 from pop_ext.methods.fit import fit
 from pop_ext.methods.held_out import SplitTexts, split_texts
-from pop_ext.methods.latency import shortest_paying
+from pop_ext.methods.latency import PAYS_FROM, with_min_tokens
 from pop_ext.methods.plan_search import DISTILL, QUICK, RIDGE, STAGES, UNFITTED, Candidate, search
 from pop_ext.methods.quality_judge import KL, LOSS, RECALL_DROP, UNITS, Figure, QualityJudge, within
 from pop_ext.plans.card import CardQuality, CardSpeed, PlanCard
@@ -32,8 +32,6 @@ LIMITS = {"max_loss": LOSS, "max_kl": KL, "max_recall_drop": RECALL_DROP}
 """Argument -> the figure that it limits."""
 QUICK_SHARE, QUICK_LAMBDA = 4, 0.1
 """The quick ridge reads each such sequence and fits with this lambda."""
-PAYS_FROM = (16, 32, 64, 128, 256, 512, 1024)
-"""Prompt lengths that are timed to find ``min_tokens``."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ def autoplan(
     best = search(run.candidate, STAGES[method], highest)
     if best is None:
         return AutoPlan(Plan(depth, ()), None, tuple(run.tried), run.judge.recall)
-    asked = {name: value for name, value in zip(LIMITS, (max_loss, max_kl, max_recall_drop), strict=True) if value}
+    asked = {name: limits[figure] for name, figure in LIMITS.items() if figure in limits}
     plan = _with_card(model, best, run, asked, split)
     if save is not None:
         plan.save_pretrained(save)
@@ -288,10 +286,8 @@ def _card_quality(name: str, figure: Figure) -> CardQuality:
 def _timed(model: Any, plan: Plan, pays_from: Sequence[int], lengths: Sequence[int], bar: bool) -> Plan:
     """Return the plan with ``min_tokens`` and the speed-ups on its card, both timed here."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    pays_from, lengths = ([n for n in given if limit is None or n <= limit] for given in (pays_from, lengths))
-    if pays_from:
-        paying = shortest_paying(model, plan, pays_from, progress=bar)
-        plan = plan.replace(min_tokens=max(pays_from) + 1 if paying is None else paying)
+    lengths = [length for length in lengths if not limit or length <= limit]
+    plan = with_min_tokens(model, plan, pays_from, bar)
     times = time_plans(model, [plan], lengths, progress=bar)
     facts = env_info.installation()
     dtype = str(model.dtype).removeprefix("torch.")

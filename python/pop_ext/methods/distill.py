@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pop_ext.methods.student import Example, Student
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.divergence import kl_divergence
 
 GROUP = 4
 """Sequences of text in a step, and tasks, whatever batches they came in."""
@@ -38,13 +39,11 @@ class HeldOut:
 
     Attributes:
         kl: KL divergence to the full model on the tokens after a prompt, nats a token.
-        loss: Loss of these tokens, nats a token.
         task_kl: KL divergence to the full model on the answers of tasks, nats a token.
         exact: 1.0 for a task whose answer's tokens are each the most probable, else 0.0.
     """
 
     kl: list[float] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
     task_kl: list[float] = field(default_factory=list)
     exact: list[float] = field(default_factory=list)
 
@@ -117,17 +116,16 @@ def merge_examples(examples: Sequence[Example]) -> list[Example]:
 
 def kl_per_row(teacher: Tensor, student: Tensor) -> Tensor:
     """Return the KL divergence of each row: [...] from logits [..., vocabulary]."""
-    log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return kl_divergence(teacher.log_softmax(-1), student.log_softmax(-1))
 
 
 @torch.no_grad()
-def judge(student: Student, matrices: Mapping[int, Tensor] | None, examples: Sequence[Example]) -> HeldOut:
+def judge(student: Student, matrices: Mapping[int, Tensor], examples: Sequence[Example]) -> HeldOut:
     """Measure K/V matrices on held-out examples.
 
     Args:
         student: Student with the whole vocabulary.
-        matrices: As for ``Student.logits``. None for the full model.
+        matrices: As for ``Student.logits``.
         examples: Examples; text is split before its last ``Example.rows`` tokens.
     """
     found = HeldOut()
@@ -137,15 +135,13 @@ def judge(student: Student, matrices: Mapping[int, Tensor] | None, examples: Seq
         for begin in range(0, len(example), GROUP):
             part = example.select(range(begin, min(begin + GROUP, len(example))))
             teacher = student.teacher_logits(part, prompt - 1, rows)
-            logits = teacher if matrices is None else student.logits(part, prompt, rows, matrices)
-            target = part.ids[:, prompt:]
+            logits = student.logits(part, prompt, rows, matrices)
             kl = kl_per_row(teacher, logits).mean(-1).tolist()
             if example.answer:
                 found.task_kl += kl
-                found.exact += (logits.argmax(-1) == target).all(-1).float().tolist()
+                found.exact += (logits.argmax(-1) == part.ids[:, prompt:]).all(-1).float().tolist()
             else:
                 found.kl += kl
-                found.loss += (-logits.log_softmax(-1).gather(-1, target[..., None])[..., 0].mean(-1)).tolist()
     return found
 
 
@@ -215,7 +211,6 @@ class Trainer:
             "step": self.step,
             "matrices": matrices,
             "adam": self._adam.state_dict(),
-            "schedule": self._schedule.state_dict(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:

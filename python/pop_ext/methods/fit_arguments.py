@@ -83,10 +83,9 @@ def check_tasks(tasks: Any, model: Any, plan: Plan) -> list[Task]:
 
 def hold_out_tasks(tasks: list[Task]) -> tuple[list[Task], list[Task]]:
     """Split tasks into those to fit on and those to judge by: every eighth, or the last one of fewer."""
-    at = (
-        range(HOLD_EVERY - 1, len(tasks), HOLD_EVERY) if len(tasks) >= HOLD_EVERY else range(len(tasks) - 1, len(tasks))
-    )
-    held = set(at) if len(tasks) > 1 else set()
+    held = set(range(HOLD_EVERY - 1, len(tasks), HOLD_EVERY))
+    if 1 < len(tasks) < HOLD_EVERY:
+        held = {len(tasks) - 1}
     return [t for i, t in enumerate(tasks) if i not in held], [t for i, t in enumerate(tasks) if i in held]
 
 

@@ -16,6 +16,8 @@ from pop_ext.plans.origin import origin_of
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.progress import Progress, reporting
 
+PAYS_FROM = (16, 32, 64, 128, 256, 512, 1024)
+"""Default prompt lengths that are timed to find ``min_tokens``."""
 REPEATS = 5
 """Default number of timed prefills for each plan."""
 
@@ -105,10 +107,30 @@ def plan_within(
     return BudgetedPlan(chosen.replace(origin=dataclasses.replace(origin, method=method)), limit, measured)
 
 
+def with_min_tokens(model: Any, plan: Plan, lengths: Sequence[int], progress: Progress) -> Plan:
+    """Time a plan at each prompt length, and set the shortest at which it is faster as its ``min_tokens``.
+
+    Lengths that the model does not take are left out. If it is faster at none, ``min_tokens`` exceeds the longest
+    length that was timed. Without a length the plan stays as it is.
+
+    Args:
+        model: Hugging Face model of a native family.
+        plan: The plan.
+        lengths: Prompt lengths to time.
+        progress: As for ``shortest_paying``.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    lengths = [length for length in lengths if not limit or length <= limit]
+    if not lengths:
+        return plan
+    paying = shortest_paying(model, plan, lengths, progress=progress)
+    return plan.replace(min_tokens=max(lengths) + 1 if paying is None else paying)
+
+
 def shortest_paying(
     model: Any,
     plan: Plan,
-    lengths: Sequence[int] = (16, 32, 64, 128, 256, 512, 1024),
+    lengths: Sequence[int] = PAYS_FROM,
     *,
     batch: int = 1,
     repeats: int = REPEATS,

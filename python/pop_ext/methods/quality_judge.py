@@ -12,7 +12,9 @@ from torch import Tensor
 
 from pop_ext.evaluation.arms import FITTED, FULL, POP, Arm, arm_logits, backend_of
 from pop_ext.evaluation.prompts import Pair
+from pop_ext.evaluation.results import mean_of
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.divergence import kl_divergence
 from pop_ext.utils.progress import Progress, reporting
 
 LOSS, KL, RECALL_DROP = "loss", "kl", "recall drop"
@@ -37,9 +39,8 @@ class Figure:
     @classmethod
     def of(cls, values: Sequence[float]) -> Figure:
         """Return mean and standard error of one value per prompt."""
-        tensor = torch.tensor(values, dtype=torch.float64)
-        error = float(tensor.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        return cls(float(tensor.mean()), error, len(values))
+        mean = mean_of(values)
+        return cls(mean.value, mean.error, len(values))
 
     @classmethod
     def of_answers(cls, values: Sequence[float]) -> Figure:
@@ -121,7 +122,7 @@ class QualityJudge:
         for index, log_q, target in self._rows(arm, self.texts, title):
             losses[index] = _loss(log_q, target) - self._loss[index]
             log_p = self._log_p[index].to(log_q.device).float()
-            kls[index] = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+            kls[index] = float(kl_divergence(log_p, log_q).mean())
         figures = {LOSS: Figure.of(losses), KL: Figure.of(kls)}
         of_texts = {name: limit for name, limit in (limits or {}).items() if name in figures}
         if self.tasks and within(figures, of_texts, errors):

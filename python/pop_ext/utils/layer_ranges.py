@@ -34,12 +34,12 @@ def parse_layers(text: str, argument: str = "--omit") -> list[int]:
         raise ValueError(f"{argument}: expected layers like 22-31 or 8,9,11, got {text!r}") from None
 
 
-def format_layers(layers: Iterable[int]) -> str:
-    """Write ascending layer indices as people do: ``[3, 5, 6, 7]`` -> ``"3, 5-7"``."""
+def format_layers(layers: Iterable[int], separator: str = ", ") -> str:
+    """Write ascending layer indices as people do: ``[3, 5, 6, 7]`` -> ``"3, 5-7"``; none -> ``""``."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][1] + 1:
             runs[-1][1] = layer
         else:
             runs.append([layer, layer])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return separator.join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
