@@ -56,7 +56,17 @@ def main() -> None:
     for name, sets in _sets(domains, tokenizer, arguments).items():
         path = arguments.out / f"{name}.json"
         kinds = ["pop", "pop-fitted", *arguments.ablations]
-        result = evaluate(model, sets, plans, kinds=kinds, greedy_tokens=0, batch_size=4, resume=path, progress=True)
+        result = evaluate(
+            model,
+            sets,
+            plans,
+            kinds=kinds,
+            greedy_tokens=0,
+            batch_size=4,
+            resume=path,
+            progress=True,
+            reuse_states=True,
+        )
         _print(name, result)
 
 

@@ -234,7 +234,7 @@ def test_greedy_ignores_the_checkpoints_generation_config(monkeypatch):
     own = GenerationConfig(eos_token_id=2, repetition_penalty=1.3, suppress_tokens=[5], min_new_tokens=2)
     monkeypatch.setattr(model, "generation_config", own)
     sets = prompt_sets(model)[:1]
-    [greedy] = running._greedy(model, sets[0].pairs[:1], 6)
+    greedy = running._greedy(model, sets[0], 6).pairs[0][1]
     ids = sets[0].pairs[0][0]
     for token in greedy:
         with torch.no_grad():
@@ -476,3 +476,33 @@ def test_a_line_joins_only_nested_plans(tmp_path, monkeypatch):
     lines = [list(container[0].get_xdata()) for container in ax.containers]
     assert lines == [[1, 2, 3], [2, 3]]
     assert len(ax.get_legend_handles_labels()[1]) == 1
+
+
+# States of the full model, reused
+
+
+@pytest.mark.parametrize("plan", [PLAN, Plan(6, (3, 4, 5), boundary=3), Plan(6, (0,), boundary=40)])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe"])
+def test_arms_from_states_measure_what_prefills_measure(family, plan):
+    model = shared(family)
+    fitted = pop_ext.fit(model, plan.replace(boundary=1), models.batches(model), lambdas=[0.1]).replace(
+        boundary=plan.boundary
+    )
+    sets = prompt_sets(model)
+    first = tuple((tokens(model, 20, seed=70 + i), tokens(model, 4, seed=80 + i)) for i in range(3))
+    sets.append(PromptSet("second turn", 20, sets[0].pairs, first))
+    apart = evaluate(model, sets, [fitted], greedy_tokens=4)
+    reused = evaluate(model, sets, [fitted], greedy_tokens=4, reuse_states=True)
+    assert reused.facts["backend"] == "reference"
+    assert [(cell["set"], cell["arm"]) for cell in reused.cells] == [(cell["set"], cell["arm"]) for cell in apart.cells]
+    for cell, other in zip(reused.cells, apart.cells, strict=True):
+        for name, samples in cell["samples"].items():
+            assert samples == pytest.approx(other["samples"][name], abs=2e-4), (cell["arm"], name)
+
+
+def test_reused_states_take_one_forward_of_the_full_model_per_set_of_prompts():
+    model, forwards = copy.deepcopy(shared("llama")), []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: forwards.append(1))
+    plans = [Plan(6, tuple(range(start, 6)), boundary) for start in (2, 3, 4) for boundary in (1, 8)]
+    evaluate(model, prompt_sets(model), plans, kinds=["pop"], greedy_tokens=0, reuse_states=True)
+    assert len(forwards) == 2

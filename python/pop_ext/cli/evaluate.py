@@ -105,6 +105,14 @@ def evaluate(
             rich_help_panel=LAYERS,
         ),
     ] = None,
+    reuse_states: Annotated[
+        bool,
+        typer.Option(
+            "--reuse-states",
+            help="Run the full model once per prompt and every plan from its states, in plain PyTorch: far faster "
+            "with many plans. Takes more memory.",
+        ),
+    ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
@@ -129,6 +137,7 @@ def evaluate(
 
         from pop_ext.evaluation import evaluate as run
         from pop_ext.evaluation import read_texts, recall_sets, retrieval_sets, second_turn_sets, text_sets, time_plans
+        from pop_ext.evaluation.arms import backend_of
 
         limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
         texts = read_texts(files, tokenizer)
@@ -139,10 +148,10 @@ def evaluate(
             sets += make(texts, tokenizer, asked, samples, limit=limit) if asked else []
         path, bar = out / RESULT, not as_json
         wanted = [kind.strip() for kind in kinds.split(",")]
-        how: dict[str, Any] = {"greedy_tokens": greedy, "batch_size": batch_size, "resume": path, "progress": bar}
-        result = run(loaded, sets, plans, kinds=wanted, **how)
+        how: dict[str, Any] = {"greedy_tokens": greedy, "batch_size": batch_size, "reuse_states": reuse_states}
+        result = run(loaded, sets, plans, kinds=wanted, **how, resume=path, progress=bar)
         timed = options.parse_numbers("--time-lengths", time_lengths)
-        if timed and result.facts["backend"] == "native":
+        if timed and backend_of(loaded) == "native":
             # Only times of the same rounds compare, so the plans that the folder already holds are timed again.
             times = time_plans(loaded, [*result.plans(), *plans], timed, repeats=repeats, progress=bar)
             result.timings = [old for old in result.timings if old["tokens"] not in timed] + times

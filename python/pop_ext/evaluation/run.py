@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from pop_ext import env_info
-from pop_ext.evaluation.arms import DEFAULT_KINDS, FULL, Arm, arm_logits, backend_of, make_arms
-from pop_ext.evaluation.prompts import Pair, PromptSet
+from pop_ext.evaluation.arms import DEFAULT_KINDS, FITTED, FULL, POP, Arm, backend_of, make_arms
+from pop_ext.evaluation.prompts import PromptSet
 from pop_ext.evaluation.results import SCHEMA, Evaluation
+from pop_ext.evaluation.states import FullStates
 from pop_ext.evaluation.turns import SECOND_TURN_KINDS, set_logits
 from pop_ext.hf.loaded import check_option_supported
 from pop_ext.hf.native_model import check_plan
@@ -40,6 +41,7 @@ def evaluate(
     kinds: Sequence[str] = DEFAULT_KINDS,
     greedy_tokens: int = 16,
     batch_size: int = 8,
+    reuse_states: bool = False,
     resume: str | PathLike[str] | None = None,
     progress: Progress = False,
 ) -> Evaluation:
@@ -61,6 +63,9 @@ def evaluate(
         kinds: Kinds of arms from ``KINDS``. The full model is always measured.
         greedy_tokens: Length of the greedy continuations; 0 for none.
         batch_size: Prompts per forward. It changes memory, not results.
+        reuse_states: Run the full model once per set of prompts, and compute ``full``, ``pop`` and ``pop-fitted`` from
+            its states by the reference. An arm then costs its omitted layers alone, not a prefill. It takes prompts *
+            tokens * hidden values of memory on the CPU for each first omitted layer. Second turns run as without.
         resume: JSON file that takes the state after each arm of each set. What it already holds is not measured again.
         progress: True for a progress bar, or a callback that takes (arms of sets done, their number).
 
@@ -84,21 +89,23 @@ def evaluate(
     backend = backend_of(model)
     if any(arm.fp8 for arm in arms):
         check_option_supported("fp8", describe(model))  # fail now rather than after hours of other arms
-    evaluation = Evaluation(_facts(model, sets, greedy_tokens, backend))
+    evaluation = Evaluation(_facts(model, sets, greedy_tokens, "reference" if reuse_states else backend))
     if resume is not None and Path(resume).exists():
         evaluation.take(Evaluation.load(resume), str(resume))
     with reporting(progress, "evaluating", len(sets) * len(arms)) as advance:
         for number, prompts in enumerate(sets):
-            greedy: list[Tensor] = []
+            wanted = [arm for arm in arms if not prompts.first_turns or arm.kind in SECOND_TURN_KINDS]
+            missing = [arm for arm in wanted if not evaluation.has(number, arm)]
+            layers = {layer for arm in missing if arm.kind in (POP, FITTED) for layer in arm.plan.omit[:1]}
+            run = _Logits(model, batch_size, backend, layers if reuse_states else None)
+            greedy: PromptSet | None = None
             full: dict[int, Tensor] = {}
             for arm in arms:
-                measurable = not prompts.first_turns or arm.kind in SECOND_TURN_KINDS
-                if measurable and not evaluation.has(number, arm):
-                    if not greedy and not prompts.has_answers and greedy_tokens:
-                        greedy = _greedy(model, prompts.pairs, greedy_tokens)
-                    full = full or _full_logits(model, arms[0], prompts, batch_size)
-                    measured = _measure(model, arm, prompts, greedy, full, batch_size, backend)
-                    evaluation.add(number, arm, measured)
+                if arm in missing:
+                    if greedy is None and not prompts.has_answers and greedy_tokens:
+                        greedy = _greedy(model, prompts, greedy_tokens)
+                    full = full or {index: rows.cpu() for index, rows in run(arms[0], prompts)}
+                    evaluation.add(number, arm, _measure(run, arm, prompts, greedy, full))
                     if resume is not None:
                         evaluation.save(resume)
                 advance(1)
@@ -130,22 +137,43 @@ def _facts(model: Any, sets: Sequence[PromptSet], greedy_tokens: int, backend: s
     }
 
 
-def _full_logits(model: Any, full: Arm, prompts: PromptSet, batch_size: int) -> dict[int, Tensor]:
-    """Return the index of each prompt and the full model's logits of its continuation, [n, vocab] on the CPU."""
-    return {index: rows.cpu() for index, rows in set_logits(model, full, prompts, batch_size, backend="native")}
+class _Logits:
+    """Logits of arms on sets of prompts.
+
+    Args:
+        model: Stock model.
+        batch_size: Prompts per forward.
+        backend: "native" or "reference", for arms that do not run from states.
+        layers: First omitted layers of all arms, to run these from states of the full model; None to run each arm by
+            itself.
+    """
+
+    def __init__(self, model: Any, batch_size: int, backend: str, layers: Collection[int] | None) -> None:
+        self._model, self._batch_size, self._backend, self._layers = model, batch_size, backend, layers
+        self._states: dict[int, FullStates] = {}
+
+    def __call__(self, arm: Arm, prompts: PromptSet) -> Iterator[tuple[int, Tensor]]:
+        """Yield the index of each prompt and the logits [n, vocab] of its continuation, in any order."""
+        if self._layers is None or prompts.first_turns or arm.kind not in (FULL, POP, FITTED):
+            backend = "native" if arm.kind == FULL else self._backend
+            yield from set_logits(self._model, arm, prompts, self._batch_size, backend)
+            return
+        if id(prompts) not in self._states:
+            self._states[id(prompts)] = FullStates(self._model, prompts.pairs, self._layers, self._batch_size)
+        yield from self._states[id(prompts)].logits(arm.plan)
 
 
-def _greedy(model: Any, pairs: Sequence[Pair], tokens: int) -> list[Tensor]:
-    """Return the full model's greedy continuation [n] of every prompt, up to its end-of-sequence token, on the CPU."""
+def _greedy(model: Any, prompts: PromptSet, tokens: int) -> PromptSet:
+    """Return the prompts with the full model's greedy continuations, each up to its end-of-sequence token."""
     found = []
     device = model.get_input_embeddings().weight.device
     with stock_evaluation(model), torch.no_grad(), _plain_generation(model):
-        for context, _ in pairs:
+        for context, _ in prompts.pairs:
             ids = context[None].to(device)
             options = {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1, "return_dict_in_generate": False}
             made = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-            found.append(made[0, len(context) :].cpu())
-    return found
+            found.append((context, made[0, len(context) :].cpu()))
+    return PromptSet(prompts.kind, prompts.length, tuple(found))
 
 
 @contextmanager
@@ -165,24 +193,16 @@ def _plain_generation(model: Any) -> Iterator[None]:
 
 
 def _measure(
-    model: Any,
-    arm: Arm,
-    prompts: PromptSet,
-    greedy: list[Tensor],
-    full: dict[int, Tensor],
-    batch_size: int,
-    backend: str,
+    run: _Logits, arm: Arm, prompts: PromptSet, greedy: PromptSet | None, full: dict[int, Tensor]
 ) -> dict[str, list[float]]:
     """Measure one arm on one set of prompts.
 
     Args:
-        model: Stock model.
+        run: Computes logits.
         arm: The arm.
         prompts: The set.
-        greedy: The full model's greedy continuation of each prompt, or an empty list.
+        greedy: The prompts with the full model's greedy continuations, or None.
         full: Index of each prompt -> the full model's logits of its continuation, [n, vocab].
-        batch_size: Prompts per forward.
-        backend: "native" or "reference".
 
     Returns:
         Measure -> one value per prompt: "loss", "first" and "kl" in nats per token, and "exact" for prompts with
@@ -190,7 +210,7 @@ def _measure(
     """
     count = len(prompts.pairs)
     loss, first, kl, exact, agreement = ([0.0] * count for _ in range(5))
-    measured = full.items() if arm.kind == FULL else set_logits(model, arm, prompts, batch_size, backend)
+    measured = full.items() if arm.kind == FULL else run(arm, prompts)
     for index, rows in measured:
         target = prompts.pairs[index][1].to(rows.device)
         log_p = rows.float().log_softmax(-1)
@@ -203,13 +223,12 @@ def _measure(
     found = {"loss": loss, "first": first, "kl": kl}
     if prompts.has_answers:
         return {**found, "exact": exact}
-    if not greedy:
+    if greedy is None:
         return found
     if arm.kind == FULL:  # the greedy continuation is its own
         return {**found, "agreement": [1.0] * count}
-    pairs = [(context, continuation) for (context, _), continuation in zip(prompts.pairs, greedy, strict=True)]
-    for index, rows in arm_logits(model, arm, pairs, batch_size, backend):
-        same = (rows.argmax(-1).cpu() == pairs[index][1]).tolist()
+    for index, rows in run(arm, greedy):
+        same = (rows.argmax(-1).cpu() == greedy.pairs[index][1]).tolist()
         leading = same.index(False) if False in same else len(same)
         agreement[index] = round(leading / len(same), DIGITS)
     return {**found, "agreement": agreement}

@@ -140,7 +140,7 @@ class Student:
         with self._layers_return(len(self.parts.layers), states):
             return self._call(example.ids[:, start : start + rows], start, None, rows)
 
-    def logits(self, example: Example, prompt: int, rows: int, matrices: Mapping[int, Tensor]) -> Tensor:
+    def logits(self, example: Example, prompt: int, rows: int, matrices: Mapping[int, Tensor] | None) -> Tensor:
         """Return the logits that predict the ``rows`` tokens after a pruned prompt.
 
         Args:
@@ -148,7 +148,7 @@ class Student:
             prompt: Length of the prompt, > the plan's boundary.
             rows: Number of tokens to predict.
             matrices: Omitted layer -> ``[2 * kv_dim, hidden]``, as in ``Projections``. In float32 they may be masters
-                of a model in another dtype.
+                of a model in another dtype. None for the layers' own weights.
 
         Returns:
             [batch, rows, vocabulary] float32.
@@ -158,10 +158,11 @@ class Student:
         stop = prompt + rows - 1
         entry = example.entry[:, :stop].to(example.ids.device)
         cache = DynamicCache()
-        fitted = SimpleNamespace(omit=self.plan.omit, projections=SimpleNamespace(matrices=matrices))
+        projections = None if matrices is None else SimpleNamespace(matrices=matrices)
+        plan = SimpleNamespace(omit=self.plan.omit, projections=projections)
         position = torch.tensor(stop - 1, device=example.ids.device)
         with rope_seen_up_to(self.parts.rotary, position):
-            with omitted_layers(layers, fitted), self._layers_return(first, entry[:, :context]):
+            with omitted_layers(layers, plan), self._layers_return(first, entry[:, :context]):
                 self.parts.decoder(
                     input_ids=example.ids[:, :context],
                     **self._places(example.ids, 0, context),
