@@ -99,7 +99,7 @@ def pairs_of(tokenizer, text, count, prompt=30, answer=5):
 def test_figures_equal_those_of_plain_pytorch(model, tokenizer, text):
     pairs = pairs_of(tokenizer, text, 5)
     plan = Plan.last(12, 5, boundary=3)
-    figures = QualityJudge(model, pairs, pairs[:4], 2, False).measure(plan)
+    figures = QualityJudge(model, pairs, pairs[:4], [], 2, False).measure(plan)
     losses, kls, drops = [], [], []
     with torch.no_grad():
         for prompt, answer in pairs:
@@ -119,7 +119,7 @@ def test_figures_equal_those_of_plain_pytorch(model, tokenizer, text):
 
 
 def test_full_depth_costs_nothing(model, tokenizer, text):
-    judge = QualityJudge(model, pairs_of(tokenizer, text, 3), [], 3, False)
+    judge = QualityJudge(model, pairs_of(tokenizer, text, 3), [], [4], 3, False)
     figures = judge.measure(Plan(12, (), min_tokens=9999))
     assert figures[LOSS].value == 0.0
     assert figures[KL].value == pytest.approx(0.0, abs=1e-4)
@@ -129,7 +129,7 @@ def test_full_depth_costs_nothing(model, tokenizer, text):
 
 def test_tasks_are_not_run_for_a_plan_whose_loss_is_over_its_limit(model, tokenizer, text):
     pairs = pairs_of(tokenizer, text, 3)
-    judge = QualityJudge(model, pairs, pairs, 3, False)
+    judge = QualityJudge(model, pairs, pairs, [], 3, False)
     deep = Plan.last(12, 9)
     assert RECALL_DROP not in judge.measure(deep, {LOSS: 1e-6}, 1.0)
     assert RECALL_DROP in judge.measure(deep, {LOSS: 1e6, RECALL_DROP: 1e-6}, 1.0)

@@ -97,15 +97,15 @@ def evaluate(
             wanted = [arm for arm in arms if not prompts.first_turns or arm.kind in SECOND_TURN_KINDS]
             missing = [arm for arm in wanted if not evaluation.has(number, arm)]
             layers = {layer for arm in missing if arm.kind in (POP, FITTED) for layer in arm.plan.omit[:1]}
-            run = _Logits(model, batch_size, backend, layers if reuse_states else None)
-            greedy: PromptSet | None = None
+            run = _Prompts(model, prompts, batch_size, backend, layers if reuse_states else None)
+            greedy: _Prompts | None = None
             full: dict[int, Tensor] = {}
             for arm in arms:
                 if arm in missing:
                     if greedy is None and not prompts.has_answers and greedy_tokens:
-                        greedy = _greedy(model, prompts, greedy_tokens)
-                    full = full or {index: rows.cpu() for index, rows in run(arms[0], prompts)}
-                    evaluation.add(number, arm, _measure(run, arm, prompts, greedy, full))
+                        greedy = run.greedy(greedy_tokens)
+                    full = full or {index: rows.cpu() for index, rows in run.logits(arms[0])}
+                    evaluation.add(number, arm, _measure(run, arm, greedy, full))
                     if resume is not None:
                         evaluation.save(resume)
                 advance(1)
@@ -137,30 +137,39 @@ def _facts(model: Any, sets: Sequence[PromptSet], greedy_tokens: int, backend: s
     }
 
 
-class _Logits:
-    """Logits of arms on sets of prompts.
+class _Prompts:
+    """A set of prompts, and what computes the logits of arms on them.
 
     Args:
         model: Stock model.
+        prompts: The set.
         batch_size: Prompts per forward.
         backend: "native" or "reference", for arms that do not run from states.
         layers: First omitted layers of all arms, to run these from states of the full model; None to run each arm by
             itself.
     """
 
-    def __init__(self, model: Any, batch_size: int, backend: str, layers: Collection[int] | None) -> None:
-        self._model, self._batch_size, self._backend, self._layers = model, batch_size, backend, layers
-        self._states: dict[int, FullStates] = {}
+    def __init__(
+        self, model: Any, prompts: PromptSet, batch_size: int, backend: str, layers: Collection[int] | None
+    ) -> None:
+        self.model, self.prompts, self.batch_size = model, prompts, batch_size
+        self.backend, self.layers = backend, layers
+        self._states: FullStates | None = None
 
-    def __call__(self, arm: Arm, prompts: PromptSet) -> Iterator[tuple[int, Tensor]]:
+    def logits(self, arm: Arm) -> Iterator[tuple[int, Tensor]]:
         """Yield the index of each prompt and the logits [n, vocab] of its continuation, in any order."""
-        if self._layers is None or prompts.first_turns or arm.kind not in (FULL, POP, FITTED):
-            backend = "native" if arm.kind == FULL else self._backend
-            yield from set_logits(self._model, arm, prompts, self._batch_size, backend)
+        if self.layers is None or self.prompts.first_turns or arm.kind not in (FULL, POP, FITTED):
+            backend = "native" if arm.kind == FULL else self.backend
+            yield from set_logits(self.model, arm, self.prompts, self.batch_size, backend)
             return
-        if id(prompts) not in self._states:
-            self._states[id(prompts)] = FullStates(self._model, prompts.pairs, self._layers, self._batch_size)
-        yield from self._states[id(prompts)].logits(arm.plan)
+        if self._states is None:
+            self._states = FullStates(self.model, self.prompts.pairs, self.layers, self.batch_size)
+        yield from self._states.logits(arm.plan)
+
+    def greedy(self, tokens: int) -> _Prompts:
+        """Return the same prompts with the full model's greedy continuations of at most ``tokens`` tokens."""
+        prompts = _greedy(self.model, self.prompts, tokens)
+        return _Prompts(self.model, prompts, self.batch_size, self.backend, self.layers)
 
 
 def _greedy(model: Any, prompts: PromptSet, tokens: int) -> PromptSet:
@@ -192,15 +201,12 @@ def _plain_generation(model: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-def _measure(
-    run: _Logits, arm: Arm, prompts: PromptSet, greedy: PromptSet | None, full: dict[int, Tensor]
-) -> dict[str, list[float]]:
+def _measure(run: _Prompts, arm: Arm, greedy: _Prompts | None, full: dict[int, Tensor]) -> dict[str, list[float]]:
     """Measure one arm on one set of prompts.
 
     Args:
-        run: Computes logits.
+        run: The set.
         arm: The arm.
-        prompts: The set.
         greedy: The prompts with the full model's greedy continuations, or None.
         full: Index of each prompt -> the full model's logits of its continuation, [n, vocab].
 
@@ -208,9 +214,9 @@ def _measure(
         Measure -> one value per prompt: "loss", "first" and "kl" in nats per token, and "exact" for prompts with
         answers or "agreement" for others with greedy continuations.
     """
-    count = len(prompts.pairs)
+    prompts, count = run.prompts, len(run.prompts.pairs)
     loss, first, kl, exact, agreement = ([0.0] * count for _ in range(5))
-    measured = full.items() if arm.kind == FULL else run(arm, prompts)
+    measured = full.items() if arm.kind == FULL else run.logits(arm)
     for index, rows in measured:
         target = prompts.pairs[index][1].to(rows.device)
         log_p = rows.float().log_softmax(-1)
@@ -227,8 +233,8 @@ def _measure(
         return found
     if arm.kind == FULL:  # the greedy continuation is its own
         return {**found, "agreement": [1.0] * count}
-    for index, rows in run(arm, greedy):
-        same = (rows.argmax(-1).cpu() == greedy.pairs[index][1]).tolist()
+    for index, rows in greedy.logits(arm):
+        same = (rows.argmax(-1).cpu() == greedy.prompts.pairs[index][1]).tolist()
         leading = same.index(False) if False in same else len(same)
         agreement[index] = round(leading / len(same), DIGITS)
     return {**found, "agreement": agreement}

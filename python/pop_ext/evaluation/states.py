@@ -7,9 +7,9 @@ the layers from there on for the few rows at full depth. The states run by the r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from pop_ext.methods.calibration import input_hidden_states, output_hidden_state
 from pop_ext.methods.student import Example, Student
 from pop_ext.plans.plan import Plan
 
+_FINAL = -1
+"""Key of the last layer's output among the recorded inputs of layers."""
+
 
 @dataclass(frozen=True)
 class _Group:
@@ -30,16 +33,15 @@ class _Group:
     Attributes:
         indices: Index of each prompt.
         ids: int64 [batch, T] on the model's device, all but the last token of prompt and continuation.
-        prompt: Tokens of the prompt.
-        entries: First omitted layer -> its input, [batch, T, hidden] on the CPU.
-        final: Output of the last layer for the rows that predict the continuation, [batch, n, hidden] on the CPU.
+        rows: Tokens of the continuation.
+        entries: Layer -> its input, [batch, T, hidden] on the CPU; ``_FINAL`` -> the last layer's output for the rows
+            that predict the continuation, [batch, rows, hidden].
     """
 
     indices: list[int]
     ids: Tensor
-    prompt: int
-    entries: dict[int, Tensor]
-    final: Tensor
+    rows: int
+    entries: dict[int, Tensor] = field(default_factory=dict)
 
 
 class FullStates:
@@ -50,43 +52,47 @@ class FullStates:
     Args:
         model: Stock Hugging Face model. It is left unchanged.
         pairs: (prompt, continuation) each.
-        layers: Layers whose input is recorded: the first omitted layer of every plan to come.
+        layers: Layers whose input is recorded: the first omitted layer of every plan to come. A plan that starts
+            elsewhere takes another forward of all prompts.
         batch_size: Prompts per forward.
+        advance: Called with the number of prompts that a forward has read.
     """
 
-    def __init__(self, model: Any, pairs: Sequence[Pair], layers: Iterable[int], batch_size: int) -> None:
-        self.model, self._groups = model, []
-        parts, device = find_decoder_modules(model), model.get_input_embeddings().weight.device
-        layers = sorted(set(layers))
-        with stock_evaluation(model), torch.no_grad():
-            for indices in group_by_shape(pairs, batch_size):
-                ids = torch.stack([torch.cat(pairs[index])[:-1] for index in indices]).to(device)
-                count = len(pairs[indices[0]][1])
-                entries, final = self._record(parts, ids, layers, count)
-                self._groups.append(_Group(indices, ids, ids.shape[1] - count + 1, entries, final))
+    def __init__(
+        self,
+        model: Any,
+        pairs: Sequence[Pair],
+        layers: Iterable[int],
+        batch_size: int,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.model, self.pairs, self._parts = model, pairs, find_decoder_modules(model)
+        self._groups, device = [], model.get_input_embeddings().weight.device
+        for indices in group_by_shape(pairs, batch_size):
+            ids = torch.stack([torch.cat(pairs[index])[:-1] for index in indices]).to(device)
+            self._groups.append(_Group(indices, ids, len(pairs[indices[0]][1])))
+            self._record(self._groups[-1], set(layers))
+            advance(len(indices))
 
-    @staticmethod
-    def _record(parts: Any, ids: Tensor, layers: Sequence[int], count: int) -> tuple[dict[int, Tensor], Tensor]:
-        """Run the full model; return the input of ``layers``, and the last layer's output for ``count`` last rows."""
-        entries: dict[int, Tensor] = {}
-        finals: list[Tensor] = []
+    def _record(self, group: _Group, layers: Iterable[int]) -> None:
+        """Run the full model on prompts of one shape, and keep the input of ``layers`` and the last layer's output."""
 
         def keep_entry(layer: int) -> Any:
             def keep(_: Any, args: Any, kwargs: Any) -> None:
-                entries[layer] = input_hidden_states(args, kwargs).cpu()
+                group.entries[layer] = input_hidden_states(args, kwargs).cpu()
 
             return keep
 
         def keep_final(_: Any, args: Any, output: Any) -> None:
-            finals.append(output_hidden_states(output)[:, -count:].cpu().clone())  # a view would keep all rows
+            # a view would keep all rows
+            group.entries[_FINAL] = output_hidden_states(output)[:, -group.rows :].cpu().clone()
 
-        with ExitStack() as stack:
+        with stock_evaluation(self.model), torch.no_grad(), ExitStack() as stack:
             for layer in layers:
-                handle = parts.layers[layer].register_forward_pre_hook(keep_entry(layer), with_kwargs=True)
+                handle = self._parts.layers[layer].register_forward_pre_hook(keep_entry(layer), with_kwargs=True)
                 stack.callback(handle.remove)
-            stack.callback(parts.layers[-1].register_forward_hook(keep_final).remove)
-            parts.decoder(input_ids=ids, use_cache=False)
-        return entries, finals[0]
+            stack.callback(self._parts.layers[-1].register_forward_hook(keep_final).remove)
+            self._parts.decoder(input_ids=group.ids, use_cache=False)
 
     def logits(self, plan: Plan) -> Iterator[tuple[int, Tensor]]:
         """Yield the index of each prompt and the logits that predict its continuation after a prefill under ``plan``.
@@ -98,16 +104,17 @@ class FullStates:
         Yields:
             (index of the prompt, logits [n, vocab] float32 on the model's device).
         """
-        layers = find_decoder_modules(self.model).layers
-        first = plan.omit[0] if plan.omit else len(layers) - 1
-        fitted = None if plan.projections is None else plan.projections.matrices
-        student = Student(self.model, plan if plan.omit else Plan(plan.num_layers, (first,)))
+        first, fitted = plan.omit[0] if plan.omit else _FINAL, plan.projections
+        student = Student(self.model, plan if plan.omit else Plan(plan.num_layers, (plan.num_layers - 1,)))
         for group in self._groups:
-            rows = group.final.shape[1]
-            example = Example(group.ids, group.entries.get(first, group.final), group.final, rows)
+            prompt = group.ids.shape[1] - group.rows + 1
+            pruned = first != _FINAL and prompt > plan.boundary  # else all rows of the prompt run at full depth
+            if first not in group.entries:
+                self._record(group, [first])
+            example = Example(group.ids, group.entries[first], group.entries[_FINAL], group.rows)
             with stock_evaluation(self.model), torch.no_grad():
-                if plan.omit and group.prompt > plan.boundary:
-                    found = student.logits(example, group.prompt, rows, fitted)
-                else:  # all rows of the prompt are boundary rows
-                    found = student.teacher_logits(example, group.prompt - 1, rows)
+                if pruned:
+                    found = student.logits(example, prompt, group.rows, fitted.matrices if fitted else None)
+                else:
+                    found = student.teacher_logits(example, prompt - 1, group.rows)
             yield from zip(group.indices, found, strict=True)

@@ -12,6 +12,7 @@ from os import PathLike
 from typing import Any
 
 from pop_ext import env_info
+from pop_ext.evaluation.arms import backend_of
 from pop_ext.evaluation.prompts import Pair, Texts, calibration_batches, text_sets
 from pop_ext.evaluation.retrieval import retrieval_pairs
 from pop_ext.evaluation.retrieval_templates import EVALUATION, TRAINING
@@ -167,7 +168,7 @@ def autoplan(
         prepare_folder(save)  # fail now rather than after the search
     tokenizer = tokenizer or _tokenizer_of(model)
     split = split_texts(texts, tokenizer, trial.holdout, trial.window, licence)
-    run = _Run(model, tokenizer, split, trial, limits, boundary, choose, progress)
+    run = _Run(model, tokenizer, split, trial, limits, boundary, choose, highest, progress)
     best = search(run.candidate, STAGES[method], highest)
     if best is None:
         return AutoPlan(Plan(depth, ()), None, tuple(run.tried), run.judge.recall)
@@ -175,7 +176,7 @@ def autoplan(
     plan = _with_card(model, best, run, asked, split)
     if save is not None:
         plan.save_pretrained(save)
-    if run.judge.native:
+    if backend_of(model) == "native":
         plan = _timed(model, plan, pays_from, time_lengths, progress is True)
         if save is not None:
             plan.save_pretrained(save)
@@ -194,6 +195,7 @@ class _Run:
         limits: dict[str, float],
         boundary: int,
         choose: Callable[[int], Plan] | None,
+        highest: int,
         progress: Progress,
     ) -> None:
         depth = model.config.get_text_config().num_hidden_layers
@@ -213,7 +215,9 @@ class _Run:
                 f"error, got {len(held.pairs)}; give more text or a smaller trial.tokens"
             )
         tasks = _tasks(split.held_out, tokenizer, trial, EVALUATION) if RECALL_DROP in limits else []
-        self.judge = QualityJudge(model, held.pairs, tasks, trial.batch_size, self._bar)
+        # Of the default choice every count starts at another layer; a caller's choices are not known before.
+        layers = range(depth - highest, depth) if choose is None else []
+        self.judge = QualityJudge(model, held.pairs, tasks, layers, trial.batch_size, self._bar)
         drop = limits.get(RECALL_DROP)
         if drop is not None and (self.judge.recall or 0.0) <= drop:
             raise ValueError(

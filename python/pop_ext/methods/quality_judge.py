@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pop_ext.evaluation.arms import FITTED, FULL, POP, Arm, arm_logits, backend_of
 from pop_ext.evaluation.prompts import Pair
 from pop_ext.evaluation.results import mean_of
+from pop_ext.evaluation.states import FullStates
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.divergence import kl_divergence
 from pop_ext.utils.progress import Progress, reporting
@@ -65,14 +65,15 @@ class Figure:
 class QualityJudge:
     """Measure plans of one model against its full depth, on prompts with known continuations.
 
-    The full model runs once, when the judge is made: natively if it has a native form, so that differences are those of
-    pruning and not of kernels. Its log-probabilities are kept in float16: prompts * continuation
-    * vocabulary values.
+    The full model runs once, when the judge is made. Plans are computed from its states, by the reference. Kept are
+    prompts * tokens * hidden values of each of ``layers``, and log-probabilities in float16, prompts * continuation *
+    vocabulary values.
 
     Args:
         model: Stock Hugging Face model. It is left unchanged.
         texts: (prompt, continuation) of held-out text.
         tasks: (prompt, answer) of retrieval tasks; empty for none.
+        layers: First omitted layers of the plans to come. A plan that starts elsewhere takes another full forward.
         batch_size: Prompts per forward.
         progress: Shows the prompts of each run.
 
@@ -81,23 +82,24 @@ class QualityJudge:
     """
 
     def __init__(
-        self, model: Any, texts: Sequence[Pair], tasks: Sequence[Pair], batch_size: int, progress: Progress
+        self,
+        model: Any,
+        texts: Sequence[Pair],
+        tasks: Sequence[Pair],
+        layers: Sequence[int],
+        batch_size: int,
+        progress: Progress,
     ) -> None:
-        self.model, self.texts, self.tasks = model, list(texts), list(tasks)
-        self._batch_size, self._progress = batch_size, progress
-        self._backend = backend_of(model)
-        full = Arm(POP if self.native else FULL, Plan(model.config.get_text_config().num_hidden_layers, ()))
-        self._log_p = [torch.empty(0)] * len(self.texts)
-        self._loss = [0.0] * len(self.texts)
-        for index, log_p, target in self._rows(full, self.texts, "full depth"):
+        self._progress, full = progress, Plan(model.config.get_text_config().num_hidden_layers, ())
+        with reporting(progress, "full depth", len(texts) + len(tasks)) as advance:
+            self._texts = FullStates(model, texts, layers, batch_size, advance)
+            self._tasks = FullStates(model, tasks, layers, batch_size, advance)
+        self._log_p = [torch.empty(0)] * len(texts)
+        self._loss = [0.0] * len(texts)
+        for index, log_p, target in self._rows(full, self._texts, "full depth"):
             self._log_p[index] = log_p.to("cpu", torch.float16)
             self._loss[index] = _loss(log_p, target)
         self._exact = self._answers(full, "full depth, tasks")
-
-    @property
-    def native(self) -> bool:
-        """True if the model has a native form."""
-        return self._backend == "native"
 
     @property
     def recall(self) -> float | None:
@@ -115,33 +117,31 @@ class QualityJudge:
         Returns:
             ``LOSS`` and ``KL``, and ``RECALL_DROP`` if the tasks were run.
         """
-        plan = plan.replace(min_tokens=0)
-        arm = Arm(POP if plan.projections is None else FITTED, plan)
         title = f"{len(plan.omit)} omitted"
-        losses, kls = [0.0] * len(self.texts), [0.0] * len(self.texts)
-        for index, log_q, target in self._rows(arm, self.texts, title):
+        losses, kls = [0.0] * len(self._loss), [0.0] * len(self._loss)
+        for index, log_q, target in self._rows(plan, self._texts, title):
             losses[index] = _loss(log_q, target) - self._loss[index]
             log_p = self._log_p[index].to(log_q.device).float()
             kls[index] = float(kl_divergence(log_p, log_q).mean())
         figures = {LOSS: Figure.of(losses), KL: Figure.of(kls)}
         of_texts = {name: limit for name, limit in (limits or {}).items() if name in figures}
-        if self.tasks and within(figures, of_texts, errors):
-            exact = self._answers(arm, f"{title}, tasks")
+        if self._exact and within(figures, of_texts, errors):
+            exact = self._answers(plan, f"{title}, tasks")
             figures[RECALL_DROP] = Figure.of_answers([full - own for full, own in zip(self._exact, exact, strict=True)])
         return figures
 
-    def _answers(self, arm: Arm, title: str) -> list[float]:
+    def _answers(self, plan: Plan, title: str) -> list[float]:
         """Return 1.0 for each task whose answer's tokens are each the most probable, else 0.0."""
-        exact = [0.0] * len(self.tasks)
-        for index, log_p, target in self._rows(arm, self.tasks, title):
+        exact = [0.0] * len(self._tasks.pairs)
+        for index, log_p, target in self._rows(plan, self._tasks, title):
             exact[index] = float((log_p.argmax(-1) == target).all())
         return exact
 
-    def _rows(self, arm: Arm, pairs: Sequence[Pair], title: str) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield index, log-probabilities [n, vocab] float32 and the n tokens of each pair's continuation."""
-        with torch.no_grad(), reporting(self._progress, title, len(pairs)) as advance:
-            for index, logits in arm_logits(self.model, arm, pairs, self._batch_size, self._backend):
-                yield index, logits.float().log_softmax(-1), pairs[index][1].to(logits.device)
+    def _rows(self, plan: Plan, states: FullStates, title: str) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield index, log-probabilities [n, vocab] float32 and the n tokens of each prompt's continuation."""
+        with torch.no_grad(), reporting(self._progress, title, len(states.pairs)) as advance:
+            for index, logits in states.logits(plan):
+                yield index, logits.float().log_softmax(-1), states.pairs[index][1].to(logits.device)
                 advance(1)
 
 
