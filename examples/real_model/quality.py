@@ -2,18 +2,20 @@
 
 Each count of omitted layers is measured unfitted, with a ridge fit, and distilled with and without retrieval tasks, on
 held-out texts of every domain. Fits and samples are kept in the output folder, and a stopped run goes on from there.
+``--fit-only`` ends after the fits, so that several processes can make them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from model import fetch_model
-from pop_ext import Plan, fit
+from pop_ext import Plan, env_info, fit, importance
 from pop_ext.evaluation import (
     TRAINING,
     Evaluation,
@@ -24,8 +26,10 @@ from pop_ext.evaluation import (
     retrieval_sets,
     second_turn_sets,
     text_sets,
+    time_plans,
 )
 from pop_ext.evaluation.prompts import Texts, calibration_batches, texts_before_holdout
+from pop_ext.evaluation.timing import median_ms, speed_range
 from texts import Domain, fetch_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,12 +37,14 @@ CONTEXT, CONTINUATION = 512, 64
 CALIBRATED = ("prose", "code")
 """Domains that the fits read. The others are measured only."""
 _FIGURES = {"delta_loss": "loss", "kl": "KL", "exact": "exact", "delta_exact": "exact to full"}
+SECOND_TURN = "second-turn"
 FITS = ("ridge", "distill", "distill-text")
 
 
 def main() -> None:
     """Fit, measure and print."""
     arguments = _arguments()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
     folder = fetch_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -47,27 +53,53 @@ def main() -> None:
     for line in missing:
         print(line, file=sys.stderr)
     calibration = _Calibration(domains, tokenizer, arguments)
-    depth, plans = model.config.num_hidden_layers, []
-    for count in arguments.counts:
-        plain = Plan.last(depth, count)
-        plans += [plain.replace(boundary=rows) for rows in (1, *arguments.boundaries)]
-        for name in arguments.fits:
-            plans.append(calibration.fitted(model, plain, name, arguments.out / f"{name}-{count}" / "plan.json"))
+    plans = _plain_plans(model, calibration, arguments)
+    for name in arguments.fits:
+        fitted = calibration.fitted(model, plans, name, arguments.out)
+        plans |= {f"{name}-{key}": plan for key, plan in fitted.items()}
+    if arguments.fit_only:
+        return
+    boundaries = (1, *arguments.boundaries)
+    every = [plan.replace(boundary=rows) for plan in plans.values() for rows in boundaries]
     for name, sets in _sets(domains, tokenizer, arguments).items():
         path = arguments.out / f"{name}.json"
+        few = [plan for plan in every if plan.boundary == 1]  # of dialogues each plan takes its own prefills
+        how = {"greedy_tokens": arguments.greedy, "batch_size": 4, "reuse_states": True}
+        measured = few if name == SECOND_TURN else every
         kinds = ["pop", "pop-fitted", *arguments.ablations]
-        result = evaluate(
-            model,
-            sets,
-            plans,
-            kinds=kinds,
-            greedy_tokens=0,
-            batch_size=4,
-            resume=path,
-            progress=True,
-            reuse_states=True,
-        )
-        _print(name, result)
+        _print(name, evaluate(model, sets, measured, kinds=kinds, **how, resume=path, progress=True))
+
+    if arguments.times:
+        _time(model, list(plans.values()), arguments)
+
+
+def _time(model: Any, plans: list[Plan], arguments: Any) -> None:
+    """Time unfitted and fitted plans in one run, write all rounds to ``times.json`` and print medians."""
+    times = time_plans(model, plans, arguments.times, fits=True, repeats=15, progress=True)
+    facts = {"processor": env_info.processor(), "threads": torch.get_num_threads(), **env_info.installation()}
+    (arguments.out / "times.json").write_text(json.dumps({"facts": facts, "times": times}, indent=1))
+    for length in arguments.times:
+        print(f"\n{length} tokens: median ms, times as fast as the native full prefill (quartiles)")
+        for arm in dict.fromkeys(one["arm"] for one in times):
+            speed = speed_range(times, arm, length)
+            print(
+                f"  {arm:32} {median_ms(times, arm, length):8.1f} {speed.median:.3f} ({speed.low:.3f}-{speed.high:.3f})"
+            )
+
+
+def _plain_plans(model: Any, calibration: _Calibration, arguments: Any) -> dict[str, Plan]:
+    """Return the unfitted plans by name: the deepest layers of each count, and other choices if asked for."""
+    depth = model.config.num_hidden_layers
+    plans = {str(count): Plan.last(depth, count) for count in arguments.counts}
+    if arguments.choices:
+        some = calibration.batches[::2]
+        scores = importance(model, some, progress=True, resume=arguments.out / "importance.json")
+        for count in arguments.counts:
+            plans[f"{count}-interleaved"] = Plan(depth, tuple(range(depth + 1 - 2 * count, depth, 2)))
+            plans[f"{count}-gates"] = scores.plan(count, contiguous=False)
+            plans[f"{count}-gates-run"] = scores.plan(count)
+    kept: dict[tuple[int, ...], str] = {}
+    return {name: plan for name, plan in plans.items() if kept.setdefault(plan.omit, name) == name}
 
 
 def _arguments() -> Any:
@@ -76,12 +108,17 @@ def _arguments() -> Any:
     parser.add_argument("--counts", type=int, nargs="+", default=[3, 5, 8, 10, 12, 15], help="omitted layers")
     parser.add_argument("--boundaries", type=int, nargs="*", default=[64], help="of unfitted plans, beside 1")
     parser.add_argument("--fits", nargs="*", choices=FITS, default=FITS)
+    parser.add_argument("--choices", action="store_true", help="also layers chosen by gates, and every other layer")
+    parser.add_argument("--fit-only", action="store_true", help="measure nothing")
     parser.add_argument("--ablations", nargs="*", default=[], help="such as no-kv and dropped")
     parser.add_argument("--sequences", type=int, default=112, help="calibration sequences of 576 tokens")
     parser.add_argument("--tasks", type=int, default=96, help="retrieval tasks for distill")
     parser.add_argument("--steps", type=int, default=120, help="training steps")
     parser.add_argument("--prompts", type=int, default=48, help="held-out prompts of each set")
     parser.add_argument("--retrieval", type=int, nargs="*", default=[512, 2000], help="lengths of retrieval prompts")
+    parser.add_argument("--greedy", type=int, default=0, help="greedy tokens to compare")
+    parser.add_argument("--domains", nargs="*", help="domains to measure; all if not given")
+    parser.add_argument("--times", type=int, nargs="*", default=[], help="prompt lengths to time")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 
@@ -105,20 +142,23 @@ class _Calibration:
         rest = Texts(tuple(before), ())
         self.tasks = retrieval_pairs(rest, tokenizer, CONTEXT, arguments.tasks, kind=TRAINING)
 
-    def fitted(self, model: Any, plan: Plan, name: str, path: Path) -> Plan:
-        """Return the plan with the fit called ``name``, from its file if it was made before."""
-        if path.exists():
-            return Plan.load(path)
-        print(f"{name} of {len(plan.omit)} layers", file=sys.stderr)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        more: dict[str, Any] = {"lambdas": [0.01], "holdout": self.holdout}
-        if name != "ridge":
-            more |= {"method": "distill", "steps": self.steps, "resume": path.with_name("state.pt")}
-        if name == "distill":
-            more["tasks"] = self.tasks
-        found = fit(model, plan, self.batches, progress=True, **more)
-        found.save(path)
-        return found
+    def fitted(self, model: Any, plans: dict[str, Plan], name: str, out: Path) -> dict[str, Plan]:
+        """Return plans with the fit called ``name``, from their files if they were made before."""
+        paths = {key: out / f"{name}-{key}" / "plan.json" for key in plans if plans[key].projections is None}
+        missing = [key for key, path in paths.items() if not path.exists()]
+        if missing:
+            print(f"{name} of {', '.join(missing)}", file=sys.stderr)
+            more: dict[str, Any] = {"lambdas": [0.01], "holdout": self.holdout}
+            if name != "ridge":
+                more |= {"method": "distill", "steps": self.steps}
+            if name != "distill-text":
+                more["tasks"] = self.tasks
+            for key, plan in zip(
+                missing, fit(model, [plans[key] for key in missing], self.batches, progress=True, **more), strict=True
+            ):
+                paths[key].parent.mkdir(parents=True, exist_ok=True)
+                plan.save(paths[key])
+        return {key: Plan.load(path) for key, path in paths.items()}
 
 
 def _sets(domains: dict[str, Domain], tokenizer: Any, arguments: Any) -> dict[str, list[PromptSet]]:
@@ -127,12 +167,13 @@ def _sets(domains: dict[str, Domain], tokenizer: Any, arguments: Any) -> dict[st
     sets = {
         name: text_sets(read_texts(domain.heldout, tokenizer), tokenizer, [CONTEXT], CONTINUATION, arguments.prompts)
         for name, domain in domains.items()
+        if arguments.domains is None or name in arguments.domains
     }
     texts = read_texts(domains[next(iter(domains))].heldout, tokenizer)
     for length in arguments.retrieval:
         sets[f"retrieval-{length}"] = retrieval_sets(texts, tokenizer, [length], **limits)
     if arguments.retrieval:
-        sets["second-turn"] = second_turn_sets(texts, tokenizer, [min(arguments.retrieval)], **limits)
+        sets[SECOND_TURN] = second_turn_sets(texts, tokenizer, [min(arguments.retrieval)], **limits)
     return sets
 
 

@@ -478,6 +478,15 @@ def test_a_line_joins_only_nested_plans(tmp_path, monkeypatch):
     assert len(ax.get_legend_handles_labels()[1]) == 1
 
 
+def test_fitted_plans_are_timed_beside_their_unfitted_form():
+    model = shared("llama")
+    fitted = pop_ext.fit(model, Plan(6, (4, 5)), models.batches(model), lambdas=[0.1])
+    times = time_plans(model, [fitted], [16], repeats=3, fits=True)
+    assert [timing["arm"] for timing in times] == [STOCK, NATIVE_FULL, "pop 4-5 b1", "pop-ridge 4-5 b1"]
+    assert times[2]["flops"] == times[3]["flops"]
+    assert [timing["arm"] for timing in time_plans(model, [fitted], [16], repeats=3)][2:] == ["pop 4-5 b1"]
+
+
 # States of the full model, reused
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from pop_ext import _core
-from pop_ext.evaluation.arms import POP, Arm, make_arms
+from pop_ext.evaluation.arms import FITTED, FULL, POP, Arm, make_arms
 from pop_ext.hf.native_model import load
 from pop_ext.methods.calibration import stock_evaluation, stock_model
 from pop_ext.plans.plan import Plan
@@ -46,7 +46,13 @@ class Prefiller(Protocol):
 
 
 def time_plans(
-    model: Any, plans: Sequence[Plan], lengths: Sequence[int], *, repeats: int = 7, progress: Progress = False
+    model: Any,
+    plans: Sequence[Plan],
+    lengths: Sequence[int],
+    *,
+    repeats: int = 7,
+    fits: bool = False,
+    progress: Progress = False,
 ) -> list[dict[str, Any]]:
     """Time the first token by prompt length, for the stock model, the native full prefill and each plan.
 
@@ -54,10 +60,11 @@ def time_plans(
 
     Args:
         model: Hugging Face model of a native family.
-        plans: Plans of one depth, at least one. Duplicates are timed once. Fitted projections are ignored, because
-            they change weights and not work.
+        plans: Plans of one depth, at least one. Duplicates are timed once.
         lengths: Prompt lengths in tokens.
         repeats: Number of timed rounds, after two to warm up.
+        fits: Time each fitted plan with its projections, too. They change weights and not work, so that otherwise
+            projections are ignored.
         progress: True for a progress bar, or a callback that takes (rounds done, their number).
 
     Returns:
@@ -69,13 +76,13 @@ def time_plans(
         ValueError: The plans differ in depth, or there is none.
     """
     model = stock_model(model)
-    arms = [arm for arm in make_arms([plan.replace(projections=None) for plan in plans], [POP]) if arm.kind == POP]
+    arms = [arm for arm in make_arms(plans, [POP, FITTED] if fits else [POP]) if arm.kind != FULL]
     full = load(model, Plan(plans[0].num_layers, ()))
     timed = [(NATIVE_FULL, full.plan), *((arm.name, arm.plan) for arm in arms)]
-    natives = {full.plan.omit: full}  # plans that differ only in their boundary share one set of folded weights
+    natives = {_weights_of(full.plan): full}  # plans that differ only in their boundary share one set of folded weights
     for _, plan in timed:
-        if plan.omit not in natives:
-            natives[plan.omit] = load(model, plan)
+        if _weights_of(plan) not in natives:
+            natives[_weights_of(plan)] = load(model, plan)
     device = model.get_input_embeddings().weight.device
     found = []
     with (
@@ -90,7 +97,7 @@ def time_plans(
                 (_facts(STOCK, tokens, None, _stock_flops(full.spec, tokens)), partial(_stock, model, ids)),
             ]
             for name, plan in timed:
-                native = natives[plan.omit]
+                native = natives[_weights_of(plan)]
                 facts = _facts(name, tokens, plan, _flops(full.spec, plan, tokens))
                 facts["extra_bytes"] = native.extra_bytes
                 calls.append((facts, partial(_native, native, ids, min(plan.boundary, tokens))))
@@ -102,6 +109,11 @@ def time_plans(
                 advance(1)
             found += [facts for facts, _ in calls]
     return found
+
+
+def _weights_of(plan: Plan) -> tuple[tuple[int, ...], str | None]:
+    """Return what the folded weights of a plan depend on."""
+    return plan.omit, None if plan.projections is None else plan.projections.digest
 
 
 def speedup(timings: Sequence[dict[str, Any]], arm: str, tokens: int, baseline: str = NATIVE_FULL) -> float | None:
