@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.methods.calibration import Batches, check_batches, count_sequences, stock_evaluation, stock_model
 from pop_ext.methods.distill import Training, distill
 from pop_ext.methods.fit_arguments import Task, check_held, check_lambdas, check_tasks, check_training, hold_out_tasks
-from pop_ext.methods.fit_moments import HOLD_EVERY, MomentsReader
+from pop_ext.methods.fit_moments import HOLD_EVERY, MomentsReader, PlanReading
 from pop_ext.methods.ridge import RunMoments, RunSolution
-from pop_ext.methods.student import Example, Student, count_continuation
+from pop_ext.methods.student import count_continuation
 from pop_ext.plans.origin import origin_of
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.projections import FitReport, Projections, sample_weights
@@ -34,9 +34,13 @@ STEPS, LEARNING_RATE = 120, 3e-4
 """Default steps and learning rate of "distill"."""
 
 
+Plans = TypeVar("Plans", Plan, Sequence[Plan])
+"""A plan, or several."""
+
+
 def fit(
     model: Any,
-    plan: Plan,
+    plan: Plans,
     batches: Batches,
     *,
     method: str = "ridge",
@@ -49,7 +53,7 @@ def fit(
     seed: int = 0,
     resume: str | PathLike[str] | None = None,
     progress: Progress = False,
-) -> Plan:
+) -> Plans:
     """Fit K/V projections for the omitted layers of a plan, for a better first token at the same cost.
 
     The context rows of an omitted layer project K and V from the hidden state ``h`` of the last retained layer, which
@@ -68,9 +72,10 @@ def fit(
     Args:
         model: Hugging Face decoder with separate K and V projections, or with a fused ``qkv_proj``, enabled or not, in
             float32, bfloat16 or float16, on any device. It is left unchanged.
-        plan: Plan that omits at least one layer. Projections that it already has are ignored.
-        batches: Iterable of input_ids, int [batch, T], without padding, read once. Each batch takes one forward, or
-            two if the plan has several runs. Until a sequence is held out, the last of each batch takes its own.
+        plan: Plan that omits at least one layer. Projections that it already has are ignored. Several plans in a
+            sequence are fitted in one reading of ``batches`` and ``tasks``, which takes most of the time of a ridge.
+        batches: Iterable of input_ids, int [batch, T], without padding, read once. Each batch takes one forward, and
+            one more for each plan with several runs. Until a sequence is held out, the last of each takes its own.
         method: "ridge" or "distill".
         tasks: Pairs (prompt, answer) of ids, int [n] each, without padding, such as
             ``pop_ext.evaluation.retrieval_pairs`` makes. Their answers count like continuations. With "distill" every
@@ -87,12 +92,14 @@ def fit(
             they come in.
         learning_rate: Largest learning rate of Adam, after a warm-up and before a cosine.
         seed: Seed of the order of sequences and of where they are split.
-        resume: File that takes the state of the training at each judgement. A stopped training goes on from it.
+        resume: File that takes the state of the training at each judgement. A stopped training goes on from it. For
+            a single plan.
         progress: True for a progress bar, or a callback that takes (steps done, their number or None). A step is a
             sequence read, a held-out sequence scored for one lambda, or a training step.
 
     Returns:
-        The plan with ``projections`` in the model's dtype, and an origin that states how they were made.
+        The plan with ``projections`` in the model's dtype, and an origin that states how they were made. Of several
+        plans a list in their order, each as if it had been fitted by itself.
 
     Raises:
         ValueError: An argument has a bad value. The plan omits nothing. There is no sequence, none to hold out, or
@@ -103,69 +110,128 @@ def fit(
     Source: docs/fitting.md; POP (arXiv 2602.03295) for the independent KV projection.
     """
     model, ridges = stock_model(model), check_lambdas(lambdas)
-    plan = _check_plan(plan, model, weighting)
+    plans = _check_plans(plan, model, weighting)
     training = check_training(method, steps, learning_rate, seed, resume)
-    pairs = check_tasks(tasks, model, plan)
+    if resume is not None and not isinstance(plan, Plan):
+        raise ValueError(f"resume: expected None with several plans, which would share one file, got {resume!r}")
+    pairs = check_tasks(tasks, model, max(one.boundary for one in plans))
     held: list[Tensor] = []
     if holdout is not None:
         held = [ids for batch in check_batches(holdout, model, least=4) for ids in batch.split(1)]
     holds = len(ridges) > 1 or training is not None
     split = holdout is None and holds
     kept, spare = (pairs, []) if training is None else hold_out_tasks(pairs)
-    total = _count_steps(batches, len(held), len(ridges), split)
-    total = None if total is None else total + len(kept) + (0 if training is None else training.steps)
+    after = len(plans) * (0 if training is None else training.steps)
+    total = _count_steps(batches, len(held), len(ridges) * len(plans) if len(ridges) > 1 else 0, split)
+    total = None if total is None else total + len(kept) + after
     with stock_evaluation(model), torch.no_grad(), reporting(progress, "fit", total) as advance:
-        student = None if training is None else Student(model, plan)
-        reader = MomentsReader(model, plan, held if split else None, weighting, advance, student)
+        reader = MomentsReader(model, plans, held if split else None, weighting, advance, training is not None)
         reader.read(batches)
         reader.read_tasks(kept)
-        layers = find_decoder_modules(model).layers
-        samples = {layer: sample_weights(layers[layer]) for layer in plan.omit}
-        losses: list[tuple[float, float, float]] = []
-        if holds:
-            held = check_held(held, plan, reader.sequences - len(kept), "lambda" if len(ridges) > 1 else "steps")
-        if len(ridges) > 1:
-            for ridge in ridges:
-                losses.append((ridge, *_held_out_loss(model, _solve(reader, ridge, samples)[0], held, advance)))
-        best = _best_ridge(losses) if losses else ridges[0]
-        solved = _solve(reader, best, samples)
-        plan = _with_report(model, *solved, reader.moments, losses, len(held) if holds else 0, len(kept))
-        if training is None or student is None:
-            return plan
-        judged = [student.example(ids) for ids in held]
-        judged += [student.example(torch.cat(pair)[None], len(pair[1])) for pair in spare]
-        say = (lambda text: print(text, file=sys.stderr, flush=True)) if progress is True else (lambda _: None)
-        return _distilled(model, plan, reader.examples, judged, training, advance, say)
+        chosen, fitted = "lambda" if len(ridges) > 1 else "steps", []
+        for number, reading in enumerate(reader.readings):
+            count = reader.sequences - len(kept)
+            judges = check_held(held, reading.plan.boundary, count, chosen) if holds else []
+            solved = _best_solution(reader, reading, ridges, judges, len(kept), advance)
+            if training is not None:
+                say = _speaker(progress, "" if isinstance(plan, Plan) else f"plan {number + 1} of {len(plans)}, ")
+                solved = _distilled(model, solved, reading, judges, spare, training, advance, say)
+                reading.examples.clear()  # their memory
+            fitted.append(solved)
+    return fitted[0] if isinstance(plan, Plan) else fitted  # type: ignore[return-value]
 
 
-def _check_plan(plan: Plan, model: Any, weighting: str) -> Plan:
-    """Check plan and weighting, and return the plan without projections."""
-    layers = find_decoder_modules(model).layers
-    if not isinstance(plan, Plan):
-        raise TypeError(f"plan: expected a pop_ext.Plan, got {type(plan).__name__}")
+def _speaker(progress: Progress, prefix: str) -> Callable[[str], None]:
+    """Return what prints a line about the training, after ``prefix``, if a progress bar is asked for."""
+    if progress is not True:
+        return lambda _: None
+    return lambda text: print(prefix + text, file=sys.stderr, flush=True)
+
+
+def _check_plans(plan: Any, model: Any, weighting: str) -> list[Plan]:
+    """Check plans and weighting, and return the plans without projections."""
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+    if isinstance(plan, Plan):
+        return [_check_plan("plan", plan, model)]
+    if isinstance(plan, (str, bytes)) or not isinstance(plan, Sequence):
+        raise TypeError(f"plan: expected a pop_ext.Plan or a sequence of them, got {type(plan).__name__}")
+    if not plan:
+        raise ValueError("plan: expected at least one plan, got none")
+    return [_check_plan(f"plan[{number}]", one, model) for number, one in enumerate(plan)]
+
+
+def _check_plan(name: str, plan: Any, model: Any) -> Plan:
+    """Check a plan, called ``name`` in errors, and return it without projections."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"{name}: expected a pop_ext.Plan, got {type(plan).__name__}")
     plan = plan.replace(projections=None)
-    check_plan(plan, layers, model.config)
+    check_plan(plan, find_decoder_modules(model).layers, model.config)
     if not plan.omit:
-        raise ValueError("plan: expected at least one omitted layer to fit, got none")
+        raise ValueError(f"{name}: expected at least one omitted layer to fit, got none")
     return plan
+
+
+def _best_solution(
+    reader: MomentsReader,
+    reading: PlanReading,
+    ridges: Sequence[float],
+    held: list[Tensor],
+    tasks: int,
+    advance: Callable[[int], None],
+) -> Plan:
+    """Return a plan with the ridge solution of the lowest held-out loss, with a complete report and origin.
+
+    Args:
+        reader: What was read for all plans.
+        reading: What was read for this plan.
+        ridges: Lambdas to choose from.
+        held: Held-out sequences; none of them is used for a single lambda.
+        tasks: Number of tasks that were read.
+        advance: Called with the sequences just scored.
+    """
+    layers = find_decoder_modules(reader.model).layers
+    samples = {layer: sample_weights(layers[layer]) for layer in reading.plan.omit}
+    losses: list[tuple[float, float, float]] = []
+    if len(ridges) > 1:
+        for ridge in ridges:
+            solved, _ = _solve(reader, reading, ridge, samples)
+            losses.append((ridge, *_held_out_loss(reader.model, solved, held, advance)))
+    best = _best_ridge(losses) if losses else ridges[0]
+    return _with_report(
+        reader.model, *_solve(reader, reading, best, samples), reading.moments, losses, len(held), tasks
+    )
 
 
 def _distilled(
     model: Any,
     plan: Plan,
-    examples: list[Example],
-    held: list[Example],
+    reading: PlanReading,
+    texts: list[Tensor],
+    tasks: list[Task],
     training: Training,
     advance: Callable[[int], None],
     say: Callable[[str], None],
 ) -> Plan:
-    """Return a fitted plan whose matrices were trained further; arguments as for ``distill``."""
+    """Return a fitted plan whose matrices were trained further.
+
+    Args:
+        model: Stock model inside ``stock_evaluation``.
+        plan: The plan with its ridge.
+        reading: States of the sequences to train on.
+        texts: Held-out sequences [1, T].
+        tasks: Held-out tasks.
+        training: As for ``distill``, like the others.
+        advance: Called with the steps just done.
+        say: Called with a line for each judgement.
+    """
     assert plan.projections is not None
     assert plan.origin is not None
+    assert reading.student is not None
     start, dtype = plan.projections, _dtype(model)
-    examples = [one for one in examples if one.answer or one.ids.shape[1] - one.rows > plan.boundary]
+    held = [reading.student.example(ids) for ids in texts]
+    held += [reading.student.example(torch.cat(pair)[None], len(pair[1])) for pair in tasks]
+    examples = [one for one in reading.examples if one.answer or one.ids.shape[1] - one.rows > plan.boundary]
     if not examples:
         raise ValueError(f"batches: expected sequences longer than the boundary {plan.boundary} and a continuation")
     with torch.enable_grad():
@@ -198,7 +264,7 @@ def _count_steps(batches: Batches, held: int, ridges: int, split: bool) -> int |
     Args:
         batches: The calibration batches.
         held: Number of sequences in ``holdout``.
-        ridges: Number of ridges.
+        ridges: Number of times that a held-out sequence is scored.
         split: True if sequences of the batches are held out.
 
     Returns:
@@ -208,24 +274,27 @@ def _count_steps(batches: Batches, held: int, ridges: int, split: bool) -> int |
     if count is None:
         return None
     inner = max(count // HOLD_EVERY, int(count > 1)) if split else 0
-    return count - inner + ((held or inner) * ridges if ridges > 1 else 0)
+    return count - inner + (held or inner) * ridges
 
 
-def _solve(reader: MomentsReader, ridge: float, samples: dict[int, Tensor]) -> tuple[Plan, list[RunSolution]]:
+def _solve(
+    reader: MomentsReader, reading: PlanReading, ridge: float, samples: dict[int, Tensor]
+) -> tuple[Plan, list[RunSolution]]:
     """Solve every run with one ridge.
 
     Args:
-        reader: Moments of every run.
+        reader: What was read for all plans.
+        reading: Moments of every run of the plan.
         ridge: Lambda.
         samples: Layer -> ``sample_weights`` of it.
 
     Returns:
         The plan with its projections in the model's dtype, and the solution of each run.
     """
-    solutions, dtype = [run.solve(ridge) for run in reader.moments], _dtype(reader.model)
+    solutions, dtype = [run.solve(ridge) for run in reading.moments], _dtype(reader.model)
     matrices = {
         layer: (run.layers[layer].original.double() + change).to(dtype).cpu().contiguous()
-        for run, solution in zip(reader.moments, solutions, strict=True)
+        for run, solution in zip(reading.moments, solutions, strict=True)
         for layer, change in solution.changes.items()
     }
     for layer, matrix in matrices.items():
@@ -235,8 +304,8 @@ def _solve(reader: MomentsReader, ridge: float, samples: dict[int, Tensor]) -> t
                 f"{ridge:g} (layer {layer})"
             )
     weighting = "attention" if reader.by_attention else "uniform"
-    report = FitReport(ridge, reader.sequences, reader.moments[0].rows, weighting=weighting)
-    return reader.plan.replace(projections=Projections(matrices, samples, report)), solutions
+    report = FitReport(ridge, reader.sequences, reading.moments[0].rows, weighting=weighting)
+    return reading.plan.replace(projections=Projections(matrices, samples, report)), solutions
 
 
 def _best_ridge(losses: list[tuple[float, float, float]]) -> float:

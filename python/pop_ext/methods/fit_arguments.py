@@ -14,7 +14,6 @@ from torch import Tensor
 from pop_ext.methods.distill import Training
 from pop_ext.methods.fit_moments import HOLD_EVERY
 from pop_ext.methods.student import count_continuation
-from pop_ext.plans.plan import Plan
 
 LAMBDAS = (0.01, 0.1, 1.0, 10.0, math.inf)
 """Ridges to try by default. Infinity stands for the original projections."""
@@ -52,8 +51,8 @@ def check_training(
     return Training(steps, float(learning_rate), seed, path)
 
 
-def check_tasks(tasks: Any, model: Any, plan: Plan) -> list[Task]:
-    """Return the tasks as int64 tensors on the model's device.
+def check_tasks(tasks: Any, model: Any, boundary: int) -> list[Task]:
+    """Return the tasks as int64 tensors on the model's device; ``boundary`` is the largest one of the plans.
 
     Raises:
         TypeError: ``tasks`` is no sequence of pairs of integer tensors.
@@ -67,9 +66,9 @@ def check_tasks(tasks: Any, model: Any, plan: Plan) -> list[Task]:
         if not pair or not all(isinstance(ids, Tensor) and ids.dtype in (torch.int64, torch.int32) for ids in pair):
             raise TypeError(f"tasks: expected a pair of int64 or int32 tensors, got {task!r:.60} in task {number}")
         prompt, answer = pair
-        if prompt.ndim != 1 or answer.ndim != 1 or len(prompt) <= plan.boundary or len(answer) == 0:
+        if prompt.ndim != 1 or answer.ndim != 1 or len(prompt) <= boundary or len(answer) == 0:
             raise ValueError(
-                f"tasks: expected a prompt [n] of more tokens than the boundary {plan.boundary} and an answer [m], got "
+                f"tasks: expected a prompt [n] of more tokens than the boundary {boundary} and an answer [m], got "
                 f"{list(prompt.shape)} and {list(answer.shape)} in task {number}"
             )
         low, high = (int(bound) for bound in torch.cat([prompt, answer]).aminmax())
@@ -89,12 +88,12 @@ def hold_out_tasks(tasks: list[Task]) -> tuple[list[Task], list[Task]]:
     return [t for i, t in enumerate(tasks) if i not in held], [t for i, t in enumerate(tasks) if i in held]
 
 
-def check_held(held: list[Tensor], plan: Plan, fitted: int, chosen: str) -> list[Tensor]:
+def check_held(held: list[Tensor], boundary: int, fitted: int, chosen: str) -> list[Tensor]:
     """Return the held-out sequences that are long enough to have context rows.
 
     Args:
         held: Sequences [1, T].
-        plan: The plan.
+        boundary: Boundary of the plan.
         fitted: Number of sequences that were fitted on.
         chosen: What they choose, "lambda" or "steps".
     """
@@ -105,11 +104,11 @@ def check_held(held: list[Tensor], plan: Plan, fitted: int, chosen: str) -> list
             f"without a holdout, every {HOLD_EVERY}th sequence of the batches is held out, or the last one of fewer, "
             "but never the only one"
         )
-    longer = [ids for ids in held if ids.shape[1] - 1 > plan.boundary - 1 + count_continuation(ids)]
+    longer = [ids for ids in held if ids.shape[1] - 1 > boundary - 1 + count_continuation(ids)]
     if not longer:
         longest = max(ids.shape[1] for ids in held)
         raise ValueError(
-            f"holdout: expected sequences longer than the boundary {plan.boundary} and a continuation, got at most "
+            f"holdout: expected sequences longer than the boundary {boundary} and a continuation, got at most "
             f"{longest} tokens"
         )
     return longer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -24,13 +24,36 @@ HOLD_EVERY = 8
 sequences the last one is."""
 
 
-class MomentsReader:
-    """Reads calibration batches and keeps one ``RunMoments`` per run of the plan.
+class PlanReading:
+    """What calibration sequences say of one plan.
 
     Attributes:
+        plan: The plan, without projections.
+        student: Student that records the sequences for training, or None.
         moments: Moments of each run, in the order of ``plan.runs``.
+        examples: States of the sequences, if there is a student.
+    """
+
+    def __init__(self, model: Any, plan: Plan, student: Student | None) -> None:
+        layers = find_decoder_modules(model).layers
+        self.plan, self.student = plan, student
+        self.moments = [RunMoments({i: original_projection(layers[i]) for i in run}) for run in plan.runs]
+        self.examples: list[Example] = []
+
+    def queries(self, ids: Tensor, answer: int) -> int:
+        """Return how many last rows of ``ids`` [batch, T] weigh the rows before them.
+
+        Of a task these are the rows at full depth: the boundary rows and those of the answer.
+        """
+        return min(answer + self.plan.boundary, ids.shape[1] - 1) if answer else count_continuation(ids)
+
+
+class MomentsReader:
+    """Reads calibration batches once for several plans.
+
+    Attributes:
+        readings: What was read, for each plan.
         holdout: Sequences [1, T] held out of the batches are appended here; None to hold out none.
-        examples: States of the sequences that were added to the moments, if a student records them.
         sequences: Number of sequences added to the moments.
         by_attention: True if rows are weighted by attention.
     """
@@ -38,29 +61,27 @@ class MomentsReader:
     def __init__(
         self,
         model: Any,
-        plan: Plan,
+        plans: Sequence[Plan],
         holdout: list[Tensor] | None,
         weighting: str,
         advance: Callable[[int], None],
-        student: Student | None = None,
+        train: bool = False,
     ) -> None:
         """Prepare to read.
 
         Args:
             model: Stock model inside ``stock_evaluation``.
-            plan: Plan that omits at least one layer, without projections.
+            plans: Plans that omit at least one layer, without projections.
             holdout: List that takes held-out sequences, or None.
             weighting: "attention" or "uniform", as for ``pop_ext.fit``.
             advance: Called with the number of sequences just added.
-            student: Student that records the sequences for training, or None.
+            train: True to record the sequences for training.
         """
-        self.model, self.plan, self.holdout, self.advance = model, plan, holdout, advance
+        self.model, self.holdout, self.advance = model, holdout, advance
         self.by_attention = weighting == "attention"
         modules = find_decoder_modules(model)
         self.decoder, self.layers = modules.decoder, modules.layers
-        self.moments = [RunMoments({i: original_projection(self.layers[i]) for i in run}) for run in plan.runs]
-        self.examples: list[Example] = []
-        self._student = student
+        self.readings = [PlanReading(model, plan, Student(model, plan) if train else None) for plan in plans]
         self.sequences = 0
         self._seen = 0
         # Batch number and last sequence [1, T], which is held out if fewer than HOLD_EVERY sequences come.
@@ -76,7 +97,8 @@ class MomentsReader:
         """
         for number, ids in enumerate(check_batches(batches, self.model, least=2)):
             if self._seen == 0:  # the oracle refuses a model that projects K and V in another way
-                reference.prefill(self.model, ids[:1, :2], self.plan, boundary=1)
+                for reading in self.readings:
+                    reference.prefill(self.model, ids[:1, :2], reading.plan, boundary=1)
             for part in self._split_holdout(number, ids):
                 self._add(*part)
         if self.holdout is not None and self._last is not None and self.sequences > 0:
@@ -121,64 +143,72 @@ class MomentsReader:
             ids: int64 [batch, T].
             answer: Number of last tokens that answer a task; 0 for text.
         """
-        # Of a task, the rows at full depth are the boundary rows and those of the answer.
-        queries = min(answer + self.plan.boundary, ids.shape[1] - 1) if answer else count_continuation(ids)
-        with nullcontext() if self._student is None else self._student.recording(ids, answer) as found:
-            targets = self._run_full_forward(ids, queries)
-        self.examples += (found or [])[:1]  # a plan with several runs takes another forward
-        for run, moments in zip(self.plan.runs, self.moments, strict=True):
-            moments.add(self._run_inputs[run.start], {layer: targets[layer] for layer in run}, self._row_weights(run))
-        if not all(run.is_finite() for run in self.moments):
-            what, each = ("tasks", "task") if answer else ("batches", "batch")
-            raise ValueError(f"{what}: expected finite hidden states, K and V, got NaN or infinity in {each} {number}")
+        # A plan with several runs takes another forward, which its student does not record.
+        with ExitStack() as stack:
+            found = [
+                stack.enter_context(reading.student.recording(ids, answer)) if reading.student else []
+                for reading in self.readings
+            ]
+            self._run_full_forward(ids, answer)
+        for reading, examples in zip(self.readings, found, strict=True):
+            reading.examples += examples
+            inputs = self._entries if len(reading.plan.runs) == 1 else self._pruned_inputs(ids, reading.plan)
+            for run, moments in zip(reading.plan.runs, reading.moments, strict=True):
+                weights = self._row_weights(run, reading.queries(ids, answer)) if self.by_attention else None
+                moments.add(inputs[run.start], {layer: self._targets[layer] for layer in run}, weights)
+            if not all(run.is_finite() for run in reading.moments):
+                what, each = ("tasks", "task") if answer else ("batches", "batch")
+                raise ValueError(
+                    f"{what}: expected finite hidden states, K and V, got NaN or infinity in {each} {number}"
+                )
         self.sequences += len(ids)
         self.advance(len(ids))
 
-    def _row_weights(self, run: range) -> Tensor | None:
-        """Return a weight per row, [rows] float32 with mean 1 over a sequence; None for uniform weights.
+    def _row_weights(self, run: range, queries: int) -> Tensor:
+        """Return a weight per row, [rows] float32 with mean 1 over a sequence.
 
         It is the mean over the layers of the run, because they share one Gram matrix.
         """
-        if not self.by_attention:
-            return None
-        mass = torch.stack([self._attention[layer] for layer in run]).mean(0)
+        mass = torch.stack([self._attention[layer, queries] for layer in run]).mean(0)
         return (mass / mass.mean(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)).flatten()
 
-    def _run_full_forward(self, ids: Tensor, queries: int) -> dict[int, Tensor]:
-        """Run the full model, and the pruned one if the plan has several runs.
+    def _run_full_forward(self, ids: Tensor, answer: int) -> None:
+        """Run the full model on ``ids`` int64 [batch, T].
 
-        Args:
-            ids: int64 [batch, T].
-            queries: Number of last rows whose attention weighs the rows before them.
-
-        Fills ``_run_inputs``, first layer of a run -> normalised input [rows, hidden] float32 in the pruned model, and
-        ``_attention``, layer -> attention [batch, T] float32 that each row receives from the continuation.
-
-        Returns:
-            Omitted layer -> K and V of the full model without their biases, [rows, 2 * kv_dim] float32.
+        Fills ``_targets``, omitted layer of any plan -> K and V without their biases, [rows, 2 * kv_dim] float32;
+        ``_entries``, first omitted layer of a plan -> normalised input [rows, hidden] float32; and ``_attention``,
+        (layer, queries) -> attention [batch, T] float32 that each row receives from that many last rows.
         """
-        outputs: dict[int, list[Tensor]] = {layer: [] for layer in self.plan.omit}
-        self._run_inputs: dict[int, Tensor] = {}
-        self._attention: dict[int, Tensor] = {}
+        outputs: dict[int, list[Tensor]] = {layer: [] for reading in self.readings for layer in reading.plan.omit}
+        self._entries: dict[int, Tensor] = {}
+        self._attention: dict[tuple[int, int], Tensor] = {}
         with ExitStack() as stack:
             if self.by_attention:
                 stack.enter_context(_eager(self.decoder.config))
-                for index in self.plan.omit:
+                watched = {(i, reading.queries(ids, answer)) for reading in self.readings for i in reading.plan.omit}
+                for index, queries in watched:
                     stack.callback(self._watch_attention(index, queries).remove)
-            for index in self.plan.omit:
+            for index in outputs:
                 for handle in _watch_key_values(self.layers[index], outputs[index].append):
                     stack.callback(handle.remove)
-            stack.enter_context(self._watch_hidden_states(self.plan.runs[0].start))
+            for first in {reading.plan.omit[0] for reading in self.readings}:
+                stack.enter_context(self._watch_hidden_states(first, self._entries))
             self._forward(ids)
-        later = [run.start for run in self.plan.runs[1:]]
-        if later:  # their input depends on the omitted layers before them
-            with ExitStack() as stack:
-                for index in self.plan.omit:
-                    stack.enter_context(replaced_forward(self.layers[index], _identity_forward))
-                for index in later:
-                    stack.enter_context(self._watch_hidden_states(index))
-                self._forward(ids)
-        return {layer: torch.cat(parts, dim=-1) for layer, parts in outputs.items()}
+        self._targets = {layer: torch.cat(parts, dim=-1) for layer, parts in outputs.items()}
+
+    def _pruned_inputs(self, ids: Tensor, plan: Plan) -> dict[int, Tensor]:
+        """Return the normalised input of each run of a plan in the pruned model, [rows, hidden] float32 by first layer.
+
+        That of a run after the first depends on the omitted layers before it.
+        """
+        inputs = {plan.omit[0]: self._entries[plan.omit[0]]}
+        with ExitStack() as stack:
+            for index in plan.omit:
+                stack.enter_context(replaced_forward(self.layers[index], _identity_forward))
+            for run in plan.runs[1:]:
+                stack.enter_context(self._watch_hidden_states(run.start, inputs))
+            self._forward(ids)
+        return inputs
 
     def _forward(self, ids: Tensor) -> None:
         self.decoder(input_ids=ids, use_cache=False)
@@ -191,7 +221,7 @@ class MomentsReader:
             queries: Number of continuation rows.
 
         Returns:
-            The handle of the hook, which fills ``_attention[index]``.
+            The handle of the hook, which fills ``_attention[index, queries]``.
         """
 
         def keep(module: Any, args: Any, output: Any) -> None:
@@ -203,19 +233,19 @@ class MomentsReader:
                 )
             paid = weights[:, :, -queries:].float().sum(2).mean(1)
             paid[:, -queries:] = 0.0  # these rows are not part of the prompt
-            self._attention[index] = paid
+            self._attention[index, queries] = paid
 
         return self.layers[index].self_attn.register_forward_hook(keep)
 
     @contextmanager
-    def _watch_hidden_states(self, index: int) -> Iterator[None]:
-        """Record the normalised input of layer ``index`` in ``_run_inputs`` while the block runs."""
+    def _watch_hidden_states(self, index: int, into: dict[int, Tensor]) -> Iterator[None]:
+        """Record the normalised input of layer ``index`` in a dict while the block runs."""
         layer = self.layers[index]
         called = layer.forward  # of the instance, so that a layer replaced by the identity is recorded, too
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = input_hidden_states(args, kwargs)
-            self._run_inputs[index] = normalize_unweighted(layer, hidden).flatten(0, 1)
+            into[index] = normalize_unweighted(layer, hidden).flatten(0, 1)
             return called(*args, **kwargs)
 
         with replaced_forward(layer, forward):
