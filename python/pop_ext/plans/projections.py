@@ -227,6 +227,10 @@ class Projections:
         return f"<{len(self.matrices)} fitted matrices {shape}, lambda {self.report.ridge:g}>"
 
 
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes whose values are the weights themselves."""
+
+
 class KeyValueWeights(NamedTuple):
     """Weights of the K and V projections of an attention module.
 
@@ -244,15 +248,51 @@ class KeyValueWeights(NamedTuple):
 
 
 def key_value_weights(attention: Any) -> KeyValueWeights:
-    """Return the weights of ``k_proj`` and ``v_proj``, or the last rows of a fused ``qkv_proj`` (Phi-3)."""
+    """Return the weights of ``k_proj`` and ``v_proj``, or the last rows of a fused ``qkv_proj`` (Phi-3).
+
+    Quantised weights are returned as the values that the module multiplies by.
+    """
+    dtype = getattr(attention.config, "dtype", None)
     if hasattr(attention, "qkv_proj"):
         kv_dim = attention.config.num_key_value_heads * attention.head_dim
-        weight, bias = attention.qkv_proj.weight.detach(), attention.qkv_proj.bias
-        biases = (None, None) if bias is None else bias.detach()[-2 * kv_dim :].split(kv_dim)
+        weight, bias = dense_weight(attention.qkv_proj, dtype), linear_bias(attention.qkv_proj)
+        biases = (None, None) if bias is None else bias[-2 * kv_dim :].split(kv_dim)
         return KeyValueWeights(*weight[-2 * kv_dim :].split(kv_dim), *biases)
     projections = (attention.k_proj, attention.v_proj)
-    biases = tuple(None if module.bias is None else module.bias.detach() for module in projections)
-    return KeyValueWeights(*(module.weight.detach() for module in projections), *biases)
+    weights = [dense_weight(module, dtype) for module in projections]
+    return KeyValueWeights(*weights, *(linear_bias(module) for module in projections))
+
+
+def dense_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the matrix that a linear module multiplies by, ``[out_features, in_features]``.
+
+    Args:
+        module: ``nn.Linear``, or a quantised module of any library, with ``in_features``.
+        dtype: Dtype of the inputs of a quantised module whose weight does not say. None for float32.
+    """
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        weight = weight.detach()
+        if type(weight) is not Tensor and hasattr(weight, "dequantize"):  # torchao, quanto
+            dense: Tensor = weight.dequantize()
+            return dense
+        if weight.dtype in _PLAIN:
+            return weight
+    # Formats differ, and so do the layouts of one format; what a module computes from the identity does not.
+    device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    identity = torch.eye(module.in_features, dtype=dtype if dtype in _PLAIN else torch.float32, device=device)
+    with torch.no_grad():
+        product: Tensor = module(identity)
+    bias = linear_bias(module)
+    return (product if bias is None else product - bias.to(product)).T.contiguous()
+
+
+def linear_bias(module: Any) -> Tensor | None:
+    """Return the bias of a linear module, quantised or not."""
+    bias = getattr(module, "bias", None)
+    if callable(bias):  # torch.ao
+        bias = bias()
+    return bias.detach() if isinstance(bias, Tensor) else None
 
 
 def normalize_unweighted(layer: Any, hidden_states: Tensor) -> Tensor:
