@@ -11,7 +11,7 @@ import pop_ext
 import pytest
 from pop_ext.plans.card import CardQuality, PlanCard
 from pop_ext.plans.default import choose_plan, default_plan, plan_to_measure
-from pop_ext.plans.origin import Origin, config_hash
+from pop_ext.plans.origin import Origin, config_hash, weights_hash
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.presets import PRESETS
 
@@ -159,19 +159,14 @@ def test_a_plan_to_measure_omits_layers_even_if_its_cost_is_unknown(tmp_path):
 
 def test_enable_takes_the_plan_beside_the_checkpoint_silently(tmp_path, recwarn):
     from model_folder import save_tiny_llama
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     save_tiny_llama(tmp_path)
-    found = AutoConfig.from_pretrained(tmp_path)
-    plan = Plan.last(found.num_hidden_layers, 1)
-    write(
-        tmp_path,
-        plan,
-        dataclasses.replace(
-            CARD, num_layers=plan.num_layers, omit=plan.omit, boundary=1, config_hash=config_hash(found)
-        ),
-    )
-    model = pop_ext.enable(AutoModelForCausalLM.from_pretrained(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    plan = Plan.last(6, 1)
+    hashes = {"config_hash": config_hash(model.config), "weights_hash": weights_hash(model)}
+    write(tmp_path, plan, dataclasses.replace(CARD, omit=plan.omit, boundary=1, **hashes))
+    pop_ext.enable(model)
     assert pop_ext.explain(model, input_ids=model.dummy_inputs["input_ids"], logits_to_keep=1).plan == plan
     assert not [warning for warning in recwarn if warning.category is pop_ext.NoPlanWarning]
 

@@ -262,9 +262,10 @@ def test_enable_runs_a_pushed_plan_with_figures_by_itself(tmp_path, recwarn):
 
     save_tiny_llama(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    from pop_ext.plans.origin import origin_of
+    from pop_ext.plans.origin import origin_of, weights_hash
 
     plan = Plan(6, (3,), origin=origin_of(model, "by hand"))
-    plan.save_pretrained(tmp_path / "pop_ext", card=PlanCard.of(plan, quality=CARD.quality))
+    card = PlanCard.of(plan, weights_hash=weights_hash(model), quality=CARD.quality)
+    plan.save_pretrained(tmp_path / "pop_ext", card=card)
     assert pop_ext.load(model).plan == plan
     assert not [warning for warning in recwarn if warning.category is pop_ext.NoPlanWarning]

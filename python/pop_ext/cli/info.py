@@ -42,7 +42,7 @@ def info(
 
                 from pop_ext.hf.native_model import load
 
-                chosen = options.chosen_plan(loaded.config, plan, omit, count, boundary)
+                chosen = options.chosen_plan(loaded, plan, omit, count, boundary)
                 native = load(loaded, chosen.plan)
             report["model"] = {"name": model, **env_info.model_summary(native)}
             report["model"]["plan_choice"] = {"reason": chosen.reason, "unmeasured": chosen.unmeasured}

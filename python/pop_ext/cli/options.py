@@ -12,7 +12,7 @@ import torch
 import typer
 
 from pop_ext import env_info
-from pop_ext.plans.default import ChosenPlan, choose_plan, plan_to_measure
+from pop_ext.plans.default import ChosenPlan
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.layer_ranges import parse_layers, parse_ranges
 
@@ -95,12 +95,12 @@ def find_files(option: str, names: Sequence[str]) -> list[Path]:
 
 
 def chosen_plan(
-    config: Any, plan: str | None, omit: str | None, count: int | None, boundary: int | None, measure: bool = False
+    model: Any, plan: str | None, omit: str | None, count: int | None, boundary: int | None, measure: bool = False
 ) -> ChosenPlan:
     """Return the plan that --plan, --omit or --count names, else the one for a model whose caller names none.
 
     Args:
-        config: Configuration of the model.
+        model: Loaded model.
         plan: Value of --plan.
         omit: Value of --omit.
         count: Value of --count.
@@ -112,28 +112,35 @@ def chosen_plan(
         ValueError: More than one of the three is given, or one does not fit the model.
     """
     require_one({"--plan": plan, "--omit": omit, "--count": count})
-    depth = config.get_text_config().num_hidden_layers
+    depth = model.config.get_text_config().num_hidden_layers
     if plan is not None:
-        chosen = named_plan(config, plan)
+        chosen = named_plan(model, plan)
     elif omit is not None:
         chosen = ChosenPlan(Plan(depth, parse_layers(omit)), f"--omit {omit}")
     elif count is not None:
         chosen = ChosenPlan(Plan.last(depth, count=count), f"--count {count}")
     else:
-        chosen = plan_to_measure(config) if measure else choose_plan(None, config)
+        chosen = plan_for(model, measure=measure)
     if boundary is None:
         return chosen
     return dataclasses.replace(chosen, plan=chosen.plan.replace(boundary=boundary))
 
 
-def named_plan(config: Any, plan: str) -> ChosenPlan:
+def named_plan(model: Any, plan: str) -> ChosenPlan:
     """Return the plan of a value of --plan.
 
     Raises:
         OSError: The plan file cannot be read.
         ValueError: The value names no plan, or one that does not fit the model.
     """
-    return dataclasses.replace(choose_plan(plan, config), reason=f"--plan {plan}")
+    return dataclasses.replace(plan_for(model, plan), reason=f"--plan {plan}")
+
+
+def plan_for(model: Any, plan: str | None = None, *, measure: bool = False) -> ChosenPlan:
+    """Call ``pop_ext.hf.choice.plan_for``, which needs transformers."""
+    from pop_ext.hf.choice import plan_for as choose
+
+    return choose(model, plan, measure=measure)
 
 
 def require_one(given: dict[str, Any]) -> None:

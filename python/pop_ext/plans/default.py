@@ -24,6 +24,7 @@ from pop_ext.utils.callers import caller_level
 PlanArgument = Plan | str | PathLike[str] | None
 """The ``plan`` argument of public functions: a plan, ``"third"``, ``"preset"``, a path, or None for the default."""
 
+_UNKNOWN = "no plan whose cost was measured is known"
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()  # models
 
 
@@ -125,12 +126,12 @@ def default_plan(
         config: Hugging Face config of the model.
         name: Folder or hub id of the checkpoint. None: the one that the config names.
         revision: Commit of the checkpoint, for a hub id. None: the one that the config names.
-        check: Function that raises ValueError if a plan was fitted on other weights than the model has. None: the
-            weights are not known.
+        check: Function that raises ValueError if a plan was measured or fitted on other weights than the model has.
+            None: the weights are not known.
     """
     name = name or getattr(config, "_name_or_path", None)
     folder = _folder_beside(name, revision or getattr(config, "_commit_hash", None)) if name else None
-    why_not = "no plan whose cost was measured is known"
+    why_not = _UNKNOWN
     if folder is not None:
         try:
             measured = _measured_plan(folder, config)
@@ -145,18 +146,23 @@ def default_plan(
     return ChosenPlan(Plan(_text(config).num_hidden_layers, ()), why_not, unmeasured=True)
 
 
-def plan_to_measure(config: Any) -> ChosenPlan:
+def plan_to_measure(config: Any, check: Callable[[Plan], object] | None = None) -> ChosenPlan:
     """Return a plan worth measuring if the caller names none.
 
     This is the default plan; if no measured plan is known, the preset of a model of this shape, else the deepest third.
     Commands that report quality and time of a plan use it. What a user's calls run is ``default_plan``.
+
+    Args:
+        config: Hugging Face config of the model.
+        check: As for ``default_plan``.
     """
-    chosen = default_plan(config)
+    chosen = default_plan(config, check=check)
     if not chosen.unmeasured:
         return chosen
     preset = find_preset(config)
     reason = "the deepest third of the layers" if preset is None else f"the preset of {preset.names[0]}"
-    return ChosenPlan(preset_or_third(config), f"{reason}; what it costs is unknown", unmeasured=True)
+    why = "" if chosen.reason == _UNKNOWN else f", and {chosen.reason}"
+    return ChosenPlan(preset_or_third(config), f"{reason}; what it costs is unknown{why}", unmeasured=True)
 
 
 def _text(config: Any) -> Any:

@@ -82,19 +82,42 @@ def origin_of(model: Any, method: str, samples: int | None = None) -> Origin:
 
 
 def weights_hash(model: Any) -> str:
-    """Hash the name, shape, dtype and a few values of every parameter.
+    """Hash the name, the shape and a few values of every parameter, whatever its dtype.
 
     A base model and a model tuned from it share their ``config_hash``, but not this hash. Only 8 values spread over
-    each parameter are read, so a change between them is not noticed.
+    each parameter are read, which takes milliseconds for any size, so a change between them is not noticed. The values
+    are rounded to bfloat16, and those under 2**-16, which float16 does not hold as exactly, count as zero. So a
+    checkpoint has one hash in float32, bfloat16 and float16; only one that is stored in float32 and run in float16 may
+    have two. Weights that are quantised, or held by adapters, are others.
 
     Returns:
         The first 16 hexadecimal digits of a SHA-256.
     """
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        some = spread_values(parameter.detach(), min(8, parameter.numel()))
-        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.numpy().tobytes())
+        some = spread_values(parameter.detach(), min(8, parameter.numel())).to(torch.bfloat16).float()
+        some[some.abs() < 2**-16] = 0.0  # not -0.0, whose bytes differ
+        found.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def check_weights_hash(known: str | None, model: Any, name: str) -> None:
+    """Check that a ``weights_hash`` is that of a model.
+
+    Args:
+        known: The hash of the weights that something was measured on. None if that is unknown.
+        model: Hugging Face model.
+        name: What holds the hash, for the error.
+
+    Raises:
+        ValueError: The weights are others, or unknown.
+    """
+    found = weights_hash(model)
+    if known != found:
+        raise ValueError(
+            f"{name}: expected figures of the weights that the model has, with weights_hash {found}, got those of "
+            f"{f'other weights, {known}' if known else 'unknown weights'}"
+        )
 
 
 def spread_values(tensor: torch.Tensor, count: int) -> torch.Tensor:
