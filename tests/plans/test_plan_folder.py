@@ -110,6 +110,20 @@ def test_a_card_of_another_plan_is_refused(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_the_card_of_another_fit_is_refused(fitted, tmp_path):
+    card = PlanCard.of(fitted, quality=CARD.quality)
+    fitted.save_pretrained(tmp_path, card=card)
+    again = pop_ext.fit(shared("llama"), Plan(6, (2, 4, 5)), [torch.arange(40)[None]], lambdas=[2.0])
+    assert Plan.from_pretrained(tmp_path).card == card
+    with pytest.raises(ValueError, match="card: expected the figures of .*, got those of another fit, made before"):
+        again.replace(card=card)
+    again.save(tmp_path / "plan.json")  # as pop-ext fit does; the card stays
+    with pytest.raises(ValueError, match=r"card\.json: card: .* got those of another fit"):
+        Plan.from_pretrained(tmp_path)
+    again.save_pretrained(tmp_path)
+    assert Plan.from_pretrained(tmp_path).card.quality == ()
+
+
 def test_another_readme_is_never_replaced(tmp_path):
     (tmp_path / "README.md").write_text("# My project")
     with pytest.raises(ValueError, match=r"folder: expected no other README\.md in the place of the card"):

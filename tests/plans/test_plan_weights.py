@@ -115,8 +115,8 @@ def oracle(folder):
     model = loaded(folder)
     ids = tokens(model, 1, 30)
     default, _ = pop_ext.reference.prefill(model, ids)
-    pruned, _ = pop_ext.reference.prefill(model, ids, Plan(6, OMIT))
-    return OMIT if torch.equal(default, pruned) else FULL
+    full, _ = pop_ext.reference.prefill(model, ids, Plan(6, ()))
+    return FULL if torch.equal(default, full) else OMIT
 
 
 def harness(folder):
@@ -157,6 +157,16 @@ def test_every_way_runs_all_layers_beside_a_fit_on_other_weights(folder, way):
     other.config._name_or_path = str(folder)
     publish(folder, pop_ext.fit(other, Plan(6, OMIT), [torch.arange(40)[None]], lambdas=[1.0]))
     with pytest.warns(pop_ext.NoPlanWarning, match="expected a fit on the weights that the model has"):
+        assert WAYS[way](folder) == FULL
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_runs_all_layers_beside_the_card_of_another_fit(folder, way):
+    fits = [pop_ext.fit(loaded(folder), Plan(6, OMIT), [torch.arange(40)[None]], lambdas=[one]) for one in (1.0, 2.0)]
+    publish(folder, fits[0])
+    assert WAYS[way](folder) == OMIT
+    fits[1].save(folder / "pop_ext" / "plan.json")
+    with pytest.warns(pop_ext.NoPlanWarning, match="does not run .*got those of another fit"):
         assert WAYS[way](folder) == FULL
 
 

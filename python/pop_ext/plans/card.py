@@ -105,6 +105,7 @@ class PlanCard:
         omit: Omitted layers of the plan.
         boundary: Boundary rows of the plan.
         fit: How the K/V projections were fitted, in words; None if they were not.
+        fit_digest: ``digest`` of the fitted projections; None if there are none.
         model: Name or path of the model, for people.
         config_hash: ``config_hash`` of the model, as in ``Origin``.
         weights_hash: ``weights_hash`` of the model that was measured; None if unknown.
@@ -120,6 +121,7 @@ class PlanCard:
     omit: tuple[int, ...]
     boundary: int
     fit: str | None = None
+    fit_digest: str | None = None
     model: str | None = None
     config_hash: str | None = None
     weights_hash: str | None = None
@@ -158,6 +160,7 @@ class PlanCard:
             "omit": plan.omit,
             "boundary": plan.boundary,
             "fit": fitted,
+            "fit_digest": _digest(plan),
             "model": None if origin is None or origin.model is None else public_name(origin.model),
             "config_hash": None if origin is None else origin.config_hash,
             "versions": _versions(),
@@ -166,7 +169,11 @@ class PlanCard:
         return cls(**{**members, **figures})
 
     def describes(self, plan: _PlanLike) -> bool:
-        """Return whether the figures are those of ``plan``: same layers, same boundary, fitted alike."""
+        """Return whether the figures are those of ``plan``: same layers, same boundary, same fitted projections."""
+        return self.same_layers(plan) and self.fit_digest == _digest(plan)
+
+    def same_layers(self, plan: _PlanLike) -> bool:
+        """Return whether layers and boundary are those of ``plan``, and both are fitted or neither is."""
         same = (self.num_layers, self.omit, self.boundary) == (plan.num_layers, plan.omit, plan.boundary)
         return same and (self.fit is not None) == (plan.projections is not None)
 
@@ -198,6 +205,12 @@ def public_name(model: str) -> str:
     """Return the name of a model for others to read: the last part of a path, or a hub id as it is."""
     path = Path(model)
     return path.name if path.is_absolute() or path.exists() or model.startswith(".") else model
+
+
+def _digest(plan: _PlanLike) -> str | None:
+    """Return the digest of a plan's fitted projections; None if it has none."""
+    digest: str | None = None if plan.projections is None else plan.projections.digest
+    return digest
 
 
 def _versions() -> dict[str, str]:

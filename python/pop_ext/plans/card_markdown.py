@@ -67,6 +67,7 @@ def _facts(card: PlanCard) -> str:
         "asked for": asked,
         "config_hash": card.config_hash,
         "weights_hash": card.weights_hash,
+        "fit_digest": card.fit_digest,
         "versions": versions,
         "created": card.created,
     }
