@@ -48,8 +48,13 @@ def write(folder, plan=PLAN, card=CARD):
     return config(_name_or_path=str(folder))
 
 
-def shape_of(name):
-    return SimpleNamespace(**PRESETS[name].config)
+def shape_of(name, **more):
+    return SimpleNamespace(**PRESETS[name].config, **more)
+
+
+def named(name):
+    """Return the config of a checkpoint that was loaded by its hub id."""
+    return shape_of(name, _name_or_path=name)
 
 
 def test_a_measured_plan_beside_the_checkpoint_runs(tmp_path):
@@ -113,7 +118,7 @@ def test_a_name_that_is_neither_a_folder_nor_a_hub_name_has_no_plan():
 
 
 def test_only_published_presets_run_by_themselves():
-    published = {name for name, preset in PRESETS.items() if not default_plan(shape_of(name)).unmeasured}
+    published = {name for name, preset in PRESETS.items() if not default_plan(named(name)).unmeasured}
     assert published == {
         "meta-llama/Llama-3.1-8B",
         "meta-llama/Llama-3.1-8B-Instruct",
@@ -123,9 +128,69 @@ def test_only_published_presets_run_by_themselves():
         "google/gemma-3-12b-it",
     }
     for name in published:
-        assert default_plan(shape_of(name)).plan == PRESETS[name].plan
-    small = default_plan(shape_of("meta-llama/Llama-3.2-1B"))
+        assert default_plan(named(name)).plan == PRESETS[name].plan
+    small = default_plan(named("meta-llama/Llama-3.2-1B"))
     assert (small.plan, small.unmeasured) == (Plan(16, ()), True)
+
+
+LLAMA = "meta-llama/Llama-3.1-8B"
+CACHE = "/home/me/.cache/huggingface/hub"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        LLAMA,
+        "Meta-Llama/llama-3.1-8b-instruct",
+        f"{CACHE}/models--meta-llama--Llama-3.1-8B/snapshots/d04e592bb4f6aa9cfee91e2e20afa771667e1d4b",
+    ],
+)
+def test_a_published_preset_runs_on_the_checkpoint_that_it_is_published_for(name):
+    chosen = default_plan(shape_of(LLAMA, _name_or_path=name))
+    assert (chosen.plan, chosen.unmeasured) == (Plan.last(32, 10), False)
+    assert default_plan(shape_of(LLAMA), name).plan == Plan.last(32, 10)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        None,
+        "",
+        "someone/Llama-3.1-8B",
+        "Llama-3.1-8B",
+        "meta-llama/Llama-3.1-8B-tuned",
+        "/home/me/meta-llama/Llama-3.1-8B",
+        f"{CACHE}/models--someone--Llama-3.1-8B/snapshots/d04e592b",
+        f"{CACHE}/models--meta-llama--Llama-3.1-8B/tuned/d04e592b",
+        "meta-llama/Llama-3.2-1B",
+    ],
+)
+def test_a_model_of_a_published_shape_runs_all_layers_unless_it_is_that_checkpoint(name):
+    chosen = default_plan(shape_of(LLAMA, _name_or_path=name))
+    assert (chosen.plan, chosen.unmeasured) == (Plan(32, ()), True)
+    assert f"is published for the weights of {LLAMA}, {LLAMA}-Instruct" in chosen.reason
+    assert 'plan="third" or plan="preset" prunes' in chosen.advice("Llama")
+    assert plan_to_measure(shape_of(LLAMA, _name_or_path=name)).plan == Plan.last(32, 10)
+
+
+def test_a_checkpoint_with_a_known_name_and_other_weights_runs_all_layers(tmp_path, monkeypatch):
+    assert default_plan(named(LLAMA), adapted=True).plan == Plan(32, ())
+
+    def refuse(plan):
+        raise ValueError("other weights")
+
+    card = dataclasses.replace(CARD, num_layers=32, omit=(30,), boundary=1, config_hash=config_hash(shape_of(LLAMA)))
+    write(tmp_path, Plan(32, (30,)), card)
+    monkeypatch.setattr("pop_ext.plans.default.cached_folder", lambda *_: tmp_path / "pop_ext")
+    assert default_plan(named(LLAMA)).plan == Plan(32, (30,))
+    chosen = default_plan(named(LLAMA), check=refuse)
+    assert (chosen.plan, chosen.reason) == (Plan(32, ()), "the plan beside its checkpoint does not run (other weights)")
+
+
+def test_the_advice_names_a_preset_only_where_there_is_one():
+    assert 'that price. plan="third" prunes without knowing' in default_plan(CONFIG).advice("Llama")
+    assert "preset" not in default_plan(CONFIG).advice("Llama")
+    assert 'plan="third" or plan="preset" prunes' in default_plan(named("Qwen/Qwen3-8B")).advice("Qwen3")
 
 
 def test_a_measured_plan_goes_before_a_published_preset(tmp_path):

@@ -26,10 +26,15 @@ def plan_for(model: Any, plan: Any = None, *, measure: bool = False) -> ChosenPl
         ValueError: As for ``choose_plan``.
         OSError: The file of a plan cannot be read.
     """
-    check = partial(check_weights, model)
+    check, adapted = partial(check_weights, model), plan is None and _has_adapters(model)
     if plan is None and measure:
-        return plan_to_measure(model.config, check)
-    return choose_plan(plan, model.config, check)
+        return plan_to_measure(model.config, check, adapted)
+    return choose_plan(plan, model.config, check, adapted)
+
+
+def _has_adapters(model: Any) -> bool:
+    """Return True if adapters of PEFT lie in a model, merged into its weights or not."""
+    return any(type(module).__module__.startswith("peft.") for module in model.modules())
 
 
 def check_weights(model: Any, plan: Plan) -> None:

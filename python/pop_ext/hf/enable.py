@@ -72,11 +72,11 @@ def enable(
 
     Args:
         model: a Hugging Face causal language model.
-        plan: layers to omit. None: the plan beside the checkpoint if its card holds measured figures, else the preset
-            that the paper publishes for a model of this shape, else one that omits no layer: the model runs natively
-            at full depth, and one ``NoPlanWarning`` says so. "third": the deepest third. "preset": the preset of a
-            model of this shape, published or not. Any other string or path: a plan file, or a folder with a
-            ``plan.json``.
+        plan: layers to omit. None: the plan beside the checkpoint if its card holds figures that were measured on
+            these weights, else the preset that the paper publishes for this checkpoint, by its hub id, else one that
+            omits no layer: the model runs natively at full depth, and one ``NoPlanWarning`` says so. "third": the
+            deepest third. "preset": the preset of a model of this shape, published or not. Any other string or path: a
+            plan file, or a folder with a ``plan.json``.
         strict: raise ``PrefillDeclined`` where the stock forward would otherwise run with a warning.
         backend: "native", or "reference" for the plain PyTorch oracle, which is slow and runs any decoder.
         fp8: compute the products of native prefills in 8-bit floats, as in ``pop_ext.load``.

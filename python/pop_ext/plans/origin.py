@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +68,17 @@ class Origin:
                 raise ValueError(f"origin.{name}: expected {expected.__name__}, got {type(value).__name__} {value!r}")
             known[name] = value
         return cls(**known)
+
+
+def snapshot_id(path: str) -> str | None:
+    """Return the hub id of a folder in the hub's cache, ``.../models--NAME--MODEL/snapshots/COMMIT``; None for others.
+
+    A hub id has no double hyphen, so the folder's name can be read back.
+    """
+    parts = Path(path).parts[-3:]
+    if len(parts) != 3 or parts[1] != "snapshots" or not parts[0].startswith("models--"):
+        return None
+    return parts[0].removeprefix("models--").replace("--", "/")
 
 
 def origin_of(model: Any, method: str, samples: int | None = None) -> Origin:
