@@ -150,6 +150,30 @@ def require_one(given: dict[str, Any]) -> None:
         raise ValueError(f"{' and '.join(names)}: expected one of them")
 
 
+def given_options(context: typer.Context) -> set[str]:
+    """Return the options that the user gave on the command line, by their long names, even with their default value."""
+    given = set()
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            given.add(parameter.opts[0])
+    return given
+
+
+def refuse_ignored(given: set[str], option: str, needed: Sequence[str], when: str = "") -> None:
+    """Raise ValueError if ``option`` was given without one of the options that make a command read it.
+
+    Args:
+        given: Result of ``given_options``.
+        option: The option.
+        needed: Options, one of which it needs.
+        when: Option that was given and makes it so, for the error.
+    """
+    if option in given and given.isdisjoint(needed):
+        beside = f" beside {when}" if when else ""
+        raise ValueError(f"{option}: expected it{beside} only with {' or '.join(needed)}, got it without")
+
+
 def load_model(name: str, dtype: str, device: str) -> Any:
     """Load a causal language model of transformers in evaluation mode.
 

@@ -98,7 +98,7 @@ class Trial:
 
 def autoplan(
     model: Any,
-    texts: Iterable[str | PathLike[str]],
+    texts: Iterable[str | PathLike[str]] | SplitTexts,
     *,
     max_loss: float | None = None,
     max_kl: float | None = None,
@@ -128,7 +128,8 @@ def autoplan(
 
     Args:
         model: Hugging Face causal language model, enabled or not. It is left unchanged.
-        texts: Contents, as strings, or files, as ``Path`` objects. Use text like that of the prompts to come.
+        texts: Contents, as strings, or files, as ``Path`` objects. Use text like that of the prompts to come. Or what
+            ``split_texts`` made of them; then ``licence`` and ``trial.holdout`` are not used.
         max_loss: Largest added loss of the text after a prompt, in nats a token.
         max_kl: Largest KL divergence of the next token to the model at full depth, in nats a token. It is less noisy.
         max_recall_drop: Largest loss of exact answers to retrieval tasks, as a share of the tasks. The tasks are made
@@ -166,7 +167,9 @@ def autoplan(
     if save is not None:
         prepare_folder(save)  # fail now rather than after the search
     tokenizer = tokenizer or _tokenizer_of(model)
-    split = split_texts(texts, tokenizer, trial.holdout, trial.window, licence)
+    split = texts
+    if not isinstance(split, SplitTexts):
+        split = split_texts(split, tokenizer, trial.holdout, trial.window, licence)
     run = _Run(model, tokenizer, split, trial, limits, boundary, choose, progress)
     best = search(run.candidate, STAGES[method], highest)
     if best is None:
