@@ -89,6 +89,10 @@ def test_a_saved_plan_without_a_card_says_that_nothing_was_measured(tmp_path):
 def test_a_card_names_no_folder_of_the_machine(tmp_path):
     plan = Plan(6, (1,), origin=Origin(str(tmp_path / "my-model")))
     assert PlanCard.of(plan).model == "my-model"
+    plan.save_pretrained(tmp_path / "plan")
+    assert Plan.from_pretrained(tmp_path / "plan").origin.model == "my-model"
+    for file in ("plan.json", "card.json", "README.md"):
+        assert str(tmp_path) not in (tmp_path / "plan" / file).read_text()
 
 
 def test_cards_do_not_count_in_comparisons_and_follow_copies():
@@ -176,6 +180,7 @@ def test_the_markdown_is_a_model_card():
         "| loss | +0.0123 (0.0045) | nats a token | 48 | full depth |",
         "| recall drop | +0.2500 | share of answers | 12 | full depth |",
         "| 1024 | 1.44x | native full prefill | two cores, bfloat16 |",
+        "| text | role | tokens of this part | licence | SHA-256 |",
         f"| a.txt | calibration | 1234 | CC0-1.0 | `{'0' * 64}` |",
         f"| b\\|c.txt | held-out | 56 | unknown | `{'1' * 64}` |",
         "| asked for | max_loss 0.02 |",

@@ -292,9 +292,7 @@ def _timed(model: Any, plan: Plan, pays_from: Sequence[int], lengths: Sequence[i
     lengths = [length for length in lengths if not limit or length <= limit]
     plan = with_min_tokens(model, plan, pays_from, bar)
     times = time_plans(model, [plan], lengths, progress=bar)
-    facts = env_info.installation()
-    dtype = str(model.dtype).removeprefix("torch.")
-    hardware = f"{env_info.processor()}, {facts['threads']} threads, {dtype} on {model.device.type}"
+    hardware = env_info.hardware(model.device, model.dtype)
     speeds = []
     for length in lengths:
         factor = speedup(times, plan_arm(plan.omit, plan.boundary), length)

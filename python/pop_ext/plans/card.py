@@ -8,12 +8,12 @@ import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from pop_ext._core import __version__
+from pop_ext.plans.origin import public_name
 from pop_ext.utils.json import finite
 from pop_ext.utils.layer_ranges import format_layers
 
@@ -27,8 +27,9 @@ class CardText:
     Attributes:
         name: File name or title.
         sha256: SHA-256 of the text in UTF-8, in hexadecimal digits.
-        tokens: Number of tokens of it that were used in this role.
-        role: "calibration" (it chose or fitted the plan) or "held-out" (the quality figures were measured on it).
+        tokens: Length of the part of it that was set aside for this role. Sequences and prompts are windows of that
+            part, and need not cover it.
+        role: "calibration" (the part chose or fitted the plan) or "held-out" (the figures were measured on the part).
         licence: Licence of the text; None if unknown.
     """
 
@@ -68,7 +69,7 @@ class CardSpeed:
         tokens: Length of the prompt, in tokens.
         speedup: Time of the baseline divided by the time with the plan.
         against: The baseline.
-        hardware: Processor, threads and data type.
+        hardware: The GPU, or the processor and its threads; and the data type.
     """
 
     tokens: int
@@ -149,8 +150,7 @@ class PlanCard:
         """Return the card of a plan: what the plan itself says, the versions and today's date, and ``figures``.
 
         Args:
-            plan: The plan. Of its origin come model and ``config_hash``. A model that is a path is named by its last
-                part.
+            plan: The plan. Of its origin come model and ``config_hash``. A model that is a folder goes by its name.
             **figures: Further members of the card, or other values for those above.
         """
         origin = plan.origin
@@ -199,12 +199,6 @@ class PlanCard:
         except json.JSONDecodeError as error:
             raise ValueError(f"card: expected JSON, got {error}") from None
         return _read(cls, members, "card")
-
-
-def public_name(model: str) -> str:
-    """Return the name of a model for others to read: the last part of a path, or a hub id as it is."""
-    path = Path(model)
-    return path.name if path.is_absolute() or path.exists() or model.startswith(".") else model
 
 
 def _digest(plan: _PlanLike) -> str | None:

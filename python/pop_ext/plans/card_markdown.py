@@ -31,7 +31,7 @@ def render(card: PlanCard) -> str:
         parts += ["## Speed", _table(("prompt tokens", "speed-up of the prefill", "against", "hardware"), rows)]
     if card.texts:
         texts = [(t.name, t.role, str(t.tokens), t.licence or "unknown", f"`{t.sha256}`") for t in card.texts]
-        parts += ["## Texts", _table(("text", "role", "tokens", "licence", "SHA-256"), texts)]
+        parts += ["## Texts", _table(("text", "role", "tokens of this part", "licence", "SHA-256"), texts)]
     parts += ["## Facts", _facts(card), _HOW_TO]
     return "\n\n".join(parts) + "\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class Origin:
     """The model that a plan or an importance was made with, and the method.
 
     Attributes:
-        model: Name or path of the model, for people to read. It is never compared.
+        model: Name of the model, for people to read: its hub id, or the name of its folder. It is never compared.
         config_hash: ``config_hash`` of the model. None if unknown; then the plan fits any model of its depth.
         method: How the layers were chosen, in words.
         samples: Number of calibration sequences that chose them.
@@ -45,8 +46,9 @@ class Origin:
     fit_samples: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the members that are not None, ready for JSON."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        """Return the members that are not None, ready for JSON. A model that is a folder goes by its name alone."""
+        members = {name: value for name, value in vars(self).items() if value is not None}
+        return members if self.model is None else {**members, "model": public_name(self.model)}
 
     @classmethod
     def from_dict(cls, members: Any) -> Origin:
@@ -81,6 +83,13 @@ def snapshot_id(path: str) -> str | None:
     return parts[0].removeprefix("models--").replace("--", "/")
 
 
+def public_name(model: str) -> str:
+    """Return the name of a model for others to read: a hub id, or of a folder the last part of its path."""
+    path = Path(model).expanduser()
+    local = path.is_absolute() or path.exists() or model.startswith(".")
+    return (snapshot_id(model) or Path(os.path.abspath(path)).name) if local else model
+
+
 def origin_of(model: Any, method: str, samples: int | None = None) -> Origin:
     """Return the origin of a result that ``method`` gets from a Hugging Face model.
 
@@ -90,7 +99,7 @@ def origin_of(model: Any, method: str, samples: int | None = None) -> Origin:
         samples: Number of calibration sequences; None if there are none.
     """
     name = getattr(model.config, "_name_or_path", None) or None
-    return Origin(name, config_hash(model.config), method, samples)
+    return Origin(None if name is None else public_name(name), config_hash(model.config), method, samples)
 
 
 def weights_hash(model: Any) -> str:
