@@ -215,6 +215,8 @@ def _print(found: AutoPlan, out: Path) -> None:
     for row in card.quality:
         error = math.nan if row.error is None else row.error
         console.print(Text(f"costs: {row.name} {row.value:+.4f} ({error:.4f}) {row.unit}, {row.prompts} prompts"))
+    for name, why in card.not_measured.items():
+        console.print(Text(f"not measured: {name}: {why}"))
     for speed in card.speed:
         console.print(Text(f"gains: {speed.speedup:.2f}x at {speed.tokens} tokens against the {speed.against} prefill"))
     console.print(Text(f"prompts of fewer than {found.plan.min_tokens} tokens run all layers"))

@@ -112,6 +112,7 @@ class PlanCard:
         weights_hash: ``weights_hash`` of the model that was measured; None if unknown.
         texts: The calibration and held-out texts.
         quality: Quality figures. A card without any says nothing about what the plan costs.
+        not_measured: Name of a figure -> why there is none of it.
         speed: Speed figures.
         asked: The budget that was asked for, by option: ``{"max_loss": 0.02}``.
         versions: Versions of the packages, by name.
@@ -128,6 +129,7 @@ class PlanCard:
     weights_hash: str | None = None
     texts: tuple[CardText, ...] = ()
     quality: tuple[CardQuality, ...] = ()
+    not_measured: Mapping[str, str] = field(default_factory=dict)
     speed: tuple[CardSpeed, ...] = ()
     asked: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)

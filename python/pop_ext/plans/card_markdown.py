@@ -57,7 +57,8 @@ def _quality(card: PlanCard) -> str:
         value = f"{row.value:+.4f}" if row.error is None else f"{row.value:+.4f} ({row.error:.4f})"
         rows.append((row.name, value, row.unit, str(row.prompts), row.against))
     table = _table(("figure", "value (standard error)", "unit", "held-out prompts", "difference to"), rows)
-    return f"{heading}\n\n{table}"
+    missing = [f"The {name} was **not measured**: {why}." for name, why in card.not_measured.items()]
+    return "\n\n".join([heading, table, *missing])
 
 
 def _facts(card: PlanCard) -> str:
