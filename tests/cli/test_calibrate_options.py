@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
+import pop_ext
 import pytest
 import torch
 from pop_ext.cli.app import app
+from pop_ext.methods.defaults import LEARNING_RATE, STEPS
 from pop_ext.methods.importance import Importance
 from pop_ext.plans.plan import Plan
 from transformers import AutoTokenizer
@@ -56,6 +59,11 @@ def test_fit_refuses_settings_of_a_training_with_a_ridge(tmp_path, given):
     result = run("fit", DEMO / "model", tmp_path / "plan.json", *options)
     assert result.exit_code == 2
     assert f"{given.split()[0]}: expected it with --method distill only" in result.stderr
+
+
+def test_the_help_of_fit_states_the_defaults_of_the_function():
+    defaults = inspect.signature(pop_ext.fit).parameters
+    assert (defaults["steps"].default, defaults["learning_rate"].default) == (STEPS, LEARNING_RATE)
 
 
 def test_a_plan_by_importance_within_a_limit_scores_branches_and_reads_the_texts_once(tmp_path, monkeypatch):

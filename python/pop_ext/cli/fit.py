@@ -19,14 +19,14 @@ from pop_ext.cli.options import (
     ThreadsOption,
     WindowOption,
 )
+from pop_ext.methods.defaults import LEARNING_RATE, STEPS
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.projections import FitReport
 
 TRAINING = "Training"
 """Panel of the command's help."""
 TASKS = 96
-STEPS, LEARNING_RATE = 120, 3e-4
-"""The defaults of ``pop_ext.fit``, which is imported only when the command runs."""
+"""Retrieval tasks to make by default."""
 
 
 def fit(
