@@ -125,6 +125,14 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def hardware(device: torch.device, dtype: torch.dtype) -> str:
+    """Return what a model in this place runs on, in words: the GPU, or the processor and its threads; and the dtype."""
+    kind = str(dtype).removeprefix("torch.")
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, {kind}"
+    return f"{processor()}, {torch.get_num_threads()} threads, {kind} on {device.type}"
+
+
 def _version_of(package: str) -> str | None:
     """Return the installed version of a package; None if it is not installed."""
     try:

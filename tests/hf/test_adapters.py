@@ -142,3 +142,21 @@ def test_an_adapter_added_after_enable_is_left_to_the_stock_forward():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(with_adapter.logits, pop_ext.disable(model)(ids, logits_to_keep=1).logits)
+
+
+def test_a_published_preset_does_not_run_by_itself_on_adapted_weights(monkeypatch):
+    from pop_ext.hf.choice import plan_for
+    from pop_ext.plans import default
+    from pop_ext.plans.presets import Preset
+
+    name = "someone/model"
+    preset = Preset((name,), {"model_type": "llama"}, PLAN, True, "a paper")
+    monkeypatch.setattr(default, "find_preset", lambda config: preset)
+    model = llama()
+    model.config._name_or_path = name
+    assert plan_for(model).plan == PLAN
+    wrapped = peft.get_peft_model(model, lora("q_proj"))
+    assert plan_for(wrapped.get_base_model()).plan == Plan(LAYERS, ())
+    with pytest.warns(pop_ext.NoPlanWarning):
+        pop_ext.enable(wrapped, backend="reference")
+    assert plan_for(wrapped.merge_and_unload()).plan == PLAN

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pop_ext
 import pytest
 import torch
-from pop_ext import Plan
+from pop_ext import Plan, env_info
 from pop_ext.cli.budget import plan_folder
 from pop_ext.methods import autoplan as module
 from pop_ext.methods.autoplan import Trial, autoplan
@@ -176,6 +177,12 @@ def test_the_plan_keeps_its_limits_and_the_card_says_so(found, model):
     assert [row.tokens for row in card.speed] == [32]
     assert result.plan.min_tokens in (16, 17)
     assert result.plan.origin.method == "deepest; the most within max_loss 0.2, max_kl 0.3"
+
+
+def test_the_hardware_is_what_the_model_lies_on(found, monkeypatch):
+    assert re.fullmatch(r".+, \d+ threads, float32 on cpu", found[0].card.speed[0].hardware)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert env_info.hardware(torch.device("cuda", 1), torch.bfloat16) == "GPU 1, bfloat16"
 
 
 def test_every_candidate_is_kept_and_told(found):

@@ -101,6 +101,13 @@ def test_resume_refuses_a_file_of_other_weights(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_resume_refuses_a_file_of_another_dtype(tmp_path):
+    path, model = tmp_path / "importance.json", FAMILIES["llama"]()
+    pop_ext.importance(model, uneven_batches(model), resume=path)
+    with pytest.raises(ValueError, match=r"expected weights '\w+ bfloat16' in .*, got '\w+ float32"):
+        pop_ext.importance(model.to(torch.bfloat16), uneven_batches(model), resume=path)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"gates": {"layer": {"prefill": 3}}}'])
 def test_load_refuses_other_files_by_name(tmp_path, text):
     path = tmp_path / "importance.json"

@@ -11,7 +11,7 @@ import pop_ext
 import pytest
 from pop_ext.plans.card import CardQuality, PlanCard
 from pop_ext.plans.default import choose_plan, default_plan, plan_to_measure
-from pop_ext.plans.origin import Origin, config_hash
+from pop_ext.plans.origin import Origin, config_hash, weights_hash
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.presets import PRESETS
 
@@ -48,8 +48,13 @@ def write(folder, plan=PLAN, card=CARD):
     return config(_name_or_path=str(folder))
 
 
-def shape_of(name):
-    return SimpleNamespace(**PRESETS[name].config)
+def shape_of(name, **more):
+    return SimpleNamespace(**PRESETS[name].config, **more)
+
+
+def named(name):
+    """Return the config of a checkpoint that was loaded by its hub id."""
+    return shape_of(name, _name_or_path=name)
 
 
 def test_a_measured_plan_beside_the_checkpoint_runs(tmp_path):
@@ -113,7 +118,7 @@ def test_a_name_that_is_neither_a_folder_nor_a_hub_name_has_no_plan():
 
 
 def test_only_published_presets_run_by_themselves():
-    published = {name for name, preset in PRESETS.items() if not default_plan(shape_of(name)).unmeasured}
+    published = {name for name, preset in PRESETS.items() if not default_plan(named(name)).unmeasured}
     assert published == {
         "meta-llama/Llama-3.1-8B",
         "meta-llama/Llama-3.1-8B-Instruct",
@@ -123,9 +128,69 @@ def test_only_published_presets_run_by_themselves():
         "google/gemma-3-12b-it",
     }
     for name in published:
-        assert default_plan(shape_of(name)).plan == PRESETS[name].plan
-    small = default_plan(shape_of("meta-llama/Llama-3.2-1B"))
+        assert default_plan(named(name)).plan == PRESETS[name].plan
+    small = default_plan(named("meta-llama/Llama-3.2-1B"))
     assert (small.plan, small.unmeasured) == (Plan(16, ()), True)
+
+
+LLAMA = "meta-llama/Llama-3.1-8B"
+CACHE = "/home/me/.cache/huggingface/hub"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        LLAMA,
+        "Meta-Llama/llama-3.1-8b-instruct",
+        f"{CACHE}/models--meta-llama--Llama-3.1-8B/snapshots/d04e592bb4f6aa9cfee91e2e20afa771667e1d4b",
+    ],
+)
+def test_a_published_preset_runs_on_the_checkpoint_that_it_is_published_for(name):
+    chosen = default_plan(shape_of(LLAMA, _name_or_path=name))
+    assert (chosen.plan, chosen.unmeasured) == (Plan.last(32, 10), False)
+    assert default_plan(shape_of(LLAMA), name).plan == Plan.last(32, 10)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        None,
+        "",
+        "someone/Llama-3.1-8B",
+        "Llama-3.1-8B",
+        "meta-llama/Llama-3.1-8B-tuned",
+        "/home/me/meta-llama/Llama-3.1-8B",
+        f"{CACHE}/models--someone--Llama-3.1-8B/snapshots/d04e592b",
+        f"{CACHE}/models--meta-llama--Llama-3.1-8B/tuned/d04e592b",
+        "meta-llama/Llama-3.2-1B",
+    ],
+)
+def test_a_model_of_a_published_shape_runs_all_layers_unless_it_is_that_checkpoint(name):
+    chosen = default_plan(shape_of(LLAMA, _name_or_path=name))
+    assert (chosen.plan, chosen.unmeasured) == (Plan(32, ()), True)
+    assert f"is published for the weights of {LLAMA}, {LLAMA}-Instruct" in chosen.reason
+    assert 'plan="third" or plan="preset" prunes' in chosen.advice("Llama")
+    assert plan_to_measure(shape_of(LLAMA, _name_or_path=name)).plan == Plan.last(32, 10)
+
+
+def test_a_checkpoint_with_a_known_name_and_other_weights_runs_all_layers(tmp_path, monkeypatch):
+    assert default_plan(named(LLAMA), adapted=True).plan == Plan(32, ())
+
+    def refuse(plan):
+        raise ValueError("other weights")
+
+    card = dataclasses.replace(CARD, num_layers=32, omit=(30,), boundary=1, config_hash=config_hash(shape_of(LLAMA)))
+    write(tmp_path, Plan(32, (30,)), card)
+    monkeypatch.setattr("pop_ext.plans.default.cached_folder", lambda *_: tmp_path / "pop_ext")
+    assert default_plan(named(LLAMA)).plan == Plan(32, (30,))
+    chosen = default_plan(named(LLAMA), check=refuse)
+    assert (chosen.plan, chosen.reason) == (Plan(32, ()), "the plan beside its checkpoint does not run (other weights)")
+
+
+def test_the_advice_names_a_preset_only_where_there_is_one():
+    assert 'that price. plan="third" prunes without knowing' in default_plan(CONFIG).advice("Llama")
+    assert "preset" not in default_plan(CONFIG).advice("Llama")
+    assert 'plan="third" or plan="preset" prunes' in default_plan(named("Qwen/Qwen3-8B")).advice("Qwen3")
 
 
 def test_a_measured_plan_goes_before_a_published_preset(tmp_path):
@@ -159,19 +224,14 @@ def test_a_plan_to_measure_omits_layers_even_if_its_cost_is_unknown(tmp_path):
 
 def test_enable_takes_the_plan_beside_the_checkpoint_silently(tmp_path, recwarn):
     from model_folder import save_tiny_llama
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     save_tiny_llama(tmp_path)
-    found = AutoConfig.from_pretrained(tmp_path)
-    plan = Plan.last(found.num_hidden_layers, 1)
-    write(
-        tmp_path,
-        plan,
-        dataclasses.replace(
-            CARD, num_layers=plan.num_layers, omit=plan.omit, boundary=1, config_hash=config_hash(found)
-        ),
-    )
-    model = pop_ext.enable(AutoModelForCausalLM.from_pretrained(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    plan = Plan.last(6, 1)
+    hashes = {"config_hash": config_hash(model.config), "weights_hash": weights_hash(model)}
+    write(tmp_path, plan, dataclasses.replace(CARD, omit=plan.omit, boundary=1, **hashes))
+    pop_ext.enable(model)
     assert pop_ext.explain(model, input_ids=model.dummy_inputs["input_ids"], logits_to_keep=1).plan == plan
     assert not [warning for warning in recwarn if warning.category is pop_ext.NoPlanWarning]
 

@@ -89,6 +89,10 @@ def test_a_saved_plan_without_a_card_says_that_nothing_was_measured(tmp_path):
 def test_a_card_names_no_folder_of_the_machine(tmp_path):
     plan = Plan(6, (1,), origin=Origin(str(tmp_path / "my-model")))
     assert PlanCard.of(plan).model == "my-model"
+    plan.save_pretrained(tmp_path / "plan")
+    assert Plan.from_pretrained(tmp_path / "plan").origin.model == "my-model"
+    for file in ("plan.json", "card.json", "README.md"):
+        assert str(tmp_path) not in (tmp_path / "plan" / file).read_text()
 
 
 def test_cards_do_not_count_in_comparisons_and_follow_copies():
@@ -108,6 +112,20 @@ def test_a_card_of_another_plan_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"card: expected a pop_ext.plans.card.PlanCard, got dict"):
         PLAN.save_pretrained(tmp_path / "none", card={})
     assert not (tmp_path / "none").exists()
+
+
+def test_the_card_of_another_fit_is_refused(fitted, tmp_path):
+    card = PlanCard.of(fitted, quality=CARD.quality)
+    fitted.save_pretrained(tmp_path, card=card)
+    again = pop_ext.fit(shared("llama"), Plan(6, (2, 4, 5)), [torch.arange(40)[None]], lambdas=[2.0])
+    assert Plan.from_pretrained(tmp_path).card == card
+    with pytest.raises(ValueError, match="card: expected the figures of .*, got those of another fit, made before"):
+        again.replace(card=card)
+    again.save(tmp_path / "plan.json")  # as pop-ext fit does; the card stays
+    with pytest.raises(ValueError, match=r"card\.json: card: .* got those of another fit"):
+        Plan.from_pretrained(tmp_path)
+    again.save_pretrained(tmp_path)
+    assert Plan.from_pretrained(tmp_path).card.quality == ()
 
 
 def test_another_readme_is_never_replaced(tmp_path):
@@ -162,6 +180,7 @@ def test_the_markdown_is_a_model_card():
         "| loss | +0.0123 (0.0045) | nats a token | 48 | full depth |",
         "| recall drop | +0.2500 | share of answers | 12 | full depth |",
         "| 1024 | 1.44x | native full prefill | two cores, bfloat16 |",
+        "| text | role | tokens of this part | licence | SHA-256 |",
         f"| a.txt | calibration | 1234 | CC0-1.0 | `{'0' * 64}` |",
         f"| b\\|c.txt | held-out | 56 | unknown | `{'1' * 64}` |",
         "| asked for | max_loss 0.02 |",
@@ -262,9 +281,10 @@ def test_enable_runs_a_pushed_plan_with_figures_by_itself(tmp_path, recwarn):
 
     save_tiny_llama(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    from pop_ext.plans.origin import origin_of
+    from pop_ext.plans.origin import origin_of, weights_hash
 
     plan = Plan(6, (3,), origin=origin_of(model, "by hand"))
-    plan.save_pretrained(tmp_path / "pop_ext", card=PlanCard.of(plan, quality=CARD.quality))
+    card = PlanCard.of(plan, weights_hash=weights_hash(model), quality=CARD.quality)
+    plan.save_pretrained(tmp_path / "pop_ext", card=card)
     assert pop_ext.load(model).plan == plan
     assert not [warning for warning in recwarn if warning.category is pop_ext.NoPlanWarning]

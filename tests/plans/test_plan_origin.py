@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import FAMILIES, llama, shared, tokens
 from pop_ext import Plan, reference
-from pop_ext.plans.origin import Origin, config_hash, origin_of
+from pop_ext.plans.origin import Origin, config_hash, origin_of, public_name
 
 ORIGIN = Origin("some/model", "0123456789abcdef", "gates, contiguous", 200)
 
@@ -142,3 +142,31 @@ def test_a_refusal_names_the_model_of_the_origin():
 def test_families_have_distinct_config_hashes():
     hashes = {config_hash(shared(family).config) for family in FAMILIES}
     assert len(hashes) == len(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("someone/model", "someone/model"),
+        ("gpt2", "gpt2"),
+        ("/home/me/models/tuned/", "tuned"),
+        ("./out/tuned", "tuned"),
+        ("~/tuned", "tuned"),
+        ("/cache/hub/models--someone--a-model/snapshots/0123abcd", "someone/a-model"),
+        ("/cache/hub/models--gpt2/snapshots/0123abcd", "gpt2"),
+    ],
+)
+def test_an_origin_names_the_hub_id_or_the_folder_and_no_path(given, named):
+    model = llama()
+    model.config._name_or_path = given
+    assert origin_of(model, "by hand").model == named
+    plan = Plan(6, (1,), origin=Origin(given, "0" * 16))  # as a file of an earlier version has it
+    assert json.loads(plan.to_json())["origin"]["model"] == named
+
+
+def test_a_relative_folder_that_exists_is_named_by_its_last_part(tmp_path, monkeypatch):
+    (tmp_path / "out" / "tuned").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "out")
+    assert [public_name(name) for name in (".", "tuned", "../out/tuned")] == ["out", "tuned", "tuned"]
+    monkeypatch.chdir(tmp_path)
+    assert public_name("out/tuned") == "tuned"

@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from pop_ext.cli import output
+from pop_ext.cli import options, output
 from pop_ext.plans.folder import CARD_FILE, MATRICES_FILE, PLAN_FILE, README_FILE
 from pop_ext.plans.plan import Plan
 
 if TYPE_CHECKING:
     from pop_ext.methods.autoplan import AutoPlan
+
+
+LIMITS = ("--max-loss", "--max-kl", "--max-recall-drop")
+"""Options that make a budget of quality."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,28 @@ class Budget:
         return any(limit is not None for limit in self.limits.values())
 
 
+def check_options(given: set[str]) -> None:
+    """Refuse options of ``pop-ext calibrate`` that it would not read beside the others that were given.
+
+    Args:
+        given: The options on the command line, by name.
+
+    Raises:
+        ValueError: An option belongs to a plan within limits and none is given, or to one without; or it needs another.
+    """
+    limit = next((name for name in LIMITS if name in given), None)
+    for option in ("--prompts", "--method", "--by-importance", "--time-lengths"):
+        options.refuse_ignored(given, option, LIMITS)
+    if limit is None:
+        options.refuse_ignored(given, "--budget-tokens", ("--budget-ms", "--speedup"))
+        return
+    for option in ("--count", "--budget-ms", "--speedup", "--budget-tokens", "--free"):
+        if option in given:
+            raise ValueError(f"{option} and {', '.join(LIMITS)}: expected one of them, got {option} and {limit}")
+    for option in ("--branches", "--recompute"):
+        options.refuse_ignored(given, option, ("--by-importance",), limit)
+
+
 def plan_folder(out: Path) -> Path:
     """Return the folder of --out.
 
@@ -74,7 +100,13 @@ def plan_folder(out: Path) -> Path:
 
 
 def calibrate_within(
-    model: Any, tokenizer: Any, files: Sequence[Path], out: Path, budget: Budget, by_importance: bool, as_json: bool
+    model: Any,
+    tokenizer: Any,
+    files: Sequence[Path],
+    out: Path,
+    budget: Budget,
+    importance: dict[str, Any] | None,
+    as_json: bool,
 ) -> bool:
     """Find, save and print the plan. Return False if not even one layer can be omitted.
 
@@ -84,21 +116,27 @@ def calibrate_within(
         files: Plain texts.
         out: Folder of the plan.
         budget: The options.
-        by_importance: Omit the consecutive layers of lowest importance. Else the deepest ones.
+        importance: Omit the consecutive layers of lowest importance, which is computed with these arguments. None: omit
+            the deepest ones.
         as_json: Print a JSON object and no progress.
     """
     from pop_ext.methods.autoplan import Trial, autoplan
+    from pop_ext.methods.held_out import split_texts
 
     sizes = {"samples": budget.samples, "prompts": budget.prompts, "tokens": budget.tokens}
     trial = Trial(**{name: size for name, size in sizes.items() if size is not None})
     out.mkdir(parents=True, exist_ok=True)
+    split = split_texts(files, tokenizer, trial.holdout, trial.window)
+    choose = None
+    if importance is not None:
+        choose = _by_importance(model, tokenizer, split.calibration, trial, out, importance)
     found = autoplan(
         model,
-        files,
+        split,
         **budget.limits,
         method=budget.method,
         boundary=budget.boundary,
-        choose=_by_importance(model, tokenizer, files, trial, out, not as_json) if by_importance else None,
+        choose=choose,
         tokenizer=tokenizer,
         trial=trial,
         save=out,
@@ -116,16 +154,14 @@ def calibrate_within(
 
 
 def _by_importance(
-    model: Any, tokenizer: Any, files: Sequence[Path], trial: Any, out: Path, bar: bool
+    model: Any, tokenizer: Any, texts: Any, trial: Any, out: Path, how: dict[str, Any]
 ) -> Callable[[int], Plan]:
     """Score the layers on the calibration part of the texts; return a function from a count to a plan."""
     from pop_ext.evaluation import calibration_batches
-    from pop_ext.methods.held_out import split_texts
     from pop_ext.methods.importance import importance
 
-    split = split_texts(files, tokenizer, trial.holdout, trial.window)
-    batches = calibration_batches(split.calibration, tokenizer, trial.window, trial.samples, batch=1)
-    scores = importance(model, batches, resume=out / "importance.json", progress=bar)
+    batches = calibration_batches(texts, tokenizer, trial.window, trial.samples, batch=1)
+    scores = importance(model, batches, resume=out / "importance.json", **how)
     return functools.partial(scores.plan, contiguous=True)
 
 
@@ -179,6 +215,8 @@ def _print(found: AutoPlan, out: Path) -> None:
     for row in card.quality:
         error = math.nan if row.error is None else row.error
         console.print(Text(f"costs: {row.name} {row.value:+.4f} ({error:.4f}) {row.unit}, {row.prompts} prompts"))
+    for name, why in card.not_measured.items():
+        console.print(Text(f"not measured: {name}: {why}"))
     for speed in card.speed:
         console.print(Text(f"gains: {speed.speedup:.2f}x at {speed.tokens} tokens against the {speed.against} prefill"))
     console.print(Text(f"prompts of fewer than {found.plan.min_tokens} tokens run all layers"))

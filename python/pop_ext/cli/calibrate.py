@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pop_ext.cli import options, output
-from pop_ext.cli.budget import Budget, calibrate_within, plan_folder
+from pop_ext.cli.budget import Budget, calibrate_within, check_options, plan_folder
 from pop_ext.cli.options import (
     LAYERS,
     DeviceOption,
@@ -37,6 +37,7 @@ _PAYS_FROM = "16,32,64,128,256,512,1024"
 
 
 def calibrate(
+    context: typer.Context,
     model: ModelArgument,
     text: TextOption,
     out: Annotated[
@@ -176,25 +177,27 @@ def calibrate(
 
     With a budget of quality (--max-loss, --max-kl, --max-recall-drop: one of them or more) the plan that omits the most
     layers within it is found, fitted, and written to a folder with a card that says what it costs and gains. A part of
-    each text is held out to measure that. All limits must be kept by the mean plus one standard error.
+    each text is held out to measure that. All limits must be kept by the mean plus one standard error. An option that
+    the other options leave without effect is an error.
     """
     lengths = {"--pays-from": pays_from, "--time-lengths": time_lengths}
     with output.errors_on_one_line():
         timed, shown = (options.parse_numbers(option, text) for option, text in lengths.items())
         budget = Budget(max_loss, max_kl, max_recall_drop, method, boundary, samples, prompts, tokens, timed, shown)
-        exclusive = {"--count": count, "--budget-ms": budget_ms, "--speedup": speedup}
-        options.require_one({**exclusive, "--max-loss, --max-kl, --max-recall-drop": True if budget.given else None})
+        check_options(options.given_options(context))
+        options.require_one({"--count": count, "--budget-ms": budget_ms, "--speedup": speedup})
         folder = plan_folder(out) if budget.given else None
         files = options.find_files("--text", text)
         options.set_threads(threads)
         with output.loading_spinner(as_json):
             loaded = options.load_model(model, dtype, device)
             tokenizer = options.load_tokenizer(model)
+        how = {"branches": branches, "recompute": recompute, "progress": not as_json}
         if folder is not None:
-            found = calibrate_within(loaded, tokenizer, files, folder, budget, by_importance, as_json)
+            scored = how if by_importance else None
+            found = calibrate_within(loaded, tokenizer, files, folder, budget, scored, as_json)
         else:
             found = True
-            how = {"branches": branches, "recompute": recompute, "progress": not as_json}
             scores = _score(loaded, tokenizer, files, out, samples or SAMPLES, tokens or TOKENS, how)
             choose = functools.partial(scores.plan, contiguous=not free, boundary=boundary)
             chosen, within = _choose(loaded, choose, count, budget_ms, speedup, budget_tokens, not as_json)

@@ -19,7 +19,6 @@ from pop_ext.cli.options import (
     TextOption,
     ThreadsOption,
 )
-from pop_ext.plans.default import plan_to_measure
 from pop_ext.plans.plan import Plan
 
 if TYPE_CHECKING:
@@ -133,7 +132,7 @@ def evaluate(
         with output.loading_spinner(as_json):
             loaded = options.load_model(model, dtype, device)
             tokenizer = options.load_tokenizer(model)
-        plans = _plans(loaded.config, plan or [], counts, boundary)
+        plans = _plans(loaded, plan or [], counts, boundary)
 
         from pop_ext.evaluation import evaluate as run
         from pop_ext.evaluation import read_texts, recall_sets, retrieval_sets, second_turn_sets, text_sets, time_plans
@@ -165,12 +164,12 @@ def evaluate(
         print(f"{path}: results of every sample; pop-ext report {out} makes a page of them")
 
 
-def _plans(config: Any, names: list[str], counts: str | None, boundary: str | None) -> list[Plan]:
+def _plans(model: Any, names: list[str], counts: str | None, boundary: str | None) -> list[Plan]:
     """Return the plans of --plan, then those of --counts, each with every boundary of --boundary."""
-    depth = config.get_text_config().num_hidden_layers
-    plans = [options.named_plan(config, name).plan for name in names]
+    depth = model.config.get_text_config().num_hidden_layers
+    plans = [options.named_plan(model, name).plan for name in names]
     plans += [Plan.last(depth, count=count) for count in options.parse_numbers("--counts", counts or "")]
-    plans = plans or [plan_to_measure(config).plan]
+    plans = plans or [options.plan_for(model, measure=True).plan]
     boundaries = options.parse_numbers("--boundary", boundary or "")
     return [plan.replace(boundary=rows) for plan in plans for rows in boundaries] if boundaries else plans
 

@@ -19,13 +19,14 @@ from pop_ext.cli.options import (
     ThreadsOption,
     WindowOption,
 )
+from pop_ext.methods.defaults import LEARNING_RATE, STEPS
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.projections import FitReport
 
 TRAINING = "Training"
 """Panel of the command's help."""
-STEPS, LEARNING_RATE = 120, 3e-4
-"""The defaults of ``pop_ext.fit``, which is imported only when the command runs."""
+TASKS = 96
+"""Retrieval tasks to make by default."""
 
 
 def fit(
@@ -60,7 +61,10 @@ def fit(
             "tasks made from them."
         ),
     ] = "ridge",
-    tasks: Annotated[int, typer.Option(min=0, help="Retrieval tasks to make for --method distill.")] = 96,
+    tasks: Annotated[
+        int | None,
+        typer.Option(min=0, help=f"Retrieval tasks to make for --method distill. Default: {TASKS}."),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help=f"Training steps, at most. Default: {STEPS}.", rich_help_panel=TRAINING)
     ] = None,
@@ -114,11 +118,12 @@ def fit(
         for path in (out, resume):
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-        more: dict[str, Any] = {"resume": resume, **_training(method, steps, learning_rate, seed)}
-        if method == "distill" and tasks and texts.plain:
+        more: dict[str, Any] = {"resume": resume, **_training(method, steps, learning_rate, seed, tasks)}
+        count = TASKS if tasks is None else tasks
+        if method == "distill" and count and texts.plain:
             rest = texts_before_holdout(texts, tokenizer, tokens, samples, len(held))
             with output.option_named("--tokens", "length"):
-                more["tasks"] = retrieval_pairs(rest, tokenizer, tokens, tasks, kind=TRAINING_TASKS, seed=seed or 0)
+                more["tasks"] = retrieval_pairs(rest, tokenizer, tokens, count, kind=TRAINING_TASKS, seed=seed or 0)
         fitted = pop_ext.fit(
             loaded,
             before,
@@ -150,17 +155,20 @@ def fit(
         print(f"{report['plan']}: the plan; {report['matrices']}: its matrices")
 
 
-def _training(method: str, steps: int | None, learning_rate: float | None, seed: int | None) -> dict[str, Any]:
+def _training(
+    method: str, steps: int | None, learning_rate: float | None, seed: int | None, tasks: int | None
+) -> dict[str, Any]:
     """Return the options of the training that were given, by argument of ``pop_ext.fit``.
 
     Raises:
         ValueError: One is given for a method that does not train.
     """
-    options = {"steps": steps, "learning_rate": learning_rate, "seed": seed}
+    options = {"steps": steps, "learning_rate": learning_rate, "seed": seed, "tasks": tasks}
     given = {name: value for name, value in options.items() if value is not None}
     if given and method != "distill":
         name, value = next(iter(given.items()))
         raise ValueError(f"--{name.replace('_', '-')}: expected it with --method distill only, got {value}")
+    given.pop("tasks", None)
     return given
 
 

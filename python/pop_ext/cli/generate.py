@@ -68,7 +68,7 @@ def generate(
         with output.loading_spinner(as_json):
             loaded = options.load_model(model, dtype, device)
             tokenizer = options.load_tokenizer(model)
-        chosen = options.chosen_plan(loaded.config, plan, omit, count, boundary, measure=True)
+        chosen = options.chosen_plan(loaded, plan, omit, count, boundary, measure=True)
 
         from pop_ext.cli.compare import compare, count_steps, split_prompt
 

@@ -29,10 +29,9 @@ def info(
 
     The possible speed-up is the ratio of FLOPs: what omitting work alone can gain.
 
-
     --plan, --omit or --count choose the plan, one of them at most. Default: the plan that pop_ext.enable runs, which is
-    the one beside the checkpoint if its card holds measured figures, else a published preset, else one that omits no
-    layer.
+    the one beside the checkpoint if its card holds figures of these weights, else the preset published for this
+    checkpoint, else one that omits no layer.
     """
     with output.errors_on_one_line():
         report = env_info.installation()
@@ -42,7 +41,7 @@ def info(
 
                 from pop_ext.hf.native_model import load
 
-                chosen = options.chosen_plan(loaded.config, plan, omit, count, boundary)
+                chosen = options.chosen_plan(loaded, plan, omit, count, boundary)
                 native = load(loaded, chosen.plan)
             report["model"] = {"name": model, **env_info.model_summary(native)}
             report["model"]["plan_choice"] = {"reason": chosen.reason, "unmeasured": chosen.unmeasured}

@@ -12,7 +12,7 @@ import torch
 import typer
 
 from pop_ext import env_info
-from pop_ext.plans.default import ChosenPlan, choose_plan, plan_to_measure
+from pop_ext.plans.default import ChosenPlan
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.layer_ranges import parse_layers, parse_ranges
 
@@ -95,12 +95,12 @@ def find_files(option: str, names: Sequence[str]) -> list[Path]:
 
 
 def chosen_plan(
-    config: Any, plan: str | None, omit: str | None, count: int | None, boundary: int | None, measure: bool = False
+    model: Any, plan: str | None, omit: str | None, count: int | None, boundary: int | None, measure: bool = False
 ) -> ChosenPlan:
     """Return the plan that --plan, --omit or --count names, else the one for a model whose caller names none.
 
     Args:
-        config: Configuration of the model.
+        model: Loaded model.
         plan: Value of --plan.
         omit: Value of --omit.
         count: Value of --count.
@@ -112,28 +112,35 @@ def chosen_plan(
         ValueError: More than one of the three is given, or one does not fit the model.
     """
     require_one({"--plan": plan, "--omit": omit, "--count": count})
-    depth = config.get_text_config().num_hidden_layers
+    depth = model.config.get_text_config().num_hidden_layers
     if plan is not None:
-        chosen = named_plan(config, plan)
+        chosen = named_plan(model, plan)
     elif omit is not None:
         chosen = ChosenPlan(Plan(depth, parse_layers(omit)), f"--omit {omit}")
     elif count is not None:
         chosen = ChosenPlan(Plan.last(depth, count=count), f"--count {count}")
     else:
-        chosen = plan_to_measure(config) if measure else choose_plan(None, config)
+        chosen = plan_for(model, measure=measure)
     if boundary is None:
         return chosen
     return dataclasses.replace(chosen, plan=chosen.plan.replace(boundary=boundary))
 
 
-def named_plan(config: Any, plan: str) -> ChosenPlan:
+def named_plan(model: Any, plan: str) -> ChosenPlan:
     """Return the plan of a value of --plan.
 
     Raises:
         OSError: The plan file cannot be read.
         ValueError: The value names no plan, or one that does not fit the model.
     """
-    return dataclasses.replace(choose_plan(plan, config), reason=f"--plan {plan}")
+    return dataclasses.replace(plan_for(model, plan), reason=f"--plan {plan}")
+
+
+def plan_for(model: Any, plan: str | None = None, *, measure: bool = False) -> ChosenPlan:
+    """Call ``pop_ext.hf.choice.plan_for``, which needs transformers."""
+    from pop_ext.hf.choice import plan_for as choose
+
+    return choose(model, plan, measure=measure)
 
 
 def require_one(given: dict[str, Any]) -> None:
@@ -141,6 +148,30 @@ def require_one(given: dict[str, Any]) -> None:
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:
         raise ValueError(f"{' and '.join(names)}: expected one of them")
+
+
+def given_options(context: typer.Context) -> set[str]:
+    """Return the options that the user gave on the command line, by their long names, even with their default value."""
+    given = set()
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            given.add(parameter.opts[0])
+    return given
+
+
+def refuse_ignored(given: set[str], option: str, needed: Sequence[str], when: str = "") -> None:
+    """Raise ValueError if ``option`` was given without one of the options that make a command read it.
+
+    Args:
+        given: Result of ``given_options``.
+        option: The option.
+        needed: Options, one of which it needs.
+        when: Option that was given and makes it so, for the error.
+    """
+    if option in given and given.isdisjoint(needed):
+        beside = f" beside {when}" if when else ""
+        raise ValueError(f"{option}: expected it{beside} only with {' or '.join(needed)}, got it without")
 
 
 def load_model(name: str, dtype: str, device: str) -> Any:

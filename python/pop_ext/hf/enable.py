@@ -13,19 +13,18 @@ from typing import Any, TypeVar
 from torch import nn
 
 from pop_ext.hf import speculative_launch
+from pop_ext.hf.choice import plan_for
 from pop_ext.hf.compat import check_module, text_config, uncompiled
 from pop_ext.hf.decision import Decision
 from pop_ext.hf.dispatch import Backend
 from pop_ext.hf.forward import PrefillForward
 from pop_ext.hf.loaded import check_options
-from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.hf.native_backend import NativeBackend
 from pop_ext.hf.reference_backend import ReferenceBackend
 from pop_ext.hf.restore import forward_attribute
 from pop_ext.hf.speculative_launch import SpeculativeBackend
-from pop_ext.plans.default import PlanArgument, choose_plan
+from pop_ext.plans.default import PlanArgument
 from pop_ext.plans.plan import Plan
-from pop_ext.plans.projections import check_fit
 
 Model = TypeVar("Model", bound=nn.Module)
 _BACKENDS = ("native", "reference")
@@ -73,11 +72,11 @@ def enable(
 
     Args:
         model: a Hugging Face causal language model.
-        plan: layers to omit. None: the plan beside the checkpoint if its card holds measured figures, else the preset
-            that the paper publishes for a model of this shape, else one that omits no layer: the model runs natively
-            at full depth, and one ``NoPlanWarning`` says so. "third": the deepest third. "preset": the preset of a
-            model of this shape, published or not. Any other string or path: a plan file, or a folder with a
-            ``plan.json``.
+        plan: layers to omit. None: the plan beside the checkpoint if its card holds figures that were measured on
+            these weights, else the preset that the paper publishes for this checkpoint, by its hub id, else one that
+            omits no layer: the model runs natively at full depth, and one ``NoPlanWarning`` says so. "third": the
+            deepest third. "preset": the preset of a model of this shape, published or not. Any other string or path: a
+            plan file, or a folder with a ``plan.json``.
         strict: raise ``PrefillDeclined`` where the stock forward would otherwise run with a warning.
         backend: "native", or "reference" for the plain PyTorch oracle, which is slow and runs any decoder.
         fp8: compute the products of native prefills in 8-bit floats, as in ``pop_ext.load``.
@@ -108,7 +107,7 @@ def enable(
     previous = _enabled_forward(model)
     attribute = forward_attribute(inner)
     replaced = previous.replaced if previous is not None else inner.__dict__.get(attribute)
-    chosen = choose_plan(plan, inner.config, lambda found: check_fit(found, find_decoder_modules(inner).layers))
+    chosen = plan_for(inner, plan)
     runs = _make_backend(backend, chosen.plan, fp8, prepack)
     runs.load(inner)
     chosen.warn(inner)  # before the model changes: a filter may turn the warning into an error

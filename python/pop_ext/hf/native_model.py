@@ -12,6 +12,7 @@ from torch import nn
 
 from pop_ext import _core, ops
 from pop_ext.hf.architectures import Family, decoder_of
+from pop_ext.hf.choice import plan_for
 from pop_ext.hf.compat import uncompiled
 from pop_ext.hf.inputs import PrefillRequest, check_device_and_dtype, check_ids, make_request
 from pop_ext.hf.kv_cache import CacheTransaction, keeps_only_windows
@@ -22,7 +23,7 @@ from pop_ext.hf.patches import InnerModules, is_unpatched
 from pop_ext.hf.restore import module_restored_on_error
 from pop_ext.hf.vision import run_wrapper
 from pop_ext.hf.weight_map import Description, describe
-from pop_ext.plans.default import PlanArgument, choose_plan
+from pop_ext.plans.default import PlanArgument
 from pop_ext.plans.origin import check_origin
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.projections import check_fit
@@ -76,7 +77,7 @@ class NativeModel:
         ops.require_aten()
         description = describe(model)
         self.model = model
-        chosen = choose_plan(plan, model.config, lambda found: check_fit(found, find_decoder_modules(model).layers))
+        chosen = plan_for(model, plan)
         self.plan = check_plan(chosen.plan, description.spec.num_layers, model.config)
         check_fit(self.plan, find_decoder_modules(model).layers)
         self.fp8, self.prepack = fp8, prepack

@@ -16,8 +16,9 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from pop_ext.evaluation.ablations import group_by_shape, stock_logits
 from pop_ext.evaluation.score import score
+from pop_ext.hf.choice import plan_for
 from pop_ext.hf.enable import enable
-from pop_ext.plans.default import ChosenPlan, choose_plan
+from pop_ext.plans.default import ChosenPlan
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.layer_ranges import parse_layers
 from pop_ext.utils.progress import reporting
@@ -94,7 +95,7 @@ class PopLM(TemplateLM):
         self.model = pretrained
         name = tokenizer or pretrained.config._name_or_path
         self.tokenizer: Any = AutoTokenizer.from_pretrained(name) if isinstance(name, str) else name
-        chosen = _choose_plan(self.model.config, plan, omit, count, boundary)
+        chosen = _choose_plan(self.model, plan, omit, count, boundary)
         self.plan = chosen.plan.replace(min_tokens=0)
         text_config = self.model.config.get_text_config()
         longest = getattr(text_config, "max_position_embeddings", None)
@@ -255,7 +256,7 @@ def _choose_device(name: str | None) -> torch.device:
     return torch.device("cpu")
 
 
-def _choose_plan(config: Any, plan: str | Plan | None, omit: Any, count: Any, boundary: Any) -> ChosenPlan:
+def _choose_plan(model: Any, plan: str | Plan | None, omit: Any, count: Any, boundary: Any) -> ChosenPlan:
     """Return the plan that the arguments name, else the one that ``pop_ext.enable`` runs without a plan.
 
     Raises:
@@ -265,12 +266,12 @@ def _choose_plan(config: Any, plan: str | Plan | None, omit: Any, count: Any, bo
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:
         raise ValueError(f"{' and '.join(names)}: expected one of them")
-    depth = config.get_text_config().num_hidden_layers
+    depth = model.config.get_text_config().num_hidden_layers
     if omit is not None:
         plan = Plan(depth, parse_layers(str(omit).replace("+", ","), "omit"))  # a comma separates --model_args
     elif count is not None:
         plan = Plan.last(depth, count=int(count))
-    chosen = choose_plan(plan, config)
+    chosen = plan_for(model, plan)
     if boundary is None:
         return chosen
     return dataclasses.replace(chosen, plan=chosen.plan.replace(boundary=int(boundary)))

@@ -43,7 +43,7 @@ class AutoPlan:
         plan: The plan, fitted, with its card. It omits no layer if even one exceeds the budget.
         card: The card of the plan. None if it omits no layer.
         tried: Every candidate, in the order of trial.
-        recall: Share of the retrieval tasks that the model answers at full depth; None without tasks.
+        recall: Share of the retrieval tasks that the model answers at full depth; None if no task was run.
     """
 
     plan: Plan
@@ -99,7 +99,7 @@ class Trial:
 
 def autoplan(
     model: Any,
-    texts: Iterable[str | PathLike[str]],
+    texts: Iterable[str | PathLike[str]] | SplitTexts,
     *,
     max_loss: float | None = None,
     max_kl: float | None = None,
@@ -124,12 +124,16 @@ def autoplan(
     without a fit, then with a ridge fit on a quarter of the sequences. The count that is found gets the fit of
     ``method`` on all of them, which also tries a few more layers.
 
+    The loss of exact answers to retrieval tasks is measured even without a limit on it, for the plan that was found.
+    The card says why if it could not be measured.
+
     The held-out prompts choose among few candidates, so the figures of the chosen plan are slightly too good.
     ``pop-ext eval`` on other texts has no such bias.
 
     Args:
         model: Hugging Face causal language model, enabled or not. It is left unchanged.
-        texts: Contents, as strings, or files, as ``Path`` objects. Use text like that of the prompts to come.
+        texts: Contents, as strings, or files, as ``Path`` objects. Use text like that of the prompts to come. Or what
+            ``split_texts`` made of them; then ``licence`` and ``trial.holdout`` are not used.
         max_loss: Largest added loss of the text after a prompt, in nats a token.
         max_kl: Largest KL divergence of the next token to the model at full depth, in nats a token. It is less noisy.
         max_recall_drop: Largest loss of exact answers to retrieval tasks, as a share of the tasks. The tasks are made
@@ -153,8 +157,9 @@ def autoplan(
         The plan, its card and all candidates.
 
     Raises:
-        ValueError: No limit is given, an argument has a bad value, the texts are too short, or the model answers fewer
-            tasks at full depth than ``max_recall_drop`` allows to lose.
+        ValueError: No limit is given, an argument has a bad value, the texts are too short, ``max_recall_drop`` is
+            less than ``trial.prompts`` tasks can show, or the model answers fewer tasks at full depth than it allows
+            to lose.
         TypeError: An argument has the wrong type.
         OSError: A file cannot be read or written.
     """
@@ -163,24 +168,31 @@ def autoplan(
         raise TypeError(f"trial: expected a pop_ext.Trial, got {type(trial).__name__}")
     depth = model.config.get_text_config().num_hidden_layers
     limits = _check_limits({"max_loss": max_loss, "max_kl": max_kl, "max_recall_drop": max_recall_drop})
+    _check_recall_limit(limits, trial.prompts, trial)
     highest = _check_arguments(method, highest, depth)
     if save is not None:
         prepare_folder(save)  # fail now rather than after the search
     tokenizer = tokenizer or _tokenizer_of(model)
-    split = split_texts(texts, tokenizer, trial.holdout, trial.window, licence)
+    split = texts
+    if not isinstance(split, SplitTexts):
+        split = split_texts(split, tokenizer, trial.holdout, trial.window, licence)
     run = _Run(model, tokenizer, split, trial, limits, boundary, choose, highest, progress)
     best = search(run.candidate, STAGES[method], highest)
     if best is None:
-        return AutoPlan(Plan(depth, ()), None, tuple(run.tried), run.judge.recall)
+        return AutoPlan(Plan(depth, ()), None, tuple(run.tried), run.recall)
     asked = {name: limits[figure] for name, figure in LIMITS.items() if figure in limits}
     plan = _with_card(model, best, run, asked, split)
     if save is not None:
         plan.save_pretrained(save)
+    if RECALL_DROP not in best.figures:
+        plan = run.with_recall(plan)
+        if save is not None:
+            plan.save_pretrained(save)
     if backend_of(model) == "native":
         plan = _timed(model, plan, pays_from, time_lengths, progress is True)
         if save is not None:
             plan.save_pretrained(save)
-    return AutoPlan(plan, plan.card, tuple(run.tried), run.judge.recall)
+    return AutoPlan(plan, plan.card, tuple(run.tried), run.recall)
 
 
 class _Run:
@@ -214,14 +226,18 @@ class _Run:
                 f"texts: expected enough for two held-out prompts of {trial.window} tokens, as one has no standard "
                 f"error, got {len(held.pairs)}; give more text or a smaller trial.tokens"
             )
-        tasks = _tasks(split.held_out, tokenizer, trial, EVALUATION) if RECALL_DROP in limits else []
+        self._make_tasks = lambda: _tasks(split.held_out, tokenizer, trial, EVALUATION)
+        self._held = held.pairs
+        tasks = self._make_tasks() if RECALL_DROP in limits else []
+        _check_recall_limit(limits, len(tasks), trial)
         # Of the default choice every count starts at another layer; a caller's choices are not known before.
         layers = range(depth - highest, depth) if choose is None else []
         self.judge = QualityJudge(model, held.pairs, tasks, layers, trial.batch_size, self._bar)
+        self.recall = self.judge.recall
         drop = limits.get(RECALL_DROP)
-        if drop is not None and (self.judge.recall or 0.0) <= drop:
+        if drop is not None and (self.recall or 0.0) <= drop:
             raise ValueError(
-                f"max_recall_drop: expected less than {self.judge.recall:.3g}, the share of the {len(tasks)} retrieval "
+                f"max_recall_drop: expected less than {self.recall:.3g}, the share of the {len(tasks)} retrieval "
                 f"tasks that the model answers at full depth, got {drop}"
             )
 
@@ -241,6 +257,24 @@ class _Run:
         if self._report is not None:
             self._report(len(self.tried), None)
         return found
+
+    def with_recall(self, plan: Plan) -> Plan:
+        """Return a plan with the loss of retrieval tasks on its card, or the reason why it was not measured."""
+        assert plan.card is not None
+        try:
+            tasks = self._make_tasks()
+        except ValueError as error:
+            return plan.replace(card=_without_recall(plan.card, f"the texts make no retrieval tasks ({error})"))
+        self._say(f"{len(plan.omit)} layers: measuring {len(tasks)} retrieval tasks")
+        # A judge of its own, so that the search does not wait for tasks; it needs a text.
+        judge = QualityJudge(self.model, self._held[:1], tasks, plan.omit[:1], self.trial.batch_size, self._bar)
+        self.recall = judge.recall
+        if not judge.recall:
+            why = f"the model answers none of {len(tasks)} retrieval tasks at full depth"
+            return plan.replace(card=_without_recall(plan.card, why))
+        row = _card_quality(RECALL_DROP, judge.measure(plan)[RECALL_DROP], judge.recall)
+        card = dataclasses.replace(plan.card, quality=(*plan.card.quality, row), not_measured={})
+        return plan.replace(card=card)
 
     def _fitted(self, plan: Plan, stage: str) -> Plan:
         """Fit a plan; ``QUICK`` reads some of the sequences and chooses no lambda."""
@@ -277,14 +311,22 @@ def _with_card(model: Any, best: Candidate, run: _Run, asked: dict[str, float], 
         method=f"{origin.method or how}; the most within {budget}",
     )
     plan = plan.replace(origin=origin)
-    quality = tuple(_card_quality(name, figure) for name, figure in best.figures.items())
+    quality = tuple(_card_quality(name, figure, run.recall) for name, figure in best.figures.items())
     card = PlanCard.of(plan, weights_hash=weights_hash(model), texts=split.sources, quality=quality, asked=asked)
+    if RECALL_DROP not in best.figures:
+        card = _without_recall(card, "the run was stopped before")
     return plan.replace(card=card)
 
 
-def _card_quality(name: str, figure: Figure) -> CardQuality:
+def _card_quality(name: str, figure: Figure, recall: float | None) -> CardQuality:
+    """Return a figure as a card holds it; ``recall`` is the share of tasks that the model answers at full depth."""
     error = None if math.isnan(figure.error) else figure.error
-    return CardQuality(name, figure.value, error, UNITS[name], figure.prompts)
+    against = f"full depth, which answers {recall:.2f}" if name == RECALL_DROP else "full depth"
+    return CardQuality(name, figure.value, error, UNITS[name], figure.prompts, against)
+
+
+def _without_recall(card: PlanCard, why: str) -> PlanCard:
+    return dataclasses.replace(card, not_measured={RECALL_DROP: why})
 
 
 def _timed(model: Any, plan: Plan, pays_from: Sequence[int], lengths: Sequence[int], bar: bool) -> Plan:
@@ -293,9 +335,7 @@ def _timed(model: Any, plan: Plan, pays_from: Sequence[int], lengths: Sequence[i
     lengths = [length for length in lengths if not limit or length <= limit]
     plan = with_min_tokens(model, plan, pays_from, bar)
     times = time_plans(model, [plan], lengths, progress=bar)
-    facts = env_info.installation()
-    dtype = str(model.dtype).removeprefix("torch.")
-    hardware = f"{env_info.processor()}, {facts['threads']} threads, {dtype} on {model.device.type}"
+    hardware = env_info.hardware(model.device, model.dtype)
     speeds = []
     for length in lengths:
         factor = speedup(times, plan_arm(plan.omit, plan.boundary), length)
@@ -324,6 +364,17 @@ def _check_limits(given: dict[str, float | None]) -> dict[str, float]:
     if not limits:
         raise ValueError(f"{', '.join(given)}: expected at least one of them, got none")
     return limits
+
+
+def _check_recall_limit(limits: dict[str, float], tasks: int, trial: Trial) -> None:
+    """Raise ValueError if a plan that loses no answer to so many tasks would exceed the limit, by its error alone."""
+    least = trial.errors / max(tasks, 1)
+    if limits.get(RECALL_DROP, math.inf) < least:
+        raise ValueError(
+            f"max_recall_drop: expected at least {math.ceil(least * 1e4) / 1e4:g} with {tasks} retrieval tasks, as "
+            f"the error of the drop is at least one answer, got {limits[RECALL_DROP]:g}; a larger trial.prompts than "
+            f"{trial.prompts}, and as much text, allow a smaller limit"
+        )
 
 
 def _check_arguments(method: str, highest: int | None, depth: int) -> int:

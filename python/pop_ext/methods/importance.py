@@ -55,7 +55,7 @@ class Importance:
         continuation: Number of loss rows of each sample, as given; None for the default.
         seed: Seed of the drawn targets.
         digest: SHA-256 over the samples' ids. A resumed run must begin with the same samples.
-        weights: ``weights_hash`` of the model. A resumed run must use the same weights.
+        weights: ``weights_hash`` of the model, and its dtype. A resumed run must use the same weights.
     """
 
     layer: GateScores
@@ -281,7 +281,8 @@ class _State:
     def __init__(self, model: Any, continuation: int | None, seed: int, branches: bool) -> None:
         depth = model.config.get_text_config().num_hidden_layers
         self.config = model.config
-        self.origin, self.weights = origin_of(model, "gates"), weights_hash(model)
+        self.origin = origin_of(model, "gates")
+        self.weights = f"{weights_hash(model)} {str(model.dtype).removeprefix('torch.')}"
         self.continuation, self.seed, self.kinds = continuation, seed, gate_kinds(branches)
         self.mean = torch.zeros(len(self.kinds), 2, depth, dtype=torch.float64, device="cpu")
         self.deviations = torch.zeros_like(self.mean)

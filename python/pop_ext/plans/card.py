@@ -8,12 +8,12 @@ import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from pop_ext._core import __version__
+from pop_ext.plans.origin import public_name
 from pop_ext.utils.json import finite
 from pop_ext.utils.layer_ranges import format_layers
 
@@ -27,8 +27,9 @@ class CardText:
     Attributes:
         name: File name or title.
         sha256: SHA-256 of the text in UTF-8, in hexadecimal digits.
-        tokens: Number of tokens of it that were used in this role.
-        role: "calibration" (it chose or fitted the plan) or "held-out" (the quality figures were measured on it).
+        tokens: Length of the part of it that was set aside for this role. Sequences and prompts are windows of that
+            part, and need not cover it.
+        role: "calibration" (the part chose or fitted the plan) or "held-out" (the figures were measured on the part).
         licence: Licence of the text; None if unknown.
     """
 
@@ -68,7 +69,7 @@ class CardSpeed:
         tokens: Length of the prompt, in tokens.
         speedup: Time of the baseline divided by the time with the plan.
         against: The baseline.
-        hardware: Processor, threads and data type.
+        hardware: The GPU, or the processor and its threads; and the data type.
     """
 
     tokens: int
@@ -105,11 +106,13 @@ class PlanCard:
         omit: Omitted layers of the plan.
         boundary: Boundary rows of the plan.
         fit: How the K/V projections were fitted, in words; None if they were not.
+        fit_digest: ``digest`` of the fitted projections; None if there are none.
         model: Name or path of the model, for people.
         config_hash: ``config_hash`` of the model, as in ``Origin``.
         weights_hash: ``weights_hash`` of the model that was measured; None if unknown.
         texts: The calibration and held-out texts.
         quality: Quality figures. A card without any says nothing about what the plan costs.
+        not_measured: Name of a figure -> why there is none of it.
         speed: Speed figures.
         asked: The budget that was asked for, by option: ``{"max_loss": 0.02}``.
         versions: Versions of the packages, by name.
@@ -120,11 +123,13 @@ class PlanCard:
     omit: tuple[int, ...]
     boundary: int
     fit: str | None = None
+    fit_digest: str | None = None
     model: str | None = None
     config_hash: str | None = None
     weights_hash: str | None = None
     texts: tuple[CardText, ...] = ()
     quality: tuple[CardQuality, ...] = ()
+    not_measured: Mapping[str, str] = field(default_factory=dict)
     speed: tuple[CardSpeed, ...] = ()
     asked: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -147,8 +152,7 @@ class PlanCard:
         """Return the card of a plan: what the plan itself says, the versions and today's date, and ``figures``.
 
         Args:
-            plan: The plan. Of its origin come model and ``config_hash``. A model that is a path is named by its last
-                part.
+            plan: The plan. Of its origin come model and ``config_hash``. A model that is a folder goes by its name.
             **figures: Further members of the card, or other values for those above.
         """
         origin = plan.origin
@@ -158,6 +162,7 @@ class PlanCard:
             "omit": plan.omit,
             "boundary": plan.boundary,
             "fit": fitted,
+            "fit_digest": _digest(plan),
             "model": None if origin is None or origin.model is None else public_name(origin.model),
             "config_hash": None if origin is None else origin.config_hash,
             "versions": _versions(),
@@ -166,7 +171,11 @@ class PlanCard:
         return cls(**{**members, **figures})
 
     def describes(self, plan: _PlanLike) -> bool:
-        """Return whether the figures are those of ``plan``: same layers, same boundary, fitted alike."""
+        """Return whether the figures are those of ``plan``: same layers, same boundary, same fitted projections."""
+        return self.same_layers(plan) and self.fit_digest == _digest(plan)
+
+    def same_layers(self, plan: _PlanLike) -> bool:
+        """Return whether layers and boundary are those of ``plan``, and both are fitted or neither is."""
         same = (self.num_layers, self.omit, self.boundary) == (plan.num_layers, plan.omit, plan.boundary)
         return same and (self.fit is not None) == (plan.projections is not None)
 
@@ -194,10 +203,10 @@ class PlanCard:
         return _read(cls, members, "card")
 
 
-def public_name(model: str) -> str:
-    """Return the name of a model for others to read: the last part of a path, or a hub id as it is."""
-    path = Path(model)
-    return path.name if path.is_absolute() or path.exists() or model.startswith(".") else model
+def _digest(plan: _PlanLike) -> str | None:
+    """Return the digest of a plan's fitted projections; None if it has none."""
+    digest: str | None = None if plan.projections is None else plan.projections.digest
+    return digest
 
 
 def _versions() -> dict[str, str]:

@@ -31,7 +31,7 @@ def render(card: PlanCard) -> str:
         parts += ["## Speed", _table(("prompt tokens", "speed-up of the prefill", "against", "hardware"), rows)]
     if card.texts:
         texts = [(t.name, t.role, str(t.tokens), t.licence or "unknown", f"`{t.sha256}`") for t in card.texts]
-        parts += ["## Texts", _table(("text", "role", "tokens", "licence", "SHA-256"), texts)]
+        parts += ["## Texts", _table(("text", "role", "tokens of this part", "licence", "SHA-256"), texts)]
     parts += ["## Facts", _facts(card), _HOW_TO]
     return "\n\n".join(parts) + "\n"
 
@@ -57,7 +57,8 @@ def _quality(card: PlanCard) -> str:
         value = f"{row.value:+.4f}" if row.error is None else f"{row.value:+.4f} ({row.error:.4f})"
         rows.append((row.name, value, row.unit, str(row.prompts), row.against))
     table = _table(("figure", "value (standard error)", "unit", "held-out prompts", "difference to"), rows)
-    return f"{heading}\n\n{table}"
+    missing = [f"The {name} was **not measured**: {why}." for name, why in card.not_measured.items()]
+    return "\n\n".join([heading, table, *missing])
 
 
 def _facts(card: PlanCard) -> str:
@@ -67,6 +68,7 @@ def _facts(card: PlanCard) -> str:
         "asked for": asked,
         "config_hash": card.config_hash,
         "weights_hash": card.weights_hash,
+        "fit_digest": card.fit_digest,
         "versions": versions,
         "created": card.created,
     }

@@ -1,11 +1,13 @@
 """The plan of a model when the caller names none, and plans that are named by a word or a path.
 
 Without a plan, a model is pruned only as far as somebody has measured what that costs: by the authors of the model
-(a plan beside the checkpoint) or of the paper (a published preset). Every other model runs all layers.
+(a plan beside the checkpoint) or of the paper (a preset published for the checkpoint). Every other model runs all
+layers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 import weakref
@@ -18,12 +20,13 @@ from typing import Any
 from pop_ext.plans.folder import CARD_FILE, PLAN_FILE, SUBFOLDER, cached_folder, read_folder
 from pop_ext.plans.origin import check_origin, config_hash
 from pop_ext.plans.plan import Plan
-from pop_ext.plans.presets import find_preset, preset_or_third
+from pop_ext.plans.presets import Preset, find_preset
 from pop_ext.utils.callers import caller_level
 
 PlanArgument = Plan | str | PathLike[str] | None
 """The ``plan`` argument of public functions: a plan, ``"third"``, ``"preset"``, a path, or None for the default."""
 
+_UNKNOWN = "no plan whose cost was measured is known"
 _warned: weakref.WeakSet[Any] = weakref.WeakSet()  # models
 
 
@@ -39,11 +42,13 @@ class ChosenPlan:
         plan: The plan.
         reason: Why, in words.
         unmeasured: True if it runs all layers because no measured plan is known.
+        preset: If ``unmeasured``, the preset of a model of this shape; None if there is none.
     """
 
     plan: Plan
     reason: str
     unmeasured: bool = False
+    preset: Preset | None = None
 
     def warn(self, model: Any) -> None:
         """Warn with a ``NoPlanWarning`` if no measured plan is known, once for each model."""
@@ -53,13 +58,16 @@ class ChosenPlan:
 
     def advice(self, name: str) -> str:
         """Return one line that says what is unknown of a model, and how to find out."""
+        words = 'plan="third"' if self.preset is None else 'plan="third" or plan="preset"'
         return (
             f"{name} runs at full depth: {self.reason}. `pop-ext calibrate --max-loss 0.03` finds layers to omit at "
-            'that price. plan="third" or plan="preset" prunes without knowing.'
+            f"that price. {words} prunes without knowing."
         )
 
 
-def choose_plan(plan: Any, config: Any, check: Callable[[Plan], object] | None = None) -> ChosenPlan:
+def choose_plan(
+    plan: Any, config: Any, check: Callable[[Plan], object] | None = None, adapted: bool = False
+) -> ChosenPlan:
     """Return the plan that an argument ``plan`` stands for.
 
     Args:
@@ -67,13 +75,14 @@ def choose_plan(plan: Any, config: Any, check: Callable[[Plan], object] | None =
             not. Another str or a path: a plan file, or a folder with a ``plan.json``. None: ``default_plan``.
         config: Hugging Face config of the model.
         check: As for ``default_plan``.
+        adapted: As for ``default_plan``.
 
     Raises:
         ValueError: No preset has the shape of the model, or the str is neither a word nor a path of a plan.
         OSError: The file cannot be read.
     """
     if plan is None:
-        return default_plan(config, check=check)
+        return default_plan(config, check=check, adapted=adapted)
     if isinstance(plan, (str, PathLike)):
         return ChosenPlan(named_plan(plan, config), f"plan={os.fspath(plan)!r}")
     return ChosenPlan(plan, "the plan that was given")
@@ -110,7 +119,11 @@ def named_plan(name: str | PathLike[str], config: Any) -> Plan:
 
 
 def default_plan(
-    config: Any, name: str | None = None, revision: str | None = None, check: Callable[[Plan], object] | None = None
+    config: Any,
+    name: str | None = None,
+    revision: str | None = None,
+    check: Callable[[Plan], object] | None = None,
+    adapted: bool = False,
 ) -> ChosenPlan:
     """Return the plan of a model whose caller names none.
 
@@ -118,22 +131,25 @@ def default_plan(
 
     1. the plan beside the checkpoint, if its card holds measured figures of this plan and was made with a model of this
        ``config_hash``, and ``check`` accepts it; for a hub id, only a plan that is in the local hub cache;
-    2. the preset, if the paper gives the number of omitted layers for a model of this shape;
+    2. the preset, if the paper gives the number of omitted layers for this checkpoint: shape and hub id are those of
+       the preset, and no adapter changes the weights;
     3. a plan that omits no layer.
 
     Args:
         config: Hugging Face config of the model.
         name: Folder or hub id of the checkpoint. None: the one that the config names.
         revision: Commit of the checkpoint, for a hub id. None: the one that the config names.
-        check: Function that raises ValueError if a plan was fitted on other weights than the model has. None: the
-            weights are not known.
+        check: Function that raises ValueError if a plan was measured or fitted on other weights than the model has.
+            None: the weights are not known.
+        adapted: True if adapters change the weights.
     """
     name = name or getattr(config, "_name_or_path", None)
     folder = _folder_beside(name, revision or getattr(config, "_commit_hash", None)) if name else None
-    why_not = "no plan whose cost was measured is known"
+    why_not, others = _UNKNOWN, adapted
     if folder is not None:
         try:
             measured = _measured_plan(folder, config)
+            others = True  # until the check has passed: the name says which weights they are, the check knows
             if check is not None:
                 check(measured)
             return ChosenPlan(measured, f"the plan beside the checkpoint, in {folder}")
@@ -141,22 +157,32 @@ def default_plan(
             why_not = f"the plan beside its checkpoint does not run ({error})"
     preset = find_preset(config)
     if preset is not None and preset.published:
-        return ChosenPlan(preset.plan, f"the preset of {preset.names[0]}, published in {preset.source}")
-    return ChosenPlan(Plan(_text(config).num_hidden_layers, ()), why_not, unmeasured=True)
+        if preset.names_checkpoint(name) and not others:
+            return ChosenPlan(preset.plan, f"the preset of {preset.names[0]}, published in {preset.source}")
+        if why_not == _UNKNOWN:
+            why_not = f"{_UNKNOWN}: the preset of its shape is published for the weights of {', '.join(preset.names)}"
+    return ChosenPlan(Plan(_text(config).num_hidden_layers, ()), why_not, unmeasured=True, preset=preset)
 
 
-def plan_to_measure(config: Any) -> ChosenPlan:
+def plan_to_measure(config: Any, check: Callable[[Plan], object] | None = None, adapted: bool = False) -> ChosenPlan:
     """Return a plan worth measuring if the caller names none.
 
     This is the default plan; if no measured plan is known, the preset of a model of this shape, else the deepest third.
     Commands that report quality and time of a plan use it. What a user's calls run is ``default_plan``.
+
+    Args:
+        config: Hugging Face config of the model.
+        check: As for ``default_plan``.
+        adapted: As for ``default_plan``.
     """
-    chosen = default_plan(config)
+    chosen = default_plan(config, check=check, adapted=adapted)
     if not chosen.unmeasured:
         return chosen
-    preset = find_preset(config)
+    preset = chosen.preset
     reason = "the deepest third of the layers" if preset is None else f"the preset of {preset.names[0]}"
-    return ChosenPlan(preset_or_third(config), f"{reason}; what it costs is unknown", unmeasured=True)
+    why = "" if chosen.reason.startswith(_UNKNOWN) else f", and {chosen.reason}"
+    plan = Plan.last(_text(config).num_hidden_layers) if preset is None else preset.plan
+    return dataclasses.replace(chosen, plan=plan, reason=f"{reason}; what it costs is unknown{why}")
 
 
 def _text(config: Any) -> Any:

@@ -164,7 +164,8 @@ def check_card(card: Any, plan: Any) -> PlanCard | None:
     if not isinstance(card, PlanCard):
         raise TypeError(f"card: expected a pop_ext.plans.card.PlanCard, got {type(card).__name__}")
     if not card.describes(plan):
-        raise ValueError(f"card: expected the figures of {plan!r}, got those of another plan ({card.plan})")
+        other = "fit, made before or after this one" if card.same_layers(plan) else f"plan ({card.plan})"
+        raise ValueError(f"card: expected the figures of {plan!r}, got those of another {other}")
     return card
 
 

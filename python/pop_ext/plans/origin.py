@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ class Origin:
     """The model that a plan or an importance was made with, and the method.
 
     Attributes:
-        model: Name or path of the model, for people to read. It is never compared.
+        model: Name of the model, for people to read: its hub id, or the name of its folder. It is never compared.
         config_hash: ``config_hash`` of the model. None if unknown; then the plan fits any model of its depth.
         method: How the layers were chosen, in words.
         samples: Number of calibration sequences that chose them.
@@ -44,8 +46,9 @@ class Origin:
     fit_samples: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the members that are not None, ready for JSON."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        """Return the members that are not None, ready for JSON. A model that is a folder goes by its name alone."""
+        members = {name: value for name, value in vars(self).items() if value is not None}
+        return members if self.model is None else {**members, "model": public_name(self.model)}
 
     @classmethod
     def from_dict(cls, members: Any) -> Origin:
@@ -69,6 +72,24 @@ class Origin:
         return cls(**known)
 
 
+def snapshot_id(path: str) -> str | None:
+    """Return the hub id of a folder in the hub's cache, ``.../models--NAME--MODEL/snapshots/COMMIT``; None for others.
+
+    A hub id has no double hyphen, so the folder's name can be read back.
+    """
+    parts = Path(path).parts[-3:]
+    if len(parts) != 3 or parts[1] != "snapshots" or not parts[0].startswith("models--"):
+        return None
+    return parts[0].removeprefix("models--").replace("--", "/")
+
+
+def public_name(model: str) -> str:
+    """Return the name of a model for others to read: a hub id, or of a folder the last part of its path."""
+    path = Path(model).expanduser()
+    local = path.is_absolute() or path.exists() or model.startswith(".")
+    return (snapshot_id(model) or Path(os.path.abspath(path)).name) if local else model
+
+
 def origin_of(model: Any, method: str, samples: int | None = None) -> Origin:
     """Return the origin of a result that ``method`` gets from a Hugging Face model.
 
@@ -78,23 +99,46 @@ def origin_of(model: Any, method: str, samples: int | None = None) -> Origin:
         samples: Number of calibration sequences; None if there are none.
     """
     name = getattr(model.config, "_name_or_path", None) or None
-    return Origin(name, config_hash(model.config), method, samples)
+    return Origin(None if name is None else public_name(name), config_hash(model.config), method, samples)
 
 
 def weights_hash(model: Any) -> str:
-    """Hash the name, shape, dtype and a few values of every parameter.
+    """Hash the name, the shape and a few values of every parameter, whatever its dtype.
 
     A base model and a model tuned from it share their ``config_hash``, but not this hash. Only 8 values spread over
-    each parameter are read, so a change between them is not noticed.
+    each parameter are read, which takes milliseconds for any size, so a change between them is not noticed. The values
+    are rounded to bfloat16, and those under 2**-16, which float16 does not hold as exactly, count as zero. So a
+    checkpoint has one hash in float32, bfloat16 and float16; only one that is stored in float32 and run in float16 may
+    have two. Weights that are quantised, or held by adapters, are others.
 
     Returns:
         The first 16 hexadecimal digits of a SHA-256.
     """
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        some = spread_values(parameter.detach(), min(8, parameter.numel()))
-        found.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + some.numpy().tobytes())
+        some = spread_values(parameter.detach(), min(8, parameter.numel())).to(torch.bfloat16).float()
+        some[some.abs() < 2**-16] = 0.0  # not -0.0, whose bytes differ
+        found.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def check_weights_hash(known: str | None, model: Any, name: str) -> None:
+    """Check that a ``weights_hash`` is that of a model.
+
+    Args:
+        known: The hash of the weights that something was measured on. None if that is unknown.
+        model: Hugging Face model.
+        name: What holds the hash, for the error.
+
+    Raises:
+        ValueError: The weights are others, or unknown.
+    """
+    found = weights_hash(model)
+    if known != found:
+        raise ValueError(
+            f"{name}: expected figures of the weights that the model has, with weights_hash {found}, got those of "
+            f"{f'other weights, {known}' if known else 'unknown weights'}"
+        )
 
 
 def spread_values(tensor: torch.Tensor, count: int) -> torch.Tensor:

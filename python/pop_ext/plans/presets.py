@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pop_ext.plans.origin import snapshot_id
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.preset_table import ENTRIES, PresetEntry
 
@@ -31,6 +32,11 @@ class Preset:
     def matches(self, config: Any) -> bool:
         """Return True if a (text) config has every member of this preset's config."""
         return all(getattr(config, name, None) == value for name, value in self.config.items())
+
+    def names_checkpoint(self, name: str | None) -> bool:
+        """Return True if a hub id, or a snapshot of it in the hub's cache, is one of this preset's names."""
+        hub_id = None if name is None else (snapshot_id(name) or name)
+        return hub_id is not None and hub_id.lower() in (known.lower() for known in self.names)
 
 
 def _preset(entry: PresetEntry) -> Preset:

@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
+from pop_ext.hf.choice import plan_for
 from pop_ext.hf.compat import uncompiled, with_cache
 from pop_ext.hf.modules import DecoderModules, Module, find_decoder_modules
 from pop_ext.hf.restore import module_restored_on_error, replaced_forward
-from pop_ext.plans.default import choose_plan
-from pop_ext.plans.projections import check_fit
 from pop_ext.reference.caches import (
     UnpaddedSequence,
     assemble_cache,
@@ -108,7 +107,7 @@ def prefill(
     """
     stock: Module = uncompiled(model)
     parts = find_decoder_modules(stock)
-    chosen = choose_plan(plan, stock.config, lambda found: check_fit(found, parts.layers))
+    chosen = plan_for(stock, plan)
     ran: PlanLike = chosen.plan
     check_plan(ran, parts.layers, stock.config)
     chosen.warn(stock)

@@ -1,0 +1,86 @@
+"""`pop-ext calibrate` and `fit`: an option that the others leave without effect is an error, which names both."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pop_ext
+import pytest
+import torch
+from pop_ext.cli.app import app
+from pop_ext.methods.defaults import LEARNING_RATE, STEPS
+from pop_ext.methods.importance import Importance
+from pop_ext.plans.plan import Plan
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo_model"
+LIMITS = "--max-loss or --max-kl or --max-recall-drop"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        # Values that equal the defaults: what counts is that they were given.
+        ("--method ridge", f"--method: expected it only with {LIMITS}"),
+        ("--prompts 48", f"--prompts: expected it only with {LIMITS}"),
+        ("--time-lengths 1024", f"--time-lengths: expected it only with {LIMITS}"),
+        ("--by-importance", f"--by-importance: expected it only with {LIMITS}"),
+        ("--by-importance --count 2", f"--by-importance: expected it only with {LIMITS}"),
+        ("--budget-tokens 2048", "--budget-tokens: expected it only with --budget-ms or --speedup"),
+        ("--budget-tokens 64 --count 2", "--budget-tokens: expected it only with --budget-ms or --speedup"),
+        ("--max-kl 1 --count 2", "expected one of them, got --count and --max-kl"),
+        ("--max-loss 1 --budget-ms 2", "expected one of them, got --budget-ms and --max-loss"),
+        ("--max-loss 1 --speedup 2", "expected one of them, got --speedup and --max-loss"),
+        ("--max-recall-drop 1 --budget-tokens 2048", "got --budget-tokens and --max-recall-drop"),
+        ("--max-loss 1 --free", "expected one of them, got --free and --max-loss"),
+        ("--max-kl 1 --branches", "--branches: expected it beside --max-kl only with --by-importance, got it without"),
+        ("--max-kl 1 --recompute", "--recompute: expected it beside --max-kl only with --by-importance"),
+    ],
+)
+def test_calibrate_refuses_an_option_that_it_would_not_read(tmp_path, given, error):
+    base = ("calibrate", tmp_path / "no-model", "--text", tmp_path / "no.txt", "-o", tmp_path / "o")
+    result = run(*base, *given.split())
+    assert result.exit_code == 2
+    assert error in result.stderr
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("given", ["--tasks 96", "--steps 120", "--seed 0", "--learning-rate 0.0003"])
+def test_fit_refuses_settings_of_a_training_with_a_ridge(tmp_path, given):
+    Plan.last(12).save(tmp_path / "plan.json")
+    text = DEMO / "heldout" / "pprint.py.txt"
+    options = ("--text", text, "-o", tmp_path / "out.json", "--samples", 3, "--tokens", 32, *given.split())
+    result = run("fit", DEMO / "model", tmp_path / "plan.json", *options)
+    assert result.exit_code == 2
+    assert f"{given.split()[0]}: expected it with --method distill only" in result.stderr
+
+
+def test_the_help_of_fit_states_the_defaults_of_the_function():
+    defaults = inspect.signature(pop_ext.fit).parameters
+    assert (defaults["steps"].default, defaults["learning_rate"].default) == (STEPS, LEARNING_RATE)
+
+
+def test_a_plan_by_importance_within_a_limit_scores_branches_and_reads_the_texts_once(tmp_path, monkeypatch):
+    text = DEMO / "heldout" / "modulefinder.py.txt"
+    read, real = [], type(AutoTokenizer.from_pretrained(DEMO / "model")).__call__
+
+    def count(self, content, *arguments, **named):
+        read.append(len(content))
+        return real(self, content, *arguments, **named)
+
+    monkeypatch.setattr(type(AutoTokenizer.from_pretrained(DEMO / "model")), "__call__", count)
+    options = ["--tokens", 40, "--samples", 4, "--prompts", 4, "--pays-from=", "--time-lengths=", "--dtype", "float32"]
+    options += ["--method", "unfitted", "--max-kl", 0.2, "--by-importance", "--branches", "--recompute"]
+    result = run("calibrate", DEMO / "model", "--text", text, "-o", tmp_path / "out", *options)
+    assert result.exit_code == 0, result.stderr
+    scores = Importance.load(tmp_path / "out" / "importance.json")
+    assert scores.attention is not None
+    assert read.count(len(text.read_text())) == 1
+    omit = Plan.from_pretrained(tmp_path / "out").omit
+    assert torch.equal(torch.tensor(omit), torch.arange(omit[0], omit[-1] + 1))
