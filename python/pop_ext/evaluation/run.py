@@ -24,7 +24,7 @@ from pop_ext.hf.loaded import check_option_supported
 from pop_ext.hf.native_model import check_plan
 from pop_ext.hf.weight_map import describe
 from pop_ext.methods.calibration import stock_evaluation, stock_model
-from pop_ext.plans.origin import config_hash, weights_hash
+from pop_ext.plans.origin import config_hash, public_name, weights_hash
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.divergence import kl_divergence
 from pop_ext.utils.progress import Progress, reporting
@@ -114,11 +114,11 @@ def evaluate(
 
 def _facts(model: Any, sets: Sequence[PromptSet], greedy_tokens: int, backend: str) -> dict[str, Any]:
     """Return the ``facts`` of an evaluation: model, versions, hardware and sets of prompts."""
-    installed = env_info.installation()
+    installed, name = env_info.installation(), getattr(model.config, "_name_or_path", None)
     digest = hashlib.sha256(" ".join([*(prompts.digest for prompts in sets), str(greedy_tokens)]).encode())
     return {
         "schema": SCHEMA,
-        "model": getattr(model.config, "_name_or_path", None) or None,
+        "model": public_name(name) if name else None,
         "config_hash": config_hash(model.config),
         "weights": weights_hash(model),
         "num_layers": model.config.get_text_config().num_hidden_layers,
@@ -127,6 +127,7 @@ def _facts(model: Any, sets: Sequence[PromptSet], greedy_tokens: int, backend: s
         "backend": backend,
         "environment": {
             "processor": env_info.processor(),
+            "hardware": env_info.hardware(model.device, model.dtype),
             "system": platform.system(),
             "threads": torch.get_num_threads(),
             **{name: installed[name] for name in ("pop_ext", "torch", "transformers", "python", "cpu_isa")},

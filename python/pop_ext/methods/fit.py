@@ -15,6 +15,7 @@ from torch import Tensor
 from pop_ext import reference
 from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.methods.calibration import Batches, check_batches, count_sequences, stock_evaluation, stock_model
+from pop_ext.methods.defaults import LEARNING_RATE, STEPS
 from pop_ext.methods.distill import Training, distill
 from pop_ext.methods.fit_arguments import Task, check_held, check_lambdas, check_tasks, check_training, hold_out_tasks
 from pop_ext.methods.fit_moments import HOLD_EVERY, MomentsReader, PlanReading
@@ -28,10 +29,6 @@ from pop_ext.utils.progress import Progress, reporting
 
 WEIGHTINGS = ("attention", "uniform")
 """Ways to weigh calibration rows."""
-
-
-STEPS, LEARNING_RATE = 120, 3e-4
-"""Default steps and learning rate of "distill"."""
 
 
 Plans = TypeVar("Plans", Plan, Sequence[Plan])
