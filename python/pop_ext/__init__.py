@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from pop_ext.hf.enable import disable, enable, enabled, explain, last_call
     from pop_ext.hf.forward import PrefillDeclined
     from pop_ext.hf.native_model import NativeModel, PrefillOutput, load
-    from pop_ext.methods.autoplan import AutoPlan, Trial, autoplan
+    from pop_ext.methods.autoplan import AutoPlan, autoplan
     from pop_ext.methods.block_influence import BlockInfluence, block_influence
+    from pop_ext.methods.candidates import Trial
     from pop_ext.methods.fit import fit
     from pop_ext.methods.importance import Importance, importance
     from pop_ext.methods.latency import BudgetedPlan, plan_within, shortest_paying
@@ -72,7 +73,7 @@ _LAZY = {
     "NativeModel": "pop_ext.hf.native_model",
     "PrefillDeclined": "pop_ext.hf.forward",
     "PrefillOutput": "pop_ext.hf.native_model",
-    "Trial": "pop_ext.methods.autoplan",
+    "Trial": "pop_ext.methods.candidates",
     "UnsupportedModelError": "pop_ext.hf.architectures",
     "autoplan": "pop_ext.methods.autoplan",
     "block_influence": "pop_ext.methods.block_influence",

@@ -13,6 +13,7 @@ import torch
 from pop_ext import Plan, env_info
 from pop_ext.cli.budget import plan_folder
 from pop_ext.methods import autoplan as module
+from pop_ext.methods import candidates
 from pop_ext.methods.autoplan import Trial, autoplan
 from pop_ext.methods.held_out import split_texts, token_counts
 from pop_ext.methods.plan_search import Candidate
@@ -185,6 +186,20 @@ def test_the_hardware_is_what_the_model_lies_on(found, monkeypatch):
     assert env_info.hardware(torch.device("cuda", 1), torch.bfloat16) == "GPU 1, bfloat16"
 
 
+def test_boundaries_are_tried_in_order_until_one_keeps_the_limit(model, text, monkeypatch):
+    def measure(self, plan, given, errors):
+        return {LOSS: Figure(0.0, 0.0, 6), KL: Figure(len(plan.omit) / plan.boundary, 0.0, 6)}
+
+    monkeypatch.setattr(QualityJudge, "measure", measure)
+    how = {"method": "unfitted", "highest": 1, "trial": TRIAL, "pays_from": (), "time_lengths": ()}
+    result = autoplan(model, [text], max_kl=0.3, boundary=(8, 1, 4), **how)
+    assert [tried.plan.boundary for tried in result.tried] == [1, 4]
+    assert (result.plan.omit, result.plan.boundary) == ((11,), 4)
+    assert result.tried[-1].saved == pytest.approx(1 - 4 / TRIAL.tokens)
+    assert [tried.plan.boundary for tried in autoplan(model, [text], max_kl=1.0, **how).tried] == [1]
+    assert autoplan(model, [text], max_kl=0.01, boundary=[8], **how).card is None
+
+
 def test_every_candidate_is_kept_and_told(found):
     result, _, told = found
     assert told == [(number, None) for number in range(1, len(result.tried) + 1)]
@@ -290,6 +305,9 @@ def test_a_drop_of_all_that_full_depth_answers_is_refused(model, text, monkeypat
             "method: expected one of unfitted, ridge, distill, got 'least'",
         ),
         ({"max_kl": 0.1, "highest": 12}, ValueError, r"highest: expected an integer in 1\.\.\.11, got 12"),
+        ({"max_kl": 0.1, "boundary": (1, 0)}, ValueError, r"boundary: expected an int >= 1, or .* got \(1, 0\)"),
+        ({"max_kl": 0.1, "boundary": 1.5}, TypeError, "boundary: expected an int or a sequence of ints, got float"),
+        ({"max_kl": 0.1, "boundary": 999}, ValueError, "boundary: expected fewer rows than the .* got 999"),
     ],
 )
 def test_bad_arguments_are_named(model, text, change, error, expected):
@@ -299,7 +317,7 @@ def test_bad_arguments_are_named(model, text, change, error, expected):
 
 def test_each_fit_gets_its_sequences_and_distill_the_tasks_for_training(model, text, monkeypatch):
     calls = []
-    real = module.fit
+    real = candidates.fit
 
     def fit(given, plan, batches, *, progress, **more):
         calls.append((len(batches), more))
@@ -311,9 +329,9 @@ def test_each_fit_gets_its_sequences_and_distill_the_tasks_for_training(model, t
         judge(1, "ridge")
         return judge(1, "distill")
 
-    monkeypatch.setattr(module, "fit", fit)
+    monkeypatch.setattr(candidates, "fit", fit)
     monkeypatch.setattr(module, "search", candidate_of)
-    monkeypatch.setattr(module, "QUICK_SHARE", 2)
+    monkeypatch.setattr(candidates, "QUICK_SHARE", 2)
     trial = dataclasses.replace(TRIAL, tokens=60, samples=17)
     autoplan(model, [text], max_kl=9.0, method="distill", trial=trial, pays_from=(), time_lengths=())
     (some, quick), (every, ridge), (again, distill) = calls
@@ -335,8 +353,8 @@ def test_the_fit_reads_the_first_part_and_the_judge_the_last(model, tokenizer, t
         seen["calibration"] += [row for batch in batches for row in batch]
         return plan
 
-    monkeypatch.setattr(module, "QualityJudge", Recording)
-    monkeypatch.setattr(module, "fit", fit)
+    monkeypatch.setattr(candidates, "QualityJudge", Recording)
+    monkeypatch.setattr(candidates, "fit", fit)
     autoplan(model, [text], max_kl=9.0, highest=1, trial=TRIAL, pays_from=(), time_lengths=())
     split = split_texts([text], tokenizer, TRIAL.holdout, TRIAL.window)
     for role, parts in (("calibration", split.calibration.plain), ("held-out", split.held_out.plain)):
@@ -380,7 +398,7 @@ def test_the_command_finds_saves_and_prints_the_plan(tmp_path, capsys):
     assert [row.prompts for row in plan.card.quality] == [8, 8]
     for shown in ("unfitted", "costs: kl", "gains: ", str(tmp_path / "out" / "card.json")):
         assert shown in result.stdout
-    assert "layers, unfitted: loss" in result.stderr
+    assert "layers, unfitted, boundary 1: loss" in result.stderr
 
     report = json.loads(run("-o", tmp_path / "again" / "plan.json", "--max-kl", 0.05, "--json").stdout)
     assert report["omit"] == list(plan.omit)

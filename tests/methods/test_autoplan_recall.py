@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from pop_ext import Plan
-from pop_ext.methods import autoplan as module
+from pop_ext.methods import candidates
 from pop_ext.methods.autoplan import Trial, autoplan
 from pop_ext.methods.quality_judge import LOSS, RECALL_DROP, QualityJudge
 from pop_ext.plans.card_markdown import render
@@ -41,7 +41,7 @@ def easy(model, text, monkeypatch):
             best = model(prompt[None]).logits[0, -1].topk(2).indices
         tasks.append((prompt, best[int(number < 2), None]))
     made = []
-    monkeypatch.setattr(module, "_tasks", lambda *arguments: made.append(arguments) or tasks)
+    monkeypatch.setattr(candidates, "make_tasks", lambda *arguments: made.append(arguments) or tasks)
     return tasks, made
 
 
@@ -57,16 +57,16 @@ def test_a_limit_under_the_error_of_one_answer_is_refused_before_the_texts_are_r
 
 
 def test_the_smallest_limit_that_is_named_can_be_kept():
-    lossless = module.Figure.of_answers([0.0] * 6)
+    lossless = candidates.Figure.of_answers([0.0] * 6)
     least = 0.1667
     assert lossless.upper(1.0) <= least
-    module._check_recall_limit({RECALL_DROP: least}, 6, TRIAL)
-    module._check_recall_limit({RECALL_DROP: 1e-9}, 6, dataclasses.replace(TRIAL, errors=0.0))
-    module._check_recall_limit({LOSS: 1e-9}, 6, TRIAL)
+    candidates.check_recall_limit({RECALL_DROP: least}, 6, TRIAL)
+    candidates.check_recall_limit({RECALL_DROP: 1e-9}, 6, dataclasses.replace(TRIAL, errors=0.0))
+    candidates.check_recall_limit({LOSS: 1e-9}, 6, TRIAL)
 
 
 def test_a_limit_that_too_few_tasks_can_show_is_refused_before_the_model_runs(model, text, easy, monkeypatch):
-    monkeypatch.setattr(module, "QualityJudge", lambda *_: pytest.fail("the model ran"))
+    monkeypatch.setattr(candidates, "QualityJudge", lambda *_: pytest.fail("the model ran"))
     trial = dataclasses.replace(TRIAL, prompts=100)
     with pytest.raises(ValueError, match=r"max_recall_drop: expected at least 0\.1667 with 6 .* than 100"):
         autoplan(model, [text], max_recall_drop=0.1, trial=trial)
@@ -104,7 +104,7 @@ def test_the_plan_is_written_before_recall_is_measured(model, text, tmp_path, mo
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_tasks", stop)
+    monkeypatch.setattr(candidates, "make_tasks", stop)
     with pytest.raises(KeyboardInterrupt):
         autoplan(model, [text], max_kl=9.0, method="unfitted", highest=1, trial=TRIAL, save=tmp_path, **UNTIMED)
     card = Plan.from_pretrained(tmp_path).card

@@ -20,7 +20,18 @@ class Judge:
         self.asked.append((count, stage))
         kl = count / (1 + ("unfitted", "quick ridge", "ridge", "distill").index(stage))
         figures = {KL: Figure(kl, 0.0, 9)}
-        return Candidate(Plan.last(40, count), stage, figures, count <= self.limits[stage], 0.0)
+        return Candidate(Plan.last(40, count), stage, figures, count <= self.limits[stage], 0.0, count)
+
+
+def test_a_smaller_count_wins_if_its_boundary_saves_more():
+    def judge(count, stage):  # the ridge needs 64 of 512 rows at full depth for 9 layers, and one for 8
+        boundary = 64 if count == 9 else 1
+        figures = {KL: Figure(0.1, 0.0, 9)}
+        return Candidate(
+            Plan.last(40, count, boundary=boundary), stage, figures, count <= 9, 0.0, count * (1 - boundary / 512)
+        )
+
+    assert search(judge, STAGES["unfitted"], 20).plan == Plan.last(40, 8)
 
 
 @pytest.mark.parametrize("least", range(21))
@@ -63,7 +74,7 @@ def test_the_fit_of_the_last_stage_must_not_have_more_kl():
         def __call__(self, count, stage):
             found = super().__call__(count, stage)
             kl = {"unfitted": 3.0, "quick ridge": 1.0, "distill": 2.0}[stage]
-            return Candidate(found.plan, stage, {KL: Figure(kl, 0.0, 9)}, found.within, 0.0)
+            return Candidate(found.plan, stage, {KL: Figure(kl, 0.0, 9)}, found.within, 0.0, found.saved)
 
     judge = Worse(**{"unfitted": 1, "quick ridge": 6, "distill": 6})
     assert search(judge, STAGES["distill"], 9).fit == "quick ridge"

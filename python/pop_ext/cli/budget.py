@@ -34,7 +34,7 @@ class Budget:
         max_kl: Value of --max-kl.
         max_recall_drop: Value of --max-recall-drop.
         method: Value of --method.
-        boundary: Value of --boundary.
+        boundaries: Numbers of --boundary; empty for the default.
         samples: Value of --samples.
         prompts: Value of --prompts.
         tokens: Value of --tokens.
@@ -46,7 +46,7 @@ class Budget:
     max_kl: float | None
     max_recall_drop: float | None
     method: str
-    boundary: int
+    boundaries: Sequence[int]
     samples: int | None
     prompts: int | None
     tokens: int | None
@@ -120,7 +120,8 @@ def calibrate_within(
             the deepest ones.
         as_json: Print a JSON object and no progress.
     """
-    from pop_ext.methods.autoplan import Trial, autoplan
+    from pop_ext.methods.autoplan import BOUNDARIES, autoplan
+    from pop_ext.methods.candidates import Trial
     from pop_ext.methods.held_out import split_texts
 
     sizes = {"samples": budget.samples, "prompts": budget.prompts, "tokens": budget.tokens}
@@ -135,7 +136,7 @@ def calibrate_within(
         split,
         **budget.limits,
         method=budget.method,
-        boundary=budget.boundary,
+        boundary=budget.boundaries or BOUNDARIES,
         choose=choose,
         tokenizer=tokenizer,
         trial=trial,

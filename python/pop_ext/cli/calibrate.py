@@ -157,11 +157,14 @@ def calibrate(
         ),
     ] = False,
     boundary: Annotated[
-        int,
+        str | None,
         typer.Option(
-            min=1, help="Last tokens of a prompt that run through all layers (boundary rows).", rich_help_panel=LAYERS
+            help="Last tokens of a prompt that run through all layers (boundary rows). Default: 1. With a budget of "
+            "quality several may be tried: 1,16,64, which is the default there.",
+            metavar="ROWS",
+            rich_help_panel=LAYERS,
         ),
-    ] = 1,
+    ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
@@ -183,7 +186,10 @@ def calibrate(
     lengths = {"--pays-from": pays_from, "--time-lengths": time_lengths}
     with output.errors_on_one_line():
         timed, shown = (options.parse_numbers(option, text) for option, text in lengths.items())
-        budget = Budget(max_loss, max_kl, max_recall_drop, method, boundary, samples, prompts, tokens, timed, shown)
+        rows = options.parse_numbers("--boundary", boundary or "")
+        budget = Budget(max_loss, max_kl, max_recall_drop, method, rows, samples, prompts, tokens, timed, shown)
+        if not budget.given and len(rows) > 1:
+            raise ValueError(f"--boundary: expected one number without a budget of quality, got {boundary}")
         check_options(options.given_options(context))
         options.require_one({"--count": count, "--budget-ms": budget_ms, "--speedup": speedup})
         folder = plan_folder(out) if budget.given else None
@@ -199,7 +205,7 @@ def calibrate(
         else:
             found = True
             scores = _score(loaded, tokenizer, files, out, samples or SAMPLES, tokens or TOKENS, how)
-            choose = functools.partial(scores.plan, contiguous=not free, boundary=boundary)
+            choose = functools.partial(scores.plan, contiguous=not free, boundary=rows[0] if rows else 1)
             chosen, within = _choose(loaded, choose, count, budget_ms, speedup, budget_tokens, not as_json)
             chosen.save(out)  # before anything is timed, so that a stopped run leaves a plan
             chosen = _with_min_tokens(loaded, chosen, timed, not as_json)

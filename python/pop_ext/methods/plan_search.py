@@ -25,6 +25,7 @@ class Candidate:
         figures: Held-out figures by name.
         within: True if all limits are kept.
         seconds: Time of fit and measurement.
+        saved: Layers that the rows of a prompt skip, on average over the rows of a prompt as long as the judged ones.
     """
 
     plan: Plan
@@ -32,6 +33,7 @@ class Candidate:
     figures: Mapping[str, Figure]
     within: bool
     seconds: float
+    saved: float
 
     @property
     def count(self) -> int:
@@ -44,7 +46,8 @@ def search(judge: Callable[[int, str], Candidate], stages: Sequence[str], highes
 
     Each stage starts from the count that the one before has found, because a better fit costs no quality. The search
     assumes that within a stage a larger count costs more. The third stage looks only ``REACH`` counts further. At the
-    end the count that was found is judged with the last stage's fit, too, and the lower KL of the two wins.
+    end the count that was found is judged with the last stage's fit, too. The candidate that saves the most wins, as a
+    smaller count with a smaller boundary may save more. Of equals the one with the lowest KL does.
 
     Args:
         judge: Function from (number of layers, stage) to a judged candidate.
@@ -61,17 +64,16 @@ def search(judge: Callable[[int, str], Candidate], stages: Sequence[str], highes
             found[count, stage] = judge(count, stage)
         return found[count, stage]
 
-    low, best = 0, None
+    low = 0
     for number, stage in enumerate(stages):
         high = highest if number < 2 else min(highest, low + REACH.get(stage, 0))
         while low < high:
             middle = (low + high + 1) // 2
-            tried = candidate(middle, stage)
-            if tried.within:
-                low, best = middle, tried
+            if candidate(middle, stage).within:
+                low = middle
             else:
                 high = middle - 1
-    if best is None or best.fit == stages[-1]:
-        return best
-    last = candidate(low, stages[-1])
-    return last if last.within and last.figures[KL].value <= best.figures[KL].value else best
+    if low > 0:
+        candidate(low, stages[-1])
+    kept = [tried for tried in found.values() if tried.within]
+    return max(kept, key=lambda tried: (tried.saved, -tried.figures[KL].value), default=None)

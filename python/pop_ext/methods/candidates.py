@@ -1,0 +1,194 @@
+"""Candidates of ``autoplan``: plans that are fitted, and judged against a budget of quality."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pop_ext.evaluation.prompts import Pair, Texts, calibration_batches, text_sets
+from pop_ext.evaluation.retrieval import retrieval_pairs
+from pop_ext.evaluation.retrieval_templates import EVALUATION, TRAINING
+from pop_ext.methods.fit import fit
+from pop_ext.methods.held_out import SplitTexts
+from pop_ext.methods.plan_search import DISTILL, QUICK, UNFITTED, Candidate
+from pop_ext.methods.quality_judge import RECALL_DROP, Figure, QualityJudge, within
+from pop_ext.plans.plan import Plan
+from pop_ext.utils.progress import Progress
+
+QUICK_SHARE, QUICK_LAMBDA = 4, 0.1
+"""The quick ridge reads each such sequence and fits with this lambda."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """How candidates are fitted and judged.
+
+    Attributes:
+        tokens: Context of each held-out prompt.
+        continuation: Tokens after it whose loss is measured.
+        prompts: Held-out prompts, at most, and retrieval tasks.
+        samples: Calibration sequences of ``tokens`` + ``continuation`` tokens, at most.
+        holdout: Share of each text that is held out.
+        errors: Standard errors that are added to a mean before it is compared with its limit. With 1, a plan whose true
+            cost equals the limit passes about one time in six.
+        batch_size: Prompts per forward.
+        seed: Seed of the retrieval tasks.
+
+    Raises:
+        ValueError: A member has a bad value.
+    """
+
+    tokens: int = 512
+    continuation: int = 64
+    prompts: int = 48
+    samples: int = 112
+    holdout: float = 0.25
+    errors: float = 1.0
+    batch_size: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"tokens": 2, "continuation": 1, "prompts": 1, "samples": 2, "batch_size": 1, "seed": 0}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+                raise ValueError(f"{name}: expected an int >= {smallest}, got {value!r}")
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"holdout: expected a number between 0 and 1, got {self.holdout!r}")
+        if not 0 <= self.errors < math.inf:
+            raise ValueError(f"errors: expected a number >= 0, got {self.errors!r}")
+
+    @property
+    def window(self) -> int:
+        """Tokens of a context and its continuation."""
+        return self.tokens + self.continuation
+
+
+class Candidates:
+    """Fits and judges candidates for ``search``, and keeps all of them.
+
+    Attributes:
+        tried: All candidates, in the order of trial.
+        recall: Share of the retrieval tasks that the model answers at full depth; None if there are none.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        split: SplitTexts,
+        trial: Trial,
+        limits: dict[str, float],
+        boundaries: Sequence[int],
+        choose: Callable[[int], Plan] | None,
+        highest: int,
+        progress: Progress,
+    ) -> None:
+        depth = model.config.get_text_config().num_hidden_layers
+        self.model, self.trial, self.limits, self.boundaries = model, trial, limits, boundaries
+        self.choose_deepest = choose is None
+        self.choose = choose or (lambda count: Plan.last(depth, count))
+        self.tried: list[Candidate] = []
+        self._report = progress if callable(progress) else None
+        self._bar = progress is True
+        self._batches = calibration_batches(split.calibration, tokenizer, trial.window, trial.samples, batch=1)
+        self._training: list[Pair] | None = None
+        self._make_training = lambda: make_tasks(split.calibration, tokenizer, trial, TRAINING)
+        (held,) = text_sets(split.held_out, tokenizer, [trial.tokens], trial.continuation, trial.prompts)
+        if len(held.pairs) < 2 and trial.errors > 0:
+            raise ValueError(
+                f"texts: expected enough for two held-out prompts of {trial.window} tokens, as one has no standard "
+                f"error, got {len(held.pairs)}; give more text or a smaller trial.tokens"
+            )
+        self._make_tasks = lambda: make_tasks(split.held_out, tokenizer, trial, EVALUATION)
+        self._held = held.pairs
+        tasks = self._make_tasks() if RECALL_DROP in limits else []
+        check_recall_limit(limits, len(tasks), trial)
+        # Of the default choice every count starts at another layer; a caller's choices are not known before.
+        layers = range(depth - highest, depth) if choose is None else []
+        self.judge = QualityJudge(model, held.pairs, tasks, layers, trial.batch_size, self._bar)
+        self.recall = self.judge.recall
+        drop = limits.get(RECALL_DROP)
+        if drop is not None and (self.recall or 0.0) <= drop:
+            raise ValueError(
+                f"max_recall_drop: expected less than {self.recall:.3g}, the share of the {len(tasks)} retrieval "
+                f"tasks that the model answers at full depth, got {drop}"
+            )
+
+    def candidate(self, count: int, stage: str) -> Candidate:
+        """Fit the plan of ``count`` layers, and judge it with each boundary until one is within the budget."""
+        start = time.perf_counter()
+        plan = self.choose(count).replace(boundary=self.boundaries[0], min_tokens=0)
+        if stage != UNFITTED:
+            self._say(f"{count} layers: fitting ({stage})")
+            plan = self._fitted(plan, stage)
+        for boundary in self.boundaries:
+            plan = plan.replace(boundary=boundary)
+            figures = self.judge.measure(plan, self.limits, self.trial.errors)
+            kept = within(figures, self.limits, self.trial.errors)
+            seconds, start = time.perf_counter() - start, time.perf_counter()
+            found = Candidate(plan, stage, figures, kept, seconds, count * max(0.0, 1 - boundary / self.trial.tokens))
+            self._keep(found)
+            if kept:
+                break
+        return found
+
+    def _keep(self, found: Candidate) -> None:
+        """Keep a candidate, and tell of it."""
+        self.tried.append(found)
+        name = f"{found.count} layers, {found.fit}, boundary {found.plan.boundary}"
+        text = ", ".join(f"{name} {figure}" for name, figure in found.figures.items())
+        self._say(f"{name}: {text}: {'within' if found.within else 'over'} the budget ({found.seconds:.0f} s)")
+        if self._report is not None:
+            self._report(len(self.tried), None)
+
+    def measure_recall(self, plan: Plan) -> Figure | str:
+        """Return the loss of retrieval tasks that no limit asked for, or the reason why it cannot be measured."""
+        try:
+            tasks = self._make_tasks()
+        except ValueError as error:
+            return f"the texts make no retrieval tasks ({error})"
+        self._say(f"{len(plan.omit)} layers: measuring {len(tasks)} retrieval tasks")
+        # A judge of its own, so that the search does not wait for tasks; it needs a text.
+        judge = QualityJudge(self.model, self._held[:1], tasks, plan.omit[:1], self.trial.batch_size, self._bar)
+        self.recall = judge.recall
+        if not judge.recall:
+            return f"the model answers none of {len(tasks)} retrieval tasks at full depth"
+        return judge.measure(plan)[RECALL_DROP]
+
+    def _fitted(self, plan: Plan, stage: str) -> Plan:
+        """Fit a plan; ``QUICK`` reads some of the sequences and chooses no lambda."""
+        more: dict[str, Any] = {}
+        if stage == QUICK:
+            some = self._batches[:: QUICK_SHARE if len(self._batches) >= 8 * QUICK_SHARE else 1]
+            return fit(self.model, plan, some, lambdas=[QUICK_LAMBDA], progress=self._bar)
+        if stage == DISTILL:
+            if self._training is None:
+                self._training = self._make_training()
+            more = {"method": DISTILL, "tasks": self._training}
+        fitted: Plan = fit(self.model, plan, self._batches, progress=self._bar, **more)
+        return fitted
+
+    def _say(self, text: str) -> None:
+        if self._bar:
+            print(text, file=sys.stderr, flush=True)
+
+
+def make_tasks(texts: Texts, tokenizer: Any, trial: Trial, kind: str) -> list[Pair]:
+    """Make retrieval tasks as long as the held-out prompts, and as many. The kinds share no wording and no name."""
+    return retrieval_pairs(texts, tokenizer, trial.tokens, trial.prompts, kind=kind, seed=trial.seed)
+
+
+def check_recall_limit(limits: dict[str, float], tasks: int, trial: Trial) -> None:
+    """Raise ValueError if a plan that loses no answer to so many tasks would exceed the limit, by its error alone."""
+    least = trial.errors / max(tasks, 1)
+    if limits.get(RECALL_DROP, math.inf) < least:
+        raise ValueError(
+            f"max_recall_drop: expected at least {math.ceil(least * 1e4) / 1e4:g} with {tasks} retrieval tasks, as "
+            f"the error of the drop is at least one answer, got {limits[RECALL_DROP]:g}; a larger trial.prompts than "
+            f"{trial.prompts}, and as much text, allow a smaller limit"
+        )
