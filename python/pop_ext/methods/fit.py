@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pop_ext import reference
 from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.methods.calibration import Batches, check_batches, count_sequences, stock_evaluation, stock_model
 from pop_ext.methods.defaults import LEARNING_RATE, STEPS
@@ -20,7 +19,7 @@ from pop_ext.methods.distill import Training, distill
 from pop_ext.methods.fit_arguments import Task, check_held, check_lambdas, check_tasks, check_training, hold_out_tasks
 from pop_ext.methods.fit_moments import HOLD_EVERY, MomentsReader, PlanReading
 from pop_ext.methods.ridge import RunMoments, RunSolution
-from pop_ext.methods.student import count_continuation
+from pop_ext.methods.student import Example, Student
 from pop_ext.plans.origin import origin_of
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.projections import FitReport, Projections, sample_weights
@@ -191,9 +190,11 @@ def _best_solution(
     samples = {layer: sample_weights(layers[layer]) for layer in reading.plan.omit}
     losses: list[tuple[float, float, float]] = []
     if len(ridges) > 1:
+        student = Student(reader.model, reading.plan)
+        examples = [student.example(ids) for ids in held]
         for ridge in ridges:
             solved, _ = _solve(reader, reading, ridge, samples)
-            losses.append((ridge, *_held_out_loss(reader.model, solved, held, advance)))
+            losses.append((ridge, *_held_out_loss(student, solved, examples, advance)))
     best = _best_ridge(losses) if losses else ridges[0]
     return _with_report(
         reader.model, *_solve(reader, reading, best, samples), reading.moments, losses, len(held), tasks
@@ -349,19 +350,27 @@ def _dtype(model: Any) -> torch.dtype:
     return dtype
 
 
-def _held_out_loss(model: Any, plan: Plan, held: list[Tensor], advance: Callable[[int], None]) -> tuple[float, float]:
-    """Score a plan on the continuations of held-out sequences [1, T].
+def _held_out_loss(
+    student: Student, plan: Plan, held: list[Example], advance: Callable[[int], None]
+) -> tuple[float, float]:
+    """Score a fitted plan on the continuations of held-out sequences.
+
+    Args:
+        student: Student of the plan.
+        plan: The plan with its projections.
+        held: States of the full model on single sequences.
+        advance: Called with the sequences just scored.
 
     Returns:
         The mean loss in nats per token, and its standard error.
     """
+    assert plan.projections is not None
     found = []
-    for ids in held:
-        rows = count_continuation(ids)
-        boundary = plan.boundary - 1 + rows
-        logits, _ = reference.prefill(model, ids[:, :-1], plan, rows, boundary=boundary)
-        log_p = logits[0].float().log_softmax(-1)
-        found.append(-log_p.gather(-1, ids[0, -rows:, None]).mean())
+    for example in held:
+        rows = example.rows
+        logits = student.logits(example, example.ids.shape[1] - rows, rows, plan.projections.matrices)
+        log_p = logits[0].log_softmax(-1)
+        found.append(-log_p.gather(-1, example.ids[0, -rows:, None]).mean())
         advance(1)
     losses = torch.stack(found).double()
     error = losses.std() / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
