@@ -1,8 +1,8 @@
 """Measure what plans cost on the real model, and what fits win back: ``python examples/real_model/quality.py``.
 
 Each count of omitted layers is measured unfitted, with a ridge fit, and distilled with and without retrieval tasks, on
-held-out texts of every domain. Fits and samples are kept in the output folder, and a stopped run goes on from there.
-``--fit-only`` ends after the fits, so that several processes can make them.
+held-out texts of every domain. Fits of all counts and the samples of each arm are kept in the output folder, where a
+stopped run goes on. ``--fit-only`` ends after the fits, so that several processes can make them.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/real_model"), help="folder of fits and results")
     parser.add_argument("--counts", type=int, nargs="+", default=[3, 5, 8, 10, 12, 15], help="omitted layers")
-    parser.add_argument("--boundaries", type=int, nargs="*", default=[64], help="of unfitted plans, beside 1")
+    parser.add_argument("--boundaries", type=int, nargs="*", default=[64], help="beside 1")
     parser.add_argument("--fits", nargs="*", choices=FITS, default=FITS)
     parser.add_argument("--choices", action="store_true", help="also layers chosen by gates, and every other layer")
     parser.add_argument("--fit-only", action="store_true", help="measure nothing")

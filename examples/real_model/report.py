@@ -15,9 +15,12 @@ from pop_ext.evaluation import Evaluation, plots
 from pop_ext.evaluation.results import Mean, mean_of
 from pop_ext.evaluation.timing import NATIVE_FULL, median_ms, speed_range
 from pop_ext.utils.layer_ranges import format_layers
-from quality import FITS, SECOND_TURN
+from quality import FITS
 
-NAMES = {"ridge": "ridge", "distill": "distilled", "distill-text": "distilled, no tasks", "": "unfitted"}
+NAMES = {"": "unfitted", "ridge": "ridge", "distill": "distilled", "distill-text": "distilled, no tasks"}
+TEXTS = ("prose", "code", "reference")
+DEPTH = 30
+RECALL = ("retrieval-512", "retrieval-2000", "second-turn")
 LIMITS = (0.02, 0.05)
 """Nats a token."""
 FIGURES = ("cost", "frontier", "recall")
@@ -58,10 +61,17 @@ class Study:
         found: dict[str, list[float]] = self.results[name].find(0, "full")["samples"]  # type: ignore[index]
         return found
 
-    def figures(self, name: str) -> dict[tuple[int, str, str], dict[str, Mean]]:
-        """Return for each arm the means of its samples, of losses and shares also paired with the full model."""
+    def figures(self, name: str, wide: bool = False) -> dict[tuple[int, str, str], dict[str, Mean]]:
+        """Return for each arm the means of its samples, of losses and shares also paired with the full model.
+
+        Args:
+            name: Set of prompts.
+            wide: Arms of a boundary above 1. Else those of boundary 1 or none.
+        """
         full, found = self.full(name), {}
         for key, cell in self.cells(name):
+            if wide != (cell["boundary"] not in (None, 1)):
+                continue
             own = cell["samples"]
             found[key] = {measure: mean_of(values) for measure, values in own.items()}
             for measure in ("loss", "exact"):
@@ -78,11 +88,13 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, help="folder for the figures; none are drawn without")
     arguments = parser.parse_args()
     study = Study(arguments.folder)
-    texts = [name for name in study.results if not name.startswith("retrieval") and name != SECOND_TURN]
-    recall = [name for name in study.results if name not in texts]
-    print_loss(study, texts)
+    texts = [name for name in TEXTS if name in study.results]
+    recall = [name for name in RECALL if name in study.results]
+    for wide in (False, True):
+        print_loss(study, texts, wide)
     print_won_back(study, texts)
-    print_recall(study, recall)
+    for wide in (False, True):
+        print_recall(study, recall, wide)
     print_counts(study, texts)
     times = arguments.folder / "times.json"
     if times.exists():
@@ -92,13 +104,15 @@ def main() -> None:
             result.timings = timed
     if arguments.figures is not None:
         for name in FIGURES:
-            source = recall[0] if name == "recall" else texts[-1] if "prose" not in texts else "prose"
-            plots.FIGURES[name](study.results[source], arguments.figures / f"real-{name}.png")
+            source = recall[0] if name == "recall" else texts[0]
+            result = study.results[source]  # a figure has one line for all distilled fits, so one of them is left out
+            result.cells = [cell for cell in result.cells if study.fits.get(cell["fit"]) != "distill-text"]
+            plots.FIGURES[name](result, arguments.figures / f"real-{name}.png")
 
 
-def print_loss(study: Study, names: list[str]) -> None:
-    """Print the loss above full depth and the KL divergence of every arm."""
-    figures = {name: study.figures(name) for name in names}
+def print_loss(study: Study, names: list[str], wide: bool) -> None:
+    """Print the loss above full depth and the KL divergence of every arm, of boundary 1 or of wider ones."""
+    figures = {name: study.figures(name, wide) for name in names}
     print(f"\n| omitted | | {' | '.join(names)} |\n|---|---|{'---|' * len(names)}")
     for key in sorted({key for own in figures.values() for key in own}, key=_order):
         cells = []
@@ -122,13 +136,16 @@ def print_won_back(study: Study, names: list[str]) -> None:
                 zero = full[measure] if measure == "loss" else [0.0] * len(full["loss"])
                 before = [a - b for a, b in zip(plain["samples"][measure], zero, strict=True)]
                 after = [a - b for a, b in zip(cell["samples"][measure], zero, strict=True)]
+                if measure == "loss" and mean_of(before).value < 3 * mean_of(before).error:
+                    shares.append("")  # a share of next to nothing
+                    continue
                 shares.append("{:.0%} ({:.0%})".format(*_won_back(before, after)))
             print(f"| {key[0]} ({key[1]}) | {key[2]} | {name} | {' | '.join(shares)} |")
 
 
-def print_recall(study: Study, names: list[str]) -> None:
-    """Print the share of exact answers, and its difference to full depth."""
-    figures = {name: study.figures(name) for name in names}
+def print_recall(study: Study, names: list[str], wide: bool) -> None:
+    """Print the share of exact answers, and its difference to full depth, of boundary 1 or of wider ones."""
+    figures = {name: study.figures(name, wide) for name in names}
     print(f"\n| omitted | | {' | '.join(names)} |\n|---|---|{'---|' * len(names)}")
     full = [mean_of(study.full(name)["exact"]) for name in names]
     print(f"| 0 | full depth | {' | '.join(f'{one.value:.2f} ({one.error:.2f})' for one in full)} |")
@@ -149,8 +166,14 @@ def print_counts(study: Study, names: list[str]) -> None:
         for limit in LIMITS:
             cells = []
             for kind in NAMES.values():
-                kept = [key[0] for key, own in figures.items() if key[2] == kind and own["delta_loss"].value <= limit]
-                cells.append(str(max(kept, default=0)))
+                largest = 0
+                for key, own in sorted(figures.items()):  # the deepest layers, up to the first count that exceeds it
+                    if key[2] != kind or key[1] != format_layers(range(DEPTH - key[0], DEPTH), ", "):
+                        continue
+                    if own["delta_loss"].value > limit:
+                        break
+                    largest = key[0]
+                cells.append(str(largest))
             print(f"| {name} | {limit} | {' | '.join(cells)} |")
 
 

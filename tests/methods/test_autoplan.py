@@ -186,18 +186,41 @@ def test_the_hardware_is_what_the_model_lies_on(found, monkeypatch):
     assert env_info.hardware(torch.device("cuda", 1), torch.bfloat16) == "GPU 1, bfloat16"
 
 
-def test_boundaries_are_tried_in_order_until_one_keeps_the_limit(model, text, monkeypatch):
+def test_a_wider_boundary_is_taken_only_where_it_saves_more(model, text, monkeypatch):
+    least = {1: 1, 2: 1, 3: 4, 4: 8, 5: 99}  # number of layers -> smallest boundary within the budget
+
     def measure(self, plan, given, errors):
-        return {LOSS: Figure(0.0, 0.0, 6), KL: Figure(len(plan.omit) / plan.boundary, 0.0, 6)}
+        kept = plan.boundary >= least[len(plan.omit)]
+        return {LOSS: Figure(0.0, 0.0, 6), KL: Figure(0.1 if kept else 1.0, 0.0, 6)}
 
     monkeypatch.setattr(QualityJudge, "measure", measure)
-    how = {"method": "unfitted", "highest": 1, "trial": TRIAL, "pays_from": (), "time_lengths": ()}
-    result = autoplan(model, [text], max_kl=0.3, boundary=(8, 1, 4), **how)
-    assert [tried.plan.boundary for tried in result.tried] == [1, 4]
-    assert (result.plan.omit, result.plan.boundary) == ((11,), 4)
-    assert result.tried[-1].saved == pytest.approx(1 - 4 / TRIAL.tokens)
-    assert [tried.plan.boundary for tried in autoplan(model, [text], max_kl=1.0, **how).tried] == [1]
-    assert autoplan(model, [text], max_kl=0.01, boundary=[8], **how).card is None
+    how = {"max_kl": 0.3, "method": "unfitted", "highest": 5, "trial": TRIAL, "pays_from": (), "time_lengths": ()}
+
+    def found(boundary):
+        result = autoplan(model, [text], boundary=boundary, **how)
+        return len(result.plan.omit), result.plan.boundary
+
+    assert found(1) == (2, 1)
+    assert found((8, 1, 4)) == (4, 8)
+    wide = TRIAL.tokens - 1  # saves next to nothing
+    assert found((1, wide)) == (2, 1)
+    assert found((8, 1)) == (4, 8)
+    monkeypatch.setitem(least, 1, 4)
+    monkeypatch.setitem(least, 2, 4)
+    assert found((1, 4)) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "error", "expected"),
+    [
+        (Plan(12, (3, 4)), ValueError, "choose: expected a plan that omits 1 of 12 layers, got one of 2 of 12"),
+        (Plan(6, (3,)), ValueError, "choose: expected a plan that omits 1 of 12 layers, got one of 1 of 6"),
+        ([3], TypeError, "choose: expected a pop_ext.Plan, got list"),
+    ],
+)
+def test_a_choice_of_other_plans_than_asked_is_refused(model, text, chosen, error, expected):
+    with pytest.raises(error, match=expected):
+        autoplan(model, [text], max_kl=9.0, method="unfitted", highest=1, choose=lambda _: chosen, trial=TRIAL)
 
 
 def test_every_candidate_is_kept_and_told(found):

@@ -23,17 +23,6 @@ class Judge:
         return Candidate(Plan.last(40, count), stage, figures, count <= self.limits[stage], 0.0, count)
 
 
-def test_a_smaller_count_wins_if_its_boundary_saves_more():
-    def judge(count, stage):  # the ridge needs 64 of 512 rows at full depth for 9 layers, and one for 8
-        boundary = 64 if count == 9 else 1
-        figures = {KL: Figure(0.1, 0.0, 9)}
-        return Candidate(
-            Plan.last(40, count, boundary=boundary), stage, figures, count <= 9, 0.0, count * (1 - boundary / 512)
-        )
-
-    assert search(judge, STAGES["unfitted"], 20).plan == Plan.last(40, 8)
-
-
 @pytest.mark.parametrize("least", range(21))
 def test_bisection_finds_the_largest_count_of_a_stage(least):
     judge = Judge(unfitted=least)

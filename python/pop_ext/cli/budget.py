@@ -171,6 +171,7 @@ def _report(found: AutoPlan, out: Path) -> dict[str, Any]:
     tried = [
         {
             "omit": list(candidate.plan.omit),
+            "boundary": candidate.plan.boundary,
             "fit": candidate.fit,
             "within": candidate.within,
             "seconds": candidate.seconds,
@@ -196,11 +197,12 @@ def _report(found: AutoPlan, out: Path) -> dict[str, Any]:
 def _print(found: AutoPlan, out: Path) -> None:
     console = Console()
     names = list(dict.fromkeys(name for candidate in found.tried for name in candidate.figures))
-    table = output.new_table("omitted, fit", *names, "budget", "seconds")
+    table = output.new_table("omitted, fit, boundary", *names, "budget", "seconds")
     for candidate in sorted(found.tried, key=lambda tried: tried.count):
         cells = [str(candidate.figures[name]) if name in candidate.figures else "-" for name in names]
         kept = "within" if candidate.within else "over"
-        table.add_row(f"{candidate.count}, {candidate.fit}", *cells, kept, f"{candidate.seconds:.0f}")
+        name = f"{candidate.count}, {candidate.fit}, {candidate.plan.boundary}"
+        table.add_row(name, *cells, kept, f"{candidate.seconds:.0f}")
     console.print(table)
     note = (
         "differences to full depth on held-out prompts: mean (standard error). A plan keeps a limit if mean plus one "
@@ -220,7 +222,9 @@ def _print(found: AutoPlan, out: Path) -> None:
         console.print(Text(f"not measured: {name}: {why}"))
     for speed in card.speed:
         console.print(Text(f"gains: {speed.speedup:.2f}x at {speed.tokens} tokens against the {speed.against} prefill"))
-    console.print(Text(f"prompts of fewer than {found.plan.min_tokens} tokens run all layers"))
+    if found.plan.min_tokens > 0:
+        console.print(Text(f"prompts of fewer than {found.plan.min_tokens} tokens run all layers"))
+    print(f'run it: pop_ext.enable(model, "{out}")')
     for name in (PLAN_FILE, MATRICES_FILE, CARD_FILE, README_FILE):  # print, because a console breaks long paths
         if (out / name).exists():
             print(out / name)

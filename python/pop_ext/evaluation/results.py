@@ -30,6 +30,7 @@ _COMPARED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a model of config hash": lambda facts: facts.get("config_hash"),
     "dtype (--dtype)": lambda facts: facts.get("dtype"),
     "weights of hash": lambda facts: facts.get("weights"),
+    "backend (--reuse-states)": lambda facts: facts.get("backend"),
     "greedy tokens (--greedy)": lambda facts: facts.get("greedy_tokens"),
     "prompts (--lengths, --samples, --recall)": _sets_text,
     "texts and continuations (--text, --continuation) of digest": lambda facts: facts.get("digest"),

@@ -72,8 +72,7 @@ def autoplan(
     with the model at full depth, prompt by prompt. A candidate is within the budget if each limited figure, its mean
     plus ``trial.errors`` standard errors, is at most its limit. The number of layers is found by bisection: first
     without a fit, then with a ridge fit on a quarter of the sequences. The count that is found gets the fit of
-    ``method`` on all of them, which also tries a few more layers. Each number of layers is tried with each boundary
-    until one is within the budget. Of all candidates the one that saves the most rows of layers wins.
+    ``method`` on all of them, which also tries a few more layers, and then more still with wider boundaries.
 
     The loss of exact answers to retrieval tasks is measured even without a limit on it, for the plan that was found.
     The card says why if it could not be measured.
@@ -90,8 +89,8 @@ def autoplan(
         max_recall_drop: Largest loss of exact answers to retrieval tasks, as a share of the tasks. The tasks are made
             from the texts: a fact stands in a text of ``trial.tokens`` tokens, and a question about it follows.
         method: "ridge" or "distill" for the fit, or "unfitted" for none.
-        boundary: Number of last prompt rows that run at full depth. Of several, the first with which a number of layers
-            is within the budget is taken; each costs time in every prefill.
+        boundary: Number of last prompt rows that run at full depth. Of several, the smallest is searched and fitted
+            for. The others are tried with more layers, where that saves more work in a prompt of ``trial.tokens``.
         choose: Function from a number of layers to a plan that omits that many, such as the ``plan`` method of an
             importance. None omits the deepest ones.
         highest: Largest number of layers to try. None for half of them.
@@ -128,8 +127,8 @@ def autoplan(
     split = texts
     if not isinstance(split, SplitTexts):
         split = split_texts(split, tokenizer, trial.holdout, trial.window, licence)
-    run = Candidates(model, tokenizer, split, trial, limits, boundaries, choose, highest, progress)
-    best = search(run.candidate, STAGES[method], highest)
+    run = Candidates(model, tokenizer, split, trial, limits, method, boundaries, choose, highest, progress)
+    best = run.widen(search(run.candidate, STAGES[method], highest), STAGES[method][-1], highest)
     if best is None:
         return AutoPlan(Plan(depth, ()), None, tuple(run.tried), run.recall)
     asked = {name: limits[figure] for name, figure in LIMITS.items() if figure in limits}
@@ -243,6 +242,8 @@ def _check_boundaries(boundary: int | Sequence[int], tokens: int) -> list[int]:
     if not given or any(isinstance(rows, bool) or not isinstance(rows, int) or rows < 1 for rows in given):
         raise ValueError(f"boundary: expected an int >= 1, or a sequence of them, got {boundary!r}")
     if min(given) >= tokens:
+        raise ValueError(f"boundary: expected fewer rows than the {tokens} of trial.tokens, got {boundary!r}")
+    if given is not BOUNDARIES and max(given) >= tokens:
         raise ValueError(f"boundary: expected fewer rows than the {tokens} of trial.tokens, got {boundary!r}")
     return sorted({rows for rows in given if rows < tokens})
 

@@ -83,6 +83,7 @@ class Candidates:
         split: SplitTexts,
         trial: Trial,
         limits: dict[str, float],
+        method: str,
         boundaries: Sequence[int],
         choose: Callable[[int], Plan] | None,
         highest: int,
@@ -93,11 +94,12 @@ class Candidates:
         self.choose_deepest = choose is None
         self.choose = choose or (lambda count: Plan.last(depth, count))
         self.tried: list[Candidate] = []
+        self._plans: dict[tuple[int, str], Plan] = {}
         self._report = progress if callable(progress) else None
         self._bar = progress is True
         self._batches = calibration_batches(split.calibration, tokenizer, trial.window, trial.samples, batch=1)
-        self._training: list[Pair] | None = None
-        self._make_training = lambda: make_tasks(split.calibration, tokenizer, trial, TRAINING)
+        # Made now, so that prompts too short for a task fail before the search.
+        self._training = make_tasks(split.calibration, tokenizer, trial, TRAINING) if method == DISTILL else []
         (held,) = text_sets(split.held_out, tokenizer, [trial.tokens], trial.continuation, trial.prompts)
         if len(held.pairs) < 2 and trial.errors > 0:
             raise ValueError(
@@ -119,23 +121,67 @@ class Candidates:
                 f"tasks that the model answers at full depth, got {drop}"
             )
 
-    def candidate(self, count: int, stage: str) -> Candidate:
-        """Fit the plan of ``count`` layers, and judge it with each boundary until one is within the budget."""
+    def candidate(self, count: int, stage: str, boundary: int | None = None) -> Candidate:
+        """Fit the plan of ``count`` layers, and judge it.
+
+        Args:
+            count: Number of layers.
+            stage: Fit, of ``STAGES``.
+            boundary: Boundary to judge with. None for the smallest, which the fit is made for.
+        """
         start = time.perf_counter()
-        plan = self.choose(count).replace(boundary=self.boundaries[0], min_tokens=0)
-        if stage != UNFITTED:
-            self._say(f"{count} layers: fitting ({stage})")
-            plan = self._fitted(plan, stage)
-        for boundary in self.boundaries:
-            plan = plan.replace(boundary=boundary)
-            figures = self.judge.measure(plan, self.limits, self.trial.errors)
-            kept = within(figures, self.limits, self.trial.errors)
-            seconds, start = time.perf_counter() - start, time.perf_counter()
-            found = Candidate(plan, stage, figures, kept, seconds, count * max(0.0, 1 - boundary / self.trial.tokens))
-            self._keep(found)
-            if kept:
-                break
+        if (count, stage) not in self._plans:
+            plan = self._chosen(count).replace(boundary=self.boundaries[0], min_tokens=0, projections=None)
+            if stage != UNFITTED:
+                self._say(f"{count} layers: fitting ({stage})")
+                plan = self._fitted(plan, stage)
+            self._plans[count, stage] = plan
+        plan = self._plans[count, stage].replace(boundary=boundary or self.boundaries[0])
+        figures = self.judge.measure(plan, self.limits, self.trial.errors)
+        kept = within(figures, self.limits, self.trial.errors)
+        saved = self._saved(count, plan.boundary)
+        found = Candidate(plan, stage, figures, kept, time.perf_counter() - start, saved)
+        self._keep(found)
         return found
+
+    def _saved(self, count: int, boundary: int) -> float:
+        return count * (1 - boundary / self.trial.tokens)
+
+    def widen(self, best: Candidate | None, stage: str, highest: int) -> Candidate | None:
+        """Try more layers with wider boundaries, as long as a candidate keeps the limits and saves more.
+
+        A boundary that saves less than the best candidate does is not tried, so a wide one is taken only where it pays.
+
+        Args:
+            best: The best candidate of the smallest boundary.
+            stage: Fit of the candidates.
+            highest: Largest number of layers to try.
+        """
+        for count in range(best.count + 1 if best else 1, highest + 1):
+            least = best.saved if best else 0.0
+            paying = [rows for rows in self.boundaries[1:] if self._saved(count, rows) > least]
+            found = next((one for one in (self.candidate(count, stage, rows) for rows in paying) if one.within), None)
+            if found is None:
+                break
+            best = found
+        return best
+
+    def _chosen(self, count: int) -> Plan:
+        """Return the plan of ``count`` layers.
+
+        Raises:
+            TypeError: The caller's ``choose`` returns no plan.
+            ValueError: It returns one of another depth or another number of layers.
+        """
+        plan, depth = self.choose(count), self.model.config.get_text_config().num_hidden_layers
+        if not isinstance(plan, Plan):
+            raise TypeError(f"choose: expected a pop_ext.Plan, got {type(plan).__name__}")
+        if (plan.num_layers, len(plan.omit)) != (depth, count):
+            raise ValueError(
+                f"choose: expected a plan that omits {count} of {depth} layers, got one of {len(plan.omit)} of "
+                f"{plan.num_layers}"
+            )
+        return plan
 
     def _keep(self, found: Candidate) -> None:
         """Keep a candidate, and tell of it."""
@@ -167,8 +213,6 @@ class Candidates:
             some = self._batches[:: QUICK_SHARE if len(self._batches) >= 8 * QUICK_SHARE else 1]
             return fit(self.model, plan, some, lambdas=[QUICK_LAMBDA], progress=self._bar)
         if stage == DISTILL:
-            if self._training is None:
-                self._training = self._make_training()
             more = {"method": DISTILL, "tasks": self._training}
         fitted: Plan = fit(self.model, plan, self._batches, progress=self._bar, **more)
         return fitted

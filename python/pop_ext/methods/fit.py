@@ -125,9 +125,10 @@ def fit(
         reader.read(batches)
         reader.read_tasks(kept)
         chosen, fitted = "lambda" if len(ridges) > 1 else "steps", []
-        for number, reading in enumerate(reader.readings):
-            count = reader.sequences - len(kept)
-            judges = check_held(held, reading.plan.boundary, count, chosen) if holds else []
+        count = reader.sequences - len(kept)
+        # All of them now, so that a bad boundary does not cost the fits of other plans.
+        judged = [check_held(held, one.boundary, count, chosen) if holds else [] for one in plans]
+        for number, (reading, judges) in enumerate(zip(reader.readings, judged, strict=True)):
             solved = _best_solution(reader, reading, ridges, judges, len(kept), advance)
             if training is not None:
                 say = _speaker(progress, "" if isinstance(plan, Plan) else f"plan {number + 1} of {len(plans)}, ")

@@ -103,7 +103,7 @@ def origin_of(model: Any, method: str, samples: int | None = None) -> Origin:
 
 
 def weights_hash(model: Any) -> str:
-    """Hash the name, the shape and a few values of every parameter, whatever its dtype.
+    """Hash the name, the shape and a few values of every parameter and saved buffer, whatever its dtype.
 
     A base model and a model tuned from it share their ``config_hash``, but not this hash. Only 8 values spread over
     each parameter are read, which takes milliseconds for any size, so a change between them is not noticed. The values
@@ -115,10 +115,12 @@ def weights_hash(model: Any) -> str:
         The first 16 hexadecimal digits of a SHA-256.
     """
     found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        some = spread_values(parameter.detach(), min(8, parameter.numel())).to(torch.bfloat16).float()
+    saved = model.state_dict().keys()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)  # quantised weights are some
+    for name, tensor in (*model.named_parameters(), *buffers):
+        some = spread_values(tensor.detach(), min(8, tensor.numel())).to(torch.bfloat16).float()
         some[some.abs() < 2**-16] = 0.0  # not -0.0, whose bytes differ
-        found.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
+        found.update(f"{name} {tuple(tensor.shape)}".encode() + some.numpy().tobytes())
     return found.hexdigest()[:16]
 
 

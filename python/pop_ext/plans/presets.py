@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,9 @@ class Preset:
 
     def names_checkpoint(self, name: str | None) -> bool:
         """Return True if a hub id, or a snapshot of it in the hub's cache, is one of this preset's names."""
-        hub_id = None if name is None else (snapshot_id(name) or name)
+        hub_id = None if name is None else snapshot_id(name)
+        if hub_id is None and name is not None and not os.path.isdir(name):  # a folder may be called like a hub id
+            hub_id = name
         return hub_id is not None and hub_id.lower() in (known.lower() for known in self.names)
 
 
