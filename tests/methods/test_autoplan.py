@@ -356,7 +356,7 @@ def test_each_fit_gets_its_sequences_and_distill_the_tasks_for_training(model, t
     monkeypatch.setattr(module, "search", candidate_of)
     monkeypatch.setattr(candidates, "QUICK_SHARE", 2)
     trial = dataclasses.replace(TRIAL, tokens=60, samples=17)
-    autoplan(model, [text], max_kl=9.0, method="distill", trial=trial, pays_from=(), time_lengths=())
+    autoplan(model, [text], max_kl=9.0, method="distill", boundary=1, trial=trial, pays_from=(), time_lengths=())
     (some, quick), (every, ridge), (again, distill) = calls
     assert (some, every, again) == (9, 17, 17)
     assert (quick, ridge) == ({"lambdas": [0.1]}, {})

@@ -71,7 +71,12 @@ FIT = [
         ValueError,
         "plan: expected num_layers 3, the model's, got 4",
     ),
-    Case("a dict as plan", lambda f: fit(f, {"omit": [1]}), TypeError, "plan: expected a pop_ext.Plan, got dict"),
+    Case(
+        "a dict as plan",
+        lambda f: fit(f, {"omit": [1]}),
+        TypeError,
+        "plan: expected a pop_ext.Plan or a sequence of them, got dict",
+    ),
     Case(
         "no batches",
         lambda f: fit(f, batches=[]),
