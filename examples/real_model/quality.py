@@ -29,7 +29,7 @@ from pop_ext.evaluation import (
     time_plans,
 )
 from pop_ext.evaluation.prompts import Texts, calibration_batches, texts_before_holdout
-from pop_ext.evaluation.timing import median_ms, speed_range
+from pop_ext.evaluation.timing import NATIVE_FULL, median_ms, speed_range
 from texts import Domain, fetch_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,13 +78,18 @@ def _time(model: Any, plans: list[Plan], arguments: Any) -> None:
     times = time_plans(model, plans, arguments.times, fits=True, repeats=15, progress=True)
     facts = {"processor": env_info.processor(), "threads": torch.get_num_threads(), **env_info.installation()}
     (arguments.out / "times.json").write_text(json.dumps({"facts": facts, "times": times}, indent=1))
-    for length in arguments.times:
-        print(f"\n{length} tokens: median ms, times as fast as the native full prefill (quartiles)")
+    print_times(times)
+
+
+def print_times(times: list[dict[str, Any]]) -> None:
+    """Print medians of the time to the first token, and speed-ups over the native full prefill."""
+    for length in sorted({one["tokens"] for one in times}):
+        print(f"\n| {length} tokens | ms, median | times as fast as {NATIVE_FULL} (quartiles) |\n|---|---|---|")
         for arm in dict.fromkeys(one["arm"] for one in times):
             speed = speed_range(times, arm, length)
-            print(
-                f"  {arm:32} {median_ms(times, arm, length):8.1f} {speed.median:.3f} ({speed.low:.3f}-{speed.high:.3f})"
-            )
+            if speed is not None:
+                quartiles = f"{speed.median:.3f} ({speed.low:.3f} to {speed.high:.3f})"
+                print(f"| {arm} | {median_ms(times, arm, length):.1f} | {quartiles} |")
 
 
 def _plain_plans(model: Any, calibration: _Calibration, arguments: Any) -> dict[str, Plan]:

@@ -6,16 +6,15 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pop_ext import Plan
 from pop_ext.evaluation import Evaluation, plots
 from pop_ext.evaluation.results import Mean, mean_of
-from pop_ext.evaluation.timing import NATIVE_FULL, median_ms, speed_range
 from pop_ext.utils.layer_ranges import format_layers
-from quality import FITS
+from quality import FITS, print_times
 
 NAMES = {"": "unfitted", "ridge": "ridge", "distill": "distilled", "distill-text": "distilled, no tasks"}
 TEXTS = ("prose", "code", "reference")
@@ -114,12 +113,7 @@ def print_loss(study: Study, names: list[str], wide: bool) -> None:
     """Print the loss above full depth and the KL divergence of every arm, of boundary 1 or of wider ones."""
     figures = {name: study.figures(name, wide) for name in names}
     print(f"\n| omitted | | {' | '.join(names)} |\n|---|---|{'---|' * len(names)}")
-    for key in sorted({key for own in figures.values() for key in own}, key=_order):
-        cells = []
-        for name in names:
-            own = figures[name].get(key)
-            cells.append("" if own is None else f"{_signed(own['delta_loss'])} / {own['kl'].value:.3f}")
-        print(f"| {key[0]} ({key[1]}) | {key[2]} | {' | '.join(cells)} |")
+    _print_rows(figures, lambda own: f"{_signed(own['delta_loss'])} / {own['kl'].value:.3f}")
 
 
 def print_won_back(study: Study, names: list[str]) -> None:
@@ -149,11 +143,15 @@ def print_recall(study: Study, names: list[str], wide: bool) -> None:
     print(f"\n| omitted | | {' | '.join(names)} |\n|---|---|{'---|' * len(names)}")
     full = [mean_of(study.full(name)["exact"]) for name in names]
     print(f"| 0 | full depth | {' | '.join(f'{one.value:.2f} ({one.error:.2f})' for one in full)} |")
+    _print_rows(figures, lambda own: f"{own['exact'].value:.2f}, {_signed(own['delta_exact'], 2)}")
+
+
+def _print_rows(
+    figures: dict[str, dict[tuple[int, str, str], dict[str, Mean]]], cell: Callable[[dict[str, Mean]], str]
+) -> None:
+    """Print a row per arm with a cell per set of prompts, empty where the arm was not measured."""
     for key in sorted({key for own in figures.values() for key in own}, key=_order):
-        cells = []
-        for name in names:
-            own = figures[name].get(key)
-            cells.append("" if own is None else f"{own['exact'].value:.2f}, {_signed(own['delta_exact'], 2)}")
+        cells = [cell(own[key]) if key in own else "" for own in figures.values()]
         print(f"| {key[0]} ({key[1]}) | {key[2]} | {' | '.join(cells)} |")
 
 
@@ -175,17 +173,6 @@ def print_counts(study: Study, names: list[str]) -> None:
                     largest = key[0]
                 cells.append(str(largest))
             print(f"| {name} | {limit} | {' | '.join(cells)} |")
-
-
-def print_times(times: list[dict[str, Any]]) -> None:
-    """Print medians of the time to the first token, and speed-ups over the native full prefill."""
-    for length in sorted({one["tokens"] for one in times}):
-        print(f"\n| {length} tokens | ms, median | times as fast as {NATIVE_FULL} (quartiles) |\n|---|---|---|")
-        for arm in dict.fromkeys(one["arm"] for one in times):
-            speed = speed_range(times, arm, length)
-            if speed is not None:
-                quartiles = f"{speed.median:.3f} ({speed.low:.3f} to {speed.high:.3f})"
-                print(f"| {arm} | {median_ms(times, arm, length):.1f} | {quartiles} |")
 
 
 def _won_back(before: list[float], after: list[float]) -> tuple[float, float]:

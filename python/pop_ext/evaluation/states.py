@@ -8,7 +8,6 @@ the layers from there on for the few rows at full depth. The states run by the r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +17,9 @@ from torch import Tensor
 from pop_ext.evaluation.ablations import group_by_shape
 from pop_ext.evaluation.prompts import Pair
 from pop_ext.hf.modules import find_decoder_modules
-from pop_ext.methods.calibration import input_hidden_states, output_hidden_states, stock_evaluation
-from pop_ext.methods.student import Example, Student
+from pop_ext.methods.calibration import stock_evaluation
+from pop_ext.methods.student import FINAL, Example, Student, recorded_states
 from pop_ext.plans.plan import Plan
-
-_FINAL = -1
-"""Key of the last layer's output among the recorded inputs of layers."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class _Group:
         indices: Index of each prompt.
         ids: int64 [batch, T] on the model's device, all but the last token of prompt and continuation.
         rows: Tokens of the continuation.
-        entries: Layer -> its input, [batch, T, hidden] on the CPU; ``_FINAL`` -> the last layer's output for the rows
+        entries: Layer -> its input, [batch, T, hidden] on the CPU; ``FINAL`` -> the last layer's output for the rows
             that predict the continuation, [batch, rows, hidden].
     """
 
@@ -76,23 +72,10 @@ class FullStates:
 
     def _record(self, group: _Group, layers: Iterable[int]) -> None:
         """Run the full model on prompts of one shape, and keep the input of ``layers`` and the last layer's output."""
-
-        def keep_entry(layer: int) -> Any:
-            def keep(_: Any, args: Any, kwargs: Any) -> None:
-                group.entries[layer] = input_hidden_states(args, kwargs).cpu()
-
-            return keep
-
-        def keep_final(_: Any, args: Any, output: Any) -> None:
-            # a view would keep all rows
-            group.entries[_FINAL] = output_hidden_states(output)[:, -group.rows :].cpu().clone()
-
-        with stock_evaluation(self.model), torch.no_grad(), ExitStack() as stack:
-            for layer in layers:
-                handle = self._parts.layers[layer].register_forward_pre_hook(keep_entry(layer), with_kwargs=True)
-                stack.callback(handle.remove)
-            stack.callback(self._parts.layers[-1].register_forward_hook(keep_final).remove)
-            self._parts.decoder(input_ids=group.ids, use_cache=False)
+        with stock_evaluation(self.model), torch.no_grad():
+            with recorded_states(self._parts, layers, group.rows) as states:
+                self._parts.decoder(input_ids=group.ids, use_cache=False)
+            group.entries.update(states)
 
     def logits(self, plan: Plan) -> Iterator[tuple[int, Tensor]]:
         """Yield the index of each prompt and the logits that predict its continuation after a prefill under ``plan``.
@@ -104,14 +87,14 @@ class FullStates:
         Yields:
             (index of the prompt, logits [n, vocab] float32 on the model's device).
         """
-        first, fitted = plan.omit[0] if plan.omit else _FINAL, plan.projections
+        first, fitted = plan.omit[0] if plan.omit else FINAL, plan.projections
         student = Student(self.model, plan if plan.omit else Plan(plan.num_layers, (plan.num_layers - 1,)))
         for group in self._groups:
             prompt = group.ids.shape[1] - group.rows + 1
-            pruned = first != _FINAL and prompt > plan.boundary  # else all rows of the prompt run at full depth
+            pruned = first != FINAL and prompt > plan.boundary  # else all rows of the prompt run at full depth
             if first not in group.entries:
                 self._record(group, [first])
-            example = Example(group.ids, group.entries[first], group.entries[_FINAL], group.rows)
+            example = Example(group.ids, group.entries[first], group.entries[FINAL], group.rows)
             with stock_evaluation(self.model), torch.no_grad():
                 if pruned:
                     found = student.logits(example, prompt, group.rows, fitted.matrices if fitted else None)

@@ -241,9 +241,8 @@ def _check_boundaries(boundary: int | Sequence[int], tokens: int) -> list[int]:
         raise TypeError(f"boundary: expected an int or a sequence of ints, got {type(boundary).__name__}")
     if not given or any(isinstance(rows, bool) or not isinstance(rows, int) or rows < 1 for rows in given):
         raise ValueError(f"boundary: expected an int >= 1, or a sequence of them, got {boundary!r}")
-    if min(given) >= tokens:
-        raise ValueError(f"boundary: expected fewer rows than the {tokens} of trial.tokens, got {boundary!r}")
-    if given is not BOUNDARIES and max(given) >= tokens:
+    largest = min(given) if given is BOUNDARIES else max(given)  # of the default, those that fit are tried
+    if largest >= tokens:
         raise ValueError(f"boundary: expected fewer rows than the {tokens} of trial.tokens, got {boundary!r}")
     return sorted({rows for rows in given if rows < tokens})
 

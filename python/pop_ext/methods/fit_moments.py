@@ -17,7 +17,7 @@ from pop_ext.methods.calibration import Batches, check_batches, input_hidden_sta
 from pop_ext.methods.ridge import RunMoments
 from pop_ext.methods.student import Example, Student, count_continuation
 from pop_ext.plans.plan import Plan
-from pop_ext.plans.projections import key_value_weights, normalize_unweighted
+from pop_ext.plans.projections import key_value_biases, key_value_weights, normalize_unweighted
 
 HOLD_EVERY = 8
 """Without a ``holdout``, every eighth sequence of the batches is held out to choose lambda. Of fewer than eight
@@ -273,23 +273,24 @@ def _watch_key_values(layer: Any, keep: Callable[[Tensor], None]) -> list[Any]:
     Returns:
         The handles of the hooks.
     """
-    attention, weights = layer.self_attn, key_value_weights(layer.self_attn)
+    attention = layer.self_attn
+    k_bias, v_bias = key_value_biases(attention)
 
     def without_bias(output: Tensor, bias: Tensor | None) -> Tensor:
         rows = output.float().flatten(0, 1)
         return rows if bias is None else rows - bias.float()
 
     if hasattr(attention, "qkv_proj"):
-        kv_dim = len(weights.k)
+        kv_dim = attention.config.num_key_value_heads * attention.head_dim
 
         def fused(module: Any, args: Any, output: Tensor) -> None:
-            keep(without_bias(output[..., -2 * kv_dim : -kv_dim], weights.k_bias))
-            keep(without_bias(output[..., -kv_dim:], weights.v_bias))
+            keep(without_bias(output[..., -2 * kv_dim : -kv_dim], k_bias))
+            keep(without_bias(output[..., -kv_dim:], v_bias))
 
         return [attention.qkv_proj.register_forward_hook(fused)]
     return [
-        attention.k_proj.register_forward_hook(lambda module, args, output: keep(without_bias(output, weights.k_bias))),
-        attention.v_proj.register_forward_hook(lambda module, args, output: keep(without_bias(output, weights.v_bias))),
+        attention.k_proj.register_forward_hook(lambda module, args, output: keep(without_bias(output, k_bias))),
+        attention.v_proj.register_forward_hook(lambda module, args, output: keep(without_bias(output, v_bias))),
     ]
 
 

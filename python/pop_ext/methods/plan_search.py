@@ -46,8 +46,8 @@ def search(judge: Callable[[int, str], Candidate], stages: Sequence[str], highes
 
     Each stage starts from the count that the one before has found, because a better fit costs no quality. The search
     assumes that within a stage a larger count costs more. The third stage looks only ``REACH`` counts further. At the
-    end the count that was found is judged with the last stage's fit, too. Of the candidates
-    that save the most, the one with the lowest KL wins.
+    end the count that was found is judged with the last stage's fit, too. Of the
+    candidates that save the most, the one with the lowest KL wins.
 
     Args:
         judge: Function from (number of layers, stage) to a judged candidate.

@@ -7,7 +7,7 @@ computed once by the full model, and a step starts from the cached input of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from pop_ext.hf.compat import with_cache
-from pop_ext.hf.modules import find_decoder_modules
+from pop_ext.hf.modules import DecoderModules, find_decoder_modules
 from pop_ext.hf.restore import forward_attribute, replaced_forward
 from pop_ext.methods.calibration import input_hidden_states, output_hidden_states
 from pop_ext.plans.plan import Plan
@@ -63,6 +63,41 @@ class Example:
         """Return some of the sequences, by index."""
         index = list(rows)
         return Example(self.ids[index], self.entry[index], self.final[index], self.answer)
+
+
+FINAL = -1
+"""Key of the last layer's output among the recorded inputs of layers."""
+
+
+@contextmanager
+def recorded_states(parts: DecoderModules, layers: Iterable[int], kept: int) -> Iterator[dict[int, Tensor]]:
+    """Record states of a forward of the full model inside the block, on the CPU.
+
+    Args:
+        parts: Modules of the model.
+        layers: Layers whose input is recorded.
+        kept: Number of last rows of the last layer's output.
+
+    Yields:
+        Layer -> its input, [batch, T, hidden]; ``FINAL`` -> the last layer's output, [batch, kept, hidden].
+    """
+    states: dict[int, Tensor] = {}
+
+    def keep_entry(layer: int) -> Any:
+        def keep(_: Any, args: Any, kwargs: Any) -> None:
+            states[layer] = input_hidden_states(args, kwargs).detach().cpu()
+
+        return keep
+
+    def keep_final(_: Any, args: Any, output: Any) -> None:
+        states[FINAL] = output_hidden_states(output).detach()[:, -kept:].cpu().clone()  # a view would keep all rows
+
+    with ExitStack() as stack:
+        for layer in layers:
+            handle = parts.layers[layer].register_forward_pre_hook(keep_entry(layer), with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.callback(parts.layers[-1].register_forward_hook(keep_final).remove)
+        yield states
 
 
 class Student:
@@ -111,19 +146,10 @@ class Student:
         """
         length = ids.shape[1]
         kept = length - self.shortest_prompt(ids, answer) + 1
-        layers, seen, found = self.parts.layers, {}, []
-
-        def keep_entry(_: Any, args: Any, kwargs: Any) -> None:
-            seen["entry"] = input_hidden_states(args, kwargs).detach().cpu()
-
-        def keep_final(_: Any, args: Any, output: Any) -> None:
-            final = output_hidden_states(output).detach()[:, -kept:].cpu().clone()  # a view would keep all rows
-            found.append(Example(ids, seen["entry"], final, answer))
-
-        with ExitStack() as stack:
-            stack.callback(layers[self._first].register_forward_pre_hook(keep_entry, with_kwargs=True).remove)
-            stack.callback(layers[-1].register_forward_hook(keep_final).remove)
+        found: list[Example] = []
+        with recorded_states(self.parts, [self._first], kept) as states:
             yield found
+        found.append(Example(ids, states[self._first], states[FINAL], answer))
 
     @torch.no_grad()
     def example(self, ids: Tensor, answer: int = 0) -> Example:

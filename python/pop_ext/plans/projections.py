@@ -255,12 +255,18 @@ def key_value_weights(attention: Any) -> KeyValueWeights:
     dtype = getattr(attention.config, "dtype", None)
     if hasattr(attention, "qkv_proj"):
         kv_dim = attention.config.num_key_value_heads * attention.head_dim
-        weight, bias = dense_weight(attention.qkv_proj, dtype), linear_bias(attention.qkv_proj)
-        biases = (None, None) if bias is None else bias[-2 * kv_dim :].split(kv_dim)
-        return KeyValueWeights(*weight[-2 * kv_dim :].split(kv_dim), *biases)
-    projections = (attention.k_proj, attention.v_proj)
-    weights = [dense_weight(module, dtype) for module in projections]
-    return KeyValueWeights(*weights, *(linear_bias(module) for module in projections))
+        weights = dense_weight(attention.qkv_proj, dtype)[-2 * kv_dim :].split(kv_dim)
+    else:
+        weights = tuple(dense_weight(module, dtype) for module in (attention.k_proj, attention.v_proj))
+    return KeyValueWeights(weights[0], weights[1], *key_value_biases(attention))
+
+
+def key_value_biases(attention: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Return the biases of K and V, ``[kv_dim]`` each or None. Unlike the weights they are never quantised."""
+    if hasattr(attention, "qkv_proj"):
+        kv_dim, bias = attention.config.num_key_value_heads * attention.head_dim, linear_bias(attention.qkv_proj)
+        return (None, None) if bias is None else (bias[-2 * kv_dim : -kv_dim], bias[-kv_dim:])
+    return linear_bias(attention.k_proj), linear_bias(attention.v_proj)
 
 
 def dense_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from pop_ext.hf.compat import cache_argument, with_cache
 from pop_ext.hf.modules import Module, family_function
 from pop_ext.hf.restore import forward_attribute, replaced_forward
-from pop_ext.plans.projections import Projections, key_value_weights, normalize_unweighted
+from pop_ext.plans.projections import Projections, key_value_biases, normalize_unweighted
 from pop_ext.reference.checks import PlanLike
 
 
@@ -43,9 +43,9 @@ def project_kv(
     if fitted is not None:
         plain = normalize_unweighted(layer, hidden_states).to(hidden_states.dtype)
         keys, values = (plain @ fitted.to(plain).T).chunk(2, dim=-1)
-        biases = key_value_weights(attention)
-        if biases.k_bias is not None and biases.v_bias is not None:
-            keys, values = keys + biases.k_bias, values + biases.v_bias
+        k_bias, v_bias = key_value_biases(attention)
+        if k_bias is not None and v_bias is not None:
+            keys, values = keys + k_bias, values + v_bias
     elif hasattr(attention, "qkv_proj"):  # Phi-3
         kv_dim = attention.config.num_key_value_heads * attention.head_dim
         keys, values = attention.qkv_proj(normed)[..., -2 * kv_dim :].split(kv_dim, dim=-1)
