@@ -107,9 +107,12 @@ def test_a_score_equals_prefill_and_decode(boundary):
         assert not pop_ext.score(model, context, [other])[0].is_greedy
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
-def test_batch_size_and_order_do_not_change_scores(batch_size):
-    model = shared()
+# The RoPE of "longrope" follows a batch's longest sequence; that of "dynamic" also follows what the model saw before.
+@pytest.mark.parametrize(
+    ("rope", "batch_size"), [("default", 1), ("default", 2), ("default", 3), ("default", 100), ("longrope", 100)]
+)
+def test_batch_size_and_order_do_not_change_scores(rope, batch_size):
+    model = shared() if rope == "default" else llama(rope=rope)
     contexts, continuations = pairs(model)
     with pop_ext.enabled(model, plan_of(model, GAPS, 2)):
         expected = [pop_ext.score(model, [a], [b])[0] for a, b in zip(contexts, continuations, strict=True)]

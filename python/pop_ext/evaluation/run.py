@@ -65,7 +65,8 @@ def evaluate(
         batch_size: Prompts per forward. It changes memory, not results.
         reuse_states: Run the full model once per set of prompts, and compute ``full``, ``pop`` and ``pop-fitted`` from
             its states by the reference. An arm then costs its omitted layers alone, not a prefill. It takes prompts *
-            tokens * hidden values of memory on the CPU for each first omitted layer. Second turns run as without.
+            tokens * hidden values of memory on the CPU for each first omitted layer. Second turns run
+            prompt by prompt, by the reference too.
         resume: JSON file that takes the state after each arm of each set. What it already holds is not measured again.
         progress: True for a progress bar, or a callback that takes (arms of sets done, their number).
 
@@ -86,10 +87,10 @@ def evaluate(
     arms = make_arms(plans, kinds)
     for plan in plans:  # ablations are plain PyTorch, which would accept any plan
         check_plan(plan, model.config.get_text_config().num_hidden_layers, model.config)
-    backend = backend_of(model)
+    backend = "reference" if reuse_states else backend_of(model)
     if any(arm.fp8 for arm in arms):
         check_option_supported("fp8", describe(model))  # fail now rather than after hours of other arms
-    evaluation = Evaluation(_facts(model, sets, greedy_tokens, "reference" if reuse_states else backend))
+    evaluation = Evaluation(_facts(model, sets, greedy_tokens, backend))
     if resume is not None and Path(resume).exists():
         evaluation.take(Evaluation.load(resume), str(resume))
     with reporting(progress, "evaluating", len(sets) * len(arms)) as advance:

@@ -11,8 +11,11 @@ from torch import nn
 from pop_ext import reference
 from pop_ext.hf.enable import require_enabled
 from pop_ext.hf.inputs import make_request
+from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.hf.native_backend import NativeBackend
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A context and its continuation, int64 [n] each."""
 Ids = Sequence[int] | torch.Tensor
 """One sequence of token ids."""
 
@@ -85,8 +88,7 @@ def continuation_logits(
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     pairs = _pairs(context_ids, continuation_ids, inner.get_input_embeddings().weight.shape[0])
-    for begin in range(0, len(pairs), batch_size):
-        batch = pairs[begin : begin + batch_size]
+    for batch in _batches(pairs, batch_size, _rope_follows_length(inner)):
         # The last token of a continuation is left out: nothing after it is scored.
         inputs = [torch.cat([context, continuation[:-1]]) for context, continuation in batch]
         num_logits = [len(continuation) for _, continuation in batch]
@@ -111,9 +113,27 @@ def continuation_logits(
             yield row, continuation.to(row.device)
 
 
+def _rope_follows_length(model: Any) -> bool:
+    """Return True if RoPE frequencies depend on the longest sequence of a batch."""
+    kinds = getattr(find_decoder_modules(model).rotary, "rope_type", None)
+    return not {"dynamic", "longrope"}.isdisjoint(kinds.values() if isinstance(kinds, dict) else [kinds])
+
+
+def _batches(pairs: Sequence[Pair], batch_size: int, one_length: bool) -> Iterator[Sequence[Pair]]:
+    """Yield at most ``batch_size`` neighbouring pairs at a time, with ``one_length`` only such of equal length."""
+    begin = 0
+    while begin < len(pairs):
+        end = min(begin + batch_size, len(pairs))
+        if one_length:
+            length = sum(map(len, pairs[begin]))
+            end = next((i for i in range(begin, end) if sum(map(len, pairs[i])) != length), end)
+        yield pairs[begin:end]
+        begin = end
+
+
 def _pairs(
     context_ids: Sequence[Ids], continuation_ids: Sequence[Ids], vocab_size: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+) -> list[Pair]:
     """Check contexts and continuations, and return them as pairs of int64 tensors [n] on the CPU."""
     lists: dict[str, Any] = {"context_ids": context_ids, "continuation_ids": continuation_ids}
     for name, given in lists.items():
