@@ -40,6 +40,7 @@ def run(*arguments):
         ("--max-recall-drop 1 --budget-tokens 2048", "got --budget-tokens and --max-recall-drop"),
         ("--max-loss 1 --free", "expected one of them, got --free and --max-loss"),
         ("--max-kl 1 --branches", "--branches: expected it beside --max-kl only with --by-importance, got it without"),
+        ("--max-kl 1 --method unfitted --samples 9", "--samples: expected it beside --method unfitted only with"),
         ("--max-kl 1 --recompute", "--recompute: expected it beside --max-kl only with --by-importance"),
     ],
 )
@@ -49,6 +50,36 @@ def test_calibrate_refuses_an_option_that_it_would_not_read(tmp_path, given, err
     assert result.exit_code == 2
     assert error in result.stderr
     assert not (tmp_path / "o").exists()
+
+
+TINY = "--tokens 40 --samples 4 --prompts 4 --pays-from= --time-lengths= --dtype float32 --boundary 1"
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ("--max-recall-drop 0.01", "--max-recall-drop: expected at least 0.25 with 4 retrieval tasks"),
+        ("--max-recall-drop 0.01", "a larger --prompts than 4"),
+        ("--max-loss -1", "--max-loss: expected more than 0, got -1.0"),
+        ("--max-loss 1 --method best", "--method: expected one of unfitted, ridge, distill, got 'best'"),
+        ("--max-loss 1 --boundary 40", "--boundary: expected fewer rows than the 40 of --tokens, got [40]"),
+        ("--max-loss 1 --tokens 4000", "texts: expected a text of at least 8128 tokens"),
+    ],
+)
+def test_an_error_of_a_budget_names_the_option_and_leaves_no_folder(tmp_path, given, error):
+    text = DEMO / "heldout" / "modulefinder.py.txt"
+    result = run("calibrate", DEMO / "model", "--text", text, "-o", tmp_path / "o", *TINY.split(), *given.split())
+    assert result.exit_code == 2
+    assert error in result.stderr
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(("limit", "says"), [("100", True), ("0.0001", False)])
+def test_calibrate_says_that_more_layers_were_not_tried(tmp_path, limit, says):
+    text = DEMO / "heldout" / "modulefinder.py.txt"
+    options = ("--max-loss", limit, "--method", "unfitted", *TINY.replace("--samples 4", "").split())
+    result = run("calibrate", DEMO / "model", "--text", text, "-o", tmp_path / "o", *options)
+    assert ("more than 6 layers, half of them, were not tried" in result.stdout) == says
 
 
 @pytest.mark.parametrize("given", ["--tasks 96", "--steps 120", "--seed 0", "--learning-rate 0.0003"])

@@ -66,6 +66,19 @@ def test_a_fitted_plan_comes_back_with_its_matrices(fitted, tmp_path):
     assert found.card.quality == ()
 
 
+def test_a_plan_without_a_fit_leaves_no_matrices_of_the_one_before(fitted, tmp_path):
+    fitted.save_pretrained(tmp_path)
+    PLAN.save_pretrained(tmp_path)
+    assert not (tmp_path / "plan.safetensors").exists()
+    assert Plan.from_pretrained(tmp_path).projections is None
+
+
+def test_a_place_that_no_folder_can_be_made_in_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"^folder: expected a folder.*/file/new, where .*file is a file"):
+        PLAN.save_pretrained(f"{tmp_path}/file/new")
+
+
 def test_a_plan_is_found_in_the_sub_folder_of_a_checkpoint(tmp_path):
     PLAN.save_pretrained(tmp_path / "pop_ext", card=CARD)
     assert Plan.from_pretrained(tmp_path).card == CARD

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pop_ext.cli import options, output
-from pop_ext.plans.folder import CARD_FILE, MATRICES_FILE, PLAN_FILE, README_FILE
+from pop_ext.plans.folder import CARD_FILE, MATRICES_FILE, PLAN_FILE, README_FILE, check_folder
 from pop_ext.plans.plan import Plan
 
 if TYPE_CHECKING:
@@ -64,11 +66,12 @@ class Budget:
         return any(limit is not None for limit in self.limits.values())
 
 
-def check_options(given: set[str]) -> None:
+def check_options(given: set[str], method: str) -> None:
     """Refuse options of ``pop-ext calibrate`` that it would not read beside the others that were given.
 
     Args:
         given: The options on the command line, by name.
+        method: Value of --method.
 
     Raises:
         ValueError: An option belongs to a plan within limits and none is given, or to one without; or it needs another.
@@ -84,6 +87,8 @@ def check_options(given: set[str]) -> None:
             raise ValueError(f"{option} and {', '.join(LIMITS)}: expected one of them, got {option} and {limit}")
     for option in ("--branches", "--recompute"):
         options.refuse_ignored(given, option, ("--by-importance",), limit)
+    if method == "unfitted":
+        options.refuse_ignored(given, "--samples", ("--by-importance",), "--method unfitted")
 
 
 def plan_folder(out: Path) -> Path:
@@ -126,25 +131,26 @@ def calibrate_within(
 
     sizes = {"samples": budget.samples, "prompts": budget.prompts, "tokens": budget.tokens}
     trial = Trial(**{name: size for name, size in sizes.items() if size is not None})
-    out.mkdir(parents=True, exist_ok=True)
+    check_folder(out)
     split = split_texts(files, tokenizer, trial.holdout, trial.window)
     choose = None
     if importance is not None:
         choose = _by_importance(model, tokenizer, split.calibration, trial, out, importance)
-    found = autoplan(
-        model,
-        split,
-        **budget.limits,
-        method=budget.method,
-        boundary=budget.boundaries or BOUNDARIES,
-        choose=choose,
-        tokenizer=tokenizer,
-        trial=trial,
-        save=out,
-        pays_from=budget.pays_from,
-        time_lengths=budget.time_lengths,
-        progress=not as_json,
-    )
+    with _options_named():
+        found = autoplan(
+            model,
+            split,
+            **budget.limits,
+            method=budget.method,
+            boundary=budget.boundaries or BOUNDARIES,
+            choose=choose,
+            tokenizer=tokenizer,
+            trial=trial,
+            save=out,
+            pays_from=budget.pays_from,
+            time_lengths=budget.time_lengths,
+            progress=not as_json,
+        )
     if as_json:
         output.print_json(_report(found, out))
     else:
@@ -152,6 +158,17 @@ def calibrate_within(
     if found.card is None:
         print("pop-ext: not even one layer can be omitted within the budget; no plan is written", file=sys.stderr)
     return found.card is not None
+
+
+@contextmanager
+def _options_named() -> Iterator[None]:
+    """Let errors of ``autoplan`` name the options that set its arguments."""
+    try:
+        yield
+    except ValueError as error:
+        text = re.sub(r"\btrial\.(\w+)", r"--\1", str(error))
+        text = re.sub(r"^(max_\w+|method|boundary)\b(?=[:,])", lambda found: f"--{found[1].replace('_', '-')}", text)
+        raise ValueError(text) from None
 
 
 def _by_importance(
@@ -162,6 +179,7 @@ def _by_importance(
     from pop_ext.methods.importance import importance
 
     batches = calibration_batches(texts, tokenizer, trial.window, trial.samples, batch=1)
+    out.mkdir(parents=True, exist_ok=True)
     scores = importance(model, batches, resume=out / "importance.json", **how)
     return functools.partial(scores.plan, contiguous=True)
 
@@ -215,6 +233,8 @@ def _print(found: AutoPlan, out: Path) -> None:
     if card is None:
         return
     console.print(Text(f"plan: {card.plan}"))
+    if len(found.plan.omit) == found.highest:
+        console.print(Text(f"more than {found.highest} layers, half of them, were not tried"))
     for row in card.quality:
         error = math.nan if row.error is None else row.error
         console.print(Text(f"costs: {row.name} {row.value:+.4f} ({error:.4f}) {row.unit}, {row.prompts} prompts"))

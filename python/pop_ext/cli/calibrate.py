@@ -190,7 +190,7 @@ def calibrate(
         budget = Budget(max_loss, max_kl, max_recall_drop, method, rows, samples, prompts, tokens, timed, shown)
         if not budget.given and len(rows) > 1:
             raise ValueError(f"--boundary: expected one number without a budget of quality, got {boundary}")
-        check_options(options.given_options(context))
+        check_options(options.given_options(context), method)
         options.require_one({"--count": count, "--budget-ms": budget_ms, "--speedup": speedup})
         folder = plan_folder(out) if budget.given else None
         files = options.find_files("--text", text)

@@ -93,7 +93,8 @@ def _print_model(console: Console, model: dict[str, Any]) -> None:
     ]
     if model["plan_choice"]["unmeasured"]:
         lines.append(
-            "pop-ext calibrate --max-loss 0.03 finds layers to omit at that price; --plan third shows the deepest third"
+            "pop-ext calibrate MODEL --text FILE --max-loss 0.03 -o DIR finds layers to omit at that price; "
+            "--plan third shows the deepest third"
         )
     if windows:
         lines.insert(3, f"sliding windows: {windows}")

@@ -19,7 +19,7 @@ from pop_ext.methods.latency import PAYS_FROM, with_min_tokens
 from pop_ext.methods.plan_search import RIDGE, STAGES, Candidate, search
 from pop_ext.methods.quality_judge import KL, LOSS, RECALL_DROP, UNITS, Figure
 from pop_ext.plans.card import CardQuality, CardSpeed, PlanCard
-from pop_ext.plans.folder import prepare_folder
+from pop_ext.plans.folder import check_folder
 from pop_ext.plans.origin import config_hash, origin_of, weights_hash
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.progress import Progress
@@ -39,12 +39,14 @@ class AutoPlan:
         card: The card of the plan. None if it omits no layer.
         tried: Every candidate, in the order of trial.
         recall: Share of the retrieval tasks that the model answers at full depth; None if no task was run.
+        highest: Largest number of layers that was allowed.
     """
 
     plan: Plan
     card: PlanCard | None
     tried: tuple[Candidate, ...]
     recall: float | None
+    highest: int
 
 
 def autoplan(
@@ -93,7 +95,9 @@ def autoplan(
             for. The others are tried with more layers, where that saves more work in a prompt of ``trial.tokens``.
         choose: Function from a number of layers to a plan that omits that many, such as the ``plan`` method of an
             importance. None omits the deepest ones.
-        highest: Largest number of layers to try. None for half of them.
+        highest: Largest number of layers to try. None for half of them. On the CPU the input of each layer that may be
+            the first omitted one is kept for all judged prompts: ``highest * trial.prompts * (trial.tokens +
+            trial.continuation) * hidden`` values.
         tokenizer: Hugging Face tokenizer. None for that of the checkpoint.
         licence: Licence of the texts, for the card.
         trial: Sizes of the calibration and the judgement. None for the defaults.
@@ -122,7 +126,7 @@ def autoplan(
     check_recall_limit(limits, trial.prompts, trial)
     highest, boundaries = _check_arguments(method, highest, depth), _check_boundaries(boundary, trial.tokens)
     if save is not None:
-        prepare_folder(save)  # fail now rather than after the search
+        check_folder(save)  # fail now rather than after the search
     tokenizer = tokenizer or _tokenizer_of(model)
     split = texts
     if not isinstance(split, SplitTexts):
@@ -130,7 +134,7 @@ def autoplan(
     run = Candidates(model, tokenizer, split, trial, limits, method, boundaries, choose, highest, progress)
     best = run.widen(search(run.candidate, STAGES[method], highest), STAGES[method][-1], highest)
     if best is None:
-        return AutoPlan(Plan(depth, ()), None, tuple(run.tried), run.recall)
+        return AutoPlan(Plan(depth, ()), None, tuple(run.tried), run.recall, highest)
     asked = {name: limits[figure] for name, figure in LIMITS.items() if figure in limits}
     plan = _with_card(model, best, run, asked, split)
     if save is not None:
@@ -143,7 +147,7 @@ def autoplan(
         plan = _timed(model, plan, pays_from, time_lengths, progress is True)
         if save is not None:
             plan.save_pretrained(save)
-    return AutoPlan(plan, plan.card, tuple(run.tried), run.recall)
+    return AutoPlan(plan, plan.card, tuple(run.tried), run.recall, highest)
 
 
 def _with_card(model: Any, best: Candidate, run: Candidates, asked: dict[str, float], split: SplitTexts) -> Plan:

@@ -60,8 +60,8 @@ class ChosenPlan:
         """Return one line that says what is unknown of a model, and how to find out."""
         words = 'plan="third"' if self.preset is None else 'plan="third" or plan="preset"'
         return (
-            f"{name} runs at full depth: {self.reason}. `pop-ext calibrate --max-loss 0.03` finds layers to omit at "
-            f"that price. {words} prunes without knowing."
+            f"{name} runs at full depth: {self.reason}. `pop-ext calibrate MODEL --text FILE --max-loss 0.03 -o DIR` "
+            f"finds layers to omit at that price. {words} prunes without knowing."
         )
 
 

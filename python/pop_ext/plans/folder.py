@@ -30,21 +30,28 @@ def write_folder(plan: Any, folder: str | PathLike[str], card: PlanCard | None) 
         OSError: A file cannot be written.
     """
     card = check_card(card, plan) or plan.card or PlanCard.of(plan)
-    folder = prepare_folder(folder)
+    folder = check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if plan.projections is None and (folder / PLAN_FILE).exists():
+        (folder / MATRICES_FILE).unlink(missing_ok=True)  # of the plan before
     plan.save(folder / PLAN_FILE)
     (folder / CARD_FILE).write_text(card.to_json() + "\n", encoding="utf-8")
     (folder / README_FILE).write_text(render(card), encoding="utf-8")
 
 
-def prepare_folder(folder: str | PathLike[str]) -> Path:
-    """Make a folder for a plan, and check that ``write_folder`` may write there.
+def check_folder(folder: str | PathLike[str]) -> Path:
+    """Return a folder as a path, after a check that ``write_folder`` may write there. It need not exist.
 
     Raises:
         ValueError: The folder has a ``README.md`` of something else.
-        OSError: It cannot be made, or ``folder`` is a file.
+        OSError: It, or one that it would be made in, is a file or cannot be written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    there = next(at for at in (folder, *folder.absolute().parents) if at.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"folder: expected a folder, or none yet, got {folder}, where {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"folder: expected one that can be written, got {folder}, where {there} cannot")
     readme = folder / README_FILE
     if readme.exists() and MARK not in readme.read_text(encoding="utf-8"):
         raise ValueError(f"folder: expected no other {README_FILE} in the place of the card, got one in {folder}")
