@@ -131,9 +131,7 @@ def _batches(pairs: Sequence[Pair], batch_size: int, one_length: bool) -> Iterat
         begin = end
 
 
-def _pairs(
-    context_ids: Sequence[Ids], continuation_ids: Sequence[Ids], vocab_size: int
-) -> list[Pair]:
+def _pairs(context_ids: Sequence[Ids], continuation_ids: Sequence[Ids], vocab_size: int) -> list[Pair]:
     """Check contexts and continuations, and return them as pairs of int64 tensors [n] on the CPU."""
     lists: dict[str, Any] = {"context_ids": context_ids, "continuation_ids": continuation_ids}
     for name, given in lists.items():
