@@ -399,8 +399,6 @@ def test_the_command_finds_saves_and_prints_the_plan(tmp_path, capsys):
     sizes = [
         "--tokens",
         40,
-        "--samples",
-        6,
         "--prompts",
         8,
         "--pays-from",

@@ -17,7 +17,7 @@ from pop_ext.methods import distill
 from pop_ext.methods.calibration import stock_evaluation
 from pop_ext.methods.distill import HeldOut, Judgement, Trainer, Training, judge, kl_per_row
 from pop_ext.methods.fit_arguments import hold_out_tasks
-from pop_ext.methods.student import Student
+from pop_ext.methods.student import Student, record_examples
 from pop_ext.plans.projections import FitReport, Projections
 from tolerance import assert_close_fp32
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,6 +46,11 @@ def any_matrices(model, plan):
 # The student
 
 
+def example_of(student, ids, answer=0):
+    (example,) = record_examples(student.model, [student], ids, answer)
+    return example
+
+
 @pytest.mark.parametrize("omit", [LAST, GAPS, (0,), (0, 2, 4)])
 @pytest.mark.parametrize("family", NATIVE)
 @torch.no_grad()
@@ -56,9 +61,9 @@ def test_the_student_equals_the_oracle(family, omit):
     ids = tokens(model, 3, 33, seed=5)
     with stock_evaluation(model):
         student = Student(model, plan)
-        ours = student.logits(student.example(ids), 25, 8, fitted.matrices)
+        ours = student.logits(example_of(student, ids), 25, 8, fitted.matrices)
         few = Student(model, plan, torch.tensor([3, 50, 7]))
-        narrow = few.logits(few.example(ids), 25, 8, fitted.matrices)
+        narrow = few.logits(example_of(few, ids), 25, 8, fitted.matrices)
     oracle, _ = reference.prefill(model, ids[:, :-1], plan.replace(projections=fitted), 8, boundary=2 - 1 + 8)
     assert_close_fp32(ours, oracle, "logits")
     assert_close_fp32(narrow, oracle[..., [3, 50, 7]], "logits of three ids")
@@ -71,7 +76,7 @@ def test_the_teacher_equals_the_full_model(family):
     ids = tokens(model, 2, 33, seed=6)
     with stock_evaluation(model):
         student = Student(model, plan_of(model, LAST))
-        example = student.example(ids)
+        example = example_of(student, ids)
         assert example.final.shape[1] < 33  # no more rows than a split can ask for
         ours = student.teacher_logits(example, 24, 8)
         full = model(ids).logits
@@ -85,7 +90,7 @@ def test_gradients_equal_finite_differences(omit):
     ids = tokens(model, 2, 24, seed=7)
     with stock_evaluation(model):
         student = Student(model, plan)
-        example = student.example(ids)
+        example = example_of(student, ids)
         training = Training(steps=8, learning_rate=1e-3, seed=0)
         trainer = Trainer(student, any_matrices(model, plan).matrices, [[example]], training)
 
@@ -127,7 +132,7 @@ def test_training_lowers_the_divergence_that_it_trains_on(omit):
     assert f"then {best[0]} steps of KL divergence" in plan.origin.fit
     with stock_evaluation(model):  # the plan holds the matrices that were judged best
         student = Student(model, plan)
-        found = judge(student, plan.projections.matrices, [student.example(ids) for ids in seen[:2]])
+        found = judge(student, plan.projections.matrices, [example_of(student, ids) for ids in seen[:2]])
     assert sum(found.kl) / len(found.kl) == pytest.approx(best[1], rel=1e-3)
 
 
@@ -191,7 +196,7 @@ def test_tasks_are_trained_on_and_judged():
 def trainer_of(model, *mixture, **settings):
     plan = plan_of(model, LAST)
     student = Student(model, plan)
-    parts = [[student.example(ids, answer) for ids, answer in part] for part in mixture]
+    parts = [[example_of(student, ids, answer) for ids, answer in part] for part in mixture]
     training = Training(**{"steps": 8, "learning_rate": 1e-3, "seed": 0, **settings})
     return Trainer(student, any_matrices(model, plan).matrices, parts, training)
 
@@ -232,7 +237,7 @@ def test_a_group_of_unequal_tasks_has_the_mean_of_their_gradients():
         student, matrices = trainer.student, trainer.matrices
         losses = [
             kl_per_row(student.teacher_logits(e, 19, e.answer), student.logits(e, 20, e.answer, matrices)).mean()
-            for e in (student.example(*one) for one in given)
+            for e in (example_of(student, *one) for one in given)
         ]
         assert trainer.train() == pytest.approx(float(sum(losses)) / 4, rel=1e-5)
 

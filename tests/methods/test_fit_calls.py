@@ -205,7 +205,7 @@ def test_attention_without_weights_is_refused_by_name(monkeypatch):
 def test_a_nan_loss_never_chooses_lambda(monkeypatch):
     model, given = shared("llama"), {0.01: math.nan, 1.0: 2.0, 10.0: 3.0}
     monkeypatch.setattr(
-        "pop_ext.methods.fit._held_out_loss", lambda model, plan, *_: (given[plan.projections.report.ridge], 0.1)
+        "pop_ext.methods.fitting._held_out_loss", lambda model, plan, *_: (given[plan.projections.report.ridge], 0.1)
     )
     batches = [tokens(model, 9, 20)]
     fit = functools.partial(pop_ext.fit, model, plan_of(model, LAST), batches, lambdas=list(given))

@@ -152,13 +152,6 @@ class Student:
         found.append(Example(ids, states[self._first], states[FINAL], answer))
 
     @torch.no_grad()
-    def example(self, ids: Tensor, answer: int = 0) -> Example:
-        """Run the full model over sequences and keep what training needs; arguments as for ``recording``."""
-        with self.recording(ids, answer) as found:
-            self.parts.decoder(input_ids=ids, use_cache=False)
-        return found[0]
-
-    @torch.no_grad()
     def teacher_logits(self, example: Example, start: int, rows: int) -> Tensor:
         """Return the full model's logits of ``rows`` rows from row ``start`` on, [batch, rows, vocabulary] float32."""
         begin = start - (example.ids.shape[1] - example.final.shape[1])
@@ -232,3 +225,20 @@ class Student:
 
     def _head_rows(self, states: Tensor) -> Tensor:
         return nn.functional.linear(states, self._rows, self._bias)
+
+
+@torch.no_grad()
+def record_examples(model: Any, students: Sequence[Student], ids: Tensor, answer: int = 0) -> list[Example]:
+    """Run the full model over sequences once, and return what each student needs of them.
+
+    Args:
+        model: Stock model inside ``stock_evaluation``, that of the students.
+        students: Students of any plans.
+        ids: int64 [batch, T].
+        answer: As for ``Example``.
+    """
+    with ExitStack() as stack:
+        found = [stack.enter_context(student.recording(ids, answer)) for student in students]
+        if students:
+            find_decoder_modules(model).decoder(input_ids=ids, use_cache=False)
+    return [example for (example,) in found]
