@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import pop_ext
 import pytest
@@ -15,8 +16,11 @@ from pop_ext.cli.budget import plan_folder
 from pop_ext.methods import autoplan as module
 from pop_ext.methods import candidates
 from pop_ext.methods.autoplan import Trial, autoplan
+from pop_ext.methods.defaults import LEARNING_RATE, STEPS
+from pop_ext.methods.distill import Judgement, Training
+from pop_ext.methods.fit_arguments import LAMBDAS
+from pop_ext.methods.fitting import Fitting
 from pop_ext.methods.held_out import split_texts, token_counts
-from pop_ext.methods.plan_search import Candidate
 from pop_ext.methods.quality_judge import KL, LOSS, RECALL_DROP, Figure, QualityJudge
 from pop_ext.plans.origin import config_hash, weights_hash
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -338,33 +342,71 @@ def test_bad_arguments_are_named(model, text, change, error, expected):
         autoplan(model, [text], trial=TRIAL, **change)
 
 
-def test_each_fit_gets_its_sequences_and_distill_the_tasks_for_training(model, text, monkeypatch):
-    calls = []
-    real = candidates.fit
+class Recorded(Fitting):
+    """A fitting that keeps what is asked of it."""
 
-    def fit(given, plan, batches, *, progress, **more):
-        calls.append((len(batches), more))
-        return real(given, plan, batches, lambdas=[1.0])
+    made: ClassVar[list[Recorded]] = []
 
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.made.append(self)
+        self.fits = []
+
+    def read(self, batches, advance):
+        self.batches = list(batches)
+        super().read(self.batches, advance)
+
+    def fitted(self, number, advance, say):
+        self.fits.append(len(self.plans[number].omit))
+        return super().fitted(number, advance, say)
+
+
+@pytest.fixture
+def fittings(monkeypatch):
+    monkeypatch.setattr("pop_ext.methods.fit.Fitting", Recorded)
+    monkeypatch.setattr(Recorded, "made", [])
+    return Recorded.made
+
+
+def test_each_fit_gets_its_sequences_and_distill_the_tasks_for_training(model, text, monkeypatch, fittings):
     def candidate_of(judge, stages, highest):
-        first: Candidate = judge(1, "quick ridge")
-        assert first.within
-        judge(1, "ridge")
-        return judge(1, "distill")
+        assert judge(1, "quick ridge", ()).within
+        judge(1, "ridge", ())
+        return judge(1, "distill", ())
 
-    monkeypatch.setattr(candidates, "fit", fit)
     monkeypatch.setattr(module, "search", candidate_of)
     monkeypatch.setattr(candidates, "QUICK_SHARE", 2)
+    monkeypatch.setattr("pop_ext.methods.fitting.distill", lambda model, plan, start, *_: (start, [Judgement(0, 0.0)]))
     trial = dataclasses.replace(TRIAL, tokens=60, samples=17)
     autoplan(model, [text], max_kl=9.0, method="distill", boundary=1, trial=trial, pays_from=(), time_lengths=())
-    (some, quick), (every, ridge), (again, distill) = calls
-    assert (some, every, again) == (9, 17, 17)
-    assert (quick, ridge) == ({"lambdas": [0.1]}, {})
-    assert distill["method"] == "distill"
-    assert {len(prompt) for prompt, _ in distill["tasks"]} == {60}
+    quick, ridge, distill = fittings
+    assert [len(fitting.batches) for fitting in fittings] == [9, 17, 17]
+    assert (quick.ridges, ridge.ridges) == ((0.1,), LAMBDAS)
+    assert (quick.tasks, quick.training, ridge.tasks, ridge.training) == ([], None, [], None)
+    assert distill.training == Training(STEPS, LEARNING_RATE, 0)
+    assert {len(prompt) for prompt, _ in distill.tasks} == {60}
 
 
-def test_the_fit_reads_the_first_part_and_the_judge_the_last(model, tokenizer, text, monkeypatch):
+def test_one_reading_serves_the_candidates_of_a_stage_and_of_wider_boundaries(model, text, fittings, monkeypatch):
+    least = {1: 1, 2: 1, 3: 1, 4: 8, 5: 99}  # number of layers -> smallest boundary within the budget
+
+    def measure(self, plan, given, errors):
+        kept = plan.projections is not None and plan.boundary >= least[len(plan.omit)]
+        return {LOSS: Figure(0.0, 0.0, 6), KL: Figure(0.1 if kept else 1.0, 0.0, 6)}
+
+    monkeypatch.setattr(QualityJudge, "measure", measure)
+    how = {"max_kl": 0.3, "highest": 5, "trial": TRIAL, "pays_from": (), "time_lengths": (), "boundary": (1, 8)}
+    found = autoplan(model, [text], **how)
+    assert (len(found.plan.omit), found.plan.boundary) == (4, 8)
+    assert [([len(plan.omit) for plan in one.plans], one.fits) for one in fittings] == [
+        ([1, 3, 4], [3, 4]),  # quick ridge
+        ([3, 4, 5], [4, 3, 5]),  # ridge: 4 with boundary 1, 3 because it was found, 4 and 5 with boundary 8
+    ]
+    alone = pop_ext.fit(model, Plan.last(12, 4), fittings[1].batches)
+    assert torch.equal(alone.projections.matrices[9], found.plan.projections.matrices[9])
+
+
+def test_the_fit_reads_the_first_part_and_the_judge_the_last(model, tokenizer, text, monkeypatch, fittings):
     seen = {"calibration": [], "held-out": []}
 
     class Recording(QualityJudge):
@@ -372,13 +414,9 @@ def test_the_fit_reads_the_first_part_and_the_judge_the_last(model, tokenizer, t
             seen["held-out"] += [torch.cat(pair) for pair in texts]
             super().__init__(model, texts, tasks, *how)
 
-    def fit(given, plan, batches, *, progress, **how):
-        seen["calibration"] += [row for batch in batches for row in batch]
-        return plan
-
     monkeypatch.setattr(candidates, "QualityJudge", Recording)
-    monkeypatch.setattr(candidates, "fit", fit)
     autoplan(model, [text], max_kl=9.0, highest=1, trial=TRIAL, pays_from=(), time_lengths=())
+    seen["calibration"] = [row for fitting in fittings for batch in fitting.batches for row in batch]
     split = split_texts([text], tokenizer, TRIAL.holdout, TRIAL.window)
     for role, parts in (("calibration", split.calibration.plain), ("held-out", split.held_out.plain)):
         begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -429,7 +467,7 @@ def test_the_command_finds_saves_and_prints_the_plan(tmp_path, capsys):
     none = run("-o", tmp_path / "none", "--max-kl", 1e-9)
     assert none.exit_code == 1
     assert "not even one layer" in none.stderr
-    assert not list((tmp_path / "none").iterdir())
+    assert not (tmp_path / "none").exists()
 
     for wrong, text in (
         (("-o", tmp_path / "x.json", "--max-kl", 1), "--out: expected a folder, or a file plan.json"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 from pop_ext import Plan
@@ -14,10 +16,11 @@ class Judge:
     """Within the budget up to a count for each stage; records what is asked."""
 
     def __init__(self, **limits: int) -> None:
-        self.limits, self.asked = limits, []
+        self.limits, self.asked, self.soon = limits, [], []
 
-    def __call__(self, count: int, stage: str) -> Candidate:
+    def __call__(self, count: int, stage: str, soon: Sequence[int]) -> Candidate:
         self.asked.append((count, stage))
+        self.soon.append(sorted({count, *soon}))
         kl = count / (1 + ("unfitted", "quick ridge", "ridge", "distill").index(stage))
         figures = {KL: Figure(kl, 0.0, 9)}
         return Candidate(Plan.last(40, count), stage, figures, count <= self.limits[stage], 0.0, count)
@@ -60,8 +63,8 @@ def test_no_count_within_the_budget_gives_none():
 
 def test_the_fit_of_the_last_stage_must_not_have_more_kl():
     class Worse(Judge):
-        def __call__(self, count, stage):
-            found = super().__call__(count, stage)
+        def __call__(self, count, stage, soon):
+            found = super().__call__(count, stage, soon)
             kl = {"unfitted": 3.0, "quick ridge": 1.0, "distill": 2.0}[stage]
             return Candidate(found.plan, stage, {KL: Figure(kl, 0.0, 9)}, found.within, 0.0, found.saved)
 
@@ -73,6 +76,18 @@ def test_the_ridge_on_all_sequences_tries_at_most_two_layers_more():
     judge = Judge(**{"unfitted": 2, "quick ridge": 7, "ridge": 20})
     assert search(judge, STAGES["ridge"], 20).count == 9
     assert [count for count, stage in judge.asked if stage == "ridge"] == [8, 9]
+
+
+def test_one_reading_may_serve_two_steps_of_the_quick_ridge_and_all_of_the_last_stage():
+    judge = Judge(**{"unfitted": 2, "quick ridge": 7, "ridge": 20})
+    search(judge, STAGES["ridge"], 20)
+    asked = dict(zip(judge.asked, judge.soon, strict=True))
+    assert asked[8, "ridge"] == [7, 8, 9]
+    quick = [(count, soon) for (count, stage), soon in asked.items() if stage == "quick ridge"]
+    assert quick[0] == (11, [6, 11, 16])  # 2...20
+    for (count, soon), (after, _) in itertools.pairwise(quick):
+        assert count in soon
+        assert after in soon
 
 
 def test_figures_are_means_with_standard_errors():

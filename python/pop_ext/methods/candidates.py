@@ -12,12 +12,13 @@ from typing import Any
 from pop_ext.evaluation.prompts import Pair, Texts, calibration_batches, text_sets
 from pop_ext.evaluation.retrieval import retrieval_pairs
 from pop_ext.evaluation.retrieval_templates import EVALUATION, TRAINING
-from pop_ext.methods.fit import fit
+from pop_ext.methods.fit import new_fitting
+from pop_ext.methods.fitting import Fitting
 from pop_ext.methods.held_out import SplitTexts
 from pop_ext.methods.plan_search import DISTILL, QUICK, UNFITTED, Candidate
 from pop_ext.methods.quality_judge import RECALL_DROP, Figure, QualityJudge, within
 from pop_ext.plans.plan import Plan
-from pop_ext.utils.progress import Progress
+from pop_ext.utils.progress import Progress, reporting
 
 QUICK_SHARE, QUICK_LAMBDA = 4, 0.1
 """The quick ridge reads each such sequence and fits with this lambda."""
@@ -95,6 +96,7 @@ class Candidates:
         self.choose = choose or (lambda count: Plan.last(depth, count))
         self.tried: list[Candidate] = []
         self._plans: dict[tuple[int, str], Plan] = {}
+        self._fittings: dict[tuple[int, str], tuple[Fitting, int]] = {}
         self._report = progress if callable(progress) else None
         self._bar = progress is True
         self._batches = calibration_batches(split.calibration, tokenizer, trial.window, trial.samples, batch=1)
@@ -121,21 +123,18 @@ class Candidates:
                 f"tasks that the model answers at full depth, got {drop}"
             )
 
-    def candidate(self, count: int, stage: str, boundary: int | None = None) -> Candidate:
+    def candidate(self, count: int, stage: str, soon: Sequence[int] = (), boundary: int | None = None) -> Candidate:
         """Fit the plan of ``count`` layers, and judge it.
 
         Args:
             count: Number of layers.
             stage: Fit, of ``STAGES``.
+            soon: Numbers of layers whose fits may be asked for next; the reading for this one serves them, too.
             boundary: Boundary to judge with. None for the smallest, which the fit is made for.
         """
         start = time.perf_counter()
         if (count, stage) not in self._plans:
-            plan = self._chosen(count).replace(boundary=self.boundaries[0], min_tokens=0, projections=None)
-            if stage != UNFITTED:
-                self._say(f"{count} layers: fitting ({stage})")
-                plan = self._fitted(plan, stage)
-            self._plans[count, stage] = plan
+            self._plans[count, stage] = self._unfitted(count) if stage == UNFITTED else self._fitted(count, stage, soon)
         plan = self._plans[count, stage].replace(boundary=boundary or self.boundaries[0])
         figures = self.judge.measure(plan, self.limits, self.trial.errors)
         kept = within(figures, self.limits, self.trial.errors)
@@ -160,7 +159,8 @@ class Candidates:
         for count in range(best.count + 1 if best else 1, highest + 1):
             least = best.saved if best else 0.0
             paying = [rows for rows in self.boundaries[1:] if self._saved(count, rows) > least]
-            found = next((one for one in (self.candidate(count, stage, rows) for rows in paying) if one.within), None)
+            tried = (self.candidate(count, stage, boundary=rows) for rows in paying)
+            found = next((one for one in tried if one.within), None)
             if found is None:
                 break
             best = found
@@ -206,16 +206,37 @@ class Candidates:
             return f"the model answers none of {len(tasks)} retrieval tasks at full depth"
         return judge.measure(plan)[RECALL_DROP]
 
-    def _fitted(self, plan: Plan, stage: str) -> Plan:
-        """Fit a plan; ``QUICK`` reads some of the sequences and chooses no lambda."""
-        more: dict[str, Any] = {}
-        if stage == QUICK:
-            some = self._batches[:: QUICK_SHARE if len(self._batches) >= 8 * QUICK_SHARE else 1]
-            return fit(self.model, plan, some, lambdas=[QUICK_LAMBDA], progress=self._bar)
-        if stage == DISTILL:
-            more = {"method": DISTILL, "tasks": self._training}
-        fitted: Plan = fit(self.model, plan, self._batches, progress=self._bar, **more)
+    def _unfitted(self, count: int) -> Plan:
+        return self._chosen(count).replace(boundary=self.boundaries[0], min_tokens=0, projections=None)
+
+    def _fitted(self, count: int, stage: str, soon: Sequence[int]) -> Plan:
+        """Return the plan of ``count`` layers with the fit of a stage."""
+        if (count, stage) not in self._fittings:
+            self._read(sorted({count, *soon}), stage)
+        fitting, number = self._fittings[count, stage]
+        self._say(f"{count} layers: fitting ({stage})")
+        with reporting(self._bar, "fit", None) as advance:
+            fitted = fitting.fitted(number, advance, self._say)
+        fitting.forget(number)
         return fitted
+
+    def _read(self, counts: Sequence[int], stage: str) -> None:
+        """Read the calibration texts for the fits of several plans; ``QUICK`` reads some and chooses no lambda."""
+        self._fittings = {key: value for key, value in self._fittings.items() if key[1] == stage}  # memory
+        batches = self._batches
+        how: dict[str, Any] = {}
+        if stage == QUICK:
+            batches = self._batches[:: QUICK_SHARE if len(self._batches) >= 8 * QUICK_SHARE else 1]
+            how = {"lambdas": [QUICK_LAMBDA]}
+        elif stage == DISTILL:
+            how = {"method": DISTILL, "tasks": self._training}
+        plans = {f"{count} layers": self._unfitted(count) for count in counts}
+        fitting = new_fitting(self.model, plans, **how)
+        total = len(batches) + len(fitting.tasks)
+        self._say(f"{', '.join(map(str, counts))} layers: reading {total} sequences for their {stage}")
+        with reporting(self._bar, "reading", total) as advance:
+            fitting.read(batches, advance)
+        self._fittings |= {(count, stage): (fitting, number) for number, count in enumerate(counts)}
 
     def _say(self, text: str) -> None:
         if self._bar:

@@ -98,21 +98,27 @@ def fit(
 
     Source: docs/fitting.md; POP (arXiv 2602.03295) for the independent KV projection.
     """
-    model, ridges = stock_model(model), check_lambdas(lambdas)
-    plans = _check_plans(plan, model, weighting)
-    training = check_training(method, steps, learning_rate, seed, resume)
+    model = stock_model(model)
     if resume is not None and not isinstance(plan, Plan):
         raise ValueError(f"resume: expected None with several plans, which would share one file, got {resume!r}")
-    pairs = check_tasks(tasks, model, max(one.boundary for one in plans))
-    held: list[Tensor] | None = None
-    if holdout is not None:
-        held = [ids for batch in check_batches(holdout, model, least=4) for ids in batch.split(1)]
-    fitting = Fitting(model, plans, pairs, held, ridges, weighting, training)
-    with reporting(progress, "fit", _count_steps(batches, fitting, held)) as advance:
+    fitting = new_fitting(
+        model,
+        _as_plans(plan),
+        method=method,
+        tasks=tasks,
+        holdout=holdout,
+        lambdas=lambdas,
+        weighting=weighting,
+        steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
+        resume=resume,
+    )
+    with reporting(progress, "fit", _count_steps(batches, fitting)) as advance:
         fitting.read(batches, advance)
         fitted = []
-        for number in range(len(plans)):
-            say = _speaker(progress, "" if isinstance(plan, Plan) else f"plan {number + 1} of {len(plans)}, ")
+        for number in range(len(fitting.plans)):
+            say = _speaker(progress, "" if isinstance(plan, Plan) else f"plan {number + 1} of {len(fitting.plans)}, ")
             fitted.append(fitting.fitted(number, advance, say))
             fitting.forget(number)
     return fitted[0] if isinstance(plan, Plan) else fitted  # type: ignore[return-value]
@@ -125,17 +131,52 @@ def _speaker(progress: Progress, prefix: str) -> Callable[[str], None]:
     return lambda text: print(prefix + text, file=sys.stderr, flush=True)
 
 
-def _check_plans(plan: Any, model: Any, weighting: str) -> list[Plan]:
-    """Check plans and weighting, and return the plans without projections."""
+def new_fitting(
+    model: Any,
+    plans: dict[str, Any],
+    *,
+    method: str = "ridge",
+    tasks: Sequence[Task] = (),
+    holdout: Batches | None = None,
+    lambdas: Sequence[float] | None = None,
+    weighting: str = "attention",
+    steps: int = STEPS,
+    learning_rate: float = LEARNING_RATE,
+    seed: int = 0,
+    resume: str | PathLike[str] | None = None,
+) -> Fitting:
+    """Check the arguments of ``fit`` and return the fitting, which has read nothing yet.
+
+    Args:
+        model: Stock model.
+        plans: Plans by their name in errors.
+        method: As for ``fit``, like all that follow.
+
+    Raises:
+        ValueError: As for ``fit``.
+        TypeError: As for ``fit``.
+    """
+    ridges = check_lambdas(lambdas)
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+    checked = [_check_plan(name, plan, model) for name, plan in plans.items()]
+    training = check_training(method, steps, learning_rate, seed, resume)
+    pairs = check_tasks(tasks, model, max(plan.boundary for plan in checked))
+    held: list[Tensor] | None = None
+    if holdout is not None:
+        held = [ids for batch in check_batches(holdout, model, least=4) for ids in batch.split(1)]
+    return Fitting(model, checked, pairs, held, ridges, weighting, training)
+
+
+def _as_plans(plan: Any) -> dict[str, Any]:
+    """Return a plan, or several, by their name in errors."""
     if isinstance(plan, Plan):
-        return [_check_plan("plan", plan, model)]
+        return {"plan": plan}
     if isinstance(plan, (str, bytes)) or not isinstance(plan, Sequence):
         raise TypeError(f"plan: expected a pop_ext.Plan or a sequence of them, got {type(plan).__name__}")
     if not plan:
         raise ValueError("plan: expected at least one plan, got none")
-    return [_check_plan(f"plan[{number}]", one, model) for number, one in enumerate(plan)]
+    return {f"plan[{number}]": one for number, one in enumerate(plan)}
 
 
 def _check_plan(name: str, plan: Any, model: Any) -> Plan:
@@ -149,7 +190,7 @@ def _check_plan(name: str, plan: Any, model: Any) -> Plan:
     return plan
 
 
-def _count_steps(batches: Batches, fitting: Fitting, held: list[Tensor] | None) -> int | None:
+def _count_steps(batches: Batches, fitting: Fitting) -> int | None:
     """Return the number of progress steps: sequences and tasks to read, sequences to score, and training steps.
 
     Returns:
@@ -158,8 +199,8 @@ def _count_steps(batches: Batches, fitting: Fitting, held: list[Tensor] | None) 
     count = count_sequences(batches)
     if count is None:
         return None
-    judges = len(held or [])
-    if held is None and fitting.holds:
+    judges = len(fitting.held or [])
+    if fitting.held is None and fitting.holds:
         judges = max(count // HOLD_EVERY, int(count > 1))
         count -= judges
     each = judges * len(fitting.ridges) if len(fitting.ridges) > 1 else 0

@@ -39,6 +39,7 @@ class Fitting:
         tasks: The tasks that are read.
         ridges: The lambdas.
         training: The settings.
+        held: The held-out sequences that were given, or None.
         holds: True if fits need held-out sequences.
     """
 
@@ -55,8 +56,7 @@ class Fitting:
         self.model, self.plans, self.ridges, self.training = model, plans, ridges, training
         self.holds = len(ridges) > 1 or training is not None
         self.tasks, self._spare = (tasks, []) if training is None else hold_out_tasks(tasks)
-        self._held: list[Tensor] = [] if held is None else held
-        self._split, self._weighting = held is None and self.holds, weighting
+        self.held, self._weighting = held, weighting
 
     def read(self, batches: Batches, advance: Callable[[int], None]) -> None:
         """Read all batches and the tasks.
@@ -70,27 +70,28 @@ class Fitting:
             TypeError: As for ``MomentsReader.read``.
         """
         with stock_evaluation(self.model), torch.no_grad():
-            held = self._held if self._split else None
-            self._reader = MomentsReader(
-                self.model, self.plans, held, self._weighting, advance, self.training is not None
-            )
+            held: list[Tensor] = [] if self.held is None else self.held
+            split = held if self.held is None and self.holds else None
+            train = self.training is not None
+            self._reader = MomentsReader(self.model, self.plans, split, self._weighting, advance, train)
             self._reader.read(batches)
             count = self._reader.sequences
             self._reader.read_tasks(self.tasks)
             chosen = "lambda" if len(self.ridges) > 1 else "steps"
             # All of them now, so that a bad boundary does not cost the fits of other plans.
-            longer = [check_held(self._held, plan.boundary, count, chosen) if self.holds else [] for plan in self.plans]
-            self._judges = self._record(longer)
+            longer = [check_held(held, plan.boundary, count, chosen) if self.holds else [] for plan in self.plans]
+            self._judges = self._record(held, longer)
 
-    def _record(self, longer: list[list[Tensor]]) -> list[list[Example]]:
+    def _record(self, held: list[Tensor], longer: list[list[Tensor]]) -> list[list[Example]]:
         """Return the states of what judges each plan, from one forward per sequence and task.
 
         Args:
+            held: Held-out sequences.
             longer: Held-out sequences that are long enough for each plan.
         """
         students = [Student(self.model, plan) for plan in self.plans]
         recorded: list[list[Example]] = [[] for _ in students]
-        for ids in self._held:
+        for ids in held:
             wanted = [number for number, judges in enumerate(longer) if any(ids is one for one in judges)]
             found = record_examples(self.model, [students[number] for number in wanted], ids)
             for number, example in zip(wanted, found, strict=True):

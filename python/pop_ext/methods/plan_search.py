@@ -41,7 +41,12 @@ class Candidate:
         return len(self.plan.omit)
 
 
-def search(judge: Callable[[int, str], Candidate], stages: Sequence[str], highest: int) -> Candidate | None:
+Judge = Callable[[int, str, Sequence[int]], Candidate]
+"""Function from (number of layers, stage, further numbers) to a judged candidate. The stage may ask for the further
+numbers soon, so that one reading of the texts may serve them, too."""
+
+
+def search(judge: Judge, stages: Sequence[str], highest: int) -> Candidate | None:
     """Find the plan that omits the most layers within the limits, by bisection in each stage.
 
     Each stage starts from the count that the one before has found, because a better fit costs no quality. The search
@@ -50,7 +55,7 @@ def search(judge: Callable[[int, str], Candidate], stages: Sequence[str], highes
     candidates that save the most, the one with the lowest KL wins.
 
     Args:
-        judge: Function from (number of layers, stage) to a judged candidate.
+        judge: What judges candidates.
         stages: Fits in order of cost, of ``STAGES``.
         highest: Largest number of layers to try.
 
@@ -59,17 +64,18 @@ def search(judge: Callable[[int, str], Candidate], stages: Sequence[str], highes
     """
     found: dict[tuple[int, str], Candidate] = {}
 
-    def candidate(count: int, stage: str) -> Candidate:
+    def candidate(count: int, stage: str, soon: Sequence[int] = ()) -> Candidate:
         if (count, stage) not in found:
-            found[count, stage] = judge(count, stage)
+            found[count, stage] = judge(count, stage, soon)
         return found[count, stage]
 
     low = 0
     for number, stage in enumerate(stages):
         high = highest if number < 2 else min(highest, low + REACH.get(stage, 0))
+        last = range(max(low, 1), high + 1)  # few, and the first of them is judged in any case
         while low < high:
             middle = (low + high + 1) // 2
-            if candidate(middle, stage).within:
+            if candidate(middle, stage, last if number == 2 else _next_steps(low, high)).within:
                 low = middle
             else:
                 high = middle - 1
@@ -77,3 +83,10 @@ def search(judge: Callable[[int, str], Candidate], stages: Sequence[str], highes
         candidate(low, stages[-1])
     kept = [tried for tried in found.values() if tried.within]
     return max(kept, key=lambda tried: (tried.saved, -tried.figures[KL].value), default=None)
+
+
+def _next_steps(low: int, high: int) -> list[int]:
+    """Return the counts that a bisection from ``low`` to ``high`` may ask for in its next two steps."""
+    middle = (low + high + 1) // 2
+    ends = [(low, high), (middle, high), (low, middle - 1)]
+    return [(below + above + 1) // 2 for below, above in ends if below < above]
