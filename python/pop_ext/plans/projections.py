@@ -319,9 +319,12 @@ def normalize_unweighted(layer: Any, hidden_states: Tensor) -> Tensor:
     return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
 
 
-def sample_weights(layer: Any) -> Tensor:
-    """Return ``SAMPLE`` values of each of a layer's K, V and input norm weights, float32 on the CPU."""
-    weights = key_value_weights(layer.self_attn)
+def sample_weights(layer: Any, weights: KeyValueWeights | None = None) -> Tensor:
+    """Return ``SAMPLE`` values of each of a layer's K, V and input norm weights, float32 on the CPU.
+
+    ``weights`` are the layer's K and V if they are known; those of quantised layers take time.
+    """
+    weights = weights or key_value_weights(layer.self_attn)
     tensors = [weights.k, weights.v]
     if hasattr(layer, "input_layernorm"):
         tensors.append(layer.input_layernorm.weight.detach())
@@ -351,7 +354,7 @@ def check_fit(plan: Any, layers: Sequence[Any]) -> None:
                 f"plan.projections: expected a matrix {list(shape)} for layer {index} of this model, got "
                 f"{list(matrix.shape)}"
             )
-        projections.check_weights(index, sample_weights(layers[index]), weights.k.dtype)
+        projections.check_weights(index, sample_weights(layers[index], weights), weights.k.dtype)
 
 
 # Files
