@@ -513,5 +513,8 @@ def test_reused_states_take_one_forward_of_the_full_model_per_set_of_prompts():
     model, forwards = copy.deepcopy(shared("llama")), []
     model.model.layers[0].self_attn.register_forward_hook(lambda *_: forwards.append(1))
     plans = [Plan(6, tuple(range(start, 6)), boundary) for start in (2, 3, 4) for boundary in (1, 8)]
-    evaluate(model, prompt_sets(model), plans, kinds=["pop"], greedy_tokens=0, reuse_states=True)
-    assert len(forwards) == 2
+    sets = prompt_sets(model)
+    first = tuple((tokens(model, 20, seed=70 + i), tokens(model, 4, seed=80 + i)) for i in range(3))
+    sets.append(PromptSet("second turn", 20, sets[0].pairs, first))
+    evaluate(model, sets, plans, kinds=["pop"], greedy_tokens=0, reuse_states=True)
+    assert len(forwards) == 3

@@ -126,17 +126,17 @@ def _slice_rows(name: str, value: Any, first: int) -> Any:
     return value
 
 
-def group_by_shape(pairs: Sequence[tuple[Tensor, Tensor]], batch_size: int) -> list[list[int]]:
+def group_by_shape(pairs: Sequence[tuple[Tensor, ...]], batch_size: int) -> list[list[int]]:
     """Group pairs of equal lengths into batches, so that none needs padding.
 
     Args:
-        pairs: (prompt, continuation) each.
+        pairs: (prompt, continuation) each, or more parts.
         batch_size: Largest number of pairs in a batch.
 
     Returns:
         The indices of the pairs in each batch.
     """
-    shapes: dict[tuple[int, int], list[int]] = {}
-    for index, (context, continuation) in enumerate(pairs):
-        shapes.setdefault((len(context), len(continuation)), []).append(index)
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for index, parts in enumerate(pairs):
+        shapes.setdefault(tuple(map(len, parts)), []).append(index)
     return [group[i : i + batch_size] for group in shapes.values() for i in range(0, len(group), batch_size)]

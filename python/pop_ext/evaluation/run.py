@@ -65,8 +65,7 @@ def evaluate(
         batch_size: Prompts per forward. It changes memory, not results.
         reuse_states: Run the full model once per set of prompts, and compute ``full``, ``pop`` and ``pop-fitted`` from
             its states by the reference. An arm then costs its omitted layers alone, not a prefill. It takes prompts *
-            tokens * hidden values of memory on the CPU for each first omitted layer. Second turns run
-            prompt by prompt, by the reference too.
+            tokens * hidden values of memory on the CPU for each first omitted layer.
         resume: JSON file that takes the state after each arm of each set. What it already holds is not measured again.
         progress: True for a progress bar, or a callback that takes (arms of sets done, their number).
 
@@ -160,12 +159,13 @@ class _Prompts:
 
     def logits(self, arm: Arm) -> Iterator[tuple[int, Tensor]]:
         """Yield the index of each prompt and the logits [n, vocab] of its continuation, in any order."""
-        if self.layers is None or self.prompts.first_turns or arm.kind not in (FULL, POP, FITTED):
+        if self.layers is None or arm.kind not in (FULL, POP, FITTED):
             backend = "native" if arm.kind == FULL else self.backend
             yield from set_logits(self.model, arm, self.prompts, self.batch_size, backend)
             return
         if self._states is None:
-            self._states = FullStates(self.model, self.prompts.pairs, self.layers, self.batch_size)
+            pairs, first_turns = self.prompts.pairs, self.prompts.first_turns
+            self._states = FullStates(self.model, pairs, self.layers, self.batch_size, first_turns=first_turns)
         yield from self._states.logits(arm.plan)
 
     def greedy(self, tokens: int) -> _Prompts:

@@ -30,6 +30,7 @@ class _Group:
         indices: Index of each prompt.
         ids: int64 [batch, T] on the model's device, all but the last token of prompt and continuation.
         rows: Tokens of the continuation.
+        first_turn: Tokens of the prompt of an earlier turn and of its answer, with which ``ids`` begin; or (0, 0).
         entries: Layer -> its input, [batch, T, hidden] on the CPU; ``FINAL`` -> the last layer's output for the rows
             that predict the continuation, [batch, rows, hidden].
     """
@@ -37,6 +38,7 @@ class _Group:
     indices: list[int]
     ids: Tensor
     rows: int
+    first_turn: tuple[int, int]
     entries: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -48,6 +50,7 @@ class FullStates:
     Args:
         model: Stock Hugging Face model. It is left unchanged.
         pairs: (prompt, continuation) each.
+        first_turns: (prompt, answer) before each pair, whose prompt is then that of the second turn. Empty for none.
         layers: Layers whose input is recorded: the first omitted layer of every plan to come. A plan that starts
             elsewhere takes another forward of all prompts.
         batch_size: Prompts per forward.
@@ -61,12 +64,17 @@ class FullStates:
         layers: Iterable[int],
         batch_size: int,
         advance: Callable[[int], None] = lambda _: None,
+        first_turns: Sequence[Pair] = (),
     ) -> None:
         self.model, self.pairs, self._parts = model, pairs, find_decoder_modules(model)
         self._groups, device = [], model.get_input_embeddings().weight.device
-        for indices in group_by_shape(pairs, batch_size):
-            ids = torch.stack([torch.cat(pairs[index])[:-1] for index in indices]).to(device)
-            self._groups.append(_Group(indices, ids, len(pairs[indices[0]][1])))
+        turns: list[tuple[Tensor, ...]] = list(pairs)
+        if first_turns:
+            turns = [(*first, *pair) for first, pair in zip(first_turns, pairs, strict=True)]
+        for indices in group_by_shape(turns, batch_size):
+            ids = torch.stack([torch.cat(turns[index])[:-1] for index in indices]).to(device)
+            *first, _, continuation = map(len, turns[indices[0]])
+            self._groups.append(_Group(indices, ids, continuation, (first[0], first[1]) if first else (0, 0)))
             self._record(self._groups[-1], set(layers))
             advance(len(indices))
 
@@ -90,14 +98,22 @@ class FullStates:
         first, fitted = plan.omit[0] if plan.omit else FINAL, plan.projections
         student = Student(self.model, plan if plan.omit else Plan(plan.num_layers, (plan.num_layers - 1,)))
         for group in self._groups:
-            prompt = group.ids.shape[1] - group.rows + 1
-            pruned = first != FINAL and prompt > plan.boundary  # else all rows of the prompt run at full depth
+            calls = _calls(group, plan.boundary)
+            pruned = first != FINAL and any(context for context, _ in calls)  # else all rows run at full depth
             if first not in group.entries:
                 self._record(group, [first])
             example = Example(group.ids, group.entries[first], group.entries[FINAL], group.rows)
             with stock_evaluation(self.model), torch.no_grad():
                 if pruned:
-                    found = student.logits(example, prompt, group.rows, fitted.matrices if fitted else None)
+                    found = student.logits_after(example, calls, group.rows, fitted.matrices if fitted else None)
                 else:
-                    found = student.teacher_logits(example, prompt - 1, group.rows)
+                    found = student.teacher_logits(example, group.ids.shape[1] - group.rows, group.rows)
             yield from zip(group.indices, found, strict=True)
+
+
+def _calls(group: _Group, boundary: int) -> list[tuple[int, int]]:
+    """Return the context rows and the rows at full depth of each call on a group: prefills, and the answer between."""
+    first, answer = group.first_turn
+    second = group.ids.shape[1] - group.rows + 1 - first - answer  # tokens of the last prompt
+    earlier = [(max(0, first - boundary), min(first, boundary)), (0, answer)] if first else []
+    return [*earlier, (max(0, second - boundary), min(second, boundary) + group.rows - 1)]

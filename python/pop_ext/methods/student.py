@@ -172,26 +172,54 @@ class Student:
         Returns:
             [batch, rows, vocabulary] float32.
         """
-        layers, first = self.parts.layers, self._first
-        context = prompt - self.plan.boundary
-        stop = prompt + rows - 1
-        entry = example.entry[:, :stop].to(example.ids.device)
-        cache = DynamicCache()
+        return self.logits_after(
+            example, [(prompt - self.plan.boundary, self.plan.boundary + rows - 1)], rows, matrices
+        )
+
+    def logits_after(
+        self, example: Example, calls: Sequence[tuple[int, int]], rows: int, matrices: Mapping[int, Tensor] | None
+    ) -> Tensor:
+        """Return the logits of the last rows of several calls, each over the cache of those before.
+
+        Args:
+            example: Sequences of at least as many tokens as all calls together.
+            calls: Number of context rows of each call, which may be 0, and of the rows after them at full depth, > 0.
+            rows: Number of rows of the last call, at full depth, whose logits are returned.
+            matrices: As for ``logits``.
+
+        Returns:
+            [batch, rows, vocabulary] float32.
+        """
         projections = None if matrices is None else SimpleNamespace(matrices=matrices)
         plan = SimpleNamespace(omit=self.plan.omit, projections=projections)
-        position = torch.tensor(stop - 1, device=example.ids.device)
-        with rope_seen_up_to(self.parts.rotary, position):
-            with omitted_layers(layers, plan), self._layers_return(first, entry[:, :context]):
-                self.parts.decoder(
-                    input_ids=example.ids[:, :context],
-                    **self._places(example.ids, 0, context),
-                    **with_cache(self.parts.decoder, cache),
-                )
-            for layer in range(first):  # nobody reads these, but the masks follow the length of the first layer
-                nothing = entry.new_zeros(len(entry), 1, context, 1)
-                cache.update(nothing, nothing, layer)
-            with self._layers_return(first, entry[:, context:]):
-                return self._call(example.ids[:, context:stop], context, cache, rows)
+        cache, entry, ids = DynamicCache(), example.entry.to(example.ids.device), example.ids
+        stop, logits = 0, entry
+        for number, (context, full) in enumerate(calls):
+            begin, start, stop = stop, stop + context, stop + context + full
+            largest = torch.tensor(stop - 1, device=ids.device)
+            with rope_seen_up_to(self.parts.rotary, largest):
+                if context:
+                    with (
+                        omitted_layers(self.parts.layers, plan),
+                        self._layers_return(self._first, entry[:, begin:start]),
+                    ):
+                        self.parts.decoder(
+                            input_ids=ids[:, begin:start],
+                            **self._places(ids, begin, start),
+                            **with_cache(self.parts.decoder, cache),
+                        )
+                    self._skip(cache, entry, context)
+                with self._layers_return(self._first, entry[:, start:stop]):
+                    keep = rows if number == len(calls) - 1 else 1
+                    logits = self._call(ids[:, start:stop], start, cache, keep)
+                self._skip(cache, entry, full)
+        return logits
+
+    def _skip(self, cache: DynamicCache, entry: Tensor, rows: int) -> None:
+        """Add rows to the layers before the first omitted one: nobody reads them, but masks follow their length."""
+        nothing = entry.new_zeros(len(entry), 1, rows, 1)
+        for layer in range(self._first):
+            cache.update(nothing, nothing, layer)
 
     @contextmanager
     def _layers_return(self, count: int, states: Tensor) -> Iterator[None]:
