@@ -70,6 +70,15 @@ constexpr Expectation kInToken[] = {
     {"invalid number", "a digit"},
 };
 
+// The beginning of a text that may be long, for an error; cut between characters of UTF-8.
+std::string shortened(std::string text) {
+  constexpr size_t kShown = 200;
+  if (text.size() <= kShown) return text;
+  size_t end = kShown;
+  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;
+  return text.substr(0, end) + "...";
+}
+
 // Builds a json value from the parser's events, and refuses what the grammar allows and this file does not.
 class Builder final : public nlohmann::json_sax<json> {
  public:
@@ -104,7 +113,7 @@ class Builder final : public nlohmann::json_sax<json> {
 
   bool key(std::string& name) override {
     const auto [member, is_new] = open_.back()->get_ref<json::object_t&>().try_emplace(name, nullptr);
-    if (!is_new) fail("each member once, not \"" + name + "\" again", taken_);
+    if (!is_new) fail("each member once, not \"" + shortened(name) + "\" again", taken_);
     member_ = &member->second;
     return true;
   }
@@ -196,6 +205,10 @@ class Builder final : public nlohmann::json_sax<json> {
 };
 
 json parse(const std::string& text, const std::string& what) {
+  if (text.size() > kMaxBytes) {
+    throw std::invalid_argument(what + ": expected a text of at most " + std::to_string(kMaxBytes) + " bytes, got " +
+                                std::to_string(text.size()));
+  }
   size_t taken = 0;
   Builder builder(text, what, taken);
   if (text.starts_with("\xEF\xBB\xBF")) builder.fail("a value", 0);  // nlohmann::json skips a byte order mark
@@ -246,7 +259,7 @@ std::string dump(const Writer& value) {
 Members::Members(const std::string& text, std::string what) : what_(std::move(what)) {
   object_ = parse(text, what_);
   if (!object_.is_object()) {
-    throw std::invalid_argument(what_ + ": expected a JSON object, got " + text_of(object_));
+    throw std::invalid_argument(what_ + ": expected a JSON object, got " + shortened(text_of(object_)));
   }
 }
 
@@ -295,7 +308,7 @@ const json& Members::get(const std::string& name) const {
 }
 
 void Members::fail(const std::string& name, const std::string& expected, const std::string& got) const {
-  throw std::invalid_argument(what_ + ": " + name + ": expected " + expected + ", got " + got);
+  throw std::invalid_argument(what_ + ": " + shortened(name) + ": expected " + expected + ", got " + shortened(got));
 }
 
 }  // namespace pop::json

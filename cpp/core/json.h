@@ -1,7 +1,7 @@
 // Strict JSON for model specs and plans: nlohmann::json under rules of its own.
 //
 // Beyond the grammar: a member name comes once per object, nesting is at most 64 deep, integers have 64 bits, numbers
-// are finite. Every error is a std::invalid_argument that says what was expected, what came and where.
+// are finite. A text has at most kMaxBytes bytes. Every error is a std::invalid_argument that says what was expected, what came and where.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,8 @@
 #include <nlohmann/json.hpp>
 
 namespace pop::json {
+
+constexpr size_t kMaxBytes = size_t{16} << 20;
 
 // Members in the order in which they are added. For writing only: look-up is linear in the number of members.
 using Writer = nlohmann::ordered_json;

@@ -13,6 +13,8 @@ namespace {
   throw std::invalid_argument(std::string(field) + ": expected " + expected + ", got " + got);
 }
 
+constexpr int64_t kMaxLayers = 100'000;  // so that a wrong number of layers costs no memory
+
 void at_least(const char* field, int64_t value, int64_t least) {
   if (value < least) fail(field, "an integer >= " + std::to_string(least), std::to_string(value));
 }
@@ -34,6 +36,9 @@ std::vector<LayerRange> runs_of(const std::vector<int64_t>& layers) {
 
 void Plan::validate() {
   at_least("num_layers", num_layers, 1);
+  if (num_layers > kMaxLayers) {
+    fail("num_layers", "an integer <= " + std::to_string(kMaxLayers), std::to_string(num_layers));
+  }
   at_least("boundary", boundary, 1);
   at_least("min_tokens", min_tokens, 0);
   std::sort(omit.begin(), omit.end());
@@ -67,6 +72,8 @@ std::string Plan::to_json() const {
 
 Plan Plan::from_json(const std::string& text) {
   const json::Members members(text, "plan");
+  // The last two are Python's: a typo in a name would change nothing, and say nothing.
+  members.only({"num_layers", "omit", "boundary", "min_tokens", "origin", "projections"});
   Plan plan;
   plan.num_layers = members.integer("num_layers");
   plan.omit = members.integers("omit");

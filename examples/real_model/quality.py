@@ -63,11 +63,9 @@ def main() -> None:
     every = [plan.replace(boundary=rows) for plan in plans.values() for rows in boundaries]
     for name, sets in _sets(domains, tokenizer, arguments).items():
         path = arguments.out / f"{name}.json"
-        few = [plan for plan in every if plan.boundary == 1]  # of dialogues each plan takes its own prefills
         how = {"greedy_tokens": arguments.greedy, "batch_size": 4, "reuse_states": True}
-        measured = few if name == SECOND_TURN else every
         kinds = ["pop", "pop-fitted", *arguments.ablations]
-        _print(name, evaluate(model, sets, measured, kinds=kinds, **how, resume=path, progress=True))
+        _print(name, evaluate(model, sets, every, kinds=kinds, **how, resume=path, progress=True))
 
     if arguments.times:
         _time(model, list(plans.values()), arguments)
@@ -178,7 +176,8 @@ def _sets(domains: dict[str, Domain], tokenizer: Any, arguments: Any) -> dict[st
     for length in arguments.retrieval:
         sets[f"retrieval-{length}"] = retrieval_sets(texts, tokenizer, [length], **limits)
     if arguments.retrieval:
-        sets[SECOND_TURN] = second_turn_sets(texts, tokenizer, [min(arguments.retrieval)], **limits)
+        twice = 2 * arguments.prompts  # answers to second questions vary the most
+        sets[SECOND_TURN] = second_turn_sets(texts, tokenizer, [min(arguments.retrieval)], samples=twice)
     return sets
 
 

@@ -171,9 +171,32 @@ def test_json_round_trip_keeps_every_argument():
     assert Plan.from_json(json.dumps({"omit": [], "num_layers": 8})) == Plan(8, [])
 
 
-def test_unknown_json_members_are_ignored():
+def test_an_unknown_json_member_is_refused_with_its_value():
     text = '{"num_layers": 8, "omit": [1], "note": {"a": [null, true, 1.5e3, "\\u00e9\\ud83d\\ude00\\n"]}}'
-    assert Plan.from_json(text) == Plan(8, [1])
+    with pytest.raises(ValueError, match="expected no such member") as error:
+        Plan.from_json(text)
+    assert str(error.value) == 'plan: note: expected no such member, got {"a": [null, true, 1500.0, "é😀\\n"]}'
+    with pytest.raises(ValueError, match="^plan: boundry: expected no such member, got 4$"):
+        Plan.from_json('{"num_layers": 8, "omit": [1], "boundry": 4}')
+
+
+def test_errors_of_huge_texts_are_short_and_come_soon():
+    many = {"num_layers": 8, "omit": [1], **{f"member {i}": i for i in range(200_000)}}
+    with pytest.raises(ValueError, match="^plan: member 0: expected no such member, got 0$"):
+        Plan.from_json(json.dumps(many))
+    long = 'é"' * 1_000_000
+    for members in ({"num_layers": long}, {"omit": [long]}, {long: 1}, {"boundary": long}, {"min_tokens": [long]}):
+        with pytest.raises(ValueError, match="expected") as error:
+            Plan.from_json(json.dumps({"num_layers": 8, "omit": [1], **members}, ensure_ascii=False))
+        assert len(str(error.value)) < 600
+    with pytest.raises(ValueError, match="^plan: expected a text of at most 16777216 bytes, got 16777217$"):
+        Plan.from_json(" " * (2**24 + 1))
+
+
+@pytest.mark.parametrize("how", [{}, {"count": 4}, {"fraction": 0.5}])
+def test_a_wrong_depth_costs_no_memory(how):
+    with pytest.raises(ValueError, match="^num_layers: expected an integer <= 100000, got 1000000000000$"):
+        Plan.last(10**12, **how)
 
 
 @pytest.mark.parametrize(

@@ -126,13 +126,14 @@ class Plan(_core.Plan):
             TypeError: An argument is not a number.
         """
         depth = _integer("num_layers", num_layers)
+        cls(depth, ())  # checks the depth, before a range of layers is made
         if count is not None and fraction is not None:
             raise ValueError(f"count, fraction: expected one of them, got count={count!r} and fraction={fraction!r}")
         if fraction is not None:
             omitted = math.floor(_fraction(fraction) * depth + 1e-9)  # 0.7 * 10 is 6.999...
         else:
             omitted = depth // 3 if count is None else _integer("count", count)
-        if depth >= 1 and not 0 <= omitted < depth:
+        if not 0 <= omitted < depth:
             raise ValueError(f"count: expected an integer in 0...{depth - 1}, got {omitted}")
         return cls(depth, range(depth - omitted, depth), boundary, min_tokens)
 
@@ -191,10 +192,11 @@ class Plan(_core.Plan):
         """Parse the result of ``to_json``.
 
         Args:
-            text: The JSON text. Unknown members are ignored.
+            text: The JSON text, of at most 16 MiB.
 
         Raises:
-            ValueError: ``text`` is not JSON, a member is missing or has the wrong type, or the values make no plan.
+            ValueError: ``text`` is not JSON, a member is missing, unknown or of the wrong type, or the values make
+                no plan.
                 Also for the text of a fitted plan: read the file of such a plan with ``load``, which finds the
                 matrices.
             TypeError: ``text`` is not a str.
