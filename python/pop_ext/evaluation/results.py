@@ -13,9 +13,12 @@ from typing import Any, NamedTuple
 
 from pop_ext.evaluation.arms import FITTED, FULL, POP, RIDGE, Arm
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.files import read_utf8
 from pop_ext.utils.json import finite
 
 SCHEMA = "pop_ext evaluation 1"
+LIMIT = 1 << 30
+"""Bytes of a file: it holds a sample for each prompt of each arm."""
 """Value of ``facts["schema"]``."""
 
 
@@ -191,7 +194,7 @@ class Evaluation:
             ValueError: The file is not one that ``save`` writes.
         """
         try:
-            members = json.loads(Path(path).read_text(encoding="utf-8"))
+            members = json.loads(read_utf8(path, LIMIT))
             if members["facts"]["schema"] != SCHEMA:
                 raise ValueError(members["facts"]["schema"])
             found = cls(members["facts"], list(members["cells"]), list(members["timings"]))
@@ -202,5 +205,5 @@ class Evaluation:
                 for name, values in cell["samples"].items():
                     cell["samples"][name] = [math.nan if value is None else value for value in values]
             return found
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: expected an evaluation as Evaluation.save writes it ({error!r})") from None

@@ -20,6 +20,7 @@ from pop_ext.methods.plots import plot_importance
 from pop_ext.plans.origin import Origin, check_origin, origin_of, weights_hash
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.selection import ranked_plan
+from pop_ext.utils.files import read_utf8
 from pop_ext.utils.json import finite
 from pop_ext.utils.progress import Progress, reporting
 
@@ -176,7 +177,7 @@ class Importance:
             ValueError: The file is not one that ``save`` writes.
         """
         try:
-            members = json.loads(Path(path).read_text(encoding="utf-8"))
+            members = json.loads(read_utf8(path))
             scores = {
                 kind: GateScores(**{name: _from_json(values) for name, values in gate.items()})
                 for kind, gate in members["gates"].items()
@@ -191,7 +192,7 @@ class Importance:
                 digest=members["digest"],
                 weights=members["weights"],
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: expected an importance as Importance.save writes it ({error!r})") from None
 
 

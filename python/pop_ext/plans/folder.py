@@ -10,6 +10,7 @@ from typing import Any
 
 from pop_ext.plans.card import PlanCard
 from pop_ext.plans.card_markdown import MARK, render
+from pop_ext.utils.files import read_utf8
 
 PLAN_FILE, MATRICES_FILE, CARD_FILE, README_FILE = "plan.json", "plan.safetensors", "card.json", "README.md"
 SUBFOLDER = "pop_ext"
@@ -53,7 +54,7 @@ def check_folder(folder: str | PathLike[str]) -> Path:
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"folder: expected one that can be written, got {folder}, where {there} cannot")
     readme = folder / README_FILE
-    if readme.exists() and MARK not in readme.read_text(encoding="utf-8"):
+    if readme.exists() and MARK not in readme.read_text(encoding="utf-8", errors="replace"):
         raise ValueError(f"folder: expected no other {README_FILE} in the place of the card, got one in {folder}")
     return folder
 
@@ -79,7 +80,7 @@ def read_folder(kind: Any, folder: str | PathLike[str]) -> Any:
     if not file.is_file():
         return plan
     try:
-        return plan.replace(card=PlanCard.from_json(file.read_text(encoding="utf-8")))
+        return plan.replace(card=PlanCard.from_json(read_utf8(file)))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 

@@ -17,6 +17,7 @@ from pop_ext.plans.folder import check_card, download_folder, is_folder, read_fo
 from pop_ext.plans.origin import Origin
 from pop_ext.plans.preset_table import find_entry
 from pop_ext.plans.projections import FitReport, Projections, load_matrices, save_matrices
+from pop_ext.utils.files import read_utf8
 
 
 class Plan(_core.Plan):
@@ -240,7 +241,7 @@ class Plan(_core.Plan):
                 starts with the path.
         """
         try:
-            return cls._from_json(Path(path).read_text(encoding="utf-8"), Path(path).parent)
+            return cls._from_json(read_utf8(path), Path(path).parent)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -411,14 +411,20 @@ def load_matrices(path: Path, sha256: str, layers: Iterable[int], report: FitRep
         ValueError: The file has another SHA-256, or lacks a layer.
         ImportError: safetensors is missing.
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"projections: expected the plan's matrices in {path}, got no such file") from None
+    if not path.exists():
+        raise FileNotFoundError(f"projections: expected the plan's matrices in {path}, got no such file")
+    if not path.is_file():  # a device may have no end
+        raise ValueError(f"projections: expected the plan's matrices in a file, got {path.name}, which is none")
+    data = path.read_bytes()
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise ValueError(f"projections: expected {path.name} with SHA-256 {sha256}, as it was saved, got {found}")
-    tensors = _safetensors().load(data)
+    from safetensors import SafetensorError
+
+    try:
+        tensors = _safetensors().load(data)
+    except SafetensorError as error:
+        raise ValueError(f"projections: expected a safetensors file, got {path.name} ({error})") from None
     try:
         matrices = {layer: tensors[f"layers.{layer}.kv"] for layer in layers}
         samples = {layer: tensors[f"layers.{layer}.sample"] for layer in layers}

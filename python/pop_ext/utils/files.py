@@ -1,0 +1,26 @@
+"""Files that others wrote: read up to a limit, as UTF-8."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+LIMIT = 16 << 20
+"""Bytes of a file, where no other limit is given."""
+
+
+def read_utf8(path: str | PathLike[str], limit: int = LIMIT) -> str:
+    """Read a text file, and no more of it than ``limit`` bytes, since a device may have no end.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is longer, or not UTF-8. The text does not name the path.
+    """
+    with Path(path).open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"expected a file of at most {limit} bytes, got more")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8, got byte {data[error.start]:#04x} at offset {error.start}") from None
