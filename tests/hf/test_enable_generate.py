@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pop_ext
@@ -14,7 +15,14 @@ from models import llama, mistral, pad, tokens
 from pop_ext import Plan, reference
 from tolerance import assert_close_fp32, compare_caches
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedTokenizerFast,
+    StaticCache,
+    pipeline,
+)
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -307,6 +315,20 @@ class Recorder(BaseStreamer):
 
     def end(self) -> None:
         self.ended = True
+
+
+def test_stop_strings_and_their_tokenizer_stop_a_pruned_generation():
+    folder = Path(__file__).parents[2] / "examples" / "demo_model" / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer("import os\nimport sys\n\ndef main(path):\n" * 3, return_tensors="pt")
+    with pop_ext.enabled(model, "third", strict=True):
+        stopped = model.generate(**prompt, max_new_tokens=24, do_sample=False, tokenizer=tokenizer, stop_strings=["\n"])
+        whole = model.generate(**prompt, max_new_tokens=24, do_sample=False)
+        assert pop_ext.last_call(model).native
+    assert stopped.shape[1] < whole.shape[1]
+    assert torch.equal(whole[:, : stopped.shape[1]], stopped)
+    assert "\n" in tokenizer.decode(stopped[0, -1])
 
 
 def test_a_streamer_gets_every_token():

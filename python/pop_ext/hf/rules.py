@@ -34,8 +34,8 @@ _READ = {
     "output_router_logits",
     "return_dict",
 }
-# Arguments that may be given but make no difference to a prefill.
-_IGNORED = {"cache_position", "num_items_in_batch"}
+# Arguments that may be given but make no difference to a prefill. `generate` hands its own two tokenizers on.
+_IGNORED = {"cache_position", "num_items_in_batch", "tokenizer", "assistant_tokenizer"}
 
 
 def check_prefill(
