@@ -12,6 +12,7 @@ from typing import Any
 
 from pop_ext import Plan
 from pop_ext.evaluation import Evaluation, plots
+from pop_ext.evaluation.ablations import ABLATIONS
 from pop_ext.evaluation.results import Mean, mean_of
 from pop_ext.utils.layer_ranges import format_layers
 from quality import FITS, print_times
@@ -20,6 +21,7 @@ NAMES = {"": "unfitted", "ridge": "ridge", "distill": "distilled", "distill-text
 TEXTS = ("prose", "code", "reference")
 DEPTH = 30
 RECALL = ("retrieval-512", "retrieval-2000", "second-turn")
+ARMS = NARROW, WIDE, ABLATED = "boundary 1", "wider boundaries", "ablations"
 LIMITS = (0.02, 0.05)
 """Nats a token."""
 FIGURES = ("cost", "frontier", "recall")
@@ -60,16 +62,17 @@ class Study:
         found: dict[str, list[float]] = self.results[name].find(0, "full")["samples"]  # type: ignore[index]
         return found
 
-    def figures(self, name: str, wide: bool = False) -> dict[tuple[int, str, str], dict[str, Mean]]:
+    def figures(self, name: str, arms: str = NARROW) -> dict[tuple[int, str, str], dict[str, Mean]]:
         """Return for each arm the means of its samples, of losses and shares also paired with the full model.
 
         Args:
             name: Set of prompts.
-            wide: Arms of a boundary above 1. Else those of boundary 1 or none.
+            arms: Which arms, of ``ARMS``.
         """
         full, found = self.full(name), {}
         for key, cell in self.cells(name):
-            if wide != (cell["boundary"] not in (None, 1)):
+            kind = ABLATED if cell["kind"] in ABLATIONS else NARROW if cell["boundary"] == 1 else WIDE
+            if kind != arms:
                 continue
             own = cell["samples"]
             found[key] = {measure: mean_of(values) for measure, values in own.items()}
@@ -89,11 +92,11 @@ def main() -> None:
     study = Study(arguments.folder)
     texts = [name for name in TEXTS if name in study.results]
     recall = [name for name in RECALL if name in study.results]
-    for wide in (False, True):
-        print_loss(study, texts, wide)
+    for arms in ARMS:
+        print_loss(study, texts, arms)
     print_won_back(study, texts)
-    for wide in (False, True):
-        print_recall(study, recall, wide)
+    for arms in (NARROW, WIDE):
+        print_recall(study, recall, arms)
     print_counts(study, texts)
     times = arguments.folder / "times.json"
     if times.exists():
@@ -109,10 +112,10 @@ def main() -> None:
             plots.FIGURES[name](result, arguments.figures / f"real-{name}.png")
 
 
-def print_loss(study: Study, names: list[str], wide: bool) -> None:
-    """Print the loss above full depth and the KL divergence of every arm, of boundary 1 or of wider ones."""
-    figures = {name: study.figures(name, wide) for name in names}
-    print(f"\n| omitted | | {' | '.join(names)} |\n|---|---|{'---|' * len(names)}")
+def print_loss(study: Study, names: list[str], arms: str) -> None:
+    """Print the loss above full depth and the KL divergence of every arm of ``ARMS``."""
+    figures = {name: study.figures(name, arms) for name in names}
+    print(f"\n{arms}:\n\n| omitted | | {' | '.join(names)} |\n|---|---|{'---|' * len(names)}")
     _print_rows(figures, lambda own: f"{_signed(own['delta_loss'])} / {own['kl'].value:.3f}")
 
 
@@ -137,10 +140,10 @@ def print_won_back(study: Study, names: list[str]) -> None:
             print(f"| {key[0]} ({key[1]}) | {key[2]} | {name} | {' | '.join(shares)} |")
 
 
-def print_recall(study: Study, names: list[str], wide: bool) -> None:
-    """Print the share of exact answers, and its difference to full depth, of boundary 1 or of wider ones."""
-    figures = {name: study.figures(name, wide) for name in names}
-    print(f"\n| omitted | | {' | '.join(names)} |\n|---|---|{'---|' * len(names)}")
+def print_recall(study: Study, names: list[str], arms: str) -> None:
+    """Print the share of exact answers, and its difference to full depth, of every arm of ``ARMS``."""
+    figures = {name: study.figures(name, arms) for name in names}
+    print(f"\n{arms}:\n\n| omitted | | {' | '.join(names)} |\n|---|---|{'---|' * len(names)}")
     full = [mean_of(study.full(name)["exact"]) for name in names]
     print(f"| 0 | full depth | {' | '.join(f'{one.value:.2f} ({one.error:.2f})' for one in full)} |")
     _print_rows(figures, lambda own: f"{own['exact'].value:.2f}, {_signed(own['delta_exact'], 2)}")
