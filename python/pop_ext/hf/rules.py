@@ -145,6 +145,8 @@ def _check_logits_to_keep(keep: Any, columns: int, cache: Any) -> _Reason | None
         return None
     rows = "all" if keep == 0 or keep >= columns else "other than the last"
     reason = f"logits_to_keep={keep}: logits of {rows} rows are requested, so every row needs full depth"
+    if keep == 0:
+        reason += "; logits_to_keep=1 asks for the last row's, pop_ext.score scores continuations"
     # Speculative decoding verifies its candidates by such calls on a filled cache.
     cached = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
     verification = rows == "all" and bool(cached > 0)
