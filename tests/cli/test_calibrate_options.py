@@ -30,6 +30,7 @@ def run(*arguments):
         ("--method ridge", f"--method: expected it only with {LIMITS}"),
         ("--prompts 48", f"--prompts: expected it only with {LIMITS}"),
         ("--time-lengths 1024", f"--time-lengths: expected it only with {LIMITS}"),
+        ("--highest 3", f"--highest: expected it only with {LIMITS}"),
         ("--by-importance", f"--by-importance: expected it only with {LIMITS}"),
         ("--by-importance --count 2", f"--by-importance: expected it only with {LIMITS}"),
         ("--budget-tokens 2048", "--budget-tokens: expected it only with --budget-ms or --speedup"),
@@ -63,7 +64,9 @@ TINY = "--tokens 40 --samples 4 --prompts 4 --pays-from= --time-lengths= --dtype
         ("--max-loss -1", "--max-loss: expected more than 0, got -1.0"),
         ("--max-loss 1 --method best", "--method: expected one of unfitted, ridge, distill, got 'best'"),
         ("--max-loss 1 --boundary 40", "--boundary: expected fewer rows than the 40 of --tokens, got [40]"),
-        ("--max-loss 1 --tokens 4000", "texts: expected a text of at least 8128 tokens"),
+        ("--max-loss 1 --tokens 4000", "--text: expected a text of at least 8128 tokens"),
+        ("--max-loss 1 --method distill", "--tokens: expected at least"),
+        ("--max-loss 1 --highest 12", "--highest: expected an integer in 1...11, got 12"),
     ],
 )
 def test_an_error_of_a_budget_names_the_option_and_leaves_no_folder(tmp_path, given, error):
@@ -79,7 +82,7 @@ def test_calibrate_says_that_more_layers_were_not_tried(tmp_path, limit, says):
     text = DEMO / "heldout" / "modulefinder.py.txt"
     options = ("--max-loss", limit, "--method", "unfitted", *TINY.replace("--samples 4", "").split())
     result = run("calibrate", DEMO / "model", "--text", text, "-o", tmp_path / "o", *options)
-    assert ("more than 6 layers, half of them, were not tried" in result.stdout) == says
+    assert ("more than 6 layers were not tried (--highest)" in result.stdout) == says
 
 
 @pytest.mark.parametrize("given", ["--tasks 96", "--steps 120", "--seed 0", "--learning-rate 0.0003"])

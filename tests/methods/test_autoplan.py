@@ -212,6 +212,11 @@ def test_a_wider_boundary_is_taken_only_where_it_saves_more(model, text, monkeyp
     monkeypatch.setitem(least, 1, 4)
     monkeypatch.setitem(least, 2, 4)
     assert found((1, 4)) == (3, 4)
+    # With boundary 8, 6 layers save less than 5 do with boundary 1, but 7 save more; boundary 4 keeps no limit.
+    least |= {**dict.fromkeys((1, 2, 3, 4, 5), 1), 6: 8, 7: 8, 8: 99}
+    how["highest"] = 8
+    assert found((1, 8)) == (7, 8)
+    assert found((1, 4, 8)) == (7, 8)
 
 
 @pytest.mark.parametrize(

@@ -92,3 +92,11 @@ def test_several_plans_share_no_state_file(tmp_path):
     model = shared("llama")
     with pytest.raises(ValueError, match="resume: expected None with several plans"):
         pop_ext.fit(model, PLANS, batches(model), method="distill", resume=tmp_path / "state.pt")
+
+
+def test_a_boundary_that_covers_the_training_sequences_is_refused_before_any_training(monkeypatch):
+    model, plans = shared("llama"), [Plan(6, (4, 5)), Plan(6, (4, 5), boundary=20)]
+    monkeypatch.setattr("pop_ext.methods.fitting.distill", lambda *_: pytest.fail("trained"))
+    how = {"method": "distill", "lambdas": [0.1], "holdout": [tokens(model, 2, 64, seed=5)]}
+    with pytest.raises(ValueError, match="batches: expected sequences longer than the boundary 20 and a continuation"):
+        pop_ext.fit(model, plans, [tokens(model, 3, 24)], **how)

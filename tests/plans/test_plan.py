@@ -245,7 +245,7 @@ def test_load_reads_saved_plans_and_names_bad_files(tmp_path):
     with pytest.raises(ValueError, match=r"bad\.json: plan: not JSON"):
         Plan.load(tmp_path / "bad.json")
     (tmp_path / "other.bin").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"other\.bin: 'utf-8' codec can't decode byte 0xff"):
+    with pytest.raises(ValueError, match=r"other\.bin: expected UTF-8, got byte 0xff at offset 0"):
         Plan.load(tmp_path / "other.bin")
     with pytest.raises(FileNotFoundError):
         Plan.load(tmp_path / "none.json")

@@ -40,6 +40,7 @@ class Budget:
         samples: Value of --samples.
         prompts: Value of --prompts.
         tokens: Value of --tokens.
+        highest: Value of --highest.
         pays_from: Lengths of --pays-from.
         time_lengths: Lengths of --time-lengths.
     """
@@ -52,6 +53,7 @@ class Budget:
     samples: int | None
     prompts: int | None
     tokens: int | None
+    highest: int | None
     pays_from: Sequence[int]
     time_lengths: Sequence[int]
 
@@ -77,7 +79,7 @@ def check_options(given: set[str], method: str) -> None:
         ValueError: An option belongs to a plan within limits and none is given, or to one without; or it needs another.
     """
     limit = next((name for name in LIMITS if name in given), None)
-    for option in ("--prompts", "--method", "--by-importance", "--time-lengths"):
+    for option in ("--prompts", "--method", "--by-importance", "--time-lengths", "--highest"):
         options.refuse_ignored(given, option, LIMITS)
     if limit is None:
         options.refuse_ignored(given, "--budget-tokens", ("--budget-ms", "--speedup"))
@@ -131,12 +133,12 @@ def calibrate_within(
 
     sizes = {"samples": budget.samples, "prompts": budget.prompts, "tokens": budget.tokens}
     trial = Trial(**{name: size for name, size in sizes.items() if size is not None})
-    check_folder(out)
-    split = split_texts(files, tokenizer, trial.holdout, trial.window)
-    choose = None
-    if importance is not None:
-        choose = _by_importance(model, tokenizer, split.calibration, trial, out, importance)
     with _options_named():
+        check_folder(out)
+        split = split_texts(files, tokenizer, trial.holdout, trial.window)
+        choose = None
+        if importance is not None:
+            choose = _by_importance(model, tokenizer, split.calibration, trial, out, importance)
         found = autoplan(
             model,
             split,
@@ -144,6 +146,7 @@ def calibrate_within(
             method=budget.method,
             boundary=budget.boundaries or BOUNDARIES,
             choose=choose,
+            highest=budget.highest,
             tokenizer=tokenizer,
             trial=trial,
             save=out,
@@ -163,12 +166,17 @@ def calibrate_within(
 @contextmanager
 def _options_named() -> Iterator[None]:
     """Let errors of ``autoplan`` name the options that set its arguments."""
+    names = {"folder": "--out", "length": "--tokens", "texts": "--text"}
+    names |= {name: f"--{name.replace('_', '-')}" for name in ("max_loss", "max_kl", "max_recall_drop")}
+    names |= {name: f"--{name}" for name in ("method", "boundary", "highest")}
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         text = re.sub(r"\btrial\.(\w+)", r"--\1", str(error))
-        text = re.sub(r"^(max_\w+|method|boundary)\b(?=[:,])", lambda found: f"--{found[1].replace('_', '-')}", text)
-        raise ValueError(text) from None
+        named = re.sub(r"^\w+(?=[:,])", lambda found: names.get(found[0], found[0]), text)
+        if named == str(error):
+            raise
+        raise (ValueError(named) if isinstance(error, ValueError) else OSError(named)) from None
 
 
 def _by_importance(
@@ -180,7 +188,16 @@ def _by_importance(
 
     batches = calibration_batches(texts, tokenizer, trial.window, trial.samples, batch=1)
     out.mkdir(parents=True, exist_ok=True)
-    scores = importance(model, batches, resume=out / "importance.json", **how)
+    state = out / "importance.json"
+    try:
+        scores = importance(model, batches, resume=state, **how)
+    except ValueError as error:
+        if not str(error).startswith("resume:"):
+            raise
+        raise ValueError(
+            f"--out: expected no {state.name} of other texts or settings in the folder, got {state}; remove it or name "
+            "another folder"
+        ) from None
     return functools.partial(scores.plan, contiguous=True)
 
 
@@ -192,6 +209,7 @@ def _report(found: AutoPlan, out: Path) -> dict[str, Any]:
             "boundary": candidate.plan.boundary,
             "fit": candidate.fit,
             "within": candidate.within,
+            "chosen": candidate is found.chosen,
             "seconds": candidate.seconds,
             **{
                 name: {"value": figure.value, "error": figure.error, "prompts": figure.prompts}
@@ -207,6 +225,7 @@ def _report(found: AutoPlan, out: Path) -> dict[str, Any]:
         "boundary": found.plan.boundary,
         "min_tokens": found.plan.min_tokens,
         "recall": found.recall,
+        "highest": found.highest,
         "tried": tried,
         "card": card,
     }
@@ -218,7 +237,7 @@ def _print(found: AutoPlan, out: Path) -> None:
     table = output.new_table("omitted, fit, boundary", *names, "budget", "seconds")
     for candidate in sorted(found.tried, key=lambda tried: tried.count):
         cells = [str(candidate.figures[name]) if name in candidate.figures else "-" for name in names]
-        kept = "within" if candidate.within else "over"
+        kept = "chosen" if candidate is found.chosen else "within" if candidate.within else "over"
         name = f"{candidate.count}, {candidate.fit}, {candidate.plan.boundary}"
         table.add_row(name, *cells, kept, f"{candidate.seconds:.0f}")
     console.print(table)
@@ -234,7 +253,7 @@ def _print(found: AutoPlan, out: Path) -> None:
         return
     console.print(Text(f"plan: {card.plan}"))
     if len(found.plan.omit) == found.highest:
-        console.print(Text(f"more than {found.highest} layers, half of them, were not tried"))
+        console.print(Text(f"more than {found.highest} layers were not tried (--highest)"))
     for row in card.quality:
         error = math.nan if row.error is None else row.error
         console.print(Text(f"costs: {row.name} {row.value:+.4f} ({error:.4f}) {row.unit}, {row.prompts} prompts"))

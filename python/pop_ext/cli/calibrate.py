@@ -112,6 +112,14 @@ def calibrate(
             rich_help_panel=QUALITY,
         ),
     ] = None,
+    highest: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Largest number of layers to try within a budget of quality. Default: half of them.",
+            rich_help_panel=QUALITY,
+        ),
+    ] = None,
     method: Annotated[
         str,
         typer.Option(
@@ -187,7 +195,9 @@ def calibrate(
     with output.errors_on_one_line():
         timed, shown = (options.parse_numbers(option, text) for option, text in lengths.items())
         rows = options.parse_numbers("--boundary", boundary or "")
-        budget = Budget(max_loss, max_kl, max_recall_drop, method, rows, samples, prompts, tokens, timed, shown)
+        budget = Budget(
+            max_loss, max_kl, max_recall_drop, method, rows, samples, prompts, tokens, highest, timed, shown
+        )
         if not budget.given and len(rows) > 1:
             raise ValueError(f"--boundary: expected one number without a budget of quality, got {boundary}")
         check_options(options.given_options(context), method)

@@ -23,6 +23,7 @@ from pop_ext.cli.options import (
     PlanOption,
     ThreadsOption,
 )
+from pop_ext.utils.files import read_own_text
 from pop_ext.utils.progress import ProgressBar
 
 
@@ -64,7 +65,7 @@ def generate(
     """
     with output.errors_on_one_line():
         options.set_threads(threads)
-        text = prompt_file.read_text(encoding="utf-8")
+        text = read_own_text(prompt_file)
         with output.loading_spinner(as_json):
             loaded = options.load_model(model, dtype, device)
             tokenizer = options.load_tokenizer(model)

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pop_ext.utils.files import read_own_text
+
 TEXT, RECALL, RETRIEVAL, SECOND_TURN = "text", "recall", "retrieval", "second turn"
 """Kinds of sets."""
 Pair = tuple[Tensor, Tensor]
@@ -86,7 +88,7 @@ def read_texts(paths: Sequence[Path], tokenizer: Any) -> Texts:
     plain: list[Tensor] = []
     pairs: list[Pair] = []
     for path in paths:
-        text = path.read_text(encoding="utf-8")
+        text = read_own_text(path)
         if path.suffix != ".jsonl":
             plain.append(encode(tokenizer, text))
             continue

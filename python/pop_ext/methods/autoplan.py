@@ -38,6 +38,8 @@ class AutoPlan:
         plan: The plan, fitted, with its card. It omits no layer if even one exceeds the budget.
         card: The card of the plan. None if it omits no layer.
         tried: Every candidate, in the order of trial.
+        chosen: The candidate that was chosen; None if the plan omits no layer. Its fit may be a cheaper one than
+            ``method``, if that has the lower KL.
         recall: Share of the retrieval tasks that the model answers at full depth; None if no task was run.
         highest: Largest number of layers that was allowed.
     """
@@ -45,6 +47,7 @@ class AutoPlan:
     plan: Plan
     card: PlanCard | None
     tried: tuple[Candidate, ...]
+    chosen: Candidate | None
     recall: float | None
     highest: int
 
@@ -95,7 +98,8 @@ def autoplan(
             for. The others are tried with more layers, where that saves more work in a prompt of ``trial.tokens``.
         choose: Function from a number of layers to a plan that omits that many, such as the ``plan`` method of an
             importance. None omits the deepest ones.
-        highest: Largest number of layers to try. None for half of them. On the CPU the input of each layer that may be
+        highest: Largest number of layers to try. None for half of them. Memory: what ``fit`` takes for up to five
+            plans, as they are fitted in one reading. And on the CPU the input of each layer that may be
             the first omitted one is kept for all judged prompts: ``highest * trial.prompts * (trial.tokens +
             trial.continuation) * hidden`` values.
         tokenizer: Hugging Face tokenizer. None for that of the checkpoint.
@@ -134,7 +138,7 @@ def autoplan(
     run = Candidates(model, tokenizer, split, trial, limits, method, boundaries, choose, highest, progress)
     best = run.widen(search(run.candidate, STAGES[method], highest), STAGES[method][-1], highest)
     if best is None:
-        return AutoPlan(Plan(depth, ()), None, tuple(run.tried), run.recall, highest)
+        return AutoPlan(Plan(depth, ()), None, tuple(run.tried), None, run.recall, highest)
     asked = {name: limits[figure] for name, figure in LIMITS.items() if figure in limits}
     plan = _with_card(model, best, run, asked, split)
     if save is not None:
@@ -147,7 +151,7 @@ def autoplan(
         plan = _timed(model, plan, pays_from, time_lengths, progress is True)
         if save is not None:
             plan.save_pretrained(save)
-    return AutoPlan(plan, plan.card, tuple(run.tried), run.recall, highest)
+    return AutoPlan(plan, plan.card, tuple(run.tried), best, run.recall, highest)
 
 
 def _with_card(model: Any, best: Candidate, run: Candidates, asked: dict[str, float], split: SplitTexts) -> Plan:
@@ -193,7 +197,8 @@ def _without_recall(card: PlanCard, why: str) -> PlanCard:
 def _timed(model: Any, plan: Plan, pays_from: Sequence[int], lengths: Sequence[int], bar: bool) -> Plan:
     """Return the plan with ``min_tokens`` and the speed-ups on its card, both timed here."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    lengths = [length for length in lengths if not limit or length <= limit]
+    longer = [length for length in lengths if limit and length > limit]
+    lengths = [length for length in lengths if length not in longer]
     plan = with_min_tokens(model, plan, pays_from, bar)
     times = time_plans(model, [plan], lengths, progress=bar)
     hardware = env_info.hardware(model.device, model.dtype)
@@ -203,7 +208,9 @@ def _timed(model: Any, plan: Plan, pays_from: Sequence[int], lengths: Sequence[i
         if factor is not None:
             speeds.append(CardSpeed(length, factor, NATIVE_FULL, hardware))
     assert plan.card is not None
-    return plan.replace(card=dataclasses.replace(plan.card, speed=tuple(speeds)))
+    missing = {f"speed at {length} tokens": f"the model takes {limit}" for length in longer}
+    missing = {**plan.card.not_measured, **missing}
+    return plan.replace(card=dataclasses.replace(plan.card, speed=tuple(speeds), not_measured=missing))
 
 
 def _check_limits(given: dict[str, float | None]) -> dict[str, float]:

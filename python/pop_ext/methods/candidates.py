@@ -147,23 +147,25 @@ class Candidates:
         return count * (1 - boundary / self.trial.tokens)
 
     def widen(self, best: Candidate | None, stage: str, highest: int) -> Candidate | None:
-        """Try more layers with wider boundaries, as long as a candidate keeps the limits and saves more.
+        """Try more layers with each wider boundary, as long as a candidate keeps the limits.
 
-        A boundary that saves less than the best candidate does is not tried, so a wide one is taken only where it pays.
+        Counts that save less with a boundary than the best candidate does are not tried with it, so a wide one is taken
+        only where it pays.
 
         Args:
             best: The best candidate of the smallest boundary.
             stage: Fit of the candidates.
             highest: Largest number of layers to try.
         """
-        for count in range(best.count + 1 if best else 1, highest + 1):
-            least = best.saved if best else 0.0
-            paying = [rows for rows in self.boundaries[1:] if self._saved(count, rows) > least]
-            tried = (self.candidate(count, stage, boundary=rows) for rows in paying)
-            found = next((one for one in tried if one.within), None)
-            if found is None:
-                break
-            best = found
+        for rows in self.boundaries[1:]:
+            for count in range(best.count + 1 if best else 1, highest + 1):
+                if best is not None and self._saved(count, rows) <= best.saved:
+                    continue
+                found = self.candidate(count, stage, boundary=rows)
+                if not found.within:
+                    break
+                best = found
+        self._fittings.clear()
         return best
 
     def _chosen(self, count: int) -> Plan:
@@ -218,6 +220,7 @@ class Candidates:
         with reporting(self._bar, "fit", None) as advance:
             fitted = fitting.fitted(number, advance, self._say)
         fitting.forget(number)
+        del self._fittings[count, stage]
         return fitted
 
     def _read(self, counts: Sequence[int], stage: str) -> None:

@@ -80,6 +80,8 @@ class Fitting:
             chosen = "lambda" if len(self.ridges) > 1 else "steps"
             # All of them now, so that a bad boundary does not cost the fits of other plans.
             longer = [check_held(held, plan.boundary, count, chosen) if self.holds else [] for plan in self.plans]
+            for reading in self._reader.readings if self.training is not None else ():
+                _check_longer(reading)
             self._judges = self._record(held, longer)
 
     def _record(self, held: list[Tensor], longer: list[list[Tensor]]) -> list[list[Example]]:
@@ -123,8 +125,11 @@ class Fitting:
             return _distilled(self.model, solved, reading, held, self.training, advance, say)
 
     def forget(self, number: int) -> None:
-        """Free the states of the sequences that were kept to train the plan of this number."""
-        self._reader.readings[number].examples.clear()
+        """Free what was read for the plan of this number."""
+        reading = self._reader.readings[number]
+        reading.examples.clear()
+        reading.moments.clear()
+        self._judges[number].clear()
 
 
 def _best_solution(
@@ -182,9 +187,7 @@ def _distilled(
     assert plan.projections is not None
     assert plan.origin is not None
     start, dtype = plan.projections, _dtype(model)
-    examples = [one for one in reading.examples if one.answer or one.ids.shape[1] - one.rows > plan.boundary]
-    if not examples:
-        raise ValueError(f"batches: expected sequences longer than the boundary {plan.boundary} and a continuation")
+    examples = _check_longer(reading)
     with torch.enable_grad():
         trained, history = distill(model, plan, start.matrices, examples, held, training, advance, say)
     best = min(history, key=lambda one: one.divergence)
@@ -203,6 +206,15 @@ def _distilled(
             )
     origin = dataclasses.replace(plan.origin, fit=report.describe())
     return plan.replace(projections=Projections(matrices, start.samples, report), origin=origin)
+
+
+def _check_longer(reading: PlanReading) -> list[Example]:
+    """Return the sequences that have a context row before the boundary rows and the continuation, and all tasks."""
+    boundary = reading.plan.boundary
+    examples = [one for one in reading.examples if one.answer or one.ids.shape[1] - one.rows > boundary]
+    if not examples:
+        raise ValueError(f"batches: expected sequences longer than the boundary {boundary} and a continuation")
+    return examples
 
 
 def _nan(value: float | None) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pop_ext.evaluation.prompts import Texts, encode
 from pop_ext.plans.card import CardText
+from pop_ext.utils.files import read_own_text
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _read(given: Any, number: int) -> tuple[str, str]:
     path = Path(os.fspath(given))
     if path.suffix == ".jsonl":
         raise ValueError(f"texts: expected plain texts, of which a part can be held out, got {path}")
-    return path.name, path.read_text(encoding="utf-8")
+    return path.name, read_own_text(path)
 
 
 def token_counts(sources: Sequence[CardText], role: str) -> int:

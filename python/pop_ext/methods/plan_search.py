@@ -72,7 +72,7 @@ def search(judge: Judge, stages: Sequence[str], highest: int) -> Candidate | Non
     low = 0
     for number, stage in enumerate(stages):
         high = highest if number < 2 else min(highest, low + REACH.get(stage, 0))
-        last = range(max(low, 1), high + 1)  # few, and the first of them is judged in any case
+        last = range(max(low, 1), high + 1)  # few; low is judged with this fit if no larger count keeps the limits
         while low < high:
             middle = (low + high + 1) // 2
             if candidate(middle, stage, last if number == 2 else _next_steps(low, high)).within:

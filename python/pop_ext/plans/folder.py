@@ -53,6 +53,10 @@ def check_folder(folder: str | PathLike[str]) -> Path:
         raise NotADirectoryError(f"folder: expected a folder, or none yet, got {folder}, where {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"folder: expected one that can be written, got {folder}, where {there} cannot")
+    for name in (PLAN_FILE, MATRICES_FILE, CARD_FILE, README_FILE):
+        file = folder / name
+        if file.exists() and not (file.is_file() and os.access(file, os.W_OK)):
+            raise PermissionError(f"folder: expected files that can be written, got {file}, which cannot")
     readme = folder / README_FILE
     if readme.exists() and MARK not in readme.read_text(encoding="utf-8", errors="replace"):
         raise ValueError(f"folder: expected no other {README_FILE} in the place of the card, got one in {folder}")

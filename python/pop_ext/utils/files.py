@@ -10,7 +10,7 @@ LIMIT = 16 << 20
 
 
 def read_utf8(path: str | PathLike[str], limit: int = LIMIT) -> str:
-    """Read a text file, and no more of it than ``limit`` bytes, since a device may have no end.
+    """Return a text file, and read no more of it than ``limit`` bytes, since a device may have no end.
 
     Raises:
         OSError: The file cannot be read.
@@ -24,3 +24,16 @@ def read_utf8(path: str | PathLike[str], limit: int = LIMIT) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"expected UTF-8, got byte {data[error.start]:#04x} at offset {error.start}") from None
+
+
+def read_own_text(path: Path) -> str:
+    """Return a text file of the user's.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not UTF-8, or has over 8 GiB. The text starts with the path.
+    """
+    try:
+        return read_utf8(path, 8 << 30)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
