@@ -73,7 +73,7 @@ def main() -> None:
 
 def _time(model: Any, plans: list[Plan], arguments: Any) -> None:
     """Time unfitted and fitted plans in one run, write all rounds to ``times.json`` and print medians."""
-    times = time_plans(model, plans, arguments.times, fits=True, repeats=15, progress=True)
+    times = time_plans(model, plans, arguments.times, fits=True, repeats=11, progress=True)
     facts = {"processor": env_info.processor(), "threads": torch.get_num_threads(), **env_info.installation()}
     (arguments.out / "times.json").write_text(json.dumps({"facts": facts, "times": times}, indent=1))
     print_times(times)

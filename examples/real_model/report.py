@@ -159,23 +159,28 @@ def _print_rows(
 
 
 def print_counts(study: Study, names: list[str]) -> None:
-    """Print the largest count whose mean loss keeps a limit, over the counts that were measured."""
-    print("\n| set | limit, nats a token | largest count: " + " | ".join(NAMES.values()) + " |")
-    print("|---|---|" + "---|" * len(NAMES))
+    """Print the largest count whose loss keeps a limit: its mean, and its mean plus a standard error."""
+    print("\n| set | limit, nats a token | kept by | largest count: " + " | ".join(NAMES.values()) + " |")
+    print("|---|---|---|" + "---|" * len(NAMES))
     for name in names:
         figures = study.figures(name)
         for limit in LIMITS:
-            cells = []
-            for kind in NAMES.values():
-                largest = 0
-                for key, own in sorted(figures.items()):  # the deepest layers, up to the first count that exceeds it
-                    if key[2] != kind or key[1] != format_layers(range(DEPTH - key[0], DEPTH), ", "):
-                        continue
-                    if own["delta_loss"].value > limit:
-                        break
-                    largest = key[0]
-                cells.append(str(largest))
-            print(f"| {name} | {limit} | {' | '.join(cells)} |")
+            for errors, words in ((0, "the mean"), (1, "mean + 1 s.e.")):
+                cells = [_largest_count(figures, kind, limit, errors) for kind in NAMES.values()]
+                print(f"| {name} | {limit} | {words} | {' | '.join(cells)} |")
+
+
+def _largest_count(figures: dict[tuple[int, str, str], dict[str, Mean]], kind: str, limit: float, errors: int) -> str:
+    """Return the largest measured count of deepest layers up to the first that exceeds a limit; or "under" that one."""
+    largest = ""
+    for key, own in sorted(figures.items()):
+        if key[2] != kind or key[1] != format_layers(range(DEPTH - key[0], DEPTH), ", "):
+            continue
+        loss = own["delta_loss"]
+        if loss.value + errors * loss.error > limit:
+            return largest or f"under {key[0]}"
+        largest = str(key[0])
+    return largest
 
 
 def _won_back(before: list[float], after: list[float]) -> tuple[float, float]:
