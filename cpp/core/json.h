@@ -1,7 +1,8 @@
 // Strict JSON for model specs and plans: nlohmann::json under rules of its own.
 //
 // Beyond the grammar: a member name comes once per object, nesting is at most 64 deep, integers have 64 bits, numbers
-// are finite. A text has at most kMaxBytes bytes. Every error is a std::invalid_argument that says what was expected, what came and where.
+// are finite. A text has at most kMaxBytes bytes. Every error is a std::invalid_argument that says what was expected,
+// what came and where.
 #pragma once
 
 #include <cstdint>
