@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pop_ext.evaluation.score import score
     from pop_ext.hf.architectures import UnsupportedModelError, supported_models
     from pop_ext.hf.decision import Decision
-    from pop_ext.hf.enable import disable, enable, enabled, explain, last_call
+    from pop_ext.hf.enable import disable, enable, enabled, explain, last_call, stats
     from pop_ext.hf.forward import PrefillDeclined
     from pop_ext.hf.native_model import NativeModel, PrefillOutput, load
     from pop_ext.methods.autoplan import AutoPlan, autoplan
@@ -60,6 +60,7 @@ __all__ = [
     "reference",
     "score",
     "shortest_paying",
+    "stats",
     "supported_models",
 ]
 
@@ -88,6 +89,7 @@ _LAZY = {
     "plan_within": "pop_ext.methods.latency",
     "score": "pop_ext.evaluation.score",
     "shortest_paying": "pop_ext.methods.latency",
+    "stats": "pop_ext.hf.enable",
     "supported_models": "pop_ext.hf.architectures",
 }
 

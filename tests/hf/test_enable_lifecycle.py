@@ -342,6 +342,27 @@ def test_enabling_again_frees_the_native_handle():
 
 
 @pytest.mark.filterwarnings("ignore:pop_ext")
+def test_stats_count_calls_of_all_threads_by_rule_since_enable():
+    model = pop_ext.enable(llama(), PLAN, strict=True)
+    assert pop_ext.stats(model) == {}
+    ids = tokens(model, 1, T)
+    generate(model, ids, 3)  # a prefill and decode steps
+    prefill(model, ids)
+    for _ in range(2):
+        with torch.no_grad(), pytest.raises(pop_ext.PrefillDeclined):
+            model(ids)  # logits of all rows
+    pop_ext.explain(model, ids)
+    assert list(pop_ext.stats(model).items()) == [("logits_to_keep", 2), ("prefill", 2)]
+    run_threads(*[lambda: [prefill(model, ids) for _ in range(5)]] * 2)
+    assert list(pop_ext.stats(model).items()) == [("prefill", 12), ("logits_to_keep", 2)]
+    pop_ext.stats(model).clear()
+    assert pop_ext.stats(copy.deepcopy(model)) == {}
+    assert pop_ext.stats(model)["prefill"] == 12
+    assert pop_ext.stats(pop_ext.enable(model, OTHER)) == {}
+    with pytest.raises(ValueError, match="model: expected an enabled model"):
+        pop_ext.stats(pop_ext.disable(model))
+
+
 @pytest.mark.parametrize("declined", [False, True], ids=["a prefill", "a declined call"])
 def test_a_deleted_model_is_freed_at_once(declined):
     gc.disable()

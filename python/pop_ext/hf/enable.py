@@ -193,6 +193,21 @@ def last_call(model: nn.Module) -> Decision | None:
     return require_enabled(model).last_call
 
 
+def stats(model: nn.Module) -> dict[str, int]:
+    """Return how often each rule decided a call since ``enable``, where ``last_call`` shows the latest alone.
+
+    ``"prefill"`` counts the prefills that the backend ran. Decode steps do not count.
+
+    Returns:
+        Rule -> number of calls, by falling number. docs/declined.md explains the rules.
+
+    Raises:
+        ValueError: The model is not enabled.
+    """
+    counts = require_enabled(model).counts.copy()
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
 def require_enabled(model: nn.Module) -> PrefillForward:
     """Return the ``PrefillForward`` of an enabled model; raise ValueError if the model is not enabled."""
     forward = _enabled_forward(model)

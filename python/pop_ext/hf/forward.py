@@ -43,6 +43,7 @@ class PrefillForward:
         strict: whether a declined call raises ``PrefillDeclined``.
         replaced: the forward that ``enable`` found on the instance, or None.
         last_call: decision of the latest call that was or might have been a prefill.
+        counts: number of calls by the rule that decided, without decode steps.
     """
 
     def __init__(self, model: nn.Module, backend: Backend, strict: bool, replaced: Any) -> None:
@@ -73,6 +74,8 @@ class PrefillForward:
         self.strict: bool = state["strict"]
         self.replaced: Any = state["replaced"]
         self.last_call: Decision | None = None
+        self.counts: dict[str, int] = {}
+        self._counting = threading.Lock()
         self._warned: set[str] = set()
         self._inside = threading.local()
 
@@ -125,8 +128,10 @@ class PrefillForward:
                 result = runner.run(request)
         except Decline as decline:
             decision = decline.decision(backend.plan)
+            self._count(decision)
         else:
             self.last_call = decision
+            self._count(decision)
             return _model_output(model, result, arguments.get("return_dict"))
         if decision.declined:
             self._decline(decision)
@@ -147,6 +152,10 @@ class PrefillForward:
             yield
         finally:
             self._inside.active = before
+
+    def _count(self, decision: Decision) -> None:
+        with self._counting:
+            self.counts[decision.rule] = self.counts.get(decision.rule, 0) + 1
 
     def _decline(self, decision: Decision) -> None:
         """Report a call that the stock forward runs: raise under ``strict``, else warn once for each rule."""
