@@ -117,7 +117,9 @@ def _arguments() -> Any:
     parser.add_argument("--sequences", type=int, default=112, help="calibration sequences of 576 tokens")
     parser.add_argument("--tasks", type=int, default=96, help="retrieval tasks for distill")
     parser.add_argument("--steps", type=int, default=120, help="training steps")
-    parser.add_argument("--prompts", type=int, default=48, help="held-out prompts of each set")
+    parser.add_argument(
+        "--prompts", type=int, default=48, help="held-out prompts of each set; of second turns twice as many"
+    )
     parser.add_argument("--retrieval", type=int, nargs="*", default=[512, 2000], help="lengths of retrieval prompts")
     parser.add_argument("--greedy", type=int, default=0, help="greedy tokens to compare")
     parser.add_argument("--domains", nargs="*", help="domains to measure; all if not given")

@@ -56,6 +56,7 @@ def test_calibrate_refuses_an_option_that_it_would_not_read(tmp_path, given, err
 TINY = "--tokens 40 --samples 4 --prompts 4 --pays-from= --time-lengths= --dtype float32 --boundary 1"
 
 
+@pytest.mark.parametrize("how", ["", "--by-importance"])
 @pytest.mark.parametrize(
     ("given", "error"),
     [
@@ -65,16 +66,43 @@ TINY = "--tokens 40 --samples 4 --prompts 4 --pays-from= --time-lengths= --dtype
         ("--max-loss 1 --method best", "--method: expected one of unfitted, ridge, distill, got 'best'"),
         ("--max-loss 1 --boundary 40", "--boundary: expected fewer rows than the 40 of --tokens, got [40]"),
         ("--max-loss 1 --tokens 4000", "--text: expected a text of at least 8128 tokens"),
-        ("--max-loss 1 --method distill", "--tokens: expected at least"),
         ("--max-loss 1 --highest 12", "--highest: expected an integer in 1...11, got 12"),
     ],
 )
-def test_an_error_of_a_budget_names_the_option_and_leaves_no_folder(tmp_path, given, error):
+def test_an_error_of_a_budget_names_the_option_and_leaves_no_folder(tmp_path, given, error, how):
     text = DEMO / "heldout" / "modulefinder.py.txt"
-    result = run("calibrate", DEMO / "model", "--text", text, "-o", tmp_path / "o", *TINY.split(), *given.split())
+    result = run(
+        "calibrate", DEMO / "model", "--text", text, "-o", tmp_path / "o", *TINY.split(), *given.split(), *how.split()
+    )
     assert result.exit_code == 2
     assert error in result.stderr
     assert not (tmp_path / "o").exists()
+
+
+def test_prompts_too_short_for_a_task_name_the_option(tmp_path):
+    text, options = DEMO / "heldout" / "modulefinder.py.txt", (*TINY.split(), "--max-loss", "1", "--method", "distill")
+    result = run("calibrate", DEMO / "model", "--text", text, "-o", tmp_path / "o", *options)
+    assert result.exit_code == 2
+    assert "pop-ext: --tokens: expected at least" in result.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_scores_of_other_texts_in_the_folder_are_named(tmp_path):
+    options = ("--max-kl", "9", "--by-importance", *TINY.split(), "--method", "unfitted", "-o", tmp_path / "o")
+    texts = (DEMO / "heldout" / "modulefinder.py.txt", DEMO / "heldout" / "pprint.py.txt")
+    assert run("calibrate", DEMO / "model", "--text", texts[0], *options).exit_code == 0
+    result = run("calibrate", DEMO / "model", "--text", texts[1], *options)
+    assert result.exit_code == 2
+    assert (
+        f"--out: expected no importance.json of other texts or settings in the folder, got {tmp_path}" in result.stderr
+    )
+
+
+def test_a_path_in_an_error_stays_as_it_is(tmp_path):
+    text = tmp_path / "trial.md"
+    text.write_bytes(b"\xff")
+    result = run("calibrate", DEMO / "model", "--text", text, "-o", tmp_path / "o", "--max-loss", 1)
+    assert result.stderr == f"pop-ext: {text}: expected UTF-8, got byte 0xff at offset 0\n"
 
 
 @pytest.mark.parametrize(("limit", "says"), [("100", True), ("0.0001", False)])

@@ -41,6 +41,15 @@ def test_arms_from_states_measure_what_prefills_measure(family, plan):
             assert samples == pytest.approx(other["samples"][name], abs=2e-4), (cell["arm"], name)
 
 
+def test_second_turns_run_apart_where_rope_follows_the_length():
+    model = models.llama(rope="longrope")  # of 32 positions: the second turn reaches beyond them
+    first = tuple((tokens(model, 20, seed=70 + i), tokens(model, 4, seed=80 + i)) for i in range(3))
+    sets = [PromptSet("second turn", 20, prompt_sets(model)[0].pairs, first)]
+    apart, reused = (evaluate(model, sets, [PLAN], kinds=["pop"], reuse_states=reuse) for reuse in (False, True))
+    for cell, other in zip(reused.cells, apart.cells, strict=True):
+        assert cell["samples"]["loss"] == pytest.approx(other["samples"]["loss"], abs=2e-4), cell["arm"]
+
+
 def test_reused_states_take_one_forward_of_the_full_model_per_set_of_prompts():
     model, forwards = copy.deepcopy(shared("llama")), []
     model.model.layers[0].self_attn.register_forward_hook(lambda *_: forwards.append(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tracemalloc
 
 import pop_ext
 import pytest
@@ -13,6 +14,7 @@ from pop_ext import Plan
 from pop_ext.evaluation import Evaluation
 from pop_ext.methods.importance import Importance
 from pop_ext.plans.folder import CARD_FILE, PLAN_FILE
+from pop_ext.utils.files import read_own_text
 
 BROKEN = {
     "empty": b"",
@@ -98,3 +100,12 @@ def test_matrices_are_no_device(fitted, tmp_path):
     (tmp_path / "plan.safetensors").symlink_to("/dev/zero")
     with pytest.raises(ValueError, match="expected the plan's matrices in a file, got plan.safetensors, which is none"):
         Plan.load(tmp_path / "plan.json")
+
+
+def test_texts_are_read_with_unix_ends_of_lines_and_little_memory(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"one\r\ntwo\rthree\n\xc3\xa9")
+    tracemalloc.start()
+    assert read_own_text(path) == "one\ntwo\nthree\né" == path.read_text(encoding="utf-8")
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()

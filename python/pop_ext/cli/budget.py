@@ -127,7 +127,7 @@ def calibrate_within(
             the deepest ones.
         as_json: Print a JSON object and no progress.
     """
-    from pop_ext.methods.autoplan import BOUNDARIES, autoplan
+    from pop_ext.methods.autoplan import BOUNDARIES, autoplan, check_search
     from pop_ext.methods.candidates import Trial
     from pop_ext.methods.held_out import split_texts
 
@@ -135,6 +135,8 @@ def calibrate_within(
     trial = Trial(**{name: size for name, size in sizes.items() if size is not None})
     with _options_named():
         check_folder(out)
+        depth, boundary = model.config.get_text_config().num_hidden_layers, budget.boundaries or BOUNDARIES
+        check_search(depth, trial, budget.limits, budget.method, budget.highest, boundary)  # before layers are scored
         split = split_texts(files, tokenizer, trial.holdout, trial.window)
         choose = None
         if importance is not None:
@@ -144,7 +146,7 @@ def calibrate_within(
             split,
             **budget.limits,
             method=budget.method,
-            boundary=budget.boundaries or BOUNDARIES,
+            boundary=boundary,
             choose=choose,
             highest=budget.highest,
             tokenizer=tokenizer,
@@ -166,13 +168,13 @@ def calibrate_within(
 @contextmanager
 def _options_named() -> Iterator[None]:
     """Let errors of ``autoplan`` name the options that set its arguments."""
-    names = {"folder": "--out", "length": "--tokens", "texts": "--text"}
+    names = {"folder": "--out", "length": "--tokens", "lengths": "--tokens", "texts": "--text"}
     names |= {name: f"--{name.replace('_', '-')}" for name in ("max_loss", "max_kl", "max_recall_drop")}
     names |= {name: f"--{name}" for name in ("method", "boundary", "highest")}
     try:
         yield
     except (ValueError, OSError) as error:
-        text = re.sub(r"\btrial\.(\w+)", r"--\1", str(error))
+        text = re.sub(r"\btrial\.(prompts|tokens|samples)\b", r"--\1", str(error))
         named = re.sub(r"^\w+(?=[:,])", lambda found: names.get(found[0], found[0]), text)
         if named == str(error):
             raise
@@ -192,7 +194,7 @@ def _by_importance(
     try:
         scores = importance(model, batches, resume=state, **how)
     except ValueError as error:
-        if not str(error).startswith("resume:"):
+        if not str(error).startswith(("resume:", f"{state}:")):
             raise
         raise ValueError(
             f"--out: expected no {state.name} of other texts or settings in the folder, got {state}; remove it or name "

@@ -16,9 +16,9 @@ from pop_ext.plans.plan import Plan
 from pop_ext.utils.files import read_utf8
 from pop_ext.utils.json import finite
 
-SCHEMA = "pop_ext evaluation 1"
 LIMIT = 1 << 30
 """Bytes of a file: it holds a sample for each prompt of each arm."""
+SCHEMA = "pop_ext evaluation 1"
 """Value of ``facts["schema"]``."""
 
 

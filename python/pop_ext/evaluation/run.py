@@ -21,6 +21,7 @@ from pop_ext.evaluation.results import SCHEMA, Evaluation
 from pop_ext.evaluation.states import FullStates
 from pop_ext.evaluation.turns import SECOND_TURN_KINDS, set_logits
 from pop_ext.hf.loaded import check_option_supported
+from pop_ext.hf.modules import find_decoder_modules, rope_follows_length
 from pop_ext.hf.native_model import check_plan
 from pop_ext.hf.weight_map import describe
 from pop_ext.methods.calibration import stock_evaluation, stock_model
@@ -159,7 +160,9 @@ class _Prompts:
 
     def logits(self, arm: Arm) -> Iterator[tuple[int, Tensor]]:
         """Yield the index of each prompt and the logits [n, vocab] of its continuation, in any order."""
-        if self.layers is None or arm.kind not in (FULL, POP, FITTED):
+        # Where RoPE follows the length, the first turn of a dialogue has other states in a call of its own.
+        apart = self.prompts.first_turns and rope_follows_length(find_decoder_modules(self.model).rotary)
+        if self.layers is None or apart or arm.kind not in (FULL, POP, FITTED):
             backend = "native" if arm.kind == FULL else self.backend
             yield from set_logits(self.model, arm, self.prompts, self.batch_size, backend)
             return

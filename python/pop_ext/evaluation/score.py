@@ -11,7 +11,7 @@ from torch import nn
 from pop_ext import reference
 from pop_ext.hf.enable import require_enabled
 from pop_ext.hf.inputs import make_request
-from pop_ext.hf.modules import find_decoder_modules
+from pop_ext.hf.modules import find_decoder_modules, rope_follows_length
 from pop_ext.hf.native_backend import NativeBackend
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -88,7 +88,7 @@ def continuation_logits(
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     pairs = _pairs(context_ids, continuation_ids, inner.get_input_embeddings().weight.shape[0])
-    for batch in _batches(pairs, batch_size, _rope_follows_length(inner)):
+    for batch in _batches(pairs, batch_size, rope_follows_length(find_decoder_modules(inner).rotary)):
         # The last token of a continuation is left out: nothing after it is scored.
         inputs = [torch.cat([context, continuation[:-1]]) for context, continuation in batch]
         num_logits = [len(continuation) for _, continuation in batch]
@@ -111,12 +111,6 @@ def continuation_logits(
                 )
         for row, (_, continuation) in zip(logits.split(num_logits), batch, strict=True):
             yield row, continuation.to(row.device)
-
-
-def _rope_follows_length(model: Any) -> bool:
-    """Return True if RoPE frequencies depend on the longest sequence of a batch."""
-    kinds = getattr(find_decoder_modules(model).rotary, "rope_type", None)
-    return not {"dynamic", "longrope"}.isdisjoint(kinds.values() if isinstance(kinds, dict) else [kinds])
 
 
 def _batches(pairs: Sequence[Pair], batch_size: int, one_length: bool) -> Iterator[Sequence[Pair]]:

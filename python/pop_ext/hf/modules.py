@@ -78,3 +78,9 @@ def family_function(attention: Module, name: str) -> Callable[..., Any]:
             f"model: expected a function {name} in {defined_in}, which defines {type(attention).__name__}, got none"
         )
     return function
+
+
+def rope_follows_length(rotary: Module) -> bool:
+    """Return whether RoPE frequencies depend on the longest sequence of a call ("dynamic", "longrope")."""
+    kinds = getattr(rotary, "rope_type", None)
+    return not {"dynamic", "longrope"}.isdisjoint(kinds.values() if isinstance(kinds, dict) else [kinds])

@@ -97,7 +97,7 @@ def autoplan(
         boundary: Number of last prompt rows that run at full depth. Of several, the smallest is searched and fitted
             for. The others are tried with more layers, where that saves more work in a prompt of ``trial.tokens``.
         choose: Function from a number of layers to a plan that omits that many, such as the ``plan`` method of an
-            importance. None omits the deepest ones.
+            importance. None omits the deepest ones. It is also called for numbers that are not tried in the end.
         highest: Largest number of layers to try. None for half of them. Memory: what ``fit`` takes for up to five
             plans, as they are fitted in one reading. And on the CPU the input of each layer that may be
             the first omitted one is kept for all judged prompts: ``highest * trial.prompts * (trial.tokens +
@@ -126,9 +126,8 @@ def autoplan(
     if not isinstance(trial, Trial):
         raise TypeError(f"trial: expected a pop_ext.Trial, got {type(trial).__name__}")
     depth = model.config.get_text_config().num_hidden_layers
-    limits = _check_limits({"max_loss": max_loss, "max_kl": max_kl, "max_recall_drop": max_recall_drop})
-    check_recall_limit(limits, trial.prompts, trial)
-    highest, boundaries = _check_arguments(method, highest, depth), _check_boundaries(boundary, trial.tokens)
+    asked_limits = {"max_loss": max_loss, "max_kl": max_kl, "max_recall_drop": max_recall_drop}
+    limits, highest, boundaries = check_search(depth, trial, asked_limits, method, highest, boundary)
     if save is not None:
         check_folder(save)  # fail now rather than after the search
     tokenizer = tokenizer or _tokenizer_of(model)
@@ -152,6 +151,28 @@ def autoplan(
         if save is not None:
             plan.save_pretrained(save)
     return AutoPlan(plan, plan.card, tuple(run.tried), best, run.recall, highest)
+
+
+def check_search(
+    depth: int,
+    trial: Trial,
+    limits: dict[str, float | None],
+    method: str,
+    highest: int | None,
+    boundary: int | Sequence[int],
+) -> tuple[dict[str, float], int, list[int]]:
+    """Check arguments of ``autoplan`` before anything runs.
+
+    Returns:
+        Limits by figure, the largest number of layers, and the boundaries in ascending order.
+
+    Raises:
+        ValueError: As for ``autoplan``.
+        TypeError: As for ``autoplan``.
+    """
+    found = _check_limits(limits)
+    check_recall_limit(found, trial.prompts, trial)
+    return found, _check_arguments(method, highest, depth), _check_boundaries(boundary, trial.tokens)
 
 
 def _with_card(model: Any, best: Candidate, run: Candidates, asked: dict[str, float], split: SplitTexts) -> Plan:

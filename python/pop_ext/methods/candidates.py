@@ -214,7 +214,12 @@ class Candidates:
     def _fitted(self, count: int, stage: str, soon: Sequence[int]) -> Plan:
         """Return the plan of ``count`` layers with the fit of a stage."""
         if (count, stage) not in self._fittings:
-            self._read(sorted({count, *soon}), stage)
+            try:
+                self._read(sorted({count, *soon}), stage)
+            except (TypeError, ValueError):
+                if not set(soon) - {count}:
+                    raise
+                self._read([count], stage)  # what failed may be a plan that is never asked for
         fitting, number = self._fittings[count, stage]
         self._say(f"{count} layers: fitting ({stage})")
         with reporting(self._bar, "fit", None) as advance:
@@ -235,7 +240,7 @@ class Candidates:
             how = {"method": DISTILL, "tasks": self._training}
         plans = {f"{count} layers": self._unfitted(count) for count in counts}
         fitting = new_fitting(self.model, plans, **how)
-        total = len(batches) + len(fitting.tasks)
+        total = fitting.reads(len(batches))
         self._say(f"{', '.join(map(str, counts))} layers: reading {total} sequences for their {stage}")
         with reporting(self._bar, "reading", total) as advance:
             fitting.read(batches, advance)

@@ -13,7 +13,6 @@ from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.methods.calibration import Batches, check_batches, count_sequences, stock_model
 from pop_ext.methods.defaults import LEARNING_RATE, STEPS
 from pop_ext.methods.fit_arguments import Task, check_lambdas, check_tasks, check_training
-from pop_ext.methods.fit_moments import HOLD_EVERY
 from pop_ext.methods.fitting import Fitting
 from pop_ext.plans.plan import Plan
 from pop_ext.reference.checks import check_plan
@@ -199,10 +198,8 @@ def _count_steps(batches: Batches, fitting: Fitting) -> int | None:
     count = count_sequences(batches)
     if count is None:
         return None
-    judges = len(fitting.held or [])
-    if fitting.held is None and fitting.holds:
-        judges = max(count // HOLD_EVERY, int(count > 1))
-        count -= judges
+    reads = fitting.reads(count)
+    judges = count + len(fitting.tasks) - reads if fitting.held is None else len(fitting.held)
     each = judges * len(fitting.ridges) if len(fitting.ridges) > 1 else 0
     each += 0 if fitting.training is None else fitting.training.steps
-    return count + len(fitting.tasks) + each * len(fitting.plans)
+    return reads + each * len(fitting.plans)

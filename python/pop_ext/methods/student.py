@@ -183,7 +183,8 @@ class Student:
 
         Args:
             example: Sequences of at least as many tokens as all calls together.
-            calls: Number of context rows of each call, which may be 0, and of the rows after them at full depth, > 0.
+            calls: Number of context rows of each call, which may be 0, and of the rows after them at full depth, > 0; at
+                least one call.
             rows: Number of rows of the last call, at full depth, whose logits are returned.
             matrices: As for ``logits``.
 
@@ -193,7 +194,7 @@ class Student:
         projections = None if matrices is None else SimpleNamespace(matrices=matrices)
         plan = SimpleNamespace(omit=self.plan.omit, projections=projections)
         cache, entry, ids = DynamicCache(), example.entry.to(example.ids.device), example.ids
-        stop, logits = 0, entry
+        stop, logits = 0, entry[:, :0]
         for number, (context, full) in enumerate(calls):
             begin, start, stop = stop, stop + context, stop + context + full
             largest = torch.tensor(stop - 1, device=ids.device)

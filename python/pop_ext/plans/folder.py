@@ -33,9 +33,10 @@ def write_folder(plan: Any, folder: str | PathLike[str], card: PlanCard | None) 
     card = check_card(card, plan) or plan.card or PlanCard.of(plan)
     folder = check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if plan.projections is None and (folder / PLAN_FILE).exists():
-        (folder / MATRICES_FILE).unlink(missing_ok=True)  # of the plan before
+    of_another = plan.projections is None and (folder / PLAN_FILE).exists()
     plan.save(folder / PLAN_FILE)
+    if of_another:
+        (folder / MATRICES_FILE).unlink(missing_ok=True)
     (folder / CARD_FILE).write_text(card.to_json() + "\n", encoding="utf-8")
     (folder / README_FILE).write_text(render(card), encoding="utf-8")
 

@@ -419,10 +419,11 @@ def load_matrices(path: Path, sha256: str, layers: Iterable[int], report: FitRep
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise ValueError(f"projections: expected {path.name} with SHA-256 {sha256}, as it was saved, got {found}")
+    load = _safetensors().load
     from safetensors import SafetensorError
 
     try:
-        tensors = _safetensors().load(data)
+        tensors = load(data)
     except SafetensorError as error:
         raise ValueError(f"projections: expected a safetensors file, got {path.name} ({error})") from None
     try:

@@ -7,21 +7,26 @@ from pathlib import Path
 
 LIMIT = 16 << 20
 """Bytes of a file, where no other limit is given."""
+_PART = 1 << 20
 
 
 def read_utf8(path: str | PathLike[str], limit: int = LIMIT) -> str:
     """Return a text file, and read no more of it than ``limit`` bytes, since a device may have no end.
 
+    Ends of lines become ``\\n``, as Python's text files have them.
+
     Raises:
         OSError: The file cannot be read.
         ValueError: It is longer, or not UTF-8. The text does not name the path.
     """
+    data = bytearray()
     with Path(path).open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ValueError(f"expected a file of at most {limit} bytes, got more")
+        while part := file.read(_PART):  # at once it would take the memory of the limit
+            data += part
+            if len(data) > limit:
+                raise ValueError(f"expected a file of at most {limit} bytes, got more")
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"expected UTF-8, got byte {data[error.start]:#04x} at offset {error.start}") from None
 
