@@ -183,8 +183,8 @@ class Student:
 
         Args:
             example: Sequences of at least as many tokens as all calls together.
-            calls: Number of context rows of each call, which may be 0, and of the rows after them at full depth, > 0; at
-                least one call.
+            calls: For each call, at least one, the number of context rows, which may be 0, and of the rows after them
+                at full depth, > 0.
             rows: Number of rows of the last call, at full depth, whose logits are returned.
             matrices: As for ``logits``.
 
