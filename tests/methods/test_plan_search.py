@@ -82,7 +82,7 @@ def test_one_reading_may_serve_two_steps_of_the_quick_ridge_and_all_of_the_last_
     judge = Judge(**{"unfitted": 2, "quick ridge": 7, "ridge": 20})
     search(judge, STAGES["ridge"], 20)
     asked = dict(zip(judge.asked, judge.soon, strict=True))
-    assert asked[8, "ridge"] == [7, 8, 9]
+    assert asked[8, "ridge"] == [7, 8, 9, 10, 11]
     quick = [(count, soon) for (count, stage), soon in asked.items() if stage == "quick ridge"]
     assert quick[0] == (11, [6, 11, 16])  # 2...20
     for (count, soon), (after, _) in itertools.pairwise(quick):

@@ -15,7 +15,7 @@ from pop_ext.evaluation.retrieval_templates import EVALUATION, TRAINING
 from pop_ext.methods.fit import new_fitting
 from pop_ext.methods.fitting import Fitting
 from pop_ext.methods.held_out import SplitTexts
-from pop_ext.methods.plan_search import DISTILL, QUICK, UNFITTED, Candidate
+from pop_ext.methods.plan_search import AHEAD, DISTILL, QUICK, UNFITTED, Candidate
 from pop_ext.methods.quality_judge import RECALL_DROP, Figure, QualityJudge, within
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.progress import Progress, reporting
@@ -161,7 +161,7 @@ class Candidates:
             for count in range(best.count + 1 if best else 1, highest + 1):
                 if best is not None and self._saved(count, rows) <= best.saved:
                     continue
-                found = self.candidate(count, stage, boundary=rows)
+                found = self.candidate(count, stage, range(count, min(highest, count + AHEAD) + 1), rows)
                 if not found.within:
                     break
                 best = found

@@ -13,6 +13,8 @@ STAGES = {UNFITTED: (UNFITTED,), RIDGE: (UNFITTED, QUICK, RIDGE), DISTILL: (UNFI
 """Method -> the stages of its search, in order of cost. The quick ridge fits on some of the calibration sequences."""
 REACH = {RIDGE: 2, DISTILL: 4}
 """Third stage -> how many counts above the quick ridge's answer it tries."""
+AHEAD = 4
+"""The third stage's texts are read for as many counts above that answer: wider boundaries may ask for them."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def search(judge: Judge, stages: Sequence[str], highest: int) -> Candidate | Non
     low = 0
     for number, stage in enumerate(stages):
         high = highest if number < 2 else min(highest, low + REACH.get(stage, 0))
-        last = range(max(low, 1), high + 1)  # few; low is judged with this fit if no larger count keeps the limits
+        last = range(max(low, 1), min(highest, low + AHEAD) + 1)  # low: if no larger count keeps the limits
         while low < high:
             middle = (low + high + 1) // 2
             if candidate(middle, stage, last if number == 2 else _next_steps(low, high)).within:
