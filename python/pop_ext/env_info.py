@@ -130,7 +130,8 @@ def hardware(device: torch.device, dtype: torch.dtype) -> str:
     kind = str(dtype).removeprefix("torch.")
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {kind}"
-    return f"{processor()}, {torch.get_num_threads()} threads, {kind} on {device.type}"
+    threads = torch.get_num_threads()
+    return f"{processor()}, {threads} thread{'s' if threads > 1 else ''}, {kind} on {device.type}"
 
 
 def _version_of(package: str) -> str | None:

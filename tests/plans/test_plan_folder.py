@@ -203,6 +203,17 @@ def test_the_markdown_is_a_model_card():
     assert "base_model" not in render(dataclasses.replace(CARD, model="my-model"))
 
 
+def test_many_texts_are_summed_up_in_the_markdown():
+    texts = [CardText(f"{i}.txt", "0" * 64, 10 + i, "calibration", None) for i in range(20)]
+    texts.append(CardText("held.txt", "1" * 64, 7, "held-out", "CC0-1.0"))
+    text = render(dataclasses.replace(CARD, texts=tuple(texts)))
+    assert (
+        "\n| 20 | calibration | 390 | unknown |\n| 1 | held-out | 7 | CC0-1.0 |\n\nThe file `card.json` names" in text
+    )
+    assert "19.txt" not in text
+    assert "19.txt" in render(dataclasses.replace(CARD, texts=tuple(texts[:20])))
+
+
 def test_a_missing_plan_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"expected a plan.json in {tmp_path} or in its pop_ext, got none"):
         Plan.from_pretrained(tmp_path)

@@ -236,7 +236,7 @@ def _report(found: AutoPlan, out: Path) -> dict[str, Any]:
 def _print(found: AutoPlan, out: Path) -> None:
     console = Console()
     names = list(dict.fromkeys(name for candidate in found.tried for name in candidate.figures))
-    table = output.new_table("omitted, fit, boundary", *names, "budget", "seconds")
+    table = output.new_table("layers, fit, rows", *names, "budget", "s")
     for candidate in sorted(found.tried, key=lambda tried: tried.count):
         cells = [str(candidate.figures[name]) if name in candidate.figures else "-" for name in names]
         kept = "chosen" if candidate is found.chosen else "within" if candidate.within else "over"
@@ -244,7 +244,8 @@ def _print(found: AutoPlan, out: Path) -> None:
         table.add_row(name, *cells, kept, f"{candidate.seconds:.0f}")
     console.print(table)
     note = (
-        "differences to full depth on held-out prompts: mean (standard error). A plan keeps a limit if mean plus one "
+        "layers omitted, their fit, and last rows at full depth; differences to full depth on held-out prompts: mean "
+        "(standard error). A plan keeps a limit if mean plus one "
         "standard error does. Loss and KL: nats a token."
     )
     console.print(Text(note, style="dim"))

@@ -21,6 +21,8 @@ pop_ext.enable(model, plan)  # the model that the plan was made for
 ```
 
 As the sub-folder `pop_ext` of the checkpoint's folder, `pop_ext.enable(model)` finds the plan by itself."""
+MOST_TEXTS = 20
+"""Rows of a card for texts, of which each may have one for its fit and one that judges; more are summed up."""
 
 
 def render(card: PlanCard) -> str:
@@ -30,8 +32,7 @@ def render(card: PlanCard) -> str:
         rows = [(str(row.tokens), f"{row.speedup:.2f}x", row.against, row.hardware) for row in card.speed]
         parts += ["## Speed", _table(("prompt tokens", "speed-up of the prefill", "against", "hardware"), rows)]
     if card.texts:
-        texts = [(t.name, t.role, str(t.tokens), t.licence or "unknown", f"`{t.sha256}`") for t in card.texts]
-        parts += ["## Texts", _table(("text", "role", "tokens of this part", "licence", "SHA-256"), texts)]
+        parts += ["## Texts", _texts(card)]
     parts += ["## Facts", _facts(card), _HOW_TO]
     return "\n\n".join(parts) + "\n"
 
@@ -46,6 +47,19 @@ def _front_matter(card: PlanCard) -> str:
 def _summary(card: PlanCard) -> str:
     plan = card.plan[0].upper() + card.plan[1:]
     return f"{plan}. Decode runs all layers, with the stock weights ([POP](https://arxiv.org/abs/2602.03295))."
+
+
+def _texts(card: PlanCard) -> str:
+    """Return a table of the texts, or, if they are many, of their totals by role and licence."""
+    if len(card.texts) <= MOST_TEXTS:
+        rows = [(t.name, t.role, str(t.tokens), t.licence or "unknown", f"`{t.sha256}`") for t in card.texts]
+        return _table(("text", "role", "tokens of this part", "licence", "SHA-256"), rows)
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for text in card.texts:
+        kinds.setdefault((text.role, text.licence or "unknown"), []).append(text.tokens)
+    totals = [(str(len(tokens)), role, str(sum(tokens)), licence) for (role, licence), tokens in kinds.items()]
+    table = _table(("texts", "role", "tokens of these parts", "licence"), totals)
+    return f"{table}\n\nThe file `card.json` names each of them, with its SHA-256."
 
 
 def _quality(card: PlanCard) -> str:
