@@ -234,7 +234,10 @@ def test_eval_times_the_plans_of_earlier_calls_again_with_its_own(folder, files,
     [
         (["--counts", "x"], "--counts: expected numbers like 1,2,4 or 1-6, got 'x'"),
         (["--counts", "6"], "expected an integer in 0...5, got 6"),
-        (["--lengths", "4000"], "lengths: expected at most"),
+        (["--lengths", "4000"], "pop-ext: --lengths: expected at most"),
+        (["--recall", "0"], "pop-ext: --recall: expected integers from 2, got [0]"),
+        (["--retrieval", "8"], "pop-ext: --retrieval: expected"),
+        (["--second-turn", "8"], "pop-ext: --second-turn: expected"),
         (["--kinds", "none"], "kinds: expected of full, pop"),
     ],
 )

@@ -140,11 +140,15 @@ def evaluate(
 
         limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
         texts = read_texts(files, tokenizer)
-        sets = text_sets(texts, tokenizer, options.parse_numbers("--lengths", lengths), continuation, samples, limit)
+        with output.option_named("--lengths", "lengths"):
+            sets = text_sets(
+                texts, tokenizer, options.parse_numbers("--lengths", lengths), continuation, samples, limit
+            )
         makers = {"--recall": (recall, recall_sets), "--retrieval": (retrieval, retrieval_sets)}
         for option, (given, make) in {**makers, "--second-turn": (second_turn, second_turn_sets)}.items():
             asked = options.parse_numbers(option, given)
-            sets += make(texts, tokenizer, asked, samples, limit=limit) if asked else []
+            with output.option_named(option, "lengths"), output.option_named(option, "length"):
+                sets += make(texts, tokenizer, asked, samples, limit=limit) if asked else []
         path, bar = out / RESULT, not as_json
         wanted = [kind.strip() for kind in kinds.split(",")]
         how: dict[str, Any] = {"greedy_tokens": greedy, "batch_size": batch_size, "reuse_states": reuse_states}
