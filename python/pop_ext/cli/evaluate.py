@@ -141,9 +141,8 @@ def evaluate(
         limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
         texts = read_texts(files, tokenizer)
         with output.option_named("--lengths", "lengths"):
-            sets = text_sets(
-                texts, tokenizer, options.parse_numbers("--lengths", lengths), continuation, samples, limit
-            )
+            asked = options.parse_numbers("--lengths", lengths)
+            sets = text_sets(texts, tokenizer, asked, continuation, samples, limit)
         makers = {"--recall": (recall, recall_sets), "--retrieval": (retrieval, retrieval_sets)}
         for option, (given, make) in {**makers, "--second-turn": (second_turn, second_turn_sets)}.items():
             asked = options.parse_numbers(option, given)
