@@ -39,7 +39,7 @@ def run(*arguments):
         ("--max-loss 1 --budget-ms 2", "expected one of them, got --budget-ms and --max-loss"),
         ("--max-loss 1 --speedup 2", "expected one of them, got --speedup and --max-loss"),
         ("--max-recall-drop 1 --budget-tokens 2048", "got --budget-tokens and --max-recall-drop"),
-        ("--max-loss 1 --free", "expected one of them, got --free and --max-loss"),
+        ("--max-loss 1 --free", "--free: expected it beside --max-loss only with --by-importance, got it without"),
         ("--max-kl 1 --branches", "--branches: expected it beside --max-kl only with --by-importance, got it without"),
         ("--max-kl 1 --method unfitted --samples 9", "--samples: expected it beside --method unfitted only with"),
         ("--max-kl 1 --recompute", "--recompute: expected it beside --max-kl only with --by-importance"),
@@ -146,3 +146,12 @@ def test_a_plan_by_importance_within_a_limit_scores_branches_and_reads_the_texts
     assert read.count(len(text.read_text())) == 1
     omit = Plan.from_pretrained(tmp_path / "out").omit
     assert torch.equal(torch.tensor(omit), torch.arange(omit[0], omit[-1] + 1))
+
+
+def test_a_free_choice_within_a_limit_takes_the_layers_of_lowest_importance(tmp_path):
+    text = DEMO / "heldout" / "modulefinder.py.txt"
+    options = ("--max-kl", "0.5", "--by-importance", "--free", *TINY.split(), "--method", "unfitted", "-o", tmp_path)
+    result = run("calibrate", DEMO / "model", "--text", text, *options)
+    assert result.exit_code == 0, result.stderr
+    plan, scores = Plan.from_pretrained(tmp_path), Importance.load(tmp_path / "importance.json")
+    assert plan.omit == scores.plan(len(plan.omit), contiguous=False).omit

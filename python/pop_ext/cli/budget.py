@@ -6,7 +6,7 @@ import functools
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,10 @@ from rich.text import Text
 
 from pop_ext.cli import options, output
 from pop_ext.plans.folder import CARD_FILE, MATRICES_FILE, PLAN_FILE, README_FILE, check_folder
-from pop_ext.plans.plan import Plan
 
 if TYPE_CHECKING:
     from pop_ext.methods.autoplan import AutoPlan
+    from pop_ext.methods.importance import Importance
 
 
 LIMITS = ("--max-loss", "--max-kl", "--max-recall-drop")
@@ -84,10 +84,10 @@ def check_options(given: set[str], method: str) -> None:
     if limit is None:
         options.refuse_ignored(given, "--budget-tokens", ("--budget-ms", "--speedup"))
         return
-    for option in ("--count", "--budget-ms", "--speedup", "--budget-tokens", "--free"):
+    for option in ("--count", "--budget-ms", "--speedup", "--budget-tokens"):
         if option in given:
             raise ValueError(f"{option} and {', '.join(LIMITS)}: expected one of them, got {option} and {limit}")
-    for option in ("--branches", "--recompute"):
+    for option in ("--branches", "--recompute", "--free"):
         options.refuse_ignored(given, option, ("--by-importance",), limit)
     if method == "unfitted":
         options.refuse_ignored(given, "--samples", ("--by-importance",), "--method unfitted")
@@ -113,6 +113,7 @@ def calibrate_within(
     out: Path,
     budget: Budget,
     importance: dict[str, Any] | None,
+    contiguous: bool,
     as_json: bool,
 ) -> bool:
     """Find, save and print the plan. Return False if not even one layer can be omitted.
@@ -123,8 +124,9 @@ def calibrate_within(
         files: Plain texts.
         out: Folder of the plan.
         budget: The options.
-        importance: Omit the consecutive layers of lowest importance, which is computed with these arguments. None: omit
-            the deepest ones.
+        importance: Omit the layers of lowest importance, which is computed with these arguments. None: omit the deepest
+            ones.
+        contiguous: Of those, omit consecutive ones.
         as_json: Print a JSON object and no progress.
     """
     from pop_ext.methods.autoplan import BOUNDARIES, autoplan, check_search
@@ -140,7 +142,8 @@ def calibrate_within(
         split = split_texts(files, tokenizer, trial.holdout, trial.window)
         choose = None
         if importance is not None:
-            choose = _by_importance(model, tokenizer, split.calibration, trial, out, importance)
+            scores = _importance(model, tokenizer, split.calibration, trial, out, importance)
+            choose = functools.partial(scores.plan, contiguous=contiguous)
         found = autoplan(
             model,
             split,
@@ -181,10 +184,8 @@ def _options_named() -> Iterator[None]:
         raise (ValueError(named) if isinstance(error, ValueError) else OSError(named)) from None
 
 
-def _by_importance(
-    model: Any, tokenizer: Any, texts: Any, trial: Any, out: Path, how: dict[str, Any]
-) -> Callable[[int], Plan]:
-    """Score the layers on the calibration part of the texts; return a function from a count to a plan."""
+def _importance(model: Any, tokenizer: Any, texts: Any, trial: Any, out: Path, how: dict[str, Any]) -> Importance:
+    """Score the layers on the calibration part of the texts; resume from the file of scores in ``out``."""
     from pop_ext.evaluation import calibration_batches
     from pop_ext.methods.importance import importance
 
@@ -192,7 +193,7 @@ def _by_importance(
     out.mkdir(parents=True, exist_ok=True)
     state = out / "importance.json"
     try:
-        scores = importance(model, batches, resume=state, **how)
+        return importance(model, batches, resume=state, **how)
     except ValueError as error:
         if not str(error).startswith(("resume:", f"{state}:")):
             raise
@@ -200,7 +201,6 @@ def _by_importance(
             f"--out: expected no {state.name} of other texts or settings in the folder, got {state}; remove it or name "
             "another folder"
         ) from None
-    return functools.partial(scores.plan, contiguous=True)
 
 
 def _report(found: AutoPlan, out: Path) -> dict[str, Any]:

@@ -132,7 +132,8 @@ def calibrate(
         bool,
         typer.Option(
             "--by-importance",
-            help="Within a budget of quality, omit the consecutive layers of lowest importance. Default: the deepest.",
+            help="Within a budget of quality, omit the consecutive layers of lowest importance, or any with --free. "
+            "Default: the deepest.",
             rich_help_panel=QUALITY,
         ),
     ] = False,
@@ -211,7 +212,7 @@ def calibrate(
         how = {"branches": branches, "recompute": recompute, "progress": not as_json}
         if folder is not None:
             scored = how if by_importance else None
-            found = calibrate_within(loaded, tokenizer, files, folder, budget, scored, as_json)
+            found = calibrate_within(loaded, tokenizer, files, folder, budget, scored, not free, as_json)
         else:
             found = True
             scores = _score(loaded, tokenizer, files, out, samples or SAMPLES, tokens or TOKENS, how)
