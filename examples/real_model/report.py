@@ -105,6 +105,7 @@ def main() -> None:
         for result in study.results.values():
             result.timings = timed
     if arguments.figures is not None:
+        arguments.figures.mkdir(parents=True, exist_ok=True)
         for name in FIGURES:
             source = recall[0] if name == "recall" else texts[0]
             result = study.results[source]  # a figure has one line for all distilled fits, so one of them is left out
