@@ -11,6 +11,7 @@ import models
 import pop_ext
 import pytest
 import torch
+from evaluated_prompts import PLAN, prompt_sets
 from models import shared, tokens
 from pop_ext import Plan
 from pop_ext.evaluation import (
@@ -24,14 +25,6 @@ from pop_ext.evaluation.arms import Arm
 from pop_ext.evaluation.results import SCHEMA, mean_of
 from pop_ext.plans.origin import origin_of
 from transformers import GenerationConfig
-
-PLAN = Plan(6, (1, 4, 5), boundary=2)
-
-
-def prompt_sets(model, prompts=3):
-    pairs = [(tokens(model, 24, seed=i), tokens(model, 6, seed=20 + i)) for i in range(prompts)]
-    return [PromptSet("text", 24, tuple(pairs)), PromptSet("recall", 24, tuple(pairs[:2]))]
-
 
 # Arms
 

@@ -7,19 +7,13 @@ import copy
 import models
 import pop_ext
 import pytest
+from evaluated_prompts import PLAN, prompt_sets
 from models import shared, tokens
 from pop_ext import Plan
 from pop_ext.evaluation import (
     PromptSet,
     evaluate,
 )
-
-PLAN = Plan(6, (1, 4, 5), boundary=2)
-
-
-def prompt_sets(model, prompts=3):
-    pairs = [(tokens(model, 24, seed=i), tokens(model, 6, seed=20 + i)) for i in range(prompts)]
-    return [PromptSet("text", 24, tuple(pairs)), PromptSet("recall", 24, tuple(pairs[:2]))]
 
 
 @pytest.mark.parametrize("plan", [PLAN, Plan(6, (3, 4, 5), boundary=3), Plan(6, (0,), boundary=40)])

@@ -8,7 +8,8 @@ import models
 import numpy as np
 import pop_ext
 import torch
-from models import shared, tokens
+from evaluated_prompts import PLAN, prompt_sets
+from models import shared
 from pop_ext import Plan
 from pop_ext.evaluation import (
     Evaluation,
@@ -20,13 +21,6 @@ from pop_ext.evaluation import (
     timing,
 )
 from pop_ext.evaluation.timing import NATIVE_FULL, STOCK, speedup
-
-PLAN = Plan(6, (1, 4, 5), boundary=2)
-
-
-def prompt_sets(model, prompts=3):
-    pairs = [(tokens(model, 24, seed=i), tokens(model, 6, seed=20 + i)) for i in range(prompts)]
-    return [PromptSet("text", 24, tuple(pairs)), PromptSet("recall", 24, tuple(pairs[:2]))]
 
 
 def test_time_plans_times_stock_native_full_and_each_plan():

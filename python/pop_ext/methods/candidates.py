@@ -12,6 +12,8 @@ from typing import Any
 from pop_ext.evaluation.prompts import Pair, Texts, calibration_batches, text_sets
 from pop_ext.evaluation.retrieval import retrieval_pairs
 from pop_ext.evaluation.retrieval_templates import EVALUATION, TRAINING
+from pop_ext.methods.defaults import LEARNING_RATE, STEPS
+from pop_ext.methods.distill import Training
 from pop_ext.methods.fit import new_fitting
 from pop_ext.methods.fitting import Fitting
 from pop_ext.methods.held_out import SplitTexts
@@ -231,15 +233,15 @@ class Candidates:
     def _read(self, counts: Sequence[int], stage: str) -> None:
         """Read the calibration texts for the fits of several plans; ``QUICK`` reads some and chooses no lambda."""
         self._fittings = {key: value for key, value in self._fittings.items() if key[1] == stage}  # memory
-        batches = self._batches
+        batches, training = self._batches, None
         how: dict[str, Any] = {}
         if stage == QUICK:
             batches = self._batches[:: QUICK_SHARE if len(self._batches) >= 8 * QUICK_SHARE else 1]
             how = {"lambdas": [QUICK_LAMBDA]}
         elif stage == DISTILL:
-            how = {"method": DISTILL, "tasks": self._training}
+            training, how = Training(STEPS, LEARNING_RATE, seed=0), {"tasks": self._training}
         plans = {f"{count} layers": self._unfitted(count) for count in counts}
-        fitting = new_fitting(self.model, plans, **how)
+        fitting = new_fitting(self.model, plans, training, **how)
         total = fitting.reads(len(batches))
         self._say(f"{', '.join(map(str, counts))} layers: reading {total} sequences for their {stage}")
         with reporting(self._bar, "reading", total) as advance:

@@ -12,6 +12,7 @@ from torch import Tensor
 from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.methods.calibration import Batches, check_batches, count_sequences, stock_model
 from pop_ext.methods.defaults import LEARNING_RATE, STEPS
+from pop_ext.methods.distill import Training
 from pop_ext.methods.fit_arguments import Task, check_lambdas, check_tasks, check_training
 from pop_ext.methods.fitting import Fitting
 from pop_ext.plans.plan import Plan
@@ -100,19 +101,9 @@ def fit(
     model = stock_model(model)
     if resume is not None and not isinstance(plan, Plan):
         raise ValueError(f"resume: expected None with several plans, which would share one file, got {resume!r}")
-    fitting = new_fitting(
-        model,
-        _as_plans(plan),
-        method=method,
-        tasks=tasks,
-        holdout=holdout,
-        lambdas=lambdas,
-        weighting=weighting,
-        steps=steps,
-        learning_rate=learning_rate,
-        seed=seed,
-        resume=resume,
-    )
+    training = check_training(method, steps, learning_rate, seed, resume)
+    how: dict[str, Any] = {"tasks": tasks, "holdout": holdout, "lambdas": lambdas, "weighting": weighting}
+    fitting = new_fitting(model, _as_plans(plan), training, **how)
     with reporting(progress, "fit", _count_steps(batches, fitting)) as advance:
         fitting.read(batches, advance)
         fitted = []
@@ -133,23 +124,20 @@ def _speaker(progress: Progress, prefix: str) -> Callable[[str], None]:
 def new_fitting(
     model: Any,
     plans: dict[str, Any],
+    training: Training | None,
     *,
-    method: str = "ridge",
     tasks: Sequence[Task] = (),
     holdout: Batches | None = None,
     lambdas: Sequence[float] | None = None,
     weighting: str = "attention",
-    steps: int = STEPS,
-    learning_rate: float = LEARNING_RATE,
-    seed: int = 0,
-    resume: str | PathLike[str] | None = None,
 ) -> Fitting:
     """Check the arguments of ``fit`` and return the fitting, which has read nothing yet.
 
     Args:
         model: Stock model.
         plans: Plans by their name in errors.
-        method: As for ``fit``, like all that follow.
+        training: Settings of a training after the ridge; None for none.
+        tasks: As for ``fit``, like all that follow.
 
     Raises:
         ValueError: As for ``fit``.
@@ -159,7 +147,6 @@ def new_fitting(
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     checked = [_check_plan(name, plan, model) for name, plan in plans.items()]
-    training = check_training(method, steps, learning_rate, seed, resume)
     pairs = check_tasks(tasks, model, max(plan.boundary for plan in checked))
     held: list[Tensor] | None = None
     if holdout is not None:

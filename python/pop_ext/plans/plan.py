@@ -197,9 +197,8 @@ class Plan(_core.Plan):
 
         Raises:
             ValueError: ``text`` is not JSON, a member is missing, unknown or of the wrong type, or the values make
-                no plan.
-                Also for the text of a fitted plan: read the file of such a plan with ``load``, which finds the
-                matrices.
+                no plan. Also for the text of a fitted plan: read the file of such a plan with ``load``, which finds
+                the matrices.
             TypeError: ``text`` is not a str.
         """
         if not isinstance(text, str):
