@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/cost.h"
+#include "core/interrupts.h"
 #include "core/model_spec.h"
 #include "core/plan.h"
 
@@ -183,4 +184,5 @@ PYBIND11_MODULE(_core, m) {
   pop::bind_model_spec(m);
   pop::bind_plan(m);
   pop::bind_cost(m);
+  pop::bind_interrupts(m);
 }

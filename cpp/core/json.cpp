@@ -8,12 +8,21 @@
 #include <stdexcept>
 #include <string_view>
 #include <utility>
+#include <variant>
+
+#define JSON_NO_IO  // no streams: text goes in and out as std::string
+#include <nlohmann/json.hpp>
 
 namespace pop::json {
 
+// Not an nlohmann::json: to destroy one that is an array or an object takes memory, and without any ends the process.
+struct Value {
+  std::variant<std::nullptr_t, bool, int64_t, double, std::string, std::vector<Value>, Object> data;
+};
+
 namespace {
 
-using nlohmann::json;
+using Array = std::vector<Value>;
 
 constexpr size_t kMaxDepth = 64;
 
@@ -79,13 +88,13 @@ std::string shortened(std::string text) {
   return text.substr(0, end) + "...";
 }
 
-// Builds a json value from the parser's events, and refuses what the grammar allows and this file does not.
-class Builder final : public nlohmann::json_sax<json> {
+// Builds a value from the parser's events, and refuses what the grammar allows and this file does not.
+class Builder final : public nlohmann::json_sax<nlohmann::json> {
  public:
   Builder(const std::string& text, const std::string& what, const size_t& taken)
       : text_(text), what_(what), taken_(taken) {}
 
-  json take() { return std::move(root_); }
+  Value take() { return std::move(root_); }
 
   bool null() override { return add(nullptr); }
   bool boolean(bool value) override { return add(value); }
@@ -105,14 +114,14 @@ class Builder final : public nlohmann::json_sax<json> {
     return add(value);
   }
   bool string(std::string& value) override { return add(std::move(value)); }
-  bool binary(json::binary_t&) override { return false; }  // no event of a text
-  bool start_object(size_t) override { return open(json::object()); }
+  bool binary(nlohmann::json::binary_t&) override { return false; }  // no event of a text
+  bool start_object(size_t) override { return open({Object()}); }
   bool end_object() override { return close(); }
-  bool start_array(size_t) override { return open(json::array()); }
+  bool start_array(size_t) override { return open({Array()}); }
   bool end_array() override { return close(); }
 
   bool key(std::string& name) override {
-    const auto [member, is_new] = open_.back()->get_ref<json::object_t&>().try_emplace(name, nullptr);
+    const auto [member, is_new] = std::get<Object>(open_.back()->data).try_emplace(name, nullptr);
     if (!is_new) fail("each member once, not \"" + shortened(name) + "\" again", taken_);
     member_ = &member->second;
     return true;
@@ -156,27 +165,26 @@ class Builder final : public nlohmann::json_sax<json> {
  private:
   static bool is_letter(char c) { return std::isalpha(static_cast<unsigned char>(c)) != 0; }
 
-  template <class Value>
-  json* place(Value&& value) {
+  Value* place(Value value) {
     if (open_.empty()) {
-      root_ = std::forward<Value>(value);
+      root_ = std::move(value);
       return &root_;
     }
-    if (open_.back()->is_array()) {
-      open_.back()->push_back(std::forward<Value>(value));
-      return &open_.back()->back();
+    if (auto* array = std::get_if<Array>(&open_.back()->data)) {
+      array->push_back(std::move(value));
+      return &array->back();
     }
-    *member_ = std::forward<Value>(value);
-    return member_;
+    *member_ = std::make_unique<Value>(std::move(value));
+    return member_->get();
   }
 
-  template <class Value>
-  bool add(Value&& value) {
-    place(std::forward<Value>(value));
+  template <class T>
+  bool add(T value) {
+    place({std::move(value)});
     return true;
   }
 
-  bool open(json container) {
+  bool open(Value container) {
     if (open_.size() == kMaxDepth + 1) fail("no deeper nesting than " + std::to_string(kMaxDepth), taken_ - 1);
     open_.push_back(place(std::move(container)));
     return true;
@@ -199,12 +207,12 @@ class Builder final : public nlohmann::json_sax<json> {
   const std::string& text_;
   const std::string& what_;
   const size_t& taken_;
-  json root_;
-  std::vector<json*> open_;  // the objects and arrays around the next value, outermost first
-  json* member_ = nullptr;   // where the value of the member that was named last goes
+  Value root_;
+  std::vector<Value*> open_;                  // the objects and arrays around the next value, outermost first
+  std::unique_ptr<Value>* member_ = nullptr;  // where the value of the member that was named last goes
 };
 
-json parse(const std::string& text, const std::string& what) {
+Value parse(const std::string& text, const std::string& what) {
   if (text.size() > kMaxBytes) {
     throw std::invalid_argument(what + ": expected a text of at most " + std::to_string(kMaxBytes) + " bytes, got " +
                                 std::to_string(text.size()));
@@ -212,37 +220,47 @@ json parse(const std::string& text, const std::string& what) {
   size_t taken = 0;
   Builder builder(text, what, taken);
   if (text.starts_with("\xEF\xBB\xBF")) builder.fail("a value", 0);  // nlohmann::json skips a byte order mark
-  json::sax_parse(CountingIterator(text.data(), &taken), CountingIterator(text.data() + text.size(), &taken), &builder);
+  nlohmann::json::sax_parse(CountingIterator(text.data(), &taken), CountingIterator(text.data() + text.size(), &taken),
+                            &builder);
   return builder.take();
 }
 
-template <class Json>
-void append(std::string& out, const Json& value) {
-  const auto separate = [&](bool first) {
-    if (!first) out += ", ";
-  };
-  if (value.is_array()) {
+template <class Scalar>
+std::string scalar(const Scalar& value) {
+  return nlohmann::json(value).dump();
+}
+
+void separate(std::string& out, bool first) {
+  if (!first) out += ", ";
+}
+
+void append(std::string& out, const Value& value) {
+  if (const auto* array = std::get_if<Array>(&value.data)) {
     out += '[';
-    for (size_t i = 0; i < value.size(); ++i) {
-      separate(i == 0);
-      append(out, value[i]);
+    for (size_t i = 0; i < array->size(); ++i) {
+      separate(out, i == 0);
+      append(out, (*array)[i]);
     }
     out += ']';
-  } else if (value.is_object()) {
+  } else if (const auto* object = std::get_if<Object>(&value.data)) {
     out += '{';
-    for (auto member = value.begin(); member != value.end(); ++member) {
-      separate(member == value.begin());
-      out += Json(member.key()).dump();
-      out += ": ";
-      append(out, member.value());
+    for (auto member = object->begin(); member != object->end(); ++member) {
+      separate(out, member == object->begin());
+      out += scalar(member->first) + ": ";
+      append(out, *member->second);
     }
     out += '}';
   } else {
-    out += value.dump();
+    std::visit(
+        [&](const auto& leaf) {
+          using Leaf = std::decay_t<decltype(leaf)>;
+          if constexpr (!std::is_same_v<Leaf, Array> && !std::is_same_v<Leaf, Object>) out += scalar(leaf);
+        },
+        value.data);
   }
 }
 
-std::string text_of(const json& value) {
+std::string text_of(const Value& value) {
   std::string text;
   append(text, value);
   return text;
@@ -250,61 +268,74 @@ std::string text_of(const json& value) {
 
 }  // namespace
 
-std::string dump(const Writer& value) {
-  std::string text;
-  append(text, value);
-  return text;
+std::string& Writer::begin(const char* name) {
+  separate(members_, members_.empty());
+  return members_ += scalar(std::string(name)) + ": ";
+}
+
+void Writer::add(const char* name, bool value) { begin(name) += scalar(value); }
+void Writer::add(const char* name, int64_t value) { begin(name) += scalar(value); }
+void Writer::add(const char* name, double value) { begin(name) += scalar(value); }
+void Writer::add(const char* name, const std::string& value) { begin(name) += scalar(value); }
+void Writer::add(const char* name, const std::vector<int64_t>& value) {
+  std::string& out = begin(name);
+  out += '[';
+  for (size_t i = 0; i < value.size(); ++i) {
+    separate(out, i == 0);
+    out += scalar(value[i]);
+  }
+  out += ']';
 }
 
 Members::Members(const std::string& text, std::string what) : what_(std::move(what)) {
-  object_ = parse(text, what_);
-  if (!object_.is_object()) {
-    throw std::invalid_argument(what_ + ": expected a JSON object, got " + shortened(text_of(object_)));
+  Value value = parse(text, what_);
+  Object* object = std::get_if<Object>(&value.data);
+  if (object == nullptr) {
+    throw std::invalid_argument(what_ + ": expected a JSON object, got " + shortened(text_of(value)));
   }
+  object_ = std::move(*object);
 }
 
-bool Members::boolean(const std::string& name) const {
-  const json& value = get(name);
-  if (!value.is_boolean()) fail(name, "true or false", text_of(value));
-  return value.get<bool>();
-}
+Members::~Members() = default;
 
-int64_t Members::integer(const std::string& name) const {
-  const json& value = get(name);
-  if (!value.is_number_integer()) fail(name, "an integer", text_of(value));
-  return value.get<int64_t>();
-}
+bool Members::boolean(const std::string& name) const { return get<bool>(name, "true or false"); }
+
+int64_t Members::integer(const std::string& name) const { return get<int64_t>(name, "an integer"); }
 
 double Members::number(const std::string& name) const {
-  const json& value = get(name);
-  if (!value.is_number()) fail(name, "a number", text_of(value));
-  return value.get<double>();
+  const auto found = object_.find(name);
+  const bool is_integer = found != object_.end() && std::holds_alternative<int64_t>(found->second->data);
+  return is_integer ? static_cast<double>(integer(name)) : get<double>(name, "a number");
 }
 
-std::string Members::string(const std::string& name) const {
-  const json& value = get(name);
-  if (!value.is_string()) fail(name, "a string", text_of(value));
-  return value.get<std::string>();
-}
+std::string Members::string(const std::string& name) const { return get<std::string>(name, "a string"); }
 
 std::vector<int64_t> Members::integers(const std::string& name) const {
-  const json& value = get(name);
-  const bool all = value.is_array() && std::ranges::all_of(value, [](const json& v) { return v.is_number_integer(); });
-  if (!all) fail(name, "a list of integers", text_of(value));
-  return value.get<std::vector<int64_t>>();
+  const char* expected = "a list of integers";
+  const Array& array = get<Array>(name, expected);
+  std::vector<int64_t> values;
+  for (const Value& value : array) {
+    const int64_t* integer = std::get_if<int64_t>(&value.data);
+    if (integer == nullptr) fail(name, expected, text_of(*object_.at(name)));
+    values.push_back(*integer);
+  }
+  return values;
 }
 
 void Members::only(std::vector<std::string> names) const {
   std::ranges::sort(names);
-  for (const auto& [name, value] : object_.items()) {
-    if (!std::ranges::binary_search(names, name)) fail(name, "no such member", text_of(value));
+  for (const auto& [name, value] : object_) {
+    if (!std::ranges::binary_search(names, name)) fail(name, "no such member", text_of(*value));
   }
 }
 
-const json& Members::get(const std::string& name) const {
+template <class T>
+const T& Members::get(const std::string& name, const char* expected) const {
   const auto found = object_.find(name);
   if (found == object_.end()) fail(name, "a value", "none");
-  return *found;
+  const T* value = std::get_if<T>(&found->second->data);
+  if (value == nullptr) fail(name, expected, text_of(*found->second));
+  return *value;
 }
 
 void Members::fail(const std::string& name, const std::string& expected, const std::string& got) const {

@@ -1,27 +1,42 @@
-// Strict JSON for model specs and plans: nlohmann::json under rules of its own.
+// Strict JSON for model specs and plans: the parser of nlohmann::json under rules of its own.
 //
 // Beyond the grammar: a member name comes once per object, nesting is at most 64 deep, integers have 64 bits, numbers
 // are finite. A text has at most kMaxBytes bytes. Every error is a std::invalid_argument that says what was expected,
 // what came and where.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <map>
+#include <memory>
 #include <string>
 #include <vector>
-
-#define JSON_NO_IO  // no streams: text goes in and out as std::string
-#include <nlohmann/json.hpp>
 
 namespace pop::json {
 
 constexpr size_t kMaxBytes = size_t{16} << 20;
 
-// Members in the order in which they are added. For writing only: look-up is linear in the number of members.
-using Writer = nlohmann::ordered_json;
+// Writes an object: its members in the order in which they are added, with a space after every colon and comma. Throws
+// an exception of nlohmann::json for a string that is not UTF-8.
+class Writer {
+ public:
+  void add(const char* name, bool value);
+  void add(const char* name, int64_t value);
+  void add(const char* name, double value);
+  void add(const char* name, const std::string& value);
+  void add(const char* name, const char* value) { add(name, std::string(value)); }
+  void add(const char* name, const std::vector<int64_t>& value);
 
-// The text of `value`, with a space after every colon and comma. Throws nlohmann::json::type_error for a string that
-// is not UTF-8.
-std::string dump(const Writer& value);
+  std::string text() const { return "{" + members_ + "}"; }
+
+ private:
+  std::string& begin(const char* name);
+
+  std::string members_;
+};
+
+struct Value;
+using Object = std::map<std::string, std::unique_ptr<Value>>;
 
 // The members of a JSON object. Each getter throws std::invalid_argument naming `what`, the member, what was expected
 // and what came.
@@ -29,6 +44,7 @@ class Members {
  public:
   // `what` is the subject of every error text, such as "plan".
   Members(const std::string& text, std::string what);
+  ~Members();
 
   bool has(const std::string& name) const { return object_.contains(name); }
   bool boolean(const std::string& name) const;
@@ -41,10 +57,11 @@ class Members {
   void only(std::vector<std::string> names) const;
 
  private:
-  const nlohmann::json& get(const std::string& name) const;
+  template <class T>
+  const T& get(const std::string& name, const char* expected) const;
   [[noreturn]] void fail(const std::string& name, const std::string& expected, const std::string& got) const;
 
-  nlohmann::json object_;
+  Object object_;
   std::string what_;
 };
 

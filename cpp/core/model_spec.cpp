@@ -176,12 +176,12 @@ std::string ModelSpec::to_json() const {
   json::Writer members;
   for_each_field([&](const char* name, auto member, Default, Range) {
     if constexpr (std::is_enum_v<std::decay_t<decltype(this->*member)>>) {
-      members[name] = to_string(this->*member);
+      members.add(name, to_string(this->*member));
     } else {
-      members[name] = this->*member;
+      members.add(name, this->*member);
     }
   });
-  return json::dump(members);
+  return members.text();
 }
 
 // No field may be left out and no other is known: a field that is passed over would change the result silently.

@@ -63,11 +63,11 @@ std::vector<LayerRange> Plan::projected_runs() const {
 
 std::string Plan::to_json() const {
   json::Writer members;
-  members["num_layers"] = num_layers;
-  members["omit"] = omit;
-  members["boundary"] = boundary;
-  members["min_tokens"] = min_tokens;
-  return json::dump(members);
+  members.add("num_layers", num_layers);
+  members.add("omit", omit);
+  members.add("boundary", boundary);
+  members.add("min_tokens", min_tokens);
+  return members.text();
 }
 
 Plan Plan::from_json(const std::string& text) {

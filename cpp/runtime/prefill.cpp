@@ -17,13 +17,13 @@ namespace {
 // Tells the observer that a stage runs while this object lives.
 class StageRange {
  public:
-  StageRange(StageObserver& observer, const char* stage) : observer_(observer) { observer_.begin(stage); }
+  StageRange(PrefillObserver& observer, const char* stage) : observer_(observer) { observer_.begin(stage); }
   ~StageRange() { observer_.end(); }
   StageRange(const StageRange&) = delete;
   StageRange& operator=(const StageRange&) = delete;
 
  private:
-  StageObserver& observer_;
+  PrefillObserver& observer_;
 };
 
 // An update that an earlier step has computed but not yet added to the hidden states: gemm_out + bias, RMS-normalised
@@ -36,7 +36,7 @@ struct PendingUpdate {
 
 class Prefill {
  public:
-  Prefill(const Model& model, const PrefillCall& call, Backend& backend, StageObserver& observer)
+  Prefill(const Model& model, const PrefillCall& call, Backend& backend, PrefillObserver& observer)
       : model_(model),
         spec_(model.spec),
         call_(call),
@@ -83,7 +83,7 @@ class Prefill {
   const PrefillCall& call_;
   const BatchLayout& layout_;
   Backend& backend_;
-  StageObserver& observer_;
+  PrefillObserver& observer_;
   const int64_t element_;
   Workspace work_;
   Batch batch_{};
@@ -105,6 +105,7 @@ void Prefill::run() {
       if (end == next_run->layers.end) ++next_run;
     }
     add_features(end - 1);
+    observer_.after_layers();
     layer = end;
   }
   final_norm();
@@ -401,7 +402,7 @@ void Prefill::norm(int64_t begin, int64_t end, const void* weight, void* out, in
 
 }  // namespace
 
-void prefill(const Model& model, const PrefillCall& call, Backend& backend, StageObserver& observer) {
+void prefill(const Model& model, const PrefillCall& call, Backend& backend, PrefillObserver& observer) {
   Prefill(model, call, backend, observer).run();
 }
 

@@ -9,12 +9,15 @@
 
 namespace pop {
 
-// Receives the begin and the end of each stage, for profilers.
-class StageObserver {
+// Watches a prefill.
+class PrefillObserver {
  public:
-  virtual ~StageObserver() = default;
+  virtual ~PrefillObserver() = default;
+  // The begin and the end of each stage, for profilers.
   virtual void begin(const char* stage) = 0;
   virtual void end() = 0;
+  // After each layer, or run of omitted layers. An exception ends the call.
+  virtual void after_layers() = 0;
 };
 
 // Features of a vision tower that are added to the rows of its tokens after one of the first layers (DeepStack).
@@ -44,6 +47,6 @@ struct PrefillCall {
 // Bytes of PrefillCall::workspace. Reads the layout and the address of `call`; workspace and hidden_states may be null.
 size_t workspace_bytes(const Model& model, const PrefillCall& call, const Backend& backend);
 
-void prefill(const Model& model, const PrefillCall& call, Backend& backend, StageObserver& observer);
+void prefill(const Model& model, const PrefillCall& call, Backend& backend, PrefillObserver& observer);
 
 }  // namespace pop

@@ -55,6 +55,13 @@ inline Tensor detach(const Tensor& self) {
   return call_for_tensor("aten::detach", "", std::array{torch::stable::detail::from(self)});
 }
 
+inline bool is_neg(const Tensor& self) {
+  foreign::require("aten::is_neg");
+  std::array stack{torch::stable::detail::from(self)};
+  call("aten::is_neg", "", stack);
+  return torch::stable::detail::to<bool>(stack[0]);
+}
+
 inline ScalarType scalar_type(DType dtype) {
   switch (dtype) {
     case DType::f32:

@@ -29,23 +29,25 @@ LayerCache layer_cache(const Tensor& key, const Tensor& value) {
 
 }  // namespace
 
+int64_t capacity_of(const Tensor& cache, const std::string& name) {
+  check_tensor(cache, name);
+  check_shape(cache, {-1, -1, -1, -1}, name);
+  return cache.size(2);
+}
+
 std::vector<LayerCache> check_caches(const std::string& op, const Geometry& geometry, const CacheForm& form,
                                      const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
-                                     const Tensor& like, const std::vector<std::pair<Tensor, std::string>>& others) {
-  std::vector<Tensor> written;
-  std::vector<std::string> names;
+                                     const Tensor& like, const OtherTensors& arguments) {
+  std::vector<NamedTensor> written;
   for (const auto& [caches, name] : {std::pair{&keys, "key_cache"}, std::pair{&values, "value_cache"}}) {
     for (size_t layer = 0; layer < caches->size(); ++layer) {
-      names.push_back(join(op, ": ", name, caches->size() == 1 ? "" : join("[", layer, "]")));
-      check_one(op, geometry, form, (*caches)[layer], names.back(), like);
-      written.push_back((*caches)[layer]);
+      const Tensor& cache = (*caches)[layer];
+      written.push_back({cache, join(op, ": ", name, caches->size() == 1 ? "" : join("[", layer, "]"))});
+      check_one(op, geometry, form, cache, written.back().name, like);
     }
   }
-  for (const auto& [tensor, name] : others) {
-    written.push_back(tensor);
-    names.push_back(join(op, ": ", name));
-  }
-  check_disjoint(written, names);
+  written.insert(written.end(), arguments.written.begin(), arguments.written.end());
+  check_disjoint(written, arguments.read);
 
   std::vector<LayerCache> layers;
   for (size_t layer = 0; layer < keys.size(); ++layer) layers.push_back(layer_cache(keys[layer], values[layer]));

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "torch/checks.h"
 #include "torch/geometry.h"
 
 namespace pop {
@@ -16,12 +17,19 @@ struct CacheForm {
   int64_t head_dim;
 };
 
+struct OtherTensors {
+  std::vector<NamedTensor> written, read;
+};
+
+// The slots of a cache [batch, kv_heads, capacity, head_dim].
+int64_t capacity_of(const Tensor& cache, const std::string& name);
+
 // Checks the caches of `keys.size()` layers and returns them for the runtime. They must have `form`, be on the device
-// of `like`, be large enough for the call, and share no memory with each other or with `others` (tensors and their
-// names).
+// of `like`, be large enough for the call, and share no memory with each other or with `arguments`, other tensors that
+// the call writes or reads.
 std::vector<LayerCache> check_caches(const std::string& op, const Geometry& geometry, const CacheForm& form,
                                      const std::vector<Tensor>& keys, const std::vector<Tensor>& values,
-                                     const Tensor& like, const std::vector<std::pair<Tensor, std::string>>& others);
+                                     const Tensor& like, const OtherTensors& arguments);
 
 // The same for one layer, for an operator that only reads its caches: shared memory is allowed.
 LayerCache check_cache(const std::string& op, const Geometry& geometry, const CacheForm& form, const Tensor& key,

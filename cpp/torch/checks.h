@@ -25,10 +25,14 @@ void check(bool ok, const Args&... message) {
 
 std::string shape_of(const Tensor& tensor);  // "[2, 8, 64]"
 std::string device_of(const Tensor& tensor);
+ScalarType type_of(const Tensor& tensor);                       // Undefined for one that torch's headers do not know
 std::string dtype_name(const Tensor& tensor);                   // "int64"
 DType dtype_of(const Tensor& tensor, const std::string& name);  // float32, bfloat16 or float16
 
-void check_given(const Tensor& tensor, const std::string& name);  // not None
+// Not None, dense, and with memory for its elements if it is on a device that has memory.
+void check_tensor(const Tensor& tensor, const std::string& name);
+// The same, and not lazily negated. torch resolves that for every kind of argument but Tensor[]?.
+void check_resolved(const Tensor& tensor, const std::string& name);
 void check_dtype(const Tensor& tensor, DType dtype, const std::string& name);
 void check_same_device(const Tensor& tensor, const Tensor& like, const std::string& name);
 void check_like(const Tensor& tensor, const Tensor& like, const std::string& name);  // same dtype, same device
@@ -44,7 +48,13 @@ const void* optional_vector(const std::optional<Tensor>& tensor, const Tensor& l
 // Reads an int32 tensor in host memory.
 std::vector<int64_t> read_lengths(const Tensor& tensor, int64_t count, const std::string& name);
 
-// Checks that no two of these tensors, and no two elements of one, share memory.
-void check_disjoint(const std::vector<Tensor>& tensors, const std::vector<std::string>& names);
+struct NamedTensor {
+  Tensor tensor;
+  std::string name;
+};
+
+// Takes tensors that were checked (check_tensor). Checks that no tensor of `written` shares memory with another one,
+// nor two of its own elements with each other.
+void check_disjoint(const std::vector<NamedTensor>& written, const std::vector<NamedTensor>& read);
 
 }  // namespace pop

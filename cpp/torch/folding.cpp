@@ -79,6 +79,7 @@ void LoadedModel::set_projections(const std::vector<Tensor>& projections) {
         " matrices (one an omitted layer), got ", projections.size());
   for (size_t i = 0; i < omit.size(); ++i) {
     const std::string name = join("pop::load: projections[", i, "]");
+    check_resolved(projections[i], name);
     check_dtype(projections[i], model_.spec.dtype, name);
     check_shape(projections[i], {rows, model_.spec.hidden_size}, name);
     check_same_device(projections[i], weights_.front(), name);

@@ -21,8 +21,6 @@ std::string fp8_missing(const ModelSpec& spec, const Tensor& like) {
 }
 
 void LoadedModel::quantize_layers() {
-  const std::string missing = fp8_missing(model_.spec, weights_.front());
-  check(missing.empty(), "pop::load: fp8: ", missing);
   const BackendOfCall backend(weights_.front());
   for_each_copied_matrix([&](const Tensor& given, Linear& linear) {
     const Tensor matrix = torch::stable::new_empty(given, {given.size(0), given.size(1)}, ScalarType::Float8_e4m3fn);

@@ -10,7 +10,7 @@ namespace {
 
 std::vector<SequenceCall> read_sequences(const std::string& op, const Lengths& lengths, int64_t rows,
                                          const Tensor* boundary, const Tensor* logits_to_keep) {
-  check_given(lengths.cu_seqlens, op + ": cu_seqlens");
+  check_tensor(lengths.cu_seqlens, op + ": cu_seqlens");
   check(lengths.cu_seqlens.dim() == 1 && lengths.cu_seqlens.size(0) >= 2, op,
         ": cu_seqlens: expected shape [batch + 1] with batch >= 1, got ", shape_of(lengths.cu_seqlens));
   const int64_t batch = lengths.cu_seqlens.size(0) - 1;
@@ -50,7 +50,8 @@ std::vector<TokenBlock> read_blocks(const std::string& op, const std::optional<T
                                     const std::vector<SequenceCall>& sequences) {
   if (!table.has_value()) return {};
   const std::string name = op + ": blocks";
-  check(table->is_cpu() && table->scalar_type() == ScalarType::Int, name, ": expected int32 on cpu, got ",
+  check_tensor(*table, name);
+  check(table->is_cpu() && type_of(*table) == ScalarType::Int, name, ": expected int32 on cpu, got ",
         dtype_name(*table), " on ", device_of(*table));
   check_shape(*table, {-1, 3}, name);
   const int32_t* data = static_cast<const int32_t*>(table->const_data_ptr());
@@ -90,22 +91,25 @@ Geometry::Geometry(const std::string& op, const Lengths& lengths, int64_t rows, 
 
   const Tensor& table = *lengths.slot_table;
   const std::string name = op + ": slot_table";
-  check(table.is_cpu() && table.scalar_type() == ScalarType::Int, name, ": expected int32 on cpu, got ",
-        dtype_name(table), " on ", device_of(table));
+  check_tensor(table, name);
+  check(table.is_cpu() && type_of(table) == ScalarType::Int, name, ": expected int32 on cpu, got ", dtype_name(table),
+        " on ", device_of(table));
   check_shape(table, {layout_.sequences, -1}, name);
-  slot_table_stride_ = table.size(1);
-  slot_table_.resize(table.numel());
+  for (int64_t i = 0; i < layout_.sequences; ++i) {
+    const int64_t length = sequences_[i].past + sequences_[i].tokens;
+    check(length <= table.size(1), name, ": expected at least ", length, " columns (past and new tokens of sequence ",
+          i, "), got ", table.size(1));
+    check(length <= lengths.capacity, op, ": past_lens: expected past and new tokens of at most ", lengths.capacity,
+          " (slots of a cache) for sequence ", i, ", got ", length);
+    slot_table_stride_ = std::max(slot_table_stride_, length);
+  }
+  slot_table_.resize(layout_.sequences * slot_table_stride_);
   const int32_t* data = static_cast<const int32_t*>(table.const_data_ptr());
   for (int64_t i = 0; i < layout_.sequences; ++i) {
-    const SequenceCall& sequence = sequences_[i];
-    check(sequence.past + sequence.tokens <= slot_table_stride_, name, ": expected at least ",
-          sequence.past + sequence.tokens, " columns (past and new tokens of sequence ", i, "), got ",
-          slot_table_stride_);
-    for (int64_t p = 0; p < slot_table_stride_; ++p) {
-      slot_table_[i * slot_table_stride_ + p] = data[i * table.stride(0) + p * table.stride(1)];
-    }
+    const int64_t length = sequences_[i].past + sequences_[i].tokens;
     const auto begin = slot_table_.begin() + i * slot_table_stride_;
-    std::vector<int32_t> slots(begin, begin + sequence.past + sequence.tokens);
+    for (int64_t p = 0; p < length; ++p) begin[p] = data[i * table.stride(0) + p * table.stride(1)];
+    std::vector<int32_t> slots(begin, begin + length);
     std::sort(slots.begin(), slots.end());
     const auto twice = std::adjacent_find(slots.begin(), slots.end());
     check(twice == slots.end(), name, ": expected every position of sequence ", i, " in a slot of its own, got slot ",

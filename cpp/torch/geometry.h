@@ -18,6 +18,7 @@ struct Lengths {
   const Tensor& past_lens;                  // [batch] int32, host
   const Tensor& cache_start;                // [batch] int32, host
   const std::optional<Tensor>& slot_table;  // [batch, >= past + tokens] int32, host, or none
+  int64_t capacity;                         // slots of a cache: no sequence has more positions
 };
 
 // Reads and checks the length tensors, and owns the arrays that `address` points into.

@@ -16,7 +16,12 @@ STABLE_TORCH_LIBRARY(pop, m) {
   m.def("prepack_missing(str spec, Tensor like) -> str");
   m.def("unload(int model) -> ()");
   m.def("info(int model) -> str");
-  // The name of a weight whose memory, dtype or (if it was folded or copied) values changed since `load`; "" for none.
+  // Bytes of the folded and copied weights.
+  m.def("extra_bytes(int model) -> int");
+  // The index in `weights` of one whose memory, dtype or (if it was folded or copied) values changed since `load`; -1
+  // for none.
+  m.def("stale_index(int model) -> int");
+  // Its name; "" for none. Each str that an operator returns costs memory up to torch 2.13, which never frees it.
   m.def("stale_weight(int model) -> str");
 
   // Prefills packed sequences by the model's plan and returns the hidden states of the wanted rows after the final
@@ -60,6 +65,8 @@ STABLE_TORCH_LIBRARY(pop, m) {
   // Records that the operator `name` of another library has its schema number `variant`, or is missing (-1) and why.
   m.def("set_foreign(str name, int variant, str reason) -> ()");
   m.def("cpu_isa() -> str");
+  // Sets the function that a prefill polls between layers (torch/interrupts.h), by its address; 0: none.
+  m.def("set_interrupt_check(int address) -> ()");
   // Sets an option of a backend and returns the value before; for measuring.
   m.def("tune(str option, int value) -> int");
 }

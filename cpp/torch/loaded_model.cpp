@@ -6,6 +6,14 @@
 
 namespace pop {
 
+namespace {
+
+void check_option(const char* option, const std::string& missing) {
+  check(missing.empty(), "pop::load: ", option, ": ", missing);
+}
+
+}  // namespace
+
 LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Tensor> weights,
                          const std::optional<std::vector<Tensor>>& projections, bool fp8, bool prepack)
     : slots_(spec.weight_slots()), weights_(std::move(weights)) {
@@ -23,6 +31,8 @@ LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Te
   model_.norm = weight("norm")->const_data_ptr();
   model_.layers.resize(spec.num_layers);
   for (int64_t layer = 0; layer < spec.num_layers; ++layer) set_layer(layer);
+  if (fp8) check_option("fp8", fp8_missing(spec, weights_.front()));
+  if (prepack) check_option("prepack", prepack_missing(spec, weights_.front()));
   for (const LayerRange& layers : plan.projected_runs()) fold(layers);
   if (projections.has_value()) set_projections(*projections);
   if (fp8) quantize_layers();

@@ -30,9 +30,10 @@ class LoadedModel {
   const Tensor& embed_tokens() const { return weights_.front(); }
   int64_t extra_bytes() const { return extra_bytes_; }  // of the folded stacks and the copied matrices
 
-  // The name of a weight whose memory, dtype or layout changed since loading, or of a folded or copied weight of which
-  // a sample of values changed; "" if there is none.
-  std::string stale_weight() const;
+  // The index of a weight whose memory, dtype or layout changed since loading, or of a folded or copied weight of which
+  // a sample of values changed; -1 if there is none.
+  int64_t stale_index() const;
+  const std::string& weight_name(int64_t index) const { return slots_[index].name; }
 
  private:
   // The state of a weight at loading.

@@ -9,6 +9,7 @@
 #include "torch/checks.h"
 #include "torch/geometry.h"
 #include "torch/loaded_model.h"
+#include "torch/refuses_negated.h"
 
 namespace pop {
 
@@ -111,11 +112,17 @@ void rope_cache_write(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor
   check_like(key, query, op + ": key");
   check_like(value, query, op + ": value");
   check_heads_contiguous(query, op + ": query");
-  const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table}, rows, nullptr, nullptr);
+  const int64_t capacity = capacity_of(key_cache, op + ": key_cache");
+  const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table, capacity}, rows, nullptr, nullptr);
   const CacheForm form{.dtype = dtype, .kv_heads = kv_heads, .head_dim = head_dim};
-  const LayerCache cache =
-      check_caches(op, geometry, form, {key_cache}, {value_cache}, query, {{query, "query"}}).front();
   const RopeTables rope(op, cos, sin, rows, head_dim, query);
+  const void* q_gamma = optional_vector(q_norm, query, head_dim, op + ": q_norm");
+  const void* k_gamma = optional_vector(k_norm, query, head_dim, op + ": k_norm");
+  OtherTensors others{.written = {{query, op + ": query"}},
+                      .read = {{key, op + ": key"}, {value, op + ": value"}, {cos, op + ": cos"}, {sin, op + ": sin"}}};
+  if (q_norm.has_value()) others.read.push_back({*q_norm, op + ": q_norm"});
+  if (k_norm.has_value()) others.read.push_back({*k_norm, op + ": k_norm"});
+  const LayerCache cache = check_caches(op, geometry, form, {key_cache}, {value_cache}, query, others).front();
   const BackendOfCall backend(query);
   const RowTables tables(geometry, *backend, query);
   const Batch batch = tables.batch(rope);
@@ -135,8 +142,8 @@ void rope_cache_write(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor
                              .q_bias = nullptr,
                              .k_bias = nullptr,
                              .v_bias = nullptr,
-                             .q_norm = optional_vector(q_norm, query, head_dim, op + ": q_norm"),
-                             .k_norm = optional_vector(k_norm, query, head_dim, op + ": k_norm"),
+                             .q_norm = q_gamma,
+                             .k_norm = k_gamma,
                              .norm_eps = static_cast<float>(norm_eps),
                              .norm_offset = static_cast<float>(norm_offset),
                              .row_scale = nullptr,
@@ -161,7 +168,8 @@ Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_s
   const int64_t kv_heads = key_cache.size(1);
   check(kv_heads >= 1 && heads >= kv_heads && heads % kv_heads == 0, op, ": query: expected a multiple of ", kv_heads,
         " heads (those of key_cache), got ", heads);
-  const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table}, rows, nullptr, nullptr, blocks);
+  const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table, key_cache.size(2)}, rows, nullptr,
+                          nullptr, blocks);
   const CacheForm form{.dtype = dtype, .kv_heads = kv_heads, .head_dim = head_dim};
   const LayerCache cache = check_cache(op, geometry, form, key_cache, value_cache, query);
   Tensor out = torch::stable::new_empty(query, {rows, heads, head_dim});
@@ -189,13 +197,17 @@ Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_s
 
 using TensorList = std::optional<std::vector<Tensor>>;
 
-// The data of one vector per layer; empty if there are none.
+// The data of one vector per layer; empty if there are none. Adds the vectors to `read`.
 std::vector<const void*> layer_vectors(const TensorList& tensors, size_t layers, const Tensor& like, int64_t width,
-                                       const std::string& name) {
+                                       const std::string& name, std::vector<NamedTensor>& read) {
   std::vector<const void*> data;
   if (!tensors.has_value()) return data;
   check(tensors->size() == layers, name, ": expected ", layers, " tensors (one a layer), got ", tensors->size());
-  for (const Tensor& tensor : *tensors) data.push_back(optional_vector(tensor, like, width, name));
+  for (const Tensor& tensor : *tensors) {
+    read.push_back({tensor, join(name, "[", data.size(), "]")});
+    check_resolved(tensor, read.back().name);
+    data.push_back(optional_vector(tensor, like, width, read.back().name));
+  }
   return data;
 }
 
@@ -219,13 +231,16 @@ void kv_project(Tensor hidden, Tensor weight, Tensor cos, Tensor sin, Tensor cu_
   check_like(weight, hidden, op + ": weight");
   check_shape(weight, {static_cast<int64_t>(layers) * 2 * kv_dim, hidden_size}, op + ": weight");
   check(weight.is_contiguous(), op, ": weight: expected a contiguous tensor");
-  const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table}, rows, nullptr, nullptr);
+  const int64_t capacity = key_cache.front().size(2);
+  const Geometry geometry(op, {cu_seqlens, past_lens, cache_start, slot_table, capacity}, rows, nullptr, nullptr);
   const CacheForm form{.dtype = dtype, .kv_heads = kv_heads, .head_dim = head_dim};
-  const std::vector<LayerCache> caches = check_caches(op, geometry, form, key_cache, value_cache, hidden, {});
   const RopeTables rope(op, cos, sin, rows, head_dim, hidden);
-  const auto k_biases = layer_vectors(k_bias, layers, hidden, kv_dim, op + ": k_bias");
-  const auto v_biases = layer_vectors(v_bias, layers, hidden, kv_dim, op + ": v_bias");
-  const auto k_norms = layer_vectors(k_norm, layers, hidden, head_dim, op + ": k_norm");
+  OtherTensors others;
+  others.read = {{hidden, op + ": hidden"}, {weight, op + ": weight"}, {cos, op + ": cos"}, {sin, op + ": sin"}};
+  const auto k_biases = layer_vectors(k_bias, layers, hidden, kv_dim, op + ": k_bias", others.read);
+  const auto v_biases = layer_vectors(v_bias, layers, hidden, kv_dim, op + ": v_bias", others.read);
+  const auto k_norms = layer_vectors(k_norm, layers, hidden, head_dim, op + ": k_norm", others.read);
+  const std::vector<LayerCache> caches = check_caches(op, geometry, form, key_cache, value_cache, hidden, others);
   const BackendOfCall backend(hidden);
   const RowTables tables(geometry, *backend, hidden);
   const Batch batch = tables.batch(rope);
@@ -272,8 +287,22 @@ static void implement(Library& m) {
 
 STABLE_TORCH_LIBRARY_IMPL(pop, CPU, m) { implement(m); }
 
+// Tensors of other layouts come here to be refused by name.
+STABLE_TORCH_LIBRARY_IMPL(pop, SparseCPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(pop, SparseCsrCPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(pop, MkldnnCPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(pop, QuantizedCPU, m) { implement(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(pop, Negative, m) {
+  m.impl("rope_cache_write", TORCH_BOX((&RefusesNegated<&rope_cache_write, "pop::rope_cache_write">::call)));
+  m.impl("kv_project", TORCH_BOX((&RefusesNegated<&kv_project, "pop::kv_project">::call)));
+}
+
 #if defined(POP_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(pop, CUDA, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(pop, SparseCUDA, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(pop, SparseCsrCUDA, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(pop, QuantizedCUDA, m) { implement(m); }
 #endif
 
 }  // namespace pop

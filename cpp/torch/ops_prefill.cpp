@@ -9,7 +9,10 @@
 #include "torch/checks.h"
 #include "torch/geometry.h"
 #include "torch/handles.h"
+#include "torch/interrupts.h"
 #include "torch/profile.h"
+#include "torch/refuses_negated.h"
+#include "torch/text_argument.h"
 
 namespace pop {
 
@@ -17,23 +20,33 @@ namespace {
 
 constexpr const char* kOp = "pop::prefill";
 
-int64_t load(std::string spec, std::string plan, std::vector<Tensor> weights,
+class CallObserver final : public ProfilerStages {
+ public:
+  void after_layers() override { poll_(); }
+
+ private:
+  InterruptPoll poll_;
+};
+
+int64_t load(TextArgument spec, TextArgument plan, std::vector<Tensor> weights,
              std::optional<std::vector<Tensor>> projections, bool fp8, bool prepack) try {
-  const ModelSpec parsed = ModelSpec::from_json(spec);
+  const ModelSpec parsed = ModelSpec::from_json(spec.text);
   return register_model(
-      std::make_shared<LoadedModel>(parsed, Plan::from_json(plan), std::move(weights), projections, fp8, prepack));
+      std::make_shared<LoadedModel>(parsed, Plan::from_json(plan.text), std::move(weights), projections, fp8, prepack));
 } catch (const std::invalid_argument& error) {
   throw std::runtime_error(join("pop::load: ", error.what()));
 }
 
-std::string fp8_missing_op(std::string spec, Tensor like) try {
-  return fp8_missing(ModelSpec::from_json(spec), like);
+std::string fp8_missing_op(TextArgument spec, Tensor like) try {
+  check_tensor(like, "pop::fp8_missing: like");
+  return fp8_missing(ModelSpec::from_json(spec.text), like);
 } catch (const std::invalid_argument& error) {
   throw std::runtime_error(join("pop::fp8_missing: ", error.what()));
 }
 
-std::string prepack_missing_op(std::string spec, Tensor like) try {
-  return prepack_missing(ModelSpec::from_json(spec), like);
+std::string prepack_missing_op(TextArgument spec, Tensor like) try {
+  check_tensor(like, "pop::prepack_missing: like");
+  return prepack_missing(ModelSpec::from_json(spec.text), like);
 } catch (const std::invalid_argument& error) {
   throw std::runtime_error(join("pop::prepack_missing: ", error.what()));
 }
@@ -48,7 +61,15 @@ std::string info(int64_t handle) {
               ", \"extra_bytes\": ", loaded->extra_bytes(), "}");
 }
 
-std::string stale_weight(int64_t handle) { return find_model(handle)->stale_weight(); }
+int64_t extra_bytes(int64_t handle) { return find_model(handle)->extra_bytes(); }
+
+int64_t stale_index(int64_t handle) { return find_model(handle)->stale_index(); }
+
+std::string stale_weight(int64_t handle) {
+  const auto loaded = find_model(handle);
+  const int64_t index = loaded->stale_index();
+  return index < 0 ? "" : loaded->weight_name(index);
+}
 
 // The packed ids as int64, or none if `input` is embeddings. Ids in host memory are checked against the vocabulary.
 std::optional<Tensor> check_input(const ModelSpec& spec, const Tensor& input, const Tensor& like) {
@@ -62,7 +83,7 @@ std::optional<Tensor> check_input(const ModelSpec& spec, const Tensor& input, co
   }
   check(input.dim() == 1, name, ": expected ids [rows] or embeddings [rows, ", spec.hidden_size, "], got ",
         shape_of(input));
-  check(input.scalar_type() == ScalarType::Long || input.scalar_type() == ScalarType::Int, name,
+  check(type_of(input) == ScalarType::Long || type_of(input) == ScalarType::Int, name,
         ": expected ids of dtype int64 or int32, got ", dtype_name(input));
   const Tensor ids = torch::stable::contiguous(torch::stable::to(input, ScalarType::Long));
   if (!ids.is_cpu()) return ids;  // reading them would synchronise: the kernel clamps and reports
@@ -108,7 +129,7 @@ std::optional<Tensor> check_feature_index(const std::optional<Tensor>& index,
   if (!index.has_value()) return std::nullopt;
   check_same_device(*index, like, name);
   check_shape(*index, {rows}, name);
-  check(index->scalar_type() == ScalarType::Long || index->scalar_type() == ScalarType::Int, name,
+  check(type_of(*index) == ScalarType::Long || type_of(*index) == ScalarType::Int, name,
         ": expected dtype int64 or int32, got ", dtype_name(*index));
   const Tensor rows_of = torch::stable::contiguous(torch::stable::to(*index, ScalarType::Long));
   if (!rows_of.is_cpu() || features->empty()) return rows_of;  // the kernel ignores indices out of range
@@ -128,6 +149,7 @@ std::vector<LayerFeatures> check_features(const ModelSpec& spec, const std::opti
         spec.num_layers, " tensors (one for each of the first layers), got ", features->size());
   for (const Tensor& layer : *features) {
     const std::string name = join(kOp, ": features[", layers.size(), "]");
+    check_resolved(layer, name);
     check_same_device(layer, like, name);
     check_dtype(layer, spec.dtype, name);
     check_shape(layer, {(*features)[0].size(0), spec.hidden_size}, name);
@@ -147,8 +169,8 @@ Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor c
   const Model& model = loaded->model();
   const ModelSpec& spec = model.spec;
   const Tensor& like = loaded->embed_tokens();
-  const std::string stale = loaded->stale_weight();
-  check(stale.empty(), kOp, ": weight ", stale,
+  const int64_t stale = loaded->stale_index();
+  check(stale < 0, kOp, ": weight ", stale < 0 ? "" : loaded->weight_name(stale),
         ": expected the memory, dtype and values it was loaded with, got others; ",
         "call native.refresh() (or load the model again)");
   const std::optional<Tensor> ids = check_input(spec, input, like);
@@ -163,14 +185,28 @@ Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor c
   };
   const std::vector<LayerFeatures> layer_features = check_features(spec, features, like);
   const std::optional<Tensor> feature_rows = check_feature_index(feature_index, features, rows, like);
-  const Geometry geometry(kOp, {cu_seqlens, past_lens, cache_start, slot_table}, rows, &boundary, &logits_to_keep,
-                          blocks);
   for (const auto& [given, name] : {std::pair{&key_cache, "key_cache"}, std::pair{&value_cache, "value_cache"}}) {
     check(static_cast<int64_t>(given->size()) == spec.num_layers, kOp, ": ", name, ": expected ", spec.num_layers,
           " tensors (one a layer), got ", given->size());
   }
+  const int64_t capacity = capacity_of(key_cache.front(), join(kOp, ": key_cache[0]"));
+  const Geometry geometry(kOp, {cu_seqlens, past_lens, cache_start, slot_table, capacity}, rows, &boundary,
+                          &logits_to_keep, blocks);
   const CacheForm form{.dtype = spec.dtype, .kv_heads = spec.num_kv_heads, .head_dim = spec.head_dim};
-  const std::vector<LayerCache> caches = check_caches(kOp, geometry, form, key_cache, value_cache, like, {});
+  OtherTensors others;
+  const auto add_read = [&](const std::optional<Tensor>& tensor, const char* name) {
+    if (tensor.has_value()) others.read.push_back({*tensor, join(kOp, ": ", name)});
+  };
+  add_read(input, "input");
+  add_read(cos, "cos");
+  add_read(sin, "sin");
+  add_read(cos_local, "cos_local");
+  add_read(sin_local, "sin_local");
+  add_read(feature_index, "feature_index");
+  if (features.has_value()) {
+    for (const Tensor& layer : *features) add_read(layer, "features");
+  }
+  const std::vector<LayerCache> caches = check_caches(kOp, geometry, form, key_cache, value_cache, like, others);
 
   check_reported_ids(like);
   const BackendOfCall backend_of_call(like);
@@ -199,21 +235,23 @@ Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor c
   const Tensor workspace =
       torch::stable::new_empty(like, {static_cast<int64_t>(workspace_bytes(model, call, backend))}, ScalarType::Byte);
   CacheGuard guard(restore_on_error, backend, geometry, key_cache, value_cache);
-  ProfilerStages stages;
+  CallObserver observer;
   call.hidden_states = hidden.mutable_data_ptr();
   call.workspace = workspace.mutable_data_ptr();
-  prefill(model, call, backend, stages);
+  prefill(model, call, backend, observer);
   guard.keep();
   return hidden;
 }
 
 std::string foreign_schemas() { return foreign::kSchemas; }
 
-void set_foreign(std::string name, int64_t variant, std::string reason) {
-  foreign::set_variant(name, static_cast<int>(variant), reason);
+void set_foreign(TextArgument name, int64_t variant, TextArgument reason) {
+  foreign::set_variant(name.text, static_cast<int>(variant), reason.text);
 }
 
-int64_t tune_op(std::string option, int64_t value) { return tune(option, value); }
+int64_t tune_op(TextArgument option, int64_t value) { return tune(option.text, value); }
+
+void set_interrupt_check_op(int64_t address) { set_interrupt_check(address); }
 
 std::string cpu_isa() { return cpu::kernels().name; }
 
@@ -225,17 +263,38 @@ STABLE_TORCH_LIBRARY_IMPL(pop, CompositeExplicitAutograd, m) {
   m.impl("prepack_missing", TORCH_BOX(&prepack_missing_op));
   m.impl("unload", TORCH_BOX(&unload));
   m.impl("info", TORCH_BOX(&info));
+  m.impl("extra_bytes", TORCH_BOX(&extra_bytes));
+  m.impl("stale_index", TORCH_BOX(&stale_index));
   m.impl("stale_weight", TORCH_BOX(&stale_weight));
   m.impl("foreign_schemas", TORCH_BOX(&foreign_schemas));
   m.impl("set_foreign", TORCH_BOX(&set_foreign));
   m.impl("tune", TORCH_BOX(&tune_op));
+  m.impl("set_interrupt_check", TORCH_BOX(&set_interrupt_check_op));
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pop, CPU, m) { m.impl("prefill", TORCH_BOX(&prefill_op)); }
+template <class Library>
+static void implement(Library& m) {
+  m.impl("prefill", TORCH_BOX(&prefill_op));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pop, CPU, m) { implement(m); }
+
+// Tensors of other layouts come here to be refused by name.
+STABLE_TORCH_LIBRARY_IMPL(pop, SparseCPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(pop, SparseCsrCPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(pop, MkldnnCPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(pop, QuantizedCPU, m) { implement(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(pop, Negative, m) {
+  m.impl("prefill", TORCH_BOX((&RefusesNegated<&prefill_op, "pop::prefill">::call)));
+}
 
 #if defined(POP_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(pop, CUDA, m) { m.impl("prefill", TORCH_BOX(&prefill_op)); }
+STABLE_TORCH_LIBRARY_IMPL(pop, CUDA, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(pop, SparseCUDA, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(pop, SparseCsrCUDA, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(pop, QuantizedCUDA, m) { implement(m); }
 #endif
 
 }  // namespace pop

@@ -4,6 +4,8 @@
 
 #include "torch/backends.h"
 #include "torch/checks.h"
+#include "torch/refuses_negated.h"
+#include "torch/text_argument.h"
 
 namespace pop {
 
@@ -78,7 +80,7 @@ Tensor fp8_linear(Tensor x, Tensor weight, Tensor weight_scale) {
   const DType dtype = dtype_of(x, op + ": x");
   const int64_t k = width_of(x, op + ": x");
   check_same_device(weight, x, op + ": weight");
-  check(weight.scalar_type() == ScalarType::Float8_e4m3fn, op, ": weight: expected dtype float8_e4m3fn, got ",
+  check(type_of(weight) == ScalarType::Float8_e4m3fn, op, ": weight: expected dtype float8_e4m3fn, got ",
         dtype_name(weight));
   check_shape(weight, {-1, k}, op + ": weight");
   check(weight.is_contiguous() && reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % 16 == 0, op,
@@ -134,7 +136,6 @@ Tensor add_rms_norm(Tensor x, Tensor delta, Tensor weight, double eps, std::opti
                     std::optional<Tensor> delta_norm, double weight_offset) {
   const DType dtype = dtype_of(x, "pop::add_rms_norm: x");
   check(x.dim() == 2 && x.size(1) >= 1, "pop::add_rms_norm: x: expected shape [rows, width], got ", shape_of(x));
-  check_disjoint({x}, {"pop::add_rms_norm: x"});
   const int64_t width = x.size(1);
   check_last_dim_contiguous(x, "pop::add_rms_norm: x");
   check_like(delta, x, "pop::add_rms_norm: delta");
@@ -143,6 +144,10 @@ Tensor add_rms_norm(Tensor x, Tensor delta, Tensor weight, double eps, std::opti
   const void* gamma = optional_vector(weight, x, width, "pop::add_rms_norm: weight");
   const void* bias = optional_vector(delta_bias, x, width, "pop::add_rms_norm: delta_bias");
   const void* norm = optional_vector(delta_norm, x, width, "pop::add_rms_norm: delta_norm");
+  std::vector<NamedTensor> read{{delta, "pop::add_rms_norm: delta"}, {weight, "pop::add_rms_norm: weight"}};
+  if (delta_bias.has_value()) read.push_back({*delta_bias, "pop::add_rms_norm: delta_bias"});
+  if (delta_norm.has_value()) read.push_back({*delta_norm, "pop::add_rms_norm: delta_norm"});
+  check_disjoint({{x, "pop::add_rms_norm: x"}}, read);
   Tensor out = empty_like_rows(x);
   BackendOfCall(x)->rms_norm({.dtype = dtype,
                               .rows = x.size(0),
@@ -161,7 +166,7 @@ Tensor add_rms_norm(Tensor x, Tensor delta, Tensor weight, double eps, std::opti
   return out;
 }
 
-Tensor gated_act(Tensor gate, Tensor up, std::string activation, std::optional<Tensor> gate_bias,
+Tensor gated_act(Tensor gate, Tensor up, TextArgument activation, std::optional<Tensor> gate_bias,
                  std::optional<Tensor> up_bias) try {
   const DType dtype = dtype_of(gate, "pop::gated_act: gate");
   const int64_t width = width_of(gate, "pop::gated_act: gate");
@@ -171,7 +176,7 @@ Tensor gated_act(Tensor gate, Tensor up, std::string activation, std::optional<T
   torch::stable::copy_(out, gate);
   const Tensor up_rows = as_rows(up);
   BackendOfCall(gate)->gated_act({.dtype = dtype,
-                                  .activation = parse_activation(activation),
+                                  .activation = parse_activation(activation.text),
                                   .rows = up_rows.size(0),
                                   .width = width,
                                   .gate = out.mutable_data_ptr(),
@@ -200,8 +205,21 @@ static void implement(Library& m) {
 
 STABLE_TORCH_LIBRARY_IMPL(pop, CPU, m) { implement(m); }
 
+// Tensors of other layouts come here to be refused by name.
+STABLE_TORCH_LIBRARY_IMPL(pop, SparseCPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(pop, SparseCsrCPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(pop, MkldnnCPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(pop, QuantizedCPU, m) { implement(m); }
+
+STABLE_TORCH_LIBRARY_IMPL(pop, Negative, m) {
+  m.impl("add_rms_norm", TORCH_BOX((&RefusesNegated<&add_rms_norm, "pop::add_rms_norm">::call)));
+}
+
 #if defined(POP_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(pop, CUDA, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(pop, SparseCUDA, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(pop, SparseCsrCUDA, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(pop, QuantizedCUDA, m) { implement(m); }
 #endif
 
 }  // namespace pop

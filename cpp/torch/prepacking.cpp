@@ -11,8 +11,6 @@ std::string prepack_missing(const ModelSpec& spec, const Tensor& like) {
 }
 
 void LoadedModel::prepack_layers() {
-  const std::string missing = prepack_missing(model_.spec, weights_.front());
-  check(missing.empty(), "pop::load: prepack: ", missing);
   const BackendOfCall backend(weights_.front());
   for_each_copied_matrix([&](const Tensor& given, Linear& linear) {
     packed_.push_back(backend->prepack({.dtype = model_.spec.dtype,

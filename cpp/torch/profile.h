@@ -6,7 +6,7 @@
 namespace pop {
 
 // Makes ranges like torch.profiler.record_function, if this torch exports them; else does nothing.
-class ProfilerStages : public StageObserver {
+class ProfilerStages : public PrefillObserver {
  public:
   void begin(const char* stage) override;
   void end() override;

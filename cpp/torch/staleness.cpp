@@ -51,7 +51,7 @@ LoadedModel::Stamp LoadedModel::stamp_of(size_t index) const {
           .sample = copied ? sample_of(tensor) : 0};
 }
 
-std::string LoadedModel::stale_weight() const {
+int64_t LoadedModel::stale_index() const {
   for (size_t i = 0; i < weights_.size(); ++i) {
     const Tensor& tensor = weights_[i];
     const Stamp& stamp = stamps_[i];
@@ -59,9 +59,9 @@ std::string LoadedModel::stale_weight() const {
         tensor.const_data_ptr() == stamp.data && static_cast<int32_t>(tensor.scalar_type()) == stamp.dtype &&
         std::ranges::equal(tensor.sizes(), stamp.sizes) && std::ranges::equal(tensor.strides(), stamp.strides) &&
         (!stamp.copied || sample_of(tensor) == stamp.sample);
-    if (!current) return slots_[i].name;
+    if (!current) return static_cast<int64_t>(i);
   }
-  return "";
+  return -1;
 }
 
 }  // namespace pop

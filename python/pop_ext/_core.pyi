@@ -94,5 +94,11 @@ class SequenceShape:
 def stock_cost(spec: ModelSpec, batch: Sequence[SequenceShape]) -> dict[str, Any]:
     """Return ``flops``, ``bytes`` and ``stages`` of the stock model's prefill, causal attention counted as half."""
 
+def interrupt_check() -> int:
+    """Return the address of the function that operators poll during a long call."""
+
+def take_interrupt() -> BaseException | None:
+    """Return the exception that a signal handler raised during the latest operator call that it ended, once."""
+
 def plan_cost(spec: ModelSpec, plan: Plan, batch: Sequence[SequenceShape]) -> dict[str, Any]:
     """Return the same of a native prefill under a plan."""

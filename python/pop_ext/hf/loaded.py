@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -34,11 +33,15 @@ class LoadedWeights:
     def __init__(self, model: nn.Module, description: Description, plan: Plan, fp8: bool, prepack: bool) -> None:
         weights = [ref.tensor for ref in description.weights]
         fitted = None if plan.projections is None else plan.projections.stack_rows(weights[0])
-        for option, wanted in {"fp8": fp8, "prepack": prepack}.items():
-            if wanted:
-                check_option_supported(option, description)
-        with torch.no_grad():
-            self.handle = torch.ops.pop.load(description.spec.to_json(), plan.to_json(), weights, fitted, fp8, prepack)
+        texts = description.spec.to_json(), plan.to_json()
+        try:
+            with torch.no_grad():
+                self.handle = torch.ops.pop.load(*texts, weights, fitted, fp8, prepack)
+        except RuntimeError:
+            for option, wanted in {"fp8": fp8, "prepack": prepack}.items():
+                if wanted:
+                    check_option_supported(option, description)
+            raise
         weakref.finalize(self, torch.ops.pop.unload, self.handle)
         self.description = description
         self.family, self.spec = description.family, description.spec
@@ -46,7 +49,7 @@ class LoadedWeights:
         self.config: Any = model.config
         self.inner = InnerModules(model)
         self.like = weights[0].detach()
-        self.extra_bytes: int = json.loads(torch.ops.pop.info(self.handle))["extra_bytes"]
+        self.extra_bytes: int = torch.ops.pop.extra_bytes(self.handle)
         self._stamps = WeightStamps(description.weights)
 
     def stale_weight(self) -> str | None:
@@ -57,7 +60,11 @@ class LoadedWeights:
 
     def overwritten_weight(self) -> str | None:
         """Like ``stale_weight``, but the caller knows that no parameter was replaced: ``inner`` matches the model."""
-        return self._stamps.overwritten_parameter() or torch.ops.pop.stale_weight(self.handle) or None
+        overwritten = self._stamps.overwritten_parameter()
+        if overwritten is not None:
+            return overwritten
+        index = torch.ops.pop.stale_index(self.handle)
+        return None if index < 0 else self.description.weights[index].slot
 
 
 class WeightStamps:

@@ -191,6 +191,7 @@ class NativeModel:
         Raises:
             ValueError, TypeError: A bad argument. The text names it, what was expected and what came.
             RuntimeError: Weights changed since they were loaded (call ``refresh``), or the operator failed.
+            KeyboardInterrupt: Or what another signal handler raises, after the layer that runs when the signal comes.
         """
         stale = self.stale_weight()
         if stale is not None:
@@ -278,8 +279,10 @@ class NativeModel:
                     validate()
                 logits = self.logits_of(hidden)
                 transaction.commit()
-        except BaseException:
+        except BaseException as error:
             transaction.abort()
+            if isinstance(error, RuntimeError):
+                ops.raise_interrupt(error)
             raise
         cu_rows = offsets(request.num_logits) if len(request.output_shape) == 1 else None
         return PrefillOutput(logits, hidden, request.cache, cu_rows)

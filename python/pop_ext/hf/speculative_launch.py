@@ -121,6 +121,6 @@ class _SpeculativeRunner:
             if self._backend.is_current(self._model, native):
                 raise
         except RuntimeError:
-            if not torch.ops.pop.stale_weight(native.handle):  # else the operator has refused stale weights
+            if torch.ops.pop.stale_index(native.handle) < 0:  # else the operator has refused stale weights
                 raise
         return None

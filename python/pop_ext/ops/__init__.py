@@ -79,7 +79,16 @@ def _import_flash_attention() -> None:
             continue
 
 
+def raise_interrupt(error: RuntimeError) -> None:
+    """Raise what a signal handler has raised, such as KeyboardInterrupt, if that is why an operator failed."""
+    if "interrupted by a signal" in str(error):
+        interrupt = _core.take_interrupt()
+        if interrupt is not None:
+            raise interrupt from None
+
+
 _load_library()
+torch.ops.pop.set_interrupt_check(_core.interrupt_check())
 _import_flash_attention()
 FOREIGN_UNKNOWN = _find_foreign()
 """Operators of other libraries that are missing or have an unknown schema: name -> the schema found, or "missing"."""

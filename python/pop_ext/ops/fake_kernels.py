@@ -17,10 +17,16 @@ Caches are ``[batch, kv_heads, capacity, head_dim]``; only ``head_dim`` has to b
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _named(name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
@@ -61,7 +67,31 @@ def _check_lengths(op: str, **lengths: Tensor | None) -> None:
             )
 
 
-@torch.library.register_fake("pop::prefill")
+def _fake(name: str) -> Callable[[_Function], _Function]:
+    """Register the fake kernel of an operator; it gets a tensor for every argument that takes no None.
+
+    None reaches the kernels of the operator as well, and is an error there.
+    """
+
+    def register(kernel: _Function) -> _Function:
+        required = [key for key, hint in kernel.__annotations__.items() if hint == "Tensor" and key != "return"]
+        parameters = list(inspect.signature(kernel).parameters)
+
+        @functools.wraps(kernel)
+        def checked(*arguments: Any, **named: Any) -> Any:
+            given = dict(zip(parameters, arguments, strict=False)) | named
+            for key in required:
+                if given.get(key) is None:
+                    raise RuntimeError(f"pop::{name}: {key}: expected a tensor, got None")
+            return kernel(*arguments, **named)
+
+        torch.library.register_fake(f"pop::{name}")(checked)
+        return kernel
+
+    return register
+
+
+@_fake("prefill")
 def prefill(
     model: int,
     input: Tensor,
@@ -134,13 +164,13 @@ def prefill(
     return key_cache[0].new_empty((wanted, hidden_size))
 
 
-@torch.library.register_fake("pop::linear")
+@_fake("linear")
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Return ``x . weight^T``, accumulated in float32: ``x [..., k]``, ``weight [n, k]`` -> ``[..., n]``."""
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("pop::fp8_linear")
+@_fake("fp8_linear")
 def fp8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """Return ``x . weight^T`` with operands in 8-bit floats, in the dtype of ``x``.
 
@@ -156,7 +186,7 @@ def fp8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@torch.library.register_fake("pop::quantize_rows")
+@_fake("quantize_rows")
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round the rows of ``x [..., width]`` to e4m3, each scaled so that its largest magnitude becomes 448.
 
@@ -166,14 +196,14 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.register_fake("pop::rms_norm")
+@_fake("rms_norm")
 def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
     """Return the RMSNorm of ``x [..., width]``, by ``weight [width]`` plus ``weight_offset``: ``[..., width]``."""
     _check_devices("rms_norm", x=x, weight=weight)
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("pop::add_rms_norm")
+@_fake("add_rms_norm")
 def add_rms_norm(
     x: Tensor,
     delta: Tensor,
@@ -201,7 +231,7 @@ def add_rms_norm(
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("pop::gated_act")
+@_fake("gated_act")
 def gated_act(
     gate: Tensor,
     up: Tensor,
@@ -225,7 +255,7 @@ def gated_act(
     return gate.new_empty(gate.shape)
 
 
-@torch.library.register_fake("pop::attention")
+@_fake("attention")
 def attention(
     query: Tensor,
     key_cache: Tensor,
@@ -263,7 +293,7 @@ def attention(
     return query.new_empty(query.shape)
 
 
-@torch.library.register_fake("pop::fold_kv")
+@_fake("fold_kv")
 def fold_kv(k_proj: list[Tensor], v_proj: list[Tensor], input_norm: list[Tensor], norm_offset: float = 0.0) -> Tensor:
     """Fold the input norms of a run of layers into their K and V weights, and stack them.
 
@@ -281,7 +311,7 @@ def fold_kv(k_proj: list[Tensor], v_proj: list[Tensor], input_norm: list[Tensor]
     return k_proj[0].new_empty((2 * len(k_proj) * kv_dim, hidden_size))
 
 
-@torch.library.register_fake("pop::rope_cache_write")
+@_fake("rope_cache_write")
 def rope_cache_write(
     query: Tensor,
     key: Tensor,
@@ -333,7 +363,7 @@ def rope_cache_write(
     )
 
 
-@torch.library.register_fake("pop::kv_project")
+@_fake("kv_project")
 def kv_project(
     hidden: Tensor,
     weight: Tensor,

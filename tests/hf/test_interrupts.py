@@ -1,0 +1,99 @@
+"""Test Ctrl+C during a native prefill: it ends after the layer that runs, and the cache is as before."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+
+import pop_ext
+import pytest
+import torch
+from models import llama, tokens
+from torch.profiler import ProfilerActivity, profile
+
+LAYERS = 16
+
+
+def slow_model():
+    """Return a model whose prefill of 1,500 tokens takes a second, in layers of some 60 ms each."""
+    return llama(num_hidden_layers=LAYERS, hidden_size=256, intermediate_size=2048)
+
+
+def signal_after(seconds: float, number: int) -> threading.Timer:
+    """Start a timer that sends a signal to this process."""
+    timer = threading.Timer(seconds, signal.raise_signal, (number,))
+    timer.start()
+    return timer
+
+
+@pytest.mark.parametrize("enabled", [False, True], ids=["prefill", "enabled forward"])
+def test_an_interrupted_prefill_ends_early_and_changes_nothing(enabled):
+    model = slow_model()
+    native = pop_ext.load(model, "third")
+    cache = native.prefill(tokens(model, 1, 9)).past_key_values
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    ids = tokens(model, 1, 1500)
+    if enabled:
+        pop_ext.enable(model, "third", strict=True)
+
+    def call():
+        if enabled:
+            return model(ids, past_key_values=cache, logits_to_keep=1).logits
+        return native.prefill(ids, past_key_values=cache).logits
+
+    with torch.no_grad():
+        begin = time.perf_counter()
+        native.prefill(ids)
+        timer = signal_after((time.perf_counter() - begin) / 4, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt), profile(activities=[ProfilerActivity.CPU]) as profiled:
+            call()
+        timer.join()
+        layers = sum(event.name == "pop::attention" for event in profiled.events())
+        assert 0 < layers < LAYERS
+        for layer, (keys, values) in zip(cache.layers, before, strict=True):
+            assert torch.equal(layer.keys, keys)
+            assert torch.equal(layer.values, values)
+        uninterrupted = native.prefill(tokens(model, 1, 9)).past_key_values
+        expected = pop_ext.load(model, "third").prefill(ids, past_key_values=uninterrupted)
+        assert torch.equal(call(), expected.logits)
+
+
+def test_what_another_handler_raises_arrives():
+    class Alarm(Exception):
+        pass
+
+    def handler(number, frame):
+        raise Alarm
+
+    model = slow_model()
+    native, ids = pop_ext.load(model, "third"), tokens(model, 1, 1500)
+
+    def prefill_many() -> None:
+        for _ in range(100):
+            native.prefill(ids)
+
+    previous = signal.signal(signal.SIGUSR1, handler)
+    timer = signal_after(0.2, signal.SIGUSR1)
+    try:
+        with pytest.raises(Alarm):
+            prefill_many()
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, previous)
+
+
+def test_a_handler_that_raises_nothing_lets_the_prefill_go_on():
+    seen = []
+    model = slow_model()
+    native, ids = pop_ext.load(model, "third"), tokens(model, 1, 1500)
+    with torch.no_grad():
+        expected = native.prefill(ids).logits
+        previous = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+        timer = signal_after(0.2, signal.SIGUSR1)
+        try:
+            assert torch.equal(native.prefill(ids).logits, expected)
+        finally:
+            timer.join()
+            signal.signal(signal.SIGUSR1, previous)
+    assert seen == [signal.SIGUSR1]
