@@ -14,6 +14,7 @@ from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.patches import InnerModules
 from pop_ext.hf.weight_map import Description, WeightRef
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.forks import check_threads
 
 
 class LoadedWeights:
@@ -37,6 +38,8 @@ class LoadedWeights:
         for option, wanted in {"fp8": fp8, "prepack": prepack}.items():
             if wanted:
                 check_option_supported(option, description)
+        if weights[0].device.type == "cpu":
+            check_threads()
         with torch.no_grad():
             self.handle = torch.ops.pop.load(description.spec.to_json(), plan.to_json(), weights, fitted, fp8, prepack)
         weakref.finalize(self, torch.ops.pop.unload, self.handle)

@@ -25,7 +25,7 @@ from pop_ext.hf.compat import text_config
 class InnerModules:
     """The modules whose forward the native loop replaces, as they were when this object was made.
 
-    ``lm_head`` is not among them: the native model calls it (``native_model.apply_head``).
+    ``lm_head`` is not among them: the native model calls it (``head.apply_head``).
 
     Every call must know whether the modules are still the same, and a GPU is idle until it does. Comparing hundreds of
     modules with those of the last call is faster than collecting them again.
