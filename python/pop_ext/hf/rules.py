@@ -61,6 +61,8 @@ def check_prefill(
     columns = tokens.shape[1]
     if columns == 1:
         raise Decline("decode", "one new token: a decode step, or a prompt of one token", declined=False)
+    if is_traced():
+        raise Decline("tracing", "tracing or export: the graph must be that of the stock forward", declined=False)
     if config.num_hidden_layers != plan.num_layers:
         # Not reported under strict either: after an exception transformers would not restore the config.
         raise Decline(
@@ -99,6 +101,11 @@ def check_prefill(
             "the stock forward returns logits of padding for the others",
         )
     return mask, packed, spans
+
+
+def is_traced() -> bool:
+    """Return whether ``torch.export`` or ``torch.jit.trace`` records the call. ``torch.compile`` does not count."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _new_tokens(arguments: dict[str, Any]) -> torch.Tensor:
@@ -169,13 +176,11 @@ def _check_outputs(config: Any, vision: VisionSpec | None, arguments: dict[str, 
 
 
 def _check_inference(model: nn.Module, config: Any, device: str) -> None:
-    """Decline a call that needs a backward, autocast, a traced graph, dropout or gradient checkpointing."""
+    """Decline a call that needs a backward, autocast, dropout or gradient checkpointing."""
     if torch.is_grad_enabled():
         raise Decline("grad", "grad mode: the native prefill has no backward; use torch.no_grad() or model.generate()")
     if torch.is_autocast_enabled(device):
         raise Decline("autocast", "autocast: the native prefill computes in the dtype of the weights")
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        raise Decline("tracing", "tracing or export: the graph must be that of the stock forward")
     if model.training:
         dropouts = ("attention_dropout", "resid_pdrop", "embd_pdrop")
         if any(getattr(config, name, 0.0) for name in dropouts):
