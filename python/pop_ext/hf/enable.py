@@ -70,7 +70,8 @@ def enable(
             omits no layer: the model runs natively at full depth, and one ``NoPlanWarning`` says so. "third": the
             deepest third. "preset": the preset of a model of this shape, published or not. Any other string or path: a
             plan file, or a folder with a ``plan.json``.
-        strict: raise ``PrefillDeclined`` where the stock forward would otherwise run with a warning.
+        strict: raise ``PrefillDeclined`` where the stock forward would otherwise run with a warning (except in
+            ``generate_batch``, whose caller would not get the exception).
         backend: "native", or "reference" for the plain PyTorch oracle, which is slow and runs any decoder.
         fp8: compute the products of native prefills in 8-bit floats, as in ``pop_ext.load``.
         prepack: copy weights for faster products on a CPU, as in ``pop_ext.load``.
@@ -80,8 +81,8 @@ def enable(
         its forward since.
 
     Raises:
-        UnsupportedModelError: The model has no native form, or none with ``fp8`` or ``prepack``;
-            ``backend="reference"`` works. A subclass of ValueError.
+        UnsupportedModelError: The model has no native form, or none with ``fp8`` or ``prepack``. The text names
+            ``backend="reference"`` if that runs it. A subclass of ValueError.
         ValueError, TypeError: A bad argument. The model is unchanged.
         OSError: The file of a plan cannot be read.
         RuntimeError: ``model`` is a copy of an enabled one whose forward was wrapped, and still calls the original.

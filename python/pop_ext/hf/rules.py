@@ -13,10 +13,12 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer
 
 from pop_ext.hf.architectures import VisionSpec
+from pop_ext.hf.compat import NEW_CACHE_NAME, OLD_CACHE_NAME
 from pop_ext.hf.decision import Decline
 from pop_ext.hf.kv_cache import check_cache, has_window, past_slots
 from pop_ext.hf.masks import SLIDING_ATTENTION, LayerType, check_pattern, mask_layer_types, padding_mask
 from pop_ext.hf.packing import PackedBatch, Spans, bidirectional_spans, is_int, pack_batch
+from pop_ext.hf.patches import is_own_forward, is_patched_class
 from pop_ext.plans.plan import Plan
 
 # Arguments of forward that the rules and the native prefill take into account.
@@ -39,7 +41,12 @@ _IGNORED = {"cache_position", "num_items_in_batch", "tokenizer", "assistant_toke
 
 
 def check_prefill(
-    model: nn.Module, config: Any, vision: VisionSpec | None, plan: Plan, arguments: dict[str, Any]
+    model: nn.Module,
+    config: Any,
+    vision: VisionSpec | None,
+    plan: Plan,
+    arguments: dict[str, Any],
+    replaced: Any = None,
 ) -> tuple[torch.Tensor | None, PackedBatch, Spans]:
     """Check that the arguments of a call ask for a prefill that may be pruned.
 
@@ -49,6 +56,7 @@ def check_prefill(
         vision: its vision wrapper, or None.
         plan: what its prefills omit.
         arguments: of the call, by name, the cache as ``past_key_values``.
+        replaced: the forward that ``enable`` found on the instance, or None.
 
     Returns:
         The 2-D padding mask or None, the real new tokens, and the spans of them that attend to each other in both
@@ -61,6 +69,12 @@ def check_prefill(
     columns = tokens.shape[1]
     if columns == 1:
         raise Decline("decode", "one new token: a decode step, or a prompt of one token", declined=False)
+    if _is_paged(arguments):
+        raise Decline(
+            "continuous_batching",
+            "continuous batching (generate_batch): the stock forward attends over pages of a cache that several "
+            "requests share; model.generate prunes",
+        )
     if is_traced():
         raise Decline("tracing", "tracing or export: the graph must be that of the stock forward", declined=False)
     if config.num_hidden_layers != plan.num_layers:
@@ -78,14 +92,17 @@ def check_prefill(
     )
     if too_many_logits is not None and not too_many_logits.declined:
         raise Decline(*too_many_logits)
+    _check_forward(model, replaced)
     _check_outputs(model.config, vision, arguments)
     _check_inference(model, config, tokens.device.type)
     # Raised late: logits of all rows are also the default of forward, so a rule that a given argument breaks is the
     # more helpful reason.
     if too_many_logits is not None:
         raise Decline(*too_many_logits)
-    if not getattr(config, "is_causal", True):
-        raise Decline("attention", "config.is_causal=False: a pruned prefill is causal")
+    for name, causal in {"is_causal": True, "use_bidirectional_attention": False}.items():
+        found = getattr(config, name, None)
+        if found is not None and bool(found) is not causal:
+            raise Decline("attention", f"config.{name}={found}: a pruned prefill is causal")
     mask, packed, types = _check_mask_and_cache(config, tokens, arguments)
     spans = [] if vision is None else _check_spans(vision, arguments, packed)
     try:
@@ -106,6 +123,12 @@ def check_prefill(
 def is_traced() -> bool:
     """Return whether ``torch.export`` or ``torch.jit.trace`` records the call. ``torch.compile`` does not count."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def _is_paged(arguments: dict[str, Any]) -> bool:
+    """Return whether a call comes from transformers' continuous batching, by its cache."""
+    caches = (arguments.get(name) for name in (OLD_CACHE_NAME, NEW_CACHE_NAME))
+    return any(type(cache).__module__.startswith("transformers.generation.continuous_batching") for cache in caches)
 
 
 def _new_tokens(arguments: dict[str, Any]) -> torch.Tensor:
@@ -158,6 +181,19 @@ def _check_logits_to_keep(keep: Any, columns: int, cache: Any) -> _Reason | None
     cached = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
     verification = rows == "all" and bool(cached > 0)
     return _Reason("verification" if verification else "logits_to_keep", reason, not verification)
+
+
+def _check_forward(model: nn.Module, replaced: Any) -> None:
+    """Decline every call of a model whose own ``forward`` is not that of transformers: it may know other arguments."""
+    cls = type(model)
+    if is_patched_class(cls):
+        raise Decline(
+            "model",
+            f"a replaced forward of {cls.__name__}, from {cls.forward.__module__}: "
+            "it may do more than transformers' own",
+        )
+    if not (replaced is None or is_own_forward(model, replaced)):
+        raise Decline("model", "a replaced forward, set before enable: it may do more than transformers' own")
 
 
 def _check_outputs(config: Any, vision: VisionSpec | None, arguments: dict[str, Any]) -> None:
