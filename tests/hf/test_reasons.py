@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from enabled_models import PLAN, T, generate
 from models import gemma3, llama, tokens
 from pop_ext import Plan
 from transformers import GenerationConfig, LlamaForCausalLM
+from transformers.utils import TransformersKwargs
 
 
 @contextmanager
@@ -41,6 +43,52 @@ def test_a_replaced_forward_of_the_class_is_named_whatever_arguments_generate_pa
         assert pop_ext.last_call(model).rule == "model"
     generate(model, ids, 3)
     assert pop_ext.last_call(model).native
+
+
+# What `generate` checks no further, since any forward may take it, and hands on. None: the call is pruned.
+HANDED_ON = {
+    "is_causal=True": ({"is_causal": True}, None),
+    "is_causal=False": ({"is_causal": False}, "is_causal=False: a pruned prefill is causal"),
+    "num_items_in_batch": ({"num_items_in_batch": torch.tensor(3)}, None),
+    "output_router_logits=False": ({"output_router_logits": False}, None),
+    "output_attentions=False": ({"output_attentions": False}, None),
+    "output_hidden_states=False": ({"output_hidden_states": False}, None),
+    "debug_io=False": ({"debug_io": False}, None),
+    "no features": ({"mm_encoder_outputs": {}}, None),
+    "features": ({"mm_encoder_outputs": {"image": 1}}, "does not know: mm_encoder_outputs"),
+    "position_ids": ({"position_ids": torch.arange(T)[None]}, None),
+    "cu_seq_lens_q": ({"cu_seq_lens_q": torch.tensor([0, 9, T])}, "^cu_seq_lens_q: expected padded sequences"),
+    "cu_seq_lens_k": ({"cu_seq_lens_k": torch.tensor([0, 9, T])}, "^cu_seq_lens_k: expected padded sequences"),
+    "max_length_q": ({"max_length_q": T, "max_length_k": T}, "^max_length_k, max_length_q: expected padded"),
+    "seq_idx": ({"seq_idx": torch.zeros(1, T, dtype=torch.int32)}, "^seq_idx: expected padded sequences"),
+}
+
+
+@pytest.mark.cpu
+@pytest.mark.filterwarnings("ignore:pop_ext")
+@pytest.mark.parametrize("case", HANDED_ON)
+@torch.no_grad()
+def test_what_generate_hands_on_is_pruned_or_declined_by_name(case):
+    arguments, reason = HANDED_ON[case]
+    model = llama()
+    ids = tokens(model, 1, T)
+    stock = model(ids, logits_to_keep=1, **arguments).logits
+    pop_ext.enable(model, PLAN)
+    output = model(ids, logits_to_keep=1, **arguments).logits
+    decision = pop_ext.last_call(model)
+    if reason is None:
+        assert decision.native
+        assert torch.equal(output, model(ids, logits_to_keep=1).logits)
+    else:
+        assert decision.declined
+        assert re.search(reason, decision.reason)
+        assert torch.equal(output, stock)
+
+
+def test_every_model_agnostic_argument_of_generate_is_known():
+    # A new one needs a rule, and a case in HANDED_ON.
+    handed_on = {name for arguments, _ in HANDED_ON.values() for name in arguments}
+    assert set(TransformersKwargs.__optional_keys__) <= handed_on
 
 
 @pytest.mark.cpu

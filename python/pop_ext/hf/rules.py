@@ -35,9 +35,14 @@ _READ = {
     "output_hidden_states",
     "output_router_logits",
     "return_dict",
+    "is_causal",
 }
 # Arguments that may be given but make no difference to a prefill. `generate` hands its own two tokenizers on.
 _IGNORED = {"cache_position", "num_items_in_batch", "tokenizer", "assistant_tokenizer"}
+# Arguments of transformers that switch something on, or bring the features of images.
+_IGNORED_IF_EMPTY = {"debug_io", "mm_encoder_outputs"}
+# Bounds of sequences packed into one row, for flash attention and for layers of other kinds.
+_PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
 def check_prefill(
@@ -99,6 +104,8 @@ def check_prefill(
     # more helpful reason.
     if too_many_logits is not None:
         raise Decline(*too_many_logits)
+    if arguments.get("is_causal") is not None and not arguments["is_causal"]:
+        raise Decline("attention", f"is_causal={arguments['is_causal']}: a pruned prefill is causal")
     for name, causal in {"is_causal": True, "use_bidirectional_attention": False}.items():
         found = getattr(config, name, None)
         if found is not None and bool(found) is not causal:
@@ -206,7 +213,13 @@ def _check_outputs(config: Any, vision: VisionSpec | None, arguments: dict[str, 
     if not (use_cache if use_cache is not None else getattr(config, "use_cache", True)):
         raise Decline("use_cache", "use_cache=False: a pruned prefill is useful only if its KV cache is kept")
     known = _READ | _IGNORED | (vision.arguments if vision is not None else frozenset())
-    unknown = sorted(name for name, value in arguments.items() if value is not None and name not in known)
+    given = {name for name, value in arguments.items() if value is not None}
+    unknown = sorted(given - known - {name for name in _IGNORED_IF_EMPTY & given if not arguments[name]})
+    packing = [name for name in unknown if name in _PACKING]
+    if packing:
+        raise Decline(
+            "arguments", f"{', '.join(packing)}: expected padded sequences, got bounds of sequences packed into one row"
+        )
     if unknown:
         raise Decline("arguments", f"arguments that the native prefill does not know: {', '.join(unknown)}")
 
