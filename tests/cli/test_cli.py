@@ -182,12 +182,19 @@ def test_a_failure_is_one_line_and_status_1(folder, prompt_file, monkeypatch):
         assert result.stdout == ""
 
 
-def test_an_unsupported_architecture_points_to_the_reference_backend(tmp_path, prompt_file):
+def test_an_unsupported_architecture_points_to_the_reference_backend_if_that_runs_it(tmp_path, prompt_file):
     folder = save_tiny_llama(tmp_path)
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=3, n_embd=8, n_head=2)).save_pretrained(folder)
-    result = generate(folder, prompt_file)
-    assert result.exit_code == 2
-    assert 'got gpt2. pop_ext.enable with backend="reference" works' in result.stderr
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    unsupported = {
+        "granite": transformers.GraniteForCausalLM(transformers.GraniteConfig(**sizes)),
+        "gpt2": transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=3, n_embd=8, n_head=2)),
+    }
+    for name, model in unsupported.items():
+        model.save_pretrained(folder)
+        result = generate(folder, prompt_file)
+        assert result.exit_code == 2
+        pointed = f'got {name}. pop_ext.enable with backend="reference" works' in result.stderr
+        assert pointed is (name == "granite")
 
 
 def test_the_spinner_turns_while_a_model_loads(monkeypatch):

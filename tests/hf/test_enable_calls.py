@@ -139,6 +139,45 @@ def test_transformers_own_recording_hooks_are_harmless():
     assert pop_ext.last_call(model).native
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
+def test_the_hook_that_gradient_checkpointing_leaves_on_the_embedding_is_harmless(inference, backend):
+    model = llama()
+    ids = tokens(model, 1, T)
+    # Renamed in transformers 5.23.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model.train()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    model.eval()
+    assert model.model.embed_tokens._forward_hooks
+    pop_ext.enable(model, PLAN, strict=True, backend=backend)
+    with inference():
+        output = model(ids, logits_to_keep=1)
+        assert pop_ext.last_call(model).rule == "prefill"
+        assert not output.logits.requires_grad
+        expected, cache = reference.prefill(llama(), ids, PLAN)
+        assert_close_fp32(output.logits, expected, "logits")
+        compare_caches(output.past_key_values, cache)
+    assert len(generate(model, ids, 3)[0]) == T + 3
+
+
+def test_a_users_hook_named_like_that_of_gradient_checkpointing_is_declined():
+    def make_inputs_require_grads(module: Any, input: Any, output: Any) -> Any:
+        return output * 2
+
+    model = llama()
+    model.enable_input_require_grads()
+    theirs = next(iter(model.model.embed_tokens._forward_hooks.values()))
+    make_inputs_require_grads.__module__, make_inputs_require_grads.__qualname__ = (
+        theirs.__module__,
+        theirs.__qualname__,
+    )
+    model.model.embed_tokens.register_forward_hook(make_inputs_require_grads)
+    pop_ext.enable(model, PLAN)
+    with torch.no_grad():
+        assert pop_ext.explain(model, tokens(model, 1, T), logits_to_keep=1).rule == "hooks"
+
+
 @torch.no_grad()
 def test_remains_of_removed_accelerate_hooks_are_harmless():
     from accelerate.hooks import remove_hook_from_submodules

@@ -12,7 +12,7 @@ from cache_kinds import KINDS, new_cache
 from models import llama, qwen2, tokens
 from pop_ext import reference
 from pop_ext.reference import projection
-from transformers import StaticCache
+from transformers import StaticCache, cache_utils
 
 
 def state_of(thing) -> dict:
@@ -56,6 +56,48 @@ def test_a_failing_cache_update_is_rolled_back_by_the_reference_backend(kind, fi
     assert all(layer is kept for layer, kept in zip(cache.layers, layers, strict=True))
     for layer, kept in zip(layers, before, strict=True):
         assert_same_state(layer.__dict__, kept)
+
+
+class FailingZeros:
+    """Stand in for `torch` in a module of transformers: the n-th call of `zeros` fails as if memory ran out."""
+
+    def __init__(self, at: int) -> None:
+        self.left = at
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def zeros(self, *args, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            raise MemoryError("planted")
+        return torch.zeros(*args, **kwargs)
+
+
+@pytest.mark.parametrize("sliding", [False, True])
+@pytest.mark.parametrize("enabled", [False, True])
+@torch.no_grad()
+def test_memory_that_runs_out_while_a_static_cache_is_made_leaves_every_layer_as_it_was(monkeypatch, enabled, sliding):
+    model = qwen2(use_sliding_window=sliding)
+    native, ids = pop_ext.load(model, plan_of(model, GAPS)), tokens(model, 1, 9)
+    pop_ext.enable(model, plan_of(model, GAPS))
+    cache = StaticCache(config=model.config, max_cache_len=48)
+    layers, before = list(cache.layers), [state_of(layer) for layer in cache.layers]
+    run = (
+        (lambda: model(ids, past_key_values=cache, logits_to_keep=1))
+        if enabled
+        else (lambda: native.prefill(ids, past_key_values=cache))
+    )
+    for at in range(1, 2 * len(layers) + 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(cache_utils, "torch", FailingZeros(at))
+            with pytest.raises(MemoryError, match="planted"):
+                run()
+        assert cache.get_seq_length() == 0
+        for layer, kept in zip(layers, before, strict=True):
+            assert_same_state(layer.__dict__, kept)
+    expected = native.prefill(ids).logits
+    assert torch.equal(run().logits, expected)
 
 
 # Rotary modules of a scaled RoPE keep frequencies for the length of the last call.

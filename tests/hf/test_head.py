@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import shared, tokens
 from op_operands import DTYPES, random
-from pop_ext.hf.native_model import apply_head
+from pop_ext.hf.head import apply_head
 from tolerance import assert_close_fp32, assert_low_precision
 from torch import nn
 

@@ -39,6 +39,16 @@ def test_a_static_cache_takes_images_natively(family, batch, attention):
     assert torch.equal(static.sequences, generate(oracle, p.ids, 16, cache_implementation="static", **p.call))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_hooks_that_gradient_checkpointing_leaves_change_no_prefill_of_images(family):
+    model = pop_ext.enable(VISION[family](), PLAN, strict=True)
+    p = prompt(model, [3, "image", 4, "image", 9])
+    expected = generate(model, p.ids, 8, **p.call)
+    model.enable_input_require_grads()
+    assert torch.equal(generate(model, p.ids, 8, **p.call), expected)
+    assert pop_ext.last_call(model).native
+
+
 @pytest.mark.parametrize("how", [{"prompt_lookup_num_tokens": 4}, "assistant"], ids=["prompt lookup", "assistant"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_speculation_after_images_gives_the_tokens_of_plain_greedy_decoding(family, how):

@@ -320,13 +320,6 @@ def dropped_softcap_reason(config: Any) -> str | None:
 class UnsupportedModelError(ValueError):
     """Raised for a model that the native backend does not run. The text says why, and what works instead."""
 
-    def __init__(self, reason: str) -> None:
-        # Name the function, not only the option: the command line shows this text and has no --backend.
-        super().__init__(
-            f'{reason}. pop_ext.enable with backend="reference" works for any causal language model with K/V '
-            "projections."
-        )
-
 
 def supported_models() -> dict[str, Preset]:
     """Return the presets of all models whose language model runs natively, by Hugging Face name.

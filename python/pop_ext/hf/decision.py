@@ -45,7 +45,7 @@ class Decision:
         pruned = sum(tokens - boundary for tokens, boundary in zip(self.tokens, self.boundary, strict=True))
         depth = (
             f"{pruned} of them omit {len(self.plan.omit)} of {self.plan.num_layers} layers"
-            if self.plan.omit
+            if self.plan.omit and pruned > 0
             else f"all of them run all {self.plan.num_layers} layers"
         )
         return (

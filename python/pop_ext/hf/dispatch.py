@@ -17,7 +17,6 @@ from pop_ext.hf.compat import new_cache, rename_cache, text_config
 from pop_ext.hf.decision import Decision, Decline
 from pop_ext.hf.inputs import PrefillRequest
 from pop_ext.hf.packing import PackedBatch, Spans, snap_to_span_start
-from pop_ext.hf.patches import is_own_forward, is_patched_class
 from pop_ext.hf.rules import check_prefill
 from pop_ext.plans.plan import Plan
 
@@ -128,9 +127,7 @@ def classify(model: nn.Module, backend: Backend, arguments: dict[str, Any], repl
     """Read a bound call. Raise ``Decline`` unless its arguments ask for a prefill that a pruned one can answer."""
     plan = backend.plan
     vision = vision_of(model)
-    mask, packed, spans = check_prefill(model, text_config(model), vision, plan, arguments)
-    if is_patched_class(type(model)) or not (replaced is None or is_own_forward(model, replaced)):
-        raise Decline("model", "a replaced forward: set before enable, it may do more than transformers' own")
+    mask, packed, spans = check_prefill(model, text_config(model), vision, plan, arguments, replaced)
     keep = arguments["logits_to_keep"]
     # Decided for each sequence by itself: the other sequences of a batch never change a result.
     boundaries = [t if t < plan.min_tokens else min(max(plan.boundary, keep), t) for t in packed.tokens]

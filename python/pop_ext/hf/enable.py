@@ -17,7 +17,7 @@ from pop_ext.hf.choice import plan_for
 from pop_ext.hf.compat import check_module, text_config, uncompiled
 from pop_ext.hf.decision import Decision
 from pop_ext.hf.dispatch import Backend
-from pop_ext.hf.forward import PrefillForward
+from pop_ext.hf.forward import PrefillForward, find_prefill_forward
 from pop_ext.hf.loaded import check_options
 from pop_ext.hf.native_backend import NativeBackend
 from pop_ext.hf.reference_backend import ReferenceBackend
@@ -38,26 +38,19 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return inner
 
 
-def _enabled_forward(model: nn.Module) -> PrefillForward | None:
-    """Return the ``PrefillForward`` of a model, or None if the model is not enabled.
+def _is_wrapped(model: nn.Module, forward: PrefillForward) -> bool:
+    """Return whether other code was put around the ``PrefillForward`` of a model.
 
     Raises:
-        RuntimeError: Another ``forward`` was put around it.
+        RuntimeError: It is that of another model: ``deepcopy`` has copied the model, but not the code around.
     """
-    check_module(model)
-    inner = _unwrap(model)
-    forward = inner.__dict__.get(forward_attribute(inner))
-    if isinstance(forward, PrefillForward):
-        return forward
-    wrapped = forward
-    for _ in range(16):
-        wrapped = getattr(wrapped, "_torchdynamo_orig_callable", getattr(wrapped, "__wrapped__", None))
-        if isinstance(wrapped, PrefillForward):
-            raise RuntimeError(
-                "model.forward was replaced after pop_ext.enable, by something that calls what enable put there "
-                f"({type(forward).__name__}): put back what was there first, and enable last"
-            )
-    return None
+    wrapped = model.__dict__.get(forward_attribute(model)) is not forward
+    if wrapped and forward.model is not model:
+        raise RuntimeError(
+            "model.forward was replaced after pop_ext.enable, by something that calls the forward of another model, of "
+            "which this one is a copy: del model.forward, then enable this model by itself"
+        )
+    return wrapped
 
 
 def enable(
@@ -77,20 +70,22 @@ def enable(
             omits no layer: the model runs natively at full depth, and one ``NoPlanWarning`` says so. "third": the
             deepest third. "preset": the preset of a model of this shape, published or not. Any other string or path: a
             plan file, or a folder with a ``plan.json``.
-        strict: raise ``PrefillDeclined`` where the stock forward would otherwise run with a warning.
+        strict: raise ``PrefillDeclined`` where the stock forward would otherwise run with a warning (except in
+            ``generate_batch``, whose caller would not get the exception).
         backend: "native", or "reference" for the plain PyTorch oracle, which is slow and runs any decoder.
         fp8: compute the products of native prefills in 8-bit floats, as in ``pop_ext.load``.
         prepack: copy weights for faster products on a CPU, as in ``pop_ext.load``.
 
     Returns:
-        The same model. Enabling an enabled model replaces its plan and options.
+        The same model. Enabling an enabled model replaces its plan and options, also inside code that was put around
+        its forward since.
 
     Raises:
-        UnsupportedModelError: The model has no native form, or none with ``fp8`` or ``prepack``;
-            ``backend="reference"`` works. A subclass of ValueError.
+        UnsupportedModelError: The model has no native form, or none with ``fp8`` or ``prepack``. The text names
+            ``backend="reference"`` if that runs it. A subclass of ValueError.
         ValueError, TypeError: A bad argument. The model is unchanged.
         OSError: The file of a plan cannot be read.
-        RuntimeError: Something else has wrapped the forward of a model that is already enabled.
+        RuntimeError: ``model`` is a copy of an enabled one whose forward was wrapped, and still calls the original.
     """
     if backend not in _BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(_BACKENDS)}, got {backend!r}")
@@ -104,14 +99,17 @@ def enable(
     inner = _unwrap(model)
     if text_config(inner) is None:
         raise TypeError(f"model: expected a Hugging Face model with a config, got {type(inner).__name__}")
-    previous = _enabled_forward(model)
-    attribute = forward_attribute(inner)
-    replaced = previous.replaced if previous is not None else inner.__dict__.get(attribute)
+    previous, attribute = find_prefill_forward(inner), forward_attribute(inner)
+    wrapped = previous is not None and _is_wrapped(inner, previous)
     chosen = plan_for(inner, plan)
     runs = _make_backend(backend, chosen.plan, fp8, prepack)
     runs.load(inner)
     chosen.warn(inner)  # before the model changes: a filter may turn the warning into an error
-    setattr(inner, attribute, PrefillForward(inner, runs, strict, replaced))
+    if previous is not None and wrapped:
+        previous.configure(runs, strict)
+    else:
+        replaced = previous.replaced if previous is not None else inner.__dict__.get(attribute)
+        setattr(inner, attribute, PrefillForward(inner, runs, strict, replaced))
     return model
 
 
@@ -124,10 +122,23 @@ def _make_backend(name: str, plan: Plan, fp8: bool, prepack: bool) -> Backend:
 
 
 def disable(model: Model) -> Model:
-    """Give ``model`` its own forward back. A model that is not enabled stays as it is."""
-    forward = _enabled_forward(model)
-    if forward is not None:
-        _restore(_unwrap(model), forward.replaced)
+    """Give ``model`` its own forward back. A model that is not enabled stays as it is.
+
+    Code that was put around its forward since, such as ``torch.compile(model.forward)``, stays and calls the model's
+    own forward.
+
+    Raises:
+        RuntimeError: As for ``enable``.
+    """
+    check_module(model)
+    inner = _unwrap(model)
+    forward = find_prefill_forward(inner)
+    if forward is None:
+        return model
+    if _is_wrapped(inner, forward):
+        forward.switch_off()
+    else:
+        _restore(inner, forward.replaced)
     return model
 
 
@@ -146,12 +157,16 @@ def enabled(
     """
     check_module(model)
     inner = _unwrap(model)
+    forward = find_prefill_forward(inner)
     before = inner.__dict__.get(forward_attribute(inner))
+    state = {} if forward is None or forward is before else dict(vars(forward))
     enable(model, plan, strict, backend, fp8, prepack)
     try:
         yield model
     finally:
         _restore(inner, before)
+        if state:
+            vars(forward).update(state)  # other code was put around it, so it was configured in place
 
 
 def _restore(model: nn.Module, forward: Any) -> None:
@@ -169,7 +184,7 @@ def explain(model: nn.Module, *args: Any, **call: Any) -> Decision:
     """Return what ``model(*args, **call)`` would run here and now, and why, without running it.
 
     ``generate`` calls the model under ``torch.no_grad`` with ``logits_to_keep=1``. To ask about ``generate``, do the
-    same.
+    same. Code that was put around ``model.forward`` after ``enable`` runs up to the call inside it.
 
     Returns:
         A ``Decision``; ``str()`` of it is a sentence.
@@ -178,7 +193,8 @@ def explain(model: nn.Module, *args: Any, **call: Any) -> Decision:
         ValueError: The model is not enabled.
         TypeError: ``forward`` does not take these arguments.
     """
-    return require_enabled(model).explain(*args, **call)
+    forward, inner = require_enabled(model), _unwrap(model)
+    return forward.explain_inside(inner.__dict__[forward_attribute(inner)], args, call)
 
 
 def last_call(model: nn.Module) -> Decision | None:
@@ -210,7 +226,8 @@ def stats(model: nn.Module) -> dict[str, int]:
 
 def require_enabled(model: nn.Module) -> PrefillForward:
     """Return the ``PrefillForward`` of an enabled model; raise ValueError if the model is not enabled."""
-    forward = _enabled_forward(model)
-    if forward is None:
+    check_module(model)
+    forward = find_prefill_forward(_unwrap(model))
+    if forward is None or not forward.enabled:
         raise ValueError("model: expected an enabled model (pop_ext.enable), got one that is not")
     return forward

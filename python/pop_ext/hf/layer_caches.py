@@ -100,7 +100,11 @@ class StaticTransaction:
             self._saved += save([cache[:, :, self._columns] for cache in (layer.keys, layer.values)])
         else:
             empty = _new_buffer(like, batch, 0, zero=False)
-            layer.lazy_initialization(empty, empty)
+            try:
+                layer.lazy_initialization(empty, empty)
+            except BaseException:  # out of memory between two of its tensors: nobody else holds this transaction yet
+                self.abort()
+                raise
         self.key = layer.keys
         self.value = layer.values
 

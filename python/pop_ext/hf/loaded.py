@@ -13,6 +13,7 @@ from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.patches import InnerModules
 from pop_ext.hf.weight_map import Description, WeightRef
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.forks import check_threads
 
 
 class LoadedWeights:
@@ -33,6 +34,8 @@ class LoadedWeights:
     def __init__(self, model: nn.Module, description: Description, plan: Plan, fp8: bool, prepack: bool) -> None:
         weights = [ref.tensor for ref in description.weights]
         fitted = None if plan.projections is None else plan.projections.stack_rows(weights[0])
+        if weights[0].device.type == "cpu":
+            check_threads()
         texts = description.spec.to_json(), plan.to_json()
         try:
             with torch.no_grad():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pop_ext.hf.compat import check_module
+from pop_ext.hf.compat import check_module, text_config
 
 Module = Any
 """A Hugging Face module. Typed as Any: type checkers do not know the submodules of an ``nn.Module``."""
@@ -59,6 +59,42 @@ def find_decoder_modules(model: Module) -> DecoderModules:
             require(attention, attribute, f"layers.{index}.self_attn.")
         family_function(attention, "apply_rotary_pos_emb")
     return DecoderModules(decoder, layers, rotary)
+
+
+def check_oracle_runs(model: Module) -> None:
+    """Check that the oracle computes what a pruned prefill of a model should.
+
+    Raises:
+        ValueError: The model lacks a module, has another number of layers than its config says, or attends in both
+            directions.
+        TypeError: ``model`` is no ``nn.Module``.
+    """
+    layers, config = find_decoder_modules(model).layers, text_config(model)
+    if len(layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"model: expected {config.num_hidden_layers} decoder layers (config.num_hidden_layers), got {len(layers)}"
+        )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ValueError("config.use_bidirectional_attention: expected a causal model, got True")
+
+
+def oracle_may_run(model: Module) -> bool:
+    """Return whether the oracle runs a model, as far as can be told without a call.
+
+    Weights on the meta device are fine if hooks of accelerate load them. Matrices of several dtypes may be those of a
+    quantised checkpoint, or may not be multiplied at all.
+    """
+    try:
+        check_oracle_runs(model)
+    except ValueError:
+        return False
+    parameters = list(model.parameters())
+    on_meta = any(parameter.is_meta for parameter in parameters)
+    if on_meta and not any("_hf_hook" in vars(module) for module in model.modules()):
+        return False
+    return (
+        len({parameter.dtype for parameter in parameters if parameter.ndim > 1 and parameter.is_floating_point()}) < 2
+    )
 
 
 def family_function(attention: Module, name: str) -> Callable[..., Any]:

@@ -8,18 +8,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from pop_ext import _core, ops
 from pop_ext.hf.architectures import Family, decoder_of
 from pop_ext.hf.choice import plan_for
 from pop_ext.hf.compat import uncompiled
+from pop_ext.hf.head import apply_head
 from pop_ext.hf.inputs import PrefillRequest, check_device_and_dtype, check_ids, make_request
 from pop_ext.hf.kv_cache import CacheTransaction, keeps_only_windows
 from pop_ext.hf.loaded import LoadedWeights, check_options
 from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.hf.packing import PerSequence, lengths, offsets
-from pop_ext.hf.patches import InnerModules, is_unpatched
+from pop_ext.hf.patches import InnerModules
 from pop_ext.hf.restore import module_restored_on_error
 from pop_ext.hf.vision import run_wrapper
 from pop_ext.hf.weight_map import Description, describe
@@ -27,6 +27,7 @@ from pop_ext.plans.default import PlanArgument
 from pop_ext.plans.origin import check_origin
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.projections import check_fit
+from pop_ext.utils.forks import check_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -235,8 +236,13 @@ class NativeModel:
             request: from ``make_request`` or ``dispatch``.
             validate: called after the operator has launched its work and before the head runs and the cache changes.
                 An exception from it fails the call. Not called for a vision-language model.
+
+        Raises:
+            RuntimeError: The process was forked from one with OpenMP threads (``check_threads``).
         """
         loaded = self._loaded  # once, so that a refresh in another thread does not change it during the call
+        if loaded.device.type == "cpu":
+            check_threads()
         with torch.no_grad():
             if loaded.family.vision is not None:
                 run_decoder = partial(self._run_decoder, loaded)
@@ -377,33 +383,3 @@ def _rope(loaded: LoadedWeights, rotary: Any, positions: torch.Tensor) -> tuple[
         return cos[0], sin[0], None, None
     cos_local, sin_local = tables[kinds[1]]
     return cos[0], sin[0], cos_local[0], sin_local[0]
-
-
-def apply_head(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Apply a language-model head to the few rows that get logits.
-
-    On a CPU a plain linear head runs as ``torch.ops.pop.linear``, which reads the weight once, at memory bandwidth. Any
-    other head is called as a module.
-
-    Args:
-        head: any module.
-        hidden: ``[..., hidden_size]``, after the final norm.
-
-    Returns:
-        Logits ``[..., vocab]``.
-    """
-    plain = hidden.is_cpu and _is_plain(head, hidden)
-    logits: torch.Tensor = torch.ops.pop.linear(hidden, head.weight) if plain else head(hidden)
-    return logits
-
-
-def _is_plain(head: Any, hidden: torch.Tensor) -> bool:
-    """Return whether a module computes ``hidden @ weight.T`` and nothing else, without hooks or replaced code."""
-    unmodified_linear = type(head) is nn.Linear and head._parameters.get("bias") is None and is_unpatched(head)
-    if not unmodified_linear or torch.is_autocast_enabled("cpu"):
-        return False
-    weight = head.weight
-    if type(weight) not in (torch.Tensor, nn.Parameter) or weight.layout is not torch.strided:
-        return False
-    same_kind = weight.dtype == hidden.dtype and weight.device == hidden.device
-    return same_kind and weight.stride(-1) == 1

@@ -10,13 +10,13 @@ import inspect
 import sys
 from collections.abc import Callable
 from functools import lru_cache
-from types import MethodType
+from types import CodeType, MethodType
 from typing import Any
 
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from pop_ext.hf.architectures import decoder_of, decoder_path, dropped_softcap_reason
 from pop_ext.hf.compat import text_config
@@ -25,7 +25,7 @@ from pop_ext.hf.compat import text_config
 class InnerModules:
     """The modules whose forward the native loop replaces, as they were when this object was made.
 
-    ``lm_head`` is not among them: the native model calls it (``native_model.apply_head``).
+    ``lm_head`` is not among them: the native model calls it (``head.apply_head``).
 
     Every call must know whether the modules are still the same, and a GPU is idle until it does. Comparing hundreds of
     modules with those of the last call is faster than collecting them again.
@@ -86,7 +86,7 @@ def has_global_hooks() -> bool:
 def find_module_patch(module: nn.Module) -> str | None:
     """Describe a hook or a replaced forward on one module instance; None without one."""
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        if not all(_is_output_recorder(hook) for hook in hooks.values()):
+        if not all(_is_output_recorder(hook) or _makes_inputs_require_grads(hook) for hook in hooks.values()):
             return "hooks"
     own = module.__dict__
     hook = own.get("_hf_hook")
@@ -123,6 +123,23 @@ def _is_output_recorder(hook: Any) -> bool:
     The first call that asks for hidden states installs them. They do nothing in calls that do not ask.
     """
     return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+
+
+def _makes_inputs_require_grads(hook: Any) -> bool:
+    """Return whether a hook is that of transformers' ``enable_input_require_grads``.
+
+    Gradient checkpointing installs it on the embedding, where it stays after training. It changes no value.
+    """
+    code = getattr(hook, "__code__", None)
+    return code is not None and code is _code_of_grad_hook()
+
+
+@lru_cache(maxsize=1)
+def _code_of_grad_hook() -> CodeType | None:
+    # The hook is a new function for each model; its code is a constant of the method that makes it.
+    method = inspect.unwrap(PreTrainedModel.enable_input_require_grads)
+    constants = [constant for constant in method.__code__.co_consts if isinstance(constant, CodeType)]
+    return next((code for code in constants if code.co_name == "make_inputs_require_grads"), None)
 
 
 @lru_cache(maxsize=1024)

@@ -11,7 +11,7 @@ from pop_ext.hf.compat import text_config
 from pop_ext.hf.decision import Decline
 from pop_ext.hf.dispatch import Call
 from pop_ext.hf.inputs import PrefillRequest
-from pop_ext.hf.modules import find_decoder_modules
+from pop_ext.hf.modules import check_oracle_runs, find_decoder_modules
 from pop_ext.hf.native_model import PrefillOutput, check_plan
 from pop_ext.hf.restore import cache_restored_on_error
 from pop_ext.plans.plan import Plan
@@ -32,9 +32,10 @@ class ReferenceBackend:
         """Check that the oracle can run the model.
 
         Raises:
-            ValueError: The model lacks a module that the oracle needs, or the plan is for another model.
+            ValueError: The oracle cannot run the model, or the plan is for another one.
             TypeError: The plan is no ``Plan``.
         """
+        check_oracle_runs(model)
         layers = find_decoder_modules(model).layers
         config = text_config(model)
         check_plan(self.plan, config.num_hidden_layers, config)

@@ -13,10 +13,12 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer
 
 from pop_ext.hf.architectures import VisionSpec
+from pop_ext.hf.compat import NEW_CACHE_NAME, OLD_CACHE_NAME
 from pop_ext.hf.decision import Decline
 from pop_ext.hf.kv_cache import check_cache, has_window, past_slots
 from pop_ext.hf.masks import SLIDING_ATTENTION, LayerType, check_pattern, mask_layer_types, padding_mask
 from pop_ext.hf.packing import PackedBatch, Spans, bidirectional_spans, is_int, pack_batch
+from pop_ext.hf.patches import is_own_forward, is_patched_class
 from pop_ext.plans.plan import Plan
 
 # Arguments of forward that the rules and the native prefill take into account.
@@ -33,13 +35,23 @@ _READ = {
     "output_hidden_states",
     "output_router_logits",
     "return_dict",
+    "is_causal",
 }
 # Arguments that may be given but make no difference to a prefill. `generate` hands its own two tokenizers on.
 _IGNORED = {"cache_position", "num_items_in_batch", "tokenizer", "assistant_tokenizer"}
+# Arguments of transformers that switch something on, or bring the features of images.
+_IGNORED_IF_EMPTY = {"debug_io", "mm_encoder_outputs"}
+# Bounds of sequences packed into one row, for flash attention and for layers of other kinds.
+_PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
 def check_prefill(
-    model: nn.Module, config: Any, vision: VisionSpec | None, plan: Plan, arguments: dict[str, Any]
+    model: nn.Module,
+    config: Any,
+    vision: VisionSpec | None,
+    plan: Plan,
+    arguments: dict[str, Any],
+    replaced: Any = None,
 ) -> tuple[torch.Tensor | None, PackedBatch, Spans]:
     """Check that the arguments of a call ask for a prefill that may be pruned.
 
@@ -49,6 +61,7 @@ def check_prefill(
         vision: its vision wrapper, or None.
         plan: what its prefills omit.
         arguments: of the call, by name, the cache as ``past_key_values``.
+        replaced: the forward that ``enable`` found on the instance, or None.
 
     Returns:
         The 2-D padding mask or None, the real new tokens, and the spans of them that attend to each other in both
@@ -61,6 +74,14 @@ def check_prefill(
     columns = tokens.shape[1]
     if columns == 1:
         raise Decline("decode", "one new token: a decode step, or a prompt of one token", declined=False)
+    if _is_paged(arguments):
+        raise Decline(
+            "continuous_batching",
+            "continuous batching (generate_batch): the stock forward attends over pages of a cache that several "
+            "requests share; model.generate prunes",
+        )
+    if is_traced():
+        raise Decline("tracing", "tracing or export: the graph must be that of the stock forward", declined=False)
     if config.num_hidden_layers != plan.num_layers:
         # Not reported under strict either: after an exception transformers would not restore the config.
         raise Decline(
@@ -76,14 +97,19 @@ def check_prefill(
     )
     if too_many_logits is not None and not too_many_logits.declined:
         raise Decline(*too_many_logits)
+    _check_forward(model, replaced)
     _check_outputs(model.config, vision, arguments)
     _check_inference(model, config, tokens.device.type)
     # Raised late: logits of all rows are also the default of forward, so a rule that a given argument breaks is the
     # more helpful reason.
     if too_many_logits is not None:
         raise Decline(*too_many_logits)
-    if not getattr(config, "is_causal", True):
-        raise Decline("attention", "config.is_causal=False: a pruned prefill is causal")
+    if arguments.get("is_causal") is not None and not arguments["is_causal"]:
+        raise Decline("attention", f"is_causal={arguments['is_causal']}: a pruned prefill is causal")
+    for name, causal in {"is_causal": True, "use_bidirectional_attention": False}.items():
+        found = getattr(config, name, None)
+        if found is not None and bool(found) is not causal:
+            raise Decline("attention", f"config.{name}={found}: a pruned prefill is causal")
     mask, packed, types = _check_mask_and_cache(config, tokens, arguments)
     spans = [] if vision is None else _check_spans(vision, arguments, packed)
     try:
@@ -99,6 +125,17 @@ def check_prefill(
             "the stock forward returns logits of padding for the others",
         )
     return mask, packed, spans
+
+
+def is_traced() -> bool:
+    """Return whether ``torch.export`` or ``torch.jit.trace`` records the call. ``torch.compile`` does not count."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def _is_paged(arguments: dict[str, Any]) -> bool:
+    """Return whether a call comes from transformers' continuous batching, by its cache."""
+    caches = (arguments.get(name) for name in (OLD_CACHE_NAME, NEW_CACHE_NAME))
+    return any(type(cache).__module__.startswith("transformers.generation.continuous_batching") for cache in caches)
 
 
 def _new_tokens(arguments: dict[str, Any]) -> torch.Tensor:
@@ -153,6 +190,19 @@ def _check_logits_to_keep(keep: Any, columns: int, cache: Any) -> _Reason | None
     return _Reason("verification" if verification else "logits_to_keep", reason, not verification)
 
 
+def _check_forward(model: nn.Module, replaced: Any) -> None:
+    """Decline every call of a model whose own ``forward`` is not that of transformers: it may know other arguments."""
+    cls = type(model)
+    if is_patched_class(cls):
+        raise Decline(
+            "model",
+            f"a replaced forward of {cls.__name__}, from {cls.forward.__module__}: "
+            "it may do more than transformers' own",
+        )
+    if not (replaced is None or is_own_forward(model, replaced)):
+        raise Decline("model", "a replaced forward, set before enable: it may do more than transformers' own")
+
+
 def _check_outputs(config: Any, vision: VisionSpec | None, arguments: dict[str, Any]) -> None:
     """Decline a call that asks for outputs which a pruned prefill does not compute, or gives unknown arguments."""
     for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
@@ -163,19 +213,23 @@ def _check_outputs(config: Any, vision: VisionSpec | None, arguments: dict[str, 
     if not (use_cache if use_cache is not None else getattr(config, "use_cache", True)):
         raise Decline("use_cache", "use_cache=False: a pruned prefill is useful only if its KV cache is kept")
     known = _READ | _IGNORED | (vision.arguments if vision is not None else frozenset())
-    unknown = sorted(name for name, value in arguments.items() if value is not None and name not in known)
+    given = {name for name, value in arguments.items() if value is not None}
+    unknown = sorted(given - known - {name for name in _IGNORED_IF_EMPTY & given if not arguments[name]})
+    packing = [name for name in unknown if name in _PACKING]
+    if packing:
+        raise Decline(
+            "arguments", f"{', '.join(packing)}: expected padded sequences, got bounds of sequences packed into one row"
+        )
     if unknown:
         raise Decline("arguments", f"arguments that the native prefill does not know: {', '.join(unknown)}")
 
 
 def _check_inference(model: nn.Module, config: Any, device: str) -> None:
-    """Decline a call that needs a backward, autocast, a traced graph, dropout or gradient checkpointing."""
+    """Decline a call that needs a backward, autocast, dropout or gradient checkpointing."""
     if torch.is_grad_enabled():
         raise Decline("grad", "grad mode: the native prefill has no backward; use torch.no_grad() or model.generate()")
     if torch.is_autocast_enabled(device):
         raise Decline("autocast", "autocast: the native prefill computes in the dtype of the weights")
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        raise Decline("tracing", "tracing or export: the graph must be that of the stock forward")
     if model.training:
         dropouts = ("attention_dropout", "resid_pdrop", "embd_pdrop")
         if any(getattr(config, name, 0.0) for name in dropouts):

@@ -22,6 +22,7 @@ from pop_ext.hf.architectures import (
     family_of,
 )
 from pop_ext.hf.compat import check_module
+from pop_ext.hf.modules import oracle_may_run
 
 # Weights that a model of a family may lack. The spec then says so.
 _OPTIONAL = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "o_bias", "gate_bias", "up_bias", "down_bias")
@@ -101,8 +102,14 @@ def describe(model: Any) -> Description:
         TypeError: ``model`` is no ``nn.Module``.
     """
     check_module(model)
-    description = map_weights(model)
-    _check_tensors(description.weights)
+    try:
+        description = map_weights(model)
+        _check_tensors(description.weights)
+    except UnsupportedModelError as error:
+        if oracle_may_run(model):
+            # Name the function, not only the option: the command line shows this text and has no --backend.
+            error.args = (f'{error}. pop_ext.enable with backend="reference" works for this model, slowly.',)
+        raise
     return description
 
 

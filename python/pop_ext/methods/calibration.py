@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pop_ext.hf.compat import uncompiled
-from pop_ext.hf.forward import PrefillForward
-from pop_ext.hf.restore import forward_attribute
+from pop_ext.hf.forward import find_prefill_forward
 
 Batches = Iterable[Tensor]
 """Calibration sequences: tensors of ids, int [batch, T] without padding. T may differ between batches."""
@@ -60,12 +59,12 @@ def stock_evaluation(model: nn.Module) -> Iterator[None]:
             raise ValueError(f"model: expected parameters made outside inference mode, got {name} made within")
     training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    forward = model.__dict__.get(forward_attribute(model))
+    forward = find_prefill_forward(model)
     try:
         model.eval()
         for parameter in trainable:
             parameter.requires_grad_(False)
-        with forward.stock_inside() if isinstance(forward, PrefillForward) else nullcontext():
+        with nullcontext() if forward is None else forward.stock_inside():
             yield
     finally:
         for module in training:

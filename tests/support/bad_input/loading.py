@@ -131,13 +131,13 @@ LOAD = [
         "an unknown architecture",
         lambda f: pop_ext.load(gpt2()),
         UnsupportedModelError,
-        'model: expected an architecture of .*llama.*got gpt2.*backend="reference" works',
+        "model: expected an architecture of .*llama.*got gpt2$",
     ),
     Case(
         "an unknown architecture, to `enable`",
         lambda f: pop_ext.enable(gpt2()),
         UnsupportedModelError,
-        'model: expected an architecture of .*got gpt2.*backend="reference" works',
+        "model: expected an architecture of .*got gpt2$",
     ),
     Case(
         "a quantised checkpoint",
@@ -254,7 +254,7 @@ LOAD = [
         "a model without its head",
         lambda f: pop_ext.load(f.model.model),
         UnsupportedModelError,
-        "model: expected a LlamaForCausalLM, got LlamaModel.*works for any causal language model",
+        "model: expected a LlamaForCausalLM, got LlamaModel$",
     ),
     Case(
         "a string as model, to `load`",

@@ -1,0 +1,77 @@
+"""Run prefills in forked children of this process, and print a line for each. `test_forks` starts it with a time limit.
+
+One line: the threads of parent and child, what the child ran, and what it printed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import pop_ext
+import torch
+from models import llama, tokens
+from torch import Tensor
+
+SECONDS = 20
+
+
+def in_child(run: Callable[[], object]) -> str:
+    """Return what `run` gives or raises in a forked child; "hangs" if it does not end in time."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            text = str(run())
+        except BaseException as error:
+            text = f"{type(error).__name__}: {error}"
+        os.write(write, text.encode())
+        os._exit(0)
+    os.close(write)
+    deadline = time.monotonic() + SECONDS
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return "hangs"
+        time.sleep(0.02)
+    with os.fdopen(read) as pipe:
+        return pipe.read()
+
+
+@torch.no_grad()
+def main() -> None:
+    model = llama(hidden=256)
+    ids = tokens(model, 1, 150)
+    twin = pop_ext.enable(llama(hidden=256), "third")
+    native = pop_ext.load(model, "third")
+    runs: dict[str, Callable[[], Tensor]] = {
+        "native.prefill": lambda: native.prefill(ids).logits,
+        "an enabled model": lambda: twin(ids, logits_to_keep=1).logits,
+        "load": lambda: pop_ext.load(model, "third").prefill(ids).logits,
+    }
+
+    def report(parent: int, child: int) -> None:
+        for name, run in runs.items():
+
+            def forked(run: Callable[[], Tensor] = run) -> float:
+                torch.set_num_threads(child)
+                return round(float(run().sum()), 2)
+
+            print(f"{parent} {child} {name}: {in_child(forked)}", flush=True)
+
+    torch.set_num_threads(1)
+    expected = round(float(native.prefill(ids).logits.sum()), 2)
+    print(f"expected: {expected}")
+    report(1, 2)
+    torch.set_num_threads(2)
+    native.prefill(ids)
+    report(2, 2)
+    report(2, 1)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # before the first parallel loop
+    main()
