@@ -1,4 +1,4 @@
-# make demo | real | test | lint | format | docs | dev | shim | avx512 | asan | tsan | vllm
+# make demo | real | test | lint | format | docs | dev | shim | avx512 | asan | tsan | matrix | vllm
 #
 # On a plain machine (python3 >= 3.10, a C++20 compiler, network for pip) demo, test, lint and format make .venv and
 # install into it; they use the torch of python3, if it has one. With PYTHON=... that interpreter is used as it is,
@@ -28,7 +28,7 @@ FOR_TEST := $(VENV)/installed-dev
 FOR_LINT := $(FOR_TEST)
 endif
 
-.PHONY: demo real test lint format docs dev core shim avx512 asan tsan vllm clean
+.PHONY: demo real test lint format docs dev core shim avx512 asan tsan matrix vllm clean
 
 # One prompt three ways: the stock model, native at full depth, pruned. Other plans: make demo DEMO='--count 6'
 DEMO ?= --plan third
@@ -141,6 +141,12 @@ tsan: $(FOR_LINT)
 	cmake -G Ninja -S . -B build/tsan -DPOP_CUDA=OFF -DPOP_SANITIZE=thread -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
 	cmake --build build/tsan
 	$(call sanitized,tsan,$(CURDIR)/build/tsan/libvisible_openmp.so) tests/sanitizers/planted_faults.py $(TSAN_TESTS)
+
+# A wheel per Python, tested under several versions of torch and transformers, each in a venv; gigabytes of downloads.
+# One cell of it: make matrix MATRIX='--cell 3.12:2.13.0:newest'
+MATRIX ?=
+matrix: $(FOR_LINT)
+	$(PYTHON) scripts/matrix.py --json build/matrix/matrix.json $(MATRIX)
 
 # vLLM's CPU build in a venv of its own, and the tests of the plugin; torchvision, torchaudio and torchcodec come for
 # another torch, and break the import of transformers.
