@@ -1,4 +1,4 @@
-# make demo | real | test | lint | format | docs | dev | shim | avx512 | vllm
+# make demo | real | test | lint | format | docs | dev | shim | avx512 | asan | tsan | matrix | vllm
 #
 # On a plain machine (python3 >= 3.10, a C++20 compiler, network for pip) demo, test, lint and format make .venv and
 # install into it; they use the torch of python3, if it has one. With PYTHON=... that interpreter is used as it is,
@@ -28,7 +28,7 @@ FOR_TEST := $(VENV)/installed-dev
 FOR_LINT := $(FOR_TEST)
 endif
 
-.PHONY: demo real test lint format docs dev core shim avx512 vllm clean
+.PHONY: demo real test lint format docs dev core shim avx512 asan tsan matrix vllm clean
 
 # One prompt three ways: the stock model, native at full depth, pruned. Other plans: make demo DEMO='--count 6'
 DEMO ?= --plan third
@@ -109,6 +109,44 @@ avx512: $(FOR_LINT)
 	  -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
 	cmake --build build/avx512
 	PYTHONPATH=build/avx512/python $(PYTHON) $(PYTEST) -q -k 'not (lesser or rope_scaling or opcheck)' $(AVX512_TESTS)
+
+# The libraries under the compiler's sanitizers, and tests over them; a finding fails. SHORT=1 leaves out most models.
+# Both also show that planted faults are found (tests/sanitizers). The sanitizer is loaded before Python, which lacks it.
+ASAN_KERNELS ?= tests/ops/test_cpu_kernels.py tests/ops/test_op_prefill.py \
+  $(if $(SHORT),,tests/ops/test_attention_op.py tests/ops/test_op_kernels.py tests/ops/test_op_norms_and_caps.py \
+  tests/ops/test_quantize_rows.py)
+ASAN_CALLS ?= tests/ops/test_op_guards.py tests/hf/test_failed_calls.py tests/plans/test_hostile_files.py \
+  $(if $(SHORT),,tests/core/test_model_spec.py tests/plans/test_plan.py tests/hf/test_native_prefill.py \
+  tests/hf/test_native_prefill_turns.py tests/hf/test_fp8.py tests/hf/test_window_only.py tests/hf/test_bad_input.py \
+  tests/hf/test_head.py)
+TSAN_TESTS ?= tests/sanitizers/concurrent_calls.py tests/hf/test_threads_and_determinism.py \
+  $(if $(SHORT),,tests/hf/test_enable_lifecycle.py)
+NOT_SANITIZED := not (lesser or rope_scaling or opcheck or unknown_instruction)
+sanitized = PYTHONPATH=build/$(1)/python ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  TSAN_OPTIONS=halt_on_error=1 \
+  LD_PRELOAD="$$($(CXX) -print-file-name=lib$(1).so) $$($(CXX) -print-file-name=libstdc++.so) $(2)" \
+  $(PYTHON) $(PYTEST) -q
+
+asan tsan: export PATH := $(dir $(shell command -v $(PYTHON))):$(PATH)
+asan: $(FOR_LINT)
+	cmake -G Ninja -S . -B build/asan -DPOP_CUDA=OFF -DPOP_SANITIZE=address,undefined \
+	  $(if $(filter x86_64,$(shell uname -m)),-DPOP_EMULATE_AVX512=ON) -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
+	cmake --build build/asan
+	$(call sanitized,asan) tests/sanitizers/planted_faults.py
+	$(call sanitized,asan) -k '$(NOT_SANITIZED)' $(ASAN_CALLS) $(ASAN_KERNELS)
+	for isa in avx2 baseline; do POP_CPU_ISA=$$isa; export POP_CPU_ISA; \
+	  $(call sanitized,asan) -k '$(NOT_SANITIZED)' $(ASAN_KERNELS) || exit; done
+
+tsan: $(FOR_LINT)
+	cmake -G Ninja -S . -B build/tsan -DPOP_CUDA=OFF -DPOP_SANITIZE=thread -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
+	cmake --build build/tsan
+	$(call sanitized,tsan,$(CURDIR)/build/tsan/libvisible_openmp.so) tests/sanitizers/planted_faults.py $(TSAN_TESTS)
+
+# A wheel per Python, tested under several versions of torch and transformers, each in a venv; gigabytes of downloads.
+# One cell of it: make matrix MATRIX='--cell 3.12:2.13.0:newest'
+MATRIX ?=
+matrix: $(FOR_LINT)
+	$(PYTHON) scripts/matrix.py --json build/matrix/matrix.json $(MATRIX)
 
 # vLLM's CPU build in a venv of its own, and the tests of the plugin; torchvision, torchaudio and torchcodec come for
 # another torch, and break the import of transformers.

@@ -130,7 +130,9 @@ def test_instruction_set_files_emit_no_weak_symbols():
     objects = list((ROOT / "build").glob("**/pop_cpu_*.dir/**/*.o"))
     if not objects:
         pytest.skip("needs a build tree")
-    weak = [f"{path.name}: {line}" for path in objects for line in nm(path) if re.search(r" [VWu] ", line)]
+    # DW.ref is data: where a sanitizer makes a function's clean-up call the personality routine, its address.
+    code = re.compile(r" [VWu] (?!DW\.ref\.)")
+    weak = [f"{path.name}: {line}" for path in objects for line in nm(path) if code.search(line)]
     assert weak == []
 
 
