@@ -147,6 +147,7 @@ def test_prefill_passes_opcheck():
 # opcheck compares eager and traced results only if they are numbers and tensors, not text. These operators are never
 # traced anyway: a traced program holds a model's handle as a constant. The other checks of opcheck run.
 TEXT_OPERATORS = ("info", "stale_weight", "cpu_isa", "foreign_schemas", "fp8_missing", "prepack_missing")
+NUMBER_OPERATORS = ("extra_bytes", "stale_index")
 WITHOUT_TEXT_COMPARISON = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
@@ -157,6 +158,14 @@ def test_an_operator_that_returns_text_passes_what_opcheck_can_compare(name):
     of_a_spec = {op: (native.spec.to_json(), random(1)) for op in ("fp8_missing", "prepack_missing")}
     args = {**of_a_model, **of_a_spec}.get(name, ())
     torch.library.opcheck(getattr(pop, name).default, args, test_utils=WITHOUT_TEXT_COMPARISON)
+
+
+@pytest.mark.parametrize("name", NUMBER_OPERATORS)
+def test_an_operator_that_returns_a_number_of_a_model_passes_opcheck(name):
+    native = pop_ext.load(shared(), plan_of(shared()))
+    operator = getattr(pop, name)
+    torch.library.opcheck(operator.default, (native.handle,), test_utils=WITHOUT_TEXT_COMPARISON)
+    assert operator(native.handle) == {"extra_bytes": native.extra_bytes, "stale_index": -1}[name]
 
 
 def test_fp8_linear_passes_what_opcheck_can_compare():
@@ -191,4 +200,4 @@ def test_load_refuses_weights_without_memory():
 def test_every_operator_is_checked():
     registered = {name.removeprefix("pop::") for name in torch._C._dispatch_get_all_op_names() if name[:5] == "pop::"}
     checked = {*opcheck_cases(), "fp8_linear", "prefill", *TEXT_OPERATORS}
-    assert registered == {*checked, "load", "unload", "set_foreign", "tune"}
+    assert registered == {*checked, *NUMBER_OPERATORS, "load", "unload", "set_foreign", "set_interrupt_check", "tune"}

@@ -1,8 +1,8 @@
 """Print the bytes of malloc that each public entry keeps a call: ``python bytes_per_call.py CALLS``.
 
 The calls come in five rounds, and the round that kept the fewest counts: a leak shows in every round, a table that
-grows does not. Set PYTHONMALLOC=malloc, so that Python's objects are counted, and
-GLIBC_TUNABLES=glibc.malloc.tcache_count=0, so that blocks which a thread keeps for its next calls are not.
+grows does not. Preload count_allocations.cpp, named by COUNT_ALLOCATIONS, and set PYTHONMALLOC=malloc, so that Python's
+objects are counted.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import sys
 
 import torch
@@ -18,22 +19,18 @@ from public_entries import public_entries
 ROUNDS = 5
 
 
-class _MallocInfo(ctypes.Structure):
-    """struct mallinfo2 of malloc.h."""
-
-    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
-
-
-_LIBC = ctypes.CDLL(None)
-_LIBC.mallinfo2.restype = _MallocInfo
+_LIBRARY = ctypes.CDLL(os.environ["COUNT_ALLOCATIONS"])
+_LIBRARY.bytes_in_use.restype = ctypes.c_int64
 
 
 def bytes_in_use() -> int:
-    """Return the bytes that malloc has handed out in this process, large blocks included."""
+    """Return the bytes that malloc has handed out in this process.
+
+    Not those of Python's cache of type attributes: it keeps names that were made for a look-up, until it is full.
+    """
     gc.collect()
-    info = _LIBC.mallinfo2()
-    return int(info.uordblks + info.hblkhd)
+    sys._clear_type_cache()
+    return int(_LIBRARY.bytes_in_use())
 
 
 @torch.no_grad()
@@ -41,7 +38,9 @@ def main() -> None:
     """Measure and print one JSON object: entry -> bytes a call."""
     torch.set_num_threads(1)
     calls, kept = int(sys.argv[1]) // ROUNDS, {}
-    for name, call in public_entries().items():
+    entries = public_entries()
+    gc.freeze()  # so that a collection only looks at what the calls made
+    for name, call in entries.items():
         for _ in range(calls):
             call()
         grown = []

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 SUPPORT = Path(__file__).resolve().parent
+
+
+def build_library(source: str, folder: Path) -> str:
+    """Compile a C++ file of tests/support to a library to preload, and return its path."""
+    compiler = shutil.which("c++")
+    assert compiler, "expected a C++ compiler, as for the build"
+    library = folder / f"lib{Path(source).stem}.so"
+    subprocess.run(
+        [compiler, "-O1", "-std=c++20", "-shared", "-fPIC", "-o", library, SUPPORT / source, "-ldl"], check=True
+    )
+    return str(library)
 
 
 def run_support(script: str, *arguments: str, **environment: str) -> str:
