@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+
 from scripts import build_library, run_support
 
 
