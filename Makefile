@@ -1,4 +1,4 @@
-# make demo | real | test | lint | format | docs | dev | shim | avx512 | asan | tsan | matrix | vllm
+# make demo | real | test | lint | format | docs | dev | shim | avx512 | asan | tsan | soak | matrix | vllm
 #
 # On a plain machine (python3 >= 3.10, a C++20 compiler, network for pip) demo, test, lint and format make .venv and
 # install into it; they use the torch of python3, if it has one. With PYTHON=... that interpreter is used as it is,
@@ -11,6 +11,7 @@ WORKERS ?= 2
 PYTEST = -m pytest -n $(WORKERS) --dist worksteal
 
 ifdef PYTHON
+PATH_FOR_TESTS := $(CURDIR)/python:
 RUN := PYTHONPATH=$(CURDIR)/python $(PYTHON)
 CLANG_FORMAT ?= clang-format
 LINT_IMPORTS ?= lint-imports
@@ -28,7 +29,7 @@ FOR_TEST := $(VENV)/installed-dev
 FOR_LINT := $(FOR_TEST)
 endif
 
-.PHONY: demo real test lint format docs dev core shim avx512 asan tsan matrix vllm clean
+.PHONY: demo real test lint format docs dev core shim avx512 asan tsan soak matrix vllm clean
 
 # One prompt three ways: the stock model, native at full depth, pruned. Other plans: make demo DEMO='--count 6'
 DEMO ?= --plan third
@@ -141,6 +142,16 @@ tsan: $(FOR_LINT)
 	cmake -G Ninja -S . -B build/tsan -DPOP_CUDA=OFF -DPOP_SANITIZE=thread -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
 	cmake --build build/tsan
 	$(call sanitized,tsan,$(CURDIR)/build/tsan/libvisible_openmp.so) tests/sanitizers/planted_faults.py $(TSAN_TESTS)
+
+# Mixed requests for MINUTES; fails if the process grows. Samples and a plot go to build/soak.
+MINUTES ?= 60
+
+soak: $(FOR_TEST)
+	mkdir -p build/soak
+	$(CXX) -O1 -std=c++20 -shared -fPIC -o build/soak/libcount_allocations.so tests/support/count_allocations.cpp
+	PYTHONPATH=$(PATH_FOR_TESTS)tests/support PYTHONMALLOC=malloc OMP_NUM_THREADS=1 \
+	  LD_PRELOAD=$(CURDIR)/build/soak/libcount_allocations.so COUNT_ALLOCATIONS=$(CURDIR)/build/soak/libcount_allocations.so \
+	  $(PYTHON) tests/support/soak.py --minutes $(MINUTES)
 
 # A wheel per Python, tested under several versions of torch and transformers, each in a venv; gigabytes of downloads.
 # One cell of it: make matrix MATRIX='--cell 3.12:2.13.0:newest'
