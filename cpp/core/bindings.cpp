@@ -6,8 +6,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "core/bind_interrupts.h"
 #include "core/cost.h"
-#include "core/interrupts.h"
 #include "core/model_spec.h"
 #include "core/plan.h"
 

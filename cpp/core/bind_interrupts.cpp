@@ -1,4 +1,4 @@
-#include "core/interrupts.h"
+#include "core/bind_interrupts.h"
 
 #include <cstdint>
 
