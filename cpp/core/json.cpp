@@ -20,6 +20,14 @@ struct Value {
   std::variant<std::nullptr_t, bool, int64_t, double, std::string, std::vector<Value>, Object> data;
 };
 
+std::string shortened(std::string text) {
+  constexpr size_t kShown = 200;
+  if (text.size() <= kShown) return text;
+  size_t end = kShown;
+  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;
+  return text.substr(0, end) + "...";
+}
+
 namespace {
 
 using Array = std::vector<Value>;
@@ -78,15 +86,6 @@ constexpr Expectation kInToken[] = {
     {"expected digit after '-'", "a value"},
     {"invalid number", "a digit"},
 };
-
-// The beginning of a text that may be long, for an error; cut between characters of UTF-8.
-std::string shortened(std::string text) {
-  constexpr size_t kShown = 200;
-  if (text.size() <= kShown) return text;
-  size_t end = kShown;
-  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;
-  return text.substr(0, end) + "...";
-}
 
 // Builds a value from the parser's events, and refuses what the grammar allows and this file does not.
 class Builder final : public nlohmann::json_sax<nlohmann::json> {

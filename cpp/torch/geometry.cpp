@@ -14,6 +14,8 @@ std::vector<SequenceCall> read_sequences(const std::string& op, const Lengths& l
   check(lengths.cu_seqlens.dim() == 1 && lengths.cu_seqlens.size(0) >= 2, op,
         ": cu_seqlens: expected shape [batch + 1] with batch >= 1, got ", shape_of(lengths.cu_seqlens));
   const int64_t batch = lengths.cu_seqlens.size(0) - 1;
+  check(batch <= rows, op, ": cu_seqlens: expected at most ", rows, " sequences (one for each row of the input), got ",
+        batch);
   const auto cu_seqlens = read_lengths(lengths.cu_seqlens, batch + 1, op + ": cu_seqlens");
   const auto past = read_lengths(lengths.past_lens, batch, op + ": past_lens");
   const auto start = read_lengths(lengths.cache_start, batch, op + ": cache_start");

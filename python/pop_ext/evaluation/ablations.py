@@ -7,6 +7,7 @@ an independent implementation.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -65,7 +66,7 @@ def ablated_logits(model: Any, kind: str, plan: Plan, context: Tensor, continuat
     elif kind == DROPPED:
         make = _skip_layer
     else:
-        raise ValueError(f"kind: expected one of {', '.join(ABLATIONS)}, got {kind!r}")
+        raise ValueError(f"kind: expected one of {', '.join(ABLATIONS)}, got {reprlib.repr(kind)}")
     ids = torch.cat([context, continuation[:, :-1]], dim=1)
     layers = decoder_layers(model)
     with stock_evaluation(model), torch.no_grad(), ExitStack() as stack:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -310,7 +311,7 @@ def sentence_ends(tokenizer: Any, ids: Tensor) -> list[int]:
 
 def _maker(kind: str, seed: int, length: int, tokenizer: Any, texts: Texts) -> _Maker:
     if kind not in TEMPLATES:
-        raise ValueError(f"kind: expected one of {', '.join(TEMPLATES)}, got {kind!r}")
+        raise ValueError(f"kind: expected one of {', '.join(TEMPLATES)}, got {reprlib.repr(kind)}")
     if isinstance(length, bool) or not isinstance(length, int) or length < 2:
         raise ValueError(f"length: expected an int from 2, got {length!r}")
     return _Maker(kind, length, tokenizer, texts, _form(tokenizer), random.Random(f"{kind} {seed}"))

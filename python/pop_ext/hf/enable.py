@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -88,7 +89,7 @@ def enable(
         RuntimeError: ``model`` is a copy of an enabled one whose forward was wrapped, and still calls the original.
     """
     if backend not in _BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(_BACKENDS)}, got {backend!r}")
+        raise ValueError(f"backend: expected one of {', '.join(_BACKENDS)}, got {reprlib.repr(backend)}")
     check_module(model)
     if not isinstance(strict, bool):
         raise TypeError(f"strict: expected a bool, got {type(strict).__name__}")

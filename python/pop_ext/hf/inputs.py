@@ -28,6 +28,7 @@ from pop_ext.hf.packing import (
     snap_to_span_start,
 )
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.tensors import check_memory
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ def make_request(
     """
     if not isinstance(window_only, bool):
         raise TypeError(f"window_only: expected a bool, got {type(window_only).__name__}")
+    given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+    check_memory({**given, "position_ids": position_ids})
     tokens = _check_tokens(target, input_ids, inputs_embeds)
     _check_vision_arguments(target.family, vision)
     cache = past_key_values

@@ -20,6 +20,7 @@ from pop_ext.hf.masks import SLIDING_ATTENTION, LayerType, check_pattern, mask_l
 from pop_ext.hf.packing import PackedBatch, Spans, bidirectional_spans, is_int, pack_batch
 from pop_ext.hf.patches import is_own_forward, is_patched_class
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.tensors import check_memory
 
 # Arguments of forward that the rules and the native prefill take into account.
 _READ = {
@@ -74,6 +75,7 @@ def check_prefill(
     columns = tokens.shape[1]
     if columns == 1:
         raise Decline("decode", "one new token: a decode step, or a prompt of one token", declined=False)
+    check_memory(arguments)
     if _is_paged(arguments):
         raise Decline(
             "continuous_batching",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -258,7 +259,7 @@ def _check_limits(given: dict[str, float | None]) -> dict[str, float]:
 def _check_arguments(method: str, highest: int | None, depth: int) -> int:
     """Return the largest number of layers to try, after a check of two arguments."""
     if method not in STAGES:
-        raise ValueError(f"method: expected one of {', '.join(STAGES)}, got {method!r}")
+        raise ValueError(f"method: expected one of {', '.join(STAGES)}, got {reprlib.repr(method)}")
     if highest is None:
         return max(1, depth // 2)
     if isinstance(highest, bool) or not isinstance(highest, int) or not 1 <= highest < depth:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import sys
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -145,7 +146,7 @@ def new_fitting(
     """
     ridges = check_lambdas(lambdas)
     if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+        raise ValueError(f"weighting: expected one of {', '.join(WEIGHTINGS)}, got {reprlib.repr(weighting)}")
     checked = [_check_plan(name, plan, model) for name, plan in plans.items()]
     pairs = check_tasks(tasks, model, max(plan.boundary for plan in checked))
     held: list[Tensor] | None = None

@@ -6,6 +6,7 @@ Plain data that does not import ``Plan``, so that ``Plan.preset`` can import it.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,7 @@ def find_entry(name: str) -> PresetEntry:
     if isinstance(name, str) and name in entries:
         return entries[name]
     near = difflib.get_close_matches(str(name), entries, n=3, cutoff=0.5) or sorted(entries)
-    raise ValueError(f"preset: expected a name like {', '.join(near)}, got {name!r}")
+    raise ValueError(f"preset: expected a name like {', '.join(near)}, got {reprlib.repr(name)}")
 
 
 def _entry(
