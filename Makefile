@@ -44,9 +44,9 @@ real: $(FOR_TEST)
 test: $(FOR_TEST)
 	$(RUN) $(PYTEST) $(TESTS)
 
-# Thousands of random cases, where `test` has hundreds, always the same. A failure names its seed: make long SEED=...
+# Thousands of random cases, where `test` has hundreds, always the same. SEED is printed; make long SEED=... repeats it.
 SEED ?= $(shell date +%s)
-LONG_TESTS ?= tests/hf/test_properties.py tests/ops/test_op_properties.py
+LONG_TESTS ?= tests/hf/test_properties.py tests/ops/test_op_properties.py tests/ops/test_argument_fuzz.py
 
 long: $(FOR_TEST)
 	@echo 'SEED=$(SEED)'

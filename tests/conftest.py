@@ -20,6 +20,7 @@ import torch
 NEEDS_GPU = "needs an NVIDIA GPU"
 
 ON_THE_CPU = {
+    "test_argument_fuzz",
     "test_arguments",
     "test_bench",
     "test_bench_peers",
