@@ -67,8 +67,8 @@ def test_the_last_line_before_a_crash_or_a_hang_names_the_seed(planted: str, sta
     assert done.stdout.splitlines()[-1].startswith("seed 0: planted")
 
 
-# The faults of known_faults.py. A test that passes unexpectedly fails: whoever mends a fault deletes its mark here and its
-# entry there.
+# The faults of known_faults.py. A test that passes unexpectedly fails: whoever mends a fault deletes its mark here, and
+# its entry there.
 
 
 def error_of(call) -> Exception:

@@ -24,6 +24,8 @@ from hostile_values import hostile
 from known_faults import known_fault
 
 ALLOWED = (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryError, IndexError)
+PATHS = {"pop_ext.load", "enable", "fit"}
+"""Entries whose plan may be the path of a file or folder: also OSError."""
 UNREADABLE = re.compile(r"std::|_M_|__cxx|basic_string|bad_alloc|\bc10::|vector::")
 LONGEST = 4000
 """Characters of a text."""
@@ -63,10 +65,10 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().view(torch.uint8) if tensor.numel() else tensor
 
 
-def text_fault(error: BaseException) -> str | None:
+def text_fault(error: BaseException, takes_a_path: bool = False) -> str | None:
     """Return what is wrong with an exception, or None."""
     text = str(error)
-    if not isinstance(error, ALLOWED):
+    if not isinstance(error, (*ALLOWED, OSError) if takes_a_path else ALLOWED):
         return f"{type(error).__name__}: {text[:300]}"
     found = UNREADABLE.search(text)
     if found is not None:
@@ -137,7 +139,7 @@ class Fuzzer:
 
     def judge(self, target: Target, arguments: dict[str, Any], error: Exception | None) -> str | None:
         """Return what is wrong with an exception that the stock call does not raise, too; None if nothing."""
-        fault = None if error is None else text_fault(error)
+        fault = None if error is None else text_fault(error, target.name in PATHS)
         if fault is not None and target.stock is not None:
             try:
                 target.stock(**arguments)
