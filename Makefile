@@ -1,4 +1,4 @@
-# make demo | real | test | lint | format | docs | dev | shim | avx512 | asan | tsan | soak | matrix | vllm
+# make demo | real | test | lint | format | docs | dev | shim | avx512 | asan | tsan | long | soak | matrix | vllm
 #
 # On a plain machine (python3 >= 3.10, a C++20 compiler, network for pip) demo, test, lint and format make .venv and
 # install into it; they use the torch of python3, if it has one. With PYTHON=... that interpreter is used as it is,
@@ -29,7 +29,7 @@ FOR_TEST := $(VENV)/installed-dev
 FOR_LINT := $(FOR_TEST)
 endif
 
-.PHONY: demo real test lint format docs dev core shim avx512 asan tsan soak matrix vllm clean
+.PHONY: demo real test lint format docs dev core shim avx512 asan tsan long soak matrix vllm clean
 
 # One prompt three ways: the stock model, native at full depth, pruned. Other plans: make demo DEMO='--count 6'
 DEMO ?= --plan third
@@ -44,6 +44,14 @@ real: $(FOR_TEST)
 
 test: $(FOR_TEST)
 	$(RUN) $(PYTEST) $(TESTS)
+
+# Thousands of random cases, where `test` has hundreds, always the same. SEED is printed; make long SEED=... repeats it.
+SEED ?= $(shell date +%s)
+LONG_TESTS ?= tests/hf/test_properties.py tests/ops/test_op_properties.py tests/ops/test_argument_fuzz.py
+
+long: $(FOR_TEST)
+	@echo 'SEED=$(SEED)'
+	POP_LONG=1 POP_SEED=$(SEED) $(RUN) $(PYTEST) --hypothesis-seed=$(SEED) $(LONG_TESTS)
 
 CPP_FILES = git ls-files '*.h' '*.cpp' '*.cuh' '*.cu' ':!third_party'
 

@@ -20,6 +20,7 @@ import torch
 NEEDS_GPU = "needs an NVIDIA GPU"
 
 ON_THE_CPU = {
+    "test_argument_fuzz",
     "test_arguments",
     "test_bench",
     "test_bench_peers",
@@ -44,8 +45,10 @@ ON_THE_CPU = {
     "test_masks",
     "test_model_spec",
     "test_mutations",
+    "test_op_properties",
     "test_packing",
     "test_plan",
+    "test_properties",
     "test_readme",
     "test_real_configs",
     "test_real_model",

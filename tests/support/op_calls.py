@@ -25,9 +25,10 @@ def offsets(lengths: Sequence[int]) -> Tensor:
 def rope_of(native: NativeModel, positions: Tensor) -> dict[str, Tensor]:
     """Return the RoPE tables cos and sin, float32 [rows, rotary_dim], of positions [rows]."""
     rotary = native.model.model.rotary_emb
-    kinds = (
-        {"": ()} if not hasattr(rotary, "layer_types") else {"": ("full_attention",), "_local": ("sliding_attention",)}
-    )
+    kinds: dict[str, tuple[str, ...]] = {"": ()}
+    if hasattr(rotary, "layer_types"):
+        full, local = (kind if kind in rotary.layer_types else None for kind in ("full_attention", "sliding_attention"))
+        kinds = {"": (full or local,)} | ({"_local": (local,)} if any(native.spec.rope_table) else {})
     tables = {}
     for suffix, kind in kinds.items():
         cos, sin = rotary(torch.empty(0), positions[None], *kind)

@@ -149,7 +149,9 @@ def main() -> None:
     result = {"requests": count, "in_use_growth": in_use, "resident_growth": resident, "samples": samples}
     (arguments.out / "soak.json").write_text(json.dumps(result, indent=1))
     plot(samples, arguments.out / "soak.png")
-    print(f"{count} requests in {arguments.minutes} min: {in_use:+d} bytes in use, {resident:+d} resident; {arguments.out}")
+    print(
+        f"{count} requests in {arguments.minutes} min: {in_use:+d} bytes in use, {resident:+d} resident; {arguments.out}"
+    )
     if in_use > GROWTH or resident > RESIDENT_GROWTH * samples[len(samples) // 2]["resident"]:
         raise SystemExit(f"the process grew by more than {GROWTH} bytes in use, or {RESIDENT_GROWTH:.0%} resident")
 
