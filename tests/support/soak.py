@@ -1,8 +1,8 @@
 """Mixed requests for minutes on end: fails if the process grows. ``make soak`` runs it and says where the plot is.
 
-Requests are drawn from a seed: generate and prefill of every cache kind, batches with padding, later turns, refused and
-interrupted calls, loads, enabling and disabling, from two threads at times. Between them the bytes that malloc has handed
-out (count_allocations.cpp) and the resident memory are sampled.
+Requests are drawn from a seed: generate and prefill over several kinds of cache, batches with padding, later turns,
+refused calls, calls with a signal, loads, enabling and disabling, from two threads at times. Between them the bytes that
+malloc has handed out (count_allocations.cpp) and the resident memory are sampled.
 """
 
 from __future__ import annotations
@@ -149,9 +149,8 @@ def main() -> None:
     result = {"requests": count, "in_use_growth": in_use, "resident_growth": resident, "samples": samples}
     (arguments.out / "soak.json").write_text(json.dumps(result, indent=1))
     plot(samples, arguments.out / "soak.png")
-    print(
-        f"{count} requests in {arguments.minutes} min: {in_use:+d} bytes in use, {resident:+d} resident; {arguments.out}"
-    )
+    grown = f"{in_use:+d} bytes in use, {resident:+d} resident"
+    print(f"{count} requests in {arguments.minutes} min: {grown}; {arguments.out}")
     if in_use > GROWTH or resident > RESIDENT_GROWTH * samples[len(samples) // 2]["resident"]:
         raise SystemExit(f"the process grew by more than {GROWTH} bytes in use, or {RESIDENT_GROWTH:.0%} resident")
 
