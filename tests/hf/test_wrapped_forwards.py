@@ -253,6 +253,19 @@ def test_export_traces_the_stock_forward(strict, inside, grad):
         assert prefill(model, ids).logits.shape[1] == 1
 
 
+def test_a_model_that_is_freed_during_an_export_is_no_part_of_it():
+    loaded = [pop_ext.load(llama(layers=2), pop_ext.Plan(2, (1,)))]
+
+    class Frees(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            loaded.clear()
+            return x + 1
+
+    exported = torch.export.export(Frees(), (torch.zeros(2),), strict=False)
+    assert "unload" not in str(exported.graph)
+    assert torch.equal(exported.module()(torch.zeros(2)), torch.ones(2))
+
+
 @pytest.mark.filterwarnings("error:pop_ext", "ignore")
 @torch.no_grad()
 def test_a_trace_records_the_stock_forward():

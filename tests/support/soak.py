@@ -1,8 +1,8 @@
 """Mixed requests for minutes on end: fails if the process grows. ``make soak`` runs it and says where the plot is.
 
 Requests are drawn from a seed: generate and prefill over several kinds of cache, batches with padding, later turns,
-refused calls, calls with a signal, loads, enabling and disabling, from two threads at times. Between them the bytes that
-malloc has handed out (count_allocations.cpp) and the resident memory are sampled.
+refused calls, calls with a signal, loads, enabling and disabling, from two threads at times. Between them the bytes
+that malloc has handed out (count_allocations.cpp) and the resident memory are sampled.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.patches import InnerModules
@@ -45,7 +46,7 @@ class LoadedWeights:
                 if wanted:
                     check_option_supported(option, description)
             raise
-        weakref.finalize(self, torch.ops.pop.unload, self.handle)
+        weakref.finalize(self, _unload, self.handle)
         self.description = description
         self.family, self.spec = description.family, description.spec
         self.dtype, self.device = weights[0].dtype, weights[0].device
@@ -68,6 +69,12 @@ class LoadedWeights:
             return overwritten
         index = torch.ops.pop.stale_index(self.handle)
         return None if index < 0 else self.description.weights[index].slot
+
+
+def _unload(handle: int) -> None:
+    """Free what ``pop::load`` made; not as a part of what torch.export or another mode records at that moment."""
+    with _disable_current_modes():
+        torch.ops.pop.unload(handle)
 
 
 class WeightStamps:
