@@ -17,81 +17,15 @@ Caches are ``[batch, kv_heads, capacity, head_dim]``; only ``head_dim`` has to b
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+from pop_ext.ops.fake_checks import check_devices, check_lengths, fake
 
 
-def _named(name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a list under their names in errors: ``name[0]``, ``name[1]``, ..."""
-    return {f"{name}[{index}]": tensor for index, tensor in enumerate(tensors)}
-
-
-def _check_devices(op: str, **tensors: Tensor | list[Tensor] | None) -> None:
-    """Check that all tensors, and those of lists, are on the device of the first one.
-
-    The kernels check this as well. But if only one of several tensors is on the meta device, torch calls the fake
-    kernel in their place. (A FakeTensor has the device that it stands for.)
-
-    Raises:
-        RuntimeError: at least one is elsewhere.
-    """
-    places: dict[str, Tensor | None] = {}
-    for name, value in tensors.items():
-        places |= _named(name, value) if isinstance(value, list) else {name: value}
-    given = {place: tensor for place, tensor in places.items() if tensor is not None}
-    like, device = next((place, tensor.device) for place, tensor in given.items())
-    for place, tensor in given.items():
-        if tensor.device != device:
-            raise RuntimeError(f"pop::{op}: {place}: expected device {device} like {like}, got {tensor.device}")
-
-
-def _check_lengths(op: str, **lengths: Tensor | None) -> None:
-    """Check that tensors of lengths are on the CPU.
-
-    Raises:
-        RuntimeError: at least one is elsewhere.
-    """
-    for name, tensor in lengths.items():
-        if tensor is not None and tensor.device.type != "cpu":
-            raise RuntimeError(
-                f"pop::{op}: {name}: expected a tensor on the CPU (the operator never synchronises), "
-                f"got {tensor.device}"
-            )
-
-
-def _fake(name: str) -> Callable[[_Function], _Function]:
-    """Register the fake kernel of an operator; it gets a tensor for every argument that takes no None.
-
-    None reaches the kernels of the operator as well, and is an error there.
-    """
-
-    def register(kernel: _Function) -> _Function:
-        required = [key for key, hint in kernel.__annotations__.items() if hint == "Tensor" and key != "return"]
-        parameters = list(inspect.signature(kernel).parameters)
-
-        @functools.wraps(kernel)
-        def checked(*arguments: Any, **named: Any) -> Any:
-            given = dict(zip(parameters, arguments, strict=False)) | named
-            for key in required:
-                if given.get(key) is None:
-                    raise RuntimeError(f"pop::{name}: {key}: expected a tensor, got None")
-            return kernel(*arguments, **named)
-
-        torch.library.register_fake(f"pop::{name}")(checked)
-        return kernel
-
-    return register
-
-
-@_fake("prefill")
+@fake("prefill")
 def prefill(
     model: int,
     input: Tensor,
@@ -137,7 +71,7 @@ def prefill(
     Returns:
         ``[sum(logits_to_keep), hidden_size]`` in the model's dtype: final-norm hidden states of the last rows.
     """
-    _check_devices(
+    check_devices(
         "prefill",
         input=input,
         cos=cos,
@@ -149,7 +83,7 @@ def prefill(
         key_cache=key_cache,
         value_cache=value_cache,
     )
-    _check_lengths(
+    check_lengths(
         "prefill",
         cu_seqlens=cu_seqlens,
         past_lens=past_lens,
@@ -164,13 +98,13 @@ def prefill(
     return key_cache[0].new_empty((wanted, hidden_size))
 
 
-@_fake("linear")
+@fake("linear")
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Return ``x . weight^T``, accumulated in float32: ``x [..., k]``, ``weight [n, k]`` -> ``[..., n]``."""
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@_fake("fp8_linear")
+@fake("fp8_linear")
 def fp8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """Return ``x . weight^T`` with operands in 8-bit floats, in the dtype of ``x``.
 
@@ -182,11 +116,11 @@ def fp8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     Returns:
         ``[..., n]``.
     """
-    _check_devices("fp8_linear", x=x, weight=weight, weight_scale=weight_scale)
+    check_devices("fp8_linear", x=x, weight=weight, weight_scale=weight_scale)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@_fake("quantize_rows")
+@fake("quantize_rows")
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round the rows of ``x [..., width]`` to e4m3, each scaled so that its largest magnitude becomes 448.
 
@@ -196,14 +130,14 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@_fake("rms_norm")
+@fake("rms_norm")
 def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
     """Return the RMSNorm of ``x [..., width]``, by ``weight [width]`` plus ``weight_offset``: ``[..., width]``."""
-    _check_devices("rms_norm", x=x, weight=weight)
+    check_devices("rms_norm", x=x, weight=weight)
     return x.new_empty(x.shape)
 
 
-@_fake("add_rms_norm")
+@fake("add_rms_norm")
 def add_rms_norm(
     x: Tensor,
     delta: Tensor,
@@ -227,11 +161,11 @@ def add_rms_norm(
     Returns:
         ``[rows, width]``.
     """
-    _check_devices("add_rms_norm", x=x, delta=delta, weight=weight, delta_bias=delta_bias, delta_norm=delta_norm)
+    check_devices("add_rms_norm", x=x, delta=delta, weight=weight, delta_bias=delta_bias, delta_norm=delta_norm)
     return x.new_empty(x.shape)
 
 
-@_fake("gated_act")
+@fake("gated_act")
 def gated_act(
     gate: Tensor,
     up: Tensor,
@@ -251,11 +185,11 @@ def gated_act(
     Returns:
         The shape of ``gate``.
     """
-    _check_devices("gated_act", gate=gate, up=up, gate_bias=gate_bias, up_bias=up_bias)
+    check_devices("gated_act", gate=gate, up=up, gate_bias=gate_bias, up_bias=up_bias)
     return gate.new_empty(gate.shape)
 
 
-@_fake("attention")
+@fake("attention")
 def attention(
     query: Tensor,
     key_cache: Tensor,
@@ -281,8 +215,8 @@ def attention(
     Returns:
         ``[rows, heads, head_dim]``.
     """
-    _check_devices("attention", query=query, key_cache=key_cache, value_cache=value_cache)
-    _check_lengths(
+    check_devices("attention", query=query, key_cache=key_cache, value_cache=value_cache)
+    check_lengths(
         "attention",
         cu_seqlens=cu_seqlens,
         past_lens=past_lens,
@@ -293,7 +227,7 @@ def attention(
     return query.new_empty(query.shape)
 
 
-@_fake("fold_kv")
+@fake("fold_kv")
 def fold_kv(k_proj: list[Tensor], v_proj: list[Tensor], input_norm: list[Tensor], norm_offset: float = 0.0) -> Tensor:
     """Fold the input norms of a run of layers into their K and V weights, and stack them.
 
@@ -306,12 +240,12 @@ def fold_kv(k_proj: list[Tensor], v_proj: list[Tensor], input_norm: list[Tensor]
     Returns:
         ``[layers * 2 * kv_dim, hidden_size]``: K of the first layer, its V, K of the second layer, and so on.
     """
-    _check_devices("fold_kv", k_proj=k_proj, v_proj=v_proj, input_norm=input_norm)
+    check_devices("fold_kv", k_proj=k_proj, v_proj=v_proj, input_norm=input_norm)
     kv_dim, hidden_size = k_proj[0].shape
     return k_proj[0].new_empty((2 * len(k_proj) * kv_dim, hidden_size))
 
 
-@_fake("rope_cache_write")
+@fake("rope_cache_write")
 def rope_cache_write(
     query: Tensor,
     key: Tensor,
@@ -342,7 +276,7 @@ def rope_cache_write(
         norm_eps: of these norms.
         norm_offset: added to ``q_norm`` and ``k_norm``.
     """
-    _check_devices(
+    check_devices(
         "rope_cache_write",
         query=query,
         key=key,
@@ -354,7 +288,7 @@ def rope_cache_write(
         q_norm=q_norm,
         k_norm=k_norm,
     )
-    _check_lengths(
+    check_lengths(
         "rope_cache_write",
         cu_seqlens=cu_seqlens,
         past_lens=past_lens,
@@ -363,7 +297,7 @@ def rope_cache_write(
     )
 
 
-@_fake("kv_project")
+@fake("kv_project")
 def kv_project(
     hidden: Tensor,
     weight: Tensor,
@@ -398,7 +332,7 @@ def kv_project(
         k_norm: ``[head_dim]``, one a layer; if given, each head of K is RMS-normalised before RoPE.
         norm_offset: added to ``k_norm``.
     """
-    _check_devices(
+    check_devices(
         "kv_project",
         hidden=hidden,
         weight=weight,
@@ -410,7 +344,7 @@ def kv_project(
         v_bias=v_bias,
         k_norm=k_norm,
     )
-    _check_lengths(
+    check_lengths(
         "kv_project",
         cu_seqlens=cu_seqlens,
         past_lens=past_lens,
