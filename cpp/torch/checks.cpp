@@ -27,12 +27,17 @@ struct Extent {
   int64_t end;
 };
 
+// From the first element to the last one, both included; of a tensor that is not empty.
+int64_t elements_spanned(const Tensor& tensor) {
+  int64_t span = 1;
+  for (int64_t d = 0; d < tensor.dim(); ++d) span += (tensor.size(d) - 1) * tensor.stride(d);
+  return span;
+}
+
 Extent extent_of(const NamedTensor& named, size_t index) {
   const Tensor& tensor = named.tensor;
   const int64_t begin = reinterpret_cast<int64_t>(tensor.const_data_ptr());
-  int64_t last = 0;
-  for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
-  return {&named, index, begin, begin + (last + 1) * static_cast<int64_t>(tensor.element_size())};
+  return {&named, index, begin, begin + elements_spanned(tensor) * static_cast<int64_t>(tensor.element_size())};
 }
 
 void add_steps(std::vector<Steps>& all, const Tensor& tensor, int64_t sign) {
@@ -95,11 +100,11 @@ void check_elements_disjoint(const Tensor& tensor, const std::string& name) {
 // True if all elements lie in memory that the tensor has. A storage may have been freed or shrunk under it.
 bool has_memory(const Tensor& tensor) {
   if (tensor.numel() == 0) return true;
-  int64_t bytes = 0, last = 0;
+  int64_t bytes = 0, offset = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &last));
-  for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
-  return (last + 1) * static_cast<int64_t>(tensor.element_size()) <= bytes && tensor.const_data_ptr() != nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(tensor.get(), &offset));
+  const int64_t needed = (offset + elements_spanned(tensor)) * static_cast<int64_t>(tensor.element_size());
+  return needed <= bytes && tensor.const_data_ptr() != nullptr;
 }
 
 }  // namespace

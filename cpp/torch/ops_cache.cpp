@@ -7,6 +7,7 @@
 #include "torch/backends.h"
 #include "torch/caches.h"
 #include "torch/checks.h"
+#include "torch/device_keys.h"
 #include "torch/geometry.h"
 #include "torch/loaded_model.h"
 #include "torch/refuses_negated.h"
@@ -285,24 +286,11 @@ static void implement(Library& m) {
   m.impl("kv_project", TORCH_BOX(&kv_project));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pop, CPU, m) { implement(m); }
-
-// Tensors of other layouts come here to be refused by name.
-STABLE_TORCH_LIBRARY_IMPL(pop, SparseCPU, m) { implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(pop, SparseCsrCPU, m) { implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(pop, MkldnnCPU, m) { implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(pop, QuantizedCPU, m) { implement(m); }
+POP_IMPL_ON_DEVICES(implement)
 
 STABLE_TORCH_LIBRARY_IMPL(pop, Negative, m) {
   m.impl("rope_cache_write", TORCH_BOX((&RefusesNegated<&rope_cache_write, "pop::rope_cache_write">::call)));
   m.impl("kv_project", TORCH_BOX((&RefusesNegated<&kv_project, "pop::kv_project">::call)));
 }
-
-#if defined(POP_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(pop, CUDA, m) { implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(pop, SparseCUDA, m) { implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(pop, SparseCsrCUDA, m) { implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(pop, QuantizedCUDA, m) { implement(m); }
-#endif
 
 }  // namespace pop

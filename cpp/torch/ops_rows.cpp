@@ -4,6 +4,7 @@
 
 #include "torch/backends.h"
 #include "torch/checks.h"
+#include "torch/device_keys.h"
 #include "torch/refuses_negated.h"
 #include "torch/text_argument.h"
 
@@ -203,23 +204,10 @@ static void implement(Library& m) {
   m.impl("gated_act", TORCH_BOX(&gated_act));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pop, CPU, m) { implement(m); }
-
-// Tensors of other layouts come here to be refused by name.
-STABLE_TORCH_LIBRARY_IMPL(pop, SparseCPU, m) { implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(pop, SparseCsrCPU, m) { implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(pop, MkldnnCPU, m) { implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(pop, QuantizedCPU, m) { implement(m); }
+POP_IMPL_ON_DEVICES(implement)
 
 STABLE_TORCH_LIBRARY_IMPL(pop, Negative, m) {
   m.impl("add_rms_norm", TORCH_BOX((&RefusesNegated<&add_rms_norm, "pop::add_rms_norm">::call)));
 }
-
-#if defined(POP_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(pop, CUDA, m) { implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(pop, SparseCUDA, m) { implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(pop, SparseCsrCUDA, m) { implement(m); }
-STABLE_TORCH_LIBRARY_IMPL(pop, QuantizedCUDA, m) { implement(m); }
-#endif
 
 }  // namespace pop

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
-import sys
 from itertools import pairwise
 
 import pop_ext
@@ -16,22 +15,14 @@ from hostile_values import freed
 from models import llama, tokens
 from property_settings import LONG
 
-from scripts import SUPPORT
+from scripts import start_support
 
 FIRST = int(os.environ.get("POP_SEED", "0")) if LONG else 0
 COUNT = 5000 if LONG else 400
 
 
 def fuzz(first: int, count: int, *name: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(SUPPORT), *sys.path])
-    return subprocess.run(
-        [sys.executable, str(SUPPORT / "fuzz_arguments.py"), str(first), str(count), *name],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        check=False,
-    )
+    return start_support("fuzz_arguments.py", str(first), str(count), *name, timeout=1500, **environment)
 
 
 @pytest.mark.timeout(1600)

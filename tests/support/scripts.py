@@ -22,16 +22,21 @@ def build_library(source: str, folder: Path) -> str:
     return str(library)
 
 
-def run_support(script: str, *arguments: str, **environment: str) -> str:
-    """Run a script of tests/support on one thread and return what it prints."""
+def start_support(script: str, *arguments: str, timeout: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of tests/support on one thread, to its end, whatever that is."""
     paths = os.pathsep.join([str(SUPPORT), *sys.path])
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, str(SUPPORT / script), *arguments],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=timeout,
         check=False,
     )
+
+
+def run_support(script: str, *arguments: str, **environment: str) -> str:
+    """Run a script of tests/support, which must succeed, and return what it prints."""
+    done = start_support(script, *arguments, timeout=900, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
