@@ -10,6 +10,8 @@
 #include <utility>
 #include <variant>
 
+#include "core/text.h"
+
 #define JSON_NO_IO  // no streams: text goes in and out as std::string
 #include <nlohmann/json.hpp>
 
@@ -19,14 +21,6 @@ namespace pop::json {
 struct Value {
   std::variant<std::nullptr_t, bool, int64_t, double, std::string, std::vector<Value>, Object> data;
 };
-
-std::string shortened(std::string text) {
-  constexpr size_t kShown = 200;
-  if (text.size() <= kShown) return text;
-  size_t end = kShown;
-  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;
-  return text.substr(0, end) + "...";
-}
 
 namespace {
 

@@ -16,9 +16,6 @@ namespace pop::json {
 
 constexpr size_t kMaxBytes = size_t{16} << 20;
 
-// The beginning of a text that may be long, for an error; cut between characters of UTF-8.
-std::string shortened(std::string text);
-
 // Writes an object: its members in the order in which they are added, with a space after every colon and comma. Throws
 // an exception of nlohmann::json for a string that is not UTF-8.
 class Writer {

@@ -27,7 +27,7 @@ Enum parse_enum(const char* field, const char* const (&names)[n], const std::str
     if (name == names[i]) return static_cast<Enum>(i);
     expected += (i == 0 ? "" : ", ") + std::string(names[i]);
   }
-  fail(field, "one of " + expected, json::shortened(name));
+  fail(field, "one of " + expected, shortened(name));
 }
 
 void check_range(const char* field, int64_t value, Range range) {

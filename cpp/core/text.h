@@ -44,4 +44,13 @@ std::string join(const Args&... args) {
   return text;
 }
 
+// The beginning of a text that may be long, for an error; cut between characters of UTF-8.
+inline std::string shortened(std::string text) {
+  constexpr size_t kShown = 200;
+  if (text.size() <= kShown) return text;
+  size_t end = kShown;
+  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;
+  return text.substr(0, end) + "...";
+}
+
 }  // namespace pop

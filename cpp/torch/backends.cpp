@@ -4,7 +4,7 @@
 
 #include <optional>
 
-#include "core/json.h"
+#include "core/text.h"
 #include "cpu/cpu_backend.h"
 #include "cpu/gemm.h"
 #include "torch/checks.h"
@@ -62,7 +62,7 @@ BackendOfCall::BackendOfCall(const Tensor&) : backend_(&cpu_backend()) {}
 int64_t tune(const std::string& option, int64_t value) {
   if (option == "gemm_blocks") return cpu::set_gemm_blocks(value);
   throw std::runtime_error("pop::tune: option: expected gemm_blocks, or a build with CUDA kernels, got one without (" +
-                           json::shortened(option) + ")");
+                           shortened(option) + ")");
 }
 
 void check_reported_ids(const Tensor&) {}

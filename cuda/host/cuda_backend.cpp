@@ -6,7 +6,6 @@
 #include <array>
 #include <string>
 
-#include "core/json.h"
 #include "core/math.h"
 #include "core/text.h"
 #include "cuda/host/cuda_attention.h"
@@ -56,7 +55,7 @@ int64_t CudaBackend::tune(const std::string& option, int64_t value) {
   throw std::runtime_error(
       "pop::tune: option: expected gemm_blocks, skinny_rows, library_attention, sdpa_rows, "
       "early_launch, fused_kv_project or kv_project_kib, got " +
-      json::shortened(option));
+      shortened(option));
 }
 
 void CudaBackend::check_reported_ids(int device) {
