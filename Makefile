@@ -121,6 +121,7 @@ avx512: $(FOR_LINT)
 
 # The libraries under the compiler's sanitizers, and tests over them; a finding fails. SHORT=1 leaves out most models.
 # Both also show that planted faults are found (tests/sanitizers). The sanitizer is loaded before Python, which lacks it.
+# A finding ends its process, so pytest must not hold back what that process wrote.
 ASAN_KERNELS ?= tests/ops/test_cpu_kernels.py tests/ops/test_op_prefill.py \
   $(if $(SHORT),,tests/ops/test_attention_op.py tests/ops/test_op_kernels.py tests/ops/test_op_norms_and_caps.py \
   tests/ops/test_quantize_rows.py)
@@ -132,9 +133,9 @@ TSAN_TESTS ?= tests/sanitizers/concurrent_calls.py tests/hf/test_threads_and_det
   $(if $(SHORT),,tests/hf/test_enable_lifecycle.py)
 NOT_SANITIZED := not (lesser or rope_scaling or opcheck or unknown_instruction)
 sanitized = PYTHONPATH=build/$(1)/python ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-  TSAN_OPTIONS=halt_on_error=1 \
+  TSAN_OPTIONS=halt_on_error=1:suppressions=$(CURDIR)/tests/sanitizers/tsan.supp \
   LD_PRELOAD="$$($(CXX) -print-file-name=lib$(1).so) $$($(CXX) -print-file-name=libstdc++.so) $(2)" \
-  $(PYTHON) $(PYTEST) -q
+  $(PYTHON) $(PYTEST) -q --capture=no
 
 asan tsan: export PATH := $(dir $(shell command -v $(PYTHON))):$(PATH)
 asan: $(FOR_LINT)
