@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any, get_args
 
@@ -82,6 +82,12 @@ def rename_cache(arguments: dict[str, Any], signature: inspect.Signature) -> Non
     """
     if NEW_CACHE_NAME in signature.parameters and NEW_CACHE_NAME in arguments:
         arguments[OLD_CACHE_NAME] = arguments.pop(NEW_CACHE_NAME)
+
+
+@lru_cache(maxsize=1024)
+def parameters_of(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of an unbound ``forward`` by name, without ``self``."""
+    return dict(list(inspect.signature(forward).parameters.items())[1:])
 
 
 def check_module(model: object) -> None:

@@ -43,7 +43,15 @@ class Call:
 
 
 class Runner(Protocol):
-    """Run validated requests on one model. ``NativeModel`` is a runner; other backends bring their own."""
+    """Run validated requests on one model. ``NativeModel`` is a runner; other backends bring their own.
+
+    Attributes:
+        backend: "native", "portable" or "reference", as ``Decision.backend`` shows it.
+        calls_model: whether a run calls the model's ``forward``. The stock one must answer such calls.
+    """
+
+    backend: str
+    calls_model: bool
 
     def check_values(self, request: PrefillRequest) -> None:
         """Raise ValueError or TypeError for values that the model cannot take, such as ids outside its vocabulary."""
@@ -56,16 +64,21 @@ class Backend(Protocol):
     """Run the prefills of an enabled model. ``enable`` makes one and passes it to ``PrefillForward``.
 
     Attributes:
-        name: "native" or "reference", as ``Decision.backend`` shows it.
+        name: "native", "portable" or "reference", as ``Decision.backend`` shows it.
         plan: what its prefills omit.
         fp8: whether its products are in 8-bit floats.
-        calls_model: whether a run calls the model's ``forward``. The stock one must answer such calls.
+        runs_stock_forward: whether it hands the call to the forward of the model's class, which takes any argument and
+            any cache that it knows.
+        fallback: the backend for calls that this one cannot run; None without one.
     """
 
     name: str
     plan: Plan
     fp8: bool
-    calls_model: bool
+    runs_stock_forward: bool
+
+    @property
+    def fallback(self) -> Backend | None: ...
 
     def load(self, model: nn.Module) -> object:
         """Prepare to run ``model``. Raise ValueError if it cannot run."""
@@ -92,10 +105,15 @@ def dispatch(
         Decline: The stock forward must run the call.
         ValueError, TypeError: An argument that the stock forward could not take either.
     """
-    call = classify(model, backend, arguments, replaced)
-    runner = backend.bind(model, call)
-    request = _make_request(model, call)
-    runner.check_values(request)
+    try:
+        call = classify(model, backend, arguments, replaced)
+        runner = backend.bind(model, call)
+        request = _make_request(model, call)
+        runner.check_values(request)
+    except Decline as decline:
+        if not decline.declined or backend.fallback is None:
+            raise
+        return dispatch(model, backend.fallback, arguments, replaced)
     return call.decision, runner, request
 
 
@@ -105,6 +123,8 @@ def explain_call(model: nn.Module, backend: Backend, arguments: dict[str, Any], 
         call = classify(model, backend, arguments, replaced)
         backend.validate(model, call)
     except Decline as decline:
+        if decline.declined and backend.fallback is not None:
+            return explain_call(model, backend.fallback, arguments, replaced)
         return decline.decision(backend.plan)
     return call.decision
 
@@ -127,7 +147,9 @@ def classify(model: nn.Module, backend: Backend, arguments: dict[str, Any], repl
     """Read a bound call. Raise ``Decline`` unless its arguments ask for a prefill that a pruned one can answer."""
     plan = backend.plan
     vision = vision_of(model)
-    mask, packed, spans = check_prefill(model, text_config(model), vision, plan, arguments, replaced)
+    mask, packed, spans = check_prefill(
+        model, text_config(model), vision, plan, arguments, replaced, backend.runs_stock_forward
+    )
     keep = arguments["logits_to_keep"]
     # Decided for each sequence by itself: the other sequences of a batch never change a result.
     boundaries = [t if t < plan.min_tokens else min(max(plan.boundary, keep), t) for t in packed.tokens]

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from pop_ext.hf import speculative_launch
+from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.choice import plan_for
 from pop_ext.hf.compat import check_module, text_config, uncompiled
 from pop_ext.hf.decision import Decision
@@ -21,6 +22,7 @@ from pop_ext.hf.dispatch import Backend
 from pop_ext.hf.forward import PrefillForward, find_prefill_forward
 from pop_ext.hf.loaded import check_options
 from pop_ext.hf.native_backend import NativeBackend
+from pop_ext.hf.portable_backend import PortableBackend
 from pop_ext.hf.reference_backend import ReferenceBackend
 from pop_ext.hf.restore import forward_attribute
 from pop_ext.hf.speculative_launch import SpeculativeBackend
@@ -28,7 +30,7 @@ from pop_ext.plans.default import PlanArgument
 from pop_ext.plans.plan import Plan
 
 Model = TypeVar("Model", bound=nn.Module)
-_BACKENDS = ("native", "reference")
+_BACKENDS = ("auto", "native", "portable", "reference")
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -58,7 +60,7 @@ def enable(
     model: Model,
     plan: PlanArgument = None,
     strict: bool = False,
-    backend: str = "native",
+    backend: str = "auto",
     fp8: bool = False,
     prepack: bool = False,
 ) -> Model:
@@ -73,7 +75,9 @@ def enable(
             plan file, or a folder with a ``plan.json``.
         strict: raise ``PrefillDeclined`` where the stock forward would otherwise run with a warning (except in
             ``generate_batch``, whose caller would not get the exception).
-        backend: "native", or "reference" for the plain PyTorch oracle, which is slow and runs any decoder.
+        backend: "auto" for native where the model has a native form, and portable elsewhere, also for single calls that
+            the native prefill cannot run. "native" and "portable" for one of them alone; "portable" runs the model's
+            own modules, in whatever form their weights are. "reference" for the plain PyTorch oracle, which is slow.
         fp8: compute the products of native prefills in 8-bit floats, as in ``pop_ext.load``.
         prepack: copy weights for faster products on a CPU, as in ``pop_ext.load``.
 
@@ -82,8 +86,8 @@ def enable(
         its forward since.
 
     Raises:
-        UnsupportedModelError: The model has no native form, or none with ``fp8`` or ``prepack``. The text names
-            ``backend="reference"`` if that runs it. A subclass of ValueError.
+        UnsupportedModelError: No backend runs the model, or it has no native form with ``fp8`` or ``prepack``. The text
+            names ``backend="reference"`` if that runs it. A subclass of ValueError.
         ValueError, TypeError: A bad argument. The model is unchanged.
         OSError: The file of a plan cannot be read.
         RuntimeError: ``model`` is a copy of an enabled one whose forward was wrapped, and still calls the original.
@@ -95,7 +99,7 @@ def enable(
         raise TypeError(f"strict: expected a bool, got {type(strict).__name__}")
     check_options(fp8, prepack)
     for name, value in {"fp8": fp8, "prepack": prepack}.items():
-        if value and backend != "native":
+        if value and backend not in ("auto", "native"):
             raise ValueError(f'{name}: expected False with backend="{backend}", which calls the model, got True')
     inner = _unwrap(model)
     if text_config(inner) is None:
@@ -103,8 +107,7 @@ def enable(
     previous, attribute = find_prefill_forward(inner), forward_attribute(inner)
     wrapped = previous is not None and _is_wrapped(inner, previous)
     chosen = plan_for(inner, plan)
-    runs = _make_backend(backend, chosen.plan, fp8, prepack)
-    runs.load(inner)
+    runs = _load_backend(backend, inner, chosen.plan, fp8, prepack)
     chosen.warn(inner)  # before the model changes: a filter may turn the warning into an error
     if previous is not None and wrapped:
         previous.configure(runs, strict)
@@ -114,12 +117,36 @@ def enable(
     return model
 
 
-def _make_backend(name: str, plan: Plan, fp8: bool, prepack: bool) -> Backend:
-    """Make the backend of this name. It loads no model yet."""
-    if name == "reference":
-        return ReferenceBackend(plan)
-    native = SpeculativeBackend if speculative_launch.ENABLED else NativeBackend
-    return native(plan, fp8, prepack)
+def _load_backend(name: str, model: nn.Module, plan: Plan, fp8: bool, prepack: bool) -> Backend:
+    """Make the backend of this name for a model.
+
+    Raises:
+        ValueError, TypeError: As for ``enable``.
+    """
+    if name in ("portable", "reference"):
+        chosen: Backend = PortableBackend(plan) if name == "portable" else ReferenceBackend(plan)
+        chosen.load(model)
+        return chosen
+    make = SpeculativeBackend if speculative_launch.ENABLED else NativeBackend
+    native = make(plan, fp8, prepack)
+    portable = PortableBackend(plan) if name == "auto" and _runs(PortableBackend(plan), model) else None
+    try:
+        native.load(model)
+    except UnsupportedModelError:
+        if portable is None or fp8 or prepack:
+            raise
+        return portable
+    native.fallback = portable
+    return native
+
+
+def _runs(backend: Backend, model: nn.Module) -> bool:
+    """Return whether a backend runs a model."""
+    try:
+        backend.load(model)
+    except ValueError:
+        return False
+    return True
 
 
 def disable(model: Model) -> Model:
@@ -148,7 +175,7 @@ def enabled(
     model: Model,
     plan: PlanArgument = None,
     strict: bool = False,
-    backend: str = "native",
+    backend: str = "auto",
     fp8: bool = False,
     prepack: bool = False,
 ) -> Iterator[Model]:

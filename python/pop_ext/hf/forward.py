@@ -179,7 +179,7 @@ class PrefillForward:
         arguments = bind_arguments(self.__signature__, args, kwargs)
         try:
             decision, runner, request = dispatch(model, backend, arguments, self.replaced)
-            with self.stock_inside() if backend.calls_model else nullcontext():
+            with self.stock_inside() if runner.calls_model else nullcontext():
                 result = runner.run(request)
         except Decline as decline:
             decision = decline.decision(backend.plan)

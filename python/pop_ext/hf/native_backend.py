@@ -14,6 +14,7 @@ from pop_ext.hf.dispatch import Call
 from pop_ext.hf.kv_cache import check_windows
 from pop_ext.hf.native_model import NativeModel
 from pop_ext.hf.patches import InnerModules, unsupported_reason
+from pop_ext.hf.portable_backend import PortableBackend
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.projections import FitMismatch
 
@@ -24,19 +25,22 @@ class NativeBackend:
     Copies and pickles keep only the plan and the options, and load by themselves.
 
     Attributes:
+        fallback: runs calls that this backend declines; None without one.
         native: the loaded model; None before the first load, or while another thread loads.
     """
 
     name = "native"
-    calls_model = False
+    runs_stock_forward = False
 
-    def __init__(self, plan: Plan, fp8: bool = False, prepack: bool = False) -> None:
-        self.plan, self.fp8, self.prepack = plan, fp8, prepack
+    def __init__(
+        self, plan: Plan, fp8: bool = False, prepack: bool = False, fallback: PortableBackend | None = None
+    ) -> None:
+        self.plan, self.fp8, self.prepack, self.fallback = plan, fp8, prepack, fallback
         self.native: NativeModel | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"plan": self.plan, "fp8": self.fp8, "prepack": self.prepack}
+        return {"plan": self.plan, "fp8": self.fp8, "prepack": self.prepack, "fallback": self.fallback}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]

@@ -71,6 +71,9 @@ class NativeModel:
     with ``fp8`` or ``prepack``, the matrices of the other layers. ``extra_bytes`` counts these copies.
     """
 
+    backend = "native"  # as dispatch.Runner
+    calls_model = False
+
     def __init__(
         self, model: PreTrainedModel, plan: PlanArgument = None, fp8: bool = False, prepack: bool = False
     ) -> None:

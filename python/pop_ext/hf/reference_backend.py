@@ -23,7 +23,8 @@ class ReferenceBackend:
 
     name = "reference"
     fp8 = False
-    calls_model = True
+    runs_stock_forward = False
+    fallback: None = None
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -57,6 +58,9 @@ class ReferenceBackend:
 
 class ReferenceRunner:
     """Run one call of one model through the oracle."""
+
+    backend = ReferenceBackend.name
+    calls_model = True
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self._model, self._plan = model, plan

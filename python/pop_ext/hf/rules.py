@@ -6,14 +6,15 @@ that a call breaks. docs/declined.md lists the rules.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from pop_ext.hf.architectures import VisionSpec
-from pop_ext.hf.compat import NEW_CACHE_NAME, OLD_CACHE_NAME
+from pop_ext.hf.compat import NEW_CACHE_NAME, OLD_CACHE_NAME, parameters_of
 from pop_ext.hf.decision import Decline
 from pop_ext.hf.kv_cache import check_cache, has_window, past_slots
 from pop_ext.hf.masks import SLIDING_ATTENTION, LayerType, check_pattern, mask_layer_types, padding_mask
@@ -53,6 +54,7 @@ def check_prefill(
     plan: Plan,
     arguments: dict[str, Any],
     replaced: Any = None,
+    runs_stock_forward: bool = False,
 ) -> tuple[torch.Tensor | None, PackedBatch, Spans]:
     """Check that the arguments of a call ask for a prefill that may be pruned.
 
@@ -63,6 +65,8 @@ def check_prefill(
         plan: what its prefills omit.
         arguments: of the call, by name, the cache as ``past_key_values``.
         replaced: the forward that ``enable`` found on the instance, or None.
+        runs_stock_forward: whether the backend hands the call to the forward of the model's class, so that arguments
+            and caches which that forward takes are no reason to decline.
 
     Returns:
         The 2-D padding mask or None, the real new tokens, and the spans of them that attend to each other in both
@@ -100,7 +104,8 @@ def check_prefill(
     if too_many_logits is not None and not too_many_logits.declined:
         raise Decline(*too_many_logits)
     _check_forward(model, replaced)
-    _check_outputs(model.config, vision, arguments)
+    taken = set(parameters_of(type(model).forward)) if runs_stock_forward else set()
+    _check_outputs(model.config, taken if vision is None else taken | vision.arguments, arguments)
     _check_inference(model, config, tokens.device.type)
     # Raised late: logits of all rows are also the default of forward, so a rule that a given argument breaks is the
     # more helpful reason.
@@ -110,15 +115,20 @@ def check_prefill(
         raise Decline("attention", f"is_causal={arguments['is_causal']}: a pruned prefill is causal")
     for name, causal in {"is_causal": True, "use_bidirectional_attention": False}.items():
         found = getattr(config, name, None)
+        if runs_stock_forward and found == "vision":  # images alone: the stock masks say so
+            continue
         if found is not None and bool(found) is not causal:
             raise Decline("attention", f"config.{name}={found}: a pruned prefill is causal")
-    mask, packed, types = _check_mask_and_cache(config, tokens, arguments)
+    _check_cache(config, arguments.get("past_key_values"), runs_stock_forward)
+    mask, packed, types = _check_mask(config, tokens, arguments)
     spans = [] if vision is None else _check_spans(vision, arguments, packed)
     try:
         check_pattern(arguments.get("attention_mask"), mask, spans, columns, packed.past_slots, types)
     except ValueError as error:
         raise Decline("mask", str(error)) from error
-    _check_positions(_text_positions(vision, arguments), tokens, arguments.get("attention_mask") is None)
+    positions = _text_positions(vision, arguments)
+    if not (runs_stock_forward and isinstance(positions, torch.Tensor) and positions.ndim == 3):
+        _check_positions(positions, tokens, arguments.get("attention_mask") is None)
     keep, short = arguments["logits_to_keep"], min(packed.tokens)
     if keep > short:
         raise Decline(
@@ -205,8 +215,14 @@ def _check_forward(model: nn.Module, replaced: Any) -> None:
         raise Decline("model", "a replaced forward, set before enable: it may do more than transformers' own")
 
 
-def _check_outputs(config: Any, vision: VisionSpec | None, arguments: dict[str, Any]) -> None:
-    """Decline a call that asks for outputs which a pruned prefill does not compute, or gives unknown arguments."""
+def _check_outputs(config: Any, taken: Collection[str], arguments: dict[str, Any]) -> None:
+    """Decline a call that asks for outputs which a pruned prefill does not compute, or gives unknown arguments.
+
+    Args:
+        config: of the model.
+        taken: names of arguments that the backend takes, besides those of every prefill.
+        arguments: of the call.
+    """
     for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
         requested = arguments.get(name)
         if requested if requested is not None else getattr(config, name, False):
@@ -214,7 +230,7 @@ def _check_outputs(config: Any, vision: VisionSpec | None, arguments: dict[str, 
     use_cache = arguments.get("use_cache")
     if not (use_cache if use_cache is not None else getattr(config, "use_cache", True)):
         raise Decline("use_cache", "use_cache=False: a pruned prefill is useful only if its KV cache is kept")
-    known = _READ | _IGNORED | (vision.arguments if vision is not None else frozenset())
+    known = (_READ | _IGNORED).union(taken) - _PACKING
     given = {name for name, value in arguments.items() if value is not None}
     unknown = sorted(given - known - {name for name in _IGNORED_IF_EMPTY & given if not arguments[name]})
     packing = [name for name in unknown if name in _PACKING]
@@ -240,10 +256,29 @@ def _check_inference(model: nn.Module, config: Any, device: str) -> None:
             raise Decline("training", "training mode with gradient checkpointing keeps no cache: call model.eval()")
 
 
-def _check_mask_and_cache(
+def _check_cache(config: Any, cache: Any, runs_stock_forward: bool) -> None:
+    """Decline a cache that the backend cannot fill."""
+    if cache is None:
+        return
+    if runs_stock_forward:
+        if not (isinstance(cache, Cache) and hasattr(cache, "layers")):
+            found = type(cache).__name__
+            raise Decline("cache", f"past_key_values: expected a transformers Cache of layers, got {found}")
+    else:
+        try:
+            check_cache(cache, config.num_hidden_layers)
+        except (ValueError, TypeError) as error:
+            raise Decline("cache", str(error)) from error
+    # Compressed caches may keep a different number of positions in each layer (PyramidKV).
+    held = {int(layer.get_seq_length()) for layer in cache.layers if type(layer) is DynamicLayer} - {0}
+    if len(held) > 1:
+        raise Decline("cache", f"past_key_values: expected equally many positions in all layers, got {sorted(held)}")
+
+
+def _check_mask(
     config: Any, tokens: torch.Tensor, arguments: dict[str, Any]
 ) -> tuple[torch.Tensor | None, PackedBatch, list[LayerType]]:
-    """Check the cache, and find the real tokens of a call from its mask.
+    """Find the real tokens of a call from its mask. The cache is a checked one.
 
     The caller must still check that the mask does nothing but mark padding (``check_pattern``).
 
@@ -252,17 +287,6 @@ def _check_mask_and_cache(
     """
     batch, columns = tokens.shape[:2]
     cache = arguments.get("past_key_values")
-    if cache is not None:
-        try:
-            check_cache(cache, config.num_hidden_layers)
-        except (ValueError, TypeError) as error:
-            raise Decline("cache", str(error)) from error
-        # Compressed caches may keep a different number of positions in each layer (PyramidKV).
-        held = {int(layer.get_seq_length()) for layer in cache.layers if type(layer) is DynamicLayer} - {0}
-        if len(held) > 1:
-            raise Decline(
-                "cache", f"past_key_values: expected equally many positions in all layers, got {sorted(held)}"
-            )
     past = past_slots(cache)
     types = mask_layer_types(config, cache, columns)
     try:

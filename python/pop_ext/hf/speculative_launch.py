@@ -18,6 +18,7 @@ from pop_ext.hf.inputs import PrefillRequest
 from pop_ext.hf.native_backend import NativeBackend
 from pop_ext.hf.native_model import NativeModel, PrefillOutput
 from pop_ext.hf.patches import is_unpatched, unsupported_reason
+from pop_ext.hf.portable_backend import PortableBackend
 from pop_ext.plans.plan import Plan
 
 ENABLED = False
@@ -32,8 +33,10 @@ def is_async(device: torch.device) -> bool:
 class SpeculativeBackend(NativeBackend):
     """Run prefills natively, and launch them before the model is validated where that is safe."""
 
-    def __init__(self, plan: Plan, fp8: bool = False, prepack: bool = False) -> None:
-        super().__init__(plan, fp8, prepack)
+    def __init__(
+        self, plan: Plan, fp8: bool = False, prepack: bool = False, fallback: PortableBackend | None = None
+    ) -> None:
+        super().__init__(plan, fp8, prepack, fallback)
         self._unchanged = False  # whether the last validation found no change
 
     def validate(self, model: nn.Module, call: Call) -> NativeModel:
@@ -82,6 +85,9 @@ class _Outdated(Exception):
 
 class _SpeculativeRunner:
     """Run one call on the model loaded before, and run it again, validated, if the model has changed since."""
+
+    backend = "native"
+    calls_model = False
 
     def __init__(self, backend: SpeculativeBackend, native: NativeModel, model: nn.Module, call: Call) -> None:
         self._backend, self._model, self._call = backend, model, call

@@ -1,0 +1,131 @@
+"""``PortableBackend``: run the prefills of an enabled model through one forward of its own modules."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from pop_ext.hf.compat import NEW_CACHE_NAME, OLD_CACHE_NAME, cache_argument, cache_of, text_config
+from pop_ext.hf.decision import Decline
+from pop_ext.hf.dispatch import Call
+from pop_ext.hf.inputs import PrefillRequest
+from pop_ext.hf.native_model import PrefillOutput, check_plan
+from pop_ext.hf.patches import find_module_patch, has_global_hooks, is_patched_class
+from pop_ext.hf.restore import cache_restored_on_error
+from pop_ext.plans.plan import Plan
+from pop_ext.plans.projections import FitMismatch, check_fit
+from pop_ext.portable import Decoder, Rows, find_decoder, run_forward
+from pop_ext.portable.decoder import cache_name
+
+
+class PortableBackend:
+    """Run requests through the model's own forward, whose omitted layers leave context rows only K and V."""
+
+    name = "portable"
+    fp8 = False
+    runs_stock_forward = True
+    fallback: None = None
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def load(self, model: nn.Module) -> None:
+        """Check that the model can be run.
+
+        Raises:
+            ValueError: The model has no layers that can be omitted, or the plan is for another one.
+            TypeError: The plan is no ``Plan``.
+        """
+        decoder, config = find_decoder(model), text_config(model)
+        if getattr(config, "use_bidirectional_attention", False):
+            raise ValueError("config.use_bidirectional_attention: expected a causal model, got True")
+        check_plan(self.plan, config.num_hidden_layers, config)
+        check_fit(self.plan, decoder.layers)
+        for index, layer in enumerate(decoder.layers):
+            if cache_name(layer) is None:
+                raise ValueError(
+                    f"model: expected layers whose forward takes the cache, got {type(layer).__name__} (layer {index})"
+                )
+
+    def validate(self, model: nn.Module, call: Call) -> PortableRunner:
+        """Return a runner. Raise ``Decline`` for code around the modules of layers, and for fits of other weights."""
+        try:
+            decoder = find_decoder(model)
+            check_fit(self.plan, decoder.layers)
+        except (FitMismatch, ValueError) as error:
+            raise Decline("model", str(error)) from error
+        patch = _find_patch(decoder)
+        if patch is not None:
+            raise Decline("hooks", f"{patch}: it would see only some of the rows")
+        return PortableRunner(model, decoder, self.plan, call)
+
+    def bind(self, model: nn.Module, call: Call) -> PortableRunner:
+        """Validate now, and leave nothing to the run."""
+        return self.validate(model, call)
+
+
+class PortableRunner:
+    """Run one call of one model through its own forward."""
+
+    backend = PortableBackend.name
+    calls_model = False  # it calls the forward of the model's class, not that of the instance
+
+    def __init__(self, model: nn.Module, decoder: Decoder, plan: Plan, call: Call) -> None:
+        self._model, self._decoder, self._plan, self._call = model, decoder, plan, call
+
+    def check_values(self, request: PrefillRequest) -> None:
+        """Do nothing: the stock forward takes the values as it takes those of any call."""
+
+    def run(self, request: PrefillRequest) -> PrefillOutput:
+        """Run a prefill. After an error the cache is as it was."""
+        given = {
+            name: value
+            for name, value in self._call.arguments.items()
+            if name not in (OLD_CACHE_NAME, NEW_CACHE_NAME, "logits_to_keep", "use_cache", "return_dict")
+        }
+        cache = self._call.arguments.get(OLD_CACHE_NAME)
+        if cache is not None:  # else the forward makes one of the model's own kind
+            given[cache_argument(type(self._model).forward)] = cache
+        keep = max(request.num_logits)
+        with nullcontext() if cache is None else cache_restored_on_error(cache):
+            output = run_forward(
+                self._model,
+                self._decoder,
+                self._plan,
+                _rows_of(request),
+                {**given, "logits_to_keep": keep, "use_cache": True, "return_dict": True},
+            )
+        return PrefillOutput(
+            logits=output.logits,
+            hidden_states=None,  # type: ignore[arg-type]
+            past_key_values=cache_of(output),
+            wrapper_output=output,
+        )
+
+
+def _rows_of(request: PrefillRequest) -> Rows:
+    """Return which of the padded rows of a request run at full depth."""
+    columns, batch = max(request.boundary), len(request.boundary)
+    # A sequence that is all boundary rows may be padded in front: what its padding does is read by nobody.
+    wanted = [columns if b == t else b for b, t in zip(request.boundary, request.packed.tokens, strict=True)]
+    boundary = None
+    if min(wanted) < columns:
+        from_end = torch.arange(columns, 0, -1, device=request.rows.device)
+        boundary = from_end <= torch.tensor(wanted, device=request.rows.device)[:, None]
+        assert boundary.shape == (batch, columns)
+    return Rows(columns, max(request.num_logits), boundary)
+
+
+def _find_patch(decoder: Decoder) -> str | None:
+    """Describe a hook or a replaced forward in the decoder, other than accelerate's; None without one."""
+    if has_global_hooks():
+        return "global module hooks"
+    for name, module in decoder.module.named_modules():
+        if is_patched_class(type(module)):
+            return f"a replaced forward of {type(module).__name__}"
+        found = find_module_patch(module)
+        if found is not None and "_hf_hook" not in vars(module):
+            return f"{found} on {name or 'the decoder'}"
+    return None

@@ -1,0 +1,111 @@
+"""Find the decoder layers of a model, and clone the modules around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from pop_ext.hf.compat import check_module, parameters_of, text_config
+from pop_ext.hf.restore import shallow_clone
+
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "cache_params")
+"""Names under which modules of transformers take the cache."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The language model inside a model.
+
+    Attributes:
+        path: names of the modules from the model to its language model; empty if the model has no head of its own.
+        module: the language model without its head.
+        layers: its decoder layers.
+    """
+
+    path: tuple[str, ...]
+    module: Any
+    layers: Any
+
+
+def find_decoder(model: nn.Module) -> Decoder:
+    """Return the decoder of a model.
+
+    Raises:
+        ValueError: The model has no decoder with one module per layer, or no language-model head.
+        TypeError: ``model`` is no ``nn.Module``.
+    """
+    check_module(model)
+    get_decoder: Any = getattr(model, "get_decoder", None)
+    found: Any = getattr(model, "model", None) if get_decoder is None else get_decoder()
+    name = type(model).__name__
+    layers = getattr(found, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"model: expected a decoder with a list of layers, got {name} without one")
+    head: Any = model.get_output_embeddings  # type checkers take it for a submodule
+    if head() is None:
+        raise ValueError(f"model: expected a language-model head, got {name} without one")
+    expected = text_config(model).num_hidden_layers
+    if len(layers) < expected:
+        raise ValueError(f"model: expected {expected} decoder layers (config.num_hidden_layers), got {len(layers)}")
+    path = next((path for path, module in model.named_modules() if module is found), "")
+    return Decoder(tuple(path.split(".")) if path else (), found, layers)
+
+
+def cache_name(module: nn.Module) -> str | None:
+    """Return the name of the argument by which a module's ``forward`` takes the cache; None if it takes none."""
+    parameters = parameters_of(type(module).forward)
+    return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+def clone_module(module: nn.Module, forward: Callable[..., Any] | None = None, **children: nn.Module) -> Any:
+    """Make a shallow copy of a module with another ``forward``, inside the hook that accelerate has put around it.
+
+    Args:
+        module: the original, which stays as it is.
+        forward: of the clone, without ``self``; None for that of its class.
+        children: submodules to replace in the clone, by name. All others are shared.
+    """
+    clone = shallow_clone(module, **children)
+    hooked: Any = module.__dict__.get("forward")
+    if "_hf_hook" in module.__dict__ and isinstance(hooked, partial):
+        clone.__dict__["_old_forward"] = forward or MethodType(type(module).forward, clone)
+        clone.__dict__["forward"] = partial(hooked.func, clone)
+    elif forward is not None:
+        clone.__dict__["forward"] = forward
+    return clone
+
+
+class Clones:
+    """Shallow copies of the modules on the path to the layers of a model.
+
+    A forward may assign attributes to its module, such as the position offset of later tokens. They land on the clone,
+    and ``give_back`` copies them to the original.
+    """
+
+    def __init__(self) -> None:
+        self._made: list[tuple[nn.Module, Any, dict[str, Any]]] = []
+
+    def around(self, module: nn.Module, path: tuple[str, ...], inner: nn.Module) -> Any:
+        """Return a clone of ``module`` in which ``inner`` stands at ``path``; ``inner`` itself for an empty path."""
+        if not path:
+            return inner
+        child = self.around(module._modules[path[0]], path[1:], inner)  # type: ignore[arg-type]
+        return self.of(module, **{path[0]: child})
+
+    def of(self, module: nn.Module, **children: nn.Module) -> Any:
+        """Return a clone of ``module`` with other children."""
+        clone = clone_module(module, **children)
+        self._made.append((module, clone, dict(clone.__dict__)))
+        return clone
+
+    def give_back(self) -> None:
+        """Copy attributes that have been assigned since to the originals."""
+        for original, clone, before in self._made:
+            for name, value in clone.__dict__.items():
+                if value is not before.get(name):
+                    original.__dict__[name] = value

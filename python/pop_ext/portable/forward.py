@@ -1,0 +1,61 @@
+"""Run the stock forward of a model with its omitted layers as ``PartialLayer``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from pop_ext.hf.modules import Module
+from pop_ext.hf.restore import module_restored_on_error
+from pop_ext.plans.plan import Plan
+from pop_ext.portable.decoder import Clones, Decoder, clone_module
+from pop_ext.portable.layers import PartialLayer, Rows
+
+
+def run_forward(model: Module, decoder: Decoder, plan: Plan, rows: Rows, arguments: dict[str, Any]) -> Any:
+    """Run a pruned prefill: one forward of the model, in which context rows skip the omitted layers.
+
+    Layers, weights and hooks of the model are those of the stock forward, and it is not changed during the call, so
+    other threads may use it. The last layer is always partial, since nobody reads its context rows.
+
+    Args:
+        model: the model.
+        decoder: its language model (``find_decoder``).
+        plan: layers to omit.
+        rows: of this call.
+        arguments: of the model's ``forward``, with a cache and ``logits_to_keep``.
+
+    Returns:
+        What the stock forward returns.
+    """
+    fitted = {} if plan.projections is None else plan.projections.matrices
+    last = plan.num_layers - 1
+    layers: dict[str, nn.Module] = {}
+    for index in sorted({*plan.omit, last}):
+        layer, omitted = decoder.layers[index], index in plan.omit
+        compute = rows.num_logits if index == last else rows.columns
+        partial = PartialLayer(layer, rows, compute, fitted.get(index) if omitted else None)
+        layers[str(index)] = clone_module(layer, partial)
+    clones = Clones()
+    children: dict[str, nn.Module] = {"layers": clones.of(decoder.layers, **layers)}
+    norm = decoder.module._modules.get("norm")
+    if norm is not None:
+        children["norm"] = clone_module(norm, LastRows(norm, rows.num_logits))
+    clone = clones.around(model, decoder.path, clones.of(decoder.module, **children))
+    rotary: Any = getattr(decoder.module, "rotary_emb", None)
+    with module_restored_on_error(rotary if isinstance(rotary, nn.Module) else decoder.layers):
+        output = type(model).forward(clone, **arguments)
+    clones.give_back()
+    return output
+
+
+class LastRows:
+    """Normalise only the rows whose logits are wanted."""
+
+    def __init__(self, norm: Module, rows: int) -> None:
+        self.norm, self.rows = norm, rows
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        output: Tensor = type(self.norm).forward(self.norm, hidden_states[..., -self.rows :, :])
+        return output
