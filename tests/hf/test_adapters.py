@@ -1,8 +1,7 @@
-"""Test PEFT adapters: merged ones run natively, others are refused by name or run the stock forward."""
+"""Test PEFT adapters: merged ones run natively, others portably."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pop_ext
@@ -34,7 +33,7 @@ def test_an_adapter_on_any_projection_is_refused_with_its_class(target):
     model = adapted(target)
     for given in (model, model.get_base_model()):
         with pytest.raises(UnsupportedModelError, match=rf"{target}: .*peft.*merge_and_unload.*backend=.reference."):
-            pop_ext.enable(given, PLAN)
+            pop_ext.enable(given, PLAN, backend="native")
     assert "forward" not in model.get_base_model().__dict__
 
 
@@ -52,15 +51,18 @@ ELSEWHERE: dict[str, Any] = {
 
 @pytest.mark.parametrize("where", ELSEWHERE)
 @torch.no_grad()
-def test_an_adapter_elsewhere_is_refused_by_name_and_runs_merged_and_by_the_oracle(where):
+def test_an_adapter_elsewhere_runs_portably_and_natively_once_merged(where):
     build, targets = ELSEWHERE[where]
     model = peft.get_peft_model(build(), peft.LoraConfig(r=2, init_lora_weights=False, **targets)).eval()
     ids = tokens(model.get_base_model(), 1, T)
     with pytest.raises(UnsupportedModelError, match=r"got peft\..*merge_and_unload.*backend=.reference."):
-        pop_ext.enable(model, PLAN)
+        pop_ext.enable(model, PLAN, backend="native")
     with pop_ext.enabled(model, PLAN, strict=True, backend="reference"):
         expected = model(input_ids=ids, logits_to_keep=1).logits
         assert pop_ext.last_call(model).backend == "reference"
+    with pop_ext.enabled(model, PLAN, strict=True):
+        assert_close_fp32(model(input_ids=ids, logits_to_keep=1).logits, expected, "logits")
+        assert pop_ext.last_call(model).backend == "portable"
     merged = pop_ext.enable(model.merge_and_unload(), PLAN, strict=True)
     assert_close_fp32(merged(ids, logits_to_keep=1).logits, expected, "logits")
     assert pop_ext.last_call(merged).native
@@ -110,16 +112,17 @@ def test_merged_adapters_run_natively():
     assert_enabled_equals_oracle(pop_ext.enable(merged, PLAN, strict=True), ids)
 
 
+@pytest.mark.parametrize("backend", ["portable", "reference"])
 @pytest.mark.parametrize("enabled_through", ["PEFT's wrapper", "the model itself"])
 @torch.no_grad()
-def test_the_reference_backend_runs_adapters(enabled_through):
+def test_the_other_backends_run_adapters(enabled_through, backend):
     model = adapted(*TARGETS)
     base = model.get_base_model()
     ids = tokens(base, 1, T)
     expected, cache = reference.prefill(base, ids, PLAN)
-    pop_ext.enable(model if enabled_through == "PEFT's wrapper" else base, PLAN, strict=True, backend="reference")
+    pop_ext.enable(model if enabled_through == "PEFT's wrapper" else base, PLAN, strict=True, backend=backend)
     output = model(input_ids=ids, logits_to_keep=1)
-    assert pop_ext.last_call(model).backend == "reference"
+    assert pop_ext.last_call(model).backend == backend
     assert pop_ext.last_call(model) is pop_ext.last_call(base)
     assert_close_fp32(output.logits, expected, "logits")
     compare_caches(output.past_key_values, cache)
@@ -130,18 +133,21 @@ def test_the_reference_backend_runs_adapters(enabled_through):
 
 
 @torch.no_grad()
-def test_an_adapter_added_after_enable_is_left_to_the_stock_forward():
-    model = pop_ext.enable(llama(), PLAN)
+def test_an_adapter_added_after_enable_is_left_to_the_portable_backend():
+    model = pop_ext.enable(llama(), PLAN, strict=True)
     ids = tokens(model, 1, T)
     model(ids, logits_to_keep=1)
     assert pop_ext.last_call(model).native
     peft.inject_adapter_in_model(lora("k_proj"), model)
-    with pytest.warns(UserWarning, match="k_proj: expected a plain torch.nn.Linear, got peft"):
-        with_adapter = model(ids, logits_to_keep=1)
-    assert pop_ext.last_call(model).rule == "model"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert torch.equal(with_adapter.logits, pop_ext.disable(model)(ids, logits_to_keep=1).logits)
+    with_adapter = model(ids, logits_to_keep=1)
+    assert pop_ext.last_call(model).backend == "portable"
+    assert_close_fp32(with_adapter.logits, reference.prefill(model, ids, PLAN)[0], "logits")
+    pop_ext.enable(model, PLAN, backend="portable")
+    with pop_ext.enabled(llama(), PLAN, backend="native") as native:
+        peft.inject_adapter_in_model(lora("k_proj"), native)
+        with pytest.warns(UserWarning, match="k_proj: expected a plain torch.nn.Linear, got peft"):
+            native(ids, logits_to_keep=1)
+        assert pop_ext.last_call(native).rule == "model"
 
 
 def test_a_published_preset_does_not_run_by_itself_on_adapted_weights(monkeypatch):

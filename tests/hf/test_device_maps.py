@@ -1,6 +1,6 @@
 """Test models that accelerate placed or offloaded.
 
-On one device they run natively; otherwise they are refused, declined or run by the oracle.
+On one device they run natively, otherwise portably.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ OFFLOADS = {
 
 
 @torch.no_grad()
-def assert_the_oracle_runs(model: nn.Module) -> None:
+def assert_runs(model: nn.Module, backend: str) -> None:
     ids = tokens(llama(), 2, T)
     expected, cache = reference.prefill(llama(), ids, PLAN)
     stock = generate(model, ids, 8)
-    pop_ext.enable(model, PLAN, strict=True, backend="reference")
+    pop_ext.enable(model, PLAN, strict=True, backend=backend)
     output = model(ids, logits_to_keep=1)
-    assert pop_ext.last_call(model).backend == "reference"
+    assert pop_ext.last_call(model).backend == backend
     assert_close_fp32(output.logits, expected, "logits")
     compare_caches(output.past_key_values, cache)
     pruned = generate(model, ids, 8)
@@ -82,19 +82,24 @@ def test_a_map_to_one_device_runs_natively(load, device_map):
     assert pop_ext.last_call(model).native
 
 
+BACKENDS = pytest.mark.parametrize("backend", ["portable", "reference"])
+
+
+@BACKENDS
 @pytest.mark.parametrize("offloaded", OFFLOADS)
-def test_a_map_that_offloads_a_part_is_refused_and_the_reference_backend_runs_it(load, offloaded):
+def test_a_map_that_offloads_a_part_is_refused_natively_and_runs_otherwise(load, offloaded, backend):
     model = load(split(OFFLOADS[offloaded]))
     before = dict(model.__dict__)
     with pytest.raises(UnsupportedModelError, match=r'weight .*offloaded by a device_map.*backend="reference"'):
-        pop_ext.enable(model, PLAN)
+        pop_ext.enable(model, PLAN, backend="native")
     assert model.__dict__ == before
-    assert_the_oracle_runs(model)
+    assert_runs(model, backend)
 
 
 @pytest.mark.parametrize("preloaded_classes", [None, ["LlamaDecoderLayer"]], ids=["by module", "by layer"])
-def test_the_reference_backend_runs_a_cpu_offloaded_model(preloaded_classes):
-    assert_the_oracle_runs(cpu_offload(llama(), execution_device="cpu", preload_module_classes=preloaded_classes))
+@BACKENDS
+def test_a_cpu_offloaded_model_runs(preloaded_classes, backend):
+    assert_runs(cpu_offload(llama(), execution_device="cpu", preload_module_classes=preloaded_classes), backend)
 
 
 @torch.no_grad()
@@ -102,11 +107,12 @@ def test_hooks_that_move_arguments_between_devices_are_left_to_the_stock_forward
     model = dispatch_model(llama(), {"": "cpu"}, force_hooks=True)
     ids = tokens(model, 1, T)
     expected = model(ids, logits_to_keep=1)
-    pop_ext.enable(model, PLAN)
+    pop_ext.enable(model, PLAN, backend="native")
     with pytest.warns(UserWarning, match=r"a hook of accelerate \(AlignDevicesHook\) on model"):
         assert_same_bits(model(ids, logits_to_keep=1), expected)
     assert pop_ext.last_call(model).rule == "hooks"
-    assert_the_oracle_runs(pop_ext.disable(model))
+    for backend in ("portable", "reference"):
+        assert_runs(pop_ext.disable(model), backend)
 
 
 class Reversing(ModelHook):

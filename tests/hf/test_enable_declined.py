@@ -191,6 +191,7 @@ class Case:
         build: builds the model.
         batch: number of sequences.
         grad: whether grad mode is on.
+        backend: of `enable`. The portable backend runs some calls that the native one declines.
     """
 
     rule: str
@@ -200,6 +201,7 @@ class Case:
     build: Callable[..., nn.Module] = llama
     batch: int = 1
     grad: bool = False
+    backend: str = "auto"
 
 
 def keep_one(**call: Any) -> Callable[[nn.Module], dict[str, Any]]:
@@ -286,7 +288,7 @@ DECLINED = {
     "a hook on the decoder": Case("hooks", edit=hook_decoder),
     "a hook on the rotary module": Case("hooks", edit=hook_rotary),
     "a replaced forward of an inner module": Case("hooks", edit=replace_forward),
-    "accelerate's hooks": Case("hooks", edit=offload_with_accelerate),
+    "accelerate's hooks": Case("hooks", edit=offload_with_accelerate, backend="native"),
     "a patched class": Case("hooks", context=patched_class),
     "a global hook": Case("hooks", context=lambda: global_hook(nn.modules.module.register_module_forward_hook)),
     "a global pre-hook": Case("hooks", context=lambda: global_hook(nn.modules.module.register_module_forward_pre_hook)),
@@ -298,7 +300,7 @@ DECLINED = {
     "a replaced eager attention": Case(
         "attention", context=replaced_eager, build=lambda: llama(attn_implementation="eager")
     ),
-    "a custom experts implementation": Case("experts", edit=custom_experts, build=mixtral),
+    "a custom experts implementation": Case("experts", edit=custom_experts, build=mixtral, backend="native"),
     "bidirectional attention": Case("attention", edit=set_config(is_causal=False)),
     "dropout in training": Case("training", edit=train_with_dropout),
     "gradient checkpointing in training": Case("training", edit=train_with_checkpointing),
@@ -307,6 +309,7 @@ DECLINED = {
     "a window cache for full attention": Case(
         "cache",
         lambda model: {"past_key_values": DynamicCache(config=mistral().config), "logits_to_keep": 1},
+        backend="native",
     ),
     "a subclass of DynamicCache": Case("cache", lambda model: {"past_key_values": OtherCache(), "logits_to_keep": 1}),
 }
@@ -333,7 +336,7 @@ def declined(request: pytest.FixtureRequest) -> Iterator[tuple[Case, nn.Module, 
 def test_a_declined_call_gives_the_bits_of_the_stock_model(declined):
     case, model, ids, call = declined
     expected = run(model, ids, call, case.grad)
-    pop_ext.enable(model, PLAN)
+    pop_ext.enable(model, PLAN, backend=case.backend)
     with pytest.warns(UserWarning, match="the stock forward runs"):
         actual = run(model, ids, call, case.grad)
     assert_same_bits(actual, expected)
@@ -342,7 +345,7 @@ def test_a_declined_call_gives_the_bits_of_the_stock_model(declined):
 
 def test_a_declined_call_warns_once(declined):
     case, model, ids, call = declined
-    pop_ext.enable(model, PLAN)
+    pop_ext.enable(model, PLAN, backend=case.backend)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run(model, ids, call, case.grad)
@@ -354,7 +357,7 @@ def test_a_declined_call_warns_once(declined):
 
 def test_explain_names_the_reason_for_a_decline_without_running(declined):
     case, model, ids, call = declined
-    pop_ext.enable(model, PLAN)
+    pop_ext.enable(model, PLAN, backend=case.backend)
     before = copy.deepcopy(call)
     ran = []
     model.lm_head.register_forward_hook(lambda *_: ran.append(1))
@@ -370,7 +373,7 @@ def test_explain_names_the_reason_for_a_decline_without_running(declined):
 
 def test_a_declined_call_is_an_error_under_strict(declined):
     case, model, ids, call = declined
-    pop_ext.enable(model, PLAN, strict=True)
+    pop_ext.enable(model, PLAN, strict=True, backend=case.backend)
     with pytest.raises(pop_ext.PrefillDeclined, match="strict=True") as error:
         run(model, ids, call, case.grad)
     with torch.set_grad_enabled(case.grad):

@@ -1,4 +1,4 @@
-"""Test models without a native form: the error of `enable`, and `backend="reference"` for them."""
+"""Test models without a native form: the error of `enable`, and the backends that run them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,13 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 
+class OtherLinear(nn.Linear):
+    """A linear module of another class, as quantised checkpoints have them."""
+
+
 def quantised() -> nn.Module:
     model = llama()
+    model.model.layers[2].mlp.up_proj.__class__ = OtherLinear
     model.config.quantization_config = {"quant_method": "gptq"}
     return model
 
@@ -115,7 +120,7 @@ def test_an_unsupported_model_is_refused_and_unchanged(build):
     model = build()
     before = dict(model.__dict__)
     with pytest.raises(UnsupportedModelError, match=UNSUPPORTED[build]) as error:
-        pop_ext.enable(model)
+        pop_ext.enable(model, backend="native")
     assert model.__dict__ == before
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
 
@@ -125,12 +130,31 @@ def test_an_unsupported_model_is_refused_and_unchanged(build):
 def test_the_error_names_the_reference_backend_where_that_runs_the_model_and_nowhere_else(build):
     model = build()
     with pytest.raises(UnsupportedModelError) as error:
-        pop_ext.enable(model)
+        pop_ext.enable(model, backend="native")
     named = 'backend="reference" works' in str(error.value)
     assert named is (build not in NOT_EVEN_BY_REFERENCE)
     if named:
         pop_ext.enable(model, Plan(model.config.num_hidden_layers, (1,)), strict=True, backend="reference")
         assert model(torch.arange(2, 14)[None], logits_to_keep=1).logits.isfinite().all()
+
+
+# What neither backend can run: nothing loads the weights, or no layers can be told apart, or all rows see each other.
+BY_NO_BACKEND = {on_meta, one_layer_on_meta, with_one_layer_fewer, gpt2, bidirectional, without_a_head}
+
+
+@pytest.mark.parametrize("build", UNSUPPORTED, ids=lambda build: build.__name__)
+@torch.no_grad()
+def test_the_portable_backend_takes_over_where_it_can(build):
+    model = build()
+    if build in BY_NO_BACKEND:
+        with pytest.raises(UnsupportedModelError, match=UNSUPPORTED[build]):
+            pop_ext.enable(model)
+        assert "forward" not in model.__dict__
+        return
+    pop_ext.enable(model, Plan(model.config.num_hidden_layers, (1,)), strict=True)
+    if build is not of_mixed_dtype:  # the stock model cannot run
+        assert model(torch.arange(2, 14)[None], logits_to_keep=1).logits.isfinite().all()
+        assert pop_ext.last_call(model).backend == "portable"
 
 
 @pytest.mark.parametrize("option", ["fp8", "prepack"])
@@ -153,7 +177,7 @@ def test_a_refused_enable_keeps_the_previous_one():
     [
         ({"plan": Plan(4, (3,))}, ValueError, "expected num_layers=6 like the model, got 4"),
         ({"plan": (3, 4)}, TypeError, "expected a pop_ext.Plan, got tuple"),
-        ({"backend": "cuda"}, ValueError, "expected one of native, reference, got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, "expected one of auto, native, portable, reference, got 'cuda'"),
         ({"plan": Plan(4, (3,)), "backend": "reference"}, ValueError, "expected num_layers=6"),
     ],
 )

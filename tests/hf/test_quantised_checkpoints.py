@@ -1,4 +1,4 @@
-"""Test quantised checkpoints: the native backend refuses them by name, the reference backend runs them."""
+"""Test quantised checkpoints: the native backend refuses them by name, the others run them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from enabled_models import LAYERS, PLAN, generate
 from models import llama, mixtral, tokens
 from pop_ext import Plan, UnsupportedModelError
+from tolerance import assert_close_fp32
 from torch import Tensor, nn
 
 METHODS = (
@@ -51,13 +52,13 @@ def quantised(method: str | None, build=llama) -> nn.Module:
 def test_a_quantised_checkpoint_is_refused_by_the_name_of_its_method(method):
     model = quantised(method)
     with pytest.raises(UnsupportedModelError, match=rf'quantised checkpoint \({method}\).*backend="reference" works'):
-        pop_ext.enable(model)
+        pop_ext.enable(model, backend="native")
     assert "forward" not in model.__dict__
 
 
 def test_quantised_modules_without_a_config_are_refused_by_their_class():
     with pytest.raises(UnsupportedModelError, match="q_proj: expected a plain torch.nn.Linear, got .*Int8Linear"):
-        pop_ext.enable(quantised(None))
+        pop_ext.enable(quantised(None), backend="native")
 
 
 @pytest.mark.parametrize("build", [llama, mixtral])
@@ -72,5 +73,18 @@ def test_the_reference_backend_runs_a_quantised_checkpoint(build):
     pruned = model(ids, logits_to_keep=1).logits
     assert pop_ext.last_call(model).backend == "reference"
     assert torch.equal(pruned, pop_ext.reference.prefill(model, ids, PLAN)[0])
+    pop_ext.enable(model, PLAN, strict=True)
+    portable = model(ids, logits_to_keep=1).logits
+    assert pop_ext.last_call(model).backend == "portable"
+    assert_close_fp32(portable, pruned, "logits")
     pop_ext.disable(model)
     assert not torch.allclose(pruned, model(ids, logits_to_keep=1).logits, atol=1e-3), "the plan changes nothing"
+
+
+@torch.no_grad()
+def test_a_checkpoint_that_was_dequantised_runs_natively():
+    model = llama()
+    model.config.quantization_config = {"quant_method": "gguf"}
+    pop_ext.enable(model, PLAN, strict=True)
+    model(tokens(model, 1, 30), logits_to_keep=1)
+    assert pop_ext.last_call(model).native

@@ -12,7 +12,13 @@ from pop_ext.hf.decision import Decline
 from pop_ext.hf.dispatch import Call
 from pop_ext.hf.inputs import PrefillRequest
 from pop_ext.hf.native_model import PrefillOutput, check_plan
-from pop_ext.hf.patches import find_module_patch, has_global_hooks, is_patched_class
+from pop_ext.hf.patches import (
+    find_module_patch,
+    has_global_hooks,
+    is_own_forward,
+    is_patched_class,
+    unsupported_attention,
+)
 from pop_ext.hf.restore import cache_restored_on_error
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.projections import FitMismatch, check_fit
@@ -48,14 +54,19 @@ class PortableBackend:
                 raise ValueError(
                     f"model: expected layers whose forward takes the cache, got {type(layer).__name__} (layer {index})"
                 )
+        _check_weights(model)
 
     def validate(self, model: nn.Module, call: Call) -> PortableRunner:
         """Return a runner. Raise ``Decline`` for code around the modules of layers, and for fits of other weights."""
         try:
             decoder = find_decoder(model)
             check_fit(self.plan, decoder.layers)
+            _check_weights(model)
         except (FitMismatch, ValueError) as error:
             raise Decline("model", str(error)) from error
+        attention = unsupported_attention(decoder.module)
+        if attention is not None:
+            raise Decline("attention", attention)
         patch = _find_patch(decoder)
         if patch is not None:
             raise Decline("hooks", f"{patch}: it would see only some of the rows")
@@ -126,6 +137,25 @@ def _find_patch(decoder: Decoder) -> str | None:
         if is_patched_class(type(module)):
             return f"a replaced forward of {type(module).__name__}"
         found = find_module_patch(module)
-        if found is not None and "_hf_hook" not in vars(module):
+        if found is not None and not _is_placed_by_accelerate(module):
             return f"{found} on {name or 'the decoder'}"
     return None
+
+
+def _is_placed_by_accelerate(module: nn.Module) -> bool:
+    """Return whether all that is patched of a module is a hook of accelerate, around the forward of its class."""
+    own = vars(module)
+    hook, forward = own.get("_hf_hook"), own.get("_old_forward")
+    hooks = getattr(hook, "hooks", [hook])  # of a SequentialHook
+    if any(type(one).__module__ != "accelerate.hooks" for one in hooks) or not is_own_forward(module, forward):
+        return False
+    return not own["_forward_hooks"] and not own["_forward_pre_hooks"]
+
+
+def _check_weights(model: nn.Module) -> None:
+    """Raise ValueError for weights that no forward of one process can use by itself."""
+    for name, parameter in model.named_parameters():
+        if type(parameter.data).__name__ == "DTensor":
+            raise ValueError(f"weight {name}: expected a whole tensor, got a DTensor (of a tensor-parallel model?)")
+        if parameter.is_meta and not any("_hf_hook" in vars(module) for module in model.modules()):
+            raise ValueError(f"weight {name}: expected loaded weights, got the meta device and no hooks that load them")

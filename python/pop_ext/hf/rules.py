@@ -261,9 +261,11 @@ def _check_cache(config: Any, cache: Any, runs_stock_forward: bool) -> None:
     if cache is None:
         return
     if runs_stock_forward:
-        if not (isinstance(cache, Cache) and hasattr(cache, "layers")):
+        # A class of its own may do more in an update than its layers do.
+        own = type(cache).__module__.startswith("transformers.")
+        if not (isinstance(cache, Cache) and own and hasattr(cache, "layers")):
             found = type(cache).__name__
-            raise Decline("cache", f"past_key_values: expected a transformers Cache of layers, got {found}")
+            raise Decline("cache", f"past_key_values: expected a cache of transformers, got {found}")
     else:
         try:
             check_cache(cache, config.num_hidden_layers)

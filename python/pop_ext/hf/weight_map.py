@@ -106,6 +106,9 @@ def describe(model: Any) -> Description:
         description = map_weights(model)
         _check_tensors(description.weights)
     except UnsupportedModelError as error:
+        method = _quantization_method(model)
+        if method is not None:
+            error.args = (f"model: expected unquantised weights, got a quantised checkpoint ({method}): {error}",)
         if oracle_may_run(model):
             # Name the function, not only the option: the command line shows this text and has no --backend.
             error.args = (f'{error}. pop_ext.enable with backend="reference" works for this model, slowly.',)
@@ -177,7 +180,7 @@ def _order_weights(spec: _core.ModelSpec, refs: dict[str, WeightRef]) -> list[We
 
 
 def _check_family(model: Any) -> Family:
-    """Return the family of a model. Raise UnsupportedModelError if it has none or the checkpoint is quantised."""
+    """Return the family of a model. Raise UnsupportedModelError if it has none."""
     config: Any = getattr(model, "config", None)
     family = family_of(config)
     if family is None:
@@ -186,14 +189,22 @@ def _check_family(model: Any) -> Family:
     _check_class(model, family.model_class or f"{family.prefix}ForCausalLM", "model")
     if family.vision is not None:
         _check_class(model.model, family.vision.wrapper, "model.model")
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        # A dict as in the checkpoint, or an object after transformers has parsed it.
-        read = quantization.get if isinstance(quantization, dict) else partial(getattr, quantization)
-        method = read("quant_method", None) or "unknown method"
-        method = getattr(method, "value", method)  # an enum in a parsed config
-        raise UnsupportedModelError(f"model: expected unquantised weights, got a quantised checkpoint ({method})")
     return family
+
+
+def _quantization_method(model: Any) -> str | None:
+    """Return the method by which the checkpoint of a model was quantised; None if it was not.
+
+    Only a name for errors: a checkpoint may have been dequantised when it was loaded, so the classes of the modules and
+    the tensors decide.
+    """
+    quantization = getattr(model.config, "quantization_config", None)
+    if quantization is None:
+        return None
+    # A dict as in the checkpoint, or an object after transformers has parsed it.
+    read = quantization.get if isinstance(quantization, dict) else partial(getattr, quantization)
+    method = read("quant_method", None) or "unknown method"
+    return str(getattr(method, "value", method))  # an enum in a parsed config
 
 
 def _check_class(module: nn.Module, expected: str, path: str) -> None:

@@ -164,28 +164,30 @@ class PartialLayer:
         Attentions split the heads of ``q_proj`` by a ``view`` that infers their number. One that does not, one with a
         norm over all heads, and a linear attention, whose output matters, compute their queries.
         """
+        if not has_heads_in_q_proj(mixer) or len(self._mixers) > 1:
+            return False
         kind = type(mixer)
         if kind not in _TAKES_NARROW_QUERY:
-            total = next(iter(call.values())).shape[-2]
-            row = last_rows(call, total, 1)
-            written: list[KeysValues | None] = []
-            tries: list[dict[str, nn.Module]] = (
-                [{}, {"q_proj": NarrowQuery(mixer)}] if has_heads_in_q_proj(mixer) else []
+            row = last_rows(call, next(iter(call.values())).shape[-2], 1)
+            _TAKES_NARROW_QUERY[kind] = _are_equal(
+                self._capture_apart(row, mixer),
+                self._capture_apart(row, clone_module(mixer, q_proj=NarrowQuery(mixer))),
             )
-            for children in tries:
-                mixers = {name: clone_module(child, **children) for name, child in self._mixers.items()}
-                try:
-                    written.append(self._capture(row, new_cache(mixer.config), mixers)[0])
-                except (RuntimeError, ValueError, IndexError):
-                    written.append(None)
-            _TAKES_NARROW_QUERY[kind] = len(self._mixers) == 1 and _are_equal(*written)
         return _TAKES_NARROW_QUERY[kind]
+
+    def _capture_apart(self, call: dict[str, Any], mixer: Module) -> KeysValues | None:
+        """Return what the layer would write with this mixer, without its cache; None if it fails or writes nothing."""
+        (name,) = self._mixers
+        try:
+            return self._capture(call, new_cache(mixer.config), {name: mixer})[0]
+        except (RuntimeError, ValueError, IndexError):
+            return None
 
 
 _TAKES_NARROW_QUERY: dict[type, bool] = {}
 
 
-def _are_equal(own: KeysValues | None = None, other: KeysValues | None = None) -> bool:
+def _are_equal(own: KeysValues | None, other: KeysValues | None) -> bool:
     """Return whether both were written, and are alike up to rounding."""
     if own is None or other is None:
         return False
