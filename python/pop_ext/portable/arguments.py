@@ -46,11 +46,11 @@ def _last_rows(name: str, value: Any, total: int, rows: int) -> Any:
     return value
 
 
-def causal_mask(rows: int, keys: int, device: torch.device) -> Tensor:
-    """Return the mask of the last ``rows`` of ``keys`` positions: bool ``[1, 1, rows, keys]``, True where one attends.
+def causal_mask(total: int, rows: int, keys: int, device: torch.device) -> Tensor:
+    """Return the mask of the last of ``total`` rows: bool ``[1, 1, rows, keys]``, True where a row attends to a key.
 
-    transformers passes no mask where the attention is causal by itself, which holds for all rows together: torch's
-    own causal attention aligns the first of few queries with the first key.
+    Without a mask torch's causal attention aligns the first row with the first key. transformers passes none where that
+    holds for all rows together: in a first prefill, also over a static cache, whose further keys are empty.
     """
-    key = torch.arange(keys, device=device)
-    return (key <= key[keys - rows :, None])[None, None]
+    row = torch.arange(total - rows, total, device=device)
+    return (torch.arange(keys, device=device) <= row[:, None])[None, None]

@@ -78,8 +78,9 @@ class PartialLayer:
                 filled = cache.update(written.keys, written.values, *written.args, **written.kwargs)
                 few[self._cache_name] = FilledCache(cache, filled, self.compute)
                 keys = filled[0].shape[-2]
-        if few.get(MASK, ...) is None and self.compute > 1 and _needs_mask(self.layer):
-            few[MASK] = causal_mask(self.compute, keys or cache.get_seq_length(), hidden_states.device)
+        keys = keys or total
+        if few.get(MASK, ...) is None and (self.compute > 1 or keys > total) and _needs_mask(self.layer):
+            few[MASK] = causal_mask(total, self.compute, keys, hidden_states.device)
         return self._merge(hidden_states, self._class.forward(layer, **few))
 
     def _leaves_something(self) -> bool:
