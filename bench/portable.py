@@ -1,0 +1,189 @@
+"""Time the portable backend against the stock forward, by form of the weights: ``python -m bench.portable``.
+
+Each form is a Llama of some 300 million parameters with random weights; ``gguf`` is a real checkpoint. The arms run in
+turn. A ceiling is the ratio of FLOPs by the cost model, in which a dequantised product costs what a plain one does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pop_ext
+import torch
+from pop_ext.hf.weight_map import describe
+
+from bench.arms import plan_flops, stock_flops
+from bench.environment import environment
+from bench.measure import Summary, error_line
+from bench.shapes import fill_random
+
+SIZES = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 20,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One form of the weights at one length, of one run.
+
+    Attributes:
+        form, tokens, dtype: what ran.
+        backend: the arm against the stock forward.
+        stock_s, backend_s: medians in seconds.
+        ratio: median over rounds of stock by backend.
+        ceiling: FLOPs of stock by those of the plan.
+        share: ratio by ceiling.
+        rounds: number of rounds.
+    """
+
+    form: str
+    tokens: int
+    dtype: str
+    backend: str
+    stock_s: float
+    backend_s: float
+    ratio: float
+    ceiling: float
+    share: float
+    rounds: int
+
+
+def plain(dtype: torch.dtype) -> Any:
+    """Return the Llama with plain weights."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES), dtype=dtype, attn_implementation="sdpa")
+    fill_random(model)
+    return model.eval()
+
+
+def torchao(dtype: torch.dtype) -> Any:
+    """Return it with 8-bit weights of torchao, dequantised in each product."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = plain(dtype)
+    quantize_(model.model.layers, Int8WeightOnlyConfig())
+    return model
+
+
+def lora(dtype: torch.dtype) -> Any:
+    """Return it with unmerged adapters of rank 16 on all projections."""
+    import peft
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = peft.LoraConfig(r=16, target_modules=targets, init_lora_weights=False)
+    return peft.get_peft_model(plain(dtype), config).get_base_model().eval()
+
+
+def offloaded(dtype: torch.dtype) -> Any:
+    """Return it with weights that accelerate loads layer by layer."""
+    from accelerate import cpu_offload
+
+    return cpu_offload(plain(dtype), execution_device="cpu")
+
+
+def gguf(dtype: torch.dtype) -> Any:
+    """Return SmolLM2-135M-Instruct from its GGUF file, dequantised."""
+    from transformers import AutoModelForCausalLM
+
+    from examples.real_model.prepare import prepare
+
+    return AutoModelForCausalLM.from_pretrained(prepare() / "model", dtype=dtype).eval()
+
+
+FORMS: dict[str, Callable[[torch.dtype], Any]] = {
+    "plain": plain,
+    "torchao int8": torchao,
+    "LoRA": lora,
+    "offloaded": offloaded,
+    "gguf": gguf,
+}
+
+
+def measure(
+    form: str, dtype: torch.dtype, tokens: int, rounds: int, backends: list[str], clock: Callable[[], float]
+) -> list[Result]:
+    """Time one form at one length, all arms in turn."""
+    model = FORMS[form](dtype)
+    spec = describe(plain(dtype) if form != "gguf" else model).spec
+    plan = pop_ext.Plan.last(spec.num_layers)
+    ids = torch.randint(0, spec.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    calls: dict[str, Callable[[], Any]] = {}
+    for backend in ("stock", *backends):
+        view = copy.copy(model)
+        if backend != "stock":
+            pop_ext.enable(view, plan, strict=True, backend=backend)
+        calls[backend] = lambda view=view: view(input_ids=ids, use_cache=True, logits_to_keep=1)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.no_grad():
+        for call in calls.values():
+            call()
+        for _ in range(rounds):
+            for name, call in calls.items():
+                begin = clock()
+                call()
+                seconds[name].append(clock() - begin)
+    ceiling = stock_flops(spec, 1, tokens) / plan_flops(spec, plan, 1, tokens)
+    results = []
+    for backend in backends:
+        ratio = statistics.median(a / b for a, b in zip(seconds["stock"], seconds[backend], strict=True))
+        medians = [Summary.of(seconds[name]).median for name in ("stock", backend)]
+        name = str(dtype).removeprefix("torch.")
+        results.append(Result(form, tokens, name, backend, *medians, ratio, ceiling, ratio / ceiling, rounds))
+    return results
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(prog="bench/portable.py", description=__doc__.splitlines()[0])
+    p.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
+    p.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    p.add_argument("--lengths", nargs="+", type=int, default=[512, 2048])
+    p.add_argument("--backends", nargs="+", default=["portable"], choices=["native", "portable", "reference"])
+    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--processor-time", action="store_true", help="of this process, which other processes disturb less")
+    p.add_argument("--json", type=Path)
+    arguments = p.parse_args()
+    clock = time.process_time if arguments.processor_time else time.perf_counter
+    results: list[Result] = []
+    failed: dict[str, str] = {}
+    for form in arguments.forms:
+        for dtype in arguments.dtypes:
+            for tokens in arguments.lengths:
+                try:
+                    found = measure(form, getattr(torch, dtype), tokens, arguments.rounds, arguments.backends, clock)
+                except Exception as error:  # a form may lack its package; the others go on
+                    failed[f"{form} {dtype} {tokens}"] = error_line(error)
+                    print(f"{form:13} {dtype:9} {tokens:5}  failed: {error_line(error)}", flush=True)
+                    continue
+                results += found
+                for r in found:
+                    print(
+                        f"{form:13} {dtype:9} {tokens:5}  {r.backend:9} {r.stock_s * 1e3:8.0f} ms -> "
+                        f"{r.backend_s * 1e3:8.0f} ms  {r.ratio:.3f}x of {r.ceiling:.3f}x: {r.share:.1%}",
+                        flush=True,
+                    )
+    if arguments.json:
+        facts = {
+            "clock": "processor time" if arguments.processor_time else "wall time",
+            "threads": torch.get_num_threads(),
+            "environment": environment(torch.device("cpu")),
+        }
+        rows = [asdict(result) for result in results]
+        arguments.json.write_text(json.dumps({**facts, "results": rows, "failed": failed}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
