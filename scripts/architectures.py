@@ -1,0 +1,399 @@
+"""Survey Prefill-Only Pruning over every generating architecture of the installed transformers.
+
+    python scripts/architectures.py --json architectures.json --markdown architectures.md
+    python scripts/architectures.py --only llama qwen3_next gemma3n
+
+Each decoder-only language model, and each model of text with images or audio, is built tiny and random, and run on a
+text prompt in float32: stock, and enabled with its deepest third omitted, the last layer apart. The result of the
+enabled forward is compared with an independent oracle: the stock forward with hooks that restore the input of the
+omitted layers in the context rows. Differences are relative to the largest value of a tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+TOKENS = 23
+"""Length of the prompt, which is the size of no other axis."""
+NEW_TOKENS = 8
+TOLERANCE = 1e-4
+SECONDS = 120
+"""Time for one architecture. It is then ended, and the survey goes on with the next."""
+
+
+@dataclass
+class Row:
+    """Report one architecture.
+
+    Attributes:
+        name: as transformers calls it.
+        model_class: name of the class.
+        outcome: "native", "portable" or "stock", whichever ran `generate`; "refused" by `enable`; "raises" in
+            `generate` where stock does not; "differs" from the oracle; "stock fails"; "not decoder-only".
+        reason: why, in one line.
+        layers: of the model.
+        omit: layers of the plan.
+        difference: of logits and of K, V and states of any layer from the oracle; None where it was not measured.
+        difference_logits: of the logits alone.
+        full_difference: of the logits from stock where the plan omits nothing.
+        effect: of the plan on the logits: a mistake in an omitted layer shows only if it has one.
+        same_tokens: whether `generate` returns the tokens of stock where the plan omits nothing.
+        errors: exceptions, by what was tried, with the lines that raised.
+        seconds: how long it took.
+    """
+
+    name: str
+    model_class: str
+    outcome: str = ""
+    reason: str = ""
+    layers: int | None = None
+    omit: list[int] = field(default_factory=list)
+    difference: float | None = None
+    difference_logits: float | None = None
+    full_difference: float | None = None
+    effect: float | None = None
+    same_tokens: bool | None = None
+    errors: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        difference = "" if self.difference is None else f"{self.difference:.1e}"
+        full = "" if self.full_difference is None else f"{self.full_difference:.1e}"
+        line = f"{self.name:24} {self.outcome:16} {difference:8} {full:8} {self.seconds:5.1f} s  {self.reason}"
+        return "\n".join([line, *(f"    {what}: {error}" for what, error in self.errors.items())])
+
+
+def architectures() -> dict[str, str]:
+    """Return the names of architectures with the name of their class, each pair of config and class once."""
+    from transformers.models.auto import modeling_auto as auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    found: dict[tuple[str, str], str] = {}
+    for mapping in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
+        names = getattr(auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES", {})
+        for name, model_class in names.items():
+            classes = (model_class,) if isinstance(model_class, str) else model_class
+            for each in classes:
+                found.setdefault((CONFIG_MAPPING_NAMES.get(name, name), each), name)
+    return {f"{name}:{model_class}": model_class for (_, model_class), name in found.items()}
+
+
+# One architecture
+
+
+def survey(key: str) -> Row:
+    """Run one architecture, `NAME:CLASS`, and report it, whatever it raises."""
+    import pop_ext
+    import torch
+    import transformers
+    from tiny_models import FIRST_SPECIAL_TOKEN, build, tiny_config
+
+    name, model_class = key.split(":")
+    row, start = Row(name, model_class), time.perf_counter()
+    try:
+        config = tiny_config(name)
+        if config.is_encoder_decoder or getattr(config, "is_decoder", None) is False:
+            row.outcome, row.reason = "not decoder-only", "encoder, or encoder and decoder"
+            return row
+        cls = getattr(transformers, model_class)
+        if cls.config_class is not type(config):  # a text model under the name of the whole
+            config = config.get_text_config(decoder=True)
+        model = build(cls, config)
+        generator = torch.Generator().manual_seed(2)
+        ids = torch.randint(3, FIRST_SPECIAL_TOKEN, (1, TOKENS), generator=generator)
+        expected_tokens = _generate(model, ids)
+        with torch.no_grad():
+            stock_logits = _forward(model, ids)[0]
+    except Exception as error:
+        row.outcome, row.reason, row.errors["stock"] = "stock fails", _one_line(error), _trace(error)
+        row.seconds = time.perf_counter() - start
+        return row
+    try:
+        _try_plans(row, model, ids, expected_tokens, stock_logits, pop_ext)
+    except Exception as error:
+        row.outcome, row.reason, row.errors["survey"] = "raises", _one_line(error), _trace(error)
+    row.seconds = time.perf_counter() - start
+    return row
+
+
+def _try_plans(row: Row, model: Any, ids: Any, expected_tokens: Any, stock_logits: Any, pop_ext: Any) -> None:
+    """Enable a model with two plans, and compare its results with those of the stock model and the oracle."""
+    import torch
+
+    row.layers = count = model.config.get_text_config(decoder=True).num_hidden_layers
+    row.omit = list(range(count - 1))[-max(1, count // 3) :]
+    try:
+        pop_ext.enable(model, pop_ext.Plan(num_layers=count, omit=row.omit), backend="auto")
+    except ValueError as error:
+        row.outcome, row.reason = "refused", _one_line(error)
+        return
+    try:
+        _generate(model, ids)
+        decision = pop_ext.last_call(model)
+        row.outcome, row.reason = ("stock", "no call seen") if decision is None else (decision.backend, decision.reason)
+    except Exception as error:
+        row.outcome, row.reason, row.errors["generate"] = "raises", _one_line(error), _trace(error)
+    with torch.no_grad():
+        try:
+            logits, states = _forward(model, ids)
+            if pop_ext.last_call(model).backend != row.outcome and row.outcome != "raises":
+                row.errors["forward"] = f"ran {pop_ext.last_call(model)}"
+        except Exception as error:
+            row.errors["forward"] = _trace(error)
+            logits = None
+        pop_ext.disable(model)
+        try:
+            oracle_logits, oracle_states = _held_back_forward(model, ids, row.omit)
+            row.effect = _difference(oracle_logits, stock_logits)
+            if logits is not None and row.outcome != "stock":
+                row.difference_logits = _difference(logits, oracle_logits)
+                row.difference = max([row.difference_logits, *_state_differences(states, oracle_states, row)])
+        except Exception as error:
+            row.errors["oracle"] = _trace(error)
+        try:
+            with pop_ext.enabled(model, pop_ext.Plan(num_layers=count, omit=())):
+                row.full_difference = _difference(_forward(model, ids)[0], stock_logits)
+                row.same_tokens = bool(torch.equal(_generate(model, ids), expected_tokens))
+        except Exception as error:
+            row.errors["full"] = _trace(error)
+    wrong = max(row.difference or 0.0, row.full_difference or 0.0) > TOLERANCE or row.same_tokens is False
+    if row.outcome in ("native", "portable") and (wrong or row.errors):
+        row.reason, row.outcome = f"{row.outcome}: {row.reason}", "differs" if wrong else "raises"
+
+
+def _generate(model: Any, ids: Any) -> Any:
+    import torch
+
+    model.generation_config.eos_token_id = None
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=0,
+    )
+
+
+def _forward(model: Any, ids: Any) -> tuple[Any, list[dict[str, Any]]]:
+    """Return the logits of the last row, and the tensors in each layer of the cache."""
+    import inspect
+
+    import torch
+
+    taken = inspect.signature(type(model).forward).parameters
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
+    output = model(ids, attention_mask=torch.ones_like(ids), use_cache=True, **keep)
+    cache = next((output[name] for name in ("cache", "past_key_values", "cache_params") if name in output), None)
+    return output.logits[:, -1:], [_tensors(layer) for layer in getattr(cache, "layers", ())]
+
+
+def _tensors(layer: Any) -> dict[str, Any]:
+    """Return the K, V and states in a layer of a cache."""
+    import torch
+
+    found = {}
+    for name, value in vars(layer).items():
+        items = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
+        if isinstance(items, dict):
+            found.update({f"{name}[{key}]": item for key, item in items.items()})
+        else:
+            found[name] = items
+    return {name: v for name, v in found.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+
+
+def _held_back_forward(model: Any, ids: Any, omit: list[int]) -> tuple[Any, list[dict[str, Any]]]:
+    """Run the stock forward with hooks that give the last row alone the output of the omitted layers."""
+    import torch
+
+    def hold_back(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output[0] if isinstance(output, tuple) else output
+        context = torch.arange(TOKENS) < TOKENS - 1
+        shape = [1] * after.ndim
+        shape[list(after.shape).index(TOKENS)] = TOKENS
+        held = torch.where(context.view(shape), before, after)
+        return (held, *output[1:]) if isinstance(output, tuple) else held
+
+    with ExitStack() as stack:
+        for index in omit:
+            hook = _layers(model)[index].register_forward_hook(hold_back, with_kwargs=True)
+            stack.callback(hook.remove)
+        return _forward(model, ids)
+
+
+def _layers(model: Any) -> Any:
+    """Return the decoder layers."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.model
+    return decoder.layers
+
+
+def _difference(found: Any, expected: Any) -> float:
+    scale = max(float(expected.abs().max()), 1e-30)
+    return float((found - expected).abs().max()) / scale if expected.numel() else 0.0
+
+
+def _state_differences(found: list[dict[str, Any]], expected: list[dict[str, Any]], row: Row) -> list[float]:
+    """Return the difference of each tensor of two caches; note those that only one has, or in another shape."""
+    differences = []
+    for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        for name in sorted(ours.keys() | theirs.keys()):
+            shapes = [None if name not in side else list(side[name].shape) for side in (ours, theirs)]
+            if shapes[0] != shapes[1]:
+                row.errors[f"cache layer {index} {name}"] = f"expected {shapes[1]}, got {shapes[0]}"
+            else:
+                differences.append(_difference(ours[name], theirs[name]))
+    return differences
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def _trace(error: BaseException) -> str:
+    """Return an exception in one line, with the lines of pop_ext and transformers that raised it."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "scripts" not in f.filename]
+    places = [f"{Path(*Path(f.filename).parts[-3:])}:{f.lineno} {f.name}" for f in frames]
+    ours = [place for place, f in zip(places, frames, strict=True) if "pop_ext" in f.filename][-2:]
+    return f"{_one_line(error)} [{' < '.join([*reversed(places[-2:]), *(p for p in ours if p not in places[-2:])])}]"
+
+
+# All of them
+
+
+def work(keys: list[str]) -> None:
+    """Survey architectures in this process, and print a line of JSON for each."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers_logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    for key in keys:
+        row = survey(key)
+        print("ROW " + json.dumps(asdict(row)), flush=True)
+
+
+def run(keys: list[str], seconds: float) -> list[Row]:
+    """Survey architectures in a process of their own, and start another where one crashes or hangs."""
+    rows: list[Row] = []
+    while len(rows) < len(keys):
+        left = keys[len(rows) :]
+        command = [sys.executable, __file__, "--worker", *left]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as worker:
+            lines: queue.Queue[str | None] = queue.Queue()
+            errors: list[str] = []
+            threads = [
+                threading.Thread(target=_read, args=(worker.stdout, lines)),
+                threading.Thread(target=lambda pipe, kept: kept.extend(pipe), args=(worker.stderr, errors)),
+            ]
+            for thread in threads:
+                thread.start()
+            ended = _collect(lines, rows, len(keys), seconds)
+            worker.kill()
+            for thread in threads:
+                thread.join()
+        if len(rows) < len(keys):
+            name, model_class = keys[len(rows)].split(":")
+            what = f"exit status {worker.returncode}: {''.join(errors)[-300:]}" if ended else f"no end in {seconds} s"
+            rows.append(Row(name, model_class, "crashes", " ".join(what.split())))
+            print(rows[-1], flush=True)
+    return rows
+
+
+def _read(pipe: Any, lines: queue.Queue[str | None]) -> None:
+    for line in pipe:
+        if line.startswith("ROW "):
+            lines.put(line[4:])
+    lines.put(None)
+
+
+def _collect(lines: queue.Queue[str | None], rows: list[Row], count: int, seconds: float) -> bool:
+    """Add rows as they come; return whether the process ended by itself, or all rows have come."""
+    while len(rows) < count:
+        try:
+            line = lines.get(timeout=seconds)
+        except queue.Empty:
+            return False
+        if line is None:
+            return True
+        rows.append(Row(**json.loads(line)))
+        print(rows[-1], flush=True)
+    return True
+
+
+def versions() -> dict[str, str]:
+    import pop_ext
+    import torch
+    import transformers
+
+    return {"pop_ext": pop_ext.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def totals(rows: list[Row]) -> dict[str, int]:
+    """Return how many architectures had each outcome."""
+    return dict(Counter(row.outcome for row in rows).most_common())
+
+
+def markdown(rows: list[Row]) -> str:
+    """Return the table of all architectures that are decoder-only."""
+    shown = [row for row in rows if row.outcome != "not decoder-only"]
+    lines = [
+        f"{', '.join(f'{name} {version}' for name, version in versions().items())}; "
+        + ", ".join(f"{count} {outcome}" for outcome, count in totals(shown).items()),
+        "",
+        "| architecture | class | stock | enabled | largest difference | omit nothing | reason |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in shown:
+        stock = "fails" if row.outcome == "stock fails" else "runs"
+        numbers = ["" if x is None else f"{x:.1e}" for x in (row.difference, row.full_difference)]
+        enabled = "" if stock == "fails" else row.outcome
+        cells = [row.name, row.model_class, stock, enabled, *numbers, row.reason.replace("|", "\\|")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="names of architectures or classes")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write all results, with the versions")
+    parser.add_argument("--markdown", type=Path, metavar="PATH", help="write a table")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time for one architecture")
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options.worker)
+        return
+    keys = list(architectures())
+    if options.only:
+        keys = [key for key in keys if set(key.split(":")) & set(options.only)]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    rows = run(keys, options.seconds)
+    print(", ".join(f"{count} {outcome}" for outcome, count in totals(rows).items()), f"of {len(rows)}")
+    if options.json:
+        report = {"versions": versions(), "totals": totals(rows), "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.markdown:
+        options.markdown.write_text(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
