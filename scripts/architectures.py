@@ -35,6 +35,9 @@ TOLERANCE = 1e-4
 SECONDS = 120
 """Time for one architecture. It is then ended, and the survey goes on with the next."""
 
+DECODERS = ("evolla", "gpt_neox", "gpt_neox_japanese")
+"""Decoders whose config says `is_decoder=False`."""
+
 
 @dataclass
 class Row:
@@ -107,12 +110,14 @@ def survey(key: str) -> Row:
     row, start = Row(name, model_class), time.perf_counter()
     try:
         config = tiny_config(name)
-        if config.is_encoder_decoder or getattr(config, "is_decoder", None) is False:
+        encoder = getattr(config, "is_decoder", None) is False and name not in DECODERS
+        if config.is_encoder_decoder or encoder:
             row.outcome, row.reason = "not decoder-only", "encoder, or encoder and decoder"
             return row
         cls = getattr(transformers, model_class)
-        if cls.config_class is not type(config):  # a text model under the name of the whole
-            config = config.get_text_config(decoder=True)
+        text = config.get_text_config(decoder=True)
+        if not isinstance(config, cls.config_class) and isinstance(text, cls.config_class):
+            config = text  # a text model under the name of the whole
         model = build(cls, config)
         generator = torch.Generator().manual_seed(2)
         ids = torch.randint(3, FIRST_SPECIAL_TOKEN, (1, TOKENS), generator=generator)
@@ -140,7 +145,7 @@ def _try_plans(row: Row, model: Any, ids: Any, expected_tokens: Any, stock_logit
     try:
         pop_ext.enable(model, pop_ext.Plan(num_layers=count, omit=row.omit), backend="auto")
     except ValueError as error:
-        row.outcome, row.reason = "refused", _one_line(error)
+        row.outcome, row.reason = "refused", _refusal(model, row, pop_ext) or _one_line(error)
         return
     try:
         _generate(model, ids)
@@ -174,6 +179,16 @@ def _try_plans(row: Row, model: Any, ids: Any, expected_tokens: Any, stock_logit
     wrong = max(row.difference or 0.0, row.full_difference or 0.0) > TOLERANCE or row.same_tokens is False
     if row.outcome in ("native", "portable") and (wrong or row.errors):
         row.reason, row.outcome = f"{row.outcome}: {row.reason}", "differs" if wrong else "raises"
+
+
+def _refusal(model: Any, row: Row, pop_ext: Any) -> str | None:
+    """Return why the portable backend does not run a model, which it does for most."""
+    try:
+        plan = pop_ext.Plan(num_layers=row.layers, omit=row.omit)
+        pop_ext.enable(model, plan, backend="portable")
+    except ValueError as error:
+        return _one_line(error)
+    return None
 
 
 def _generate(model: Any, ids: Any) -> Any:
@@ -224,6 +239,8 @@ def _held_back_forward(model: Any, ids: Any, omit: list[int]) -> tuple[Any, list
     def hold_back(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         before = args[0] if args else kwargs["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
+        if TOKENS not in after.shape:  # transformers itself gives the layer the last row alone
+            return output
         context = torch.arange(TOKENS) < TOKENS - 1
         shape = [1] * after.ndim
         shape[list(after.shape).index(TOKENS)] = TOKENS
@@ -244,13 +261,16 @@ def _layers(model: Any) -> Any:
 
 
 def _difference(found: Any, expected: Any) -> float:
-    scale = max(float(expected.abs().max()), 1e-30)
-    return float((found - expected).abs().max()) / scale if expected.numel() else 0.0
+    if not expected.numel():
+        return 0.0
+    return float((found - expected).abs().max()) / max(float(expected.abs().max()), 1e-30)
 
 
 def _state_differences(found: list[dict[str, Any]], expected: list[dict[str, Any]], row: Row) -> list[float]:
     """Return the difference of each tensor of two caches; note those that only one has, or in another shape."""
-    differences = []
+    differences: list[float] = []
+    if not any(expected):
+        row.errors["cache"] = "found no tensors to compare"
     for index, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         for name in sorted(ours.keys() | theirs.keys()):
             shapes = [None if name not in side else list(side[name].shape) for side in (ours, theirs)]

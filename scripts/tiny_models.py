@@ -62,22 +62,106 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("sliding_window", "sliding_window_size", "attention_window_size", "window_size"), 16),
     **dict.fromkeys(("local_attention", "attention_chunk_size"), 16),
     "index_topk": 8,
-    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "mamba_d_head", "mamba_head_dim"), 8),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "mamba_head_dim"), 8),
+    "mamba_d_head": 16,
     **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size"), 16),
     **dict.fromkeys(("time_step_rank", "mamba_dt_rank", "mamba_n_groups", "n_groups", "mamba_ngroups"), 2),
     **dict.fromkeys(("mamba_chunk_size", "chunk_size"), 8),
-    "mamba_d_ssm": 64,
+    "mamba_d_ssm": 128,
     "lru_width": HIDDEN,
     **dict.fromkeys(("conv_dim", "router_hidden_size"), 32),
     "image_size": 56,
     "num_nextn_predict_layers": 0,
     "projector_hidden_size": HIDDEN,
     "codebook_size": 64,
+    "base_channels": 32,
+    "num_filters": 4,
+    "layers": LAYERS,
     "max_source_positions": 64,
 }
 """Sizes by the names that configs give them, whatever the architecture."""
 
-SPECIAL: dict[str, dict[str, Any]] = {}
+LINEAR, FULL, SLIDING = "linear_attention", "full_attention", "sliding_attention"
+SHARED_KV = {"layer_types": [SLIDING, FULL] * 3, "num_kv_shared_layers": 2}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+HALF_MROPE = {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}}
+EQUAL_HEADS = {"num_key_value_heads": HEADS}
+QWEN4_EXP = {
+    "layer_types": [LINEAR, "indexed_attention"] * 3,
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": HEAD_DIM,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+    "hc_lowrank": 16,
+    "ple_layer_ids": [1],
+    "ple_embed_dim": HIDDEN,
+    "ngram_vocab_size_base": 500,
+    "split_ngram_parts": 4,
+}
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [2, 4]},
+    "blt": {"encoder_hash_byte_group_vocab": 100},
+    "chameleon": {"vocabulary_map": {"<image>": 300}},
+    "cohere_compass_text": {
+        "layer_types": [SLIDING, FULL] * 3,
+        "rope_parameters": dict.fromkeys((SLIDING, FULL), MROPE["rope_parameters"]),
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + 5 * ["sparse"]},
+    "dory": {
+        "n_input_layers": 2,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 2,
+        "num_hidden_layers": LAYERS,
+        "layer_types": [SLIDING, FULL] * 3,
+    },
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_audio_encoder": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
+    "dots3_note_text": {**EQUAL_HEADS, "per_layer_config": {"02": {"kv_lora_rank": 16, "qk_nope_head_dim": 24}}},
+    "emu3": {"vocabulary_map": {"<image>": 300}},
+    "ernie4_5_vl_moe_text": {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [3, 3, 2]}},
+    "falcon_h1": {"mamba_d_head": 16},
+    "gemma3n_text": SHARED_KV,
+    "gemma4_text": SHARED_KV,
+    "gemma4_unified_text": SHARED_KV,
+    "glm46v_text": MROPE,
+    "glm4v_moe_text": HALF_MROPE,
+    "glm4v_text": MROPE,
+    "glm5_next_text": {**EQUAL_HEADS, "index_topk": 16, "index_kpool": 4},
+    "glm_ocr_text": MROPE,
+    "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1, 2, 3, 4]},
+    "granitemoehybrid": {"layer_types": [LINEAR, LINEAR, FULL, LINEAR, FULL, LINEAR]},
+    "hunyuan_vl_text": {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [1, 1, 3, 3]}},
+    "hy_v4_vl_text": {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [2, 1, 1]}},
+    "lfm2_moe": {"layer_types": ["conv", FULL] * 3},
+    "mamba2": {"num_heads": 8},
+    "molmo2_adapter": {"vision_feature_layer": [5, 4]},
+    "muse_spark_audio": {"hidden_sizes": [16, 16, 32, 64]},
+    "nemotron_h": {
+        "layers_block_type": [LINEAR, "mlp", FULL, LINEAR, "moe", FULL, "moe", LINEAR, "mlp"],
+        "num_hidden_layers": 9,
+    },
+    "paddleocr_vl_text": MROPE,
+    "qwen2_5_omni": {"enable_audio_output": False},
+    "qwen2_5_omni_text": MROPE,
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 310},
+    "qwen2_5_vl_text": MROPE,
+    "qwen2_vl_text": MROPE,
+    "qwen3_omni_moe": {"enable_audio_output": False},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 310},
+    "qwen4_exp_text": QWEN4_EXP,
+    "radio": {"video_temporal_patch_size": 2},
+    "step3p5": {"sliding_window": 16, "layer_types": [SLIDING, FULL] * 3},
+    "xlstm": {"chunk_size": 32, "num_heads": 4},
+    "zamba": {"layers_block_type": [LINEAR, LINEAR, "hybrid", LINEAR, "hybrid", LINEAR]},
+    "zamba2": {"layers_block_type": [LINEAR, LINEAR, "hybrid", LINEAR, "hybrid", LINEAR]},
+}
 """What an architecture needs besides, by the `model_type` of the config or of the one inside it."""
 
 
@@ -102,11 +186,17 @@ def _reduced(defaults: dict[str, Any], name: str) -> dict[str, Any]:
         elif isinstance(value, dict) and "rope" in key:
             arguments[key] = _reduced_rope(value)
         elif key in SIZES and isinstance(value, int) and not isinstance(value, bool):
-            arguments[key] = min(value, SIZES[key]) if key.startswith("num_kv_shared") else SIZES[key]
+            arguments[key] = min(value, SIZES[key])
+        elif value is None and key in ("head_dim", "num_key_value_heads"):
+            arguments[key] = SIZES[key]
         elif isinstance(value, (list, tuple)) and layers is not None and len(value) == layers > LAYERS:
             arguments[key] = list(value[:LAYERS])
         elif key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             arguments[key] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}[key]
+    if "head_dim" in defaults and defaults["head_dim"] == defaults.get("qk_rope_head_dim"):
+        arguments["head_dim"] = SIZES["qk_rope_head_dim"]
+    if "kv_lora_rank" in defaults and "num_key_value_heads" in arguments:
+        arguments["num_key_value_heads"] = arguments["num_attention_heads"]
     specials = [key for key, value in defaults.items() if _is_special_token(key, value)]
     arguments.update({key: FIRST_SPECIAL_TOKEN + number for number, key in enumerate(specials)})
     if "initializer_range" in defaults:
