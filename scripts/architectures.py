@@ -256,7 +256,14 @@ def _held_back_forward(model: Any, ids: Any, omit: list[int]) -> tuple[Any, list
 
 def _layers(model: Any) -> Any:
     """Return the decoder layers."""
+    import torch
+
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.model
+    while not isinstance(getattr(decoder, "layers", None), torch.nn.ModuleList):
+        for name in ("h", "blocks"):
+            if hasattr(decoder, name):
+                return getattr(decoder, name)
+        decoder = decoder.model
     return decoder.layers
 
 

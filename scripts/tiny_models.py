@@ -30,7 +30,9 @@ SIZES: dict[str, int] = {
         ("hidden_size", "n_embd", "d_model", "embed_dim", "out_hidden_size", "output_dim", "emb_dim", "embedding_size"),
         HIDDEN,
     ),
-    **dict.fromkeys(("word_embed_proj_dim", "embedding_dim", "text_hidden_size", "hidden_dim", "projection_dim"), HIDDEN),
+    **dict.fromkeys(
+        ("word_embed_proj_dim", "embedding_dim", "text_hidden_size", "hidden_dim", "projection_dim"), HIDDEN
+    ),
     **dict.fromkeys(("hidden_size_global", "encoder_hidden_size", "merged_hidden_size", "vision_hidden_size"), HIDDEN),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"), HEADS),
     **dict.fromkeys(("attention_heads", "decoder_attention_heads", "swa_num_attention_heads"), HEADS),
@@ -38,7 +40,9 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads"), 2),
     **dict.fromkeys(("linear_num_key_heads", "num_global_key_value_heads"), 2),
     "linear_num_value_heads": HEADS,
-    **dict.fromkeys(("head_dim", "d_head", "kv_channels", "swa_head_dim", "swa_v_head_dim", "global_head_dim"), HEAD_DIM),
+    **dict.fromkeys(
+        ("head_dim", "d_head", "kv_channels", "swa_head_dim", "swa_v_head_dim", "global_head_dim"), HEAD_DIM
+    ),
     **dict.fromkeys(("dim_head", "linear_head_dim", "linear_key_head_dim", "linear_value_head_dim"), HEAD_DIM),
     **dict.fromkeys(("index_head_dim", "attention_head_dim", "qk_nope_head_dim", "v_head_dim"), HEAD_DIM),
     **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), 8),
