@@ -116,7 +116,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + 5 * ["sparse"]},
+    "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense"] + 5 * ["sparse"]},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dory": {
         "n_input_layers": 2,
         "n_recurrent_layers": 2,
@@ -126,10 +127,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_audio_encoder": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
-    "dots3_note_text": {**EQUAL_HEADS, "per_layer_config": {"02": {"kv_lora_rank": 16, "qk_nope_head_dim": 24}}},
+    "dots3_note_text": {**EQUAL_HEADS, "head_dim": HEAD_DIM + 8, "per_layer_config": {}},
     "emu3": {"vocabulary_map": {"<image>": 300}},
     "ernie4_5_vl_moe_text": {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [3, 3, 2]}},
     "falcon_h1": {"mamba_d_head": 16},
+    "fun_asr_nano": {
+        "adaptor_config": {
+            "hidden_size": HIDDEN,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
+    },
     "gemma3n_text": SHARED_KV,
     "gemma4_text": SHARED_KV,
     "gemma4_unified_text": SHARED_KV,
@@ -139,12 +148,17 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "glm5_next_text": {**EQUAL_HEADS, "index_topk": 16, "index_kpool": 4},
     "glm_ocr_text": MROPE,
     "gpt_neo": {"attention_types": [[["global", "local"], 3]]},
-    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1, 2, 3, 4]},
+    "granite4_vision": {
+        "downsample_rate": "1/2",
+        "deepstack_layer_map": [[-1, 0]],
+        "spatial_target_layers": [1, 2, 3, 4],
+    },
     "granitemoehybrid": {"layer_types": [LINEAR, LINEAR, FULL, LINEAR, FULL, LINEAR]},
-    "hunyuan_vl_text": {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [1, 1, 3, 3]}},
+    "hunyuan_vl_text": {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [1, 1, 1, 1]}},
     "hy_v4_vl_text": {"rope_parameters": {**MROPE["rope_parameters"], "mrope_section": [2, 1, 1]}},
     "lfm2_moe": {"layer_types": ["conv", FULL] * 3},
     "mamba2": {"num_heads": 8},
+    "mimi": {"upsample_groups": HIDDEN},
     "molmo2_adapter": {"vision_feature_layer": [5, 4]},
     "muse_spark_audio": {"hidden_sizes": [16, 16, 32, 64]},
     "nemotron_h": {
@@ -162,6 +176,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": QWEN4_EXP,
     "radio": {"video_temporal_patch_size": 2},
     "step3p5": {"sliding_window": 16, "layer_types": [SLIDING, FULL] * 3},
+    "wavtokenizer_encoder": {"codebook_dim": HIDDEN},
     "xlstm": {"chunk_size": 32, "num_heads": 4},
     "zamba": {"layers_block_type": [LINEAR, LINEAR, "hybrid", LINEAR, "hybrid", LINEAR]},
     "zamba2": {"layers_block_type": [LINEAR, LINEAR, "hybrid", LINEAR, "hybrid", LINEAR]},
@@ -256,4 +271,4 @@ def perturb(model: nn.Module) -> None:
     for parameter in model.parameters():
         constant = parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all())
         if parameter.is_floating_point() and (parameter.ndim < 2 or constant):
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
