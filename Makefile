@@ -1,4 +1,5 @@
-# make demo | real | test | lint | format | docs | dev | shim | avx512 | asan | tsan | long | soak | matrix | vllm
+# make demo | real | test | lint | format | docs | dev | shim | avx512 | asan | tsan | long | soak | matrix | vllm |
+#   architectures
 #
 # On a plain machine (python3 >= 3.10, a C++20 compiler, network for pip) demo, test, lint and format make .venv and
 # install into it; they use the torch of python3, if it has one. With PYTHON=... that interpreter is used as it is,
@@ -29,7 +30,7 @@ FOR_TEST := $(VENV)/installed-dev
 FOR_LINT := $(FOR_TEST)
 endif
 
-.PHONY: demo real test lint format docs dev core shim avx512 asan tsan long soak matrix vllm clean
+.PHONY: demo real test lint format docs dev core shim avx512 asan tsan long soak matrix vllm architectures clean
 
 # One prompt three ways: the stock model, native at full depth, pruned. Other plans: make demo DEMO='--count 6'
 DEMO ?= --plan third
@@ -167,6 +168,11 @@ soak: $(FOR_TEST)
 MATRIX ?=
 matrix: $(FOR_LINT)
 	$(PYTHON) scripts/matrix.py --json build/matrix/matrix.json $(MATRIX)
+
+# Every generating architecture of transformers as a tiny random model: which backend runs it, and how far it is from
+# rows held back by hooks. Minutes; the table goes to build/architectures.md.
+architectures: $(FOR_TEST)
+	$(RUN) scripts/architectures.py --json build/architectures.json --markdown build/architectures.md
 
 # vLLM's CPU build in a venv of its own, and the tests of the plugin; torchvision, torchaudio and torchcodec come for
 # another torch, and break the import of transformers.

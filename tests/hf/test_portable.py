@@ -15,7 +15,9 @@ from enabled_models import generate
 from hook_reference import context_rows, held_back_forward
 from models import FAMILIES, WINDOW, float32_twin, granite, llama, pad, shared, tokens
 from pop_ext import Plan, reference
+from pop_ext.hf import portable_backend
 from pop_ext.hf.compat import cache_of, with_cache
+from pop_ext.portable import trial
 from threads import run_threads
 from tolerance import assert_close_fp32, assert_low_precision, compare_caches
 from torch import Tensor, nn
@@ -210,20 +212,21 @@ class Broken(nn.Module):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("where", ["a retained layer", "an omitted layer", "the head"])
-def test_a_failed_prefill_leaves_cache_and_model_as_they_were(where, kind):
+def test_a_failed_prefill_leaves_cache_and_model_as_they_were(where, kind, monkeypatch):
     model = llama()
     plan, past = plan_of(model, GAPS), new_cache(kind, model)
     run_portable(model, plan, tokens(model, 1, 7), past)
     before = copy.deepcopy(past)
+    monkeypatch.setattr(portable_backend, "try_portable", lambda *_: None)
     if where == "the head":
         model.lm_head = Broken()
     else:
         model.model.layers[3 if where == "an omitted layer" else 2].mlp = Broken()
-    attributes = dict(vars(model))
+    modules = [dict(vars(module)) for module in model.modules()]
     with pytest.raises(RuntimeError, match="broken"):
         run_portable(model, plan, tokens(model, 1, 9), past)
     compare_caches(past, before)
-    assert {**vars(model), "forward": 0} == {**attributes, "forward": 0}
+    assert [dict(vars(module)) for module in model.modules()] == modules
 
 
 def test_attributes_that_a_forward_sets_arrive_on_the_model():
@@ -277,3 +280,35 @@ def test_the_decoder_of_a_model_without_layers_is_refused():
 def _named_config(module: nn.Module) -> nn.Module:
     module.config = llama().config
     return module
+
+
+class Counting(nn.Module):
+    """A layer that keeps something between calls beside K and V: the sum of all rows that it has seen."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp, self.seen = mlp, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.seen + x.sum(1, keepdim=True)
+        return self.mlp(x) + 0.1 * self.seen
+
+
+def test_a_model_with_a_state_outside_its_cache_is_refused_by_a_trial():
+    model = llama()
+    model.model.layers[3].mlp = Counting(model.model.layers[3].mlp)
+    with pytest.raises(ValueError, match=r"depend on context rows by their cache alone, got LlamaForCausalLM \(logits"):
+        pop_ext.enable(model, Plan(6, (3,)), backend="portable")
+    with pytest.raises(pop_ext.UnsupportedModelError, match="Nor does the portable backend run it: model: expected"):
+        pop_ext.enable(model, Plan(6, (3,)))
+    assert "forward" not in vars(model)
+
+
+def test_a_trial_is_made_once_for_a_kind_of_model(monkeypatch):
+    calls = []
+    original = trial.run_forward
+    monkeypatch.setattr(trial, "_passed", set())
+    monkeypatch.setattr(trial, "run_forward", lambda *args: calls.append(1) or original(*args))
+    for model in (llama(), llama(), llama(num_hidden_layers=4)):
+        pop_ext.enable(model, Plan(model.config.num_hidden_layers, (2,)), backend="portable")
+    assert len(calls) == 2

@@ -129,24 +129,20 @@ def _load_backend(name: str, model: nn.Module, plan: Plan, fp8: bool, prepack: b
         return chosen
     make = SpeculativeBackend if speculative_launch.ENABLED else NativeBackend
     native = make(plan, fp8, prepack)
-    portable = PortableBackend(plan) if name == "auto" and _runs(PortableBackend(plan), model) else None
+    portable = PortableBackend(plan)
     try:
         native.load(model)
-    except UnsupportedModelError:
-        if portable is None or fp8 or prepack:
+    except UnsupportedModelError as error:
+        if name == "native" or fp8 or prepack:
             raise
+        try:
+            portable.load(model)
+        except ValueError as other:
+            raise UnsupportedModelError(f"{error} Nor does the portable backend run it: {other}") from other
         return portable
-    native.fallback = portable
+    if name == "auto":
+        native.fallback = portable
     return native
-
-
-def _runs(backend: Backend, model: nn.Module) -> bool:
-    """Return whether a backend runs a model."""
-    try:
-        backend.load(model)
-    except ValueError:
-        return False
-    return True
 
 
 def disable(model: Model) -> Model:

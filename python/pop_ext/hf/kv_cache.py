@@ -40,7 +40,12 @@ _CACHE_METHODS = ("update", "get_seq_length", "get_mask_sizes", "get_query_offse
 
 def past_slots(cache: Cache | None) -> int:
     """Return the number of slots that the cache already holds, padding included."""
-    return 0 if cache is None else int(cache.get_seq_length())
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # no layer of attention, so none that counts positions
+        return 0
 
 
 def check_cache(cache: Any, num_layers: int) -> None:

@@ -50,7 +50,10 @@ def mask_layer_types(config: Any, cache: Any, columns: int) -> list[LayerType]:
     names = list(getattr(config, "layer_types", None) or [SLIDING_ATTENTION if window else FULL_ATTENTION])
     types = []
     for name in dict.fromkeys(names):
-        first = 0 if cache is None else int(cache.get_mask_sizes(columns, names.index(name))[1])
+        try:
+            first = 0 if cache is None else int(cache.get_mask_sizes(columns, names.index(name))[1])
+        except ValueError:  # layers that keep no positions, such as an MLP alone, take no mask
+            continue
         types.append(LayerType(name, window if name == SLIDING_ATTENTION else 0, first))
     return types
 

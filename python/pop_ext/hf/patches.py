@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from types import CodeType, MethodType
 from typing import Any
@@ -152,14 +152,16 @@ def _is_defined_with_class(cls: Any, forward: Any) -> bool:
 _KVPRESS = "kvpress.attention_patch"
 
 
-def unsupported_attention(decoder: Any) -> str | None:
+def unsupported_attention(decoder: Any, layers: Iterable[Any] | None = None) -> str | None:
     """Describe the first layer's attention that the native attention does not reproduce; None if all are supported.
 
     Args:
-        decoder: language model of one of the native families, without its head.
+        decoder: language model without its head.
+        layers: its decoder layers; ``decoder.layers`` if None.
     """
     # The decoder's own config decides which mask is made.
-    attentions = [decoder, *(layer._modules.get("self_attn") for layer in decoder.layers)]
+    layers = decoder.layers if layers is None else layers
+    attentions = [decoder, *(layer._modules.get("self_attn") for layer in layers)]
     seen = set()  # usually all layers share one config, so one check is enough
     for number, module in enumerate(attentions):
         where = f" (layer {number - 1})" if number > 0 else ""

@@ -22,7 +22,7 @@ from pop_ext.hf.patches import (
 from pop_ext.hf.restore import cache_restored_on_error
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.projections import FitMismatch, check_fit
-from pop_ext.portable import Decoder, Rows, find_decoder, run_forward
+from pop_ext.portable import Decoder, Rows, find_decoder, run_forward, try_portable
 from pop_ext.portable.decoder import cache_name
 
 
@@ -38,15 +38,20 @@ class PortableBackend:
         self.plan = plan
 
     def load(self, model: nn.Module) -> None:
-        """Check that the model can be run.
+        """Check that the model can be run, by a trial if it is the first of its kind in this process.
 
         Raises:
-            ValueError: The model has no layers that can be omitted, or the plan is for another one.
+            ValueError: The model has no layers that can be omitted, the trial failed, or the plan is for another model.
             TypeError: The plan is no ``Plan``.
         """
+        try_portable(model, self.check(model))
+
+    def check(self, model: nn.Module) -> Decoder:
+        """Return the decoder of a model that seems fit to be run, without a trial. Raises as ``load`` does."""
         decoder, config = find_decoder(model), text_config(model)
-        if getattr(config, "use_bidirectional_attention", False):
-            raise ValueError("config.use_bidirectional_attention: expected a causal model, got True")
+        bidirectional = getattr(config, "use_bidirectional_attention", False)
+        if bidirectional and bidirectional != "vision":  # within images alone, which the stock masks say
+            raise ValueError(f"config.use_bidirectional_attention: expected a causal model, got {bidirectional}")
         check_plan(self.plan, config.num_hidden_layers, config)
         check_fit(self.plan, decoder.layers)
         for index, layer in enumerate(decoder.layers):
@@ -55,6 +60,7 @@ class PortableBackend:
                     f"model: expected layers whose forward takes the cache, got {type(layer).__name__} (layer {index})"
                 )
         _check_weights(model)
+        return decoder
 
     def validate(self, model: nn.Module, call: Call) -> PortableRunner:
         """Return a runner. Raise ``Decline`` for code around the modules of layers, and for fits of other weights."""
@@ -64,12 +70,16 @@ class PortableBackend:
             _check_weights(model)
         except (FitMismatch, ValueError) as error:
             raise Decline("model", str(error)) from error
-        attention = unsupported_attention(decoder.module)
+        attention = unsupported_attention(decoder.module, decoder.layers)
         if attention is not None:
             raise Decline("attention", attention)
         patch = _find_patch(decoder)
         if patch is not None:
             raise Decline("hooks", f"{patch}: it would see only some of the rows")
+        try:
+            try_portable(model, decoder)
+        except ValueError as error:
+            raise Decline("model", str(error)) from error
         return PortableRunner(model, decoder, self.plan, call)
 
     def bind(self, model: nn.Module, call: Call) -> PortableRunner:

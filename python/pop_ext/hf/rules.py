@@ -197,7 +197,7 @@ def _check_logits_to_keep(keep: Any, columns: int, cache: Any) -> _Reason | None
     if keep == 0:
         reason += "; logits_to_keep=1 asks for the last row's, pop_ext.score scores continuations"
     # Speculative decoding verifies its candidates by such calls on a filled cache.
-    cached = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+    cached = past_slots(cache) if hasattr(cache, "get_seq_length") else 0
     verification = rows == "all" and bool(cached > 0)
     return _Reason("verification" if verification else "logits_to_keep", reason, not verification)
 

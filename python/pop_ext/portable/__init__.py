@@ -7,5 +7,6 @@ clones of it, in which each omitted layer is a ``PartialLayer`` (``layers.py``).
 
 from pop_ext.portable.decoder import Decoder, find_decoder
 from pop_ext.portable.forward import Rows, run_forward
+from pop_ext.portable.trial import try_portable
 
-__all__ = ["Decoder", "Rows", "find_decoder", "run_forward"]
+__all__ = ["Decoder", "Rows", "find_decoder", "run_forward", "try_portable"]

@@ -32,6 +32,10 @@ class KeysValues:
     kwargs: dict[str, Any]
 
 
+_STATES = ("update_conv_state", "update_recurrent_state")
+"""Methods of a cache that bring the state of a recurrent mixer up to date."""
+
+
 class Captured(Exception):
     """Raised to end a layer's forward once it has written its K and V."""
 
@@ -43,6 +47,9 @@ class _CacheView:
         self._cache = cache
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("update_") and name not in _STATES:
+            # Whatever a layer keeps beside K and V would be that of some of the rows.
+            raise NotImplementedError(f"model: expected layers that keep K and V or a recurrent state, got {name}")
         return getattr(self._cache, name)
 
 

@@ -13,7 +13,9 @@ from torch import nn
 from pop_ext.hf.compat import check_module, parameters_of, text_config
 from pop_ext.hf.restore import shallow_clone
 
-CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "cache_params")
+LAYER_LISTS = ("layers", "h", "blocks")
+"""Names of the list of decoder layers."""
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "cache_params", "layer_past")
 """Names under which modules of transformers take the cache."""
 
 
@@ -24,12 +26,17 @@ class Decoder:
     Attributes:
         path: names of the modules from the model to its language model; empty if the model has no head of its own.
         module: the language model without its head.
-        layers: its decoder layers.
+        list_name: name of the list of its decoder layers.
     """
 
     path: tuple[str, ...]
     module: Any
-    layers: Any
+    list_name: str
+
+    @property
+    def layers(self) -> Any:
+        """Its decoder layers, an ``nn.ModuleList``."""
+        return getattr(self.module, self.list_name)
 
 
 def find_decoder(model: nn.Module) -> Decoder:
@@ -43,17 +50,27 @@ def find_decoder(model: nn.Module) -> Decoder:
     get_decoder: Any = getattr(model, "get_decoder", None)
     found: Any = getattr(model, "model", None) if get_decoder is None else get_decoder()
     name = type(model).__name__
-    layers = getattr(found, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
+    while found is not None and _list_name(found) is None:  # get_decoder may return a model with a head
+        found = getattr(found, "model", None)
+    list_name = None if found is None else _list_name(found)
+    if list_name is None:
         raise ValueError(f"model: expected a decoder with a list of layers, got {name} without one")
     head: Any = model.get_output_embeddings  # type checkers take it for a submodule
     if head() is None:
         raise ValueError(f"model: expected a language-model head, got {name} without one")
     expected = text_config(model).num_hidden_layers
-    if len(layers) < expected:
-        raise ValueError(f"model: expected {expected} decoder layers (config.num_hidden_layers), got {len(layers)}")
     path = next((path for path, module in model.named_modules() if module is found), "")
-    return Decoder(tuple(path.split(".")) if path else (), found, layers)
+    decoder = Decoder(tuple(path.split(".")) if path else (), found, list_name)
+    if len(decoder.layers) != expected:
+        raise ValueError(
+            f"model: expected {expected} decoder layers (config.num_hidden_layers), got {len(decoder.layers)}"
+        )
+    return decoder
+
+
+def _list_name(module: nn.Module) -> str | None:
+    """Return the name of a module's list of decoder layers; None without one."""
+    return next((name for name in LAYER_LISTS if isinstance(getattr(module, name, None), nn.ModuleList)), None)
 
 
 def cache_name(module: nn.Module) -> str | None:

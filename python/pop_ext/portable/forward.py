@@ -38,10 +38,10 @@ def run_forward(model: Module, decoder: Decoder, plan: Plan, rows: Rows, argumen
         partial = PartialLayer(layer, rows, compute, fitted.get(index) if omitted else None)
         layers[str(index)] = clone_module(layer, partial)
     clones = Clones()
-    children: dict[str, nn.Module] = {"layers": clones.of(decoder.layers, **layers)}
+    children: dict[str, nn.Module] = {decoder.list_name: clones.of(decoder.layers, **layers)}
     norm = decoder.module._modules.get("norm")
     if norm is not None:
-        children["norm"] = clone_module(norm, LastRows(norm, rows.num_logits))
+        children["norm"] = clone_module(norm, FinalNorm(norm, rows))
     clone = clones.around(model, decoder.path, clones.of(decoder.module, **children))
     rotary: Any = getattr(decoder.module, "rotary_emb", None)
     with module_restored_on_error(rotary if isinstance(rotary, nn.Module) else decoder.layers):
@@ -50,12 +50,14 @@ def run_forward(model: Module, decoder: Decoder, plan: Plan, rows: Rows, argumen
     return output
 
 
-class LastRows:
-    """Normalise only the rows whose logits are wanted."""
+class FinalNorm:
+    """Normalise only the rows whose logits are wanted, after the last layer. Some models norm their embeddings, too."""
 
-    def __init__(self, norm: Module, rows: int) -> None:
+    def __init__(self, norm: Module, rows: Rows) -> None:
         self.norm, self.rows = norm, rows
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        output: Tensor = type(self.norm).forward(self.norm, hidden_states[..., -self.rows :, :])
+        if hidden_states is self.rows.merged:
+            hidden_states = hidden_states[..., -self.rows.num_logits :, :]
+        output: Tensor = type(self.norm).forward(self.norm, hidden_states)
         return output

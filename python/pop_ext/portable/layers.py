@@ -198,7 +198,7 @@ def _are_equal(own: KeysValues | None, other: KeysValues | None) -> bool:
 
 def _needs_mask(layer: Module) -> bool:
     """Return whether few queries over many keys need a mask where all queries together need none."""
-    config = next((child.config for child in layer.children() if hasattr(child, "config")), None)
+    config = next((module.config for module in layer.modules() if hasattr(module, "config")), None)
     return getattr(config, "_attn_implementation", None) == "sdpa"
 
 

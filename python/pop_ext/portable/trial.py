@@ -1,0 +1,138 @@
+"""Try the portable backend on a few tokens of a model, against a second form of the same prefill.
+
+Layers keep more between calls than K and V, return more than hidden states, or norm the rows of others; nobody can list
+what the next architecture will do. In the second form each omitted layer runs in full over all rows, then gives its
+context rows their input back. It shares neither the capture of K and V nor the cutting of arguments with the backend.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pop_ext.hf.compat import cache_of, parameters_of, text_config, with_cache
+from pop_ext.hf.modules import Module
+from pop_ext.plans.plan import Plan
+from pop_ext.portable.arguments import bind
+from pop_ext.portable.decoder import Clones, Decoder, clone_module
+from pop_ext.portable.forward import run_forward
+from pop_ext.portable.layers import Rows
+
+TOKENS, BOUNDARY = 7, 2
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+"""Largest RMS of the difference of logits, relative to that of the logits, by dtype."""
+TOLERANCE_LOW = 0.2
+"""The same for 16-bit dtypes, whose roundings differ with the number of rows. A wrong layer gives some 0.5."""
+
+_passed: set[tuple[Any, ...]] = set()
+
+
+def try_portable(model: Module, decoder: Decoder) -> None:
+    """Compare a portable prefill of a few tokens, and a decode step after it, with the second form.
+
+    A model of the same classes and config passes without being tried again in this process. The four calls cost about
+    what four decode steps do. A model in training mode is not tried, since dropout may be random.
+
+    Raises:
+        ValueError: The results differ, or the model cannot run them. The text says which.
+    """
+    taken = parameters_of(type(model).forward)
+    if "logits_to_keep" not in taken:
+        raise ValueError(f"model: expected a forward that takes logits_to_keep, got {type(model).__name__}")
+    key = _key(model, decoder)
+    if key in _passed or model.training:
+        return
+    try:
+        with torch.no_grad():
+            expected, found = _run_second_form(model, decoder), _run_portable(model, decoder)
+    except Exception as error:  # whatever a model that does not fit may raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"model: expected a prefill of {TOKENS} tokens to run, got {reason}") from error
+    for what, ours, theirs in zip(("the last token", "the next token"), found, expected, strict=True):
+        difference = _relative_difference(ours, theirs)
+        if not difference <= TOLERANCE.get(ours.dtype, TOLERANCE_LOW):
+            raise ValueError(
+                f"model: expected layers that depend on context rows by their cache alone, got {type(model).__name__} "
+                f"(logits of {what} differ by {difference:.2g} of their size in a trial)"
+            )
+    _passed.add(key)
+
+
+def _key(model: Module, decoder: Decoder) -> tuple[Any, ...]:
+    classes = frozenset(type(module) for layer in decoder.layers for module in layer.modules())
+    dtypes = frozenset(parameter.dtype for parameter in model.parameters())
+    return type(model), classes, dtypes, str(model.config)
+
+
+def _trial_plan(model: Module) -> Plan:
+    """Return a plan in which retained layers follow omitted ones."""
+    count = text_config(model).num_hidden_layers
+    return Plan(count, [layer for layer in range(1, count) if layer != count // 2], BOUNDARY)
+
+
+def _prompt(model: Module) -> Tensor:
+    """Return ids ``[1, TOKENS]`` that stand for no image, padding or end."""
+    config = text_config(model)
+    special = {value for one in (model.config, config) for name, value in vars(one).items() if name.endswith("_id")}
+    ids = [token for token in range(3, config.vocab_size) if token not in special][: 5 * TOKENS : 5]
+    return torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+
+
+def _arguments(model: Module) -> dict[str, Any]:
+    # No mask: vision models count positions from it that they expect `generate` to have cut.
+    return {"input_ids": _prompt(model), "use_cache": True, "return_dict": True}
+
+
+def _next(model: Module, output: Any) -> tuple[Tensor, Tensor]:
+    """Return the last logits of a prefill, and those of one decode step after it by the stock forward."""
+    cache = cache_of(output)
+    if cache is None:
+        raise ValueError("a forward that returns no cache")
+    arguments = _arguments(model)
+    step = {**arguments, "input_ids": arguments["input_ids"][:, :1]}
+    after = type(model).forward(model, **step, **with_cache(model, cache))
+    return output.logits[:, -1], after.logits[:, -1]
+
+
+def _run_portable(model: Module, decoder: Decoder) -> tuple[Tensor, Tensor]:
+    call = {**_arguments(model), "logits_to_keep": 1}
+    return _next(model, run_forward(model, decoder, _trial_plan(model), Rows(BOUNDARY, 1), call))
+
+
+def _run_second_form(model: Module, decoder: Decoder) -> tuple[Tensor, Tensor]:
+    layers = {}
+    for index in _trial_plan(model).omit:
+        layers[str(index)] = clone_module(decoder.layers[index], HoldBack(decoder.layers[index]))
+    clones = Clones()
+    inner = clones.of(decoder.module, **{decoder.list_name: clones.of(decoder.layers, **layers)})
+    output = type(model).forward(clones.around(model, decoder.path, inner), **_arguments(model))
+    clones.give_back()
+    return _next(model, output)
+
+
+class HoldBack:
+    """Run a layer in full, and give its context rows their input back."""
+
+    def __init__(self, layer: Module) -> None:
+        self.layer = layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call, name = bind(type(self.layer), args, kwargs)
+        before: Tensor = call[name].clone()
+        output = type(self.layer).forward(self.layer, **call)
+        rows = output[0] if isinstance(output, tuple) else output
+        held = torch.cat([before[..., :-BOUNDARY, :], rows[..., -BOUNDARY:, :]], dim=-2)
+        return (held, *output[1:]) if isinstance(output, tuple) else held
+
+
+def _relative_difference(ours: Tensor, theirs: Tensor) -> float:
+    """Return the RMS of the difference over that of ``theirs``; 0 if ``theirs`` is not finite, which weights cause."""
+    ours, theirs = ours.float(), theirs.float()
+    if not bool(theirs.isfinite().all()):
+        return 0.0
+    return float((ours - theirs).square().mean().sqrt() / theirs.square().mean().sqrt().clamp(min=1e-30))
+
+
+__all__ = ["try_portable"]
