@@ -312,3 +312,17 @@ def test_a_trial_is_made_once_for_a_kind_of_model(monkeypatch):
     for model in (llama(), llama(), llama(num_hidden_layers=4)):
         pop_ext.enable(model, Plan(model.config.num_hidden_layers, (2,)), backend="portable")
     assert len(calls) == 2
+
+
+def test_scores_are_those_of_the_oracle():
+    model = llama()
+    plan = plan_of(model, GAPS, 2)
+    contexts = [tokens(model, n, seed=n) for n in (20, 13, 18, 18)]
+    continuations = [tokens(model, n, seed=n + 50) for n in (3, 10, 5, 5)]
+    scores = {}
+    for backend in ("portable", "reference"):
+        with pop_ext.enabled(model, plan, backend=backend):
+            scores[backend] = pop_ext.score(model, contexts, continuations)
+    for ours, theirs in zip(scores["portable"], scores["reference"], strict=True):
+        assert ours.log_likelihood == pytest.approx(theirs.log_likelihood, abs=1e-4)
+        assert ours.is_greedy == theirs.is_greedy

@@ -13,6 +13,7 @@ from pop_ext.hf.enable import require_enabled
 from pop_ext.hf.inputs import make_request
 from pop_ext.hf.modules import find_decoder_modules, rope_follows_length
 from pop_ext.hf.native_backend import NativeBackend
+from pop_ext.hf.portable_backend import PortableBackend
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A context and its continuation, int64 [n] each."""
@@ -88,7 +89,8 @@ def continuation_logits(
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     pairs = _pairs(context_ids, continuation_ids, inner.get_input_embeddings().weight.shape[0])
-    for batch in _batches(pairs, batch_size, rope_follows_length(find_decoder_modules(inner).rotary)):
+    portable = isinstance(forward.backend, PortableBackend)
+    for batch in _batches(pairs, batch_size, portable or rope_follows_length(find_decoder_modules(inner).rotary)):
         # The last token of a continuation is left out: nothing after it is scored.
         inputs = [torch.cat([context, continuation[:-1]]) for context, continuation in batch]
         num_logits = [len(continuation) for _, continuation in batch]
@@ -104,6 +106,8 @@ def continuation_logits(
             native = forward.backend.load(forward.model)
             request = make_request(native, ids, attention_mask=mask, boundary=boundary, logits_to_keep=num_logits)
             logits = native.run(request).logits
+        elif isinstance(forward.backend, PortableBackend):
+            logits = forward.backend.packed_logits(inner, ids, boundary, num_logits)
         else:
             with forward.stock_inside():
                 logits, _ = reference.prefill(

@@ -86,6 +86,26 @@ class PortableBackend:
         """Validate now, and leave nothing to the run."""
         return self.validate(model, call)
 
+    @torch.no_grad()
+    def packed_logits(
+        self, model: nn.Module, input_ids: torch.Tensor, boundary: list[int], num_logits: list[int]
+    ) -> torch.Tensor:
+        """Prefill sequences of one length, each with its own number of logits, without a cache from before.
+
+        Args:
+            model: an enabled model.
+            input_ids: ``[batch, T]``, without padding.
+            boundary: rows of each sequence that run at full depth, at least those with logits.
+            num_logits: last rows of each sequence that get logits.
+
+        Returns:
+            Logits, packed ``[sum(num_logits), vocab]``.
+        """
+        rows = _rows(boundary, [input_ids.shape[1]] * len(boundary), num_logits, input_ids.device)
+        call = {"input_ids": input_ids, "logits_to_keep": rows.num_logits, "use_cache": True, "return_dict": True}
+        logits: torch.Tensor = run_forward(model, find_decoder(model), self.plan, rows, call).logits
+        return torch.cat([one[-count:] for one, count in zip(logits, num_logits, strict=True)])
+
 
 class PortableRunner:
     """Run one call of one model through its own forward."""
@@ -115,7 +135,7 @@ class PortableRunner:
                 self._model,
                 self._decoder,
                 self._plan,
-                _rows_of(request),
+                _rows(request.boundary, request.packed.tokens, request.num_logits, request.rows.device),
                 {**given, "logits_to_keep": keep, "use_cache": True, "return_dict": True},
             )
         return PrefillOutput(
@@ -126,17 +146,21 @@ class PortableRunner:
         )
 
 
-def _rows_of(request: PrefillRequest) -> Rows:
-    """Return which of the padded rows of a request run at full depth."""
-    columns, batch = max(request.boundary), len(request.boundary)
+def _rows(boundary: list[int], tokens: list[int], num_logits: list[int], device: torch.device) -> Rows:
+    """Return which rows of a batch, padded on the left, run at full depth.
+
+    Args:
+        boundary, tokens, num_logits: boundary rows, new tokens and wanted logits of each sequence.
+        device: of the mask.
+    """
+    columns = max(boundary)
     # A sequence that is all boundary rows may be padded in front: what its padding does is read by nobody.
-    wanted = [columns if b == t else b for b, t in zip(request.boundary, request.packed.tokens, strict=True)]
-    boundary = None
+    wanted = [columns if b == t else b for b, t in zip(boundary, tokens, strict=True)]
+    mask = None
     if min(wanted) < columns:
-        from_end = torch.arange(columns, 0, -1, device=request.rows.device)
-        boundary = from_end <= torch.tensor(wanted, device=request.rows.device)[:, None]
-        assert boundary.shape == (batch, columns)
-    return Rows(columns, max(request.num_logits), boundary)
+        from_end = torch.arange(columns, 0, -1, device=device)
+        mask = from_end <= torch.tensor(wanted, device=device)[:, None]
+    return Rows(columns, max(num_logits), mask)
 
 
 def _find_patch(decoder: Decoder) -> str | None:
