@@ -175,7 +175,7 @@ def test_a_model_that_cannot_run_gets_an_error_and_no_advice():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(pop_ext.UnsupportedModelError):
-            pop_ext.enable(llama(hidden_act="relu"))
+            pop_ext.enable(llama(hidden_act="relu"), backend="native")
 
 
 def test_inference_mode_gives_the_same_bits():

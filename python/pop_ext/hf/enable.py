@@ -138,7 +138,8 @@ def _load_backend(name: str, model: nn.Module, plan: Plan, fp8: bool, prepack: b
         try:
             portable.load(model)
         except ValueError as other:
-            raise UnsupportedModelError(f"{error} Nor does the portable backend run it: {other}") from other
+            separator = "" if str(error).endswith(".") else "."
+            raise UnsupportedModelError(f"{error}{separator} The portable backend: {other}") from other
         return portable
     if name == "auto":
         native.fallback = portable

@@ -8,7 +8,7 @@ import pop_ext
 from models import llama, mixtral
 from pop_ext import Plan, PlanCard, UnsupportedModelError
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, XLNetConfig, XLNetLMHeadModel
 
 from bad_input.fixture import Case, Fixture
 
@@ -49,12 +49,25 @@ class Subclass(Tensor):
     """Stand-in for quantised tensors. DTensor itself is tested in test_device_maps.py."""
 
 
+class PackedLinear(nn.Linear):
+    """Stand-in for the linear modules of a quantised checkpoint."""
+
+
+def quantise(f: Fixture, config: Any) -> None:
+    f.model.model.layers[1].mlp.up_proj.__class__ = PackedLinear
+    f.model.config.quantization_config = config
+
+
 def load(f: Fixture, plan: Any = None) -> Any:
     return pop_ext.load(f.model, plan)
 
 
 def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=50))
+
+
+def xlnet() -> XLNetLMHeadModel:
+    return XLNetLMHeadModel(XLNetConfig(d_model=32, n_layer=2, n_head=2, d_inner=64, vocab_size=50)).eval()
 
 
 def replace_projection(f: Fixture) -> None:
@@ -134,24 +147,24 @@ LOAD = [
         "model: expected an architecture of .*llama.*got gpt2$",
     ),
     Case(
-        "an unknown architecture, to `enable`",
-        lambda f: pop_ext.enable(gpt2()),
+        "an unknown architecture, to `enable`, whose layers the portable backend cannot run",
+        lambda f: pop_ext.enable(xlnet()),
         UnsupportedModelError,
-        "model: expected an architecture of .*got gpt2$",
+        "model: expected an architecture of .*got xlnet. The portable backend: model: expected a decoder",
     ),
     Case(
         "a quantised checkpoint",
         load,
         UnsupportedModelError,
         'model: expected unquantised weights, got .*bitsandbytes.*backend="reference" works',
-        lambda f: setattr(f.model.config, "quantization_config", BitsAndBytesConfig(load_in_8bit=True)),
+        lambda f: quantise(f, BitsAndBytesConfig(load_in_8bit=True)),
     ),
     Case(
         "a quantised checkpoint whose config is a dict",
         load,
         UnsupportedModelError,
         "model: expected unquantised weights, got .*gptq",
-        lambda f: setattr(f.model.config, "quantization_config", {"quant_method": "gptq"}),
+        lambda f: quantise(f, {"quant_method": "gptq"}),
     ),
     Case(
         "an adapter in place of a Linear",
@@ -248,7 +261,7 @@ LOAD = [
         "`enable(model, backend='x')`",
         lambda f: pop_ext.enable(f.model, backend="x"),
         ValueError,
-        "backend: expected one of native, reference, got 'x'",
+        "backend: expected one of auto, native, portable, reference, got 'x'",
     ),
     Case(
         "a model without its head",
