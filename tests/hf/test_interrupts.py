@@ -15,6 +15,14 @@ from torch.profiler import ProfilerActivity, profile
 LAYERS = 16
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_raises():
+    """Handle SIGINT as Python does by itself. A process that a shell started in the background ignores it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 def slow_model():
     """Return a model whose prefill of 1,500 tokens takes a second, in layers of some 60 ms each."""
     return llama(num_hidden_layers=LAYERS, hidden_size=256, intermediate_size=2048)
