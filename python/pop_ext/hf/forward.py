@@ -274,7 +274,9 @@ def _is_decode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
-    return isinstance(tokens, torch.Tensor) and tokens.ndim >= 2 and tokens.shape[1] == 1
+    if not isinstance(tokens, torch.Tensor) or tokens.is_nested:
+        return False
+    return tokens.ndim >= 2 and tokens.shape[1] == 1
 
 
 def _model_output(model: nn.Module, result: Any, return_dict: bool | None) -> Any:

@@ -45,6 +45,7 @@ from pop_ext.reference.checks import (
 )
 from pop_ext.reference.projection import omitted_layers
 from pop_ext.reference.vision import DecoderInputs, Images, has_wrapper, run_wrapper
+from pop_ext.utils.tensors import check_dense, check_layers
 
 # A call replaces the forward of modules while it runs. Two calls at once would restore each other's replacements.
 _FORWARD_LOCK = threading.RLock()
@@ -111,6 +112,9 @@ def prefill(
     ran: PlanLike = chosen.plan
     check_plan(ran, parts.layers, stock.config)
     chosen.warn(stock)
+    given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+    check_dense({**given, "position_ids": position_ids, **vision})
+    check_layers(past_key_values)
     inputs = check_inputs(stock, input_ids, inputs_embeds)
     batch, new = inputs.shape[:2]
     past = read_past(past_key_values, len(parts.layers), batch)
