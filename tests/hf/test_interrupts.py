@@ -9,6 +9,7 @@ import pop_ext
 import pytest
 import torch
 from models import llama, tokens
+from pop_ext import ops
 from pop_ext.hf import native_model
 from torch.profiler import ProfilerActivity, profile
 
@@ -109,3 +110,16 @@ def test_a_handler_that_raises_nothing_lets_the_prefill_go_on():
             timer.join()
             signal.signal(signal.SIGUSR1, previous)
     assert seen == [signal.SIGUSR1]
+
+
+def test_what_a_handler_raises_keeps_its_cause(monkeypatch):
+    reason = KeyError("the cause")
+    try:
+        raise KeyboardInterrupt from reason
+    except KeyboardInterrupt as error:
+        interrupt = error
+    monkeypatch.setattr(ops._core, "take_interrupt", lambda: interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        ops.raise_interrupt(RuntimeError("pop::prefill: interrupted by a signal"))
+    assert caught.value.__cause__ is reason
+    assert caught.value.__suppress_context__

@@ -13,7 +13,7 @@ from pop_ext.hf.enable import require_enabled
 from pop_ext.hf.inputs import make_request
 from pop_ext.hf.modules import find_decoder_modules, rope_follows_length
 from pop_ext.hf.native_backend import NativeBackend
-from pop_ext.utils.tensors import check_dense
+from pop_ext.utils.tensors import check_dense, is_out_of_memory
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A context and its continuation, int64 [n] each."""
@@ -152,6 +152,8 @@ def _as_ids(name: str, index: int, ids: Ids, vocab_size: int) -> torch.Tensor:
     try:
         tensor = torch.as_tensor(ids, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:  # not numbers, ragged lists, or a tensor without data
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
         raise TypeError(f"{name}: expected one sequence of integer ids per pair, for pair {index}: {error}") from error
     if tensor.ndim != 1 or len(tensor) == 0:
         raise ValueError(f"{name}: expected at least one id for pair {index}, got shape {list(tensor.shape)}")

@@ -84,7 +84,8 @@ def raise_interrupt(error: RuntimeError) -> None:
     if "interrupted by a signal" in str(error):
         interrupt = _core.take_interrupt()
         if interrupt is not None:
-            raise interrupt from None
+            interrupt.__suppress_context__ = True  # `from None` would erase a cause of its own
+            raise interrupt
 
 
 _load_library()
