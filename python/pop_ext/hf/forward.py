@@ -142,6 +142,14 @@ class PrefillForward:
         return _signature_of(type(self.model).forward) if self.replaced is None else inspect.signature(self.replaced)
 
     @property
+    def __name__(self) -> str:
+        # pickle would write a method by its name, and read the class's own forward.
+        raise AttributeError(
+            "model.forward: expected what pop_ext.enable put there, got a method of it (types.MethodType), which no "
+            "pickle keeps: call pop_ext.last_call(model) first, which puts it back"
+        )
+
+    @property
     def __code__(self) -> CodeType:
         # torch.export names its graph after it.
         return type(self).__call__.__code__
