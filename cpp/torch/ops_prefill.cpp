@@ -194,7 +194,7 @@ Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor c
   const Geometry geometry(kOp, {cu_seqlens, past_lens, cache_start, slot_table, capacity}, rows, &boundary,
                           &logits_to_keep, blocks);
   const CacheForm form{.dtype = spec.dtype, .kv_heads = spec.num_kv_heads, .head_dim = spec.head_dim};
-  OtherTensors others;
+  OtherTensors others{.written = {}, .read = {}, .resident = &loaded->resident_weights()};
   const auto add_read = [&](const std::optional<Tensor>& tensor, const char* name) {
     if (tensor.has_value()) others.read.push_back({*tensor, join(kOp, ": ", name)});
   };

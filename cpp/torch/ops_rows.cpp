@@ -5,6 +5,7 @@
 #include "torch/backends.h"
 #include "torch/checks.h"
 #include "torch/device_keys.h"
+#include "torch/overlaps.h"
 #include "torch/refuses_negated.h"
 #include "torch/text_argument.h"
 

@@ -6,7 +6,7 @@ import pop_ext
 import pytest
 import torch
 from models import llama
-from op_calls import int32
+from op_calls import int32, op_call, run_op
 
 pop = torch.ops.pop
 LENGTHS = int32([0, 5]), int32([0]), int32([0])
@@ -188,3 +188,46 @@ def test_a_slot_table_may_have_any_number_of_columns_beyond_those_in_use():
         RuntimeError, match=r"past_lens: expected past and new tokens of at most 8 \(slots of a cache\)"
     ):
         pop.attention(rows, key, value, *lengths, 0.25, slot_table=wide)
+@pytest.mark.parametrize("of", ["key_cache", "value_cache"])
+def test_prefill_refuses_a_cache_in_a_weight(of):
+    model = llama()
+    native = pop_ext.load(model, pop_ext.Plan(6, [1, 2]))
+    weights = {
+        "layers.1.q_proj": model.model.layers[1].self_attn.q_proj.weight,
+        "layers.2.k_proj": model.model.layers[2].self_attn.k_proj.weight,  # folded
+        "embed_tokens": model.model.embed_tokens.weight,
+        "norm": model.model.norm.weight,
+    }
+    for name, weight in weights.items():
+        call = op_call(native, [torch.arange(5)])
+        cache = torch.zeros(weight.numel() + call[of][2].numel())
+        values = weight.detach().clone()
+        cache[3 : 3 + weight.numel()] = values.view(-1)
+        weight.data = cache[3 : 3 + weight.numel()].view_as(weight)
+        native.refresh()
+        call = op_call(native, [torch.arange(5)])
+        call[of][2] = cache[: call[of][2].numel()].view_as(call[of][2])
+        with pytest.raises(RuntimeError, match=rf"{of}\[2\]: expected memory .* shared with weight {name}"):
+            run_op(call)
+        assert torch.equal(weight, values)
+
+
+def test_a_cache_may_lie_between_the_rows_of_a_weight():
+    model = llama()
+    weight, plan = model.model.layers[0].mlp.down_proj.weight, pop_ext.Plan(6, [1, 2])
+    native = pop_ext.load(model, plan)
+    expected = run_op(op_call(native, [torch.arange(5)]))
+    heads, dim = native.spec.num_kv_heads, native.spec.head_dim
+    rows, columns = weight.shape
+    buffer = torch.zeros(rows, columns + heads * dim)
+    buffer[:, :columns] = weight.detach()
+    weight.data = buffer[:, :columns]
+    native.refresh()
+    call = op_call(native, [torch.arange(5)])
+    call["key_cache"][0] = buffer[:, columns:].view(1, rows, heads, dim).transpose(1, 2)
+    assert torch.equal(run_op(call), expected)
+    call["key_cache"][0] = buffer[:, columns - 1 : -1].view(1, rows, heads, dim).transpose(1, 2)
+    with pytest.raises(RuntimeError, match=r"key_cache\[0\]: .* shared with weight layers.0.down_proj"):
+        run_op(call)
+
+
