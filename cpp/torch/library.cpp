@@ -1,5 +1,7 @@
 // The operators of namespace `pop`: every schema, once. Implementations per dispatch key are
-// in ops_prefill.cpp, ops_rows.cpp and ops_cache.cpp, fake kernels in Python (pop_ext).
+// in ops_prefill.cpp, ops_rows.cpp and ops_cache.cpp, fake kernels in Python (pop_ext). Those that return str are
+// implemented in Python (pop_ext.ops.texts), over their twins that return UTF-8: torch, up to 2.13, never frees a
+// string that an operator of the stable ABI returns.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(pop, m) {
@@ -14,17 +16,21 @@ STABLE_TORCH_LIBRARY(pop, m) {
   m.def("fp8_missing(str spec, Tensor like) -> str");
   // The same for `prepack`.
   m.def("prepack_missing(str spec, Tensor like) -> str");
+  m.def("fp8_missing_utf8(str spec, Tensor like) -> int[]");
   m.def("unload(int model) -> ()");
   m.def("info(int model) -> str");
+  m.def("prepack_missing_utf8(str spec, Tensor like) -> int[]");
   // Bytes of the folded and copied weights.
   m.def("extra_bytes(int model) -> int");
+  m.def("info_utf8(int model) -> int[]");
   // The index in `weights` of one whose memory, dtype or (if it was folded or copied) values changed since `load`; -1
   // for none.
   m.def("stale_index(int model) -> int");
-  // Its name; "" for none. Each str that an operator returns costs memory up to torch 2.13, which never frees it.
+  // Its name; "" for none.
   m.def("stale_weight(int model) -> str");
 
   // Prefills packed sequences by the model's plan and returns the hidden states of the wanted rows after the final
+  m.def("stale_weight_utf8(int model) -> int[]");
   // norm. See docs/ops.md.
   m.def(
       "prefill(int model, Tensor input, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens, "
@@ -50,9 +56,11 @@ STABLE_TORCH_LIBRARY(pop, m) {
       "Tensor? k_norm=None, float norm_eps=1e-6, Tensor? slot_table=None, float norm_offset=0.0) -> ()");
   m.def(
       "attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor past_lens, "
+  m.def("foreign_schemas_utf8() -> int[]");
       "Tensor cache_start, float scale, int window=0, Tensor? slot_table=None, float softcap=0.0, "
       "Tensor? blocks=None) -> Tensor");
   m.def("fold_kv(Tensor[] k_proj, Tensor[] v_proj, Tensor[] input_norm, float norm_offset=0.0) -> Tensor");
+  m.def("cpu_isa_utf8() -> int[]");
   m.def(
       "kv_project(Tensor hidden, Tensor weight, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens, "
       "Tensor cache_start, float eps, Tensor(a!)[] key_cache, Tensor(b!)[] value_cache, "

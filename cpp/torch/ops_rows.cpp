@@ -7,7 +7,7 @@
 #include "torch/device_keys.h"
 #include "torch/overlaps.h"
 #include "torch/refuses_negated.h"
-#include "torch/text_argument.h"
+#include "torch/texts.h"
 
 namespace pop {
 
