@@ -8,11 +8,13 @@
 #include "torch/caches.h"
 #include "torch/checks.h"
 #include "torch/device_keys.h"
+#include "torch/forks.h"
 #include "torch/geometry.h"
 #include "torch/handles.h"
 #include "torch/interrupts.h"
+#include "torch/negated.h"
 #include "torch/profile.h"
-#include "torch/refuses_negated.h"
+#include "torch/schemas.h"
 #include "torch/texts.h"
 
 namespace pop {
@@ -258,7 +260,7 @@ Utf8 cpu_isa() { return utf8(cpu::kernels().name); }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pop, CompositeExplicitAutograd, m) {
-  m.impl("load", TORCH_BOX(&load));
+  m.impl("load", TORCH_BOX(&ChecksThreads<&load>::call));
   m.impl("fp8_missing_utf8", TORCH_BOX(&fp8_missing_op));
   m.impl("prepack_missing_utf8", TORCH_BOX(&prepack_missing_op));
   m.impl("unload", TORCH_BOX(&unload));
@@ -273,15 +275,14 @@ STABLE_TORCH_LIBRARY_IMPL(pop, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa_utf8", TORCH_BOX(&cpu_isa));
 }
 
-template <class Library>
-static void implement(Library& m) {
-  m.impl("prefill", TORCH_BOX(&prefill_op));
+static void implement(torch::stable::detail::StableLibrary& m) {  // no template: gcc 12 would not instantiate them
+  m.impl("prefill", TORCH_BOX(&ChecksThreads<&prefill_op>::call));
 }
 
 POP_IMPL_ON_DEVICES(implement)
 
 STABLE_TORCH_LIBRARY_IMPL(pop, Negative, m) {
-  m.impl("prefill", TORCH_BOX((&RefusesNegated<&prefill_op, "pop::prefill">::call)));
+  m.impl("prefill", TORCH_BOX((&ChecksThreads<&OfNegated<&prefill_op, kPrefillSchema>::call>::call)));
 }
 
 }  // namespace pop

@@ -97,14 +97,40 @@ def test_a_lazily_negated_tensor_in_a_list_is_refused(name):
 def test_an_operator_that_writes_refuses_negated_tensors_before_it_writes():
     query = torch.randn(5, 2, 16)
     before, cache = query.clone(), torch.zeros(1, 2, 8, 16)
-    with pytest.raises(RuntimeError, match="pop::rope_cache_write: argument 8: expected resolved values"):
+    with pytest.raises(RuntimeError, match="pop::rope_cache_write: key_cache: expected resolved values in a"):
         write(query=query, cache=torch._neg_view(cache))
     assert torch.equal(query, before)
     assert not cache.any()
-    with pytest.raises(RuntimeError, match="pop::add_rms_norm: argument 0: expected resolved values"):
+    with pytest.raises(RuntimeError, match="pop::add_rms_norm: x: expected resolved values"):
         pop.add_rms_norm(torch._neg_view(torch.ones(2, 32)), torch.ones(2, 32), torch.ones(32), 1e-6)
-    with pytest.raises(RuntimeError, match="pop::kv_project: argument 8: expected resolved values"):
+    with pytest.raises(RuntimeError, match=r"pop::kv_project: key_cache\[0\]: expected resolved values"):
         project(keys=torch._neg_view(cache))
+
+
+def test_an_operator_that_writes_resolves_negated_tensors_that_it_reads():
+    x, keys, table = torch.randn(5, 32), torch.zeros(1, 2, 8, 16), int32([0, -1, -2, -3, -4])[None]
+    project(-x, keys := torch.zeros(1, 2, 8, 16), slot_table=-table)
+    project(torch._neg_view(x), negated := torch.zeros(1, 2, 8, 16), slot_table=torch._neg_view(table))
+    assert keys.any()
+    assert torch.equal(negated, keys)
+    with pytest.raises(RuntimeError, match=r"pop::kv_project: k_norm\[0\]: expected resolved values"):
+        project(torch._neg_view(x), k_norm=[torch._neg_view(torch.ones(16))])
+    native = pop_ext.load(llama(), "third")
+    embeds = torch.randn(5, native.spec.hidden_size)
+    calls = [op_call(native, [torch.arange(5)]) for _ in "xy"]
+    expected = run_op({**calls[0], "input": -embeds})
+    assert torch.equal(run_op({**calls[1], "input": torch._neg_view(embeds)}), expected)
+    features = {"feature_index": torch.arange(5), "features": [torch._neg_view(embeds)]}
+    with pytest.raises(RuntimeError, match=r"pop::prefill: features\[0\]: expected resolved values"):
+        run_op({**calls[1], "input": torch._neg_view(embeds), **features})
+
+
+def test_a_written_tensor_may_hold_what_a_negated_one_is_a_view_of():
+    rows, weight = torch.randn(5, 32), torch.ones(32)
+    x, expected = rows.clone(), rows.clone()
+    pop.add_rms_norm(expected, -rows, weight, 1e-6)
+    pop.add_rms_norm(x, torch._neg_view(x), weight, 1e-6)
+    assert torch.equal(x, expected)
 
 
 def test_an_operator_that_only_reads_takes_negated_and_zero_tensors():
@@ -166,28 +192,6 @@ def test_operators_refuse_caches_that_hold_what_they_read():
         project(keys=cache, k_bias=[cache[0, 0, :2].view(32)])
 
 
-def test_query_key_and_value_may_be_views_of_one_tensor():
-    fused = torch.randn(5, 3, 2, 16)
-    apart = fused.clone()
-    (key, value), (other_key, other_value) = caches(), caches()
-    pop.rope_cache_write(fused[:, 0], fused[:, 1], fused[:, 2], COS, COS, *LENGTHS, key, value)
-    query = apart[:, 0].clone()
-    pop.rope_cache_write(query, apart[:, 1].clone(), apart[:, 2].clone(), COS, COS, *LENGTHS, other_key, other_value)
-    assert torch.equal(fused[:, 0], query)
-    assert torch.equal(key, other_key)
-    assert torch.equal(value, other_value)
-
-
-def test_a_slot_table_may_have_any_number_of_columns_beyond_those_in_use():
-    rows, (key, value) = torch.randn(5, 2, 16), caches()
-    wide = torch.zeros(1, 1, dtype=torch.int32).expand(1, 2**33)
-    with pytest.raises(RuntimeError, match="slot_table: expected every position of sequence 0 in a slot of its own"):
-        pop.attention(rows, key, value, *LENGTHS, 0.25, slot_table=wide)
-    lengths = int32([0, 5]), int32([2**31 - 6]), int32([0])
-    with pytest.raises(
-        RuntimeError, match=r"past_lens: expected past and new tokens of at most 8 \(slots of a cache\)"
-    ):
-        pop.attention(rows, key, value, *lengths, 0.25, slot_table=wide)
 @pytest.mark.parametrize("of", ["key_cache", "value_cache"])
 def test_prefill_refuses_a_cache_in_a_weight(of):
     model = llama()
@@ -231,3 +235,25 @@ def test_a_cache_may_lie_between_the_rows_of_a_weight():
         run_op(call)
 
 
+def test_query_key_and_value_may_be_views_of_one_tensor():
+    fused = torch.randn(5, 3, 2, 16)
+    apart = fused.clone()
+    (key, value), (other_key, other_value) = caches(), caches()
+    pop.rope_cache_write(fused[:, 0], fused[:, 1], fused[:, 2], COS, COS, *LENGTHS, key, value)
+    query = apart[:, 0].clone()
+    pop.rope_cache_write(query, apart[:, 1].clone(), apart[:, 2].clone(), COS, COS, *LENGTHS, other_key, other_value)
+    assert torch.equal(fused[:, 0], query)
+    assert torch.equal(key, other_key)
+    assert torch.equal(value, other_value)
+
+
+def test_a_slot_table_may_have_any_number_of_columns_beyond_those_in_use():
+    rows, (key, value) = torch.randn(5, 2, 16), caches()
+    wide = torch.zeros(1, 1, dtype=torch.int32).expand(1, 2**33)
+    with pytest.raises(RuntimeError, match="slot_table: expected every position of sequence 0 in a slot of its own"):
+        pop.attention(rows, key, value, *LENGTHS, 0.25, slot_table=wide)
+    lengths = int32([0, 5]), int32([2**31 - 6]), int32([0])
+    with pytest.raises(
+        RuntimeError, match=r"past_lens: expected past and new tokens of at most 8 \(slots of a cache\)"
+    ):
+        pop.attention(rows, key, value, *lengths, 0.25, slot_table=wide)
