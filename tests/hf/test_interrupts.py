@@ -9,7 +9,8 @@ import pop_ext
 import pytest
 import torch
 from models import llama, tokens
-from pop_ext import ops
+from op_calls import op_call, run_op
+from pop_ext import _core, ops
 from pop_ext.hf import native_model
 from torch.profiler import ProfilerActivity, profile
 
@@ -123,3 +124,25 @@ def test_what_a_handler_raises_keeps_its_cause(monkeypatch):
         ops.raise_interrupt(RuntimeError("pop::prefill: interrupted by a signal"))
     assert caught.value.__cause__ is reason
     assert caught.value.__suppress_context__
+
+
+def test_an_interrupted_raw_operator_raises_the_interrupt_next():
+    model = slow_model()
+    native = pop_ext.load(model, "third")
+    call = op_call(native, [torch.arange(1500) % 50])
+
+    def catch_the_error() -> None:
+        try:
+            run_op(call)
+        except RuntimeError as error:
+            str(error)
+            str(error)
+
+    timer = signal_after(0.2, signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            catch_the_error()
+    finally:
+        timer.join()
+    assert "pop::prefill: interrupted by a signal" in str(caught.value.__context__)
+    assert _core.take_interrupt() is None

@@ -26,6 +26,7 @@ from pop_ext.hf.restore import forward_attribute, shallow_clone
 from pop_ext.hf.rules import is_traced
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.callers import caller_level
+from pop_ext.utils.forks import check_threads
 
 # Fields of a vision wrapper's output that are not copied to the model's output.
 _OWN_FIELDS = {"loss", "logits", "hidden_states", "attentions", OLD_CACHE_NAME, NEW_CACHE_NAME}
@@ -204,7 +205,10 @@ class PrefillForward:
     def explain(self, *args: Any, **kwargs: Any) -> Decision:
         """Return what would run a call, without running it."""
         arguments = bind_arguments(self.__signature__, args, kwargs)
-        return explain_call(self.model, self.backend, arguments, self.replaced)
+        decision = explain_call(self.model, self.backend, arguments, self.replaced)
+        if decision.backend != "stock" and next(self.model.parameters()).device.type == "cpu":
+            check_threads()  # as the call itself will
+        return decision
 
     def explain_inside(self, outer: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Decision:
         """Like ``explain``, for a call that reaches this object through ``outer``.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pop_ext.hf.compat import uncompiled
 from pop_ext.hf.forward import find_prefill_forward
+from pop_ext.utils.forks import check_threads
 from pop_ext.utils.tensors import check_dense, resolved, unusual_kind
 
 Batches = Iterable[Tensor]
@@ -22,10 +23,13 @@ def stock_model(model: Any) -> Any:
 
     Raises:
         TypeError: ``model`` is not a module with a config.
+        RuntimeError: It is on the CPU, and the process was forked from one with OpenMP threads (``check_threads``).
     """
     inner = uncompiled(model)
     if not isinstance(inner, nn.Module) or not hasattr(inner, "config"):
         raise TypeError(f"model: expected a Hugging Face causal language model, got {type(inner).__name__}")
+    if next((parameter.device.type for parameter in inner.parameters()), "cpu") == "cpu":
+        check_threads()
     return inner
 
 

@@ -89,6 +89,7 @@ def raise_interrupt(error: RuntimeError) -> None:
 
 
 _load_library()
+importlib.import_module("pop_ext.ops.texts")  # implements foreign_schemas, which the next lines call
 torch.ops.pop.set_interrupt_check(_core.interrupt_check())
 _import_flash_attention()
 FOREIGN_UNKNOWN = _find_foreign()
