@@ -66,12 +66,17 @@ def run(*command: str | Path, **options) -> str:
     return text
 
 
+def version_key(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version, so that 3.12.10 comes after 3.12.9."""
+    return tuple(int(number) for number in re.findall(r"\d+", version))
+
+
 def interpreter(version: str) -> str | None:
     """Return the newest interpreter of that version on PATH or under pyenv; None if there is none."""
     if version == "{}.{}".format(*sys.version_info):
         return sys.executable
     versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    installed = sorted(versions.glob(f"{version}.*/bin/python"), key=lambda path: path.parts[-3].split("."))
+    installed = sorted(versions.glob(f"{version}.*/bin/python"), key=lambda path: version_key(path.parts[-3]))
     return str(installed[-1]) if installed else shutil.which(f"python{version}")
 
 

@@ -11,6 +11,17 @@ namespace {
 unsigned long main_thread = 0;  // Python runs signal handlers in no other
 PyObject* raised = nullptr;     // by a handler; the interpreter's lock guards it
 
+// For callers of a raw operator, which see a RuntimeError: raises the exception itself at the next bytecode of the main
+// thread, unless Python's wrappers have taken it.
+int raise_later(void*) {
+  PyObject* exception = raised;
+  if (exception == nullptr) return 0;
+  raised = nullptr;
+  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(exception)), exception);
+  Py_DECREF(exception);
+  return -1;
+}
+
 // Runs the handlers of signals that have arrived. Not 0: one of them raised an exception, which is kept in `raised`.
 int check_interrupt() {
   if (PyThread_get_thread_ident() != main_thread) return 0;
@@ -24,6 +35,7 @@ int check_interrupt() {
     Py_XDECREF(traceback);
     Py_XDECREF(raised);
     raised = value;
+    Py_AddPendingCall(&raise_later, nullptr);
   }
   PyGILState_Release(state);
   return failed;

@@ -55,6 +55,10 @@ inline Tensor detach(const Tensor& self) {
   return call_for_tensor("aten::detach", "", std::array{torch::stable::detail::from(self)});
 }
 
+inline Tensor resolve_neg(const Tensor& self) {
+  return call_for_tensor("aten::resolve_neg", "", std::array{torch::stable::detail::from(self)});
+}
+
 inline bool is_neg(const Tensor& self) {
   foreign::require("aten::is_neg");
   std::array stack{torch::stable::detail::from(self)};

@@ -48,6 +48,9 @@ std::vector<LayerCache> check_caches(const std::string& op, const Geometry& geom
   }
   written.insert(written.end(), arguments.written.begin(), arguments.written.end());
   check_disjoint(written, arguments.read);
+  if (arguments.resident != nullptr) {
+    for (const NamedTensor& tensor : written) arguments.resident->check_apart(tensor);
+  }
 
   std::vector<LayerCache> layers;
   for (size_t layer = 0; layer < keys.size(); ++layer) layers.push_back(layer_cache(keys[layer], values[layer]));

@@ -7,6 +7,7 @@
 #include "backend/backend.h"
 #include "torch/checks.h"
 #include "torch/geometry.h"
+#include "torch/overlaps.h"
 
 namespace pop {
 
@@ -19,6 +20,7 @@ struct CacheForm {
 
 struct OtherTensors {
   std::vector<NamedTensor> written, read;
+  const ResidentTensors* resident = nullptr;  // read, too
 };
 
 // The slots of a cache [batch, kv_heads, capacity, head_dim].

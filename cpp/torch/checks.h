@@ -48,13 +48,4 @@ const void* optional_vector(const std::optional<Tensor>& tensor, const Tensor& l
 // Reads an int32 tensor in host memory.
 std::vector<int64_t> read_lengths(const Tensor& tensor, int64_t count, const std::string& name);
 
-struct NamedTensor {
-  Tensor tensor;
-  std::string name;
-};
-
-// Takes tensors that were checked (check_tensor). Checks that no tensor of `written` shares memory with another one,
-// nor two of its own elements with each other.
-void check_disjoint(const std::vector<NamedTensor>& written, const std::vector<NamedTensor>& read);
-
 }  // namespace pop

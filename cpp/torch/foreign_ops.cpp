@@ -14,6 +14,7 @@ const char* const kSchemas =
     "aten::mul.Tensor(Tensor self, Tensor other) -> Tensor\n"
     "aten::detach(Tensor(a) self) -> Tensor(a)\n"
     "aten::is_neg(Tensor self) -> bool\n"
+    "aten::resolve_neg(Tensor(a) self) -> Tensor(a)\n"
     "aten::_scaled_mm.out(Tensor self, Tensor mat2, Tensor scale_a, Tensor scale_b, Tensor? bias=None, "
     "Tensor? scale_result=None, ScalarType? out_dtype=None, bool use_fast_accum=False, *, Tensor(a!) out) "
     "-> Tensor(a!)\n"

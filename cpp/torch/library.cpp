@@ -1,6 +1,10 @@
 // The operators of namespace `pop`: every schema, once. Implementations per dispatch key are
-// in ops_prefill.cpp, ops_rows.cpp and ops_cache.cpp, fake kernels in Python (pop_ext).
+// in ops_prefill.cpp, ops_rows.cpp and ops_cache.cpp, fake kernels in Python (pop_ext). Those that return str are
+// implemented in Python (pop_ext.ops.texts), over their twins that return UTF-8: torch, up to 2.13, never frees a
+// string that an operator of the stable ABI returns.
 #include <torch/csrc/stable/library.h>
+
+#include "torch/schemas.h"
 
 STABLE_TORCH_LIBRARY(pop, m) {
   // Loads a model and returns its handle, which `unload` frees and which is never reused. Weights are shared, not
@@ -12,25 +16,25 @@ STABLE_TORCH_LIBRARY(pop, m) {
       "-> int");
   // The reason why a model of that spec, with its weights on the device of `like`, cannot have `fp8`; "" if it can.
   m.def("fp8_missing(str spec, Tensor like) -> str");
+  m.def("fp8_missing_utf8(str spec, Tensor like) -> int[]");
   // The same for `prepack`.
   m.def("prepack_missing(str spec, Tensor like) -> str");
+  m.def("prepack_missing_utf8(str spec, Tensor like) -> int[]");
   m.def("unload(int model) -> ()");
   m.def("info(int model) -> str");
+  m.def("info_utf8(int model) -> int[]");
   // Bytes of the folded and copied weights.
   m.def("extra_bytes(int model) -> int");
   // The index in `weights` of one whose memory, dtype or (if it was folded or copied) values changed since `load`; -1
   // for none.
   m.def("stale_index(int model) -> int");
-  // Its name; "" for none. Each str that an operator returns costs memory up to torch 2.13, which never frees it.
+  // Its name; "" for none.
   m.def("stale_weight(int model) -> str");
+  m.def("stale_weight_utf8(int model) -> int[]");
 
   // Prefills packed sequences by the model's plan and returns the hidden states of the wanted rows after the final
   // norm. See docs/ops.md.
-  m.def(
-      "prefill(int model, Tensor input, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens, "
-      "Tensor cache_start, Tensor boundary, Tensor logits_to_keep, Tensor(a!)[] key_cache, Tensor(b!)[] value_cache, "
-      "Tensor? slot_table=None, bool restore_on_error=True, bool window_only=False, Tensor? cos_local=None, "
-      "Tensor? sin_local=None, Tensor? blocks=None, Tensor? feature_index=None, Tensor[]? features=None) -> Tensor");
+  m.def(pop::kPrefillSchema);
 
   // Building blocks.
   m.def("linear(Tensor x, Tensor weight) -> Tensor");
@@ -38,33 +42,25 @@ STABLE_TORCH_LIBRARY(pop, m) {
   m.def("fp8_linear(Tensor x, Tensor weight, Tensor weight_scale) -> Tensor");
   m.def("quantize_rows(Tensor x) -> (Tensor, Tensor)");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0) -> Tensor");
-  m.def(
-      "add_rms_norm(Tensor(a!) x, Tensor delta, Tensor weight, float eps, Tensor? delta_bias=None, "
-      "Tensor? delta_norm=None, float weight_offset=0.0) -> Tensor");
+  m.def(pop::kAddRmsNormSchema);
   m.def(
       "gated_act(Tensor gate, Tensor up, str activation=\"silu\", Tensor? gate_bias=None, Tensor? up_bias=None) "
       "-> Tensor");
-  m.def(
-      "rope_cache_write(Tensor(a!) query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor cu_seqlens, "
-      "Tensor past_lens, Tensor cache_start, Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor? q_norm=None, "
-      "Tensor? k_norm=None, float norm_eps=1e-6, Tensor? slot_table=None, float norm_offset=0.0) -> ()");
+  m.def(pop::kRopeCacheWriteSchema);
   m.def(
       "attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor past_lens, "
       "Tensor cache_start, float scale, int window=0, Tensor? slot_table=None, float softcap=0.0, "
       "Tensor? blocks=None) -> Tensor");
   m.def("fold_kv(Tensor[] k_proj, Tensor[] v_proj, Tensor[] input_norm, float norm_offset=0.0) -> Tensor");
-  m.def(
-      "kv_project(Tensor hidden, Tensor weight, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens, "
-      "Tensor cache_start, float eps, Tensor(a!)[] key_cache, Tensor(b!)[] value_cache, "
-      "Tensor[]? k_bias=None, Tensor[]? v_bias=None, Tensor[]? k_norm=None, Tensor? slot_table=None, float "
-      "norm_offset=0.0) "
-      "-> ()");
+  m.def(pop::kKvProjectSchema);
 
   // For the schema checks at import and for `pop-ext info`.
   m.def("foreign_schemas() -> str");
+  m.def("foreign_schemas_utf8() -> int[]");
   // Records that the operator `name` of another library has its schema number `variant`, or is missing (-1) and why.
   m.def("set_foreign(str name, int variant, str reason) -> ()");
   m.def("cpu_isa() -> str");
+  m.def("cpu_isa_utf8() -> int[]");
   // Sets the function that a prefill polls between layers (torch/interrupts.h), by its address; 0: none.
   m.def("set_interrupt_check(int address) -> ()");
   // Sets an option of a backend and returns the value before; for measuring.

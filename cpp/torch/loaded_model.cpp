@@ -27,6 +27,7 @@ LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Te
   model_.spec = spec;
   model_.plan = plan;
   check_weights();
+  resident_weights_ = named_weights();
   model_.embed_tokens = {weight("embed_tokens")->const_data_ptr(), weight("embed_tokens")->stride(0)};
   model_.norm = weight("norm")->const_data_ptr();
   model_.layers.resize(spec.num_layers);
@@ -50,6 +51,13 @@ void LoadedModel::check_weights() const {
     check(weights_[i].is_cpu() || weights_[i].is_cuda(), name,
           ": expected memory on a CPU or a CUDA device, got another device, or a meta or fake tensor");
   }
+}
+
+// Of the given weights alone: what loading adds lies in memory that nobody else has.
+ResidentTensors LoadedModel::named_weights() const {
+  std::vector<NamedTensor> named;
+  for (size_t i = 0; i < slots_.size(); ++i) named.push_back({weights_[i], "weight " + slots_[i].name});
+  return ResidentTensors(std::move(named));
 }
 
 const Tensor* LoadedModel::weight(const std::string& name) const {

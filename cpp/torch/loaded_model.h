@@ -13,10 +13,9 @@
 #include <vector>
 
 #include "runtime/model.h"
+#include "torch/overlaps.h"
 
 namespace pop {
-
-using torch::stable::Tensor;
 
 class LoadedModel {
  public:
@@ -28,6 +27,7 @@ class LoadedModel {
 
   const Model& model() const { return model_; }
   const Tensor& embed_tokens() const { return weights_.front(); }
+  const ResidentTensors& resident_weights() const { return resident_weights_; }
   int64_t extra_bytes() const { return extra_bytes_; }  // of the folded stacks and the copied matrices
 
   // The index of a weight whose memory, dtype or layout changed since loading, or of a folded or copied weight of which
@@ -48,6 +48,7 @@ class LoadedModel {
 
   // loaded_model.cpp
   void check_weights() const;
+  ResidentTensors named_weights() const;
   void set_layer(int64_t layer);
   const Tensor* weight(const std::string& name) const;  // null if the model has none of that name
   bool is_projected(int64_t layer) const;               // the layer is in a run
@@ -69,7 +70,8 @@ class LoadedModel {
   std::vector<WeightSlot> slots_;
   std::unordered_map<std::string, size_t> index_;  // slot name -> index
   std::vector<Tensor> weights_;                    // in the order of slots_
-  std::vector<Tensor> stacks_;                     // in the order of model_.runs
+  ResidentTensors resident_weights_;
+  std::vector<Tensor> stacks_;  // in the order of model_.runs
   std::vector<Tensor> quantized_;
   std::vector<std::unique_ptr<PackedWeight>> packed_;
   std::vector<Stamp> stamps_;

@@ -8,9 +8,11 @@
 #include "torch/caches.h"
 #include "torch/checks.h"
 #include "torch/device_keys.h"
+#include "torch/forks.h"
 #include "torch/geometry.h"
 #include "torch/loaded_model.h"
-#include "torch/refuses_negated.h"
+#include "torch/negated.h"
+#include "torch/schemas.h"
 
 namespace pop {
 
@@ -276,21 +278,23 @@ Tensor fold_kv_op(std::vector<Tensor> k_proj, std::vector<Tensor> v_proj, std::v
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pop, CompositeExplicitAutograd, m) { m.impl("fold_kv", TORCH_BOX(&fold_kv_op)); }
+STABLE_TORCH_LIBRARY_IMPL(pop, CompositeExplicitAutograd, m) {
+  m.impl("fold_kv", TORCH_BOX(&ChecksThreads<&fold_kv_op>::call));
+}
 
 // The functions are the same for every device; only the backend differs.
-template <class Library>
-static void implement(Library& m) {
-  m.impl("rope_cache_write", TORCH_BOX(&rope_cache_write));
-  m.impl("attention", TORCH_BOX(&attention));
-  m.impl("kv_project", TORCH_BOX(&kv_project));
+static void implement(torch::stable::detail::StableLibrary& m) {  // no template: gcc 12 would not instantiate them
+  m.impl("rope_cache_write", TORCH_BOX(&ChecksThreads<&rope_cache_write>::call));
+  m.impl("attention", TORCH_BOX(&ChecksThreads<&attention>::call));
+  m.impl("kv_project", TORCH_BOX(&ChecksThreads<&kv_project>::call));
 }
 
 POP_IMPL_ON_DEVICES(implement)
 
 STABLE_TORCH_LIBRARY_IMPL(pop, Negative, m) {
-  m.impl("rope_cache_write", TORCH_BOX((&RefusesNegated<&rope_cache_write, "pop::rope_cache_write">::call)));
-  m.impl("kv_project", TORCH_BOX((&RefusesNegated<&kv_project, "pop::kv_project">::call)));
+  m.impl("rope_cache_write",
+         TORCH_BOX((&ChecksThreads<&OfNegated<&rope_cache_write, kRopeCacheWriteSchema>::call>::call)));
+  m.impl("kv_project", TORCH_BOX((&ChecksThreads<&OfNegated<&kv_project, kKvProjectSchema>::call>::call)));
 }
 
 }  // namespace pop

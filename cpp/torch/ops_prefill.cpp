@@ -8,12 +8,14 @@
 #include "torch/caches.h"
 #include "torch/checks.h"
 #include "torch/device_keys.h"
+#include "torch/forks.h"
 #include "torch/geometry.h"
 #include "torch/handles.h"
 #include "torch/interrupts.h"
+#include "torch/negated.h"
 #include "torch/profile.h"
-#include "torch/refuses_negated.h"
-#include "torch/text_argument.h"
+#include "torch/schemas.h"
+#include "torch/texts.h"
 
 namespace pop {
 
@@ -38,38 +40,37 @@ int64_t load(TextArgument spec, TextArgument plan, std::vector<Tensor> weights,
   throw std::runtime_error(join("pop::load: ", error.what()));
 }
 
-std::string fp8_missing_op(TextArgument spec, Tensor like) try {
+Utf8 fp8_missing_op(TextArgument spec, Tensor like) try {
   check_tensor(like, "pop::fp8_missing: like");
-  return fp8_missing(ModelSpec::from_json(spec.text), like);
+  return utf8(fp8_missing(ModelSpec::from_json(spec.text), like));
 } catch (const std::invalid_argument& error) {
   throw std::runtime_error(join("pop::fp8_missing: ", error.what()));
 }
 
-std::string prepack_missing_op(TextArgument spec, Tensor like) try {
+Utf8 prepack_missing_op(TextArgument spec, Tensor like) try {
   check_tensor(like, "pop::prepack_missing: like");
-  return prepack_missing(ModelSpec::from_json(spec.text), like);
+  return utf8(prepack_missing(ModelSpec::from_json(spec.text), like));
 } catch (const std::invalid_argument& error) {
   throw std::runtime_error(join("pop::prepack_missing: ", error.what()));
 }
 
 void unload(int64_t model) { unregister_model(model); }
 
-std::string info(int64_t handle) {
+Utf8 info(int64_t handle) {
   const auto loaded = find_model(handle);
-  return join("{\"spec\": ", loaded->model().spec.to_json(), ", \"plan\": ", loaded->model().plan.to_json(),
-              ", \"fp8\": ", loaded->model().fp8 ? "true" : "false",
-              ", \"prepacked\": ", loaded->model().prepacked ? "true" : "false",
-              ", \"extra_bytes\": ", loaded->extra_bytes(), "}");
+  return utf8(join("{\"spec\": ", loaded->model().spec.to_json(), ", \"plan\": ", loaded->model().plan.to_json(),
+                   ", \"fp8\": ", loaded->model().fp8 ? "true" : "false", ", \"prepacked\": ",
+                   loaded->model().prepacked ? "true" : "false", ", \"extra_bytes\": ", loaded->extra_bytes(), "}"));
 }
 
 int64_t extra_bytes(int64_t handle) { return find_model(handle)->extra_bytes(); }
 
 int64_t stale_index(int64_t handle) { return find_model(handle)->stale_index(); }
 
-std::string stale_weight(int64_t handle) {
+Utf8 stale_weight(int64_t handle) {
   const auto loaded = find_model(handle);
   const int64_t index = loaded->stale_index();
-  return index < 0 ? "" : loaded->weight_name(index);
+  return index < 0 ? Utf8{} : utf8(loaded->weight_name(index));
 }
 
 // The packed ids as int64, or none if `input` is embeddings. Ids in host memory are checked against the vocabulary.
@@ -194,7 +195,7 @@ Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor c
   const Geometry geometry(kOp, {cu_seqlens, past_lens, cache_start, slot_table, capacity}, rows, &boundary,
                           &logits_to_keep, blocks);
   const CacheForm form{.dtype = spec.dtype, .kv_heads = spec.num_kv_heads, .head_dim = spec.head_dim};
-  OtherTensors others;
+  OtherTensors others{.written = {}, .read = {}, .resident = &loaded->resident_weights()};
   const auto add_read = [&](const std::optional<Tensor>& tensor, const char* name) {
     if (tensor.has_value()) others.read.push_back({*tensor, join(kOp, ": ", name)});
   };
@@ -244,7 +245,7 @@ Tensor prefill_op(int64_t handle, Tensor input, Tensor cos, Tensor sin, Tensor c
   return hidden;
 }
 
-std::string foreign_schemas() { return foreign::kSchemas; }
+Utf8 foreign_schemas() { return utf8(foreign::kSchemas); }
 
 void set_foreign(TextArgument name, int64_t variant, TextArgument reason) {
   foreign::set_variant(name.text, static_cast<int>(variant), reason.text);
@@ -254,35 +255,34 @@ int64_t tune_op(TextArgument option, int64_t value) { return tune(option.text, v
 
 void set_interrupt_check_op(int64_t address) { set_interrupt_check(address); }
 
-std::string cpu_isa() { return cpu::kernels().name; }
+Utf8 cpu_isa() { return utf8(cpu::kernels().name); }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pop, CompositeExplicitAutograd, m) {
-  m.impl("load", TORCH_BOX(&load));
-  m.impl("fp8_missing", TORCH_BOX(&fp8_missing_op));
-  m.impl("prepack_missing", TORCH_BOX(&prepack_missing_op));
+  m.impl("load", TORCH_BOX(&ChecksThreads<&load>::call));
+  m.impl("fp8_missing_utf8", TORCH_BOX(&fp8_missing_op));
+  m.impl("prepack_missing_utf8", TORCH_BOX(&prepack_missing_op));
   m.impl("unload", TORCH_BOX(&unload));
-  m.impl("info", TORCH_BOX(&info));
+  m.impl("info_utf8", TORCH_BOX(&info));
   m.impl("extra_bytes", TORCH_BOX(&extra_bytes));
   m.impl("stale_index", TORCH_BOX(&stale_index));
-  m.impl("stale_weight", TORCH_BOX(&stale_weight));
-  m.impl("foreign_schemas", TORCH_BOX(&foreign_schemas));
+  m.impl("stale_weight_utf8", TORCH_BOX(&stale_weight));
+  m.impl("foreign_schemas_utf8", TORCH_BOX(&foreign_schemas));
   m.impl("set_foreign", TORCH_BOX(&set_foreign));
   m.impl("tune", TORCH_BOX(&tune_op));
   m.impl("set_interrupt_check", TORCH_BOX(&set_interrupt_check_op));
-  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_isa_utf8", TORCH_BOX(&cpu_isa));
 }
 
-template <class Library>
-static void implement(Library& m) {
-  m.impl("prefill", TORCH_BOX(&prefill_op));
+static void implement(torch::stable::detail::StableLibrary& m) {  // no template: gcc 12 would not instantiate them
+  m.impl("prefill", TORCH_BOX(&ChecksThreads<&prefill_op>::call));
 }
 
 POP_IMPL_ON_DEVICES(implement)
 
 STABLE_TORCH_LIBRARY_IMPL(pop, Negative, m) {
-  m.impl("prefill", TORCH_BOX((&RefusesNegated<&prefill_op, "pop::prefill">::call)));
+  m.impl("prefill", TORCH_BOX((&ChecksThreads<&OfNegated<&prefill_op, kPrefillSchema>::call>::call)));
 }
 
 }  // namespace pop

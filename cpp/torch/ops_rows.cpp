@@ -5,8 +5,11 @@
 #include "torch/backends.h"
 #include "torch/checks.h"
 #include "torch/device_keys.h"
-#include "torch/refuses_negated.h"
-#include "torch/text_argument.h"
+#include "torch/forks.h"
+#include "torch/negated.h"
+#include "torch/overlaps.h"
+#include "torch/schemas.h"
+#include "torch/texts.h"
 
 namespace pop {
 
@@ -194,20 +197,19 @@ Tensor gated_act(Tensor gate, Tensor up, TextArgument activation, std::optional<
 }  // namespace
 
 // The functions are the same for every device; only the backend differs.
-template <class Library>
-static void implement(Library& m) {
-  m.impl("linear", TORCH_BOX(&linear));
-  m.impl("fp8_linear", TORCH_BOX(&fp8_linear));
-  m.impl("quantize_rows", TORCH_BOX(&quantize_rows));
-  m.impl("rms_norm", TORCH_BOX(&rms_norm));
-  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
-  m.impl("gated_act", TORCH_BOX(&gated_act));
+static void implement(torch::stable::detail::StableLibrary& m) {  // no template: gcc 12 would not instantiate them
+  m.impl("linear", TORCH_BOX(&ChecksThreads<&linear>::call));
+  m.impl("fp8_linear", TORCH_BOX(&ChecksThreads<&fp8_linear>::call));
+  m.impl("quantize_rows", TORCH_BOX(&ChecksThreads<&quantize_rows>::call));
+  m.impl("rms_norm", TORCH_BOX(&ChecksThreads<&rms_norm>::call));
+  m.impl("add_rms_norm", TORCH_BOX(&ChecksThreads<&add_rms_norm>::call));
+  m.impl("gated_act", TORCH_BOX(&ChecksThreads<&gated_act>::call));
 }
 
 POP_IMPL_ON_DEVICES(implement)
 
 STABLE_TORCH_LIBRARY_IMPL(pop, Negative, m) {
-  m.impl("add_rms_norm", TORCH_BOX((&RefusesNegated<&add_rms_norm, "pop::add_rms_norm">::call)));
+  m.impl("add_rms_norm", TORCH_BOX((&ChecksThreads<&OfNegated<&add_rms_norm, kAddRmsNormSchema>::call>::call)));
 }
 
 }  // namespace pop

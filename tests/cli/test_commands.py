@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shutil
 import sys
@@ -13,6 +14,7 @@ import pop_ext
 import pytest
 from model_folder import save_tiny_llama
 from pop_ext import Plan
+from pop_ext.cli import html_report
 from pop_ext.cli.app import app
 from pop_ext.cli.options import find_files, parse_numbers
 from pop_ext.evaluation import read_texts
@@ -359,3 +361,23 @@ def test_eval_takes_a_pattern_of_texts(folder, files, tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["texts"] == [str(files[1])]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("name", "make", "said"),
+    [
+        ("x.json", lambda path: path.symlink_to("/dev/zero"), "expected JSON (expected a file of at most"),
+        ("x.png", lambda path: path.symlink_to("/dev/zero"), "expected a file of at most"),
+        ("x.json", os.mkfifo, "expected JSON (expected a file, got a pipe"),
+        ("x.json", lambda path: path.write_text("[" * 100_000), "expected JSON (maximum recursion depth exceeded"),
+    ],
+    ids=["device", "device as figure", "pipe", "nested"],
+)
+def test_a_report_refuses_files_without_an_end_by_name(tmp_path, monkeypatch, name, make, said):
+    monkeypatch.setattr(html_report, "LIMIT", 1 << 24)
+    Plan(6, (4, 5)).save(tmp_path / "plan.json")
+    make(tmp_path / name)
+    result = run("report", tmp_path)
+    assert result.exit_code == 2
+    assert f"{tmp_path / name}: {said}" in result.stderr

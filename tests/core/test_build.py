@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -265,3 +266,8 @@ def test_unbuildable_cuda_options_stop_the_configuration(tmp_path, option, messa
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode != 0
     assert message in " ".join(run.stderr.split())
+
+
+def test_the_newest_interpreter_is_found_by_numbers_not_by_letters():
+    version_key = runpy.run_path(str(ROOT / "scripts" / "matrix.py"))["version_key"]
+    assert sorted(["3.12.10", "3.12.9", "3.12.11"], key=version_key) == ["3.12.9", "3.12.10", "3.12.11"]

@@ -52,6 +52,9 @@ def test_json_lines_keep_their_pairs_and_are_cut_to_the_limit(tmp_path, tokenize
     path.write_text('{"prompt": "abc"}\n')
     with pytest.raises(ValueError, match=r'p.jsonl, line 1: expected an object with "prompt" and "continuation"'):
         read_texts([path], tokenizer)
+    path.write_text("[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match=r'p.jsonl, line 1: expected an object with "prompt" and "continuation"'):
+        read_texts([path], tokenizer)
     path.write_text('{"prompt": "abc", "continuation": ""}\n')
     with pytest.raises(ValueError, match="line 1: expected at least one token of each, got 3 and 0"):
         read_texts([path], tokenizer)

@@ -13,6 +13,8 @@ pytestmark = pytest.mark.cpu
 
 SCRIPT = Path(__file__).parents[1] / "support" / "forked.py"
 RUNS = ("native.prefill", "an enabled model", "load")
+OPERATORS = ("prefill", "load", "fold_kv", "linear", "rms_norm", "add_rms_norm", "gated_act", "quantize_rows")
+OTHERS = ("reference.prefill", "importance", "fit", "explain")
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +43,11 @@ def test_a_child_with_one_thread_prefills(printed, run):
 @pytest.mark.parametrize("run", RUNS)
 def test_a_child_of_a_parent_with_one_thread_prefills_on_several(printed, run):
     assert printed[f"1 2 {run}"] == printed["expected"]
+
+
+@pytest.mark.parametrize("name", [*(f"pop.{name}" for name in OPERATORS), *OTHERS])
+def test_operators_and_other_entries_raise_in_a_child_with_several_threads_alone(printed, name):
+    assert printed[f"2 2 {name}"].startswith("RuntimeError: pop")
+    assert "would hang" in printed[f"2 2 {name}"]
+    assert "torch.set_num_threads(1)" in printed[f"2 2 {name}"]
+    assert printed[f"2 1 {name}"] == "done"

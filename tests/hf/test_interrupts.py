@@ -9,10 +9,20 @@ import pop_ext
 import pytest
 import torch
 from models import llama, tokens
+from op_calls import op_call, run_op
+from pop_ext import _core, ops
 from pop_ext.hf import native_model
 from torch.profiler import ProfilerActivity, profile
 
 LAYERS = 16
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_raises():
+    """Handle SIGINT as Python does by itself. A process that a shell started in the background ignores it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 def slow_model():
@@ -101,3 +111,38 @@ def test_a_handler_that_raises_nothing_lets_the_prefill_go_on():
             timer.join()
             signal.signal(signal.SIGUSR1, previous)
     assert seen == [signal.SIGUSR1]
+
+
+def test_what_a_handler_raises_keeps_its_cause(monkeypatch):
+    reason = KeyError("the cause")
+    try:
+        raise KeyboardInterrupt from reason
+    except KeyboardInterrupt as error:
+        interrupt = error
+    monkeypatch.setattr(ops._core, "take_interrupt", lambda: interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        ops.raise_interrupt(RuntimeError("pop::prefill: interrupted by a signal"))
+    assert caught.value.__cause__ is reason
+    assert caught.value.__suppress_context__
+
+
+def test_an_interrupted_raw_operator_raises_the_interrupt_next():
+    model = slow_model()
+    native = pop_ext.load(model, "third")
+    call = op_call(native, [torch.arange(1500) % 50])
+
+    def catch_the_error() -> None:
+        try:
+            run_op(call)
+        except RuntimeError as error:
+            str(error)
+            str(error)
+
+    timer = signal_after(0.2, signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            catch_the_error()
+    finally:
+        timer.join()
+    assert "pop::prefill: interrupted by a signal" in str(caught.value.__context__)
+    assert _core.take_interrupt() is None

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import pop_ext
@@ -274,3 +277,56 @@ def test_a_trace_records_the_stock_forward():
     traced = torch.jit.trace(Logits(model), (ids,), check_trace=False)
     assert_close_fp32(traced(ids), llama(layers=2)(ids).logits, "logits")
     assert pop_ext.last_call(model) is None
+
+
+def wrap_opaquely(model: nn.Module) -> None:
+    inside = model.forward
+    model.forward = lambda *args, **kwargs: inside(*args, **kwargs)
+
+
+@torch.no_grad()
+def test_disable_reaches_what_an_opaque_wrapper_calls():
+    model = llama()
+    ids = tokens(model, 2, T)
+    expected = model(ids, logits_to_keep=1).logits
+    pop_ext.enable(model, PLAN)
+    wrap_opaquely(model)
+    pruned = model(ids, logits_to_keep=1).logits
+    assert not torch.equal(pruned, expected)
+    with pop_ext.enabled(model, OTHER), pytest.warns(UserWarning, match="pop_ext: the stock forward runs"):
+        assert torch.equal(model(ids, logits_to_keep=1).logits, expected)
+    assert torch.equal(model(ids, logits_to_keep=1).logits, pruned)
+    pop_ext.disable(model)
+    assert torch.equal(model(ids, logits_to_keep=1).logits, expected)
+
+
+@torch.no_grad()
+def test_a_new_enable_switches_off_what_an_opaque_wrapper_calls():
+    model = llama()
+    ids = tokens(model, 2, T)
+    expected = model(ids, logits_to_keep=1).logits
+    pop_ext.enable(model, PLAN)
+    wrap_opaquely(model)
+    pop_ext.enable(model, OTHER)
+    with pytest.warns(UserWarning, match="pop_ext: the stock forward runs"):
+        assert torch.equal(model(ids, logits_to_keep=1).logits, expected)
+
+
+def test_a_deleted_model_leaves_no_trace_of_its_wrapper():
+    model = pop_ext.enable(llama(), PLAN)
+    handle, weight = handle_of(model), weakref.ref(model.lm_head.weight)
+    del model
+    gc.collect()
+    assert weight() is None
+    assert not is_alive(handle)
+
+
+@torch.no_grad()
+def test_a_method_of_the_forward_is_pickled_once_it_is_put_back():
+    model = pop_ext.enable(llama(), PLAN)
+    model.forward = MethodType(model.forward, model)
+    with pytest.raises(AttributeError, match=r"^model.forward: expected .* call pop_ext.last_call\(model\) first"):
+        pickle.dumps(model)
+    pop_ext.last_call(model)
+    twin = pickle.loads(pickle.dumps(model))
+    prefill(twin, tokens(twin, 2, T))

@@ -6,7 +6,7 @@ import pop_ext
 import pytest
 import torch
 from models import llama
-from op_calls import int32
+from op_calls import int32, op_call, run_op
 
 pop = torch.ops.pop
 LENGTHS = int32([0, 5]), int32([0]), int32([0])
@@ -97,14 +97,40 @@ def test_a_lazily_negated_tensor_in_a_list_is_refused(name):
 def test_an_operator_that_writes_refuses_negated_tensors_before_it_writes():
     query = torch.randn(5, 2, 16)
     before, cache = query.clone(), torch.zeros(1, 2, 8, 16)
-    with pytest.raises(RuntimeError, match="pop::rope_cache_write: argument 8: expected resolved values"):
+    with pytest.raises(RuntimeError, match="pop::rope_cache_write: key_cache: expected resolved values in a"):
         write(query=query, cache=torch._neg_view(cache))
     assert torch.equal(query, before)
     assert not cache.any()
-    with pytest.raises(RuntimeError, match="pop::add_rms_norm: argument 0: expected resolved values"):
+    with pytest.raises(RuntimeError, match="pop::add_rms_norm: x: expected resolved values"):
         pop.add_rms_norm(torch._neg_view(torch.ones(2, 32)), torch.ones(2, 32), torch.ones(32), 1e-6)
-    with pytest.raises(RuntimeError, match="pop::kv_project: argument 8: expected resolved values"):
+    with pytest.raises(RuntimeError, match=r"pop::kv_project: key_cache\[0\]: expected resolved values"):
         project(keys=torch._neg_view(cache))
+
+
+def test_an_operator_that_writes_resolves_negated_tensors_that_it_reads():
+    x, keys, table = torch.randn(5, 32), torch.zeros(1, 2, 8, 16), int32([0, -1, -2, -3, -4])[None]
+    project(-x, keys := torch.zeros(1, 2, 8, 16), slot_table=-table)
+    project(torch._neg_view(x), negated := torch.zeros(1, 2, 8, 16), slot_table=torch._neg_view(table))
+    assert keys.any()
+    assert torch.equal(negated, keys)
+    with pytest.raises(RuntimeError, match=r"pop::kv_project: k_norm\[0\]: expected resolved values"):
+        project(torch._neg_view(x), k_norm=[torch._neg_view(torch.ones(16))])
+    native = pop_ext.load(llama(), "third")
+    embeds = torch.randn(5, native.spec.hidden_size)
+    calls = [op_call(native, [torch.arange(5)]) for _ in "xy"]
+    expected = run_op({**calls[0], "input": -embeds})
+    assert torch.equal(run_op({**calls[1], "input": torch._neg_view(embeds)}), expected)
+    features = {"feature_index": torch.arange(5), "features": [torch._neg_view(embeds)]}
+    with pytest.raises(RuntimeError, match=r"pop::prefill: features\[0\]: expected resolved values"):
+        run_op({**calls[1], "input": torch._neg_view(embeds), **features})
+
+
+def test_a_written_tensor_may_hold_what_a_negated_one_is_a_view_of():
+    rows, weight = torch.randn(5, 32), torch.ones(32)
+    x, expected = rows.clone(), rows.clone()
+    pop.add_rms_norm(expected, -rows, weight, 1e-6)
+    pop.add_rms_norm(x, torch._neg_view(x), weight, 1e-6)
+    assert torch.equal(x, expected)
 
 
 def test_an_operator_that_only_reads_takes_negated_and_zero_tensors():
@@ -164,6 +190,49 @@ def test_operators_refuse_caches_that_hold_what_they_read():
         project(cache.view(-1)[:160].view(5, 32), keys=cache)
     with pytest.raises(RuntimeError, match=r"kv_project: k_bias\[0\]: .*shared with key_cache"):
         project(keys=cache, k_bias=[cache[0, 0, :2].view(32)])
+
+
+@pytest.mark.parametrize("of", ["key_cache", "value_cache"])
+def test_prefill_refuses_a_cache_in_a_weight(of):
+    model = llama()
+    native = pop_ext.load(model, pop_ext.Plan(6, [1, 2]))
+    weights = {
+        "layers.1.q_proj": model.model.layers[1].self_attn.q_proj.weight,
+        "layers.2.k_proj": model.model.layers[2].self_attn.k_proj.weight,  # folded
+        "embed_tokens": model.model.embed_tokens.weight,
+        "norm": model.model.norm.weight,
+    }
+    for name, weight in weights.items():
+        call = op_call(native, [torch.arange(5)])
+        cache = torch.zeros(weight.numel() + call[of][2].numel())
+        values = weight.detach().clone()
+        cache[3 : 3 + weight.numel()] = values.view(-1)
+        weight.data = cache[3 : 3 + weight.numel()].view_as(weight)
+        native.refresh()
+        call = op_call(native, [torch.arange(5)])
+        call[of][2] = cache[: call[of][2].numel()].view_as(call[of][2])
+        with pytest.raises(RuntimeError, match=rf"{of}\[2\]: expected memory .* shared with weight {name}"):
+            run_op(call)
+        assert torch.equal(weight, values)
+
+
+def test_a_cache_may_lie_between_the_rows_of_a_weight():
+    model = llama()
+    weight, plan = model.model.layers[0].mlp.down_proj.weight, pop_ext.Plan(6, [1, 2])
+    native = pop_ext.load(model, plan)
+    expected = run_op(op_call(native, [torch.arange(5)]))
+    heads, dim = native.spec.num_kv_heads, native.spec.head_dim
+    rows, columns = weight.shape
+    buffer = torch.zeros(rows, columns + heads * dim)
+    buffer[:, :columns] = weight.detach()
+    weight.data = buffer[:, :columns]
+    native.refresh()
+    call = op_call(native, [torch.arange(5)])
+    call["key_cache"][0] = buffer[:, columns:].view(1, rows, heads, dim).transpose(1, 2)
+    assert torch.equal(run_op(call), expected)
+    call["key_cache"][0] = buffer[:, columns - 1 : -1].view(1, rows, heads, dim).transpose(1, 2)
+    with pytest.raises(RuntimeError, match=r"key_cache\[0\]: .* shared with weight layers.0.down_proj"):
+        run_op(call)
 
 
 def test_query_key_and_value_may_be_views_of_one_tensor():

@@ -148,6 +148,7 @@ def test_prefill_passes_opcheck():
 # traced anyway: a traced program holds a model's handle as a constant. The other checks of opcheck run.
 TEXT_OPERATORS = ("info", "stale_weight", "cpu_isa", "foreign_schemas", "fp8_missing", "prepack_missing")
 NUMBER_OPERATORS = ("extra_bytes", "stale_index")
+TWINS = tuple(f"{name}_utf8" for name in TEXT_OPERATORS)
 WITHOUT_TEXT_COMPARISON = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
@@ -157,7 +158,9 @@ def test_an_operator_that_returns_text_passes_what_opcheck_can_compare(name):
     of_a_model = {"info": (native.handle,), "stale_weight": (native.handle,)}
     of_a_spec = {op: (native.spec.to_json(), random(1)) for op in ("fp8_missing", "prepack_missing")}
     args = {**of_a_model, **of_a_spec}.get(name, ())
-    torch.library.opcheck(getattr(pop, name).default, args, test_utils=WITHOUT_TEXT_COMPARISON)
+    for operator in (getattr(pop, name), getattr(pop, f"{name}_utf8")):
+        torch.library.opcheck(operator.default, args, test_utils=WITHOUT_TEXT_COMPARISON)
+    assert getattr(pop, name)(*args) == bytes(getattr(pop, f"{name}_utf8")(*args)).decode()
 
 
 @pytest.mark.parametrize("name", NUMBER_OPERATORS)
@@ -199,5 +202,5 @@ def test_load_refuses_weights_without_memory():
 
 def test_every_operator_is_checked():
     registered = {name.removeprefix("pop::") for name in torch._C._dispatch_get_all_op_names() if name[:5] == "pop::"}
-    checked = {*opcheck_cases(), "fp8_linear", "prefill", *TEXT_OPERATORS}
+    checked = {*opcheck_cases(), "fp8_linear", "prefill", *TEXT_OPERATORS, *TWINS}
     assert registered == {*checked, *NUMBER_OPERATORS, "load", "unload", "set_foreign", "set_interrupt_check", "tune"}

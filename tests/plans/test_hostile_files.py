@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import threading
 import tracemalloc
 
 import pop_ext
@@ -12,8 +14,9 @@ import torch
 from models import shared
 from pop_ext import Plan
 from pop_ext.evaluation import Evaluation
-from pop_ext.methods.importance import Importance
+from pop_ext.methods.importance import GateScores, Importance
 from pop_ext.plans.folder import CARD_FILE, PLAN_FILE
+from pop_ext.plans.origin import Origin
 from pop_ext.utils.files import read_own_text
 
 BROKEN = {
@@ -60,6 +63,65 @@ def test_a_folder_is_no_file(reader, tmp_path):
         READERS[reader](tmp_path)
 
 
+@pytest.fixture
+def pipe(tmp_path):
+    """Return the path of a pipe that nobody writes to."""
+    path = tmp_path / "pipe.json"
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("reader", READERS)
+def test_a_pipe_is_refused_instead_of_waited_for(reader, pipe):
+    with pytest.raises(ValueError, match=r"expected a file, got a pipe") as error:
+        READERS[reader](pipe)
+    assert str(error.value).startswith(f"{pipe}: ")
+
+
+@pytest.mark.timeout(60)
+def test_fits_and_importances_do_not_resume_from_a_pipe(pipe):
+    model, batches = shared("llama"), [torch.arange(40)[None] + n for n in range(3)]
+    with pytest.raises(ValueError, match="expected a file, got a pipe"):
+        pop_ext.importance(model, batches, resume=pipe)
+    with pytest.raises(ValueError, match=f"^resume: expected a state that a training wrote, got {pipe}, which is no"):
+        pop_ext.fit(model, Plan(6, (4, 5)), batches, method="distill", steps=1, resume=pipe)
+
+
+def test_a_prompt_may_come_through_a_pipe(pipe):
+    writer = threading.Thread(target=pipe.write_text, args=("a prompt",))
+    writer.start()
+    assert read_own_text(pipe) == "a prompt"
+    writer.join()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="Linux alone has this file")
+@pytest.mark.parametrize("reader", READERS)
+def test_an_error_while_reading_names_the_path(reader):
+    with pytest.raises(OSError, match="/proc/self/mem"):
+        READERS[reader]("/proc/self/mem")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda members: members.update(colour=1), "importance: 'colour': expected no such member, got 1"),
+        (lambda members: members["gates"].update(heads={}), "gates: 'heads': expected no such member"),
+        (lambda members: members["origin"].update(config_hsh="0"), "origin: 'config_hsh': expected no such member"),
+        (lambda members: members.pop("seed"), "no member 'seed'"),
+    ],
+)
+def test_unknown_and_missing_members_of_an_importance_are_named(change, text, tmp_path):
+    path, scores = tmp_path / "importance.json", GateScores(*[(1.0, 2.0)] * 4)
+    Importance(scores, None, None, Origin(samples=2), None, 0, "", "").save(path)
+    assert Importance.load(path).samples == 2
+    members = json.loads(path.read_text())
+    change(members)
+    path.write_text(json.dumps(members))
+    with pytest.raises(ValueError, match=text):
+        Importance.load(path)
+
+
 @pytest.fixture(scope="module")
 def fitted():
     return pop_ext.fit(shared("llama"), Plan(6, (2, 4, 5)), [torch.arange(40)[None]], lambdas=[1.0])
@@ -82,6 +144,27 @@ def test_matrices_that_are_no_safetensors_are_refused_by_the_plans_path(fitted, 
     with pytest.raises(ValueError, match="projections") as error:
         Plan.load(tmp_path / "plan.json")
     assert str(error.value).startswith(f"{tmp_path / 'plan.json'}: projections: {text}")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda members: members.update(ridg=1.0), "projections: 'ridg': expected no such member, got 1.0"),
+        (
+            lambda members: members.pop("ridge"),
+            "projections: expected what Plan.save writes of a fit, got no member 'ridge'",
+        ),
+    ],
+)
+def test_unknown_and_missing_members_of_a_fit_are_named(fitted, tmp_path, change, text):
+    path = tmp_path / "plan.json"
+    fitted.save(path)
+    members = json.loads(path.read_text())
+    change(members["projections"])
+    path.write_text(json.dumps(members))
+    with pytest.raises(ValueError, match="projections") as error:
+        Plan.load(path)
+    assert str(error.value) == f"{path}: {text}"
 
 
 @pytest.mark.parametrize("name", ["../plan.safetensors", "/dev/zero", "", ".", "a/b"])

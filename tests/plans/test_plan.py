@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import pickle
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from pop_ext import supported_models
+from pop_ext.plans.default import named_plan
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.presets import PRESETS, preset_or_third
 
@@ -302,3 +304,37 @@ def test_presets_match_the_configs_of_transformers():
         facts = {key: value for key, value in preset.config.items() if key != "model_type"}
         config = transformers.AutoConfig.for_model(preset.config["model_type"], **facts)
         assert preset_or_third(config) is preset.plan, name
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "omit", [range(10**9), itertools.count(), itertools.repeat(1)], ids=["range", "count", "repeat"]
+)
+def test_more_layers_than_the_model_has_are_not_read(omit):
+    with pytest.raises(ValueError, match=r"^omit: expected (layers in 0\.\.\.3, got 4|each layer once, got 1 twice)$"):
+        Plan(4, omit)
+
+
+LONG = "x" * 10**7
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: Plan(4, LONG), "omit"),
+        (lambda: Plan(LONG, ()), "num_layers"),
+        (lambda: Plan(4, [LONG]), "omit"),
+        (lambda: Plan.last(4, fraction=LONG), "fraction"),
+        (lambda: Plan.last(4, count=LONG, fraction=LONG), "count"),
+        (lambda: Plan.last(4, 10**5000), "count"),
+        (lambda: Plan.last(4, fraction=10**5000), "fraction"),
+        (lambda: named_plan(LONG, None), "plan"),
+        (lambda: named_plan("\0", None), "plan"),
+        (lambda: Plan.from_json(json.dumps({"num_layers": 4, "omit": [1], "origin": {"samples": LONG}})), "origin"),
+        (lambda: Plan.from_json('"\ud800"'), "plan"),
+    ],
+)
+def test_an_error_names_the_argument_and_is_short(call, name):
+    with pytest.raises((TypeError, ValueError), match=f"^{name}[.,: ].*expected") as error:
+        call()
+    assert len(str(error.value)) < 300

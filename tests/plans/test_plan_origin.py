@@ -72,11 +72,12 @@ def test_a_malformed_origin_is_refused_with_its_member(origin, text):
     assert str(error.value) == text
 
 
-def test_origin_must_have_its_type_and_ignores_unknown_members():
+def test_origin_must_have_its_type_and_no_unknown_members():
     with pytest.raises(TypeError, match=r"origin: expected a pop_ext.plans.origin.Origin, got dict"):
         Plan(6, (1,), origin={})
-    known = {"num_layers": 6, "omit": [1], "origin": {"method": "by hand", "colour": 3}}
-    assert Plan.from_json(json.dumps(known)).origin == Origin(method="by hand")
+    unknown = {"num_layers": 6, "omit": [1], "origin": {"method": "by hand", "config_hsh": "0" * 16}}
+    with pytest.raises(ValueError, match=r"^origin: 'config_hsh': expected no such member, got '0000000000000000'$"):
+        Plan.from_json(json.dumps(unknown))
 
 
 # The config hash

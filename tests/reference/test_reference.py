@@ -363,3 +363,14 @@ def test_a_model_without_head_is_refused_by_name():
     headless = LlamaModel(models.llama().config)
     with pytest.raises(ValueError, match=r"model: expected .*LlamaModel"):
         reference.prefill(headless, torch.zeros(1, 4, dtype=torch.long), Plan(num_layers=6, omit=(5,)))
+
+
+@pytest.mark.cpu
+def test_the_oracle_does_not_take_a_failed_allocation_for_another_projection(monkeypatch):
+    def fails(*_: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("pop_ext.reference.projection.project_kv", fails)
+    model = llama()
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        reference.prefill(model, tokens(model, 1, 9), Plan(6, (2, 4)))

@@ -16,10 +16,10 @@ from typing import Any
 import pop_ext
 import torch
 from models import llama, qwen3, tokens
-from pop_ext import _core
+from pop_ext import _core, reference
 
+INNER = pop_ext.Plan(4, [1, 2])
 KINDS = {"new": 0, "tensor": 1, "new of operators": 2}
-_STATE_EVERY = 16  # failures
 _LIBRARY = ctypes.CDLL(os.environ["FAIL_ALLOCATIONS"])
 _LIBRARY.fail_allocation.argtypes = (ctypes.c_int, ctypes.c_int64)
 _LIBRARY.stop_failing.restype = ctypes.c_int64
@@ -44,10 +44,19 @@ def fail_each(
     undo: Callable[[], None] = lambda: None,
     step: int = 1,
     leave_out: int = 0,
+    every: int = 16,
 ) -> None:
     """Let each allocation of ``call`` fail, but the last ``leave_out``, and check that ``state`` is as before.
 
-    ``undo`` takes back what a call that succeeds does.
+    Args:
+        name: of the entry.
+        kind: of allocations, a key of ``KINDS``.
+        call: the entry.
+        state: what a failed call must not change.
+        undo: takes back what a call that succeeds does.
+        step: from one allocation that fails to the next one.
+        leave_out: so many of the last ones do not fail.
+        every: compare the state after so many failures, and after the last one.
     """
     call()
     undo()
@@ -72,7 +81,8 @@ def fail_each(
             undo()
         handled += caught is not None
         del caught
-        if (nth % _STATE_EVERY == 0 or name == "prefill" or nth + step > count) and not same(state(), expected_state):
+        failures = (nth - 1) // step + 1
+        if (failures % every == 0 or nth + step > count) and not same(state(), expected_state):
             print(f"FAULT {name}, {kind} {nth} of {count}: the state changed")
     print(json.dumps({"entry": name, "kind": kind, "allocations": count, "raised": handled}), flush=True)
 
@@ -92,7 +102,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = qwen3(num_hidden_layers=4) if "qwen3" in sys.argv[1:] else llama(num_hidden_layers=4)
-    native = pop_ext.load(model, "third")
+    # Layers in the middle: a plan that omits the last one alone computes what the full model does.
+    native = pop_ext.load(model, INNER)
     spec, plan = native.spec, native.plan
     spec_text, plan_text = spec.to_json(), plan.to_json()
     weights = [ref.tensor.detach() for ref in native.description.weights]
@@ -124,7 +135,7 @@ def main() -> None:
 
     # Through Python these also construct objects of _core (see above), so only the operators' allocations fail.
     for kind in ("new of operators", "tensor"):
-        fail_each("pop_ext.load", kind, lambda: pop_ext.load(model, "third"), prefilled)
+        fail_each("pop_ext.load", kind, lambda: pop_ext.load(model, INNER), prefilled)
         cache = native.prefill(tokens(model, 2, 9, seed=3)).past_key_values
 
         def contents(cache: Any = cache) -> list[Any]:
@@ -136,11 +147,31 @@ def main() -> None:
         def crop(cache: Any = cache) -> None:
             cache.crop(-ids.shape[1])
 
-        fail_each("prefill", kind, second_turn, contents, undo=crop)
-        pop_ext.enable(model, "third", strict=True)
+        fail_each("prefill", kind, second_turn, contents, undo=crop, every=1)
+        fail_each("native.stale_weight", kind, native.stale_weight, prefilled)
+        pop_ext.enable(model, INNER, strict=True)
         fail_each("enabled forward", kind, lambda: model(ids, logits_to_keep=1), prefilled)
         fail_each("generate", kind, lambda: model.generate(ids, max_new_tokens=2, do_sample=False), prefilled, step=7)
+        fail_each("explain", kind, lambda: pop_ext.explain(model, ids, logits_to_keep=1), prefilled)
+        fail_each("score", kind, lambda: pop_ext.score(model, ids, ids), prefilled)
         pop_ext.disable(model)
+        in_python(kind, model, ids, prefilled)
+
+
+def in_python(kind: str, model: Any, ids: torch.Tensor, prefilled: Callable[[], Any]) -> None:
+    """Fail the allocations of entries that run the modules of the stock model, some of their many.
+
+    Not of Plan.load: it takes no memory of tensors, and what it takes in C++ is that of from_json and of Plan.
+    """
+    weights = model.state_dict()
+
+    def state() -> list[Any]:
+        return [prefilled(), list(weights.values()), model(ids).logits]
+
+    fail_each("reference.prefill", kind, lambda: reference.prefill(model, ids, INNER), state, step=3)
+    fail_each("importance", kind, lambda: pop_ext.importance(model, [ids]), state, step=37)
+    fail_each("block_influence", kind, lambda: pop_ext.block_influence(model, [ids]), state, step=7)
+    fail_each("fit", kind, lambda: pop_ext.fit(model, INNER, [ids, ids], lambdas=[1.0]), state, step=37)
 
 
 def blocks(kind: str) -> None:
@@ -162,18 +193,30 @@ def blocks(kind: str) -> None:
     fail_each("fold_kv", kind, lambda: pop.fold_kv([weight], [weight], [norm]), state)
     fail_each("attention", kind, lambda: pop.attention(rows, *caches, *lengths, 0.25, slot_table=table), state)
 
-    # These write: what they leave after a failure is not compared, but a call that fails must not have begun to write.
+    # These write, and a call that fails must not have begun to.
+    query, stack, one = rows.clone(), torch.ones(64, 32), x.clone()
+
+    def written() -> list[torch.Tensor]:
+        return [query.clone(), one.clone(), *(cache.clone() for cache in caches)]
+
+    def undo() -> None:
+        query.copy_(rows)
+        one.copy_(x)
+        for cache in caches:
+            cache.zero_()
+
     def project() -> None:
-        stack = torch.ones(64, 32)
         pop.kv_project(x, stack, cos, cos, *lengths, 1e-6, [caches[0]], [caches[1]], slot_table=table)
 
-    fail_each("kv_project", kind, project, lambda: None)
-    fail_each(
-        "rope_cache_write",
-        kind,
-        lambda: pop.rope_cache_write(rows, rows.clone(), rows.clone(), cos, cos, *lengths, *caches),
-        lambda: None,
-    )
+    def write() -> None:
+        pop.rope_cache_write(query, rows, rows, cos, cos, *lengths, *caches)
+
+    for name, call in {
+        "kv_project": project,
+        "rope_cache_write": write,
+        "add_rms_norm": lambda: pop.add_rms_norm(one, x, norm, 1e-6),
+    }.items():
+        fail_each(name, kind, call, written, undo=undo, every=1)
 
 
 if __name__ == "__main__":

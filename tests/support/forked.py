@@ -13,6 +13,8 @@ from collections.abc import Callable
 import pop_ext
 import torch
 from models import llama, tokens
+from op_calls import op_call, run_op
+from pop_ext import reference
 from torch import Tensor
 
 SECONDS = 20
@@ -47,6 +49,26 @@ def main() -> None:
     ids = tokens(model, 1, 150)
     twin = pop_ext.enable(llama(hidden=256), "third")
     native = pop_ext.load(model, "third")
+    spec, plan = native.spec.to_json(), native.plan.to_json()
+    weights = [ref.tensor.detach() for ref in native.description.weights]
+    x, weight, norm = torch.randn(4096, 256), torch.randn(256, 256), torch.ones(256)
+    written, negated = torch.zeros_like(x), torch._neg_view(x)
+    call = op_call(native, [ids[0]])
+    pop = torch.ops.pop
+    raw: dict[str, Callable[[], object]] = {
+        "pop.prefill": lambda: run_op(call),
+        "pop.load": lambda: pop.unload(pop.load(spec, plan, weights)),
+        "pop.fold_kv": lambda: pop.fold_kv([weight], [weight], [norm]),
+        "pop.linear": lambda: pop.linear(x, weight),
+        "pop.rms_norm": lambda: pop.rms_norm(x, norm, 1e-6),
+        "pop.add_rms_norm": lambda: pop.add_rms_norm(written, negated, norm, 1e-6),
+        "pop.gated_act": lambda: pop.gated_act(x, x),
+        "pop.quantize_rows": lambda: pop.quantize_rows(x),
+        "reference.prefill": lambda: reference.prefill(model, ids, "third"),
+        "importance": lambda: pop_ext.importance(model, [ids]),
+        "fit": lambda: pop_ext.fit(model, pop_ext.Plan(model.config.num_hidden_layers, [1]), [ids, ids]),
+        "explain": lambda: pop_ext.explain(twin, ids, logits_to_keep=1),
+    }
     runs: dict[str, Callable[[], Tensor]] = {
         "native.prefill": lambda: native.prefill(ids).logits,
         "an enabled model": lambda: twin(ids, logits_to_keep=1).logits,
@@ -70,6 +92,15 @@ def main() -> None:
     native.prefill(ids)
     report(2, 2)
     report(2, 1)
+    for name, run in raw.items():
+        for child in (2, 1):
+
+            def forked_raw(run: Callable[[], object] = run, child: int = child) -> str:
+                torch.set_num_threads(child)
+                run()
+                return "done"
+
+            print(f"2 {child} {name}: {in_child(forked_raw)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Every public entry as a call without arguments, on small models, for tests that call each of them many times."""
+"""Every public entry as a call without arguments, on small models, for tests that call each of them many times.
+
+Plans omit layers in the middle: the last layer's context rows give no more than K and V in any plan, so a plan that
+omits it alone computes what the full model does.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,21 @@ from typing import Any
 import pop_ext
 import torch
 from models import llama, tokens
-from pop_ext import _core, reference
+from pop_ext import _core, env_info, reference
 from transformers import StaticCache
 
 
 def public_entries() -> dict[str, Callable[[], Any]]:
     """Return the calls by name. Each leaves things as they were."""
     model = llama(num_hidden_layers=4)
-    native, ids = pop_ext.load(model, "third"), tokens(model, 2, 12)
+    inner, ids = pop_ext.Plan(4, [1, 2]), tokens(model, 2, 12)
+    native = pop_ext.load(model, inner)
     spec, plan, handle = native.spec, native.plan, native.handle
     spec_text, plan_text = spec.to_json(), plan.to_json()
     weights = [ref.tensor.detach() for ref in native.description.weights]
     static = StaticCache(config=model.config, max_cache_len=32)
     enabled = llama(num_hidden_layers=4)
-    pop_ext.enable(enabled, "third", strict=True)
+    pop_ext.enable(enabled, inner, strict=True)
     other = llama(num_hidden_layers=4)
 
     def load_and_free() -> None:
@@ -32,7 +37,7 @@ def public_entries() -> dict[str, Callable[[], Any]]:
         static.reset()
 
     def enable_and_disable() -> None:
-        pop_ext.enable(other, "third")
+        pop_ext.enable(other, inner)
         pop_ext.disable(other)
 
     def refused() -> None:
@@ -47,15 +52,30 @@ def public_entries() -> dict[str, Callable[[], Any]]:
         except RuntimeError:
             return
 
+    def refused_load() -> None:
+        try:
+            pop_ext.load(model, inner, prepack=True)  # float32: refused by each backend
+        except ValueError:
+            return
+
     return {
         "Plan": lambda: pop_ext.Plan.last(8, 3),
         "Plan.to_json, from_json": lambda: pop_ext.Plan.from_json(plan.to_json()),
         "ModelSpec.to_json, from_json": lambda: _core.ModelSpec.from_json(spec.to_json()),
         "plan_cost": lambda: _core.plan_cost(spec, plan, [_core.SequenceShape(9)]),
         "torch.ops.pop.load, unload": load_and_free,
-        "pop_ext.load": lambda: pop_ext.load(model, "third"),
+        "pop_ext.load, fp8": lambda: pop_ext.load(model, inner, fp8=True),
+        "pop_ext.load, refused": refused_load,
+        "pop_ext.load": lambda: pop_ext.load(model, inner),
         "native.stale_weight": native.stale_weight,
         "torch.ops.pop.extra_bytes": lambda: torch.ops.pop.extra_bytes(handle),
+        "torch.ops.pop.info": lambda: torch.ops.pop.info(handle),
+        "torch.ops.pop.stale_weight": lambda: torch.ops.pop.stale_weight(handle),
+        "torch.ops.pop.cpu_isa": torch.ops.pop.cpu_isa,
+        "torch.ops.pop.foreign_schemas": torch.ops.pop.foreign_schemas,
+        "torch.ops.pop.fp8_missing": lambda: torch.ops.pop.fp8_missing(spec_text, ids),
+        "torch.ops.pop.prepack_missing": lambda: torch.ops.pop.prepack_missing(spec_text, ids),
+        "env_info": env_info.installation,
         "native.prefill": lambda: native.prefill(ids),
         "native.prefill, static cache": static_prefill,
         "native.prefill, refused": refused,
@@ -68,6 +88,9 @@ def public_entries() -> dict[str, Callable[[], Any]]:
         "stats": lambda: pop_ext.stats(enabled),
         "score": lambda: pop_ext.score(enabled, ids, ids),
         "reference.prefill": lambda: reference.prefill(model, ids, plan),
+        "importance": lambda: pop_ext.importance(model, [ids]),
+        "block_influence": lambda: pop_ext.block_influence(model, [ids]),
+        "fit": lambda: pop_ext.fit(model, inner, [ids, ids], lambdas=[1.0]),
         **blocks(),
     }
 

@@ -1,13 +1,14 @@
 """Mixed requests for minutes on end: fails if the process grows. ``make soak`` runs it and says where the plot is.
 
 Requests are drawn from a seed: generate and prefill over several kinds of cache, batches with padding, later turns,
-refused calls, calls with a signal, loads, enabling and disabling, from two threads at times. Between them the bytes
-that malloc has handed out (count_allocations.cpp) and the resident memory are sampled.
+refused calls, prefills that a signal ends, loads, enabling and disabling, from two threads at times. Between them the
+bytes that malloc has handed out (count_allocations.cpp) and the resident memory are sampled.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import random
@@ -17,15 +18,26 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pop_ext
 import torch
 from bytes_per_call import bytes_in_use
+from growth import Sample, bytes_per_request, fault_of, growth_of
 from models import llama, qwen3, tokens
+from pop_ext import Plan
 from transformers import DynamicCache, StaticCache
 
-GROWTH = 256 << 10
-"""Bytes in use that the last quarter may have more than the second one: 48 a request would be more in five minutes."""
-RESIDENT_GROWTH = 0.05
+INNER = Plan(4, [1, 2])
+SAMPLES = 100
+
+
+class Interrupt(Exception):
+    """Raised by the handler of SIGUSR1."""
+
+
+def interrupt(number: int, frame: object) -> None:
+    """Handle SIGUSR1 as Python handles SIGINT."""
+    raise Interrupt
 
 
 class Requests:
@@ -38,8 +50,12 @@ class Requests:
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.model, self.other = llama(num_hidden_layers=4), qwen3(num_hidden_layers=4)
-        self.native = pop_ext.load(self.other, "third")
-        pop_ext.enable(self.model, "third", strict=True)
+        self.slow = llama(num_hidden_layers=8, hidden_size=256, intermediate_size=2048)
+        self.native, self.slow_native = pop_ext.load(self.other, INNER), pop_ext.load(self.slow, Plan(8, [3, 4]))
+        self.long_ids = tokens(self.slow, 1, 1000)  # more than half a second
+        self.settled_ids = tokens(self.model, 1, 9)
+        self.signals = self.interrupts = 0
+        pop_ext.enable(self.model, INNER, strict=True)
         self.static = StaticCache(config=self.other.config, max_cache_len=160)
         self.kinds: list[Callable[[], object]] = [
             self.generate,
@@ -89,18 +105,27 @@ class Requests:
             return error
 
     def interrupted(self) -> object:
-        signal.raise_signal(signal.SIGUSR1)
+        timer = threading.Timer(0.15, signal.raise_signal, (signal.SIGUSR1,))  # the operator runs by then
+        self.signals += 1
         try:
-            return self.native.prefill(self.ids(2))
-        except KeyboardInterrupt as error:
+            timer.start()
+            self.slow_native.prefill(self.long_ids)
+            timer.join()
+        except Interrupt as error:
+            self.interrupts += "pop::prefill: interrupted" in str(error.__context__)
             return error
+        return None
 
     def load(self) -> object:
-        return pop_ext.load(self.other, pop_ext.Plan.last(4, self.random.randint(0, 3)))
+        return pop_ext.load(self.other, Plan(4, self.omitted(0)))
 
     def switch(self) -> object:
         pop_ext.disable(self.model)
-        return pop_ext.enable(self.model, pop_ext.Plan.last(4, self.random.randint(1, 3)), strict=True)
+        return pop_ext.enable(self.model, Plan(4, self.omitted(1)), strict=True)
+
+    def omitted(self, least: int) -> list[int]:
+        """Return layers to omit, at least so many, and not the last one."""
+        return self.random.sample(range(3), self.random.randint(least, 3))
 
     def two_threads(self) -> object:
         prompts = [self.ids(), self.ids()]
@@ -111,17 +136,17 @@ class Requests:
             thread.join()
         return None
 
+    def settle(self) -> None:
+        """Bring everything into the state in which memory is sampled."""
+        pop_ext.enable(self.model, INNER, strict=True)
+        self.model(self.settled_ids, logits_to_keep=1)
+        self.static_cache()
+
 
 def resident_bytes() -> int:
     """Return the resident memory of this process."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
-
-
-def growth_of(values: list[int]) -> int:
-    """Return how much more the least of the last quarter is than the least of the second."""
-    quarter = len(values) // 4
-    return min(values[-quarter:]) - min(values[quarter : 2 * quarter])
 
 
 @torch.no_grad()
@@ -130,29 +155,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--leak", type=int, default=0, help="bytes to leak a request, to see that it is found")
     parser.add_argument("--out", type=Path, default=Path("build/soak"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGUSR1, lambda number, frame: None)
-    requests, samples, count = Requests(arguments.seed), [], 0
+    signal.signal(signal.SIGUSR1, interrupt)
+    requests, count = Requests(arguments.seed), 0
+    table = np.zeros((SAMPLES, 4))  # seconds, and a Sample; made before, since samples must not be what grows
+    taken = 0
     gc.freeze()  # so that a collection only looks at what requests made
     begin = time.monotonic()
     while (passed := time.monotonic() - begin) < 60 * arguments.minutes:
-        if len(samples) * arguments.minutes * 60 / 100 <= passed:
-            samples.append(
-                {"seconds": passed, "requests": count, "in_use": bytes_in_use(), "resident": resident_bytes()}
-            )
+        if taken < SAMPLES and taken * arguments.minutes * 60 / SAMPLES <= passed:
+            requests.settle()
+            table[taken] = passed, count, bytes_in_use(), resident_bytes()
+            taken += 1
         requests.random.choice(requests.kinds)()
         count += 1
-    in_use = growth_of([sample["in_use"] for sample in samples])
-    resident = growth_of([sample["resident"] for sample in samples])
-    result = {"requests": count, "in_use_growth": in_use, "resident_growth": resident, "samples": samples}
+        for _ in range(arguments.leak // 48):
+            ctypes.CDLL(None).malloc(48)
+    samples = [Sample(*(int(value) for value in row[1:])) for row in table[:taken]]
+    result = {
+        "requests": count,
+        "signals": requests.signals,
+        "interrupts": requests.interrupts,
+        "bytes_per_request": round(bytes_per_request(samples), 1),
+        "in_use_growth": growth_of([sample.in_use for sample in samples]),
+        "resident_growth": growth_of([sample.resident for sample in samples]),
+    }
+    print(f"{arguments.minutes} min: {result}; {arguments.out}")
+    result["samples"] = [
+        {"seconds": seconds, **sample._asdict()} for seconds, sample in zip(table[:taken, 0], samples, strict=True)
+    ]
     (arguments.out / "soak.json").write_text(json.dumps(result, indent=1))
-    plot(samples, arguments.out / "soak.png")
-    grown = f"{in_use:+d} bytes in use, {resident:+d} resident"
-    print(f"{count} requests in {arguments.minutes} min: {grown}; {arguments.out}")
-    if in_use > GROWTH or resident > RESIDENT_GROWTH * samples[len(samples) // 2]["resident"]:
-        raise SystemExit(f"the process grew by more than {GROWTH} bytes in use, or {RESIDENT_GROWTH:.0%} resident")
+    plot(result["samples"], arguments.out / "soak.png")
+    if 2 * requests.interrupts < requests.signals or not requests.signals:
+        raise SystemExit(f"{requests.interrupts} of {requests.signals} signals ended a prefill: expected most of them")
+    if fault := fault_of(samples):
+        raise SystemExit(f"the process grew by {fault}")
 
 
 def plot(samples: list[dict[str, float]], path: Path) -> None:

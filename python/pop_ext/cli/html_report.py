@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from pop_ext.evaluation.results import Evaluation, Mean
+from pop_ext.evaluation.results import LIMIT, Evaluation, Mean
 from pop_ext.evaluation.timing import NATIVE_FULL, median_ms, speedup
 from pop_ext.methods.plots import plot_stages
 from pop_ext.plans.projections import FitReport
+from pop_ext.utils.files import read_limited, read_utf8
+from pop_ext.utils.texts import missing_or
 
 # Captions by file name without suffix; the figure of any other name is captioned by that name.
 _CAPTIONS = {
@@ -77,7 +79,8 @@ def make_page(folder: Path) -> Page:
     Raises:
         ImportError: jinja2 is not installed.
         OSError: The folder cannot be read.
-        ValueError: The folder holds no results, or a .json file that is not JSON or not as a command writes it.
+        ValueError: The folder holds no results, or a .json file that is not JSON or not as a command writes it, or a
+            file that is longer than the limits of SECURITY.md or a pipe.
     """
     sections: list[Section] = []
     sources: list[str] = []
@@ -87,7 +90,9 @@ def make_page(folder: Path) -> Page:
         try:
             section = _section(path)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: expected a result as one of the commands writes it ({error!r})") from None
+            raise ValueError(
+                f"{path}: expected a result as one of the commands writes it ({missing_or(error)})"
+            ) from None
         if section is not None:
             sections.append(section)
             sources.append(path.name)
@@ -95,7 +100,7 @@ def make_page(folder: Path) -> Page:
     sources += [path.name for path in images]
     if not sources:
         raise ValueError(f"{folder}: expected results of calibrate, eval or bench, got none")
-    figures = [_figure(path.read_bytes(), path.stem) for path in images]
+    figures = [_figure(_png(path), path.stem) for path in images]
     return Page(_render(f"pop_ext: {folder.resolve().name}", figures, sections), sources)
 
 
@@ -123,8 +128,8 @@ def _order(stem: str) -> int:
 def _section(path: Path) -> Section | None:
     """Return the section of a JSON file that a command wrote; None for any other JSON."""
     try:
-        members = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        members = json.loads(read_utf8(path, LIMIT))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON ({error})") from None
     if not isinstance(members, dict):
         return None
@@ -268,6 +273,13 @@ def _rate(profile: dict[str, Any], stage: dict[str, Any]) -> str:
     if moved and peak and bandwidth and moved / bandwidth > flops / peak:
         return f"{moved / seconds / 1e9:.1f} GB/s"
     return f"{flops / seconds / 1e9:.1f} GFLOP/s"
+
+
+def _png(path: Path) -> bytes:
+    try:
+        return read_limited(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _figure(png: bytes, stem: str) -> Figure:

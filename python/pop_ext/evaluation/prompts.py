@@ -103,7 +103,7 @@ def _pair_of_line(where: str, line: str, tokenizer: Any) -> Pair:
     try:
         members = json.loads(line)
         texts = [members[name] for name in ("prompt", "continuation")]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f'{where}: expected an object with "prompt" and "continuation", got {line:.60}') from None
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f'{where}: expected strings as "prompt" and "continuation", got {line:.60}')

@@ -15,6 +15,7 @@ from pop_ext.evaluation.arms import FITTED, FULL, POP, RIDGE, Arm
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.files import read_utf8
 from pop_ext.utils.json import finite
+from pop_ext.utils.texts import missing_or
 
 LIMIT = 1 << 30
 """Bytes of a file: it holds a sample for each prompt of each arm."""
@@ -206,4 +207,6 @@ class Evaluation:
                     cell["samples"][name] = [math.nan if value is None else value for value in values]
             return found
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: expected an evaluation as Evaluation.save writes it ({error!r})") from None
+            raise ValueError(
+                f"{path}: expected an evaluation as Evaluation.save writes it ({missing_or(error)})"
+            ) from None

@@ -14,6 +14,7 @@ from pop_ext.hf.inputs import make_request
 from pop_ext.hf.modules import find_decoder_modules, rope_follows_length
 from pop_ext.hf.native_backend import NativeBackend
 from pop_ext.hf.portable_backend import PortableBackend
+from pop_ext.utils.tensors import check_dense, is_out_of_memory
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A context and its continuation, int64 [n] each."""
@@ -132,6 +133,7 @@ def _batches(pairs: Sequence[Pair], batch_size: int, one_length: bool) -> Iterat
 def _pairs(context_ids: Sequence[Ids], continuation_ids: Sequence[Ids], vocab_size: int) -> list[Pair]:
     """Check contexts and continuations, and return them as pairs of int64 tensors [n] on the CPU."""
     lists: dict[str, Any] = {"context_ids": context_ids, "continuation_ids": continuation_ids}
+    check_dense(lists)
     for name, given in lists.items():
         is_list = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
         if not is_list and not (isinstance(given, torch.Tensor) and given.ndim > 0):
@@ -150,9 +152,12 @@ def _as_ids(name: str, index: int, ids: Ids, vocab_size: int) -> torch.Tensor:
     """Check the sequence of argument ``name`` for pair ``index``, and return it as int64 [n] on the CPU."""
     if not isinstance(ids, (Sequence, torch.Tensor)) or isinstance(ids, (str, bytes)):
         raise TypeError(f"{name}: expected one sequence of ids per pair, got {type(ids).__name__} for pair {index}")
+    check_dense({f"{name}[{index}]": ids})
     try:
         tensor = torch.as_tensor(ids, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:  # not numbers, ragged lists, or a tensor without data
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
         raise TypeError(f"{name}: expected one sequence of integer ids per pair, for pair {index}: {error}") from error
     if tensor.ndim != 1 or len(tensor) == 0:
         raise ValueError(f"{name}: expected at least one id for pair {index}, got shape {list(tensor.shape)}")

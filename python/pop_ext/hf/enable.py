@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import reprlib
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -30,6 +31,8 @@ from pop_ext.plans.default import PlanArgument
 from pop_ext.plans.plan import Plan
 
 Model = TypeVar("Model", bound=nn.Module)
+_installed: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+"""Model -> weak reference to the ``PrefillForward`` that ``enable`` put on it last."""
 _BACKENDS = ("auto", "native", "portable", "reference")
 
 
@@ -39,6 +42,18 @@ def _unwrap(model: nn.Module) -> nn.Module:
     if type(inner).__module__.startswith("peft.") and hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     return inner
+
+
+def _hidden(model: nn.Module) -> PrefillForward | None:
+    """Return what ``enable`` installed last, if it lives: code that does not say what it calls may still call it."""
+    return _installed.get(model, lambda: None)()
+
+
+def _switch_off_hidden(model: nn.Module) -> None:
+    """Run the stock forward where code that was put around ``model.forward`` still calls what ``enable`` installed."""
+    hidden = _hidden(model)
+    if hidden is not None and find_prefill_forward(model) is not hidden:
+        hidden.switch_off()
 
 
 def _is_wrapped(model: nn.Module, forward: PrefillForward) -> bool:
@@ -113,7 +128,10 @@ def enable(
         previous.configure(runs, strict)
     else:
         replaced = previous.replaced if previous is not None else inner.__dict__.get(attribute)
-        setattr(inner, attribute, PrefillForward(inner, runs, strict, replaced))
+        _switch_off_hidden(inner)
+        installed = PrefillForward(inner, runs, strict, replaced)
+        setattr(inner, attribute, installed)
+        _installed[inner] = weakref.ref(installed)
     return model
 
 
@@ -159,6 +177,7 @@ def disable(model: Model) -> Model:
     inner = _unwrap(model)
     forward = find_prefill_forward(inner)
     if forward is None:
+        _switch_off_hidden(inner)
         return model
     if _is_wrapped(inner, forward):
         forward.switch_off()
@@ -182,7 +201,7 @@ def enabled(
     """
     check_module(model)
     inner = _unwrap(model)
-    forward = find_prefill_forward(inner)
+    forward = find_prefill_forward(inner) or _hidden(inner)
     before = inner.__dict__.get(forward_attribute(inner))
     state = {} if forward is None or forward is before else dict(vars(forward))
     enable(model, plan, strict, backend, fp8, prepack)
@@ -190,8 +209,9 @@ def enabled(
         yield model
     finally:
         _restore(inner, before)
-        if state:
+        if forward is not None and state:
             vars(forward).update(state)  # other code was put around it, so it was configured in place
+            _installed[inner] = weakref.ref(forward)
 
 
 def _restore(model: nn.Module, forward: Any) -> None:

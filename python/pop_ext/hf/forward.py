@@ -26,6 +26,7 @@ from pop_ext.hf.restore import forward_attribute, shallow_clone
 from pop_ext.hf.rules import is_traced
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.callers import caller_level
+from pop_ext.utils.forks import check_threads
 
 # Fields of a vision wrapper's output that are not copied to the model's output.
 _OWN_FIELDS = {"loss", "logits", "hidden_states", "attentions", OLD_CACHE_NAME, NEW_CACHE_NAME}
@@ -142,6 +143,14 @@ class PrefillForward:
         return _signature_of(type(self.model).forward) if self.replaced is None else inspect.signature(self.replaced)
 
     @property
+    def __name__(self) -> str:
+        # pickle would write a method by its name, and read the class's own forward.
+        raise AttributeError(
+            "model.forward: expected what pop_ext.enable put there, got a method of it (types.MethodType), which no "
+            "pickle keeps: call pop_ext.last_call(model) first, which puts it back"
+        )
+
+    @property
     def __code__(self) -> CodeType:
         # torch.export names its graph after it.
         return type(self).__call__.__code__
@@ -196,7 +205,10 @@ class PrefillForward:
     def explain(self, *args: Any, **kwargs: Any) -> Decision:
         """Return what would run a call, without running it."""
         arguments = bind_arguments(self.__signature__, args, kwargs)
-        return explain_call(self.model, self.backend, arguments, self.replaced)
+        decision = explain_call(self.model, self.backend, arguments, self.replaced)
+        if decision.backend != "stock" and next(self.model.parameters()).device.type == "cpu":
+            check_threads()  # as the call itself will
+        return decision
 
     def explain_inside(self, outer: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Decision:
         """Like ``explain``, for a call that reaches this object through ``outer``.
@@ -274,7 +286,9 @@ def _is_decode(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     tokens = kwargs.get("input_ids", args[0] if args else None)
     if tokens is None:
         tokens = kwargs.get("inputs_embeds")
-    return isinstance(tokens, torch.Tensor) and tokens.ndim >= 2 and tokens.shape[1] == 1
+    if not isinstance(tokens, torch.Tensor) or tokens.is_nested:
+        return False
+    return tokens.ndim >= 2 and tokens.shape[1] == 1
 
 
 def _model_output(model: nn.Module, result: Any, return_dict: bool | None) -> Any:

@@ -28,7 +28,7 @@ from pop_ext.hf.packing import (
     snap_to_span_start,
 )
 from pop_ext.plans.plan import Plan
-from pop_ext.utils.tensors import check_memory
+from pop_ext.utils.tensors import check_dense, check_layers
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,12 @@ def make_request(
     if not isinstance(window_only, bool):
         raise TypeError(f"window_only: expected a bool, got {type(window_only).__name__}")
     given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
-    check_memory({**given, "position_ids": position_ids})
+    check_dense({**given, "position_ids": position_ids, **vision})
     tokens = _check_tokens(target, input_ids, inputs_embeds)
     _check_vision_arguments(target.family, vision)
     cache = past_key_values
     if cache is not None:
+        check_layers(cache)
         check_cache(cache, target.spec.num_layers)
     batch, columns = tokens.shape[:2]
     packed = pack_batch(batch, columns, past_slots(cache), attention_mask, target.device)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from pop_ext.utils.tensors import check_dense, resolved
+
 PerSequence = int | Sequence[int] | torch.Tensor
 
 CPU = torch.device("cpu")
@@ -69,9 +71,9 @@ class PackedBatch:
         return padding.view(self.batch, self.columns)
 
     def pack(self, padded: torch.Tensor) -> torch.Tensor:
-        """Take the real tokens of each sequence: ``[batch, columns, ...]`` to ``[rows, ...]``."""
+        """Take the real tokens of each sequence: ``[batch, columns, ...]`` to ``[rows, ...]`` in consecutive memory."""
         flat = padded.reshape(self.batch * self.columns, *padded.shape[2:])
-        return flat if self.row_index is None else flat[self.row_index.to(flat.device)]
+        return resolved(flat if self.row_index is None else flat[self.row_index.to(flat.device)])
 
     def pack_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Pack ``[batch or 1, columns]`` positions to ``[rows]``, or ``[3, batch or 1, columns]`` to ``[3, rows]``."""
@@ -143,6 +145,8 @@ def _check_mask(attention_mask: torch.Tensor, batch: int, slots: int, device: to
             f"attention_mask: expected shape [{batch}, {slots}] (past and new tokens), got {list(attention_mask.shape)}"
         )
     check_device(attention_mask, device, "attention_mask")
+    if attention_mask.is_complex():
+        raise TypeError(f"attention_mask: expected bool, integers or floats, got {attention_mask.dtype}")
     mask = attention_mask.cpu()  # the one synchronisation with a device
     ones = mask if mask.dtype == torch.bool else mask == 1
     if bool(ones.all()):
@@ -211,6 +215,7 @@ def is_int(value: object) -> bool:
 
 def _tensor_values(tensor: torch.Tensor, name: str) -> list[int]:
     """Return the values of a 1-D integer tensor. Raise TypeError or ValueError for any other tensor."""
+    check_dense({name: tensor})
     # A 0-d tensor is refused: it may mean a number of rows or the index of one.
     if tensor.ndim != 1 or tensor.dtype not in INTEGERS:
         raise TypeError(
@@ -235,7 +240,7 @@ def bidirectional_spans(name: str, token_types: Any, packed: PackedBatch) -> Spa
     """
     if token_types is None:
         return []
-    if not isinstance(token_types, torch.Tensor) or token_types.is_floating_point():
+    if not isinstance(token_types, torch.Tensor) or token_types.is_floating_point() or token_types.is_complex():
         found = token_types.dtype if isinstance(token_types, torch.Tensor) else type(token_types).__name__
         raise TypeError(f"{name}: expected an integer tensor, got {found}")
     batch, columns = packed.batch, packed.columns

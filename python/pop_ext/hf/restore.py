@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pop_ext.utils.tensors import check_memory
+
 Saved = list[tuple[torch.Tensor, torch.Tensor]]
 """(tensor, copy of its values) of tensors that a call may overwrite."""
 
@@ -45,7 +47,11 @@ def module_restored_on_error(module: nn.Module) -> Iterator[None]:
 
     Needed for rotary modules, which keep frequencies for the length that they saw last. Some versions of transformers
     assign new buffers for them, others write into the existing ones.
+
+    Raises:
+        ValueError: The memory of a buffer was freed.
     """
+    check_memory({f"model: {type(module).__name__}.{name}": buffer for name, buffer in module._buffers.items()})
     before, buffers = dict(module.__dict__), dict(module._buffers)
     saved = save([buffer for buffer in buffers.values() if buffer is not None])
     try:

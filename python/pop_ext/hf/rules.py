@@ -21,7 +21,7 @@ from pop_ext.hf.masks import SLIDING_ATTENTION, LayerType, check_pattern, mask_l
 from pop_ext.hf.packing import PackedBatch, Spans, bidirectional_spans, is_int, pack_batch
 from pop_ext.hf.patches import is_own_forward, is_patched_class
 from pop_ext.plans.plan import Plan
-from pop_ext.utils.tensors import check_memory
+from pop_ext.utils.tensors import check_layers, check_memory, in_transform, unusual_kind
 
 # Arguments of forward that the rules and the native prefill take into account.
 _READ = {
@@ -39,6 +39,7 @@ _READ = {
     "return_dict",
     "is_causal",
 }
+_FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits", "use_cache", "return_dict", "is_causal")
 # Arguments that may be given but make no difference to a prefill. `generate` hands its own two tokenizers on.
 _IGNORED = {"cache_position", "num_items_in_batch", "tokenizer", "assistant_tokenizer"}
 # Arguments of transformers that switch something on, or bring the features of images.
@@ -75,11 +76,13 @@ def check_prefill(
     Raises:
         Decline: The stock forward must run the call.
     """
+    tensors = _tensors(arguments)
     tokens = _new_tokens(arguments)
     columns = tokens.shape[1]
     if columns == 1:
         raise Decline("decode", "one new token: a decode step, or a prompt of one token", declined=False)
-    check_memory(arguments)
+    check_memory(tensors)
+    check_layers(arguments.get("past_key_values"))
     if _is_paged(arguments):
         raise Decline(
             "continuous_batching",
@@ -107,11 +110,13 @@ def check_prefill(
     taken = set(parameters_of(type(model).forward)) if runs_stock_forward else set()
     _check_outputs(model.config, taken if vision is None else taken | vision.arguments, arguments)
     _check_inference(model, config, tokens.device.type)
+    if in_transform():
+        raise Decline("transform", "a transform of torch.func (vmap, jvp, ...): it does not reach into the native code")
     # Raised late: logits of all rows are also the default of forward, so a rule that a given argument breaks is the
     # more helpful reason.
     if too_many_logits is not None:
         raise Decline(*too_many_logits)
-    if arguments.get("is_causal") is not None and not arguments["is_causal"]:
+    if arguments.get("is_causal") is not None and not arguments["is_causal"]:  # a bool, after _check_outputs
         raise Decline("attention", f"is_causal={arguments['is_causal']}: a pruned prefill is causal")
     for name, causal in {"is_causal": True, "use_bidirectional_attention": False}.items():
         found = getattr(config, name, None)
@@ -137,6 +142,19 @@ def check_prefill(
             "the stock forward returns logits of padding for the others",
         )
     return mask, packed, spans
+
+
+def _tensors(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a call by name, those of a dict of masks included. Decline a call with unusual ones."""
+    found = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    masks = arguments.get("attention_mask")
+    if isinstance(masks, dict):
+        found |= {f"attention_mask[{name!r}]": m for name, m in masks.items() if isinstance(m, torch.Tensor)}
+    for name, tensor in found.items():
+        unusual = unusual_kind(tensor)
+        if unusual is not None:
+            raise Decline("inputs", f"{name}: expected a dense tensor, got {unusual}")
+    return found
 
 
 def is_traced() -> bool:
@@ -223,6 +241,10 @@ def _check_outputs(config: Any, taken: Collection[str], arguments: dict[str, Any
         taken: names of arguments that the backend takes, besides those of every prefill.
         arguments: of the call.
     """
+    for name in _FLAGS:
+        flag = arguments.get(name)
+        if hasattr(flag, "__len__"):  # a tensor, for one, has no truth value
+            raise Decline("arguments", f"{name}: expected a bool, got a {type(flag).__name__}")
     for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
         requested = arguments.get(name)
         if requested if requested is not None else getattr(config, name, False):

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from pop_ext.hf.compat import uncompiled
 from pop_ext.hf.forward import find_prefill_forward
+from pop_ext.utils.forks import check_threads
+from pop_ext.utils.tensors import check_dense, resolved, unusual_kind
 
 Batches = Iterable[Tensor]
 """Calibration sequences: tensors of ids, int [batch, T] without padding. T may differ between batches."""
@@ -21,10 +23,13 @@ def stock_model(model: Any) -> Any:
 
     Raises:
         TypeError: ``model`` is not a module with a config.
+        RuntimeError: It is on the CPU, and the process was forked from one with OpenMP threads (``check_threads``).
     """
     inner = uncompiled(model)
     if not isinstance(inner, nn.Module) or not hasattr(inner, "config"):
         raise TypeError(f"model: expected a Hugging Face causal language model, got {type(inner).__name__}")
+    if next((parameter.device.type for parameter in inner.parameters()), "cpu") == "cpu":
+        check_threads()
     return inner
 
 
@@ -92,6 +97,7 @@ def check_batches(batches: Batches, model: Any, least: int = 1) -> Iterator[Tens
         if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
             kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
             raise TypeError(f"batches: expected int64 or int32 tensors, got {kind} in batch {index}")
+        check_dense({f"batches[{index}]": ids})
         if ids.ndim != 2 or ids.shape[0] == 0 or ids.shape[1] < least:
             raise ValueError(
                 f"batches: expected [batch, T] with at least {least} tokens, got {list(ids.shape)} in batch {index}"
@@ -100,14 +106,15 @@ def check_batches(batches: Batches, model: Any, least: int = 1) -> Iterator[Tens
         if low < 0 or high >= weight.shape[0]:
             found = low if low < 0 else high
             raise ValueError(f"batches: expected ids from 0 to {weight.shape[0] - 1}, got {found} in batch {index}")
-        yield ids.to(weight.device, torch.int64)
+        yield resolved(ids.to(weight.device, torch.int64))
 
 
 def count_sequences(batches: Batches) -> int | None:
     """Return the number of sequences, or None for a generator, which can only be counted by reading it."""
     if not isinstance(batches, Sequence):
         return None
-    return sum(len(ids) for ids in batches if isinstance(ids, Tensor) and ids.ndim > 0)
+    tensors = [ids for ids in batches if isinstance(ids, Tensor) and unusual_kind(ids) is None]
+    return sum(len(ids) for ids in tensors if ids.ndim > 0)
 
 
 def input_hidden_states(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from pop_ext.methods.student import Example, Student
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.divergence import kl_divergence
+from pop_ext.utils.texts import missing_or
 
 GROUP = 4
 """Sequences of text in a step, and tasks, whatever batches they came in."""
@@ -332,11 +333,13 @@ def _save_state(
 
 
 def _load_state(path: Path, digest: str) -> dict[str, Any]:
+    if not path.is_file():  # a pipe may never bring anything
+        raise ValueError(f"resume: expected a state that a training wrote, got {path}, which is no file")
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         found = state["digest"]
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
-        raise ValueError(f"resume: expected a state that a training wrote, got {path} ({error!r:.80})") from None
+        raise ValueError(f"resume: expected a state that a training wrote, got {path} ({missing_or(error)})") from None
     if found != digest:
         raise ValueError(
             f"resume: expected a training on the same weights, sequences, plan and settings, got another in {path}"

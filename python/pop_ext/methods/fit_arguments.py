@@ -15,6 +15,7 @@ from torch import Tensor
 from pop_ext.methods.distill import Training
 from pop_ext.methods.fit_moments import HOLD_EVERY
 from pop_ext.methods.student import count_continuation
+from pop_ext.utils.tensors import check_dense
 
 LAMBDAS = (0.01, 0.1, 1.0, 10.0, math.inf)
 """Ridges to try by default. Infinity stands for the original projections."""
@@ -66,6 +67,7 @@ def check_tasks(tasks: Any, model: Any, boundary: int) -> list[Task]:
         pair = task if isinstance(task, (tuple, list)) and len(task) == 2 else ()
         if not pair or not all(isinstance(ids, Tensor) and ids.dtype in (torch.int64, torch.int32) for ids in pair):
             raise TypeError(f"tasks: expected a pair of int64 or int32 tensors, got {task!r:.60} in task {number}")
+        check_dense({f"tasks[{number}]": ids for ids in pair})
         prompt, answer = pair
         if prompt.ndim != 1 or answer.ndim != 1 or len(prompt) <= boundary or len(answer) == 0:
             raise ValueError(

@@ -23,8 +23,10 @@ from pop_ext.plans.selection import ranked_plan
 from pop_ext.utils.files import read_utf8
 from pop_ext.utils.json import finite
 from pop_ext.utils.progress import Progress, reporting
+from pop_ext.utils.texts import missing_or, refuse_unknown
 
 StrPath = str | PathLike[str]
+_MEMBERS = frozenset({"origin", "continuation", "seed", "digest", "weights", "gates"})
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,8 @@ class Importance:
         """
         try:
             members = json.loads(read_utf8(path))
+            refuse_unknown("importance", members, _MEMBERS)
+            refuse_unknown("gates", members["gates"], {LAYER, ATTENTION, MLP})
             scores = {
                 kind: GateScores(**{name: _from_json(values) for name, values in gate.items()})
                 for kind, gate in members["gates"].items()
@@ -193,7 +197,9 @@ class Importance:
                 weights=members["weights"],
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: expected an importance as Importance.save writes it ({error!r})") from None
+            raise ValueError(
+                f"{path}: expected an importance as Importance.save writes it ({missing_or(error)})"
+            ) from None
 
 
 def importance(

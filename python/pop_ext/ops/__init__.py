@@ -84,10 +84,12 @@ def raise_interrupt(error: RuntimeError) -> None:
     if "interrupted by a signal" in str(error):
         interrupt = _core.take_interrupt()
         if interrupt is not None:
-            raise interrupt from None
+            interrupt.__suppress_context__ = True  # `from None` would erase a cause of its own
+            raise interrupt
 
 
 _load_library()
+importlib.import_module("pop_ext.ops.texts")  # implements foreign_schemas, which the next lines call
 torch.ops.pop.set_interrupt_check(_core.interrupt_check())
 _import_flash_attention()
 FOREIGN_UNKNOWN = _find_foreign()

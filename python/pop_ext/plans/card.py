@@ -198,7 +198,7 @@ class PlanCard:
         """
         try:
             members = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"card: expected JSON, got {error}") from None
         return _read(cls, members, "card")
 

@@ -22,6 +22,7 @@ from pop_ext.plans.origin import check_origin, config_hash
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.presets import Preset, find_preset
 from pop_ext.utils.callers import caller_level
+from pop_ext.utils.texts import short
 
 PlanArgument = Plan | str | PathLike[str] | None
 """The ``plan`` argument of public functions: a plan, ``"third"``, ``"preset"``, a path, or None for the default."""
@@ -107,13 +108,13 @@ def named_plan(name: str | PathLike[str], config: Any) -> Plan:
             )
         return preset.plan
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(name):
         found: Plan = read_folder(Plan, path)
         return found
-    if not path.is_file():
+    if not os.path.isfile(name):
         raise ValueError(
             'plan: expected a pop_ext.Plan, "third", "preset", or the path of a plan file or of a folder with a '
-            f"{PLAN_FILE}, got {os.fspath(name)!r}"
+            f"{PLAN_FILE}, got {short(os.fspath(name))}"
         )
     return Plan.load(path)
 

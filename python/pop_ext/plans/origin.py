@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from pop_ext.utils.texts import refuse_unknown, short
+
 # Config members that decide whether a choice of layers carries over to another model. Paths, dtype, RoPE and special
 # tokens do not.
 _HASHED = (
@@ -55,19 +57,22 @@ class Origin:
         """Build an origin from the result of ``to_dict``.
 
         Args:
-            members: The JSON object. Unknown members are ignored.
+            members: The JSON object.
 
         Raises:
-            ValueError: ``members`` is not a dict, or a member has the wrong type.
+            ValueError: ``members`` is not a dict, or a member is unknown or has the wrong type.
         """
         if not isinstance(members, dict):
             raise ValueError(f"origin: expected an object, got {type(members).__name__}")
         known: dict[str, Any] = {}
         types = {"model": str, "config_hash": str, "method": str, "samples": int, "fit": str, "fit_samples": int}
+        refuse_unknown("origin", members, types.keys())
         for name, expected in types.items():
             value = members.get(name)
             if value is not None and (not isinstance(value, expected) or isinstance(value, bool)):
-                raise ValueError(f"origin.{name}: expected {expected.__name__}, got {type(value).__name__} {value!r}")
+                raise ValueError(
+                    f"origin.{name}: expected {expected.__name__}, got {type(value).__name__} {short(value)}"
+                )
             known[name] = value
         return cls(**known)
 

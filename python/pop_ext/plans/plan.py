@@ -6,7 +6,9 @@ import dataclasses
 import json
 import math
 import operator
+import re
 from collections.abc import Iterable
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -18,6 +20,9 @@ from pop_ext.plans.origin import Origin
 from pop_ext.plans.preset_table import find_entry
 from pop_ext.plans.projections import FitReport, Projections, load_matrices, save_matrices
 from pop_ext.utils.files import read_utf8
+from pop_ext.utils.texts import short
+
+_MAX_LAYERS = 100_000  # of the core
 
 
 class Plan(_core.Plan):
@@ -67,10 +72,12 @@ class Plan(_core.Plan):
         card: PlanCard | None = None,
     ) -> None:
         if isinstance(omit, (str, bytes)) or not isinstance(omit, Iterable):
-            raise TypeError(f"omit: expected an iterable of integers, got {omit!r}")
+            raise TypeError(f"omit: expected an iterable of integers, got {short(omit)}")
+        depth = _integer("num_layers", num_layers)
+        some = islice(omit, min(max(0, depth), _MAX_LAYERS) + 1)  # of more, one is outside or comes twice
         super().__init__(
-            _integer("num_layers", num_layers),
-            [_integer("omit", layer) for layer in omit],
+            depth,
+            [_integer("omit", layer) for layer in some],
             _integer("boundary", boundary),
             _integer("min_tokens", min_tokens),
         )
@@ -129,7 +136,9 @@ class Plan(_core.Plan):
         depth = _integer("num_layers", num_layers)
         cls(depth, ())  # checks the depth, before a range of layers is made
         if count is not None and fraction is not None:
-            raise ValueError(f"count, fraction: expected one of them, got count={count!r} and fraction={fraction!r}")
+            raise ValueError(
+                f"count, fraction: expected one of them, got count={short(count)} and fraction={short(fraction)}"
+            )
         if fraction is not None:
             omitted = math.floor(_fraction(fraction) * depth + 1e-9)  # 0.7 * 10 is 6.999...
         else:
@@ -203,6 +212,9 @@ class Plan(_core.Plan):
         """
         if not isinstance(text, str):
             raise TypeError(f"text: expected a str of JSON, got {type(text).__name__}")
+        lone = re.search("[\ud800-\udfff]", text)
+        if lone is not None:
+            raise ValueError(f"plan: expected JSON in Unicode, got half a surrogate pair at offset {lone.start()}")
         return cls._from_json(text, None)
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -407,19 +419,19 @@ def _integer(name: str, value: Any) -> int:
     """Convert any integer type but bool to an int, and check that it fits in 64 bits."""
     # A bool tensor of torch has an __index__, too, so its dtype is checked by name.
     if isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
+        raise TypeError(f"{name}: expected an integer, got {short(value)}")
     try:
         integer = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
+        raise TypeError(f"{name}: expected an integer, got {short(value)}") from None
     if not -(2**63) <= integer < 2**63:
-        raise ValueError(f"{name}: expected an integer of 64 bits, got {integer}")
+        raise ValueError(f"{name}: expected an integer of 64 bits, got {short(integer)}")
     return integer
 
 
 def _fraction(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"fraction: expected a number, got {value!r}")
+        raise TypeError(f"fraction: expected a number, got {short(value)}")
     if not 0 <= value < 1:
-        raise ValueError(f"fraction: expected a number in [0, 1), got {value!r}")
+        raise ValueError(f"fraction: expected a number in [0, 1), got {short(value)}")
     return float(value)

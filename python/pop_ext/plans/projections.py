@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pop_ext.plans.origin import spread_values
 from pop_ext.utils.json import finite
+from pop_ext.utils.texts import missing_or, refuse_unknown
 
 SAMPLE = 16
 """Number of values of each weight that a fit records, to recognise the weights it was made for."""
@@ -102,8 +103,10 @@ class FitReport:
         """Build a report from the result of ``to_dict``.
 
         Raises:
-            ValueError: A member is missing or has the wrong type.
+            ValueError: A member is missing, unknown or has the wrong type.
         """
+        if isinstance(members, dict):
+            refuse_unknown("projections", members, {entry.name for entry in fields(cls)} | {"file", "sha256"})
         try:
             return cls(
                 ridge=_number(members["ridge"], math.inf),
@@ -127,7 +130,7 @@ class FitReport:
                 ),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"projections: expected what Plan.save writes of a fit, got {error!r}") from None
+            raise ValueError(f"projections: expected what Plan.save writes of a fit, got {missing_or(error)}") from None
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -11,6 +11,7 @@ from torch import Tensor
 from pop_ext.hf.modules import Module
 from pop_ext.plans.origin import check_origin
 from pop_ext.plans.projections import check_fit
+from pop_ext.utils.tensors import check_dense
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 """Dtypes of a tensor with one value per sequence."""
@@ -104,8 +105,8 @@ def check_mask(mask: Tensor | None, batch: int, past_length: int, new: int, devi
     columns = past_length + new
     if mask is None:
         return torch.ones(batch, columns, dtype=torch.bool, device=device)
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"attention_mask: expected a tensor, got {describe(mask)}")
+    if not isinstance(mask, Tensor) or mask.is_complex():
+        raise TypeError(f"attention_mask: expected a tensor of bool, integers or floats, got {describe(mask)}")
     if mask.shape != (batch, columns):
         raise ValueError(
             f"attention_mask: expected [batch, past + new] = [{batch}, {columns}] ({past_length} in the cache and "
@@ -181,10 +182,11 @@ def per_sequence(name: str, value: int | Sequence[int] | Tensor, lengths: Sequen
         TypeError: ``value`` has the wrong type.
         ValueError: The number of values is wrong, or one is outside 1..T_i.
     """
+    if isinstance(value, Tensor):
+        check_data(name, value)
     if isinstance(value, int) and not isinstance(value, bool):
         values: list[Any] = [value] * len(lengths)
     elif isinstance(value, Tensor) and value.dim() == 1 and value.dtype in INTEGERS:
-        check_data(name, value)
         values = value.tolist()
     elif isinstance(value, Sequence) and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
         values = list(value)
@@ -199,7 +201,8 @@ def per_sequence(name: str, value: int | Sequence[int] | Tensor, lengths: Sequen
 
 
 def check_data(name: str, tensor: Tensor) -> None:
-    """Raise ValueError if a tensor is on the meta device."""
+    """Raise ValueError if a tensor is on the meta device, sparse or nested, or its memory was freed."""
+    check_dense({name: tensor})
     if tensor.device.type == "meta":
         raise ValueError(f"{name}: expected a tensor with data, got one on the meta device")
 

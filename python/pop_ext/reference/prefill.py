@@ -45,6 +45,8 @@ from pop_ext.reference.checks import (
 )
 from pop_ext.reference.projection import omitted_layers
 from pop_ext.reference.vision import DecoderInputs, Images, has_wrapper, run_wrapper
+from pop_ext.utils.forks import check_threads
+from pop_ext.utils.tensors import check_dense, check_layers
 
 # A call replaces the forward of modules while it runs. Two calls at once would restore each other's replacements.
 _FORWARD_LOCK = threading.RLock()
@@ -104,6 +106,7 @@ def prefill(
         ValueError: An argument does not fit; the text gives the argument, what was expected and what came. Also if
             hooks of the model's attentions shorten the cache between the two phases.
         TypeError: An argument has the wrong type.
+        RuntimeError: The model is on the CPU, and the process was forked from one with OpenMP threads.
     """
     stock: Module = uncompiled(model)
     parts = find_decoder_modules(stock)
@@ -111,7 +114,12 @@ def prefill(
     ran: PlanLike = chosen.plan
     check_plan(ran, parts.layers, stock.config)
     chosen.warn(stock)
+    given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+    check_dense({**given, "position_ids": position_ids, **vision})
+    check_layers(past_key_values)
     inputs = check_inputs(stock, input_ids, inputs_embeds)
+    if inputs.device.type == "cpu":
+        check_threads()
     batch, new = inputs.shape[:2]
     past = read_past(past_key_values, len(parts.layers), batch)
     past_length = past_key_values_length(past_key_values)

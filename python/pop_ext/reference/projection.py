@@ -15,6 +15,7 @@ from pop_ext.hf.modules import Module, family_function
 from pop_ext.hf.restore import forward_attribute, replaced_forward
 from pop_ext.plans.projections import Projections, key_value_biases, normalize_unweighted
 from pop_ext.reference.checks import PlanLike
+from pop_ext.utils.tensors import is_out_of_memory
 
 
 def project_kv(
@@ -93,8 +94,10 @@ def check_projection(layer: Module, row: Tensor, cos: Tensor, sin: Tensor) -> No
             torch.allclose(ours, theirs, rtol=1e-2, atol=1e-5, equal_nan=True)
             for ours, theirs in zip(projected, (written.keys, written.values), strict=True)
         )
-    except RuntimeError:  # the shapes do not match
-        equal = False
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        equal = False  # the shapes do not match
     if not equal:
         raise ValueError(
             "model: expected K = rope(k_norm?(k_proj(normed input))) and V = v_proj(normed input), but "

@@ -1,17 +1,28 @@
-// A str argument of an operator.
+// Texts that cross torch's stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 
+#include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace pop {
 
-// Used in place of std::string, whose conversion in torch's headers (2.13) makes a second string and never frees it.
+// A str argument of an operator. Used in place of std::string, whose conversion in torch's headers (2.13) makes a
+// second string and never frees it.
 struct TextArgument {
   std::string text;
 };
+
+// A text that an operator returns, as int[]: torch frees lists, but no string (2.13).
+using Utf8 = std::vector<int64_t>;
+inline Utf8 utf8(const std::string& text) {
+  Utf8 bytes;
+  for (const char c : text) bytes.push_back(static_cast<unsigned char>(c));
+  return bytes;
+}
 
 }  // namespace pop
 
