@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,6 +38,13 @@ class PortableBackend:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self._tried: weakref.ref[nn.Module] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"plan": self.plan}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def load(self, model: nn.Module) -> None:
         """Check that the model can be run, by a trial if it is the first of its kind in this process.
@@ -44,7 +53,7 @@ class PortableBackend:
             ValueError: The model has no layers that can be omitted, the trial failed, or the plan is for another model.
             TypeError: The plan is no ``Plan``.
         """
-        try_portable(model, self.check(model))
+        self._try(model, self.check(model))
 
     def check(self, model: nn.Module) -> Decoder:
         """Return the decoder of a model that seems fit to be run, without a trial. Raises as ``load`` does."""
@@ -77,7 +86,7 @@ class PortableBackend:
         if patch is not None:
             raise Decline("hooks", f"{patch}: it would see only some of the rows")
         try:
-            try_portable(model, decoder)
+            self._try(model, decoder)
         except ValueError as error:
             raise Decline("model", str(error)) from error
         return PortableRunner(model, decoder, self.plan, call)
@@ -85,6 +94,12 @@ class PortableBackend:
     def bind(self, model: nn.Module, call: Call) -> PortableRunner:
         """Validate now, and leave nothing to the run."""
         return self.validate(model, call)
+
+    def _try(self, model: nn.Module, decoder: Decoder) -> None:
+        """Make the trial, unless this model has passed it. Finding out whether another one did takes milliseconds."""
+        if self._tried is None or self._tried() is not model:
+            try_portable(model, decoder)
+            self._tried = weakref.ref(model)
 
     @torch.no_grad()
     def packed_logits(

@@ -160,14 +160,14 @@ class PartialLayer:
         return capture.written, {name: mixer for name, mixer in recorders.items() if mixer.output is not None}
 
     def _takes_narrow_query(self, mixer: Module, call: dict[str, Any]) -> bool:
-        """Return whether an attention writes the same K and V without its queries; tried once for each class.
+        """Return whether an attention writes the same K and V without its queries; tried once for each kind.
 
         Attentions split the heads of ``q_proj`` by a ``view`` that infers their number. One that does not, one with a
         norm over all heads, and a linear attention, whose output matters, compute their queries.
         """
         if not has_heads_in_q_proj(mixer) or len(self._mixers) > 1:
             return False
-        kind = type(mixer)
+        kind = type(mixer), mixer.q_proj.out_features, tuple(mixer._modules)
         if kind not in _TAKES_NARROW_QUERY:
             row = last_rows(call, next(iter(call.values())).shape[-2], 1)
             _TAKES_NARROW_QUERY[kind] = _are_equal(
@@ -185,7 +185,7 @@ class PartialLayer:
             return None
 
 
-_TAKES_NARROW_QUERY: dict[type, bool] = {}
+_TAKES_NARROW_QUERY: dict[tuple[Any, ...], bool] = {}
 
 
 def _are_equal(own: KeysValues | None, other: KeysValues | None) -> bool:
