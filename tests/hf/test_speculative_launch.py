@@ -50,7 +50,7 @@ def steps(monkeypatch):
 
 
 def enabled_after_a_call(**how) -> nn.Module:
-    model = pop_ext.enable(llama(), PLAN, **how)
+    model = pop_ext.enable(llama(), PLAN, backend="native", **how)
     prefill(model, tokens(model, 1, 5))
     return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class PortableBackend:
         attention = unsupported_attention(decoder.module, decoder.layers)
         if attention is not None:
             raise Decline("attention", attention)
-        patch = _find_patch(decoder)
+        patch = _find_patch(model, decoder)
         if patch is not None:
             raise Decline("hooks", f"{patch}: it would see only some of the rows")
         try:
@@ -178,17 +179,23 @@ def _rows(boundary: list[int], tokens: list[int], num_logits: list[int], device:
     return Rows(columns, max(num_logits), mask)
 
 
-def _find_patch(decoder: Decoder) -> str | None:
-    """Describe a hook or a replaced forward in the decoder, other than accelerate's; None without one."""
+def _find_patch(model: nn.Module, decoder: Decoder) -> str | None:
+    """Describe a hook or a replaced forward in or around the decoder, other than accelerate's; None without one."""
     if has_global_hooks():
         return "global module hooks"
-    for name, module in decoder.module.named_modules():
+    around = [(".".join(decoder.path[:end]), _at(model, decoder.path[:end])) for end in range(1, len(decoder.path))]
+    for name, module in (*around, *decoder.module.named_modules()):
         if is_patched_class(type(module)):
             return f"a replaced forward of {type(module).__name__}"
         found = find_module_patch(module)
         if found is not None and not _is_placed_by_accelerate(module):
             return f"{found} on {name or 'the decoder'}"
     return None
+
+
+def _at(model: nn.Module, path: tuple[str, ...]) -> nn.Module:
+    """Return the module at a path of names."""
+    return reduce(lambda module, name: module._modules[name], path, model)  # type: ignore[arg-type, return-value]
 
 
 def _is_placed_by_accelerate(module: nn.Module) -> bool:
