@@ -326,3 +326,14 @@ def test_scores_are_those_of_the_oracle():
     for ours, theirs in zip(scores["portable"], scores["reference"], strict=True):
         assert ours.log_likelihood == pytest.approx(theirs.log_likelihood, abs=1e-4)
         assert ours.is_greedy == theirs.is_greedy
+
+
+@torch.no_grad()
+def test_a_trial_leaves_the_model_as_it_was(monkeypatch):
+    monkeypatch.setattr(trial, "_passed", set())
+    model = VISION["qwen3_vl"]()
+    model.model.rope_deltas = torch.tensor([[7]])
+    before = [dict(vars(module)) for module in model.modules()]
+    trial.try_portable(model, pop_ext.portable.find_decoder(model))
+    assert trial._passed
+    assert [dict(vars(module)) for module in model.modules()] == before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,14 +52,35 @@ def module_restored_on_error(module: nn.Module) -> Iterator[None]:
         ValueError: The memory of a buffer was freed.
     """
     check_memory({f"model: {type(module).__name__}.{name}": buffer for name, buffer in module._buffers.items()})
-    before, buffers = dict(module.__dict__), dict(module._buffers)
-    saved = save([buffer for buffer in buffers.values() if buffer is not None])
+    put_back = _state_of(module)
     try:
         yield
     except BaseException:
+        put_back()
+        raise
+
+
+@contextmanager
+def modules_restored(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Restore attributes and buffers of modules after the block. Their children keep their own."""
+    states = [_state_of(module) for module in modules]
+    try:
+        yield
+    finally:
+        for put_back in states:
+            put_back()
+
+
+def _state_of(module: nn.Module) -> Callable[[], None]:
+    """Return a function that gives a module its present attributes and buffers back."""
+    before, buffers = dict(module.__dict__), dict(module._buffers)
+    saved = save([buffer for buffer in buffers.values() if buffer is not None])
+
+    def put_back() -> None:
         restore(module.__dict__, before, [])
         restore(module._buffers, buffers, saved)
-        raise
+
+    return put_back
 
 
 @contextmanager

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pop_ext.hf.compat import cache_of, parameters_of, text_config, with_cache
 from pop_ext.hf.modules import Module
+from pop_ext.hf.restore import modules_restored
 from pop_ext.plans.plan import Plan
 from pop_ext.portable.arguments import bind
 from pop_ext.portable.decoder import Clones, Decoder, clone_module
@@ -45,7 +46,7 @@ def try_portable(model: Module, decoder: Decoder) -> None:
     if key in _passed or model.training:
         return
     try:
-        with torch.no_grad():
+        with torch.no_grad(), modules_restored(_around(model, decoder)):
             expected, found = _run_second_form(model, decoder), _run_portable(model, decoder)
     except Exception as error:  # whatever a model that does not fit may raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -58,6 +59,15 @@ def try_portable(model: Module, decoder: Decoder) -> None:
                 f"(logits of {what} differ by {difference:.2g} of their size in a trial)"
             )
     _passed.add(key)
+
+
+def _around(model: Module, decoder: Decoder) -> list[Module]:
+    """Return the modules that may set attributes in a forward: around the layers, and the rotary module."""
+    modules = [model]
+    for name in decoder.path:
+        modules.append(modules[-1]._modules[name])
+    rotary = getattr(decoder.module, "rotary_emb", None)
+    return [*modules, rotary] if isinstance(rotary, nn.Module) else modules
 
 
 def _key(model: Module, decoder: Decoder) -> tuple[Any, ...]:
@@ -133,6 +143,3 @@ def _relative_difference(ours: Tensor, theirs: Tensor) -> float:
     if not bool(theirs.isfinite().all()):
         return 0.0
     return float((ours - theirs).square().mean().sqrt() / theirs.square().mean().sqrt().clamp(min=1e-30))
-
-
-__all__ = ["try_portable"]
