@@ -97,7 +97,14 @@ def wheel_for(python: str, version: str, folder: Path) -> Path:
         import torch
 
         environment = {**os.environ, "PYTHONPATH": str(headers_only(folder, Path(torch.__file__).parent))}
-        options = ["--config-settings", "cmake.define.POP_CUDA=OFF", "--no-deps", "--no-build-isolation", "--wheel-dir", target]
+        options = [
+            "--config-settings",
+            "cmake.define.POP_CUDA=OFF",
+            "--no-deps",
+            "--no-build-isolation",
+            "--wheel-dir",
+            target,
+        ]
         environment["PATH"] = f"{builder.parent}{os.pathsep}{environment['PATH']}"
         run(builder, "-m", "pip", "wheel", *options, ROOT, env=environment)
         found = list(target.glob("*.whl"))

@@ -197,6 +197,17 @@ def test_an_unsupported_architecture_points_to_the_reference_backend_if_that_run
         assert pointed is (name == "granite")
 
 
+def test_info_says_which_backend_runs_a_model(folder, tmp_path):
+    assert json.loads(run("info", "--model", folder, "--json").stdout)["model"]["backend"] == "native"
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    other = save_tiny_llama(tmp_path)
+    transformers.GraniteForCausalLM(transformers.GraniteConfig(**sizes)).save_pretrained(other)
+    model = json.loads(run("info", "--model", other, "--plan", "third", "--json").stdout)["model"]
+    assert model["backend"] == "portable"
+    assert model["plan"]["omit"] == [2]
+    assert "portable backend; not native: model: expected an architecture" in run("info", "--model", other).stdout
+
+
 def test_the_spinner_turns_while_a_model_loads(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -16,26 +16,13 @@ from hook_reference import context_rows, held_back_forward
 from models import FAMILIES, WINDOW, float32_twin, granite, llama, pad, shared, tokens
 from pop_ext import Plan, reference
 from pop_ext.hf import portable_backend
-from pop_ext.hf.compat import cache_of, with_cache
-from pop_ext.portable import trial
+from pop_ext.hf.compat import cache_of
+from portable_calls import Broken, T, fitted, run_portable
 from threads import run_threads
 from tolerance import assert_close_fp32, assert_low_precision, compare_caches
 from torch import Tensor, nn
 from transformers import Cache
 from vision_models import BATCHES, VISION, prompt
-
-T = 30
-
-
-@torch.no_grad()
-def run_portable(model: nn.Module, plan: Plan, ids: Tensor, past: Cache | None = None, **call: Any) -> Any:
-    """Call the model under the portable backend, and check that it ran the call."""
-    given = {} if past is None else with_cache(model, past)
-    with pop_ext.enabled(model, plan, strict=True, backend="portable"):
-        output = model(ids, use_cache=True, **{"logits_to_keep": 1, **given, **call})
-        assert pop_ext.last_call(model).backend == "portable"
-    assert not any("forward" in vars(module) for module in model.modules())
-    return output
 
 
 def assert_equals_oracle(model: nn.Module, plan: Plan, ids: Tensor, past: Cache | None = None, **call: Any) -> None:
@@ -149,12 +136,6 @@ def test_a_family_that_the_oracle_refuses_equals_held_back_rows():
     compare_caches(cache_of(output), cache)
 
 
-@functools.cache
-def fitted(family: str, boundary: int) -> Plan:
-    model = shared(family)
-    return pop_ext.fit(model, plan_of(model, GAPS, boundary), [tokens(model, 16, 30, seed=1)], lambdas=[0.1])
-
-
 @pytest.mark.parametrize("boundary", [1, 5])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3", "gemma3", "olmo2"])
 def test_fitted_projections_equal_the_oracle(family, boundary):
@@ -203,11 +184,6 @@ def test_two_threads_prefill_one_model_at_once():
             run_threads(*(functools.partial(calls, ids) for ids in prompts)), expected, strict=True
         ):
             assert all(torch.equal(result, one) for result in results)
-
-
-class Broken(nn.Module):
-    def forward(self, *_: Any) -> Tensor:
-        raise RuntimeError("broken")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -280,60 +256,3 @@ def test_the_decoder_of_a_model_without_layers_is_refused():
 def _named_config(module: nn.Module) -> nn.Module:
     module.config = llama().config
     return module
-
-
-class Counting(nn.Module):
-    """A layer that keeps something between calls beside K and V: the sum of all rows that it has seen."""
-
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        self.mlp, self.seen = mlp, 0.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen = self.seen + x.sum(1, keepdim=True)
-        return self.mlp(x) + 0.1 * self.seen
-
-
-def test_a_model_with_a_state_outside_its_cache_is_refused_by_a_trial():
-    model = llama()
-    model.model.layers[3].mlp = Counting(model.model.layers[3].mlp)
-    with pytest.raises(ValueError, match=r"depend on context rows by their cache alone, got LlamaForCausalLM \(logits"):
-        pop_ext.enable(model, Plan(6, (3,)), backend="portable")
-    with pytest.raises(pop_ext.UnsupportedModelError, match="The portable backend: model: expected"):
-        pop_ext.enable(model, Plan(6, (3,)))
-    assert "forward" not in vars(model)
-
-
-def test_a_trial_is_made_once_for_a_kind_of_model(monkeypatch):
-    calls = []
-    original = trial.run_forward
-    monkeypatch.setattr(trial, "_passed", set())
-    monkeypatch.setattr(trial, "run_forward", lambda *args: calls.append(1) or original(*args))
-    for model in (llama(), llama(), llama(num_hidden_layers=4)):
-        pop_ext.enable(model, Plan(model.config.num_hidden_layers, (2,)), backend="portable")
-    assert len(calls) == 2
-
-
-def test_scores_are_those_of_the_oracle():
-    model = llama()
-    plan = plan_of(model, GAPS, 2)
-    contexts = [tokens(model, n, seed=n) for n in (20, 13, 18, 18)]
-    continuations = [tokens(model, n, seed=n + 50) for n in (3, 10, 5, 5)]
-    scores = {}
-    for backend in ("portable", "reference"):
-        with pop_ext.enabled(model, plan, backend=backend):
-            scores[backend] = pop_ext.score(model, contexts, continuations)
-    for ours, theirs in zip(scores["portable"], scores["reference"], strict=True):
-        assert ours.log_likelihood == pytest.approx(theirs.log_likelihood, abs=1e-4)
-        assert ours.is_greedy == theirs.is_greedy
-
-
-@torch.no_grad()
-def test_a_trial_leaves_the_model_as_it_was(monkeypatch):
-    monkeypatch.setattr(trial, "_passed", set())
-    model = VISION["qwen3_vl"]()
-    model.model.rope_deltas = torch.tensor([[7]])
-    before = [dict(vars(module)) for module in model.modules()]
-    trial.try_portable(model, pop_ext.portable.find_decoder(model))
-    assert trial._passed
-    assert [dict(vars(module)) for module in model.modules()] == before

@@ -12,6 +12,7 @@ from rich.text import Text
 from pop_ext import env_info
 from pop_ext.cli import options, output
 from pop_ext.cli.options import BoundaryOption, CountOption, DtypeOption, JsonOption, OmitOption, PlanOption
+from pop_ext.plans.plan import Plan
 
 
 def info(
@@ -39,16 +40,41 @@ def info(
             with output.loading_spinner(as_json):
                 loaded = options.load_model(model, dtype, "cpu")
 
-                from pop_ext.hf.native_model import load
-
                 chosen = options.chosen_plan(loaded, plan, omit, count, boundary)
-                native = load(loaded, chosen.plan)
-            report["model"] = {"name": model, **env_info.model_summary(native)}
+                summary = _summary(loaded, chosen.plan)
+            report["model"] = {"name": model, **summary}
             report["model"]["plan_choice"] = {"reason": chosen.reason, "unmeasured": chosen.unmeasured}
     if as_json:
         output.print_json(report)
     else:
         _print_info(report)
+
+
+def _summary(model: Any, plan: Plan) -> dict[str, Any]:
+    """Describe a model under the backend that would run it.
+
+    Raises:
+        UnsupportedModelError: None does.
+    """
+    from pop_ext.hf.architectures import UnsupportedModelError
+    from pop_ext.hf.native_model import load
+    from pop_ext.hf.portable_backend import PortableBackend
+
+    try:
+        return {"backend": "native", **env_info.model_summary(load(model, plan))}
+    except UnsupportedModelError as error:
+        try:
+            PortableBackend(plan).load(model)
+        except ValueError:
+            raise error from None
+        return {
+            "backend": "portable",
+            "not_native": str(error),
+            "architecture": model.config.model_type,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "plan": env_info.describe_plan(plan),
+        }
 
 
 def _print_info(report: dict[str, Any]) -> None:
@@ -66,7 +92,8 @@ def _print_info(report: dict[str, Any]) -> None:
         "aten schemas": schemas if isinstance(schemas, str) else f"changed, native prefill disabled: {schemas}",
         "attention": ", ".join(f"{device}: {provider}" for device, provider in report["attention"].items()),
         "prepack": report["prepack"],
-        "families": ", ".join(report["families"]),
+        "native families": ", ".join(report["families"]),
+        "other models": "most decoders of transformers, quantised, adapted and offloaded weights: portable backend",
         "presets (omitted layers)": "\n".join(
             f"{preset['omitted']:2} of {preset['layers']} layers: {preset['names'][0]}"
             f"{' (published)' if preset['published'] else ''}"
@@ -81,14 +108,20 @@ def _print_info(report: dict[str, Any]) -> None:
 
 
 def _print_model(console: Console, model: dict[str, Any]) -> None:
-    plan, windows = model["plan"], model["sliding_windows"]
+    plan, windows = model["plan"], model.get("sliding_windows")
+    name = f"{model['name']}: {model['architecture']}, {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}"
+    if model["backend"] == "portable":
+        for line in ("", name, f"plan: omits {plan['omit']}, boundary {plan['boundary']}", f"why: {_why(model)}"):
+            console.print(Text(line))
+        console.print(Text(f"portable backend; not native: {model['not_native']}"))
+        return
     lines = [
         "",
-        f"{model['name']}: {model['architecture']}, {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}",
+        name,
         f"{model['layers']} layers of hidden {model['hidden_size']}, {model['heads']} heads and {model['kv_heads']} "
         f"KV heads of {model['head_dim']}, MLP {model['intermediate_size']}; vocabulary {model['vocab_size']}",
         f"plan: omits {plan['omit']}, boundary {plan['boundary']}, min_tokens {plan['min_tokens']}",
-        f"why: {model['plan_choice']['reason']}",
+        f"why: {_why(model)}",
         f"extra memory for K/V weights of omitted layers: {model['extra_bytes'] / 2**20:.1f} MiB",
     ]
     if model["plan_choice"]["unmeasured"]:
@@ -105,3 +138,9 @@ def _print_model(console: Console, model: dict[str, Any]) -> None:
         ratios = (row[name] for name in ("pop_over_stock", "pop_over_native_full", "native_full_over_stock"))
         table.add_row(f"{row['tokens']} tokens", *(f"{ratio:.3f}x" for ratio in ratios))
     console.print(table)
+
+
+def _why(model: dict[str, Any]) -> str:
+    """Return why this plan was chosen."""
+    reason: str = model["plan_choice"]["reason"]
+    return reason

@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 from pop_ext import reference
+from pop_ext.hf.architectures import UnsupportedModelError
+from pop_ext.hf.dispatch import Backend
 from pop_ext.hf.enable import require_enabled
+from pop_ext.hf.forward import PrefillForward
 from pop_ext.hf.inputs import make_request
 from pop_ext.hf.modules import find_decoder_modules, rope_follows_length
 from pop_ext.hf.native_backend import NativeBackend
@@ -90,7 +93,8 @@ def continuation_logits(
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     pairs = _pairs(context_ids, continuation_ids, inner.get_input_embeddings().weight.shape[0])
-    portable = isinstance(forward.backend, PortableBackend)
+    backend = _scoring_backend(forward)
+    portable = isinstance(backend, PortableBackend)
     for batch in _batches(pairs, batch_size, portable or rope_follows_length(find_decoder_modules(inner).rotary)):
         # The last token of a continuation is left out: nothing after it is scored.
         inputs = [torch.cat([context, continuation[:-1]]) for context, continuation in batch]
@@ -102,13 +106,13 @@ def continuation_logits(
         ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)
         columns = torch.arange(ids.shape[1], device="cpu")
         mask = (columns[None] < torch.tensor([len(row) for row in inputs], device="cpu")[:, None]).long().to(device)
-        if isinstance(forward.backend, NativeBackend):
+        if isinstance(backend, NativeBackend):
             # Keep what load returns: another thread may load anew meanwhile, or a disable free it.
-            native = forward.backend.load(forward.model)
+            native = backend.load(forward.model)
             request = make_request(native, ids, attention_mask=mask, boundary=boundary, logits_to_keep=num_logits)
             logits = native.run(request).logits
-        elif isinstance(forward.backend, PortableBackend):
-            logits = forward.backend.packed_logits(inner, ids, boundary, num_logits)
+        elif isinstance(backend, PortableBackend):
+            logits = backend.packed_logits(inner, ids, boundary, num_logits)
         else:
             with forward.stock_inside():
                 logits, _ = reference.prefill(
@@ -116,6 +120,17 @@ def continuation_logits(
                 )
         for row, (_, continuation) in zip(logits.split(num_logits), batch, strict=True):
             yield row, continuation.to(row.device)
+
+
+def _scoring_backend(forward: PrefillForward) -> Backend:
+    """Return the backend of an enabled model, or the one that it falls back to if the model has no native form now."""
+    backend = forward.backend
+    if isinstance(backend, NativeBackend) and backend.fallback is not None:
+        try:
+            backend.load(forward.model)
+        except UnsupportedModelError:
+            return backend.fallback
+    return backend
 
 
 def _batches(pairs: Sequence[Pair], batch_size: int, one_length: bool) -> Iterator[Sequence[Pair]]:

@@ -317,6 +317,10 @@ def dropped_softcap_reason(config: Any) -> str | None:
     )
 
 
+REFERENCE_ADVICE = 'pop_ext.enable with backend="reference" works for this model, slowly.'
+"""End of the text of an ``UnsupportedModelError`` for a model that the oracle runs."""
+
+
 class UnsupportedModelError(ValueError):
     """Raised for a model that the native backend does not run. The text says why, and what works instead."""
 

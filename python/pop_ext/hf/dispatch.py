@@ -6,13 +6,13 @@ docs/declined.md lists the rules. Pruning never changes which outputs a call ret
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from pop_ext.hf.architectures import VisionSpec, vision_of
+from pop_ext.hf.architectures import REFERENCE_ADVICE, VisionSpec, vision_of
 from pop_ext.hf.compat import new_cache, rename_cache, text_config
 from pop_ext.hf.decision import Decision, Decline
 from pop_ext.hf.inputs import PrefillRequest
@@ -113,7 +113,8 @@ def dispatch(
     except Decline as decline:
         if not decline.declined or backend.fallback is None:
             raise
-        return dispatch(model, backend.fallback, arguments, replaced)
+        decision, runner, request = dispatch(model, backend.fallback, arguments, replaced)
+        return _fallen_back(decision, backend, decline), runner, request
     return call.decision, runner, request
 
 
@@ -124,9 +125,17 @@ def explain_call(model: nn.Module, backend: Backend, arguments: dict[str, Any], 
         backend.validate(model, call)
     except Decline as decline:
         if decline.declined and backend.fallback is not None:
-            return explain_call(model, backend.fallback, arguments, replaced)
+            return _fallen_back(explain_call(model, backend.fallback, arguments, replaced), backend, decline)
         return decline.decision(backend.plan)
     return call.decision
+
+
+def _fallen_back(decision: Decision, backend: Backend, decline: Decline) -> Decision:
+    """Add to the decision of a fallback why the first backend does not run the call."""
+    if decision.backend == "stock":
+        return decision
+    reason = decline.reason.removesuffix(f". {REFERENCE_ADVICE}")
+    return replace(decision, reason=f"{decision.reason} (not {backend.name}: {reason})")
 
 
 def bind_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -74,6 +74,10 @@ class PortableBackend:
 
     def validate(self, model: nn.Module, call: Call) -> PortableRunner:
         """Return a runner. Raise ``Decline`` for code around the modules of layers, and for fits of other weights."""
+        return PortableRunner(model, self._runnable(model), self.plan, call)
+
+    def _runnable(self, model: nn.Module) -> Decoder:
+        """Return the decoder of a model as it is now. Raise ``Decline`` if it cannot be run."""
         try:
             decoder = find_decoder(model)
             check_fit(self.plan, decoder.layers)
@@ -90,7 +94,7 @@ class PortableBackend:
             self._try(model, decoder)
         except ValueError as error:
             raise Decline("model", str(error)) from error
-        return PortableRunner(model, decoder, self.plan, call)
+        return decoder
 
     def bind(self, model: nn.Module, call: Call) -> PortableRunner:
         """Validate now, and leave nothing to the run."""
@@ -98,8 +102,7 @@ class PortableBackend:
 
     def _try(self, model: nn.Module, decoder: Decoder) -> None:
         """Make the trial, unless this model has passed it. Finding out whether another one did takes milliseconds."""
-        if self._tried is None or self._tried() is not model:
-            try_portable(model, decoder)
+        if (self._tried is None or self._tried() is not model) and try_portable(model, decoder):
             self._tried = weakref.ref(model)
 
     @torch.no_grad()
@@ -116,10 +119,17 @@ class PortableBackend:
 
         Returns:
             Logits, packed ``[sum(num_logits), vocab]``.
+
+        Raises:
+            ValueError: Something declines every prefill of the model, such as hooks on its layers.
         """
+        try:
+            decoder = self._runnable(model)
+        except Decline as decline:
+            raise ValueError(f"model: expected one whose prefills run portably, got {decline.reason}") from decline
         rows = _rows(boundary, [input_ids.shape[1]] * len(boundary), num_logits, input_ids.device)
         call = {"input_ids": input_ids, "logits_to_keep": rows.num_logits, "use_cache": True, "return_dict": True}
-        logits: torch.Tensor = run_forward(model, find_decoder(model), self.plan, rows, call).logits
+        logits: torch.Tensor = run_forward(model, decoder, self.plan, rows, call).logits
         return torch.cat([one[-count:] for one, count in zip(logits, num_logits, strict=True)])
 
 

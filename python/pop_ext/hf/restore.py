@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,14 +61,13 @@ def module_restored_on_error(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def modules_restored(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Restore attributes and buffers of modules after the block. Their children keep their own."""
-    states = [_state_of(module) for module in modules]
+def module_restored(module: nn.Module) -> Iterator[None]:
+    """Restore attributes and buffers of a module after the block. Its children keep their own."""
+    put_back = _state_of(module)
     try:
         yield
     finally:
-        for put_back in states:
-            put_back()
+        put_back()
 
 
 def _state_of(module: nn.Module) -> Callable[[], None]:
@@ -87,21 +86,26 @@ def _state_of(module: nn.Module) -> Callable[[], None]:
 def cache_restored_on_error(cache: Any) -> Iterator[None]:
     """Restore a cache of layers if the block fails, even if some layers were updated and others were not.
 
-    Dynamic layers get their former tensors back. The tensors of static layers are written in place, so they are copied
-    before the block.
+    Dynamic layers get their former tensors back. The tensors of static layers, and the states of recurrent ones, which
+    lie in dicts, are written in place, so they are copied before the block.
     """
     layers = list(cache.layers)
     states = []
     for layer in layers:
         tensors = [getattr(layer, name, None) for name in ("keys", "values", "cumulative_length")]
-        static = hasattr(layer, "max_cache_len")
-        saved = save([tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]) if static else []
-        states.append((layer, dict(layer.__dict__), saved))
+        dicts = [(value, dict(value)) for value in vars(layer).values() if isinstance(value, dict)]
+        written = [value for _, items in dicts for value in items.values()]
+        written += tensors if hasattr(layer, "max_cache_len") else []
+        saved = save([tensor for tensor in written if isinstance(tensor, torch.Tensor)])
+        states.append((layer, dict(layer.__dict__), dicts, saved))
     try:
         yield
     except BaseException:
         cache.layers[:] = layers
-        for layer, before, saved in states:
+        for layer, before, dicts, saved in states:
+            for own, items in dicts:
+                own.clear()
+                own.update(items)
             restore(layer.__dict__, before, saved)
         raise
 
@@ -141,14 +145,16 @@ def shallow_clone(module: nn.Module, **children: nn.Module) -> Any:
     """Make a shallow copy of a module that runs the ``forward`` of its class.
 
     Assignments to the clone do not reach the original. The instance's own ``forward`` is left out: that of an enabled
-    model refers to the clone, and the two would keep each other alive.
+    model refers to the clone, and the two would keep each other alive. So is the call that ``module.compile()`` made,
+    which is bound to the original.
 
     Args:
         module: the original.
         children: submodules to replace in the clone, by name. All others are shared.
     """
     clone: nn.Module = object.__new__(type(module))
-    clone.__dict__.update({name: value for name, value in module.__dict__.items() if name != "forward"})
+    left_out = ("forward", "_compiled_call_impl")
+    clone.__dict__.update({name: value for name, value in module.__dict__.items() if name not in left_out})
     if children:
         clone.__dict__["_modules"] = {**module._modules, **children}
     return clone

@@ -261,15 +261,15 @@ def _check_outputs(config: Any, taken: Collection[str], arguments: dict[str, Any
             "arguments", f"{', '.join(packing)}: expected padded sequences, got bounds of sequences packed into one row"
         )
     if unknown:
-        raise Decline("arguments", f"arguments that the native prefill does not know: {', '.join(unknown)}")
+        raise Decline("arguments", f"arguments that a pruned prefill does not know: {', '.join(unknown)}")
 
 
 def _check_inference(model: nn.Module, config: Any, device: str) -> None:
     """Decline a call that needs a backward, autocast, dropout or gradient checkpointing."""
     if torch.is_grad_enabled():
-        raise Decline("grad", "grad mode: the native prefill has no backward; use torch.no_grad() or model.generate()")
+        raise Decline("grad", "grad mode: a pruned prefill has no backward; use torch.no_grad() or model.generate()")
     if torch.is_autocast_enabled(device):
-        raise Decline("autocast", "autocast: the native prefill computes in the dtype of the weights")
+        raise Decline("autocast", "autocast: a pruned prefill computes in the dtype of the weights")
     if model.training:
         dropouts = ("attention_dropout", "resid_pdrop", "embd_pdrop")
         if any(getattr(config, name, 0.0) for name in dropouts):

@@ -15,6 +15,7 @@ from torch import nn
 from pop_ext import _core
 from pop_ext.hf.architectures import (
     FAMILIES,
+    REFERENCE_ADVICE,
     Family,
     UnsupportedModelError,
     decoder_of,
@@ -111,7 +112,7 @@ def describe(model: Any) -> Description:
             error.args = (f"model: expected unquantised weights, got a quantised checkpoint ({method}): {error}",)
         if oracle_may_run(model):
             # Name the function, not only the option: the command line shows this text and has no --backend.
-            error.args = (f'{error}. pop_ext.enable with backend="reference" works for this model, slowly.',)
+            error.args = (f"{error}. {REFERENCE_ADVICE}",)
         raise
     return description
 

@@ -281,7 +281,7 @@ def dense_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:
     """
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor):
-        weight = weight.detach()
+        weight = loaded_weight(module)
         if type(weight) is not Tensor and hasattr(weight, "dequantize"):  # torchao, quanto
             dense: Tensor = weight.dequantize()
             return dense
@@ -296,11 +296,31 @@ def dense_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:
     return (product if bias is None else product - bias.to(product)).T.contiguous()
 
 
+def loaded_weight(module: Any, name: str = "weight") -> Tensor:
+    """Return a parameter of a module, read from where accelerate has offloaded it if it is not in memory.
+
+    Raises:
+        FitMismatch: It is not in memory, and no hook of the module itself knows where it is.
+    """
+    weight: Tensor = getattr(module, name).detach()
+    if not weight.is_meta:
+        return weight
+    elsewhere = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    if elsewhere is None:
+        raise FitMismatch(
+            "plan.projections: expected weights in memory, to compare them with the fit's, got offloaded ones"
+        )
+    read: Tensor = elsewhere[name]
+    return read
+
+
 def linear_bias(module: Any) -> Tensor | None:
     """Return the bias of a linear module, quantised or not."""
     bias = getattr(module, "bias", None)
     if callable(bias):  # torch.ao
         bias = bias()
+    if isinstance(bias, Tensor) and bias.is_meta:
+        return loaded_weight(module, "bias")
     return bias.detach() if isinstance(bias, Tensor) else None
 
 
@@ -330,7 +350,7 @@ def sample_weights(layer: Any, weights: KeyValueWeights | None = None) -> Tensor
     weights = weights or key_value_weights(layer.self_attn)
     tensors = [weights.k, weights.v]
     if hasattr(layer, "input_layernorm"):
-        tensors.append(layer.input_layernorm.weight.detach())
+        tensors.append(loaded_weight(layer.input_layernorm))
     return torch.cat([spread_values(tensor, SAMPLE).float() for tensor in tensors])
 
 

@@ -120,6 +120,10 @@ class Clones:
         self._made.append((module, clone, dict(clone.__dict__)))
         return clone
 
+    def made(self) -> list[Any]:
+        """Return all clones."""
+        return [clone for _, clone, _ in self._made]
+
     def give_back(self) -> None:
         """Copy attributes that have been assigned since to the originals."""
         for original, clone, before in self._made:

@@ -44,8 +44,13 @@ def run_forward(model: Module, decoder: Decoder, plan: Plan, rows: Rows, argumen
         children["norm"] = clone_module(norm, FinalNorm(norm, rows))
     clone = clones.around(model, decoder.path, clones.of(decoder.module, **children))
     rotary: Any = getattr(decoder.module, "rotary_emb", None)
-    with module_restored_on_error(rotary if isinstance(rotary, nn.Module) else decoder.layers):
-        output = type(model).forward(clone, **arguments)
+    try:
+        with module_restored_on_error(rotary if isinstance(rotary, nn.Module) else decoder.layers):
+            output = type(model).forward(clone, **arguments)
+    finally:
+        rows.merged = None
+        for made in layers.values():  # a clone inside a hook refers to itself, and would wait for the garbage collector
+            made.__dict__.pop("forward", None)
     clones.give_back()
     return output
 

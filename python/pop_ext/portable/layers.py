@@ -65,38 +65,39 @@ class PartialLayer:
         call, hidden_name = bind(self._class, args, kwargs)
         hidden_states: Tensor = call[hidden_name]
         total = hidden_states.shape[-2]
-        if total <= self.compute and self.rows.boundary is None:
+        compute = min(self.compute, total)  # some decoders cut rows of last layers by themselves
+        boundary = None if self.rows.boundary is None else self.rows.boundary[:, -compute:, None]
+        if total == compute and boundary is None:
             return self._class.forward(self.layer, **call)
-        layer, few = self.layer, last_rows(call, total, self.compute)
+        layer, few = self.layer, last_rows(call, total, compute)
         cache: Any = call.get(self._cache_name)
         keys = 0
         if self._leaves_something():
             written, recorded = self._project(call, total)
             if recorded:
-                layer = clone_module(layer, **{name: mixer.replay(self.compute) for name, mixer in recorded.items()})
+                layer = clone_module(layer, **{name: mixer.replay(compute) for name, mixer in recorded.items()})
             if written is not None:
                 filled = cache.update(written.keys, written.values, *written.args, **written.kwargs)
-                few[self._cache_name] = FilledCache(cache, filled, self.compute)
+                few[self._cache_name] = FilledCache(cache, filled, compute)
                 keys = filled[0].shape[-2]
         keys = keys or total
-        if few.get(MASK, ...) is None and (self.compute > 1 or keys > total) and _needs_mask(self.layer):
-            few[MASK] = causal_mask(total, self.compute, keys, hidden_states.device)
-        return self._merge(hidden_states, self._class.forward(layer, **few))
+        if few.get(MASK, ...) is None and (compute > 1 or keys > total) and _needs_mask(self.layer):
+            few[MASK] = causal_mask(total, compute, keys, hidden_states.device)
+        return self._merge(hidden_states, self._class.forward(layer, **few), compute, boundary)
 
     def _leaves_something(self) -> bool:
         """Return whether context rows leave anything: a layer may attend to another's K and V, or be an MLP alone."""
         shares = any(getattr(mixer, "is_kv_shared_layer", False) for mixer in self._mixers.values())
         return bool(self._mixers) and not shares
 
-    def _merge(self, hidden_states: Tensor, output: Any) -> Any:
-        """Return all rows: the output of the boundary rows, and the context rows as they came."""
+    def _merge(self, hidden_states: Tensor, output: Any, compute: int, boundary: Tensor | None) -> Any:
+        """Return all rows: the output of the boundary rows among the last ``compute``, and the others as they came."""
         new = output[0] if isinstance(output, tuple) else output
-        if self.rows.boundary is not None:
-            boundary = self.rows.boundary[:, -self.compute :, None]
-            new = torch.where(boundary, new, hidden_states[..., -self.compute :, :])
+        if boundary is not None:
+            new = torch.where(boundary, new, hidden_states[..., -compute:, :])
         if self.rows.merged is not hidden_states:  # one copy for each run of omitted layers
             self.rows.merged = hidden_states.clone()
-        self.rows.merged[..., -self.compute :, :] = new
+        self.rows.merged[..., -compute:, :] = new
         return (self.rows.merged, *output[1:]) if isinstance(output, tuple) else self.rows.merged
 
     # K and V

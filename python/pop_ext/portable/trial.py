@@ -7,6 +7,7 @@ context rows their input back. It shares neither the capture of K and V nor the 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from pop_ext.hf.compat import cache_of, parameters_of, text_config, with_cache
 from pop_ext.hf.modules import Module
-from pop_ext.hf.restore import modules_restored
+from pop_ext.hf.restore import module_restored
 from pop_ext.plans.plan import Plan
 from pop_ext.portable.arguments import bind
 from pop_ext.portable.decoder import Clones, Decoder, clone_module
@@ -30,11 +31,15 @@ TOLERANCE_LOW = 0.2
 _passed: set[tuple[Any, ...]] = set()
 
 
-def try_portable(model: Module, decoder: Decoder) -> None:
+def try_portable(model: Module, decoder: Decoder) -> bool:
     """Compare a portable prefill of a few tokens, and a decode step after it, with the second form.
 
     A model of the same classes and config passes without being tried again in this process. The four calls cost about
-    what four decode steps do. A model in training mode is not tried, since dropout may be random.
+    what four decode steps do, and run on a clone, so that the model stays as it is.
+
+    Returns:
+        False for a model that could not be tried: in training mode, where dropout may be random, or with results that
+        are not finite.
 
     Raises:
         ValueError: The results differ, or the model cannot run them. The text says which.
@@ -42,15 +47,23 @@ def try_portable(model: Module, decoder: Decoder) -> None:
     taken = parameters_of(type(model).forward)
     if "logits_to_keep" not in taken:
         raise ValueError(f"model: expected a forward that takes logits_to_keep, got {type(model).__name__}")
+    if model.training:
+        return False
     key = _key(model, decoder)
-    if key in _passed or model.training:
-        return
+    if key in _passed:
+        return True
+    prompt = _prompt(model)
+    rotary = getattr(decoder.module, "rotary_emb", None)
+    restored = module_restored(rotary) if isinstance(rotary, nn.Module) else nullcontext()
     try:
-        with torch.no_grad(), modules_restored(_around(model, decoder)):
-            expected, found = _run_second_form(model, decoder), _run_portable(model, decoder)
+        with torch.no_grad(), restored:
+            expected = _run_second_form(_fresh_clone(model, decoder), decoder, prompt)
+            found = _run_portable(_fresh_clone(model, decoder), decoder, prompt)
     except Exception as error:  # whatever a model that does not fit may raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"model: expected a prefill of {TOKENS} tokens to run, got {reason}") from error
+    if not all(bool(logits.isfinite().all()) for logits in expected):
+        return False
     for what, ours, theirs in zip(("the last token", "the next token"), found, expected, strict=True):
         difference = _relative_difference(ours, theirs)
         if not difference <= TOLERANCE.get(ours.dtype, TOLERANCE_LOW):
@@ -59,15 +72,17 @@ def try_portable(model: Module, decoder: Decoder) -> None:
                 f"(logits of {what} differ by {difference:.2g} of their size in a trial)"
             )
     _passed.add(key)
+    return True
 
 
-def _around(model: Module, decoder: Decoder) -> list[Module]:
-    """Return the modules that may set attributes in a forward: around the layers, and the rotary module."""
-    modules = [model]
-    for name in decoder.path:
-        modules.append(modules[-1]._modules[name])
-    rotary = getattr(decoder.module, "rotary_emb", None)
-    return [*modules, rotary] if isinstance(rotary, nn.Module) else modules
+def _fresh_clone(model: Module, decoder: Decoder) -> Module:
+    """Return a clone of the modules around the decoder, without the offset of positions that the last call left."""
+    clones = Clones()
+    clone = clones.around(model, decoder.path, decoder.module) if decoder.path else clones.of(model)
+    for module in clones.made():
+        if hasattr(module, "rope_deltas"):
+            module.rope_deltas = None
+    return clone
 
 
 def _key(model: Module, decoder: Decoder) -> tuple[Any, ...]:
@@ -85,41 +100,45 @@ def _trial_plan(model: Module) -> Plan:
 def _prompt(model: Module) -> Tensor:
     """Return ids ``[1, TOKENS]`` that stand for no image, padding or end."""
     config = text_config(model)
-    special = {value for one in (model.config, config) for name, value in vars(one).items() if name.endswith("_id")}
-    ids = [token for token in range(3, config.vocab_size) if token not in special][: 5 * TOKENS : 5]
-    return torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+    special: set[int] = set()
+    for one in (model.config, config):
+        for name, value in vars(one).items():
+            if name.endswith(("_id", "_index")):
+                values = value if isinstance(value, (list, tuple)) else [value]
+                special |= {number for number in values if isinstance(number, int)}
+    ids = [token for token in range(min(3, config.vocab_size), config.vocab_size) if token not in special]
+    ids = (ids[:: max(1, min(5, len(ids) // TOKENS))] or [0]) * TOKENS
+    return torch.tensor([ids[:TOKENS]], device=model.get_input_embeddings().weight.device)
 
 
-def _arguments(model: Module) -> dict[str, Any]:
+def _arguments(prompt: Tensor) -> dict[str, Any]:
     # No mask: vision models count positions from it that they expect `generate` to have cut.
-    return {"input_ids": _prompt(model), "use_cache": True, "return_dict": True}
+    return {"input_ids": prompt, "use_cache": True, "return_dict": True}
 
 
-def _next(model: Module, output: Any) -> tuple[Tensor, Tensor]:
+def _next(model: Module, prompt: Tensor, output: Any) -> tuple[Tensor, Tensor]:
     """Return the last logits of a prefill, and those of one decode step after it by the stock forward."""
     cache = cache_of(output)
     if cache is None:
         raise ValueError("a forward that returns no cache")
-    arguments = _arguments(model)
-    step = {**arguments, "input_ids": arguments["input_ids"][:, :1]}
-    after = type(model).forward(model, **step, **with_cache(model, cache))
+    after = type(model).forward(model, **_arguments(prompt[:, :1]), **with_cache(model, cache))
     return output.logits[:, -1], after.logits[:, -1]
 
 
-def _run_portable(model: Module, decoder: Decoder) -> tuple[Tensor, Tensor]:
-    call = {**_arguments(model), "logits_to_keep": 1}
-    return _next(model, run_forward(model, decoder, _trial_plan(model), Rows(BOUNDARY, 1), call))
+def _run_portable(model: Module, decoder: Decoder, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    call = {**_arguments(prompt), "logits_to_keep": 1}
+    return _next(model, prompt, run_forward(model, decoder, _trial_plan(model), Rows(BOUNDARY, 1), call))
 
 
-def _run_second_form(model: Module, decoder: Decoder) -> tuple[Tensor, Tensor]:
+def _run_second_form(model: Module, decoder: Decoder, prompt: Tensor) -> tuple[Tensor, Tensor]:
     layers = {}
     for index in _trial_plan(model).omit:
         layers[str(index)] = clone_module(decoder.layers[index], HoldBack(decoder.layers[index]))
     clones = Clones()
     inner = clones.of(decoder.module, **{decoder.list_name: clones.of(decoder.layers, **layers)})
-    output = type(model).forward(clones.around(model, decoder.path, inner), **_arguments(model))
+    output = type(model).forward(clones.around(model, decoder.path, inner), **_arguments(prompt))
     clones.give_back()
-    return _next(model, output)
+    return _next(model, prompt, output)
 
 
 class HoldBack:
@@ -138,8 +157,6 @@ class HoldBack:
 
 
 def _relative_difference(ours: Tensor, theirs: Tensor) -> float:
-    """Return the RMS of the difference over that of ``theirs``; 0 if ``theirs`` is not finite, which weights cause."""
+    """Return the RMS of the difference over that of ``theirs``."""
     ours, theirs = ours.float(), theirs.float()
-    if not bool(theirs.isfinite().all()):
-        return 0.0
     return float((ours - theirs).square().mean().sqrt() / theirs.square().mean().sqrt().clamp(min=1e-30))

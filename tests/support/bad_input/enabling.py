@@ -100,7 +100,7 @@ ENABLED = [
         "a call in grad mode under `strict=True`",
         lambda f: f.model(f.ids, logits_to_keep=1),
         pop_ext.PrefillDeclined,
-        "grad mode: the native prefill has no backward",
+        "grad mode: a pruned prefill has no backward",
         strictly,
     ),
     Case(
