@@ -19,6 +19,7 @@ from enabled_models import (
 )
 from models import llama, tokens
 from pop_ext.hf.loaded import LoadedWeights
+from tolerance import assert_close_fp32
 from torch import Tensor, nn
 
 
@@ -127,10 +128,10 @@ class Wrapped(nn.Module):
 
 @pytest.mark.parametrize("adapter", [LowRank, Wrapped])
 @torch.no_grad()
-def test_adapters_added_after_enable_run_the_stock_forward(adapter):
+def test_adapters_added_after_enable_have_no_native_form(adapter):
     model = llama()
     ids = tokens(model, 1, T)
-    pop_ext.enable(model, PLAN)
+    pop_ext.enable(model, PLAN, backend="native")
     prefill(model, ids)
     attention = model.model.layers[1].self_attn
     base, adapted = attention.q_proj, adapter(attention.q_proj)
@@ -142,6 +143,10 @@ def test_adapters_added_after_enable_run_the_stock_forward(adapter):
     assert_enabled_equals_oracle(model, ids)
     attention.q_proj = adapted
     assert torch.equal(actual, pop_ext.disable(model)(ids, logits_to_keep=1).logits)
+    pop_ext.enable(model, PLAN, strict=True)
+    portable = model(ids, logits_to_keep=1).logits
+    assert pop_ext.last_call(model).backend == "portable"
+    assert_close_fp32(portable, pop_ext.reference.prefill(model, ids, PLAN)[0], "logits")
 
 
 def test_reloading_changed_weights_frees_the_native_handle():

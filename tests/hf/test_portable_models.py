@@ -196,7 +196,7 @@ def test_a_model_that_lost_its_native_form_says_why_and_is_scored():
     with pop_ext.enabled(model, plan_of(model, GAPS), backend="reference"):
         assert ours == pytest.approx(pop_ext.score(model, context, continuation)[0].log_likelihood, abs=1e-6)
     model.model.layers[4].mlp.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match=r"prefills run portably, got hooks on layers\.4\.mlp"):
+    with pytest.raises(ValueError, match=r"prefills run portably, got hooks on model\.layers\.4\.mlp"):
         pop_ext.score(model, context, continuation)
 
 

@@ -16,6 +16,7 @@ from pop_ext.hf.forward import PrefillForward
 from pop_ext.hf.inputs import make_request
 from pop_ext.hf.modules import find_decoder_modules, rope_follows_length
 from pop_ext.hf.native_backend import NativeBackend
+from pop_ext.hf.native_model import NativeModel
 from pop_ext.hf.portable_backend import PortableBackend
 from pop_ext.utils.tensors import check_dense, is_out_of_memory
 
@@ -93,7 +94,7 @@ def continuation_logits(
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     pairs = _pairs(context_ids, continuation_ids, inner.get_input_embeddings().weight.shape[0])
-    backend = _scoring_backend(forward)
+    backend, loaded = _scoring_backend(forward)
     portable = isinstance(backend, PortableBackend)
     for batch in _batches(pairs, batch_size, portable or rope_follows_length(find_decoder_modules(inner).rotary)):
         # The last token of a continuation is left out: nothing after it is scored.
@@ -108,7 +109,7 @@ def continuation_logits(
         mask = (columns[None] < torch.tensor([len(row) for row in inputs], device="cpu")[:, None]).long().to(device)
         if isinstance(backend, NativeBackend):
             # Keep what load returns: another thread may load anew meanwhile, or a disable free it.
-            native = backend.load(forward.model)
+            native, loaded = loaded or backend.load(forward.model), None
             request = make_request(native, ids, attention_mask=mask, boundary=boundary, logits_to_keep=num_logits)
             logits = native.run(request).logits
         elif isinstance(backend, PortableBackend):
@@ -122,15 +123,21 @@ def continuation_logits(
             yield row, continuation.to(row.device)
 
 
-def _scoring_backend(forward: PrefillForward) -> Backend:
-    """Return the backend of an enabled model, or the one that it falls back to if the model has no native form now."""
+def _scoring_backend(forward: PrefillForward) -> tuple[Backend, NativeModel | None]:
+    """Return the backend of an enabled model, or the one that it falls back to if the model has no native form now.
+
+    Returns:
+        The backend, and what it has loaded for the first batch, if it is native.
+    """
     backend = forward.backend
-    if isinstance(backend, NativeBackend) and backend.fallback is not None:
-        try:
-            backend.load(forward.model)
-        except UnsupportedModelError:
-            return backend.fallback
-    return backend
+    if not isinstance(backend, NativeBackend):
+        return backend, None
+    try:
+        return backend, backend.load(forward.model)
+    except UnsupportedModelError:
+        if backend.fallback is None:
+            raise
+        return backend.fallback, None
 
 
 def _batches(pairs: Sequence[Pair], batch_size: int, one_length: bool) -> Iterator[Sequence[Pair]]:

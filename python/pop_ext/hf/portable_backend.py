@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pop_ext.hf.architectures import dropped_softcap_reason
 from pop_ext.hf.compat import NEW_CACHE_NAME, OLD_CACHE_NAME, cache_argument, cache_of, text_config
 from pop_ext.hf.decision import Decline
 from pop_ext.hf.dispatch import Call
@@ -62,6 +63,9 @@ class PortableBackend:
         bidirectional = getattr(config, "use_bidirectional_attention", False)
         if bidirectional and bidirectional != "vision":  # within images alone, which the stock masks say
             raise ValueError(f"config.use_bidirectional_attention: expected a causal model, got {bidirectional}")
+        softcap = dropped_softcap_reason(config)
+        if softcap is not None:
+            raise ValueError(softcap)
         check_plan(self.plan, config.num_hidden_layers, config)
         check_fit(self.plan, decoder.layers)
         for index, layer in enumerate(decoder.layers):
@@ -84,7 +88,8 @@ class PortableBackend:
             _check_weights(model)
         except (FitMismatch, ValueError) as error:
             raise Decline("model", str(error)) from error
-        attention = unsupported_attention(decoder.module, decoder.layers)
+        softcap = dropped_softcap_reason(text_config(model))
+        attention = softcap or unsupported_attention(decoder.module, decoder.layers)
         if attention is not None:
             raise Decline("attention", attention)
         patch = _find_patch(model, decoder)
@@ -194,12 +199,12 @@ def _find_patch(model: nn.Module, decoder: Decoder) -> str | None:
     if has_global_hooks():
         return "global module hooks"
     around = [(".".join(decoder.path[:end]), _at(model, decoder.path[:end])) for end in range(1, len(decoder.path))]
-    for name, module in (*around, *decoder.module.named_modules()):
+    for name, module in (*around, *decoder.module.named_modules(prefix=".".join(decoder.path))):
         if is_patched_class(type(module)):
             return f"a replaced forward of {type(module).__name__}"
         found = find_module_patch(module)
         if found is not None and not _is_placed_by_accelerate(module):
-            return f"{found} on {name or 'the decoder'}"
+            return f"{found} on {name}"
     return None
 
 

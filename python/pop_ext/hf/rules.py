@@ -243,7 +243,7 @@ def _check_outputs(config: Any, taken: Collection[str], arguments: dict[str, Any
     """
     for name in _FLAGS:
         flag = arguments.get(name)
-        if hasattr(flag, "__len__"):  # a tensor, for one, has no truth value
+        if hasattr(flag, "__array__"):  # a tensor or an array has no truth value
             raise Decline("arguments", f"{name}: expected a bool, got a {type(flag).__name__}")
     for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
         requested = arguments.get(name)
