@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,16 +38,19 @@ def bytes_per_request(samples: Sequence[Sample]) -> float:
     return float(np.median(slopes))
 
 
-def growth_of(values: Sequence[int]) -> int:
-    """Return how much more the least of the last quarter is than the least of the second."""
+def growth_of(values: Sequence[int], of: Callable[[Sequence[int]], float] = min) -> int:
+    """Return how much more the least of the last quarter is than the least of the second, or another measure of both.
+
+    Resident memory is compared by its median: the system may take pages away for a while.
+    """
     quarter = len(values) // 4
-    return min(values[-quarter:]) - min(values[quarter : 2 * quarter])
+    return int(of(values[-quarter:]) - of(values[quarter : 2 * quarter]))
 
 
 def fault_of(samples: Sequence[Sample]) -> str | None:
     """Return what grew too much, or None."""
     per_request, in_use = bytes_per_request(samples), growth_of([sample.in_use for sample in samples])
-    resident = growth_of([sample.resident for sample in samples])
+    resident = growth_of([sample.resident for sample in samples], np.median)
     if per_request > PER_REQUEST:
         return f"{per_request:.0f} bytes in use a request: expected at most {PER_REQUEST}"
     if in_use > PER_RUN:

@@ -178,7 +178,7 @@ def main() -> None:
         "interrupts": requests.interrupts,
         "bytes_per_request": round(bytes_per_request(samples), 1),
         "in_use_growth": growth_of([sample.in_use for sample in samples]),
-        "resident_growth": growth_of([sample.resident for sample in samples]),
+        "resident_growth": growth_of([sample.resident for sample in samples], np.median),
     }
     print(f"{arguments.minutes} min: {result}; {arguments.out}")
     result["samples"] = [
