@@ -110,8 +110,9 @@ def _print_info(report: dict[str, Any]) -> None:
 def _print_model(console: Console, model: dict[str, Any]) -> None:
     plan, windows = model["plan"], model.get("sliding_windows")
     name = f"{model['name']}: {model['architecture']}, {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}"
+    why = f"why: {model['plan_choice']['reason']}"
     if model["backend"] == "portable":
-        for line in ("", name, f"plan: omits {plan['omit']}, boundary {plan['boundary']}", f"why: {_why(model)}"):
+        for line in ("", name, f"plan: omits {plan['omit']}, boundary {plan['boundary']}", why):
             console.print(Text(line))
         console.print(Text(f"portable backend; not native: {model['not_native']}"))
         return
@@ -121,7 +122,7 @@ def _print_model(console: Console, model: dict[str, Any]) -> None:
         f"{model['layers']} layers of hidden {model['hidden_size']}, {model['heads']} heads and {model['kv_heads']} "
         f"KV heads of {model['head_dim']}, MLP {model['intermediate_size']}; vocabulary {model['vocab_size']}",
         f"plan: omits {plan['omit']}, boundary {plan['boundary']}, min_tokens {plan['min_tokens']}",
-        f"why: {_why(model)}",
+        why,
         f"extra memory for K/V weights of omitted layers: {model['extra_bytes'] / 2**20:.1f} MiB",
     ]
     if model["plan_choice"]["unmeasured"]:
@@ -138,9 +139,3 @@ def _print_model(console: Console, model: dict[str, Any]) -> None:
         ratios = (row[name] for name in ("pop_over_stock", "pop_over_native_full", "native_full_over_stock"))
         table.add_row(f"{row['tokens']} tokens", *(f"{ratio:.3f}x" for ratio in ratios))
     console.print(table)
-
-
-def _why(model: dict[str, Any]) -> str:
-    """Return why this plan was chosen."""
-    reason: str = model["plan_choice"]["reason"]
-    return reason

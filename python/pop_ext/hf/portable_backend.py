@@ -225,8 +225,11 @@ def _is_placed_by_accelerate(module: nn.Module) -> bool:
 
 def _check_weights(model: nn.Module) -> None:
     """Raise ValueError for weights that no forward of one process can use by itself."""
+    on_meta = None
     for name, parameter in model.named_parameters():
         if type(parameter.data).__name__ == "DTensor":
             raise ValueError(f"weight {name}: expected a whole tensor, got a DTensor (of a tensor-parallel model?)")
-        if parameter.is_meta and not any("_hf_hook" in vars(module) for module in model.modules()):
-            raise ValueError(f"weight {name}: expected loaded weights, got the meta device and no hooks that load them")
+        if parameter.is_meta:
+            on_meta = on_meta or name
+    if on_meta is not None and not any("_hf_hook" in vars(module) for module in model.modules()):
+        raise ValueError(f"weight {on_meta}: expected loaded weights, got the meta device and no hooks that load them")

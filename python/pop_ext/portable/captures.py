@@ -7,7 +7,6 @@ there, before attention, output projection and MLP.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,14 +107,14 @@ def has_heads_in_q_proj(mixer: Module) -> bool:
 
 
 class Precomputed(nn.Module):
-    """Return a tensor that is known before the layer runs, whatever comes in."""
+    """Return what is known before the layer runs, whatever comes in."""
 
-    def __init__(self, output: Tensor | Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, output: Any) -> None:
         super().__init__()
         self._output = output
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        return self._output(hidden_states) if callable(self._output) else self._output
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self._output
 
 
 class RecordedMixer(nn.Module):
@@ -139,7 +138,7 @@ class RecordedMixer(nn.Module):
 
     def replay(self, rows: int) -> nn.Module:
         """Return a module that returns the last rows of the recorded output."""
-        return Precomputed(lambda _: last_rows_of_output(self.output, rows))
+        return Precomputed(last_rows_of_output(self.output, rows))
 
 
 def last_rows_of_output(output: Any, rows: int) -> Any:
