@@ -108,7 +108,9 @@ def _prompt(model: Module) -> Tensor:
                 special |= {number for number in values if isinstance(number, int)}
     ids = [token for token in range(min(3, config.vocab_size), config.vocab_size) if token not in special]
     ids = (ids[:: max(1, min(5, len(ids) // TOKENS))] or [0]) * TOKENS
-    return torch.tensor([ids[:TOKENS]], device=model.get_input_embeddings().weight.device)
+    device = model.get_input_embeddings().weight.device
+    # Where accelerate has offloaded the embedding, its hook takes ids from anywhere.
+    return torch.tensor([ids[:TOKENS]], device="cpu" if device.type == "meta" else device)
 
 
 def _arguments(prompt: Tensor) -> dict[str, Any]:
