@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pop_ext.hf.architectures import UnsupportedModelError, supported_models
     from pop_ext.hf.decision import Decision
     from pop_ext.hf.enable import disable, enable, enabled, explain, last_call, stats
+    from pop_ext.hf.families import register_family
     from pop_ext.hf.forward import PrefillDeclined
     from pop_ext.hf.native_model import NativeModel, PrefillOutput, load
     from pop_ext.methods.autoplan import AutoPlan, autoplan
@@ -58,6 +59,7 @@ __all__ = [
     "load",
     "plan_within",
     "reference",
+    "register_family",
     "score",
     "shortest_paying",
     "stats",
@@ -87,6 +89,7 @@ _LAZY = {
     "last_call": "pop_ext.hf.enable",
     "load": "pop_ext.hf.native_model",
     "plan_within": "pop_ext.methods.latency",
+    "register_family": "pop_ext.hf.families",
     "score": "pop_ext.evaluation.score",
     "shortest_paying": "pop_ext.methods.latency",
     "stats": "pop_ext.hf.enable",

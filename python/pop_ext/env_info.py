@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pop_ext import _core, ops
-from pop_ext.hf.architectures import FAMILIES
+from pop_ext.hf.families import FAMILIES, WRAPPERS
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.presets import PRESETS
 
@@ -50,7 +50,7 @@ def installation() -> dict[str, Any]:
         "aten_schemas": ops.changed_aten() or "as expected",
         "attention": ops.attention_providers(),
         "prepack": _prepack(),
-        "families": sorted(FAMILIES),
+        "families": sorted({*FAMILIES, *WRAPPERS}),
         "presets": [
             {
                 "names": list(preset.names),

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from pop_ext.hf.architectures import REFERENCE_ADVICE, VisionSpec, vision_of
+from pop_ext.hf.architectures import REFERENCE_ADVICE, vision_of
 from pop_ext.hf.compat import new_cache, rename_cache, text_config
 from pop_ext.hf.decision import Decision, Decline
+from pop_ext.hf.family import VisionSpec
 from pop_ext.hf.inputs import PrefillRequest
 from pop_ext.hf.packing import PackedBatch, Spans, snap_to_span_start
 from pop_ext.hf.rules import check_prefill

@@ -13,8 +13,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from pop_ext import _core
-from pop_ext.hf.architectures import Family
 from pop_ext.hf.compat import new_cache
+from pop_ext.hf.family import Family
 from pop_ext.hf.kv_cache import check_cache, check_windows, has_window, past_slots
 from pop_ext.hf.packing import (
     PackedBatch,

@@ -13,6 +13,7 @@ from pop_ext.hf.decision import Decline
 from pop_ext.hf.dispatch import Call
 from pop_ext.hf.kv_cache import check_windows
 from pop_ext.hf.native_model import NativeModel
+from pop_ext.hf.native_trial import try_native
 from pop_ext.hf.patches import InnerModules, unsupported_reason
 from pop_ext.hf.portable_backend import PortableBackend
 from pop_ext.plans.plan import Plan
@@ -37,6 +38,7 @@ class NativeBackend:
     ) -> None:
         self.plan, self.fp8, self.prepack, self.fallback = plan, fp8, prepack, fallback
         self.native: NativeModel | None = None
+        self._tried = False
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,6 +72,8 @@ class NativeBackend:
     def load(self, model: nn.Module, inner: InnerModules | None = None) -> NativeModel:
         """Load the model, or return the one loaded before if neither modules nor weights have changed.
 
+        The first model of its kind in a process is tried on a few tokens, as soon as that can be done.
+
         Args:
             model: the enabled model.
             inner: already collected modules; collected here if None.
@@ -85,7 +89,10 @@ class NativeBackend:
                 self.native = native = None  # free the old folded weights before new ones are allocated
                 native = NativeModel(model, self.plan, self.fp8, self.prepack)  # type: ignore[arg-type]
                 native.model = weakref.proxy(model)  # type: ignore[assignment]
+                self._tried = try_native(native)
                 self.native = native
+            elif not self._tried:
+                self._tried = try_native(native)
             return native
 
     def _inner_modules(self, model: nn.Module) -> InnerModules:

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pop_ext import _core, ops
-from pop_ext.hf.architectures import Family, decoder_of
+from pop_ext.hf.architectures import decoder_of
 from pop_ext.hf.choice import plan_for
 from pop_ext.hf.compat import uncompiled
+from pop_ext.hf.family import Family
 from pop_ext.hf.head import apply_head
 from pop_ext.hf.inputs import PrefillRequest, check_device_and_dtype, check_ids, make_request
 from pop_ext.hf.kv_cache import CacheTransaction, keeps_only_windows
 from pop_ext.hf.loaded import LoadedWeights, check_options
 from pop_ext.hf.modules import find_decoder_modules
+from pop_ext.hf.native_trial import try_native
 from pop_ext.hf.packing import PerSequence, lengths, offsets
 from pop_ext.hf.patches import InnerModules
 from pop_ext.hf.restore import module_restored_on_error
@@ -355,11 +357,14 @@ def load(model: PreTrainedModel, plan: PlanArgument = None, fp8: bool = False, p
 
     Raises:
         UnsupportedModelError: The architecture or its weights have no native form, or none with ``fp8`` or
-            ``prepack``. A subclass of ValueError.
+            ``prepack``, or a trial of a few tokens, once for a kind of model in a process, differs from the stock
+            modules. A subclass of ValueError.
         ValueError, TypeError: The plan is for another depth or another model, ``plan`` or ``model`` is of the wrong
             type, or both ``fp8`` and ``prepack`` are set.
     """
-    return NativeModel(uncompiled(model), plan, fp8, prepack)
+    native = NativeModel(uncompiled(model), plan, fp8, prepack)
+    try_native(native)
+    return native
 
 
 def _rope(loaded: LoadedWeights, rotary: Any, positions: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -372,14 +377,16 @@ def _rope(loaded: LoadedWeights, rotary: Any, positions: torch.Tensor) -> tuple[
 
     Returns:
         cos, sin, cos_local and sin_local, each float32 ``[rows, rotary_dim]``. The local ones are for layers with
-        a second RoPE base, and None in models without such layers.
+        a second RoPE base or without RoPE, and None in models without such layers.
     """
     kinds = loaded.family.rope_kinds
     # The module reads only dtype and device of its first argument. The tables are float32 in every dtype.
     like = torch.empty(0, dtype=torch.float32, device=loaded.device)
     if not kinds:
         cos, sin = rotary(like, positions.unsqueeze(-2))  # [1, rows], or [3, 1, rows]
-        return cos[0], sin[0], None, None
+        if not any(loaded.spec.rope_table):
+            return cos[0], sin[0], None, None
+        return cos[0], sin[0], torch.ones_like(cos[0]), torch.zeros_like(sin[0])
     tables = {kind: rotary(like, positions[None], kind) for kind in kinds if kind in rotary.layer_types}
     cos, sin = tables.get(kinds[0]) or tables[kinds[1]]  # a model may have layers of one kind only
     if not any(loaded.spec.rope_table):

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from pop_ext.hf.architectures import VisionSpec
 from pop_ext.hf.compat import NEW_CACHE_NAME, OLD_CACHE_NAME, parameters_of
 from pop_ext.hf.decision import Decline
+from pop_ext.hf.family import VisionSpec
 from pop_ext.hf.kv_cache import check_cache, has_window, past_slots
 from pop_ext.hf.masks import SLIDING_ATTENTION, LayerType, check_pattern, mask_layer_types, padding_mask
 from pop_ext.hf.packing import PackedBatch, Spans, bidirectional_spans, is_int, pack_batch

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from pop_ext.hf.architectures import VisionSpec
 from pop_ext.hf.compat import cache_field, with_cache
+from pop_ext.hf.family import VisionSpec
 from pop_ext.hf.inputs import PrefillRequest
 from pop_ext.hf.restore import shallow_clone
 
@@ -64,9 +64,9 @@ def run_wrapper(
             **cache_field(BaseModelOutputWithPast, outputs[0].past_key_values),
         )
 
-    decoder = shallow_clone(wrapper.language_model)
+    decoder = shallow_clone(getattr(wrapper, spec.decoder))
     decoder.forward = language_model
-    clone = shallow_clone(wrapper, language_model=decoder)
+    clone = shallow_clone(wrapper, **{spec.decoder: decoder})
     before = dict(clone.__dict__)
     arguments = dict(request.arguments)
     if spec.spans_argument is not None:

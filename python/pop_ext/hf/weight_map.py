@@ -14,15 +14,15 @@ from torch import nn
 
 from pop_ext import _core
 from pop_ext.hf.architectures import (
-    FAMILIES,
     REFERENCE_ADVICE,
-    Family,
     UnsupportedModelError,
     decoder_of,
     dropped_softcap_reason,
     family_of,
 )
 from pop_ext.hf.compat import check_module
+from pop_ext.hf.families import FAMILIES, WRAPPERS
+from pop_ext.hf.family import Family
 from pop_ext.hf.modules import oracle_may_run
 
 # Weights that a model of a family may lack. The spec then says so.
@@ -140,12 +140,12 @@ def _check_decoder(family: Family, decoder: Any, config: Any) -> None:
             f"model: expected {config.num_hidden_layers} decoder layers (config.num_hidden_layers), got {len(layers)}"
         )
     for index, layer in enumerate(layers):
-        _check_class(layer, f"{family.prefix}DecoderLayer", f"{root}.layers.{index}")
-        _check_class(layer.self_attn, f"{family.prefix}Attention", f"{root}.layers.{index}.self_attn")
+        _check_class(layer, family.class_name("DecoderLayer"), f"{root}.layers.{index}")
+        _check_class(layer.self_attn, family.class_name("Attention"), f"{root}.layers.{index}.self_attn")
         kind = "SparseMoeBlock" if family.is_sparse(config, index) else "MLP"
-        _check_class(layer.mlp, f"{family.prefix}{kind}", f"{root}.layers.{index}.mlp")
-    _check_class(decoder.norm, f"{family.prefix}RMSNorm", f"{root}.norm")
-    _check_class(decoder.rotary_emb, f"{family.prefix}RotaryEmbedding", f"{root}.rotary_emb")
+        _check_class(layer.mlp, family.class_name(kind), f"{root}.layers.{index}.mlp")
+    _check_class(decoder.norm, family.class_name("RMSNorm"), f"{root}.norm")
+    _check_class(decoder.rotary_emb, family.class_name("RotaryEmbedding"), f"{root}.rotary_emb")
 
 
 def _order_weights(spec: _core.ModelSpec, refs: dict[str, WeightRef]) -> list[WeightRef]:
@@ -186,10 +186,13 @@ def _check_family(model: Any) -> Family:
     family = family_of(config)
     if family is None:
         found = getattr(config, "model_type", None) or type(model).__name__
-        raise UnsupportedModelError(f"model: expected an architecture of {', '.join(sorted(FAMILIES))}, got {found}")
-    _check_class(model, family.model_class or f"{family.prefix}ForCausalLM", "model")
+        if found in WRAPPERS:
+            found += f" around {config.get_text_config(decoder=True).model_type}"
+        known = ", ".join(sorted({*FAMILIES, *WRAPPERS}))
+        raise UnsupportedModelError(f"model: expected an architecture of {known}, got {found}")
+    _check_class(model, family.model_class, "model")
     if family.vision is not None:
-        _check_class(model.model, family.vision.wrapper, "model.model")
+        _check_class(model.model, f"{family.vision.prefix}Model", "model.model")
     return family
 
 
@@ -234,9 +237,9 @@ def _weight_ref(slot: str, model: nn.Module, path: str, family: Family) -> Weigh
     if slot == "embed_tokens":
         _check_class(module, family.embedding, path.rpartition(".")[0])
     elif kind in _EXPERT_CLASSES:
-        _check_class(module, f"{family.prefix}{_EXPERT_CLASSES[kind]}", path.rpartition(".")[0])
+        _check_class(module, family.class_name(_EXPERT_CLASSES[kind]), path.rpartition(".")[0])
     elif not slot.endswith(("_proj", "_bias")):
-        _check_class(module, f"{family.prefix}RMSNorm", path.rpartition(".")[0])
+        _check_class(module, family.class_name("RMSNorm"), path.rpartition(".")[0])
     elif type(module) is not nn.Linear:
         found = f"{type(module).__module__}.{type(module).__name__}"
         raise UnsupportedModelError(
@@ -379,7 +382,9 @@ def _embed_scale(embedding: Any, dtype: torch.dtype) -> float:
 
 def _rope_table(family: Family, config: Any, layer: int) -> int:
     """Return which of the runtime's cos and sin tables a layer reads."""
-    return family.rope_kinds.index(config.layer_types[layer]) if family.rope_kinds else 0
+    if family.rope_kinds:
+        return family.rope_kinds.index(config.layer_types[layer])
+    return 0 if family.rotates(config, layer) else 1  # the second table then turns by no angle
 
 
 def _rotary_dim(family: Family, rotary: Any) -> int:

@@ -23,10 +23,11 @@ from pop_ext.portable.forward import run_forward
 from pop_ext.portable.layers import Rows
 
 TOKENS, BOUNDARY = 7, 2
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-"""Largest RMS of the difference of logits, relative to that of the logits, by dtype."""
+TOLERANCE = 1e-3
+"""Largest RMS of the difference of logits, relative to that of the logits."""
 TOLERANCE_LOW = 0.2
-"""The same for 16-bit dtypes, whose roundings differ with the number of rows. A wrong layer gives some 0.5."""
+"""The same for products of lower precision, whose roundings differ with the number of rows. A wrong layer gives some
+0.5."""
 
 _passed: set[tuple[Any, ...]] = set()
 
@@ -49,24 +50,26 @@ def try_portable(model: Module, decoder: Decoder) -> bool:
         raise ValueError(f"model: expected a forward that takes logits_to_keep, got {type(model).__name__}")
     if model.training:
         return False
-    key = _key(model, decoder)
+    key = trial_key(model, decoder)
     if key in _passed:
         return True
-    prompt = _prompt(model)
+    prompt = trial_prompt(model)
     rotary = getattr(decoder.module, "rotary_emb", None)
     restored = module_restored(rotary) if isinstance(rotary, nn.Module) else nullcontext()
     try:
         with torch.no_grad(), restored:
             expected = _run_second_form(_fresh_clone(model, decoder), decoder, prompt)
             found = _run_portable(_fresh_clone(model, decoder), decoder, prompt)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # whatever a model that does not fit may raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"model: expected a prefill of {TOKENS} tokens to run, got {reason}") from error
     if not all(bool(logits.isfinite().all()) for logits in expected):
         return False
     for what, ours, theirs in zip(("the last token", "the next token"), found, expected, strict=True):
-        difference = _relative_difference(ours, theirs)
-        if not difference <= TOLERANCE.get(ours.dtype, TOLERANCE_LOW):
+        difference = relative_difference(ours, theirs)
+        if not difference <= (TOLERANCE if is_precise(ours.dtype) else TOLERANCE_LOW):
             raise ValueError(
                 f"model: expected layers that depend on context rows by their cache alone, got {type(model).__name__} "
                 f"(logits of {what} differ by {difference:.2g} of their size in a trial)"
@@ -85,19 +88,19 @@ def _fresh_clone(model: Module, decoder: Decoder) -> Module:
     return clone
 
 
-def _key(model: Module, decoder: Decoder) -> tuple[Any, ...]:
+def trial_key(model: Module, decoder: Decoder) -> tuple[Any, ...]:
+    """Return what models of one kind share: their classes, dtypes and config."""
     classes = frozenset(type(module) for layer in decoder.layers for module in layer.modules())
     dtypes = frozenset(parameter.dtype for parameter in model.parameters())
     return type(model), classes, dtypes, str(model.config)
 
 
-def _trial_plan(model: Module) -> Plan:
-    """Return a plan in which retained layers follow omitted ones."""
-    count = text_config(model).num_hidden_layers
+def trial_plan(count: int) -> Plan:
+    """Return a plan for ``count`` layers in which retained layers follow omitted ones."""
     return Plan(count, [layer for layer in range(1, count) if layer != count // 2], BOUNDARY)
 
 
-def _prompt(model: Module) -> Tensor:
+def trial_prompt(model: Module) -> Tensor:
     """Return ids ``[1, TOKENS]`` that stand for no image, padding or end."""
     config = text_config(model)
     special: set[int] = set()
@@ -129,18 +132,33 @@ def _next(model: Module, prompt: Tensor, output: Any) -> tuple[Tensor, Tensor]:
 
 def _run_portable(model: Module, decoder: Decoder, prompt: Tensor) -> tuple[Tensor, Tensor]:
     call = {**_arguments(prompt), "logits_to_keep": 1}
-    return _next(model, prompt, run_forward(model, decoder, _trial_plan(model), Rows(BOUNDARY, 1), call))
+    plan = trial_plan(len(decoder.layers))
+    return _next(model, prompt, run_forward(model, decoder, plan, Rows(BOUNDARY, 1), call))
 
 
 def _run_second_form(model: Module, decoder: Decoder, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    return _next(model, prompt, run_second_form(model, decoder, prompt))
+
+
+def run_second_form(model: Module, decoder: Decoder, prompt: Tensor) -> Any:
+    """Run a pruned prefill of ``trial_plan`` in the second form.
+
+    Args:
+        model: the model. Attributes that its forward assigns to its modules stay.
+        decoder: its language model.
+        prompt: ids ``[1, TOKENS]``.
+
+    Returns:
+        What the stock forward returns, with a cache.
+    """
     layers = {}
-    for index in _trial_plan(model).omit:
+    for index in trial_plan(len(decoder.layers)).omit:
         layers[str(index)] = clone_module(decoder.layers[index], HoldBack(decoder.layers[index]))
     clones = Clones()
     inner = clones.of(decoder.module, **{decoder.list_name: clones.of(decoder.layers, **layers)})
     output = type(model).forward(clones.around(model, decoder.path, inner), **_arguments(prompt))
     clones.give_back()
-    return _next(model, prompt, output)
+    return output
 
 
 class HoldBack:
@@ -158,7 +176,17 @@ class HoldBack:
         return (held, *output[1:]) if isinstance(output, tuple) else held
 
 
-def _relative_difference(ours: Tensor, theirs: Tensor) -> float:
+def is_precise(dtype: torch.dtype) -> bool:
+    """Return whether products of a dtype are computed in at least 32 bits, as the process is set."""
+    return dtype == torch.float64 or (dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest")
+
+
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     """Return the RMS of the difference over that of ``theirs``."""
+    return float(row_differences(ours.flatten(), theirs.flatten()))
+
+
+def row_differences(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Return the RMS of the difference over that of ``theirs``, of each row (last dimension)."""
     ours, theirs = ours.float(), theirs.float()
-    return float((ours - theirs).square().mean().sqrt() / theirs.square().mean().sqrt().clamp(min=1e-30))
+    return (ours - theirs).square().mean(-1).sqrt() / theirs.square().mean(-1).sqrt().clamp(min=1e-30)

@@ -60,10 +60,17 @@ def project_kv(
     if k_norm is not None and not over_heads:
         keys = k_norm(keys)
     keys = keys.transpose(1, 2)
-    if getattr(attention, "use_rope", True):
+    if _applies_rope(attention):
         apply_rotary_pos_emb = family_function(attention, "apply_rotary_pos_emb")
         _, keys = apply_rotary_pos_emb(keys, keys, cos, sin)
     return keys, values
+
+
+def _applies_rope(attention: Module) -> bool:
+    """Return whether a layer applies RoPE; SmolLM3 and EXAONE 4 have layers that do not."""
+    if type(attention).__name__ == "Exaone4Attention":
+        return attention.sliding_window is None or attention.is_sliding
+    return bool(getattr(attention, "use_rope", True))
 
 
 def check_projection(layer: Module, row: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -103,7 +103,8 @@ class DecoderInputs:
 
 def has_wrapper(model: Module, parts: DecoderModules) -> bool:
     """Return True if ``model.model`` is a wrapper around the language model."""
-    return getattr(getattr(model, "model", None), "language_model", None) is parts.decoder
+    wrapper = getattr(model, "model", None)
+    return wrapper is not parts.decoder and any(child is parts.decoder for child in wrapper.children())
 
 
 def run_wrapper(model: Module, parts: DecoderModules, **arguments: Any) -> DecoderInputs:

@@ -1,0 +1,223 @@
+"""The families that run natively: ``FAMILIES``. ``register_family`` adds another one."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from functools import cache
+from typing import Any
+
+from pop_ext.hf.family import LLAMA_LAYER, Experts, Family, VisionSpec
+
+
+def _window_everywhere(config: Any, layer: int) -> int:
+    return config.sliding_window or 0
+
+
+def _window_by_layer_type(config: Any, layer: int) -> int:
+    return (config.sliding_window or 0) if config.layer_types[layer] == "sliding_attention" else 0
+
+
+def _window_of_plain_layers(config: Any, layer: int) -> int:
+    """As in SmolLM3, where a flag switches windows on."""
+    return _window_by_layer_type(config, layer) if config.use_sliding_window else 0
+
+
+def _has_rope(config: Any, layer: int) -> bool:
+    return bool(config.no_rope_layers[layer])  # the list holds 1 for layers with RoPE
+
+
+def _rotates_in_windows(config: Any, layer: int) -> bool:
+    """As in EXAONE 4, whose global layers have no RoPE."""
+    return not config.sliding_window or config.layer_types[layer] == "sliding_attention"
+
+
+def _sparse_by_step(config: Any, layer: int) -> bool:
+    sparse = config.num_experts > 0 and (layer + 1) % config.decoder_sparse_step == 0
+    return sparse and layer not in config.mlp_only_layers
+
+
+_QK_NORMS = {"q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight"}
+
+# Fused matrices: slots with the same path share its rows, one after another in the order of ModelSpec.weight_slots.
+_PHI_LAYER = {
+    **LLAMA_LAYER,
+    **{f"{name}_proj": "self_attn.qkv_proj.weight" for name in "qkv"},
+    **{f"{name}_bias": "self_attn.qkv_proj.bias" for name in "qkv"},
+    **{f"{name}_proj": "mlp.gate_up_proj.weight" for name in ("gate", "up")},
+    **{f"{name}_bias": "mlp.gate_up_proj.bias" for name in ("gate", "up")},
+}
+
+# One norm before and one after both attention and the MLP.
+_GEMMA_LAYER = {
+    **LLAMA_LAYER,
+    "attention_out_norm": "post_attention_layernorm.weight",
+    "post_norm": "pre_feedforward_layernorm.weight",
+    "mlp_out_norm": "post_feedforward_layernorm.weight",
+}
+
+# Norms on the outputs of attention and MLP, none on their inputs.
+_OLMO_LAYER = {
+    **{slot: path for slot, path in LLAMA_LAYER.items() if slot not in ("input_norm", "post_norm")},
+    **_QK_NORMS,
+    "attention_out_norm": "post_attention_layernorm.weight",
+    "mlp_out_norm": "post_feedforward_layernorm.weight",
+}
+
+_QWEN2_VL_CLASSES = {"MLP": "Qwen2MLP"}
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", "Llama"),
+        # Checkpoints of these types have the modules of Llama.
+        Family("exaone", "Llama"),
+        Family("internlm3", "Llama"),
+        Family("iquestcoder", "Llama"),
+        Family("seed_oss", "SeedOss"),
+        Family("cwm", "Cwm", window=_window_by_layer_type),
+        Family("ministral", "Ministral", window=_window_by_layer_type),
+        Family("smollm3", "SmolLM3", window=_window_of_plain_layers, rotates=_has_rope),
+        Family("phi3", "Phi3", layer=_PHI_LAYER, window=_window_everywhere),
+        Family("mistral", "Mistral", window=_window_everywhere),
+        Family("qwen2", "Qwen2", window=_window_by_layer_type),
+        Family(
+            "qwen3",
+            "Qwen3",
+            layer={**LLAMA_LAYER, **_QK_NORMS},
+            window=_window_by_layer_type,
+        ),
+        Family("mixtral", "Mixtral", window=_window_everywhere, experts=Experts("intermediate_size")),
+        Family(
+            "qwen3_moe",
+            "Qwen3Moe",
+            layer={**LLAMA_LAYER, **_QK_NORMS},
+            window=_window_everywhere,
+            experts=Experts("moe_intermediate_size", _sparse_by_step, lambda config: config.norm_topk_prob),
+        ),
+        Family("olmo2", "Olmo2", layer=_OLMO_LAYER, norms_over_heads=True),
+        Family(
+            "olmo3",
+            "Olmo3",
+            layer=_OLMO_LAYER,
+            norms_over_heads=True,
+            window=_window_by_layer_type,
+            rope_kinds=("full_attention", "sliding_attention"),
+        ),
+        Family(
+            "exaone4",
+            "Exaone4",
+            layer=_OLMO_LAYER,
+            window=_window_by_layer_type,
+            rotates=_rotates_in_windows,
+        ),
+        Family("gemma", "Gemma", norm_weight_offset=1.0, embedding="GemmaTextScaledWordEmbedding"),
+        Family(
+            "gemma2",
+            "Gemma2",
+            layer=_GEMMA_LAYER,
+            window=_window_by_layer_type,
+            activation="hidden_activation",
+            norm_weight_offset=1.0,
+            embedding="Gemma2TextScaledWordEmbedding",
+            caps_scores=True,
+            caps_logits=True,
+        ),
+        Family(
+            "gemma3_text",
+            "Gemma3",
+            layer={**_GEMMA_LAYER, **_QK_NORMS},
+            window=_window_by_layer_type,
+            activation="hidden_activation",
+            norm_weight_offset=1.0,
+            embedding="Gemma3TextScaledWordEmbedding",
+            rope_kinds=("full_attention", "sliding_attention"),
+            caps_logits=True,
+        ),
+        Family("qwen2_vl_text", "Qwen2VL", window=_window_by_layer_type, classes=_QWEN2_VL_CLASSES),
+        Family("qwen2_5_vl_text", "Qwen2_5_VL", window=_window_by_layer_type, classes=_QWEN2_VL_CLASSES),
+        Family("qwen3_vl_text", "Qwen3VLText", layer={**LLAMA_LAYER, **_QK_NORMS}),
+        Family(
+            "qwen3_vl_moe_text",
+            "Qwen3VLMoeText",
+            layer={**LLAMA_LAYER, **_QK_NORMS},
+            experts=Experts("moe_intermediate_size", _sparse_by_step),
+        ),
+    )
+}
+
+
+_IMAGES = frozenset({"pixel_values", "mm_encoder_outputs"})
+_LLAVA = _IMAGES | {"vision_feature_layer", "vision_feature_select_strategy", "image_sizes"}
+_QWEN_VL = _IMAGES | {"pixel_values_videos", "image_grid_thw", "video_grid_thw", "mm_token_type_ids"}
+_IDEFICS = _IMAGES | {"pixel_attention_mask"}
+
+WRAPPERS = {
+    "gemma3": VisionSpec("Gemma3", _IMAGES | {"token_type_ids"}, spans_argument="token_type_ids"),
+    "idefics3": VisionSpec("Idefics3", _IDEFICS, decoder="text_model"),
+    "internvl": VisionSpec("InternVL", _LLAVA),
+    "llava": VisionSpec("Llava", _LLAVA),
+    "llava_next": VisionSpec("LlavaNext", _LLAVA),
+    "llava_onevision": VisionSpec(
+        "LlavaOnevision",
+        _LLAVA | {"pixel_values_videos", "image_sizes_videos", "vision_aspect_ratio", "batch_num_images"},
+    ),
+    "mistral3": VisionSpec("Mistral3", _LLAVA),
+    "qwen2_vl": VisionSpec("Qwen2VL", _QWEN_VL, uses_mrope=True),
+    "qwen2_5_vl": VisionSpec("Qwen2_5_VL", _QWEN_VL | {"second_per_grid_ts"}, uses_mrope=True),
+    "qwen3_vl": VisionSpec("Qwen3VL", _QWEN_VL, uses_mrope=True),
+    "qwen3_vl_moe": VisionSpec("Qwen3VLMoe", _QWEN_VL, uses_mrope=True),
+    "smolvlm": VisionSpec("SmolVLM", _IDEFICS, decoder="text_model"),
+}
+"""Vision-language models by ``config.model_type``. The language model inside may be of any family of ``FAMILIES``."""
+
+_BUILT_IN = frozenset(FAMILIES) | WRAPPERS.keys()
+
+
+@cache
+def find_family(model_type: str, text_model_type: str) -> Family | None:
+    """Return the family of a model; None if its architecture is not supported natively.
+
+    Args:
+        model_type: of its config.
+        text_model_type: of the config of its language model.
+    """
+    wrapper, family = WRAPPERS.get(model_type), FAMILIES.get(text_model_type)
+    if family is None or (wrapper is None and model_type != text_model_type):
+        return None
+    if wrapper is None:
+        return family
+    # No class with a wrapper caps logits, whatever the config of its language model says.
+    return replace(family, model_type=model_type, caps_logits=False, vision=wrapper)
+
+
+def register_family(model_type: str, prefix: str, like: str = "llama", **differences: Any) -> None:
+    """Let models of another architecture run natively, in this process.
+
+    The first model that is loaded is compared with its stock modules on a few tokens. If the family is described
+    wrongly, the model is refused then, and ``pop_ext.enable`` runs it portably. A few tokens do not show what depends
+    on the length: windows, and scales that change with the position. Registering a ``model_type`` again replaces it.
+
+    Args:
+        model_type: ``config.model_type``.
+        prefix: common prefix of its class names ("SeedOss" in SeedOssForCausalLM, SeedOssDecoderLayer and
+            SeedOssAttention, SeedOssMLP, SeedOssRMSNorm and SeedOssRotaryEmbedding).
+        like: ``model_type`` of a known family that it resembles.
+        differences: attributes of ``pop_ext.hf.family.Family`` that differ from it, such as ``window`` or ``layer``.
+
+    Raises:
+        ValueError: ``like`` is unknown, or ``model_type`` is a family of pop_ext's own.
+        TypeError: An argument is of the wrong type, or ``differences`` has a name that ``Family`` lacks.
+    """
+    for name, value in {"model_type": model_type, "prefix": prefix, "like": like}.items():
+        if not isinstance(value, str) or not value:
+            raise TypeError(f"{name}: expected a text, got {value!r}")
+    if model_type in _BUILT_IN:
+        raise ValueError(f"model_type: expected an architecture that pop_ext does not know, got {model_type}")
+    if like not in FAMILIES:
+        raise ValueError(f"like: expected one of {', '.join(sorted(FAMILIES))}, got {like}")
+    known = {field.name for field in fields(Family)} - {"model_type", "prefix", "vision"}
+    unknown = sorted(differences.keys() - known)
+    if unknown:
+        raise TypeError(f"differences: expected attributes of Family ({', '.join(sorted(known))}), got {unknown[0]}")
+    find_family.cache_clear()
+    FAMILIES[model_type] = replace(FAMILIES[like], model_type=model_type, prefix=prefix, **differences)

@@ -1,0 +1,166 @@
+"""Test that a family that is described wrongly is refused, and how a family is registered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pop_ext
+import pytest
+import torch
+from models import granite, llama, shared, tokens
+from other_families import other
+from pop_ext import Plan, UnsupportedModelError
+from pop_ext.hf import families, native_trial
+from pop_ext.hf.family import LLAMA_LAYER
+from torch import nn
+from transformers import VaultGemmaConfig, VaultGemmaForCausalLM
+
+PLAN = Plan(6, (4, 5))
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch) -> Iterator[None]:
+    """Forget what passed, and give back the table of families."""
+    monkeypatch.setattr(native_trial, "_passed", set())
+    before = dict(families.FAMILIES)
+    yield
+    families.FAMILIES.clear()
+    families.FAMILIES.update(before)
+    families.find_family.cache_clear()
+
+
+def described_as(model: nn.Module, **differences: Any) -> nn.Module:
+    """Describe the family of a model otherwise than it is."""
+    name = model.config.model_type
+    families.FAMILIES[name] = families.replace(families.FAMILIES[name], **differences)
+    families.find_family.cache_clear()
+    return model
+
+
+def _never(config: Any, layer: int) -> bool:
+    return False
+
+
+WRONG = {
+    "RoPE in every layer": lambda dtype: described_as(other("smollm3", dtype=dtype), rotates=lambda *_: True),
+    "RoPE in no layer": lambda dtype: described_as(llama(dtype=dtype), rotates=_never),
+    "an offset of norms": lambda dtype: described_as(llama(dtype=dtype), norm_weight_offset=1.0),
+    "gate and up exchanged": lambda dtype: described_as(
+        llama(dtype=dtype),
+        layer={**LLAMA_LAYER, "gate_proj": "mlp.up_proj.weight", "up_proj": "mlp.gate_proj.weight"},
+    ),
+    "no soft cap of logits": lambda dtype: described_as(shared("gemma2", dtype=dtype), caps_logits=False),
+    "multipliers": lambda dtype: register_granite(dtype),
+}
+
+
+def register_granite(dtype: torch.dtype) -> nn.Module:
+    pop_ext.register_family("granite", "Granite")
+    return granite(dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_family_that_is_described_wrongly_is_refused(mistake, dtype):
+    model = WRONG[mistake](dtype)
+    with pytest.raises(UnsupportedModelError, match="in a trial of 7 tokens the .* differ"):
+        pop_ext.load(model, PLAN)
+    with pop_ext.enabled(model, PLAN), torch.no_grad():
+        model(tokens(model, 1, 20), use_cache=True, logits_to_keep=1)
+        assert pop_ext.last_call(model).backend == "portable"
+
+
+def test_a_kind_of_model_is_tried_once(monkeypatch):
+    tried = []
+    compare = native_trial._compare
+    monkeypatch.setattr(native_trial, "_compare", lambda *args: tried.append(compare(*args)))
+    for seed in (0, 1):
+        pop_ext.load(llama(seed=seed), PLAN)
+    pop_ext.load(llama(dtype=torch.bfloat16), PLAN)
+    assert len(tried) == 2
+
+
+def test_a_model_with_hooks_or_in_training_is_tried_when_it_first_runs():
+    model = llama()
+    hook = model.model.layers[0].register_forward_hook(lambda *_: None)
+    pop_ext.enable(model, PLAN)
+    assert not native_trial._passed
+    hook.remove()
+    model.train()
+    pop_ext.enable(model, PLAN)
+    assert not native_trial._passed
+    model.eval()
+    with torch.no_grad():
+        model(tokens(model, 1, 20), use_cache=True, logits_to_keep=1)
+    assert len(native_trial._passed) == 1
+    assert pop_ext.last_call(model).backend == "native"
+
+
+def test_a_wrong_family_is_found_at_the_first_prefill_too():
+    model = described_as(llama(), norm_weight_offset=1.0).train()
+    pop_ext.enable(model, PLAN)
+    model.eval()
+    with torch.no_grad():
+        model(tokens(model, 1, 20), use_cache=True, logits_to_keep=1)
+    assert pop_ext.last_call(model).backend == "portable"
+    assert "in a trial" in pop_ext.last_call(model).reason
+
+
+def test_the_trial_changes_nothing_and_takes_the_first_layers_of_each_kind():
+    model = other("smollm3", layers=12, no_rope_layers=[1, 1, 1, 0] * 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = model.config.to_dict()
+    native = pop_ext.load(model, Plan(12, (11,)))
+    assert native_trial._layers_to_try(native, native_trial.find_decoder(model)) == 4
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.config.to_dict() == config
+    assert len(model.model.layers) == 12
+
+
+def test_weights_that_are_not_finite_do_not_fail_the_trial():
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    pop_ext.load(model, PLAN)
+    assert not native_trial._passed
+
+
+def test_a_registered_family_runs_natively():
+    pop_ext.register_family(
+        "vaultgemma",
+        "VaultGemma",
+        like="gemma2",
+        embedding="VaultGemmaTextScaledWordEmbedding",
+        layer={**LLAMA_LAYER, "post_norm": "pre_feedforward_layernorm.weight"},
+    )
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6, "vocab_size": 263, "head_dim": 16}
+    config = VaultGemmaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    model = VaultGemmaForCausalLM._from_config(config, attn_implementation="eager").eval()
+    ids = tokens(model, 1, 20)
+    logits, _ = pop_ext.reference.prefill(model, ids, PLAN)
+    found = pop_ext.load(model, PLAN).prefill(ids).logits
+    torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        ({"model_type": "llama", "prefix": "Llama"}, ValueError, "model_type: expected an architecture that pop_ext"),
+        ({"model_type": "llava", "prefix": "Llava"}, ValueError, "model_type: expected an architecture that pop_ext"),
+        ({"model_type": "new", "prefix": "New", "like": "old"}, ValueError, "like: expected one of .*llama.*, got old"),
+        (
+            {"model_type": "new", "prefix": "New", "windows": 3},
+            TypeError,
+            "differences: .*window.*got windows",
+        ),
+        ({"model_type": "new", "prefix": "New", "vision": None}, TypeError, "differences: .* got vision"),
+        ({"model_type": "", "prefix": "New"}, TypeError, "model_type: expected a text, got ''"),
+        ({"model_type": "new", "prefix": None}, TypeError, "prefix: expected a text, got None"),
+    ],
+)
+def test_bad_arguments_of_register_family(call, error, text):
+    before = dict(families.FAMILIES)
+    with pytest.raises(error, match=text):
+        pop_ext.register_family(**call)
+    assert before == families.FAMILIES
