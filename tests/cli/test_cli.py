@@ -182,18 +182,18 @@ def test_a_failure_is_one_line_and_status_1(folder, prompt_file, monkeypatch):
         assert result.stdout == ""
 
 
-def test_an_unsupported_architecture_points_to_the_reference_backend_if_that_runs_it(tmp_path, prompt_file):
+def test_an_unsupported_architecture_points_to_the_portable_backend_if_that_runs_it(tmp_path, prompt_file):
     folder = save_tiny_llama(tmp_path)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     unsupported = {
         "granite": transformers.GraniteForCausalLM(transformers.GraniteConfig(**sizes)),
-        "gpt2": transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=3, n_embd=8, n_head=2)),
+        "xlnet": transformers.XLNetLMHeadModel(transformers.XLNetConfig(n_layer=3, d_model=8, n_head=2, d_inner=8)),
     }
     for name, model in unsupported.items():
         model.save_pretrained(folder)
         result = generate(folder, prompt_file)
         assert result.exit_code == 2
-        pointed = f'got {name}. pop_ext.enable with backend="reference" works' in result.stderr
+        pointed = f'got {name}. pop_ext.enable with backend="portable" works' in result.stderr
         assert pointed is (name == "granite")
 
 
@@ -205,7 +205,10 @@ def test_info_says_which_backend_runs_a_model(folder, tmp_path):
     model = json.loads(run("info", "--model", other, "--plan", "third", "--json").stdout)["model"]
     assert model["backend"] == "portable"
     assert model["plan"]["omit"] == [2]
-    assert "portable backend; not native: model: expected an architecture" in run("info", "--model", other).stdout
+    assert (
+        "portable backend; not native: model: expected an architecture that pop-ext info lists"
+        in run("info", "--model", other).stdout
+    )
 
 
 def test_the_spinner_turns_while_a_model_loads(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import models
@@ -24,15 +25,24 @@ from models import (
     qwen3_moe,
     tokens,
 )
-from pop_ext.hf.architectures import FAMILIES, UnsupportedModelError
+from other_families import OTHER
+from pop_ext.hf.architectures import UnsupportedModelError
+from pop_ext.hf.families import FAMILIES, WRAPPERS
 from pop_ext.hf.weight_map import describe
 from torch import nn
 from vision_models import VISION
+from wrapped_models import NAMES as WRAPPED
+from wrapped_models import wrapped
 
 
-def test_every_family_has_a_test_model():
+def test_every_family_has_a_test_model_and_a_row_in_the_docs():
     text = {models.shared(name).config.model_type for name in models.FAMILIES}
-    assert set(FAMILIES) == text | set(VISION)
+    inside = {wrapped(name).config.get_text_config().model_type for name in WRAPPED}
+    inside |= {build().config.get_text_config().model_type for build in VISION.values()}
+    assert FAMILIES.keys() <= text | OTHER.keys() | inside
+    assert set(VISION) | set(WRAPPED) == WRAPPERS.keys()
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    assert [name for name in (*FAMILIES, *WRAPPERS) if f"`{name}`" not in page] == []
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -73,8 +73,8 @@ def test_a_family_that_is_described_wrongly_is_refused(mistake, dtype):
 
 def test_a_kind_of_model_is_tried_once(monkeypatch):
     tried = []
-    compare = native_trial._compare
-    monkeypatch.setattr(native_trial, "_compare", lambda *args: tried.append(compare(*args)))
+    find_difference = native_trial.find_difference
+    monkeypatch.setattr(native_trial, "find_difference", lambda *args: tried.append(find_difference(*args)))
     for seed in (0, 1):
         pop_ext.load(llama(seed=seed), PLAN)
     pop_ext.load(llama(dtype=torch.bfloat16), PLAN)

@@ -51,7 +51,7 @@ def quantised(method: str | None, build=llama) -> nn.Module:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_quantised_checkpoint_is_refused_by_the_name_of_its_method(method):
     model = quantised(method)
-    with pytest.raises(UnsupportedModelError, match=rf'quantised checkpoint \({method}\).*backend="reference" works'):
+    with pytest.raises(UnsupportedModelError, match=rf'quantised checkpoint \({method}\).*backend="portable" works'):
         pop_ext.enable(model, backend="native")
     assert "forward" not in model.__dict__
 

@@ -58,8 +58,8 @@ def dropped_softcap_reason(config: Any) -> str | None:
     )
 
 
-REFERENCE_ADVICE = 'pop_ext.enable with backend="reference" works for this model, slowly.'
-"""End of the text of an ``UnsupportedModelError`` for a model that the oracle runs."""
+PORTABLE_ADVICE = 'pop_ext.enable with backend="portable" works for this model.'
+"""End of the text of an ``UnsupportedModelError`` for a model that the portable backend runs."""
 
 
 class UnsupportedModelError(ValueError):

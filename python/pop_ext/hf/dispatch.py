@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from pop_ext.hf.architectures import REFERENCE_ADVICE, vision_of
+from pop_ext.hf.architectures import PORTABLE_ADVICE, vision_of
 from pop_ext.hf.compat import new_cache, rename_cache, text_config
 from pop_ext.hf.decision import Decision, Decline
 from pop_ext.hf.family import VisionSpec
@@ -135,7 +135,7 @@ def _fallen_back(decision: Decision, backend: Backend, decline: Decline) -> Deci
     """Add to the decision of a fallback why the first backend does not run the call."""
     if decision.backend == "stock":
         return decision
-    reason = decline.reason.removesuffix(f". {REFERENCE_ADVICE}")
+    reason = decline.reason.removesuffix(f". {PORTABLE_ADVICE}")
     return replace(decision, reason=f"{decision.reason} (not {backend.name}: {reason})")
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from pop_ext.hf import speculative_launch
-from pop_ext.hf.architectures import UnsupportedModelError
+from pop_ext.hf.architectures import PORTABLE_ADVICE, UnsupportedModelError
 from pop_ext.hf.choice import plan_for
 from pop_ext.hf.compat import check_module, text_config, uncompiled
 from pop_ext.hf.decision import Decision
@@ -102,7 +102,7 @@ def enable(
 
     Raises:
         UnsupportedModelError: No backend runs the model, or it has no native form with ``fp8`` or ``prepack``. The text
-            names ``backend="reference"`` if that runs it. A subclass of ValueError.
+            of a model that is refused natively names ``backend="portable"`` if that runs it. A subclass of ValueError.
         ValueError, TypeError: A bad argument. The model is unchanged.
         OSError: The file of a plan cannot be read.
         RuntimeError: ``model`` is a copy of an enabled one whose forward was wrapped, and still calls the original.
@@ -156,8 +156,8 @@ def _load_backend(name: str, model: nn.Module, plan: Plan, fp8: bool, prepack: b
         try:
             portable.load(model)
         except ValueError as other:
-            separator = "" if str(error).endswith(".") else "."
-            raise UnsupportedModelError(f"{error}{separator} The portable backend: {other}") from other
+            native_error = str(error).removesuffix(f". {PORTABLE_ADVICE}")
+            raise UnsupportedModelError(f"{native_error}. The portable backend: {other}") from other
         return portable
     if name == "auto":
         native.fallback = portable

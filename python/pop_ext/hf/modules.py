@@ -78,25 +78,6 @@ def check_oracle_runs(model: Module) -> None:
         raise ValueError("config.use_bidirectional_attention: expected a causal model, got True")
 
 
-def oracle_may_run(model: Module) -> bool:
-    """Return whether the oracle runs a model, as far as can be told without a call.
-
-    Weights on the meta device are fine if hooks of accelerate load them. Matrices of several dtypes may be those of a
-    quantised checkpoint, or may not be multiplied at all.
-    """
-    try:
-        check_oracle_runs(model)
-    except ValueError:
-        return False
-    parameters = list(model.parameters())
-    on_meta = any(parameter.is_meta for parameter in parameters)
-    if on_meta and not any("_hf_hook" in vars(module) for module in model.modules()):
-        return False
-    return (
-        len({parameter.dtype for parameter in parameters if parameter.ndim > 1 and parameter.is_floating_point()}) < 2
-    )
-
-
 def family_function(attention: Module, name: str) -> Callable[..., Any]:
     """Return a function from the Python module that defines a model's attention class.
 

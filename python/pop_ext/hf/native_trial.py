@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from pop_ext.hf.architectures import UnsupportedModelError
-from pop_ext.hf.compat import cache_of, text_config
+from pop_ext.hf.compat import text_config
 from pop_ext.hf.restore import module_restored
 from pop_ext.portable.decoder import Clones, Decoder, clone_module, find_decoder
 from pop_ext.portable.trial import (
     BOUNDARY,
     TOKENS,
-    is_precise,
-    row_differences,
+    find_difference,
     run_second_form,
     trial_key,
     trial_plan,
@@ -30,12 +29,6 @@ from pop_ext.portable.trial import (
 
 if TYPE_CHECKING:
     from pop_ext.hf.native_model import NativeModel, PrefillOutput
-
-TOLERANCE = 1e-3
-"""Largest RMS of a row's difference, relative to the row; the median over the rows counts, since the choice of experts
-may differ in one of them."""
-TOLERANCE_LOW = 0.05
-"""The same for products of less than 32 bits."""
 
 _passed: set[tuple[Any, ...]] = set()
 
@@ -77,7 +70,12 @@ def try_native(native: NativeModel) -> bool:
             ) from error
         if not bool(expected.logits.isfinite().all()):
             return False
-        _compare(native, found, expected)
+        difference = find_difference(found.logits, found.past_key_values, expected)
+        if difference is not None:
+            raise UnsupportedModelError(
+                f"model: expected layers of {native.family.model_type} as pop_ext knows them, got others: in a trial "
+                f"of {TOKENS} tokens the {difference}"
+            )
     _passed.add(key)
     return True
 
@@ -138,22 +136,3 @@ def _shorten(config: Any, count: int) -> Any:
             vars(short)[name] = value[:count]
     vars(short)["num_hidden_layers"] = count
     return short
-
-
-def _compare(native: NativeModel, found: PrefillOutput, expected: Any) -> None:
-    """Raise UnsupportedModelError if K, V or logits differ."""
-    pairs = [("logits", found.logits, expected.logits[:, -BOUNDARY:])]
-    caches = zip(cache_of(found).layers, cache_of(expected).layers, strict=True)
-    for index, (ours, theirs) in enumerate(caches):
-        window = native.spec.window[index]
-        kept = TOKENS if window == 0 else min(TOKENS, window - 1)  # a sliding cache may hold no more
-        for name in ("keys", "values"):
-            pair = (getattr(one, name)[0, :, max(0, one.keys.shape[2] - kept) :] for one in (ours, theirs))
-            pairs.append((f"{name} of layer {index}", *(part.transpose(0, 1).flatten(1) for part in pair)))
-    for what, ours, theirs in pairs:
-        difference = float(row_differences(ours, theirs).median()) if ours.numel() > 0 else 0.0
-        if not difference <= (TOLERANCE if is_precise(ours.dtype) else TOLERANCE_LOW):
-            raise UnsupportedModelError(
-                f"model: expected the layers of {native.family.model_type} as pop_ext knows them, got others: in a "
-                f"trial of {TOKENS} tokens the {what} differ by {difference:.2g} of their size"
-            )

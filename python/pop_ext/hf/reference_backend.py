@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from pop_ext import reference
@@ -13,9 +14,22 @@ from pop_ext.hf.dispatch import Call
 from pop_ext.hf.inputs import PrefillRequest
 from pop_ext.hf.modules import check_oracle_runs, find_decoder_modules
 from pop_ext.hf.native_model import PrefillOutput, check_plan
-from pop_ext.hf.restore import cache_restored_on_error
+from pop_ext.hf.restore import cache_restored_on_error, module_restored
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.projections import FitMismatch, check_fit
+from pop_ext.portable import find_decoder
+from pop_ext.portable.trial import (
+    BOUNDARY,
+    TOKENS,
+    find_difference,
+    fresh_clone,
+    run_second_form,
+    trial_key,
+    trial_plan,
+    trial_prompt,
+)
+
+_passed: set[tuple[Any, ...]] = set()
 
 
 class ReferenceBackend:
@@ -30,10 +44,10 @@ class ReferenceBackend:
         self.plan = plan
 
     def load(self, model: nn.Module) -> None:
-        """Check that the oracle can run the model.
+        """Check that the oracle can run the model, by a trial if it is the first of its kind in this process.
 
         Raises:
-            ValueError: The oracle cannot run the model, or the plan is for another one.
+            ValueError: The oracle cannot run the model, or computes something else, or the plan is for another model.
             TypeError: The plan is no ``Plan``.
         """
         check_oracle_runs(model)
@@ -41,6 +55,7 @@ class ReferenceBackend:
         config = text_config(model)
         check_plan(self.plan, config.num_hidden_layers, config)
         check_fit(self.plan, layers)
+        _try_oracle(model)
 
     def validate(self, model: nn.Module, call: Call) -> ReferenceRunner:
         """Return a runner. Raise ``Decline`` if the plan's projections were fitted on other weights."""
@@ -80,3 +95,40 @@ class ReferenceRunner:
             for index, layer in enumerate(layers):
                 request.cache.update(layer.keys[:, :, -columns:], layer.values[:, :, -columns:], index)
         return PrefillOutput(logits, None, request.cache)  # type: ignore[arg-type]
+
+
+def _try_oracle(model: Any) -> None:
+    """Compare the oracle with the layers themselves on a few tokens, in a second form of the same prefill.
+
+    Families differ in ways that nobody can list: other arguments of their layers, norms without weights, attention in
+    both directions over a prompt. A model of the same classes and config passes without being tried again, and one in
+    training mode is not tried.
+
+    Raises:
+        ValueError: The oracle fails, or computes something else.
+    """
+    decoder = find_decoder(model)
+    key = trial_key(model, decoder)
+    if model.training or key in _passed:
+        return
+    prompt, plan = trial_prompt(model), trial_plan(len(decoder.layers))
+    with torch.no_grad(), module_restored(find_decoder_modules(model).rotary):
+        try:
+            logits, cache = reference.prefill(model, prompt, plan, logits_to_keep=BOUNDARY)
+            expected = run_second_form(fresh_clone(model, decoder), decoder, prompt)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a model that does not fit may raise
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"model: expected one that the oracle can run, got {type(model).__name__} ({reason})"
+            ) from error
+    if not bool(expected.logits.isfinite().all()):
+        return
+    difference = find_difference(logits, cache, expected)
+    if difference is not None:
+        raise ValueError(
+            f"model: expected one that the oracle can run, got {type(model).__name__}: in a trial of {TOKENS} tokens "
+            f"the {difference}"
+        )
+    _passed.add(key)

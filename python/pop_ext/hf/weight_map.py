@@ -14,16 +14,16 @@ from torch import nn
 
 from pop_ext import _core
 from pop_ext.hf.architectures import (
-    REFERENCE_ADVICE,
+    PORTABLE_ADVICE,
     UnsupportedModelError,
     decoder_of,
     dropped_softcap_reason,
     family_of,
 )
 from pop_ext.hf.compat import check_module
-from pop_ext.hf.families import FAMILIES, WRAPPERS
+from pop_ext.hf.families import WRAPPERS
 from pop_ext.hf.family import Family
-from pop_ext.hf.modules import oracle_may_run
+from pop_ext.portable.decoder import may_run_portably
 
 # Weights that a model of a family may lack. The spec then says so.
 _OPTIONAL = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "o_bias", "gate_bias", "up_bias", "down_bias")
@@ -110,9 +110,9 @@ def describe(model: Any) -> Description:
         method = _quantization_method(model)
         if method is not None:
             error.args = (f"model: expected unquantised weights, got a quantised checkpoint ({method}): {error}",)
-        if oracle_may_run(model):
+        if may_run_portably(model):
             # Name the function, not only the option: the command line shows this text and has no --backend.
-            error.args = (f"{error}. {REFERENCE_ADVICE}",)
+            error.args = (f"{error}. {PORTABLE_ADVICE}",)
         raise
     return description
 
@@ -188,8 +188,7 @@ def _check_family(model: Any) -> Family:
         found = getattr(config, "model_type", None) or type(model).__name__
         if found in WRAPPERS:
             found += f" around {config.get_text_config(decoder=True).model_type}"
-        known = ", ".join(sorted({*FAMILIES, *WRAPPERS}))
-        raise UnsupportedModelError(f"model: expected an architecture of {known}, got {found}")
+        raise UnsupportedModelError(f"model: expected an architecture that pop-ext info lists as native, got {found}")
     _check_class(model, family.model_class, "model")
     if family.vision is not None:
         _check_class(model.model, f"{family.vision.prefix}Model", "model.model")

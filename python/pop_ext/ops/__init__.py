@@ -127,7 +127,7 @@ def require_aten() -> None:
         listed = "; ".join(f"{name}: found {found}" for name, found in changed.items())
         raise RuntimeError(
             f"pop_ext's matrix products are disabled under torch {torch.__version__}, whose operators changed "
-            f'({listed}). pop_ext.enable with backend="reference" works.'
+            f'({listed}). pop_ext.enable with backend="portable" works.'
         )
 
 

@@ -97,6 +97,25 @@ def clone_module(module: nn.Module, forward: Callable[..., Any] | None = None, *
     return clone
 
 
+def may_run_portably(model: nn.Module) -> bool:
+    """Return whether a model has what the portable backend needs, as far as can be told without a call.
+
+    Weights on the meta device are fine if hooks of accelerate load them. Matrices of several dtypes may be those of a
+    quantised checkpoint, or may not be multiplied at all.
+    """
+    try:
+        decoder = find_decoder(model)
+    except ValueError:
+        return False
+    parameters = list(model.parameters())
+    dtypes = {one.dtype for one in parameters if one.ndim > 1 and one.is_floating_point()}
+    on_meta = any(parameter.is_meta for parameter in parameters)
+    loads = any("_hf_hook" in vars(module) for module in model.modules())
+    attends_ahead = getattr(text_config(model), "use_bidirectional_attention", False)
+    caches = all(cache_name(layer) is not None for layer in decoder.layers)
+    return caches and not attends_ahead and (loads or not on_meta) and len(dtypes) < 2
+
+
 class Clones:
     """Shallow copies of the modules on the path to the layers of a model.
 

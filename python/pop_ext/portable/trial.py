@@ -28,6 +28,9 @@ TOLERANCE = 1e-3
 TOLERANCE_LOW = 0.2
 """The same for products of lower precision, whose roundings differ with the number of rows. A wrong layer gives some
 0.5."""
+ROW_TOLERANCE, ROW_TOLERANCE_LOW = 1e-3, 0.05
+"""Largest RMS of the difference of one row of logits, K or V, relative to the row, and the same for products of less
+than 32 bits. The median over the rows counts, since the choice of experts may differ in one of them."""
 
 _passed: set[tuple[Any, ...]] = set()
 
@@ -58,8 +61,8 @@ def try_portable(model: Module, decoder: Decoder) -> bool:
     restored = module_restored(rotary) if isinstance(rotary, nn.Module) else nullcontext()
     try:
         with torch.no_grad(), restored:
-            expected = _run_second_form(_fresh_clone(model, decoder), decoder, prompt)
-            found = _run_portable(_fresh_clone(model, decoder), decoder, prompt)
+            expected = _run_second_form(fresh_clone(model, decoder), decoder, prompt)
+            found = _run_portable(fresh_clone(model, decoder), decoder, prompt)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model that does not fit may raise
@@ -78,7 +81,7 @@ def try_portable(model: Module, decoder: Decoder) -> bool:
     return True
 
 
-def _fresh_clone(model: Module, decoder: Decoder) -> Module:
+def fresh_clone(model: Module, decoder: Decoder) -> Module:
     """Return a clone of the modules around the decoder, without the offset of positions that the last call left."""
     clones = Clones()
     clone = clones.around(model, decoder.path, decoder.module) if decoder.path else clones.of(model)
@@ -190,3 +193,29 @@ def row_differences(ours: Tensor, theirs: Tensor) -> Tensor:
     """Return the RMS of the difference over that of ``theirs``, of each row (last dimension)."""
     ours, theirs = ours.float(), theirs.float()
     return (ours - theirs).square().mean(-1).sqrt() / theirs.square().mean(-1).sqrt().clamp(min=1e-30)
+
+
+def find_difference(logits: Tensor, cache: Any, expected: Any) -> str | None:
+    """Compare a prefill of ``trial_plan`` with the second form: logits, and K and V of every layer.
+
+    Args:
+        logits: of the last ``BOUNDARY`` rows, ``[1, BOUNDARY, vocab]``.
+        cache: with K and V of the prompt.
+        expected: from ``run_second_form``. Layers of its cache with a sliding window may hold fewer positions.
+
+    Returns:
+        The first difference above the tolerance, for an error; None if there is none.
+    """
+    pairs = [("logits", logits, expected.logits[:, -BOUNDARY:])]
+    for index, (ours, theirs) in enumerate(zip(cache.layers, cache_of(expected).layers, strict=True)):
+        kept = min(ours.keys.shape[2], theirs.keys.shape[2])
+        for name in ("keys", "values"):
+            last = (getattr(one, name)[0, :, one.keys.shape[2] - kept :] for one in (ours, theirs))
+            pairs.append((f"{name} of layer {index}", *(part.transpose(0, 1).flatten(1) for part in last)))
+    for what, found, wanted in pairs:
+        if found.shape != wanted.shape:
+            return f"{what} have the shape {list(found.shape)} in the place of {list(wanted.shape)}"
+        difference = float(row_differences(found, wanted).median()) if found.numel() > 0 else 0.0
+        if not difference <= (ROW_TOLERANCE if is_precise(found.dtype) else ROW_TOLERANCE_LOW):
+            return f"{what} differ by {difference:.2g} of their size"
+    return None
