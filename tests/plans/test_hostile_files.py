@@ -109,6 +109,10 @@ def test_an_error_while_reading_names_the_path(reader):
         (lambda members: members["gates"].update(heads={}), "gates: 'heads': expected no such member"),
         (lambda members: members["origin"].update(config_hsh="0"), "origin: 'config_hsh': expected no such member"),
         (lambda members: members.pop("seed"), "no member 'seed'"),
+        (lambda members: members.update(seed={}), "seed: expected an integer of at least 0, got {}"),
+        (lambda members: members.update(continuation=[[]]), "continuation: expected an integer of at least 1, got"),
+        (lambda members: members.update(digest=3), "digest: expected a text, got 3"),
+        (lambda members: members.update(weights=[]), "weights: expected a text"),
     ],
 )
 def test_unknown_and_missing_members_of_an_importance_are_named(change, text, tmp_path):
@@ -165,6 +169,42 @@ def test_unknown_and_missing_members_of_a_fit_are_named(fitted, tmp_path, change
     with pytest.raises(ValueError, match="projections") as error:
         Plan.load(path)
     assert str(error.value) == f"{path}: {text}"
+
+
+WRONG_MEMBERS = {
+    "method": [{"a": 1}, 3],
+    "weighting": [[[]], None],
+    "sequences": [1.5, "3", True, -1, 10**30],
+    "holdout": [-1e308, None],
+    "condition": ["", [None, "x"], 3],
+    "residuals": [{"1": "x"}, {"1": [1, 2]}, {"x": [1, 2, 3, 4]}, []],
+    "losses": [[[1, 2]], [3]],
+    "training": [[[1.5, 0, 0, 0]]],
+    "ridge": [[], 10**400],
+}
+
+
+@pytest.mark.parametrize("member", WRONG_MEMBERS)
+def test_members_of_a_fit_of_a_wrong_type_are_refused_when_the_file_is_read(fitted, tmp_path, member):
+    path = tmp_path / "plan.json"
+    fitted.save(path)
+    members = json.loads(path.read_text())
+    for value in WRONG_MEMBERS[member]:
+        path.write_text(json.dumps({**members, "projections": {**members["projections"], member: value}}))
+        with pytest.raises(ValueError, match="projections: expected what Plan.save writes of a fit") as error:
+            Plan.load(path)
+        assert str(error.value).startswith(f"{path}: ")
+
+
+def test_missing_matrices_are_named_after_the_path_of_the_plan(fitted, tmp_path):
+    path = tmp_path / "plan.json"
+    fitted.save(path)
+    (tmp_path / "plan.safetensors").unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        Plan.load(path)
+    assert (
+        str(error.value) == f"{path}: projections: expected the plan's matrices in plan.safetensors, got no such file"
+    )
 
 
 @pytest.mark.parametrize("name", ["../plan.safetensors", "/dev/zero", "", ".", "a/b"])

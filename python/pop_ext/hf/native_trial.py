@@ -26,6 +26,7 @@ from pop_ext.portable.trial import (
     trial_plan,
     trial_prompt,
 )
+from pop_ext.utils.tensors import is_out_of_memory
 
 if TYPE_CHECKING:
     from pop_ext.hf.native_model import NativeModel, PrefillOutput
@@ -61,9 +62,9 @@ def try_native(native: NativeModel) -> bool:
         found = _run_native(native, model, decoder, prompt)
         try:
             expected = run_second_form(*_first_layers(native, model, decoder), prompt)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # whatever a model that does not fit may raise
+            if is_out_of_memory(error):
+                raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UnsupportedModelError(
                 f"model: expected a stock prefill of {TOKENS} tokens to run, got {reason}"

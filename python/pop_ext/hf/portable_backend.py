@@ -28,6 +28,8 @@ from pop_ext.plans.plan import Plan
 from pop_ext.plans.projections import FitMismatch, check_fit
 from pop_ext.portable import Decoder, Rows, find_decoder, run_forward, try_portable
 from pop_ext.portable.decoder import cache_name
+from pop_ext.utils.forks import check_threads
+from pop_ext.utils.tensors import check_memory
 
 
 class PortableBackend:
@@ -60,6 +62,8 @@ class PortableBackend:
     def check(self, model: nn.Module) -> Decoder:
         """Return the decoder of a model that seems fit to be run, without a trial. Raises as ``load`` does."""
         decoder, config = find_decoder(model), text_config(model)
+        check_memory({f"weight {name}": parameter for name, parameter in model.named_parameters()})
+        check_memory({f"model: {name}": buffer for name, buffer in model.named_buffers()})
         bidirectional = getattr(config, "use_bidirectional_attention", False)
         if bidirectional and bidirectional != "vision":  # within images alone, which the stock masks say
             raise ValueError(f"config.use_bidirectional_attention: expected a causal model, got {bidirectional}")
@@ -161,7 +165,7 @@ class PortableRunner:
         if cache is not None:  # else the forward makes one of the model's own kind
             given[cache_argument(type(self._model).forward)] = cache
         keep = max(request.num_logits)
-        with nullcontext() if cache is None else cache_restored_on_error(cache):
+        with nullcontext() if cache is None else cache_restored_on_error(cache, request.packed.columns):
             output = run_forward(
                 self._model,
                 self._decoder,
@@ -224,7 +228,12 @@ def _is_placed_by_accelerate(module: nn.Module) -> bool:
 
 
 def _check_weights(model: nn.Module) -> None:
-    """Raise ValueError for weights that no forward of one process can use by itself."""
+    """Check the weights of a model, and on a CPU the threads that would read them.
+
+    Raises:
+        ValueError: No forward of one process can use a weight by itself.
+        RuntimeError: The process was forked from one with OpenMP threads (``check_threads``).
+    """
     on_meta = None
     for name, parameter in model.named_parameters():
         if type(parameter.data).__name__ == "DTensor":
@@ -233,3 +242,5 @@ def _check_weights(model: nn.Module) -> None:
             on_meta = on_meta or name
     if on_meta is not None and not any("_hf_hook" in vars(module) for module in model.modules()):
         raise ValueError(f"weight {on_meta}: expected loaded weights, got the meta device and no hooks that load them")
+    if not any(parameter.is_cuda for parameter in model.parameters()):
+        check_threads()

@@ -28,6 +28,7 @@ from pop_ext.portable.trial import (
     trial_plan,
     trial_prompt,
 )
+from pop_ext.utils.tensors import is_out_of_memory
 
 _passed: set[tuple[Any, ...]] = set()
 
@@ -91,7 +92,7 @@ class ReferenceRunner:
         )
         layers: list[Any] = filled.layers
         columns = request.packed.columns
-        with cache_restored_on_error(request.cache):
+        with cache_restored_on_error(request.cache, columns):
             for index, layer in enumerate(layers):
                 request.cache.update(layer.keys[:, :, -columns:], layer.values[:, :, -columns:], index)
         return PrefillOutput(logits, None, request.cache)  # type: ignore[arg-type]
@@ -116,9 +117,9 @@ def _try_oracle(model: Any) -> None:
         try:
             logits, cache = reference.prefill(model, prompt, plan, logits_to_keep=BOUNDARY)
             expected = run_second_form(fresh_clone(model, decoder), decoder, prompt)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # whatever a model that does not fit may raise
+            if is_out_of_memory(error):
+                raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
                 f"model: expected one that the oracle can run, got {type(model).__name__} ({reason})"

@@ -83,19 +83,22 @@ def _state_of(module: nn.Module) -> Callable[[], None]:
 
 
 @contextmanager
-def cache_restored_on_error(cache: Any) -> Iterator[None]:
+def cache_restored_on_error(cache: Any, new: int) -> Iterator[None]:
     """Restore a cache of layers if the block fails, even if some layers were updated and others were not.
 
-    Dynamic layers get their former tensors back. The tensors of static layers, and the states of recurrent ones, which
-    lie in dicts, are written in place, so they are copied before the block.
+    Dynamic layers get their former tensors back. What static layers write in place, and the states of recurrent ones,
+    which lie in dicts, is copied before the block.
+
+    Args:
+        cache: the cache.
+        new: columns that the block adds to each layer. A static layer may have room for many more.
     """
     layers = list(cache.layers)
     states = []
     for layer in layers:
-        tensors = [getattr(layer, name, None) for name in ("keys", "values", "cumulative_length")]
         dicts = [(value, dict(value)) for value in vars(layer).values() if isinstance(value, dict)]
         written = [value for _, items in dicts for value in items.values()]
-        written += tensors if hasattr(layer, "max_cache_len") else []
+        written += _written_in_place(layer, new) if hasattr(layer, "max_cache_len") else []
         saved = save([tensor for tensor in written if isinstance(tensor, torch.Tensor)])
         states.append((layer, dict(layer.__dict__), dicts, saved))
     try:
@@ -108,6 +111,15 @@ def cache_restored_on_error(cache: Any) -> Iterator[None]:
                 own.update(items)
             restore(layer.__dict__, before, saved)
         raise
+
+
+def _written_in_place(layer: Any, new: int) -> list[Any]:
+    """Return the tensors, or the parts of them, that a static layer overwrites when it takes ``new`` columns."""
+    keys, values, length = (getattr(layer, name, None) for name in ("keys", "values", "cumulative_length"))
+    if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and not getattr(layer, "is_sliding", False):
+        past = layer.get_seq_length()
+        keys, values = (tensor[:, :, int(past) : int(past) + new] for tensor in (keys, values))
+    return [keys, values, length]
 
 
 def forward_attribute(module: nn.Module) -> str:

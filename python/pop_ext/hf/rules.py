@@ -18,7 +18,7 @@ from pop_ext.hf.decision import Decline
 from pop_ext.hf.family import VisionSpec
 from pop_ext.hf.kv_cache import check_cache, has_window, past_slots
 from pop_ext.hf.masks import SLIDING_ATTENTION, LayerType, check_pattern, mask_layer_types, padding_mask
-from pop_ext.hf.packing import PackedBatch, Spans, bidirectional_spans, is_int, pack_batch
+from pop_ext.hf.packing import PackedBatch, Spans, bidirectional_spans, pack_batch
 from pop_ext.hf.patches import is_own_forward, is_patched_class
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.tensors import check_layers, check_memory, in_transform, unusual_kind
@@ -205,7 +205,7 @@ def _check_logits_to_keep(keep: Any, columns: int, cache: Any) -> _Reason | None
         columns: new columns of the call.
         cache: ``past_key_values`` of the call, or None.
     """
-    if not is_int(keep):
+    if not isinstance(keep, int) or isinstance(keep, bool):  # the stock forward takes an int of NumPy for an index
         found = "a tensor of indices" if isinstance(keep, torch.Tensor) else f"a {type(keep).__name__}"
         return _Reason("logits_to_keep", f"logits_to_keep is {found}: expected a number of last rows, an int", True)
     if 0 < keep < columns:

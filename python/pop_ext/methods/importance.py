@@ -21,7 +21,7 @@ from pop_ext.plans.origin import Origin, check_origin, origin_of, weights_hash
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.selection import ranked_plan
 from pop_ext.utils.files import read_utf8
-from pop_ext.utils.json import finite
+from pop_ext.utils.json import finite, read_int, read_text
 from pop_ext.utils.progress import Progress, reporting
 from pop_ext.utils.texts import missing_or, refuse_unknown
 
@@ -182,6 +182,7 @@ class Importance:
             members = json.loads(read_utf8(path))
             refuse_unknown("importance", members, _MEMBERS)
             refuse_unknown("gates", members["gates"], {LAYER, ATTENTION, MLP})
+            rows = members["continuation"]
             scores = {
                 kind: GateScores(**{name: _from_json(values) for name, values in gate.items()})
                 for kind, gate in members["gates"].items()
@@ -191,10 +192,10 @@ class Importance:
                 attention=scores.get(ATTENTION),
                 mlp=scores.get(MLP),
                 origin=Origin.from_dict(members["origin"]),
-                continuation=members["continuation"],
-                seed=members["seed"],
-                digest=members["digest"],
-                weights=members["weights"],
+                continuation=None if rows is None else read_int("continuation", rows, 1),
+                seed=read_int("seed", members["seed"]),
+                digest=read_text("digest", members["digest"]),
+                weights=read_text("weights", members["weights"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(

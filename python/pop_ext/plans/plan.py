@@ -249,10 +249,14 @@ class Plan(_core.Plan):
         Raises:
             OSError: The file, or the file of its fitted projections, cannot be read.
             ValueError: As for ``from_json``, or the projections are not those that the plan was saved with. The text
-                starts with the path.
+                starts with the path, also of an OSError.
         """
         try:
             return cls._from_json(read_utf8(path), Path(path).parent)
+        except FileNotFoundError as error:
+            if error.filename is not None:  # the system's own text, which names the path
+                raise
+            raise FileNotFoundError(f"{path}: {error}") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

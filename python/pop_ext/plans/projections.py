@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pop_ext.plans.origin import spread_values
-from pop_ext.utils.json import finite
+from pop_ext.utils.json import finite, read_float, read_int, read_list, read_text
 from pop_ext.utils.texts import missing_or, refuse_unknown
 
 SAMPLE = 16
@@ -87,11 +87,11 @@ class FitReport:
             "ridge": finite(self.ridge),
             "sequences": self.sequences,
             "tokens": self.tokens,
-            "condition": list(self.condition),
+            "condition": finite(self.condition),
             "losses": finite(self.losses),
             "holdout": self.holdout,
             "weighting": self.weighting,
-            "residuals": {str(layer): list(values) for layer, values in self.residuals.items()},
+            "residuals": {str(layer): finite(values) for layer, values in self.residuals.items()},
             "method": self.method,
             "tasks": self.tasks,
             "steps": self.steps,
@@ -109,24 +109,27 @@ class FitReport:
             refuse_unknown("projections", members, {entry.name for entry in fields(cls)} | {"file", "sha256"})
         try:
             return cls(
-                ridge=_number(members["ridge"], math.inf),
-                sequences=int(members["sequences"]),
-                tokens=int(members["tokens"]),
-                condition=tuple(map(float, members["condition"])),
+                ridge=read_float("ridge", members["ridge"], math.inf),
+                sequences=read_int("sequences", members["sequences"]),
+                tokens=read_int("tokens", members["tokens"]),
+                condition=_read_floats("condition", members["condition"]),
                 losses=tuple(
-                    (_number(ridge, math.inf), _number(loss, math.nan), _number(error, math.nan))
-                    for ridge, loss, error in members["losses"]
+                    (read_float("losses", one[0], math.inf), *_read_floats("losses", one[1:]))
+                    for one in _read_rows("losses", members["losses"], 3)
                 ),
-                holdout=int(members["holdout"]),
-                weighting=str(members["weighting"]),
-                residuals={int(layer): tuple(values) for layer, values in members["residuals"].items()},
+                holdout=read_int("holdout", members["holdout"]),
+                weighting=read_text("weighting", members["weighting"]),
+                residuals={
+                    int(layer): _read_floats("residuals", read_list("residuals", values, 4))
+                    for layer, values in members["residuals"].items()
+                },
                 # Files of earlier versions lack these.
-                method=str(members.get("method", "ridge")),
-                tasks=int(members.get("tasks", 0)),
-                steps=int(members.get("steps", 0)),
+                method=read_text("method", members.get("method", "ridge")),
+                tasks=read_int("tasks", members.get("tasks", 0)),
+                steps=read_int("steps", members.get("steps", 0)),
                 training=tuple(
-                    (int(step), _number(kl, math.nan), _number(task_kl, math.nan), _number(exact, math.nan))
-                    for step, kl, task_kl, exact in members.get("training", ())
+                    (read_int("training", one[0]), *_read_floats("training", one[1:]))
+                    for one in _read_rows("training", members.get("training", []), 4)
                 ),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -435,7 +438,7 @@ def load_matrices(path: Path, sha256: str, layers: Iterable[int], report: FitRep
         ImportError: safetensors is missing.
     """
     if not path.exists():
-        raise FileNotFoundError(f"projections: expected the plan's matrices in {path}, got no such file")
+        raise FileNotFoundError(f"projections: expected the plan's matrices in {path.name}, got no such file")
     if not path.is_file():  # a device may have no end
         raise ValueError(f"projections: expected the plan's matrices in a file, got {path.name}, which is none")
     data = path.read_bytes()
@@ -467,5 +470,9 @@ def _safetensors() -> Any:
     return safetensors.torch
 
 
-def _number(value: float | None, missing: float) -> float:
-    return missing if value is None else float(value)
+def _read_rows(name: str, values: Any, length: int) -> list[list[Any]]:
+    return [read_list(name, row, length) for row in read_list(name, values)]
+
+
+def _read_floats(name: str, values: Any) -> tuple[Any, ...]:
+    return tuple(read_float(name, value) for value in read_list(name, values))

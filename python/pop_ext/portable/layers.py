@@ -24,6 +24,7 @@ from pop_ext.portable.captures import (
     has_heads_in_q_proj,
 )
 from pop_ext.portable.decoder import cache_name, clone_module
+from pop_ext.utils.tensors import is_out_of_memory
 
 
 @dataclass
@@ -182,7 +183,9 @@ class PartialLayer:
         (name,) = self._mixers
         try:
             return self._capture(call, new_cache(mixer.config), {name: mixer})[0]
-        except (RuntimeError, ValueError, IndexError):
+        except (RuntimeError, ValueError, IndexError) as error:
+            if is_out_of_memory(error):
+                raise
             return None
 
 

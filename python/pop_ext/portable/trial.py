@@ -21,6 +21,7 @@ from pop_ext.portable.arguments import bind
 from pop_ext.portable.decoder import Clones, Decoder, clone_module
 from pop_ext.portable.forward import run_forward
 from pop_ext.portable.layers import Rows
+from pop_ext.utils.tensors import is_out_of_memory
 
 TOKENS, BOUNDARY = 7, 2
 TOLERANCE = 1e-3
@@ -63,9 +64,9 @@ def try_portable(model: Module, decoder: Decoder) -> bool:
         with torch.no_grad(), restored:
             expected = _run_second_form(fresh_clone(model, decoder), decoder, prompt)
             found = _run_portable(fresh_clone(model, decoder), decoder, prompt)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # whatever a model that does not fit may raise
+        if is_out_of_memory(error):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"model: expected a prefill of {TOKENS} tokens to run, got {reason}") from error
     if not all(bool(logits.isfinite().all()) for logits in expected):

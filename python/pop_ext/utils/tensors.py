@@ -102,9 +102,11 @@ def _fits_its_storage(tensor: torch.Tensor) -> bool:
     return count == 0 or size >= (tensor.storage_offset() + last) * tensor.element_size()
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether a tensor could not be allocated. On a CPU torch raises a plain RuntimeError then."""
-    return isinstance(error, torch.OutOfMemoryError) or "alloc" in str(error) or "memory" in str(error)
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory could not be allocated. For a tensor on a CPU torch raises a plain RuntimeError then."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and ("alloc" in str(error) or "memory" in str(error))
 
 
 def resolved(tensor: torch.Tensor) -> torch.Tensor:
