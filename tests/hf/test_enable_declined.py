@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import pop_ext
 import pytest
 import torch
@@ -238,6 +239,9 @@ DECLINED = {
     "output_attentions, logits_to_keep left out": Case("output_attentions", lambda model: {"output_attentions": True}),
     "logits_to_keep=0": Case("logits_to_keep", keep_one(logits_to_keep=0)),
     "logits_to_keep is a tensor": Case("logits_to_keep", keep_one(logits_to_keep=torch.tensor([3, 5]))),
+    "logits_to_keep is an int of NumPy, an index to the stock forward": Case(
+        "logits_to_keep", keep_one(logits_to_keep=numpy.int64(1))
+    ),
     "logits_to_keep is T": Case("logits_to_keep", keep_one(logits_to_keep=T)),
     "logits_to_keep above T": Case("logits_to_keep", keep_one(logits_to_keep=T + 4)),
     "logits_to_keep below 0": Case("logits_to_keep", keep_one(logits_to_keep=-2)),

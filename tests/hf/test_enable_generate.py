@@ -323,7 +323,8 @@ def test_stop_strings_and_their_tokenizer_stop_a_pruned_generation():
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer("import os\nimport sys\n\ndef main(path):\n" * 3, return_tensors="pt")
     with pop_ext.enabled(model, "third", strict=True):
-        stopped = model.generate(**prompt, max_new_tokens=24, do_sample=False, tokenizer=tokenizer, stop_strings=["\n"])
+        how = {"tokenizer": tokenizer, "assistant_tokenizer": tokenizer, "max_new_tokens": 24, "do_sample": False}
+        stopped = model.generate(**prompt, **how, stop_strings=["\n"])
         whole = model.generate(**prompt, max_new_tokens=24, do_sample=False)
         assert pop_ext.last_call(model).native
     assert stopped.shape[1] < whole.shape[1]

@@ -14,7 +14,10 @@ pytestmark = pytest.mark.cpu
 SCRIPT = Path(__file__).parents[1] / "support" / "forked.py"
 RUNS = ("native.prefill", "an enabled model", "load")
 OPERATORS = ("prefill", "load", "fold_kv", "linear", "rms_norm", "add_rms_norm", "gated_act", "quantize_rows")
-OTHERS = ("reference.prefill", "importance", "fit", "explain")
+OTHERS = (
+    *("reference.prefill", "importance", "fit", "explain"),
+    *("portable forward", "portable score", "portable explain", "portable enable"),
+)
 
 
 @pytest.fixture(scope="module")

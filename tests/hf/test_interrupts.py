@@ -8,11 +8,12 @@ import threading
 import pop_ext
 import pytest
 import torch
-from models import llama, tokens
+from models import granite, llama, tokens
 from op_calls import op_call, run_op
 from pop_ext import _core, ops
 from pop_ext.hf import native_model
 from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache, StaticCache
 
 LAYERS = 16
 
@@ -146,3 +147,51 @@ def test_an_interrupted_raw_operator_raises_the_interrupt_next():
         timer.join()
     assert "pop::prefill: interrupted by a signal" in str(caught.value.__context__)
     assert _core.take_interrupt() is None
+
+
+def contents(cache) -> list[torch.Tensor]:
+    return [tensor.clone() for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("backend", ["native", "portable"])
+def test_an_interrupt_from_python_code_changes_nothing(backend, static):
+    """A head, or a layer of a portable prefill, may be where the signal arrives."""
+    model = llama(layers=4)
+    pop_ext.enable(model, pop_ext.Plan(4, (1, 2)), strict=True, backend=backend)
+    cache = StaticCache(config=model.config, max_cache_len=64) if static else DynamicCache(config=model.config)
+    ids = tokens(model, 2, 9)
+    with torch.no_grad():
+        model(ids, past_key_values=cache, logits_to_keep=1)
+        before, length = contents(cache), int(cache.get_seq_length())
+        hook = model.lm_head.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids, past_key_values=cache, logits_to_keep=1)
+        hook.remove()
+        assert all(map(torch.equal, contents(cache), before))
+        assert int(cache.get_seq_length()) == length
+        assert pop_ext.explain(model, ids, past_key_values=cache, logits_to_keep=1).backend == backend
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_portable_prefill_ends_early_and_changes_nothing():
+    model = granite(layers=LAYERS, hidden=256, intermediate=2048)
+    pop_ext.enable(model, "third", strict=True)
+    ids, cache = tokens(model, 1, 1500), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(model, 1, 9), past_key_values=cache, logits_to_keep=1)
+        before = contents(cache)
+
+        def prefill_many() -> None:
+            for _ in range(50):
+                model(ids, past_key_values=cache, logits_to_keep=1)
+                cache.crop(-1500)
+
+        timer = signal_after(0.1, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            prefill_many()
+        timer.join()
+    assert all(map(torch.equal, contents(cache), before))

@@ -241,6 +241,19 @@ def test_freed_arguments_and_buffers_are_refused_by_name(model, ids):
             call()
 
 
+@pytest.mark.parametrize("backend", ["native", "portable", "auto"])
+def test_freed_weights_and_buffers_are_refused_by_enable(backend):
+    for path in ("model.layers.1.input_layernorm.weight", "lm_head.weight", "model.rotary_emb.inv_freq"):
+        other = llama(num_hidden_layers=LAYERS)
+        *parents, name = path.split(".")
+        freed_in = other.get_submodule(".".join(parents))
+        getattr(freed_in, name).untyped_storage().resize_(0)
+        if backend == "native" and name == "inv_freq":
+            continue  # a call refuses it
+        with pytest.raises((ValueError, RuntimeError), match="memory for its elements|without memory|storage"):
+            pop_ext.enable(other, PLAN, backend=backend)
+
+
 @torch.no_grad()
 def test_tensors_without_a_storage_of_their_own_pass_the_check_of_memory(ids):
     from torch._subclasses import FakeTensorMode

@@ -15,8 +15,11 @@ from typing import Any
 
 import pop_ext
 import torch
-from models import llama, qwen3, tokens
+from models import granite, llama, qwen3, tokens
 from pop_ext import _core, reference
+from pop_ext.hf import native_trial
+from pop_ext.portable import trial
+from transformers import DynamicCache, StaticCache
 
 INNER = pop_ext.Plan(4, [1, 2])
 KINDS = {"new": 0, "tensor": 1, "new of operators": 2}
@@ -156,6 +159,49 @@ def main() -> None:
         fail_each("score", kind, lambda: pop_ext.score(model, ids, ids), prefilled)
         pop_ext.disable(model)
         in_python(kind, model, ids, prefilled)
+        portably(kind, ids)
+
+
+def portably(kind: str, ids: torch.Tensor) -> None:
+    """Fail the allocations of the portable backend, and of both trials."""
+    model, native = granite(layers=4), llama(layers=4)
+    pop_ext.enable(model, INNER, strict=True)
+    for name, cache in {
+        "dynamic": DynamicCache(config=model.config),
+        "static": StaticCache(config=model.config, max_cache_len=40),
+    }.items():
+        model(ids, past_key_values=cache, logits_to_keep=1)
+        length = int(cache.get_seq_length())
+
+        def contents(cache: Any = cache) -> list[Any]:
+            return [[layer.keys.clone(), layer.values.clone()] for layer in cache.layers]
+
+        def second_turn(cache: Any = cache) -> None:
+            model(ids, past_key_values=cache, logits_to_keep=1)
+
+        def undo(cache: Any = cache, length: int = length) -> None:
+            if isinstance(cache, DynamicCache):
+                cache.crop(-ids.shape[1])
+                return
+            for layer in cache.layers:
+                layer.keys[:, :, length:] = layer.values[:, :, length:] = 0
+                layer.cumulative_length.fill_(length)
+
+        fail_each(f"portable forward, {name} cache", kind, second_turn, contents, undo=undo, every=1, step=3)
+
+    def fresh(enabled: Any) -> Callable[[], None]:
+        def call() -> None:
+            native_trial._passed.clear()
+            trial._passed.clear()
+            pop_ext.enable(enabled, INNER)
+
+        return call
+
+    def logits() -> list[torch.Tensor]:
+        return [model(ids).logits, native(ids).logits]
+
+    fail_each("enable portably, with its trial", kind, fresh(model), logits, step=9)
+    fail_each("enable natively, with its trial", kind, fresh(native), logits, step=9)
 
 
 def in_python(kind: str, model: Any, ids: torch.Tensor, prefilled: Callable[[], Any]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pop_ext
 import torch
-from models import llama, tokens
+from models import granite, llama, tokens
 from op_calls import op_call, run_op
 from pop_ext import reference
 from torch import Tensor
@@ -48,6 +48,7 @@ def main() -> None:
     model = llama(hidden=256)
     ids = tokens(model, 1, 150)
     twin = pop_ext.enable(llama(hidden=256), "third")
+    portable = pop_ext.enable(granite(hidden=256), "third")
     native = pop_ext.load(model, "third")
     spec, plan = native.spec.to_json(), native.plan.to_json()
     weights = [ref.tensor.detach() for ref in native.description.weights]
@@ -68,6 +69,10 @@ def main() -> None:
         "importance": lambda: pop_ext.importance(model, [ids]),
         "fit": lambda: pop_ext.fit(model, pop_ext.Plan(model.config.num_hidden_layers, [1]), [ids, ids]),
         "explain": lambda: pop_ext.explain(twin, ids, logits_to_keep=1),
+        "portable forward": lambda: portable(ids, logits_to_keep=1),
+        "portable score": lambda: pop_ext.score(portable, ids, ids),
+        "portable explain": lambda: pop_ext.explain(portable, ids, logits_to_keep=1),
+        "portable enable": lambda: pop_ext.enable(portable, "third"),
     }
     runs: dict[str, Callable[[], Tensor]] = {
         "native.prefill": lambda: native.prefill(ids).logits,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pop_ext
 import torch
-from models import llama, tokens
+from models import granite, llama, tokens
 from pop_ext import _core, env_info, reference
 from transformers import StaticCache
 
@@ -28,12 +28,18 @@ def public_entries() -> dict[str, Callable[[], Any]]:
     enabled = llama(num_hidden_layers=4)
     pop_ext.enable(enabled, inner, strict=True)
     other = llama(num_hidden_layers=4)
+    portable = pop_ext.enable(granite(layers=4), inner, strict=True)
+    assert pop_ext.explain(portable, ids, logits_to_keep=1).backend == "portable"
 
     def load_and_free() -> None:
         torch.ops.pop.unload(torch.ops.pop.load(spec_text, plan_text, weights))
 
     def static_prefill() -> None:
         native.prefill(ids, past_key_values=static)
+        static.reset()
+
+    def portable_static_prefill() -> None:
+        portable(ids, past_key_values=static, logits_to_keep=1)
         static.reset()
 
     def enable_and_disable() -> None:
@@ -83,6 +89,10 @@ def public_entries() -> dict[str, Callable[[], Any]]:
         "enable, disable": enable_and_disable,
         "enabled forward": lambda: enabled(ids, logits_to_keep=1),
         "generate": lambda: enabled.generate(ids, max_new_tokens=2, do_sample=False),
+        "portable forward": lambda: portable(ids, logits_to_keep=1),
+        "portable forward, static cache": portable_static_prefill,
+        "portable generate": lambda: portable.generate(ids, max_new_tokens=2, do_sample=False),
+        "portable score": lambda: pop_ext.score(portable, ids, ids),
         "explain": lambda: pop_ext.explain(enabled, ids),
         "last_call": lambda: pop_ext.last_call(enabled),
         "stats": lambda: pop_ext.stats(enabled),

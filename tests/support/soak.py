@@ -24,7 +24,7 @@ import pop_ext
 import torch
 from bytes_per_call import bytes_in_use
 from growth import Sample, bytes_per_request, fault_of, growth_of
-from models import llama, qwen3, tokens
+from models import granite, llama, qwen3, tokens
 from pop_ext import Plan
 from transformers import DynamicCache, StaticCache
 
@@ -58,13 +58,17 @@ class Requests:
         self.signals = self.interrupts = 0
         # The same two threads, as in a server: torch.mm alone leaves some 128 bytes behind in each thread that ends.
         self.pool = ThreadPoolExecutor(2)
-        pop_ext.enable(self.model, INNER, strict=True)
+        self.portable = granite(num_hidden_layers=4)
+        for model in (self.model, self.portable):
+            pop_ext.enable(model, INNER, strict=True)
         self.static = StaticCache(config=self.other.config, max_cache_len=160)
         self.kinds: list[Callable[[], object]] = [
             self.generate,
             self.generate,
             self.prefill,
             self.prefill,
+            self.portable_generate,
+            self.portable_turns,
             self.turns,
             self.static_cache,
             self.padded,
@@ -89,6 +93,15 @@ class Requests:
         cache = DynamicCache(config=self.other.config)
         for _ in range(self.random.randint(2, 4)):
             self.native.prefill(self.ids(), past_key_values=cache)
+        return cache
+
+    def portable_generate(self) -> object:
+        return self.portable.generate(self.ids(), max_new_tokens=self.random.randint(1, 6), do_sample=False)
+
+    def portable_turns(self) -> object:
+        cache = DynamicCache(config=self.portable.config)
+        for _ in range(self.random.randint(2, 4)):
+            self.portable(self.ids(), past_key_values=cache, logits_to_keep=1)
         return cache
 
     def static_cache(self) -> object:

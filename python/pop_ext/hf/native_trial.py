@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.compat import text_config
+from pop_ext.hf.patches import unsupported_reason
 from pop_ext.hf.restore import module_restored
 from pop_ext.portable.decoder import Clones, Decoder, clone_module, find_decoder
 from pop_ext.portable.trial import (
@@ -45,14 +46,18 @@ def try_native(native: NativeModel) -> bool:
 
     Returns:
         False for a model that could not be tried: a part of it is in training mode, where dropout may be random, its
-        modules have hooks, or its results are not finite.
+        results are not finite, or its prefills are declined as it is, because of hooks, say.
 
     Raises:
         UnsupportedModelError: The results differ, or the stock modules cannot run the tokens.
     """
     model: Any = native.description.model()
     decoder = find_decoder(model)
-    if any(module.training for module in decoder.module.modules()) or native.inner.find_patch() is not None:
+    if any(module.training for module in decoder.module.modules()) or not getattr(
+        text_config(model), "is_causal", True
+    ):
+        return False
+    if unsupported_reason(model, native.inner) is not None:
         return False
     key = (*trial_key(model, decoder), repr(native.family), native.device, native.spec.to_json())
     if key in _passed:

@@ -24,6 +24,7 @@ from pop_ext.hf.compat import check_module
 from pop_ext.hf.families import WRAPPERS
 from pop_ext.hf.family import Family
 from pop_ext.portable.decoder import may_run_portably
+from pop_ext.utils.tensors import check_memory
 
 # Weights that a model of a family may lack. The spec then says so.
 _OPTIONAL = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "o_bias", "gate_bias", "up_bias", "down_bias")
@@ -106,6 +107,7 @@ def describe(model: Any) -> Description:
     try:
         description = map_weights(model)
         _check_tensors(description.weights)
+        check_memory({f"weight lm_head.{name}": value for name, value in model.lm_head.named_parameters()})
     except UnsupportedModelError as error:
         method = _quantization_method(model)
         if method is not None:
