@@ -248,9 +248,9 @@ def test_freed_weights_and_buffers_are_refused_by_enable(backend):
         *parents, name = path.split(".")
         freed_in = other.get_submodule(".".join(parents))
         getattr(freed_in, name).untyped_storage().resize_(0)
-        if backend == "native" and name == "inv_freq":
+        if backend != "portable" and name == "inv_freq":
             continue  # a call refuses it
-        with pytest.raises((ValueError, RuntimeError), match="memory for its elements|without memory|storage"):
+        with pytest.raises((ValueError, RuntimeError), match="expected a tensor with memory|over a storage"):
             pop_ext.enable(other, PLAN, backend=backend)
 
 
