@@ -53,11 +53,9 @@ def try_native(native: NativeModel) -> bool:
     """
     model: Any = native.description.model()
     decoder = find_decoder(model)
-    if any(module.training for module in decoder.module.modules()) or not getattr(
-        text_config(model), "is_causal", True
-    ):
+    if any(module.training for module in decoder.module.modules()):
         return False
-    if unsupported_reason(model, native.inner) is not None:
+    if not getattr(text_config(model), "is_causal", True) or unsupported_reason(model, native.inner) is not None:
         return False
     key = (*trial_key(model, decoder), repr(native.family), native.device, native.spec.to_json())
     if key in _passed:
