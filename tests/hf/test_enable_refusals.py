@@ -8,12 +8,16 @@ import models
 import pop_ext
 import pytest
 import torch
+import transformers
 from enabled_models import LAYERS, PLAN, LowRank, T, assert_enabled_equals_oracle, generate
 from models import gemma3, granite, llama, qwen3, tokens
 from pop_ext import Plan, UnsupportedModelError, reference
+from pop_ext.hf import reference_backend
+from tiny_models import build, tiny_config
 from tolerance import assert_close_fp32, compare_caches
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 class OtherLinear(nn.Linear):
@@ -210,3 +214,39 @@ def test_an_unpruned_reference_backend_generates_as_the_stock_model():
     expected = generate(model, ids)
     pop_ext.enable(model, Plan(LAYERS, ()), strict=True, backend="reference")
     assert torch.equal(generate(model, ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("ministral3", "missing 1 required positional argument: 'position_ids'"),
+        ("nanochat", "no attribute 'weight'"),
+        ("hunyuan_v1_dense", "HunYuanDenseV1Attention of layer 1 computes something else"),
+        ("hunyuan_v1_moe", "computes something else"),
+        ("apertus", "computes something else"),
+        ("stablelm", "computes something else"),
+        ("mimo_v2_flash", "computes something else"),
+        ("minimax", "not compatible with"),
+    ],
+)
+def test_a_model_that_the_oracle_cannot_run_is_refused_at_once(name, text):
+    model = build(getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]), tiny_config(name))
+    plan = Plan(model.config.num_hidden_layers, (1,))
+    with pytest.raises(ValueError, match=f"model: expected one that the oracle can run, got .*{text}"):
+        pop_ext.enable(model, plan, backend="reference")
+    assert "forward" not in model.__dict__
+
+
+def test_a_family_whose_oracle_computes_something_else_is_refused(monkeypatch):
+    """As PaliGemma's would, whose prompts attend in both directions."""
+    model = llama()
+    prefill = reference.prefill
+
+    def shifted(*args, **kwargs):
+        logits, cache = prefill(*args, **kwargs)
+        return 1.1 * logits, cache
+
+    monkeypatch.setattr(reference, "prefill", shifted)
+    monkeypatch.setattr(reference_backend, "_passed", set())
+    with pytest.raises(ValueError, match="in a trial of 7 tokens the logits differ by"):
+        pop_ext.enable(model, Plan(6, (1,)), backend="reference")

@@ -15,13 +15,13 @@ from enabled_models import generate
 from hook_reference import context_rows, held_back_forward
 from models import FAMILIES, WINDOW, float32_twin, granite, llama, pad, shared, tokens
 from pop_ext import Plan, reference
-from pop_ext.hf import portable_backend
+from pop_ext.hf import portable_backend, restore
 from pop_ext.hf.compat import cache_of
 from portable_calls import Broken, T, fitted, run_portable
 from threads import run_threads
 from tolerance import assert_close_fp32, assert_low_precision, compare_caches
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, StaticCache
 from vision_models import BATCHES, VISION, prompt
 
 
@@ -251,3 +251,21 @@ def test_the_decoder_of_a_model_without_layers_is_refused():
 def _named_config(module: nn.Module) -> nn.Module:
     module.config = llama().config
     return module
+
+
+@torch.no_grad()
+def test_a_static_cache_is_saved_as_far_as_a_call_writes(monkeypatch):
+    model = pop_ext.enable(granite(layers=4), Plan(4, (1, 2)), strict=True)
+    cache = StaticCache(config=model.config, max_cache_len=4096)
+    model(tokens(model, 1, 9), past_key_values=cache, logits_to_keep=1)
+    saved = []
+    save = restore.save
+
+    def record(tensors):
+        saved.extend(tensors)
+        return save(tensors)
+
+    monkeypatch.setattr(restore, "save", record)
+    model(tokens(model, 1, 5), past_key_values=cache, logits_to_keep=1)
+    kept = [tensor.shape[2] for tensor in saved if tensor.ndim == 4]
+    assert kept == [5] * 8
