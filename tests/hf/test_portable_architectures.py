@@ -23,21 +23,15 @@ PORTABLE = [
     "granite:GraniteForCausalLM",
     "granitemoehybrid:GraniteMoeHybridForCausalLM",
     "hunyuan_v1_dense:HunYuanDenseV1ForCausalLM",
-    "internvl:InternVLForConditionalGeneration",
     "lfm2:Lfm2ForCausalLM",
-    "llava:LlavaForConditionalGeneration",
     "mamba2:Mamba2ForCausalLM",
     "minimax:MiniMaxForCausalLM",
     "ministral3:Ministral3ForCausalLM",
-    "mistral3:Mistral3ForConditionalGeneration",
     "nanochat:NanoChatForCausalLM",
     "nemotron_h:NemotronHForCausalLM",
-    "olmo3:Olmo3ForCausalLM",
     "phi:PhiForCausalLM",
-    "qwen2_5_vl:Qwen2_5_VLForConditionalGeneration",
     "qwen3_5:Qwen3_5ForConditionalGeneration",
     "qwen3_next:Qwen3NextForCausalLM",  # gated delta rule
-    "smollm3:SmolLM3ForCausalLM",  # layers without RoPE
     "stablelm:StableLmForCausalLM",
 ]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pop_ext import Plan
-from pop_ext.hf.architectures import FAMILIES
+from pop_ext.hf.families import WRAPPERS
 from pop_ext.hf.weight_map import map_weights
 from pop_ext.plans.presets import preset_or_third
 from real_configs import LAYER, QK_NORM, SANDWICH, assert_shapes
@@ -19,6 +19,8 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from vision_models import VISION
+from wrapped_models import NAMES
 
 # From the config.json of each checkpoint.
 REAL = {
@@ -142,4 +144,5 @@ def test_the_published_plan_is_the_default(name):
 
 
 def test_every_vision_language_family_has_a_real_configuration():
-    assert set(EXTRA) == {family.model_type for family in FAMILIES.values() if family.vision is not None}
+    assert set(EXTRA) == VISION.keys()
+    assert VISION.keys() | set(NAMES) == WRAPPERS.keys()  # test_wrappers has the others

@@ -111,6 +111,7 @@ ENTRIES = (
     _entry(("Qwen/Qwen3-4B",), "qwen3", 36, 2560, 9728, (32, 8), 151936),
     _entry(("Qwen/Qwen3-8B",), "qwen3", 36, 4096, 12288, (32, 8), 151936),
     _entry(("Qwen/Qwen3-14B",), "qwen3", 40, 5120, 17408, (40, 8), 151936),
+    _entry(("Qwen/Qwen3-32B",), "qwen3", 64, 5120, 25600, (64, 8), 151936),
     _entry(
         tuple(f"Qwen/Qwen3-30B-A3B{suffix}" for suffix in ("", "-Base", "-Instruct-2507", "-Thinking-2507")),
         *("qwen3_moe", 48, 2048, 6144, (32, 4), 151936),
@@ -124,6 +125,7 @@ ENTRIES = (
         num_experts=8,
         num_experts_per_tok=2,
     ),
+    _entry(_qwen3_vl("2B"), "qwen3_vl_text", 28, 2048, 6144, (16, 8), 151936),
     _entry(_qwen3_vl("4B"), "qwen3_vl_text", 36, 2560, 9728, (32, 8), 151936),
     _entry(_qwen3_vl("8B"), "qwen3_vl_text", 36, 4096, 12288, (32, 8), 151936, published=12),
     _entry(_gemma3("1b"), "gemma3_text", 26, 1152, 6912, (4, 1), 262144),
@@ -138,6 +140,18 @@ ENTRIES = (
     _entry(_and_instruct("allenai/OLMo-2-1124-13B"), "olmo2", 40, 5120, 13824, (40, 40), 100352),
     _entry(_and_instruct("allenai/OLMo-2-0325-32B"), "olmo2", 64, 5120, 27648, (40, 8), 100352),
     _entry(("microsoft/Phi-3-mini-4k-instruct",), "phi3", 32, 3072, 8192, (32, 32), 32064),
+    _entry(("microsoft/phi-4",), "phi3", 40, 5120, 17920, (40, 10), 100352),
+    _entry(("HuggingFaceTB/SmolLM3-3B", "HuggingFaceTB/SmolLM3-3B-Base"), "smollm3", 36, 2048, 11008, (16, 4), 128256),
+    _entry(("facebook/cwm",), "cwm", 64, 6144, 21504, (48, 8), 128256),
+    _entry(("google/gemma-7b", "google/gemma-7b-it"), "gemma", 28, 3072, 24576, (16, 16), 256000),
+    _entry(
+        tuple(
+            f"mistralai/Mistral-Small-3.{version}-24B-Instruct-25{month}" for version, month in ((1, "03"), (2, "06"))
+        ),
+        *("mistral", 40, 5120, 32768, (32, 8), 131072),
+    ),
+    _entry(("Qwen/Qwen2.5-VL-7B-Instruct",), "qwen2_5_vl_text", 28, 3584, 18944, (28, 4), 152064),
+    _entry(("Qwen/Qwen2.5-VL-72B-Instruct",), "qwen2_5_vl_text", 80, 8192, 29568, (64, 8), 152064),
     _entry(_and_instruct("Qwen/Qwen2.5-14B"), "qwen2", 48, 5120, 13824, (40, 8), 152064),
     _entry(_and_instruct("Qwen/Qwen2.5-32B"), "qwen2", 64, 5120, 27648, (40, 8), 152064),
     _entry(_and_instruct("Qwen/Qwen2-72B", "Qwen/Qwen2.5-72B"), "qwen2", 80, 8192, 29568, (64, 8), 152064),
