@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pop_ext.hf.native_model import load
+from pop_ext.hf.load import load
 from pop_ext.hf.weight_map import describe
 from pop_ext.methods.latency import shortest_paying
 from pop_ext.plans.plan import Plan

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from pop_ext.hf.enable import disable, enable, enabled, explain, last_call, stats
     from pop_ext.hf.families import register_family
     from pop_ext.hf.forward import PrefillDeclined
-    from pop_ext.hf.native_model import NativeModel, PrefillOutput, load
+    from pop_ext.hf.load import load
+    from pop_ext.hf.native_model import NativeModel, PrefillOutput
     from pop_ext.methods.autoplan import AutoPlan, autoplan
     from pop_ext.methods.block_influence import BlockInfluence, block_influence
     from pop_ext.methods.candidates import Trial
@@ -87,7 +88,7 @@ _LAZY = {
     "fit": "pop_ext.methods.fit",
     "importance": "pop_ext.methods.importance",
     "last_call": "pop_ext.hf.enable",
-    "load": "pop_ext.hf.native_model",
+    "load": "pop_ext.hf.load",
     "plan_within": "pop_ext.methods.latency",
     "register_family": "pop_ext.hf.families",
     "score": "pop_ext.evaluation.score",

@@ -166,7 +166,7 @@ def test_a_full_depth_arm_with_other_logits_fails(tiny, small_reference):
 
 
 def test_a_failed_kernel_is_printed_as_failed(tiny, monkeypatch, small_reference):
-    from pop_ext.hf.native_model import load
+    from pop_ext.hf.load import load
 
     def broken(operands):
         raise RuntimeError("not on this device")
@@ -179,7 +179,7 @@ def test_a_failed_kernel_is_printed_as_failed(tiny, monkeypatch, small_reference
 
 
 def test_kernel_flops_come_from_the_cost_model(tiny, small_reference):
-    from pop_ext.hf.native_model import load
+    from pop_ext.hf.load import load
 
     plan = Plan(LAYERS, (1, 2))  # not the last layers: the last layer's own projection must not count
     native = load(tiny.model, plan)

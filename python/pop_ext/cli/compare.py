@@ -12,7 +12,7 @@ import torch
 
 from pop_ext import _core
 from pop_ext.hf.compat import cache_of, with_cache
-from pop_ext.hf.native_model import load
+from pop_ext.hf.load import load
 from pop_ext.plans.plan import Plan
 
 Prefill = Callable[[torch.Tensor, int], tuple[torch.Tensor, Any]]

@@ -57,7 +57,7 @@ def _summary(model: Any, plan: Plan) -> dict[str, Any]:
         UnsupportedModelError: None does.
     """
     from pop_ext.hf.architectures import UnsupportedModelError
-    from pop_ext.hf.native_model import load
+    from pop_ext.hf.load import load
     from pop_ext.hf.portable_backend import PortableBackend
 
     try:

@@ -23,7 +23,7 @@ from pop_ext.evaluation.score import continuation_logits
 from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.compat import with_cache
 from pop_ext.hf.enable import enabled
-from pop_ext.hf.native_model import load
+from pop_ext.hf.load import load
 from pop_ext.methods.calibration import stock_evaluation
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.layer_ranges import format_layers

@@ -13,7 +13,7 @@ import torch
 
 from pop_ext import _core
 from pop_ext.evaluation.arms import FITTED, FULL, POP, Arm, make_arms
-from pop_ext.hf.native_model import load
+from pop_ext.hf.load import load
 from pop_ext.methods.calibration import stock_evaluation, stock_model
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.progress import Progress, reporting

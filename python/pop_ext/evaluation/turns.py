@@ -14,7 +14,7 @@ from pop_ext.evaluation.ablations import DROPPED
 from pop_ext.evaluation.arms import FITTED, FULL, POP, Arm, arm_logits
 from pop_ext.evaluation.prompts import PromptSet
 from pop_ext.hf.compat import with_cache
-from pop_ext.hf.native_model import load
+from pop_ext.hf.load import load
 from pop_ext.methods.calibration import stock_evaluation
 from pop_ext.plans.plan import Plan
 

@@ -12,14 +12,12 @@ import torch
 from pop_ext import _core, ops
 from pop_ext.hf.architectures import decoder_of
 from pop_ext.hf.choice import plan_for
-from pop_ext.hf.compat import uncompiled
 from pop_ext.hf.family import Family
 from pop_ext.hf.head import apply_head
 from pop_ext.hf.inputs import PrefillRequest, check_device_and_dtype, check_ids, make_request
 from pop_ext.hf.kv_cache import CacheTransaction, keeps_only_windows
 from pop_ext.hf.loaded import LoadedWeights, check_options
 from pop_ext.hf.modules import find_decoder_modules
-from pop_ext.hf.native_trial import try_native
 from pop_ext.hf.packing import PerSequence, lengths, offsets
 from pop_ext.hf.patches import InnerModules
 from pop_ext.hf.restore import module_restored_on_error
@@ -338,33 +336,6 @@ class NativeModel:
         if cap is None or not self.family.caps_logits:
             return logits
         return torch.tanh(logits / cap) * cap
-
-
-def load(model: PreTrainedModel, plan: PlanArgument = None, fp8: bool = False, prepack: bool = False) -> NativeModel:
-    """Load a Hugging Face model for native prefill. The model itself is not changed.
-
-    Args:
-        model: causal language model of a supported family, on one device. Of a model compiled by ``torch.compile`` the
-            model inside is loaded.
-        plan: layers to omit: a plan, "third", "preset", a path, or None for the default, as in ``pop_ext.enable``.
-        fp8: compute the products of retained layers in 8-bit floats (e4m3). This copies their matrices at half their
-            size, and results differ slightly from the stock model's. Decode is unchanged.
-        prepack: copy the matrices of retained layers into the layout of the CPU's product library, at their full size,
-            for faster products in bfloat16 on a processor with AVX-512 BF16. Excludes ``fp8``.
-
-    Returns:
-        A ``NativeModel``, which refers to the weights of ``model``.
-
-    Raises:
-        UnsupportedModelError: The architecture or its weights have no native form, or none with ``fp8`` or
-            ``prepack``, or a trial of a few tokens, once for a kind of model in a process, differs from the stock
-            modules. A subclass of ValueError.
-        ValueError, TypeError: The plan is for another depth or another model, ``plan`` or ``model`` is of the wrong
-            type, or both ``fp8`` and ``prepack`` are set.
-    """
-    native = NativeModel(uncompiled(model), plan, fp8, prepack)
-    try_native(native)
-    return native
 
 
 def _rope(loaded: LoadedWeights, rotary: Any, positions: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

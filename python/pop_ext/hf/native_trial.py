@@ -8,13 +8,15 @@ whose code has changed since the entry was written.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.compat import text_config
+from pop_ext.hf.native_model import NativeModel, PrefillOutput
 from pop_ext.hf.patches import unsupported_reason
 from pop_ext.hf.restore import module_restored
 from pop_ext.portable.decoder import Clones, Decoder, clone_module, find_decoder
@@ -28,9 +30,6 @@ from pop_ext.portable.trial import (
     trial_prompt,
 )
 from pop_ext.utils.tensors import is_out_of_memory
-
-if TYPE_CHECKING:
-    from pop_ext.hf.native_model import NativeModel, PrefillOutput
 
 _passed: set[tuple[Any, ...]] = set()
 
@@ -86,7 +85,7 @@ def try_native(native: NativeModel) -> bool:
 
 def _run_native(native: NativeModel, model: Any, decoder: Decoder, prompt: Tensor) -> PrefillOutput:
     first, inner = _first_layers(native, model, decoder)
-    return type(native)(first, trial_plan(len(inner.layers))).prefill(prompt, logits_to_keep=BOUNDARY)
+    return NativeModel(first, trial_plan(len(inner.layers))).prefill(prompt, logits_to_keep=BOUNDARY)
 
 
 def _first_layers(native: NativeModel, model: Any, decoder: Decoder) -> tuple[Any, Decoder]:
@@ -111,9 +110,10 @@ def _first_layers(native: NativeModel, model: Any, decoder: Decoder) -> tuple[An
 
 def _layers_to_try(native: NativeModel, decoder: Decoder) -> int:
     """Return the smallest number of first layers with one of each kind among them, but at least two."""
-    spec, config = native.spec, text_config(native.description.model())
-    lists = [value for value in vars(config).values() if isinstance(value, (list, tuple))]
-    lists += [spec.window, spec.rope_table, spec.sparse]
+    spec, model = native.spec, native.description.model()
+    assert model is not None
+    lists: list[Sequence[Any]] = [spec.window, spec.rope_table, spec.sparse]
+    lists += [value for value in vars(text_config(model)).values() if isinstance(value, (list, tuple))]
     kinds = []
     for index, layer in enumerate(decoder.layers):
         given = [repr(values[index]) for values in lists if len(values) == spec.num_layers]

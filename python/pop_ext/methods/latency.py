@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pop_ext.hf.native_model import load
+from pop_ext.hf.load import load
 from pop_ext.plans.origin import origin_of
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.progress import Progress, reporting

@@ -145,9 +145,7 @@ ENTRIES = (
     _entry(("facebook/cwm",), "cwm", 64, 6144, 21504, (48, 8), 128256),
     _entry(("google/gemma-7b", "google/gemma-7b-it"), "gemma", 28, 3072, 24576, (16, 16), 256000),
     _entry(
-        tuple(
-            f"mistralai/Mistral-Small-3.{version}-24B-Instruct-25{month}" for version, month in ((1, "03"), (2, "06"))
-        ),
+        ("mistralai/Mistral-Small-3.1-24B-Instruct-2503", "mistralai/Mistral-Small-3.2-24B-Instruct-2506"),
         *("mistral", 40, 5120, 32768, (32, 8), 131072),
     ),
     _entry(("Qwen/Qwen2.5-VL-7B-Instruct",), "qwen2_5_vl_text", 28, 3584, 18944, (28, 4), 152064),
