@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from pop_ext import _core
-from pop_ext.hf.native_model import NativeModel, load
+from pop_ext.hf.load import load
+from pop_ext.hf.native_model import NativeModel
 from pop_ext.plans.plan import Plan
 from torch.profiler import ProfilerActivity, profile, record_function
 

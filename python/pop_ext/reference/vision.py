@@ -103,8 +103,10 @@ class DecoderInputs:
 
 def has_wrapper(model: Module, parts: DecoderModules) -> bool:
     """Return True if ``model.model`` is a wrapper around the language model."""
-    wrapper = getattr(model, "model", None)
-    return wrapper is not parts.decoder and any(child is parts.decoder for child in wrapper.children())
+    wrapper: Module = getattr(model, "model", None)
+    if wrapper is None or wrapper is parts.decoder:
+        return False
+    return any(child is parts.decoder for child in wrapper.children())
 
 
 def run_wrapper(model: Module, parts: DecoderModules, **arguments: Any) -> DecoderInputs:
