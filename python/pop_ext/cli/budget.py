@@ -137,8 +137,8 @@ def calibrate_within(
     trial = Trial(**{name: size for name, size in sizes.items() if size is not None})
     with _options_named():
         check_folder(out)
-        depth, boundary = model.config.get_text_config().num_hidden_layers, budget.boundaries or BOUNDARIES
-        check_search(depth, trial, budget.limits, budget.method, budget.highest, boundary)  # before layers are scored
+        boundary = budget.boundaries or BOUNDARIES
+        check_search(model, trial, budget.limits, budget.method, budget.highest, boundary)  # before layers are scored
         split = split_texts(files, tokenizer, trial.holdout, trial.window)
         choose = None
         if importance is not None:

@@ -10,17 +10,21 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from pop_ext import env_info
+import torch
+
+from pop_ext import env_info, reference
 from pop_ext.evaluation.arms import backend_of
 from pop_ext.evaluation.timing import NATIVE_FULL, plan_arm, speedup, time_plans
-from pop_ext.methods.calibration import stock_model
+from pop_ext.hf.modules import find_decoder_modules
+from pop_ext.methods.calibration import stock_evaluation, stock_model
 from pop_ext.methods.candidates import Candidates, Trial, check_recall_limit
 from pop_ext.methods.held_out import SplitTexts, split_texts
 from pop_ext.methods.latency import PAYS_FROM, with_min_tokens
-from pop_ext.methods.plan_search import RIDGE, STAGES, Candidate, search
+from pop_ext.methods.plan_search import RIDGE, STAGES, UNFITTED, Candidate, search
 from pop_ext.methods.quality_judge import KL, LOSS, RECALL_DROP, UNITS, Figure
 from pop_ext.plans.card import CardQuality, CardSpeed, PlanCard
 from pop_ext.plans.folder import check_folder
+from pop_ext.plans.norms import check_norms
 from pop_ext.plans.origin import config_hash, origin_of, weights_hash
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.progress import Progress
@@ -117,9 +121,9 @@ def autoplan(
         The plan, its card and all candidates.
 
     Raises:
-        ValueError: No limit is given, an argument has a bad value, the texts are too short, ``max_recall_drop`` is
-            less than ``trial.prompts`` tasks can show, or the model answers fewer tasks at full depth than it allows
-            to lose.
+        ValueError: No limit is given, an argument has a bad value, the oracle does not run the model, ``method``
+            cannot fit it, the texts are too short, ``max_recall_drop`` is less than ``trial.prompts`` tasks can show,
+            or the model answers fewer tasks at full depth than it allows to lose.
         TypeError: An argument has the wrong type.
         OSError: A file cannot be read or written.
     """
@@ -128,7 +132,7 @@ def autoplan(
         raise TypeError(f"trial: expected a pop_ext.Trial, got {type(trial).__name__}")
     depth = model.config.get_text_config().num_hidden_layers
     asked_limits = {"max_loss": max_loss, "max_kl": max_kl, "max_recall_drop": max_recall_drop}
-    limits, highest, boundaries = check_search(depth, trial, asked_limits, method, highest, boundary)
+    limits, highest, boundaries = check_search(model, trial, asked_limits, method, highest, boundary)
     if save is not None:
         check_folder(save)  # fail now rather than after the search
     tokenizer = tokenizer or _tokenizer_of(model)
@@ -155,7 +159,7 @@ def autoplan(
 
 
 def check_search(
-    depth: int,
+    model: Any,
     trial: Trial,
     limits: dict[str, float | None],
     method: str,
@@ -171,9 +175,25 @@ def check_search(
         ValueError: As for ``autoplan``.
         TypeError: As for ``autoplan``.
     """
-    found = _check_limits(limits)
+    found, depth = _check_limits(limits), model.config.get_text_config().num_hidden_layers
     check_recall_limit(found, trial.prompts, trial)
-    return found, _check_arguments(method, highest, depth), _check_boundaries(boundary, trial.tokens)
+    checked = found, _check_arguments(method, highest, depth), _check_boundaries(boundary, trial.tokens)
+    _check_model(model, method, checked[1])
+    return checked
+
+
+def _check_model(model: Any, method: str, highest: int) -> None:
+    """Check by two tokens that the oracle, which judges, runs a model, and that ``method`` can fit its layers.
+
+    Raises:
+        ValueError: It does not, or it cannot. The text names what does.
+    """
+    parts, depth = find_decoder_modules(model), model.config.get_text_config().num_hidden_layers
+    if method != UNFITTED:
+        check_norms(parts.layers, model.config.get_text_config().hidden_size)
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+    with stock_evaluation(model):
+        reference.prefill(model, ids, Plan.last(depth, highest), boundary=1)
 
 
 def _with_card(model: Any, best: Candidate, run: Candidates, asked: dict[str, float], split: SplitTexts) -> Plan:
