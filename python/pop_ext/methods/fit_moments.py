@@ -15,8 +15,8 @@ from pop_ext.hf.restore import replaced_forward
 from pop_ext.methods.calibration import Batches, check_batches, input_hidden_states
 from pop_ext.methods.ridge import RunMoments
 from pop_ext.methods.student import Example, Student, count_continuation
-from pop_ext.plans.plan import Plan
 from pop_ext.plans.norms import norm_gain, normalize_unweighted
+from pop_ext.plans.plan import Plan
 from pop_ext.plans.projections import fitted_biases, key_value_weights
 
 HOLD_EVERY = 8
