@@ -386,7 +386,17 @@ def test_a_report_of_an_earlier_version_is_of_a_ridge():
         ({"seed": -1}, ValueError, "seed: expected an int >= 0, got -1"),
         ({"learning_rate": 0}, ValueError, "learning_rate: expected a finite number > 0, got 0"),
         ({"learning_rate": "1"}, TypeError, "learning_rate: expected a number, got str '1'"),
-        ({"resume": "x", "method": "ridge"}, ValueError, 'resume: expected None with method="ridge"'),
+        (
+            {"resume": Path("x"), "method": "ridge", "steps": 120, "learning_rate": 3e-4},
+            ValueError,
+            "resume: expected None with method=\"ridge\", which does not train, got 'x'",
+        ),
+        ({"method": "ridge"}, ValueError, 'steps: expected it with method="distill" only, got 2'),
+        (
+            {"method": "ridge", "steps": 120, "seed": 3, "learning_rate": 3e-4},
+            ValueError,
+            "seed: expected it with .* 3",
+        ),
         ({"tasks": "ab"}, TypeError, r"tasks: expected a sequence of \(prompt, answer\), got str"),
         ({"tasks": [torch.ones(3)]}, TypeError, "tasks: expected a pair of int64 or int32 tensors"),
         (

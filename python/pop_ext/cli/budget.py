@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LIMITS = ("--max-loss", "--max-kl", "--max-recall-drop")
 """Options that make a budget of quality."""
+_OF_TRIAL = re.compile(r"\btrial\.(prompts|tokens|samples)\b")
 
 
 @dataclass(frozen=True)
@@ -171,13 +172,13 @@ def calibrate_within(
 @contextmanager
 def _options_named() -> Iterator[None]:
     """Let errors of ``autoplan`` name the options that set its arguments."""
-    names = {"folder": "--out", "length": "--tokens", "lengths": "--tokens", "texts": "--text"}
+    names = {"folder": "--out", "length": "--tokens", "lengths": "--tokens", "texts": "--text", "tokenizer": "MODEL"}
     names |= {name: f"--{name.replace('_', '-')}" for name in ("max_loss", "max_kl", "max_recall_drop")}
     names |= {name: f"--{name}" for name in ("method", "boundary", "highest")}
     try:
         yield
     except (ValueError, OSError) as error:
-        text = re.sub(r"\btrial\.(prompts|tokens|samples)\b", r"--\1", str(error))
+        text = _OF_TRIAL.sub(r"--\1", str(error))
         named = re.sub(r"^\w+(?=[:,])", lambda found: names.get(found[0], found[0]), text)
         if named == str(error):
             raise
@@ -260,8 +261,11 @@ def _print(found: AutoPlan, out: Path) -> None:
     for row in card.quality:
         error = math.nan if row.error is None else row.error
         console.print(Text(f"costs: {row.name} {row.value:+.4f} ({error:.4f}) {row.unit}, {row.prompts} prompts"))
+    for note in card.notes:
+        console.print(Text(note, style="bold"))
     for name, why in card.not_measured.items():
-        console.print(Text(f"not measured: {name}: {why}"))
+        named = _OF_TRIAL.sub(r"--\1", why)
+        console.print(Text(f"not measured: {name}: {named}"))
     for speed in card.speed:
         console.print(Text(f"gains: {speed.speedup:.2f}x at {speed.tokens} tokens against the {speed.against} prefill"))
     if found.plan.min_tokens > 0:

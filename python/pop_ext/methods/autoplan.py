@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +18,18 @@ from pop_ext import env_info, reference
 from pop_ext.evaluation.arms import backend_of
 from pop_ext.evaluation.timing import NATIVE_FULL, plan_arm, speedup, time_plans
 from pop_ext.hf.modules import find_decoder_modules
-from pop_ext.methods.calibration import stock_evaluation, stock_model
+from pop_ext.methods.calibration import check_vocabulary, longest_input, stock_evaluation, stock_model
 from pop_ext.methods.candidates import Candidates, Trial, check_recall_limit
 from pop_ext.methods.held_out import SplitTexts, split_texts
 from pop_ext.methods.latency import PAYS_FROM, with_min_tokens
 from pop_ext.methods.plan_search import RIDGE, STAGES, UNFITTED, Candidate, search
 from pop_ext.methods.quality_judge import KL, LOSS, RECALL_DROP, UNITS, Figure
 from pop_ext.plans.card import CardQuality, CardSpeed, PlanCard
-from pop_ext.plans.folder import check_folder
+from pop_ext.plans.folder import PLAN_FILE, check_folder
 from pop_ext.plans.norms import check_norms
 from pop_ext.plans.origin import config_hash, origin_of, weights_hash
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.callers import warn_caller
 from pop_ext.utils.progress import Progress
 
 LIMITS = {"max_loss": LOSS, "max_kl": KL, "max_recall_drop": RECALL_DROP}
@@ -57,6 +60,7 @@ class AutoPlan:
     highest: int
 
 
+@torch.inference_mode(False)  # distilling needs gradients
 def autoplan(
     model: Any,
     texts: Iterable[str | PathLike[str]] | SplitTexts,
@@ -111,6 +115,7 @@ def autoplan(
         licence: Licence of the texts, for the card.
         trial: Sizes of the calibration and the judgement. None for the defaults.
         save: Folder for the plan, its fit and its card, written before anything is timed, and again with the times.
+            If no plan is found, an older one in the folder stays there, with a warning.
         pays_from: Prompt lengths that are timed; the shortest from which the plan is faster than the native full
             prefill becomes its ``min_tokens``. Empty leaves it at 0.
         time_lengths: Prompt lengths at which the speed-up is measured. Empty measures none.
@@ -122,7 +127,8 @@ def autoplan(
 
     Raises:
         ValueError: No limit is given, an argument has a bad value, the oracle does not run the model, ``method``
-            cannot fit it, the texts are too short, ``max_recall_drop`` is less than ``trial.prompts`` tasks can show,
+            cannot fit it, it takes fewer positions than ``trial`` asks for, the tokenizer gives ids that it does not
+            have, the texts are too short, ``max_recall_drop`` is less than ``trial.prompts`` tasks can show,
             or the model answers fewer tasks at full depth than it allows to lose.
         TypeError: An argument has the wrong type.
         OSError: A file cannot be read or written.
@@ -139,9 +145,15 @@ def autoplan(
     split = texts
     if not isinstance(split, SplitTexts):
         split = split_texts(split, tokenizer, trial.holdout, trial.window, licence)
+    check_vocabulary("tokenizer", (*split.calibration.plain, *split.held_out.plain), model)
     run = Candidates(model, tokenizer, split, trial, limits, method, boundaries, choose, highest, progress)
     best = run.widen(search(run.candidate, STAGES[method], highest), STAGES[method][-1], highest)
     if best is None:
+        if save is not None and Path(save, PLAN_FILE).exists():
+            warn_caller(
+                f"no plan within the budget was found, and {save} still holds an older one, which "
+                f"pop_ext.enable(model, {os.fspath(save)!r}) would run; remove it or name another folder"
+            )
         return AutoPlan(Plan(depth, ()), None, tuple(run.tried), None, run.recall, highest)
     asked = {name: limits[figure] for name, figure in LIMITS.items() if figure in limits}
     plan = _with_card(model, best, run, asked, split)
@@ -178,6 +190,12 @@ def check_search(
     found, depth = _check_limits(limits), model.config.get_text_config().num_hidden_layers
     check_recall_limit(found, trial.prompts, trial)
     checked = found, _check_arguments(method, highest, depth), _check_boundaries(boundary, trial.tokens)
+    longest = longest_input(model)
+    if longest is not None and trial.window > longest:
+        raise ValueError(
+            f"trial.tokens: expected a context and continuation of at most the {longest} tokens that the model takes "
+            f"(max_position_embeddings), got {trial.tokens} + {trial.continuation}"
+        )
     _check_model(model, method, checked[1])
     return checked
 
@@ -210,6 +228,7 @@ def _with_card(model: Any, best: Candidate, run: Candidates, asked: dict[str, fl
     plan = plan.replace(origin=origin)
     quality = tuple(_card_quality(name, figure, run.recall) for name, figure in best.figures.items())
     card = PlanCard.of(plan, weights_hash=weights_hash(model), texts=split.sources, quality=quality, asked=asked)
+    card = dataclasses.replace(card, notes=run.notes)
     if RECALL_DROP not in best.figures:
         card = _without_recall(card, "the run was stopped before")
     return plan.replace(card=card)
@@ -238,7 +257,7 @@ def _without_recall(card: PlanCard, why: str) -> PlanCard:
 
 def _timed(model: Any, plan: Plan, pays_from: Sequence[int], lengths: Sequence[int], bar: bool) -> Plan:
     """Return the plan with ``min_tokens`` and the speed-ups on its card, both timed here."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = longest_input(model)
     longer = [length for length in lengths if limit and length > limit]
     lengths = [length for length in lengths if length not in longer]
     plan = with_min_tokens(model, plan, pays_from, bar)
