@@ -131,7 +131,7 @@ def calibrate_within(
         as_json: Print a JSON object and no progress.
     """
     from pop_ext.methods.autoplan import BOUNDARIES, autoplan, check_search
-    from pop_ext.methods.candidates import Trial
+    from pop_ext.methods.candidates import Trial, held_out_pairs
     from pop_ext.methods.held_out import split_texts
 
     sizes = {"samples": budget.samples, "prompts": budget.prompts, "tokens": budget.tokens}
@@ -141,6 +141,7 @@ def calibrate_within(
         boundary = budget.boundaries or BOUNDARIES
         check_search(model, trial, budget.limits, budget.method, budget.highest, boundary)  # before layers are scored
         split = split_texts(files, tokenizer, trial.holdout, trial.window)
+        held_out_pairs(split, tokenizer, trial)  # refuse too little text before layers are scored, too
         choose = None
         if importance is not None:
             scores = _importance(model, tokenizer, split.calibration, trial, out, importance)

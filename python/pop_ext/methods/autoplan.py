@@ -16,7 +16,8 @@ import torch
 
 from pop_ext import env_info, reference
 from pop_ext.evaluation.arms import backend_of
-from pop_ext.evaluation.timing import NATIVE_FULL, plan_arm, speedup, time_plans
+from pop_ext.evaluation.timing import NATIVE_FULL, STOCK, plan_arm, portable_speedup, speedup, time_plans
+from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.methods.calibration import check_vocabulary, longest_input, stock_evaluation, stock_model
 from pop_ext.methods.candidates import Candidates, Trial, check_recall_limit
@@ -30,7 +31,7 @@ from pop_ext.plans.norms import check_norms
 from pop_ext.plans.origin import config_hash, origin_of, weights_hash
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.callers import warn_caller
-from pop_ext.utils.progress import Progress
+from pop_ext.utils.progress import Progress, reporting
 
 LIMITS = {"max_loss": LOSS, "max_kl": KL, "max_recall_drop": RECALL_DROP}
 """Argument -> the figure that it limits."""
@@ -117,7 +118,8 @@ def autoplan(
         save: Folder for the plan, its fit and its card, written before anything is timed, and again with the times.
             If no plan is found, an older one in the folder stays there, with a warning.
         pays_from: Prompt lengths that are timed; the shortest from which the plan is faster than the native full
-            prefill becomes its ``min_tokens``. Empty leaves it at 0.
+            prefill becomes its ``min_tokens``. Empty leaves it at 0. Of a model without a native form, here and in the
+            next, the portable backend is timed against the stock forward.
         time_lengths: Prompt lengths at which the speed-up is measured. Empty measures none.
         progress: True for a bar and a line per candidate on standard error, or a callback that takes (candidates
             judged, None).
@@ -163,10 +165,10 @@ def autoplan(
         plan = _with_recall(plan, run)
         if save is not None:
             plan.save_pretrained(save)
-    if backend_of(model) == "native":
-        plan = _timed(model, plan, pays_from, time_lengths, progress is True)
-        if save is not None:
-            plan.save_pretrained(save)
+    timed = _timed if backend_of(model) == "native" else _timed_portably
+    plan = timed(model, plan, pays_from, time_lengths, progress is True)
+    if save is not None:
+        plan.save_pretrained(save)
     return AutoPlan(plan, plan.card, tuple(run.tried), best, run.recall, highest)
 
 
@@ -268,6 +270,42 @@ def _timed(model: Any, plan: Plan, pays_from: Sequence[int], lengths: Sequence[i
         factor = speedup(times, plan_arm(plan.omit, plan.boundary), length)
         if factor is not None:
             speeds.append(CardSpeed(length, factor, NATIVE_FULL, hardware))
+    return _with_speeds(plan, speeds, longer, limit)
+
+
+def _timed_portably(model: Any, plan: Plan, pays_from: Sequence[int], lengths: Sequence[int], bar: bool) -> Plan:
+    """Return what ``_timed`` does for a model without a native form: the portable backend against the stock forward."""
+    limit = longest_input(model)
+    found: dict[int, float] = {}
+    longer = [length for length in lengths if limit and length > limit]
+    paying = sorted((length for length in pays_from if not limit or length <= limit), reverse=True)
+    wanted = [*paying, *(length for length in lengths if length not in longer)]
+    pays: int | None = None
+    try:
+        with reporting(bar, "timing", len(set(wanted))) as advance:
+            for length in paying:
+                found[length] = portable_speedup(model, plan, length)
+                advance(1)
+                if found[length] <= 1:
+                    break
+                pays = length
+            for length in dict.fromkeys(wanted[len(paying) :]):
+                if length not in found:
+                    found[length] = portable_speedup(model, plan, length)
+                    advance(1)
+    except UnsupportedModelError as error:
+        assert plan.card is not None
+        missing = {**plan.card.not_measured, "speed": f"no backend but the reference runs the model ({error})"}
+        return plan.replace(card=dataclasses.replace(plan.card, not_measured=missing))
+    if paying:
+        plan = plan.replace(min_tokens=paying[0] + 1 if pays is None else pays)
+    hardware = env_info.hardware(model.device, model.dtype)
+    speeds = [CardSpeed(length, found[length], STOCK, hardware) for length in lengths if length in found]
+    return _with_speeds(plan, speeds, longer, limit)
+
+
+def _with_speeds(plan: Plan, speeds: Sequence[CardSpeed], longer: Sequence[int], limit: int | None) -> Plan:
+    """Return the plan with speed-ups on its card, and the lengths that were not timed, as the model takes ``limit``."""
     assert plan.card is not None
     missing = {f"speed at {length} tokens": f"the model takes {limit}" for length in longer}
     missing = {**plan.card.not_measured, **missing}

@@ -41,8 +41,8 @@ class Trial:
         prompts: Held-out prompts, at most, and retrieval tasks.
         samples: Calibration sequences of ``tokens`` + ``continuation`` tokens, at most.
         holdout: Share of each text that is held out.
-        errors: Standard errors that are added to a mean before it is compared with its limit. With 1, a plan whose true
-            cost equals the limit passes about one time in six.
+        errors: Standard errors that are added to a mean before it is compared with its limit. With 1, and many
+            independent prompts, a plan whose true cost equals the limit passes about one time in six.
         batch_size: Prompts per forward.
         seed: Seed of the retrieval tasks.
 
@@ -116,20 +116,15 @@ class Candidates:
             held_out = range(HOLD_EVERY - 1, count, HOLD_EVERY) if count >= HOLD_EVERY else [count - 1]
             rest = texts_outside(split.calibration, tokenizer, window, trial.samples, held_out)
             self._training = make_tasks(rest, tokenizer, trial, TRAINING, limit)
-        (held,) = text_sets(split.held_out, tokenizer, [trial.tokens], trial.continuation, trial.prompts)
-        if len(held.pairs) < 2 and trial.errors > 0:
-            raise ValueError(
-                f"texts: expected enough for two held-out prompts of {trial.window} tokens, as one has no standard "
-                f"error, got {len(held.pairs)}; give more text or a smaller trial.tokens"
-            )
+        self._held = held_out_pairs(split, tokenizer, trial)
+        self.notes = self._few_prompts(len(self._held))
         self._make_tasks = lambda: make_tasks(split.held_out, tokenizer, trial, EVALUATION, limit)
-        self._held, self.notes = held.pairs, self._few_prompts(len(held.pairs))
         tasks = self._make_tasks() if RECALL_DROP in limits else []
         check_recall_limit(limits, len(tasks), trial)
         # Of the default choice every count starts at another layer; a caller's choices are not known before.
         layers = range(depth - highest, depth) if choose is None else []
         self.judge = QualityJudge(
-            model, held.pairs, tasks, layers, trial.batch_size, self._bar, lambda recall: self._check_recall(recall)
+            model, self._held, tasks, layers, trial.batch_size, self._bar, lambda recall: self._check_recall(recall)
         )
         self.recall = self.judge.recall
 
@@ -279,6 +274,21 @@ class Candidates:
     def _say(self, text: str) -> None:
         if self._bar:
             print(text, file=sys.stderr, flush=True)
+
+
+def held_out_pairs(split: SplitTexts, tokenizer: Any, trial: Trial) -> tuple[Pair, ...]:
+    """Return the held-out prompts with their continuations.
+
+    Raises:
+        ValueError: There is but one, and ``trial`` asks for standard errors.
+    """
+    (held,) = text_sets(split.held_out, tokenizer, [trial.tokens], trial.continuation, trial.prompts)
+    if len(held.pairs) < 2 and trial.errors > 0:
+        raise ValueError(
+            f"texts: expected enough for two held-out prompts of {trial.window} tokens, as one has no standard error, "
+            f"got {len(held.pairs)}; give more text or a smaller trial.tokens"
+        )
+    return held.pairs
 
 
 def make_tasks(texts: Texts, tokenizer: Any, trial: Trial, kind: str, limit: int | None = None) -> list[Pair]:
