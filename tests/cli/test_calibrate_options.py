@@ -65,7 +65,7 @@ TINY = "--tokens 40 --samples 4 --prompts 4 --pays-from= --time-lengths= --dtype
         ("--max-loss -1", "--max-loss: expected more than 0, got -1.0"),
         ("--max-loss 1 --method best", "--method: expected one of unfitted, ridge, distill, got 'best'"),
         ("--max-loss 1 --boundary 40", "--boundary: expected fewer rows than the 40 of --tokens, got [40]"),
-        ("--max-loss 1 --tokens 4000", "--text: expected a text of at least 8128 tokens"),
+        ("--max-loss 1 --tokens 1984", "--text: expected enough for two held-out prompts of 2048 tokens"),
         ("--max-loss 1 --highest 12", "--highest: expected an integer in 1...11, got 12"),
     ],
 )
@@ -85,6 +85,37 @@ def test_prompts_too_short_for_a_task_name_the_option(tmp_path):
     assert result.exit_code == 2
     assert "pop-ext: --tokens: expected at least" in result.stderr
     assert not (tmp_path / "o").exists()
+
+
+def test_warnings_are_a_line_each_and_an_older_plan_is_named(tmp_path):
+    text = DEMO / "heldout" / "modulefinder.py.txt"
+    options = TINY.replace("--samples 4", "--method unfitted --highest 1").split()
+    base = ("calibrate", DEMO / "model", "--text", text, "--text", text, "-o", tmp_path, *options)
+    found = run(*base, "--max-kl", 9)
+    assert found.exit_code == 0, found.stderr
+    assert "pop-ext: warning: of 2 texts 1 are copies, and left out: modulefinder.py.txt\n" in found.stderr
+    assert "Only 4 prompts judged the plan" in found.stdout
+    assert len({one.sha256 for one in Plan.from_pretrained(tmp_path).card.texts}) == 1
+    none = run(*base, "--max-kl", 1e-9)
+    assert none.exit_code == 1
+    assert f"pop-ext: warning: no plan within the budget was found, and {tmp_path} still holds an older" in none.stderr
+    assert len(Plan.from_pretrained(tmp_path).omit) == 1
+
+
+def test_a_reason_on_the_screen_names_the_option(tmp_path):
+    text, options = DEMO / "heldout" / "modulefinder.py.txt", TINY.replace("--samples 4", "--method unfitted").split()
+    found = run("calibrate", DEMO / "model", "--text", text, "-o", tmp_path, *options, "--highest", 1, "--max-kl", 9)
+    assert "not measured: recall drop: the texts make no retrieval tasks (--tokens: expected" in found.stdout
+
+
+@pytest.mark.parametrize("command", ["calibrate", "fit"])
+def test_sequences_beyond_the_positions_of_the_model_are_refused(tmp_path, command):
+    Plan.last(12).save(tmp_path / "plan.json")
+    plan = (tmp_path / "plan.json",) if command == "fit" else ()
+    text = DEMO / "heldout" / "modulefinder.py.txt"
+    result = run(command, DEMO / "model", *plan, "--text", text, "-o", tmp_path / "o.json", "--tokens", 2049)
+    assert result.exit_code == 2
+    assert "--tokens: expected at most the 2048 that the model takes, got 2049" in result.stderr
 
 
 def test_scores_of_other_texts_in_the_folder_are_named(tmp_path):
@@ -113,7 +144,7 @@ def test_calibrate_says_that_more_layers_were_not_tried(tmp_path, limit, says):
     assert ("more than 6 layers were not tried (--highest)" in result.stdout) == says
 
 
-@pytest.mark.parametrize("given", ["--tasks 96", "--steps 120", "--seed 0", "--learning-rate 0.0003"])
+@pytest.mark.parametrize("given", ["--tasks 96", "--steps 120", "--seed 0", "--learning-rate 0.0003", "--resume st.pt"])
 def test_fit_refuses_settings_of_a_training_with_a_ridge(tmp_path, given):
     Plan.last(12).save(tmp_path / "plan.json")
     text = DEMO / "heldout" / "pprint.py.txt"

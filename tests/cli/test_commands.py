@@ -87,7 +87,10 @@ def test_calibrate_within_a_budget_reports_the_measured_times(folder, files, tmp
     assert "the fewest within 60 s" in Plan.load(tmp_path / "plan.json").origin.method
 
 
-def test_fit_distils_on_texts_and_tasks(folder, tmp_path, monkeypatch):
+def test_fit_distils_on_texts_and_tasks(tmp_path, monkeypatch):
+    folder = save_tiny_llama(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
     text = tmp_path / "text.txt"
     text.write_text("".join(f"def f{i}({i * 7}): return {i * i + 3}\n" for i in range(200)))
     seen, fit = {}, pop_ext.fit

@@ -171,6 +171,21 @@ def test_the_missing_plan_is_reported_once_for_each_model():
     assert [warning.category for warning in caught] == [pop_ext.NoPlanWarning] * 2
 
 
+def test_a_warning_that_is_an_error_is_raised_by_every_call():
+    model = llama()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            with pytest.raises(pop_ext.NoPlanWarning):
+                pop_ext.enable(model)
+        pop_ext.enable(model, "third")
+        for _ in range(2):
+            with pytest.raises(UserWarning, match="the stock forward runs"):
+                model(tokens(model, 1, T), labels=tokens(model, 1, T))
+    with pytest.warns(pop_ext.NoPlanWarning):
+        pop_ext.enable(model)
+
+
 def test_a_model_that_cannot_run_gets_an_error_and_no_advice():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -116,7 +116,7 @@ def test_texts_that_make_no_tasks_leave_recall_unmeasured_and_the_card_says_so(m
     trial = dataclasses.replace(TRIAL, tokens=30)
     found = autoplan(model, [text], max_kl=9.0, method="unfitted", highest=1, trial=trial, save=tmp_path, **UNTIMED)
     why = found.card.not_measured[RECALL_DROP]
-    assert why.startswith("the texts make no retrieval tasks (length: expected at least ")
+    assert why.startswith("the texts make no retrieval tasks (trial.tokens: expected at least ")
     assert found.recall is None
     assert Plan.from_pretrained(tmp_path).card == found.card
     assert f"The recall drop was **not measured**: {why}." in (tmp_path / "README.md").read_text()

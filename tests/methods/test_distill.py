@@ -327,6 +327,29 @@ def test_the_state_of_another_training_is_refused(tmp_path):
         distilled(model, plan_of(model, LAST), steps=4, resume=path)
 
 
+@pytest.mark.parametrize("change", ["lm_head", "model.layers.5.mlp.down_proj", "model.layers.0.input_layernorm"])
+def test_the_state_of_a_training_on_other_weights_is_refused(change, tmp_path):
+    model, path = FAMILIES["llama"](), tmp_path / "state.pt"
+    distilled(model, plan_of(model, LAST), steps=4, resume=path)
+    with torch.no_grad():
+        model.get_submodule(change).weight *= 1.5
+    with pytest.raises(ValueError, match="resume: expected a training on the same weights"):
+        distilled(model, plan_of(model, LAST), steps=4, resume=path)
+
+
+@pytest.mark.parametrize("keep", [(), ("trainer",), ("trainer", "best")])
+def test_a_state_with_parts_missing_is_refused_with_its_path(keep, tmp_path):
+    model, path = shared("llama"), tmp_path / "state.pt"
+    distilled(model, plan_of(model, LAST), steps=4, resume=path)
+    state = torch.load(path, weights_only=True)
+    torch.save({name: state[name] for name in ("digest", *keep)}, path)
+    with pytest.raises(ValueError, match=r"resume: expected a whole state of a training, got .*state\.pt \(no member"):
+        distilled(model, plan_of(model, LAST), steps=4, resume=path)
+    torch.save({**state, "best": {4: torch.zeros(2, 2), 5: torch.zeros(2, 2)}}, path)
+    with pytest.raises(ValueError, match=r"resume: .* got .*state\.pt, which holds parts of one"):
+        distilled(model, plan_of(model, LAST), steps=4, resume=path)
+
+
 # Reports and refusals
 
 
@@ -337,6 +360,14 @@ def test_a_report_survives_its_file(tmp_path):
     found = pop_ext.Plan.load(tmp_path / "plan.json").projections.report
     assert found.to_dict() == plan.projections.report.to_dict()
     assert found.method == "distill"
+
+
+def test_a_distilled_plan_says_so():
+    model = shared("llama")
+    plan = distilled(model, plan_of(model, LAST), steps=4)
+    steps = plan.projections.report.steps
+    assert repr(plan.projections) == f"<2 fitted matrices [256, 96], lambda 0.1, distilled in {steps} steps>"
+    assert repr(any_matrices(model, plan)) == "<2 fitted matrices [256, 96], lambda 0.1>"
 
 
 def test_a_report_of_an_earlier_version_is_of_a_ridge():
@@ -355,7 +386,17 @@ def test_a_report_of_an_earlier_version_is_of_a_ridge():
         ({"seed": -1}, ValueError, "seed: expected an int >= 0, got -1"),
         ({"learning_rate": 0}, ValueError, "learning_rate: expected a finite number > 0, got 0"),
         ({"learning_rate": "1"}, TypeError, "learning_rate: expected a number, got str '1'"),
-        ({"resume": "x", "method": "ridge"}, ValueError, 'resume: expected None with method="ridge"'),
+        (
+            {"resume": Path("x"), "method": "ridge", "steps": 120, "learning_rate": 3e-4},
+            ValueError,
+            "resume: expected None with method=\"ridge\", which does not train, got 'x'",
+        ),
+        ({"method": "ridge"}, ValueError, 'steps: expected it with method="distill" only, got 2'),
+        (
+            {"method": "ridge", "steps": 120, "seed": 3, "learning_rate": 3e-4},
+            ValueError,
+            "seed: expected it with .* 3",
+        ),
         ({"tasks": "ab"}, TypeError, r"tasks: expected a sequence of \(prompt, answer\), got str"),
         ({"tasks": [torch.ones(3)]}, TypeError, "tasks: expected a pair of int64 or int32 tensors"),
         (

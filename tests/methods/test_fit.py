@@ -13,7 +13,8 @@ from against_oracle import GAPS, LAST, NATIVE, assert_equals_oracle, plan_of, ru
 from hook_reference import assert_equals_hook_reference, context_rows, held_back_forward
 from models import FAMILIES, batches, llama, shared, tokens
 from pop_ext.methods.fit_moments import original_projection
-from pop_ext.plans.projections import Projections, normalize_unweighted
+from pop_ext.plans.norms import normalize_unweighted
+from pop_ext.plans.projections import Projections
 from tolerance import assert_close_fp32, compare_caches
 
 INF = math.inf

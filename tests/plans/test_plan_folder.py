@@ -84,6 +84,39 @@ def test_a_plan_is_found_in_the_sub_folder_of_a_checkpoint(tmp_path):
     assert Plan.from_pretrained(tmp_path).card == CARD
 
 
+def test_the_folder_of_a_checkpoint_itself_is_refused(fitted, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    text = rf"expected a folder without a config\.json, .* enable finds a plan in {tmp_path}/pop_ext"
+    for call in (PLAN.save_pretrained, fitted.save_pretrained):
+        with pytest.raises(ValueError, match=f"folder: {text}"):
+            call(tmp_path)
+    with pytest.raises(ValueError, match=f"path: {text}"):
+        fitted.save(tmp_path / "plan.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    PLAN.save(tmp_path / "plan.json")  # no matrices
+    fitted.save_pretrained(tmp_path / "pop_ext")
+
+
+def test_a_source_that_is_no_folder_is_named_without_the_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    PLAN.save(tmp_path / "plan.json")
+    with pytest.raises(ValueError, match=r"source: expected a folder .* got the file .*plan\.json, which Plan\.load"):
+        Plan.from_pretrained(tmp_path / "plan.json")
+    for missing in (tmp_path / "none", "./none", "some/where/else", "none/"):
+        with pytest.raises(FileNotFoundError, match="source: expected a folder .* got no folder .*"):
+            Plan.from_pretrained(missing)
+
+
+def test_what_the_hub_refuses_is_said_with_the_source(monkeypatch):
+    def refuse(*_, **__):
+        raise ConnectionError("offline\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    text = r"source: expected a folder .* got 'missing_folder', which is no folder, .*\(ConnectionError: offline\)$"
+    with pytest.raises(OSError, match=text):
+        Plan.from_pretrained("missing_folder")
+
+
 def test_a_folder_without_a_card_gives_a_plan_without_one(tmp_path):
     PLAN.save(tmp_path / "plan.json")
     found = Plan.from_pretrained(tmp_path)
@@ -246,7 +279,7 @@ def test_a_hub_id_is_downloaded_and_read(monkeypatch, tmp_path):
 
 def test_a_name_that_is_no_hub_id_is_refused():
     with pytest.raises(ValueError, match="Repo id must"):
-        Plan.from_pretrained("/nowhere/to be found", local_files_only=True)
+        Plan.from_pretrained("to be found", local_files_only=True)
 
 
 def test_a_push_uploads_the_folder(monkeypatch, fitted):
@@ -294,6 +327,9 @@ def test_a_plan_never_replaces_the_card_of_a_checkpoint(monkeypatch, exists, fil
         ):
             PLAN.push_to_hub("me/model", token="t")
         assert asked == [("me/model", "config.json", {"token": "t"})]
+        for root in ("/", ".", "./", "././/", "pop_ext/..", "/./"):
+            with pytest.raises(ValueError, match='path_in_repo: expected "pop_ext" for me/model'):
+                PLAN.push_to_hub("me/model", path_in_repo=root)
         assert PLAN.push_to_hub("me/model", path_in_repo="pop_ext") == "uploaded"
     else:
         assert PLAN.push_to_hub("me/model") == "uploaded"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LIMITS = ("--max-loss", "--max-kl", "--max-recall-drop")
 """Options that make a budget of quality."""
+_OF_TRIAL = re.compile(r"\btrial\.(prompts|tokens|samples)\b")
 
 
 @dataclass(frozen=True)
@@ -130,16 +131,17 @@ def calibrate_within(
         as_json: Print a JSON object and no progress.
     """
     from pop_ext.methods.autoplan import BOUNDARIES, autoplan, check_search
-    from pop_ext.methods.candidates import Trial
+    from pop_ext.methods.candidates import Trial, held_out_pairs
     from pop_ext.methods.held_out import split_texts
 
     sizes = {"samples": budget.samples, "prompts": budget.prompts, "tokens": budget.tokens}
     trial = Trial(**{name: size for name, size in sizes.items() if size is not None})
     with _options_named():
         check_folder(out)
-        depth, boundary = model.config.get_text_config().num_hidden_layers, budget.boundaries or BOUNDARIES
-        check_search(depth, trial, budget.limits, budget.method, budget.highest, boundary)  # before layers are scored
+        boundary = budget.boundaries or BOUNDARIES
+        check_search(model, trial, budget.limits, budget.method, budget.highest, boundary)  # before layers are scored
         split = split_texts(files, tokenizer, trial.holdout, trial.window)
+        held_out_pairs(split, tokenizer, trial)  # refuse too little text before layers are scored, too
         choose = None
         if importance is not None:
             scores = _importance(model, tokenizer, split.calibration, trial, out, importance)
@@ -171,13 +173,13 @@ def calibrate_within(
 @contextmanager
 def _options_named() -> Iterator[None]:
     """Let errors of ``autoplan`` name the options that set its arguments."""
-    names = {"folder": "--out", "length": "--tokens", "lengths": "--tokens", "texts": "--text"}
+    names = {"folder": "--out", "length": "--tokens", "lengths": "--tokens", "texts": "--text", "tokenizer": "MODEL"}
     names |= {name: f"--{name.replace('_', '-')}" for name in ("max_loss", "max_kl", "max_recall_drop")}
     names |= {name: f"--{name}" for name in ("method", "boundary", "highest")}
     try:
         yield
     except (ValueError, OSError) as error:
-        text = re.sub(r"\btrial\.(prompts|tokens|samples)\b", r"--\1", str(error))
+        text = _OF_TRIAL.sub(r"--\1", str(error))
         named = re.sub(r"^\w+(?=[:,])", lambda found: names.get(found[0], found[0]), text)
         if named == str(error):
             raise
@@ -260,8 +262,11 @@ def _print(found: AutoPlan, out: Path) -> None:
     for row in card.quality:
         error = math.nan if row.error is None else row.error
         console.print(Text(f"costs: {row.name} {row.value:+.4f} ({error:.4f}) {row.unit}, {row.prompts} prompts"))
+    for note in card.notes:
+        console.print(Text(note, style="bold"))
     for name, why in card.not_measured.items():
-        console.print(Text(f"not measured: {name}: {why}"))
+        named = _OF_TRIAL.sub(r"--\1", why)
+        console.print(Text(f"not measured: {name}: {named}"))
     for speed in card.speed:
         console.print(Text(f"gains: {speed.speedup:.2f}x at {speed.tokens} tokens against the {speed.against} prefill"))
     if found.plan.min_tokens > 0:

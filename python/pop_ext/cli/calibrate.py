@@ -215,6 +215,7 @@ def calibrate(
             found = calibrate_within(loaded, tokenizer, files, folder, budget, scored, not free, as_json)
         else:
             found = True
+            options.check_tokens(loaded, tokens or TOKENS)
             scores = _score(loaded, tokenizer, files, out, samples or SAMPLES, tokens or TOKENS, how)
             choose = functools.partial(scores.plan, contiguous=not free, boundary=rows[0] if rows else 1)
             chosen, within = _choose(loaded, choose, count, budget_ms, speedup, budget_tokens, not as_json)

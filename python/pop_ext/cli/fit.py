@@ -105,6 +105,7 @@ def fit(
             loaded = options.load_model(model, dtype, device)
             tokenizer = options.load_tokenizer(model)
 
+        options.check_tokens(loaded, tokens)
         import pop_ext
         from pop_ext.evaluation import TRAINING as TRAINING_TASKS
         from pop_ext.evaluation import calibration_batches, read_texts, retrieval_pairs
@@ -118,7 +119,7 @@ def fit(
         for path in (out, resume):
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-        more: dict[str, Any] = {"resume": resume, **_training(method, steps, learning_rate, seed, tasks)}
+        more: dict[str, Any] = {**_training(method, steps, learning_rate, seed, tasks, resume)}
         count = TASKS if tasks is None else tasks
         if method == "distill" and count and texts.plain:
             rest = texts_before_holdout(texts, tokenizer, tokens, samples, len(held))
@@ -156,14 +157,19 @@ def fit(
 
 
 def _training(
-    method: str, steps: int | None, learning_rate: float | None, seed: int | None, tasks: int | None
+    method: str,
+    steps: int | None,
+    learning_rate: float | None,
+    seed: int | None,
+    tasks: int | None,
+    resume: Path | None,
 ) -> dict[str, Any]:
     """Return the options of the training that were given, by argument of ``pop_ext.fit``.
 
     Raises:
         ValueError: One is given for a method that does not train.
     """
-    options = {"steps": steps, "learning_rate": learning_rate, "seed": seed, "tasks": tasks}
+    options = {"steps": steps, "learning_rate": learning_rate, "seed": seed, "tasks": tasks, "resume": resume}
     given = {name: value for name, value in options.items() if value is not None}
     if given and method != "distill":
         name, value = next(iter(given.items()))

@@ -207,6 +207,13 @@ def _check_device(device: str) -> None:
         raise ValueError(f"--device: expected cpu (torch finds no CUDA device), got {device!r}")
 
 
+def check_tokens(model: Any, tokens: int) -> None:
+    """Raise ValueError if sequences of --tokens are longer than a model takes."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and tokens > limit:
+        raise ValueError(f"--tokens: expected at most the {limit} that the model takes, got {tokens}")
+
+
 def load_tokenizer(name: str) -> Any:
     """Load the tokenizer of a model of transformers."""
     from transformers import AutoTokenizer

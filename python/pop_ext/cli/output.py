@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -18,13 +19,14 @@ from pop_ext.utils.json import finite
 
 @contextmanager
 def errors_on_one_line() -> Iterator[None]:
-    """Print an exception's message on standard error and exit.
+    """Print an exception's message on standard error and exit, and warnings of pop_ext on a line each.
 
     The status is 2 for errors that the user can mend (ValueError, OSError, ImportError), 1 for failures (RuntimeError,
     MemoryError).
     """
     try:
-        yield
+        with _warnings_on_one_line():
+            yield
     except (ValueError, OSError, ImportError) as error:
         hint = " (pip install 'pop_ext[hf]')" if "transformers" in str(getattr(error, "name", "")) else ""
         print(f"pop-ext: {error}{hint}", file=sys.stderr)
@@ -32,6 +34,23 @@ def errors_on_one_line() -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         print(f"pop-ext: {str(error).strip() or type(error).__name__}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+@contextmanager
+def _warnings_on_one_line() -> Iterator[None]:
+    """Print warnings that pop_ext gives inside the block as a line on standard error; others as ever."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_line(message: Warning | str, *where: Any, **more: Any) -> None:
+            text = str(message)
+            if text.startswith("pop_ext: "):
+                print(f"pop-ext: warning: {text.removeprefix('pop_ext: ')}", file=sys.stderr, flush=True)
+            else:
+                show(message, *where, **more)
+
+        warnings.showwarning = show_line
+        yield
 
 
 @contextmanager

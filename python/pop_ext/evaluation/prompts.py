@@ -9,8 +9,9 @@ import hashlib
 import itertools
 import json
 import random
+import re
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pop_ext.utils.callers import warn_caller
 from pop_ext.utils.files import read_own_text
 
 TEXT, RECALL, RETRIEVAL, SECOND_TURN = "text", "recall", "retrieval", "second turn"
@@ -74,7 +76,7 @@ class Texts:
 
 
 def read_texts(paths: Sequence[Path], tokenizer: Any) -> Texts:
-    """Read and tokenize files of plain text and of JSON lines.
+    """Read and tokenize files of plain text and of JSON lines; of files with equal contents the first.
 
     Args:
         paths: Files. One that ends in ``.jsonl`` holds an object with the strings ``prompt`` and ``continuation`` on
@@ -83,12 +85,12 @@ def read_texts(paths: Sequence[Path], tokenizer: Any) -> Texts:
 
     Raises:
         OSError: A file cannot be read.
-        ValueError: A line is not such an object, or a prompt or continuation in it has no token.
+        ValueError: A line is not such an object, or a prompt or continuation in it has no token, or is no Unicode.
     """
     plain: list[Tensor] = []
     pairs: list[Pair] = []
-    for path in paths:
-        text = read_own_text(path)
+    for name, text in without_copies((str(path), read_own_text(path)) for path in paths):
+        path = Path(name)
         if path.suffix != ".jsonl":
             plain.append(encode(tokenizer, text))
             continue
@@ -96,6 +98,33 @@ def read_texts(paths: Sequence[Path], tokenizer: Any) -> Texts:
             if line.strip():
                 pairs.append(_pair_of_line(f"{path}, line {number}", line, tokenizer))
     return Texts(tuple(plain), tuple(pairs))
+
+
+def without_copies(named: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return (name, text) of each text, and of equal texts only the first; a warning names the others.
+
+    A copy is no further evidence, and one that judges what its original has fitted would judge too well.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    copies = []
+    for name, text in named:
+        check_unicode(name, text)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if digest in found:
+            copies.append(name)
+        else:
+            found[digest] = (name, text)
+    if copies:
+        warn_caller(f"of {len(found) + len(copies)} texts {len(copies)} are copies, and left out: {', '.join(copies)}")
+    return list(found.values())
+
+
+def check_unicode(name: str, *texts: str) -> None:
+    """Raise ValueError for half a surrogate pair in a text, which no tokenizer takes; ``name`` is that of the text."""
+    for text in texts:
+        lone = re.search("[\ud800-\udfff]", text)
+        if lone is not None:
+            raise ValueError(f"{name}: expected Unicode, got half a surrogate pair at offset {lone.start()}")
 
 
 def _pair_of_line(where: str, line: str, tokenizer: Any) -> Pair:
@@ -107,6 +136,7 @@ def _pair_of_line(where: str, line: str, tokenizer: Any) -> Pair:
         raise ValueError(f'{where}: expected an object with "prompt" and "continuation", got {line:.60}') from None
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f'{where}: expected strings as "prompt" and "continuation", got {line:.60}')
+    check_unicode(where, *texts)
     context, continuation = (encode(tokenizer, text) for text in texts)
     context = torch.cat([beginning_of(tokenizer), context])
     if len(context) == 0 or len(continuation) == 0:
@@ -229,6 +259,30 @@ def texts_before_holdout(texts: Texts, tokenizer: Any, tokens: int, samples: int
     if len(before) < len(texts.plain):
         before.append(first[:at])
     return Texts(tuple(text for text in before if len(text)), ())
+
+
+def texts_outside(texts: Texts, tokenizer: Any, tokens: int, samples: int, held: Iterable[int]) -> Texts:
+    """Return the plain texts without some sequences of ``calibration_batches``, called with the same arguments.
+
+    Tasks that are made from what is left share no text with these sequences.
+
+    Args:
+        texts: Result of ``read_texts``, without JSON lines.
+        tokenizer: As for ``calibration_batches``, like the next two.
+        tokens: Tokens of each sequence.
+        samples: Largest number of sequences.
+        held: Indices of the sequences to leave out.
+    """
+    windows, own = _calibration_windows(texts, tokenizer, tokens, samples), tokens - len(beginning_of(tokenizer))
+    out = [windows[index] for index in held]
+    parts: list[Tensor] = []
+    for text in texts.plain:
+        begin = 0
+        for at in sorted(place for one, place in out if one is text):
+            parts.append(text[begin:at])
+            begin = at + own
+        parts.append(text[begin:])
+    return Texts(tuple(part for part in parts if len(part)), ())
 
 
 def _calibration_windows(texts: Texts, tokenizer: Any, tokens: int, samples: int) -> list[tuple[Tensor, int]]:

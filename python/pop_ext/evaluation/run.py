@@ -24,7 +24,7 @@ from pop_ext.hf.loaded import check_option_supported
 from pop_ext.hf.modules import find_decoder_modules, rope_follows_length
 from pop_ext.hf.native_model import check_plan
 from pop_ext.hf.weight_map import describe
-from pop_ext.methods.calibration import stock_evaluation, stock_model
+from pop_ext.methods.calibration import check_vocabulary, stock_evaluation, stock_model
 from pop_ext.plans.origin import config_hash, public_name, weights_hash
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.divergence import kl_divergence
@@ -74,9 +74,9 @@ def evaluate(
         The samples of every set and arm.
 
     Raises:
-        ValueError: An argument has a bad value. A plan is for another model. The file of ``resume`` is of another
-            model, other prompts or another number of greedy tokens. An fp8 kind is asked for, and the model cannot
-            have products in 8-bit floats.
+        ValueError: An argument has a bad value, or an id is outside the vocabulary. A plan is for another model. The
+            file of ``resume`` is of another model, other prompts or another number of greedy tokens. An fp8 kind is
+            asked for, and the model cannot have products in 8-bit floats.
         TypeError: An argument has the wrong type.
     """
     model = stock_model(model)
@@ -84,6 +84,9 @@ def evaluate(
         raise ValueError("sets: expected at least one set of prompts, got none")
     if isinstance(greedy_tokens, bool) or not isinstance(greedy_tokens, int) or greedy_tokens < 0:
         raise ValueError(f"greedy_tokens: expected an int from 0, got {greedy_tokens!r}")
+    for prompts in sets:
+        pairs = (*prompts.first_turns, *prompts.pairs)
+        check_vocabulary("sets", (ids for pair in pairs for ids in pair), model)
     arms = make_arms(plans, kinds)
     for plan in plans:  # ablations are plain PyTorch, which would accept any plan
         check_plan(plan, model.config.get_text_config().num_hidden_layers, model.config)

@@ -13,6 +13,7 @@ import torch
 
 from pop_ext import _core
 from pop_ext.evaluation.arms import FITTED, FULL, POP, Arm, make_arms
+from pop_ext.hf.enable import enabled
 from pop_ext.hf.load import load
 from pop_ext.methods.calibration import stock_evaluation, stock_model
 from pop_ext.plans.plan import Plan
@@ -109,6 +110,35 @@ def time_plans(
                 advance(1)
             found += [facts for facts, _ in calls]
     return found
+
+
+def portable_speedup(model: Any, plan: Plan, tokens: int, *, repeats: int = 7) -> float:
+    """Time a prefill by the portable backend against the stock forward, on random ids at batch 1.
+
+    Args:
+        model: Hugging Face model that the portable backend runs.
+        plan: The plan; its ``min_tokens`` is ignored.
+        tokens: Prompt length.
+        repeats: Number of timed rounds, in which the two take turns, after two to warm up.
+
+    Returns:
+        The speed-up over the stock forward: the median over rounds of the ratio of their times.
+
+    Raises:
+        UnsupportedModelError: The portable backend does not run the model. It is a ValueError.
+    """
+    model = stock_model(model)
+    weight, plan = model.get_input_embeddings().weight, plan.replace(min_tokens=0)
+    generator = torch.Generator("cpu").manual_seed(0)
+    ids = torch.randint(0, weight.shape[0], (1, tokens), generator=generator, device="cpu").to(weight.device)
+    call, ratios = partial(_stock, model, ids), []
+    with torch.no_grad():
+        for _ in range(WARM_UPS + repeats):
+            with stock_evaluation(model):
+                stock = _seconds(call)
+            with stock_evaluation(model), enabled(model, plan, strict=True, backend="portable"):
+                ratios.append(stock / _seconds(call))
+    return statistics.median(ratios[WARM_UPS:])
 
 
 def _weights_of(plan: Plan) -> tuple[tuple[int, ...], str | None]:

@@ -247,8 +247,8 @@ class PrefillForward:
         if self.strict and decision.rule != "continuous_batching":
             raise PrefillDeclined(f"pop_ext: the stock forward would run: {decision.reason} (strict=True)")
         if decision.rule not in self._warned:
-            self._warned.add(decision.rule)
             warnings.warn(f"pop_ext: the stock forward runs: {decision.reason}", stacklevel=caller_level())
+            self._warned.add(decision.rule)  # not before: a warning that is an error is raised by the next call, too
 
 
 def find_prefill_forward(model: nn.Module) -> PrefillForward | None:

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
-from pop_ext import env_info
+import torch
+
+from pop_ext import env_info, reference
 from pop_ext.evaluation.arms import backend_of
-from pop_ext.evaluation.timing import NATIVE_FULL, plan_arm, speedup, time_plans
-from pop_ext.methods.calibration import stock_model
+from pop_ext.evaluation.timing import NATIVE_FULL, STOCK, plan_arm, portable_speedup, speedup, time_plans
+from pop_ext.hf.architectures import UnsupportedModelError
+from pop_ext.hf.modules import find_decoder_modules
+from pop_ext.methods.calibration import check_vocabulary, longest_input, stock_evaluation, stock_model
 from pop_ext.methods.candidates import Candidates, Trial, check_recall_limit
 from pop_ext.methods.held_out import SplitTexts, split_texts
 from pop_ext.methods.latency import PAYS_FROM, with_min_tokens
-from pop_ext.methods.plan_search import RIDGE, STAGES, Candidate, search
+from pop_ext.methods.plan_search import RIDGE, STAGES, UNFITTED, Candidate, search
 from pop_ext.methods.quality_judge import KL, LOSS, RECALL_DROP, UNITS, Figure
 from pop_ext.plans.card import CardQuality, CardSpeed, PlanCard
-from pop_ext.plans.folder import check_folder
+from pop_ext.plans.folder import PLAN_FILE, check_folder
+from pop_ext.plans.norms import check_norms
 from pop_ext.plans.origin import config_hash, origin_of, weights_hash
 from pop_ext.plans.plan import Plan
-from pop_ext.utils.progress import Progress
+from pop_ext.utils.callers import warn_caller
+from pop_ext.utils.progress import Progress, reporting
 
 LIMITS = {"max_loss": LOSS, "max_kl": KL, "max_recall_drop": RECALL_DROP}
 """Argument -> the figure that it limits."""
@@ -53,6 +61,7 @@ class AutoPlan:
     highest: int
 
 
+@torch.inference_mode(False)  # distilling needs gradients
 def autoplan(
     model: Any,
     texts: Iterable[str | PathLike[str]] | SplitTexts,
@@ -107,8 +116,10 @@ def autoplan(
         licence: Licence of the texts, for the card.
         trial: Sizes of the calibration and the judgement. None for the defaults.
         save: Folder for the plan, its fit and its card, written before anything is timed, and again with the times.
+            If no plan is found, an older one in the folder stays there, with a warning.
         pays_from: Prompt lengths that are timed; the shortest from which the plan is faster than the native full
-            prefill becomes its ``min_tokens``. Empty leaves it at 0.
+            prefill becomes its ``min_tokens``. Empty leaves it at 0. Of a model without a native form, here and in the
+            next, the portable backend is timed against the stock forward.
         time_lengths: Prompt lengths at which the speed-up is measured. Empty measures none.
         progress: True for a bar and a line per candidate on standard error, or a callback that takes (candidates
             judged, None).
@@ -117,9 +128,10 @@ def autoplan(
         The plan, its card and all candidates.
 
     Raises:
-        ValueError: No limit is given, an argument has a bad value, the texts are too short, ``max_recall_drop`` is
-            less than ``trial.prompts`` tasks can show, or the model answers fewer tasks at full depth than it allows
-            to lose.
+        ValueError: No limit is given, an argument has a bad value, the oracle does not run the model, ``method``
+            cannot fit it, it takes fewer positions than ``trial`` asks for, the tokenizer gives ids that it does not
+            have, the texts are too short, ``max_recall_drop`` is less than ``trial.prompts`` tasks can show,
+            or the model answers fewer tasks at full depth than it allows to lose.
         TypeError: An argument has the wrong type.
         OSError: A file cannot be read or written.
     """
@@ -128,16 +140,22 @@ def autoplan(
         raise TypeError(f"trial: expected a pop_ext.Trial, got {type(trial).__name__}")
     depth = model.config.get_text_config().num_hidden_layers
     asked_limits = {"max_loss": max_loss, "max_kl": max_kl, "max_recall_drop": max_recall_drop}
-    limits, highest, boundaries = check_search(depth, trial, asked_limits, method, highest, boundary)
+    limits, highest, boundaries = check_search(model, trial, asked_limits, method, highest, boundary)
     if save is not None:
         check_folder(save)  # fail now rather than after the search
     tokenizer = tokenizer or _tokenizer_of(model)
     split = texts
     if not isinstance(split, SplitTexts):
         split = split_texts(split, tokenizer, trial.holdout, trial.window, licence)
+    check_vocabulary("tokenizer", (*split.calibration.plain, *split.held_out.plain), model)
     run = Candidates(model, tokenizer, split, trial, limits, method, boundaries, choose, highest, progress)
     best = run.widen(search(run.candidate, STAGES[method], highest), STAGES[method][-1], highest)
     if best is None:
+        if save is not None and Path(save, PLAN_FILE).exists():
+            warn_caller(
+                f"no plan within the budget was found, and {save} still holds an older one, which "
+                f"pop_ext.enable(model, {os.fspath(save)!r}) would run; remove it or name another folder"
+            )
         return AutoPlan(Plan(depth, ()), None, tuple(run.tried), None, run.recall, highest)
     asked = {name: limits[figure] for name, figure in LIMITS.items() if figure in limits}
     plan = _with_card(model, best, run, asked, split)
@@ -147,15 +165,15 @@ def autoplan(
         plan = _with_recall(plan, run)
         if save is not None:
             plan.save_pretrained(save)
-    if backend_of(model) == "native":
-        plan = _timed(model, plan, pays_from, time_lengths, progress is True)
-        if save is not None:
-            plan.save_pretrained(save)
+    timed = _timed if backend_of(model) == "native" else _timed_portably
+    plan = timed(model, plan, pays_from, time_lengths, progress is True)
+    if save is not None:
+        plan.save_pretrained(save)
     return AutoPlan(plan, plan.card, tuple(run.tried), best, run.recall, highest)
 
 
 def check_search(
-    depth: int,
+    model: Any,
     trial: Trial,
     limits: dict[str, float | None],
     method: str,
@@ -171,9 +189,31 @@ def check_search(
         ValueError: As for ``autoplan``.
         TypeError: As for ``autoplan``.
     """
-    found = _check_limits(limits)
+    found, depth = _check_limits(limits), model.config.get_text_config().num_hidden_layers
     check_recall_limit(found, trial.prompts, trial)
-    return found, _check_arguments(method, highest, depth), _check_boundaries(boundary, trial.tokens)
+    checked = found, _check_arguments(method, highest, depth), _check_boundaries(boundary, trial.tokens)
+    longest = longest_input(model)
+    if longest is not None and trial.window > longest:
+        raise ValueError(
+            f"trial.tokens: expected a context and continuation of at most the {longest} tokens that the model takes "
+            f"(max_position_embeddings), got {trial.tokens} + {trial.continuation}"
+        )
+    _check_model(model, method, checked[1])
+    return checked
+
+
+def _check_model(model: Any, method: str, highest: int) -> None:
+    """Check by two tokens that the oracle, which judges, runs a model, and that ``method`` can fit its layers.
+
+    Raises:
+        ValueError: It does not, or it cannot. The text names what does.
+    """
+    parts, depth = find_decoder_modules(model), model.config.get_text_config().num_hidden_layers
+    if method != UNFITTED:
+        check_norms(parts.layers, model.config.get_text_config().hidden_size)
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+    with stock_evaluation(model):
+        reference.prefill(model, ids, Plan.last(depth, highest), boundary=1)
 
 
 def _with_card(model: Any, best: Candidate, run: Candidates, asked: dict[str, float], split: SplitTexts) -> Plan:
@@ -190,6 +230,7 @@ def _with_card(model: Any, best: Candidate, run: Candidates, asked: dict[str, fl
     plan = plan.replace(origin=origin)
     quality = tuple(_card_quality(name, figure, run.recall) for name, figure in best.figures.items())
     card = PlanCard.of(plan, weights_hash=weights_hash(model), texts=split.sources, quality=quality, asked=asked)
+    card = dataclasses.replace(card, notes=run.notes)
     if RECALL_DROP not in best.figures:
         card = _without_recall(card, "the run was stopped before")
     return plan.replace(card=card)
@@ -218,7 +259,7 @@ def _without_recall(card: PlanCard, why: str) -> PlanCard:
 
 def _timed(model: Any, plan: Plan, pays_from: Sequence[int], lengths: Sequence[int], bar: bool) -> Plan:
     """Return the plan with ``min_tokens`` and the speed-ups on its card, both timed here."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = longest_input(model)
     longer = [length for length in lengths if limit and length > limit]
     lengths = [length for length in lengths if length not in longer]
     plan = with_min_tokens(model, plan, pays_from, bar)
@@ -229,6 +270,42 @@ def _timed(model: Any, plan: Plan, pays_from: Sequence[int], lengths: Sequence[i
         factor = speedup(times, plan_arm(plan.omit, plan.boundary), length)
         if factor is not None:
             speeds.append(CardSpeed(length, factor, NATIVE_FULL, hardware))
+    return _with_speeds(plan, speeds, longer, limit)
+
+
+def _timed_portably(model: Any, plan: Plan, pays_from: Sequence[int], lengths: Sequence[int], bar: bool) -> Plan:
+    """Return what ``_timed`` does for a model without a native form: the portable backend against the stock forward."""
+    limit = longest_input(model)
+    found: dict[int, float] = {}
+    longer = [length for length in lengths if limit and length > limit]
+    paying = sorted((length for length in pays_from if not limit or length <= limit), reverse=True)
+    wanted = [*paying, *(length for length in lengths if length not in longer)]
+    pays: int | None = None
+    try:
+        with reporting(bar, "timing", len(set(wanted))) as advance:
+            for length in paying:
+                found[length] = portable_speedup(model, plan, length)
+                advance(1)
+                if found[length] <= 1:
+                    break
+                pays = length
+            for length in dict.fromkeys(wanted[len(paying) :]):
+                if length not in found:
+                    found[length] = portable_speedup(model, plan, length)
+                    advance(1)
+    except UnsupportedModelError as error:
+        assert plan.card is not None
+        missing = {**plan.card.not_measured, "speed": f"no backend but the reference runs the model ({error})"}
+        return plan.replace(card=dataclasses.replace(plan.card, not_measured=missing))
+    if paying:
+        plan = plan.replace(min_tokens=paying[0] + 1 if pays is None else pays)
+    hardware = env_info.hardware(model.device, model.dtype)
+    speeds = [CardSpeed(length, found[length], STOCK, hardware) for length in lengths if length in found]
+    return _with_speeds(plan, speeds, longer, limit)
+
+
+def _with_speeds(plan: Plan, speeds: Sequence[CardSpeed], longer: Sequence[int], limit: int | None) -> Plan:
+    """Return the plan with speed-ups on its card, and the lengths that were not timed, as the model takes ``limit``."""
     assert plan.card is not None
     missing = {f"speed at {length} tokens": f"the model takes {limit}" for length in longer}
     missing = {**plan.card.not_measured, **missing}

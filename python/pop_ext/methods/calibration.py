@@ -106,7 +106,32 @@ def check_batches(batches: Batches, model: Any, least: int = 1) -> Iterator[Tens
         if low < 0 or high >= weight.shape[0]:
             found = low if low < 0 else high
             raise ValueError(f"batches: expected ids from 0 to {weight.shape[0] - 1}, got {found} in batch {index}")
+        ids = ids.clone() if ids.is_inference() and not torch.is_inference_mode_enabled() else ids
         yield resolved(ids.to(weight.device, torch.int64))
+
+
+def check_vocabulary(name: str, sequences: Iterable[Tensor], model: Any) -> None:
+    """Raise ValueError for an id outside the vocabulary of a model.
+
+    Args:
+        name: Argument to name in the error.
+        sequences: Ids, int [n] each.
+        model: Hugging Face model.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    for ids in sequences:
+        low, high = (int(bound) for bound in ids.aminmax()) if len(ids) else (0, 0)
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"{name}: expected ids from 0 to {size - 1}, those of the model's tokenizer, got "
+                f"{low if low < 0 else high}"
+            )
+
+
+def longest_input(model: Any) -> int | None:
+    """Return the number of positions that a model was made for; None if its config does not say."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit or None
 
 
 def count_sequences(batches: Batches) -> int | None:

@@ -9,19 +9,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pop_ext.evaluation.prompts import Pair, Texts, calibration_batches, text_sets
+from pop_ext.evaluation.prompts import Pair, Texts, calibration_batches, text_sets, texts_outside
 from pop_ext.evaluation.retrieval import retrieval_pairs
 from pop_ext.evaluation.retrieval_templates import EVALUATION, TRAINING
+from pop_ext.methods.calibration import longest_input
 from pop_ext.methods.defaults import LEARNING_RATE, STEPS
 from pop_ext.methods.distill import Training
 from pop_ext.methods.fit import new_fitting
+from pop_ext.methods.fit_moments import HOLD_EVERY
 from pop_ext.methods.fitting import Fitting
 from pop_ext.methods.held_out import SplitTexts
 from pop_ext.methods.plan_search import AHEAD, DISTILL, QUICK, UNFITTED, Candidate
 from pop_ext.methods.quality_judge import RECALL_DROP, Figure, QualityJudge, within
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.callers import warn_caller
 from pop_ext.utils.progress import Progress, reporting
 
+FEWEST = 8
+"""Prompts under which a card says that they are too few to trust."""
 QUICK_SHARE, QUICK_LAMBDA = 4, 0.1
 """The quick ridge reads each such sequence and fits with this lambda."""
 
@@ -36,8 +41,8 @@ class Trial:
         prompts: Held-out prompts, at most, and retrieval tasks.
         samples: Calibration sequences of ``tokens`` + ``continuation`` tokens, at most.
         holdout: Share of each text that is held out.
-        errors: Standard errors that are added to a mean before it is compared with its limit. With 1, a plan whose true
-            cost equals the limit passes about one time in six.
+        errors: Standard errors that are added to a mean before it is compared with its limit. With 1, and many
+            independent prompts, a plan whose true cost equals the limit passes about one time in six.
         batch_size: Prompts per forward.
         seed: Seed of the retrieval tasks.
 
@@ -77,6 +82,7 @@ class Candidates:
     Attributes:
         tried: All candidates, in the order of trial.
         recall: Share of the retrieval tasks that the model answers at full depth; None if there are none.
+        notes: What a card has to say of the figures.
     """
 
     def __init__(
@@ -103,26 +109,43 @@ class Candidates:
         self._bar = progress is True
         self._batches = calibration_batches(split.calibration, tokenizer, trial.window, trial.samples, batch=1)
         # Made now, so that prompts too short for a task fail before the search.
-        self._training = make_tasks(split.calibration, tokenizer, trial, TRAINING) if method == DISTILL else []
-        (held,) = text_sets(split.held_out, tokenizer, [trial.tokens], trial.continuation, trial.prompts)
-        if len(held.pairs) < 2 and trial.errors > 0:
-            raise ValueError(
-                f"texts: expected enough for two held-out prompts of {trial.window} tokens, as one has no standard "
-                f"error, got {len(held.pairs)}; give more text or a smaller trial.tokens"
-            )
-        self._make_tasks = lambda: make_tasks(split.held_out, tokenizer, trial, EVALUATION)
-        self._held = held.pairs
+        limit = longest_input(model)
+        self._training: list[Pair] = []
+        if method == DISTILL:
+            count, window = len(self._batches), trial.window
+            held_out = range(HOLD_EVERY - 1, count, HOLD_EVERY) if count >= HOLD_EVERY else [count - 1]
+            rest = texts_outside(split.calibration, tokenizer, window, trial.samples, held_out)
+            self._training = make_tasks(rest, tokenizer, trial, TRAINING, limit)
+        self._held = held_out_pairs(split, tokenizer, trial)
+        self.notes = self._few_prompts(len(self._held))
+        self._make_tasks = lambda: make_tasks(split.held_out, tokenizer, trial, EVALUATION, limit)
         tasks = self._make_tasks() if RECALL_DROP in limits else []
         check_recall_limit(limits, len(tasks), trial)
         # Of the default choice every count starts at another layer; a caller's choices are not known before.
         layers = range(depth - highest, depth) if choose is None else []
-        self.judge = QualityJudge(model, held.pairs, tasks, layers, trial.batch_size, self._bar)
+        self.judge = QualityJudge(
+            model, self._held, tasks, layers, trial.batch_size, self._bar, lambda recall: self._check_recall(recall)
+        )
         self.recall = self.judge.recall
-        drop = limits.get(RECALL_DROP)
-        if drop is not None and (self.recall or 0.0) <= drop:
+
+    def _few_prompts(self, found: int) -> tuple[str, ...]:
+        """Warn of fewer held-out prompts than were asked for, and return what the card says of too few."""
+        if found < self.trial.prompts:
+            warn_caller(
+                f"the texts hold out {found} prompts of {self.trial.window} tokens, fewer than the "
+                f"{self.trial.prompts} that were asked for"
+            )
+        if found >= FEWEST:
+            return ()
+        return (f"Only {found} prompts judged the plan: under {FEWEST} its figures and their errors say little.",)
+
+    def _check_recall(self, recall: float | None) -> None:
+        """Raise ValueError if the limit allows to lose all that the model answers at full depth."""
+        drop = self.limits.get(RECALL_DROP)
+        if drop is not None and (recall or 0.0) <= drop:
             raise ValueError(
-                f"max_recall_drop: expected less than {self.recall:.3g}, the share of the {len(tasks)} retrieval "
-                f"tasks that the model answers at full depth, got {drop}"
+                f"max_recall_drop: expected less than {recall or 0.0:.3g}, the share of the retrieval tasks that the "
+                f"model answers at full depth, got {drop}"
             )
 
     def candidate(self, count: int, stage: str, soon: Sequence[int] = (), boundary: int | None = None) -> Candidate:
@@ -253,14 +276,50 @@ class Candidates:
             print(text, file=sys.stderr, flush=True)
 
 
-def make_tasks(texts: Texts, tokenizer: Any, trial: Trial, kind: str) -> list[Pair]:
-    """Make retrieval tasks as long as the held-out prompts, and as many. The kinds share no wording and no name."""
-    return retrieval_pairs(texts, tokenizer, trial.tokens, trial.prompts, kind=kind, seed=trial.seed)
+def held_out_pairs(split: SplitTexts, tokenizer: Any, trial: Trial) -> tuple[Pair, ...]:
+    """Return the held-out prompts with their continuations.
+
+    Raises:
+        ValueError: There is but one, and ``trial`` asks for standard errors.
+    """
+    (held,) = text_sets(split.held_out, tokenizer, [trial.tokens], trial.continuation, trial.prompts)
+    if len(held.pairs) < 2 and trial.errors > 0:
+        raise ValueError(
+            f"texts: expected enough for two held-out prompts of {trial.window} tokens, as one has no standard error, "
+            f"got {len(held.pairs)}; give more text or a smaller trial.tokens"
+        )
+    return held.pairs
+
+
+def make_tasks(texts: Texts, tokenizer: Any, trial: Trial, kind: str, limit: int | None = None) -> list[Pair]:
+    """Make retrieval tasks as long as the held-out prompts, and as many. The kinds share no wording and no name.
+
+    Args:
+        texts: Texts to make them from.
+        tokenizer: Hugging Face tokenizer.
+        trial: Length, number and seed.
+        kind: ``EVALUATION`` or ``TRAINING``.
+        limit: As for ``retrieval_pairs``.
+
+    Raises:
+        ValueError: As for ``retrieval_pairs``; the text names the member of ``trial``.
+    """
+    try:
+        return retrieval_pairs(texts, tokenizer, trial.tokens, trial.prompts, kind=kind, seed=trial.seed, limit=limit)
+    except ValueError as error:
+        text = str(error)
+        for name, argument in (("length:", "trial.tokens:"), ("text:", "texts:")):
+            text = argument + text.removeprefix(name) if text.startswith(name) else text
+        raise ValueError(text) from None
 
 
 def check_recall_limit(limits: dict[str, float], tasks: int, trial: Trial) -> None:
-    """Raise ValueError if a plan that loses no answer to so many tasks would exceed the limit, by its error alone."""
+    """Raise ValueError for a limit that a plan without a lost answer exceeds by its error, or that all plans keep."""
     least = trial.errors / max(tasks, 1)
+    if limits.get(RECALL_DROP, 0.0) >= 1:
+        raise ValueError(
+            f"max_recall_drop: expected less than 1, the share of all retrieval tasks, got {limits[RECALL_DROP]:g}"
+        )
     if limits.get(RECALL_DROP, math.inf) < least:
         raise ValueError(
             f"max_recall_drop: expected at least {math.ceil(least * 1e4) / 1e4:g} with {tasks} retrieval tasks, as "

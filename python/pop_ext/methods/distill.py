@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pop_ext.methods.student import Example, Student
+from pop_ext.plans.origin import weights_hash
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.divergence import kl_divergence
 from pop_ext.utils.texts import missing_or
@@ -279,15 +280,16 @@ def distill(
         The matrices that the held-out examples like best, ``start`` among them, in float32, and all judgements.
 
     Raises:
-        ValueError: The file of ``training.resume`` is of another training. A loss is not finite.
+        ValueError: The file of ``training.resume`` is of another training or not whole. A loss is not finite.
     """
     ids = torch.cat([example.ids.flatten() for example in [*examples, *held]])
     mixture = [[e for e in examples if not e.answer], [e for e in examples if e.answer]]
     trainer, whole = Trainer(Student(model, plan, ids.unique()), start, mixture, training), Student(model, plan)
     history: list[Judgement] = []
-    best, digest = trainer.state()["matrices"], _digest(ids, start, plan, training)
+    best = trainer.state()["matrices"]
+    digest = "" if training.resume is None else _digest(model, ids, start, plan, training)
     if training.resume is not None and training.resume.exists():
-        before = _load_state(training.resume, digest)
+        before = _load_state(training.resume, digest, trainer)
         trainer.restore(before["trainer"])
         best, history = before["best"], [Judgement(*row) for row in before["history"]]
         advance(trainer.step)
@@ -313,9 +315,9 @@ def distill(
         advance(1)
 
 
-def _digest(ids: Tensor, start: Mapping[int, Tensor], plan: Plan, training: Training) -> str:
-    """Return a SHA-256 of what a training depends on."""
-    settings = (plan.to_json(), training.steps, training.learning_rate, training.seed)
+def _digest(model: Any, ids: Tensor, start: Mapping[int, Tensor], plan: Plan, training: Training) -> str:
+    """Return a SHA-256 of what a training depends on; of the model's weights, of those that ``weights_hash`` reads."""
+    settings = (weights_hash(model), plan.to_json(), training.steps, training.learning_rate, training.seed)
     found = hashlib.sha256(repr(settings).encode() + ids.cpu().numpy().tobytes())
     for layer in sorted(start):
         found.update(start[layer].detach().cpu().float().numpy().tobytes())
@@ -332,7 +334,12 @@ def _save_state(
     os.replace(part, path)
 
 
-def _load_state(path: Path, digest: str) -> dict[str, Any]:
+def _load_state(path: Path, digest: str, trainer: Trainer) -> dict[str, Any]:
+    """Read a state that ``_save_state`` wrote for ``trainer``.
+
+    Raises:
+        ValueError: The file is none, or is of another training.
+    """
     if not path.is_file():  # a pipe may never bring anything
         raise ValueError(f"resume: expected a state that a training wrote, got {path}, which is no file")
     try:
@@ -344,4 +351,14 @@ def _load_state(path: Path, digest: str) -> dict[str, Any]:
         raise ValueError(
             f"resume: expected a training on the same weights, sequences, plan and settings, got another in {path}"
         )
+    try:
+        one = state["trainer"]
+        matrices = [one["matrices"], state["best"]]
+        whole = isinstance(one["adam"], dict) and 0 <= one["step"] <= trainer.steps
+        whole &= all(m[i].shape == own.shape for m in matrices for i, own in trainer.matrices.items())
+        whole &= len([Judgement(*row) for row in state["history"]]) > 0
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"resume: expected a whole state of a training, got {path} ({missing_or(error)})") from None
+    if not whole:
+        raise ValueError(f"resume: expected a whole state of a training, got {path}, which holds parts of one")
     return state

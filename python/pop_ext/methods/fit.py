@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from pop_ext.hf.modules import find_decoder_modules
@@ -28,6 +29,7 @@ Plans = TypeVar("Plans", Plan, Sequence[Plan])
 """A plan, or several."""
 
 
+@torch.inference_mode(False)  # training needs gradients
 def fit(
     model: Any,
     plan: Plans,
@@ -101,7 +103,7 @@ def fit(
     """
     model = stock_model(model)
     if resume is not None and not isinstance(plan, Plan):
-        raise ValueError(f"resume: expected None with several plans, which would share one file, got {resume!r}")
+        raise ValueError(f"resume: expected None with several plans, which would share one file, got {str(resume)!r}")
     training = check_training(method, steps, learning_rate, seed, resume)
     how: dict[str, Any] = {"tasks": tasks, "holdout": holdout, "lambdas": lambdas, "weighting": weighting}
     fitting = new_fitting(model, _as_plans(plan), training, **how)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pop_ext.methods.defaults import LEARNING_RATE, STEPS
 from pop_ext.methods.distill import Training
 from pop_ext.methods.fit_moments import HOLD_EVERY
 from pop_ext.methods.student import count_continuation
@@ -44,8 +45,12 @@ def check_training(
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate: expected a finite number > 0, got {learning_rate!r}")
     if resume is not None and method != "distill":
-        raise ValueError(f'resume: expected None with method="{method}", which does not train, got {resume!r}')
+        raise ValueError(f'resume: expected None with method="{method}", which does not train, got {str(resume)!r}')
     if method != "distill":
+        defaults = {"steps": (steps, STEPS), "learning_rate": (learning_rate, LEARNING_RATE), "seed": (seed, 0)}
+        for name, (given, default) in defaults.items():
+            if given != default:
+                raise ValueError(f'{name}: expected it with method="distill" only, got {given!r} with "{method}"')
         return None
     path = None if resume is None else Path(resume)
     if path is not None and not path.parent.is_dir():
@@ -79,7 +84,10 @@ def check_tasks(tasks: Any, model: Any, boundary: int) -> list[Task]:
             raise ValueError(
                 f"tasks: expected ids from 0 to {weight.shape[0] - 1}, got {low if low < 0 else high} in task {number}"
             )
-        found.append((prompt.to(weight.device, torch.int64), answer.to(weight.device, torch.int64)))
+        # A clone, as a tensor of inference mode cannot be trained on.
+        own = (ids.clone() if ids.is_inference() else ids for ids in (prompt, answer))
+        prompt, answer = (ids.to(weight.device, torch.int64) for ids in own)
+        found.append((prompt, answer))
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,8 +15,9 @@ from pop_ext.hf.restore import replaced_forward
 from pop_ext.methods.calibration import Batches, check_batches, input_hidden_states
 from pop_ext.methods.ridge import RunMoments
 from pop_ext.methods.student import Example, Student, count_continuation
+from pop_ext.plans.norms import norm_gain, normalize_unweighted
 from pop_ext.plans.plan import Plan
-from pop_ext.plans.projections import key_value_biases, key_value_weights, normalize_unweighted
+from pop_ext.plans.projections import fitted_biases, key_value_weights
 
 HOLD_EVERY = 8
 """Without a ``holdout``, every eighth sequence of the batches is held out to choose lambda. Of fewer than eight
@@ -268,13 +268,13 @@ def _identity_forward(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def _watch_key_values(layer: Any, keep: Callable[[Tensor], None]) -> list[Any]:
-    """Hook a layer so that ``keep`` gets its K and then its V, without their biases, [rows, kv_dim] float32.
+    """Hook a layer so that ``keep`` gets its K and then its V, without ``fitted_biases``, [rows, kv_dim] float32.
 
     Returns:
         The handles of the hooks.
     """
     attention = layer.self_attn
-    k_bias, v_bias = key_value_biases(attention)
+    k_bias, v_bias = fitted_biases(layer)
 
     def without_bias(output: Tensor, bias: Tensor | None) -> Tensor:
         rows = output.float().flatten(0, 1)
@@ -304,19 +304,9 @@ def original_projection(layer: Any) -> Tensor:
         [2 * kv_dim, hidden] float32.
 
     Raises:
-        ValueError: The norm is not an RMSNorm with one weight per channel.
+        ValueError: As for ``norm_gain``.
     """
     weights = key_value_weights(layer.self_attn)
     stacked = torch.cat([weights.k, weights.v]).float()
-    norm = getattr(layer, "input_layernorm", None)
-    if norm is None:
-        return stacked
-    # Families store the weight of a norm in different ways (Gemma stores it less 1), so it is read off a norm's output.
-    exact = copy.deepcopy(norm).float()
-    generator = torch.Generator("cpu").manual_seed(0)
-    probe = torch.randn(2, stacked.shape[1], generator=generator, device="cpu").to(stacked.device)
-    plain, normed = normalize_unweighted(layer, probe), exact(probe)
-    gamma = normed[0] / plain[0]
-    if not torch.allclose(plain[1] * gamma, normed[1], rtol=1e-3, atol=1e-4, equal_nan=True):
-        raise ValueError(f"model: expected an RMSNorm before K and V, got {type(norm).__name__}")
-    return (stacked * gamma).detach()
+    gain = norm_gain(layer, stacked)
+    return stacked if gain is None else (stacked * gain).detach()

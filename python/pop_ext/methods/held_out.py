@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pop_ext.evaluation.prompts import Texts, encode
+from pop_ext.evaluation.prompts import Texts, encode, without_copies
 from pop_ext.plans.card import CardText
 from pop_ext.utils.files import read_own_text
 
@@ -35,7 +35,7 @@ class SplitTexts:
 def split_texts(
     texts: Iterable[str | PathLike[str]], tokenizer: Any, share: float, window: int, licence: str | None = None
 ) -> SplitTexts:
-    """Tokenize texts and cut each in two.
+    """Tokenize texts and cut each in two; of equal texts only the first, with a warning.
 
     The last part has ``share`` of the tokens, but at least ``window``. A text that then has no ``window`` left for
     calibration is not cut, and used for calibration only.
@@ -49,7 +49,8 @@ def split_texts(
 
     Raises:
         TypeError: ``texts`` is a single string, or one of them is neither a string nor a path.
-        ValueError: There is no text, one is a ``.jsonl`` file, or none is long enough to hold anything out.
+        ValueError: There is no text, one is a ``.jsonl`` file or no Unicode, or none is long enough to hold anything
+            out.
         OSError: A file cannot be read.
     """
     if isinstance(texts, (str, bytes, PathLike)):
@@ -58,8 +59,7 @@ def split_texts(
     last: list[Tensor] = []
     sources: list[CardText] = []
     longest = 0
-    for number, given in enumerate(texts, 1):
-        name, content = _read(given, number)
+    for name, content in without_copies(_read(given, number) for number, given in enumerate(texts, 1)):
         ids = encode(tokenizer, content)
         longest = max(longest, len(ids))
         held = max(round(share * len(ids)), window)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pop_ext.hf.load import load
+from pop_ext.methods.calibration import longest_input
 from pop_ext.plans.origin import origin_of
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.progress import Progress, reporting
@@ -119,7 +120,7 @@ def with_min_tokens(model: Any, plan: Plan, lengths: Sequence[int], progress: Pr
         lengths: Prompt lengths to time.
         progress: As for ``shortest_paying``.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = longest_input(model)
     lengths = [length for length in lengths if not limit or length <= limit]
     if not lengths:
         return plan

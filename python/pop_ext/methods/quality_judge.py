@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,7 @@ class QualityJudge:
         layers: First omitted layers of the plans to come. A plan that starts elsewhere takes another full forward.
         batch_size: Prompts per forward.
         progress: Shows the prompts of each run.
+        check: Called with ``recall`` before the texts are read, to refuse it by an error.
 
     Attributes:
         recall: Share of the tasks that the full model answers exactly; None without tasks.
@@ -89,17 +91,20 @@ class QualityJudge:
         layers: Sequence[int],
         batch_size: int,
         progress: Progress,
+        check: Callable[[float | None], None] = lambda _: None,
     ) -> None:
         self._progress, full = progress, Plan(model.config.get_text_config().num_hidden_layers, ())
-        with reporting(progress, "full depth", len(texts) + len(tasks)) as advance:
-            self._texts = FullStates(model, texts, layers, batch_size, advance)
+        with reporting(progress, "full depth, tasks", len(tasks)) if tasks else nullcontext(_ignore) as advance:
             self._tasks = FullStates(model, tasks, layers, batch_size, advance)
+        self._exact = self._answers(full, "full depth, tasks")
+        check(self.recall)
+        with reporting(progress, "full depth", len(texts)) as advance:
+            self._texts = FullStates(model, texts, layers, batch_size, advance)
         self._log_p = [torch.empty(0)] * len(texts)
         self._loss = [0.0] * len(texts)
         for index, log_p, target in self._rows(full, self._texts, "full depth"):
             self._log_p[index] = log_p.to("cpu", torch.float16)
             self._loss[index] = _loss(log_p, target)
-        self._exact = self._answers(full, "full depth, tasks")
 
     @property
     def recall(self) -> float | None:
@@ -143,6 +148,10 @@ class QualityJudge:
             for index, logits in states.logits(plan):
                 yield index, logits.float().log_softmax(-1), states.pairs[index][1].to(logits.device)
                 advance(1)
+
+
+def _ignore(_: int) -> None:
+    """Report no progress."""
 
 
 def _loss(log_p: Tensor, target: Tensor) -> float:

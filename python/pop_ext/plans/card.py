@@ -113,6 +113,7 @@ class PlanCard:
         texts: The calibration and held-out texts.
         quality: Quality figures. A card without any says nothing about what the plan costs.
         not_measured: Name of a figure -> why there is none of it.
+        notes: What to know before the figures are trusted, a sentence each; such as that few prompts made them.
         speed: Speed figures.
         asked: The budget that was asked for, by option: ``{"max_loss": 0.02}``.
         versions: Versions of the packages, by name.
@@ -130,6 +131,7 @@ class PlanCard:
     texts: tuple[CardText, ...] = ()
     quality: tuple[CardQuality, ...] = ()
     not_measured: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     speed: tuple[CardSpeed, ...] = ()
     asked: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -240,8 +242,9 @@ def _read(cls: type[Any], members: Any, name: str) -> Any:
         value = members[entry.name]
         if entry.name in _TUPLES:
             value = tuple(_read(_TUPLES[entry.name], item, label) for item in _list(value, label))
-        elif entry.name == "omit":
-            value = tuple(_of_type(item, (int,), label) for item in _list(value, label))
+        elif entry.name in ("omit", "notes"):
+            kind = int if entry.name == "omit" else str
+            value = tuple(_of_type(item, (kind,), label) for item in _list(value, label))
         else:
             value = _of_type(value, _KINDS[str(entry.type)], label)
         known[entry.name] = value

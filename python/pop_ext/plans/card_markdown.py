@@ -72,7 +72,7 @@ def _quality(card: PlanCard) -> str:
         rows.append((row.name, value, row.unit, str(row.prompts), row.against))
     table = _table(("figure", "value (standard error)", "unit", "held-out prompts", "difference to"), rows)
     missing = [f"The {name} was **not measured**: {why}." for name, why in card.not_measured.items()]
-    return "\n\n".join([heading, table, *missing])
+    return "\n\n".join([heading, table, *(f"**{note}**" for note in card.notes), *missing])
 
 
 def _facts(card: PlanCard) -> str:

@@ -54,8 +54,8 @@ class ChosenPlan:
     def warn(self, model: Any) -> None:
         """Warn with a ``NoPlanWarning`` if no measured plan is known, once for each model."""
         if self.unmeasured and model not in _warned:
-            _warned.add(model)
             warnings.warn(f"pop_ext: {self.advice(type(model).__name__)}", NoPlanWarning, stacklevel=caller_level())
+            _warned.add(model)  # not before: a warning that is an error is raised by the next call, too
 
     def advice(self, name: str) -> str:
         """Return one line that says what is unknown of a model, and how to find out."""

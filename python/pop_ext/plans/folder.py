@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import tempfile
 from os import PathLike
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any
 from pop_ext.plans.card import PlanCard
 from pop_ext.plans.card_markdown import MARK, render
 from pop_ext.utils.files import read_utf8
+from pop_ext.utils.texts import short
 
 PLAN_FILE, MATRICES_FILE, CARD_FILE, README_FILE = "plan.json", "plan.safetensors", "card.json", "README.md"
+CONFIG_FILE = "config.json"
+"""File by which the folder of a checkpoint is known."""
 SUBFOLDER = "pop_ext"
 """Sub-folder of a checkpoint's folder or hub repository that holds its plan."""
 
@@ -27,7 +31,8 @@ def write_folder(plan: Any, folder: str | PathLike[str], card: PlanCard | None) 
 
     Raises:
         TypeError: ``card`` is no ``PlanCard``.
-        ValueError: ``card`` describes another plan, or the folder has a ``README.md`` of something else.
+        ValueError: ``card`` describes another plan, the folder is that of a checkpoint, or it has a ``README.md`` of
+            something else.
         OSError: A file cannot be written.
     """
     card = check_card(card, plan) or plan.card or PlanCard.of(plan)
@@ -45,7 +50,7 @@ def check_folder(folder: str | PathLike[str]) -> Path:
     """Return a folder as a path, after a check that ``write_folder`` may write there. It need not exist.
 
     Raises:
-        ValueError: The folder has a ``README.md`` of something else.
+        ValueError: The folder is that of a checkpoint, or has a ``README.md`` of something else.
         OSError: It, or one that it would be made in, is a file or cannot be written.
     """
     folder = Path(folder)
@@ -58,10 +63,25 @@ def check_folder(folder: str | PathLike[str]) -> Path:
         file = folder / name
         if file.exists() and not (file.is_file() and os.access(file, os.W_OK)):
             raise PermissionError(f"folder: expected files that can be written, got {file}, which cannot")
+    check_no_checkpoint("folder", folder)
     readme = folder / README_FILE
     if readme.exists() and MARK not in readme.read_text(encoding="utf-8", errors="replace"):
         raise ValueError(f"folder: expected no other {README_FILE} in the place of the card, got one in {folder}")
     return folder
+
+
+def check_no_checkpoint(name: str, folder: Path) -> None:
+    """Raise ValueError for the folder of a checkpoint, where loaders take any safetensors file for weights.
+
+    Args:
+        name: Argument to name in the error.
+        folder: The folder.
+    """
+    if (folder / CONFIG_FILE).exists():
+        raise ValueError(
+            f"{name}: expected a folder without a {CONFIG_FILE}, as loaders would take a plan's matrices beside it for "
+            f"weights of the checkpoint, got {folder}; enable finds a plan in {folder / SUBFOLDER}"
+        )
 
 
 def read_folder(kind: Any, folder: str | PathLike[str]) -> Any:
@@ -104,19 +124,34 @@ def download_folder(
 
     Raises:
         ImportError: huggingface_hub is missing.
-        OSError: The repository or revision does not exist, or cannot be reached.
-        ValueError: ``repo_id`` is no id of a repository.
+        OSError: ``repo_id`` reads like a path, or the repository or revision does not exist or cannot be reached.
+        ValueError: ``repo_id`` is a file, or no id of a repository.
     """
+    if os.path.exists(repo_id):
+        raise ValueError(
+            f"source: expected a folder or the id of a hub repository, got the file {repo_id}, which Plan.load reads"
+        )
+    if repo_id.startswith(("/", ".", "~")) or repo_id.count("/") > 1 or repo_id.endswith("/"):
+        raise FileNotFoundError(f"source: expected a folder or the id of a hub repository, got no folder {repo_id}")
     names = (PLAN_FILE, MATRICES_FILE, CARD_FILE)
     patterns = [f"{prefix}{name}" for prefix in ("", f"{SUBFOLDER}/") for name in names]
-    folder: str = _hub().snapshot_download(
-        repo_id,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        allow_patterns=patterns,
-    )
+    hub = _hub()
+    try:
+        folder: str = hub.snapshot_download(
+            repo_id,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            allow_patterns=patterns,
+        )
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        why = str(error).strip().partition("\n")[0]
+        raise kind(
+            f"source: expected a folder or the id of a hub repository, got {short(repo_id)}, which is no folder, and "
+            f"the hub gives none ({type(error).__name__}: {why})"
+        ) from error
     return folder
 
 
@@ -138,7 +173,9 @@ def upload_folder(
         ValueError: The repository holds a checkpoint, and the plan would replace its model card.
     """
     hub = _hub()
-    if path_in_repo.strip("/") == "" and _holds_checkpoint(hub, repo_id, token):
+    inside = posixpath.normpath(path_in_repo).strip("/")
+    inside = "" if inside == "." else inside
+    if inside == "" and _holds_checkpoint(hub, repo_id, token):
         raise ValueError(
             f'path_in_repo: expected "{SUBFOLDER}" for {repo_id}, which holds a checkpoint whose README.md the card '
             f"would replace, got {path_in_repo!r}"
@@ -149,7 +186,7 @@ def upload_folder(
         commit = hub.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
-            path_in_repo=path_in_repo,
+            path_in_repo=inside,
             token=token,
             commit_message=commit_message or "Upload a prefill plan with pop_ext",
         )
@@ -158,7 +195,7 @@ def upload_folder(
 
 def _holds_checkpoint(hub: Any, repo_id: str, token: str | bool | None) -> bool:
     """Return whether a repository exists and holds a checkpoint."""
-    return bool(hub.repo_exists(repo_id, token=token)) and bool(hub.file_exists(repo_id, "config.json", token=token))
+    return bool(hub.repo_exists(repo_id, token=token)) and bool(hub.file_exists(repo_id, CONFIG_FILE, token=token))
 
 
 def cached_folder(repo_id: str, revision: str | None) -> Path | None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import operator
+import os
 import re
 from collections.abc import Iterable
 from itertools import islice
@@ -15,7 +16,15 @@ from typing import Any, SupportsIndex
 
 from pop_ext import _core
 from pop_ext.plans.card import PlanCard
-from pop_ext.plans.folder import check_card, download_folder, is_folder, read_folder, upload_folder, write_folder
+from pop_ext.plans.folder import (
+    check_card,
+    check_no_checkpoint,
+    download_folder,
+    is_folder,
+    read_folder,
+    upload_folder,
+    write_folder,
+)
 from pop_ext.plans.origin import Origin
 from pop_ext.plans.preset_table import find_entry
 from pop_ext.plans.projections import FitReport, Projections, load_matrices, save_matrices
@@ -226,8 +235,8 @@ class Plan(_core.Plan):
             path: File to write; an existing plan is replaced.
 
         Raises:
-            ValueError: ``path`` of a fitted plan ends in ``.safetensors``, or that name beside it is taken by a file
-                of another kind, such as a model's weights.
+            ValueError: ``path`` of a fitted plan ends in ``.safetensors``, lies in the folder of a checkpoint, or that
+                name beside it is taken by a file of another kind, such as a model's weights.
             ImportError: The plan is fitted, and safetensors is missing.
             OSError: A file cannot be written.
         """
@@ -236,6 +245,7 @@ class Plan(_core.Plan):
             beside = path.with_suffix(".safetensors")
             if beside == path:
                 raise ValueError(f"path: expected another ending than .safetensors for a plan, got {path}")
+            check_no_checkpoint("path", path.parent)
             names = {"file": beside.name, "sha256": save_matrices(self.projections, beside)}
         path.write_text(self._to_json(names) + "\n", encoding="utf-8")
 
@@ -271,7 +281,8 @@ class Plan(_core.Plan):
 
         Raises:
             TypeError: ``card`` is no ``PlanCard``.
-            ValueError: ``card`` describes another plan, or the folder has a ``README.md`` of something else.
+            ValueError: ``card`` describes another plan, the folder is that of a checkpoint, or it has a ``README.md``
+                of something else.
             ImportError: The plan is fitted, and safetensors is missing.
             OSError: A file cannot be written.
         """
@@ -299,11 +310,11 @@ class Plan(_core.Plan):
         Raises:
             OSError: There is no such folder or repository, or no plan in it.
             ValueError: A file is broken, the projections are not those that the plan was saved with, the card describes
-                another plan, or ``source`` is neither a folder nor the id of a repository.
+                another plan, or ``source`` is a file or no id of a repository.
             ImportError: ``source`` is no folder, and huggingface_hub is missing.
         """
         if not is_folder(source):
-            source = download_folder(str(source), revision, token, cache_dir, local_files_only)
+            source = download_folder(os.fspath(source), revision, token, cache_dir, local_files_only)
         plan: Plan = read_folder(cls, source)
         return plan
 

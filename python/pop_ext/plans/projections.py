@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pop_ext.plans.norms import norm_shift
 from pop_ext.plans.origin import spread_values
 from pop_ext.utils.json import finite, read_float, read_int, read_list, read_text
 from pop_ext.utils.texts import missing_or, refuse_unknown
@@ -140,8 +141,8 @@ class FitReport:
 class Projections:
     """Fitted K/V projections, one for each omitted layer. Do not change them once a plan holds them.
 
-    A matrix multiplies the normalised hidden state without the weight of the norm. In families that have no norm
-    there, it multiplies the hidden state itself. Biases, k_norm and RoPE follow unchanged.
+    A matrix multiplies the normalised hidden state without the weight and bias of the norm. In families that have no
+    norm there, it multiplies the hidden state itself. Biases (``fitted_biases``), k_norm and RoPE follow unchanged.
 
     Attributes:
         matrices: Layer -> ``[2 * kv_dim, hidden_size]``, the rows of K and then those of V, on the CPU, in the dtype
@@ -230,7 +231,8 @@ class Projections:
 
     def __repr__(self) -> str:
         shape = list(next(iter(self.matrices.values())).shape)
-        return f"<{len(self.matrices)} fitted matrices {shape}, lambda {self.report.ridge:g}>"
+        trained = f", distilled in {self.report.steps} steps" if self.report.method == "distill" else ""
+        return f"<{len(self.matrices)} fitted matrices {shape}, lambda {self.report.ridge:g}{trained}>"
 
 
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -273,6 +275,23 @@ def key_value_biases(attention: Any) -> tuple[Tensor | None, Tensor | None]:
         kv_dim, bias = attention.config.num_key_value_heads * attention.head_dim, linear_bias(attention.qkv_proj)
         return (None, None) if bias is None else (bias[-2 * kv_dim : -kv_dim], bias[-kv_dim:])
     return linear_bias(attention.k_proj), linear_bias(attention.v_proj)
+
+
+def fitted_biases(layer: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Return what is added to the product of a fitted matrix: K and V of a zero row, ``[kv_dim]`` each or None.
+
+    These are the biases of K and V. Behind a norm with a bias, such as an ``nn.LayerNorm``, K and V of that bias are
+    part of them.
+    """
+    attention, shift = layer.self_attn, norm_shift(layer)
+    if shift is None:
+        return key_value_biases(attention)
+    with torch.no_grad():
+        if not hasattr(attention, "qkv_proj"):
+            return attention.k_proj(shift)[0], attention.v_proj(shift)[0]
+        kv_dim = attention.config.num_key_value_heads * attention.head_dim
+        keys, values = attention.qkv_proj(shift)[0, -2 * kv_dim :].split(kv_dim)
+    return keys, values
 
 
 def dense_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:
@@ -327,33 +346,19 @@ def linear_bias(module: Any) -> Tensor | None:
     return bias.detach() if isinstance(bias, Tensor) else None
 
 
-def normalize_unweighted(layer: Any, hidden_states: Tensor) -> Tensor:
-    """Apply the input norm of a layer without its weight, which is the input of a fitted projection.
-
-    Args:
-        layer: Decoder layer. Without an ``input_layernorm``, the hidden states are returned as they are.
-        hidden_states: ``[..., hidden_size]``, any floating dtype.
-
-    Returns:
-        ``h * rsqrt(mean(h^2) + eps)``, float32, same shape.
-    """
-    norm = getattr(layer, "input_layernorm", None)
-    hidden = hidden_states.float()
-    if norm is None:
-        return hidden
-    eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-    return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + eps)
-
-
 def sample_weights(layer: Any, weights: KeyValueWeights | None = None) -> Tensor:
     """Return ``SAMPLE`` values of each of a layer's K, V and input norm weights, float32 on the CPU.
+
+    A norm with a bias adds as many of its values.
 
     ``weights`` are the layer's K and V if they are known; those of quantised layers take time.
     """
     weights = weights or key_value_weights(layer.self_attn)
     tensors = [weights.k, weights.v]
-    if hasattr(layer, "input_layernorm"):
-        tensors.append(loaded_weight(layer.input_layernorm))
+    norm = getattr(layer, "input_layernorm", None)
+    for name in ("weight", "bias") if norm is not None else ():
+        if isinstance(getattr(norm, name, None), Tensor):
+            tensors.append(loaded_weight(norm, name))
     return torch.cat([spread_values(tensor, SAMPLE).float() for tensor in tensors])
 
 

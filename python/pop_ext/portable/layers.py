@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pop_ext.hf.compat import new_cache
 from pop_ext.hf.modules import Module
-from pop_ext.plans.projections import key_value_biases, normalize_unweighted
+from pop_ext.plans.norms import normalize_unweighted
+from pop_ext.plans.projections import fitted_biases
 from pop_ext.portable.arguments import MASK, bind, causal_mask, last_rows
 from pop_ext.portable.captures import (
     CaptureCache,
@@ -107,20 +108,19 @@ class PartialLayer:
         """Return the K and V of all rows, and the mixers that have brought a state up to date in place of K and V."""
         if self.fitted is None:
             return self._run_until_written(call)
-        (mixer,) = self._mixers.values()
         hidden_states = next(iter(call.values()))
         own, _ = self._run_until_written(last_rows(call, total, self.rows.columns))
-        fitted, _ = self._run_until_written(call, self._project_fitted(mixer, hidden_states))
+        fitted, _ = self._run_until_written(call, self._project_fitted(hidden_states))
         assert own is not None  # a fit is of K and V
         assert fitted is not None
         return self._with_own_boundary_rows(fitted, own), {}
 
-    def _project_fitted(self, mixer: Module, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    def _project_fitted(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Return fitted K and V before norm and RoPE, ``[batch, rows, kv_dim]`` each."""
         assert self.fitted is not None
         plain = normalize_unweighted(self.layer, hidden_states).to(hidden_states.dtype)
         keys, values = (plain @ self.fitted.to(plain).T).chunk(2, dim=-1)
-        k_bias, v_bias = key_value_biases(mixer)
+        k_bias, v_bias = fitted_biases(self.layer)
         return (keys if k_bias is None else keys + k_bias), (values if v_bias is None else values + v_bias)
 
     def _with_own_boundary_rows(self, fitted: KeysValues, own: KeysValues) -> KeysValues:

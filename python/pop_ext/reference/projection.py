@@ -13,7 +13,8 @@ from transformers import DynamicCache
 from pop_ext.hf.compat import cache_argument, with_cache
 from pop_ext.hf.modules import Module, family_function
 from pop_ext.hf.restore import forward_attribute, replaced_forward
-from pop_ext.plans.projections import Projections, key_value_biases, normalize_unweighted
+from pop_ext.plans.norms import normalize_unweighted
+from pop_ext.plans.projections import Projections, fitted_biases
 from pop_ext.reference.checks import PlanLike
 from pop_ext.utils.tensors import is_out_of_memory
 
@@ -30,8 +31,8 @@ def project_kv(
         hidden_states: ``h``, [1, rows, hidden].
         cos: As the model's rotary module returns it.
         sin: As the model's rotary module returns it.
-        fitted: [2 * kv_dim, hidden], takes the place of [Wk; Wv] and reads norm(h) without the norm's weight. None for
-            the layer's own weights.
+        fitted: [2 * kv_dim, hidden], takes the place of [Wk; Wv] and reads norm(h) without the norm's weight and bias.
+            None for the layer's own weights.
 
     Returns:
         K and V, [1, kv_heads, rows, head_dim] each.
@@ -44,7 +45,7 @@ def project_kv(
     if fitted is not None:
         plain = normalize_unweighted(layer, hidden_states).to(hidden_states.dtype)
         keys, values = (plain @ fitted.to(plain).T).chunk(2, dim=-1)
-        k_bias, v_bias = key_value_biases(attention)
+        k_bias, v_bias = fitted_biases(layer)
         if k_bias is not None and v_bias is not None:
             keys, values = keys + k_bias, values + v_bias
     elif hasattr(attention, "qkv_proj"):  # Phi-3

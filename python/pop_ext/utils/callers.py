@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 
 # A warning points to the nearest frame outside these packages.
 _NOT_THE_CALLER = ("pop_ext", "torch", "transformers", "contextlib")
+
+
+def warn_caller(text: str) -> None:
+    """Warn with a ``UserWarning`` on the line that called pop_ext; the commands print it on one line."""
+    warnings.warn(f"pop_ext: {text}", stacklevel=caller_level())
 
 
 def caller_level() -> int:
