@@ -13,6 +13,7 @@ from other_families import other
 from pop_ext import Plan, UnsupportedModelError
 from pop_ext.hf import families, native_trial
 from pop_ext.hf.family import LLAMA_LAYER
+from pop_ext.portable import trial
 from torch import nn
 from transformers import VaultGemmaConfig, VaultGemmaForCausalLM
 
@@ -118,12 +119,27 @@ def test_the_trial_changes_nothing_and_takes_the_first_layers_of_each_kind():
     assert len(model.model.layers) == 12
 
 
-def test_weights_that_are_not_finite_do_not_fail_the_trial():
+@pytest.mark.parametrize("backend", ["native", "portable"])
+def test_weights_that_are_not_finite_are_tried_once_and_do_not_fail_the_trial(backend, monkeypatch):
+    monkeypatch.setattr(trial, "_passed", set())
+    tried = []
+    run_second_form = trial.run_second_form
+
+    def counted(*args):
+        tried.append(1)
+        return run_second_form(*args)
+
+    for module in (trial, native_trial):
+        monkeypatch.setattr(module, "run_second_form", counted)
     model = llama()
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
-    pop_ext.load(model, PLAN)
-    assert not native_trial._passed
+        pop_ext.enable(model, PLAN, backend=backend)
+        for _ in range(2):
+            model(tokens(model, 1, 20), use_cache=True, logits_to_keep=1)
+    assert pop_ext.last_call(model).backend == backend
+    assert len(tried) == 1
+    assert not native_trial._passed | trial._passed
 
 
 def test_a_registered_family_runs_natively():

@@ -43,8 +43,8 @@ def try_portable(model: Module, decoder: Decoder) -> bool:
     what four decode steps do, and run on a clone, so that the model stays as it is.
 
     Returns:
-        False for a model that could not be tried: in training mode, where dropout may be random, or with results that
-        are not finite.
+        False for a model that could not be tried, and should be later: in training mode, where dropout may be random.
+        True also for results that are not finite, which say nothing.
 
     Raises:
         ValueError: The results differ, or the model cannot run them. The text says which.
@@ -70,7 +70,7 @@ def try_portable(model: Module, decoder: Decoder) -> bool:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"model: expected a prefill of {TOKENS} tokens to run, got {reason}") from error
     if not all(bool(logits.isfinite().all()) for logits in expected):
-        return False
+        return True
     for what, ours, theirs in zip(("the last token", "the next token"), found, expected, strict=True):
         difference = relative_difference(ours, theirs)
         if not difference <= (TOLERANCE if is_precise(ours.dtype) else TOLERANCE_LOW):
