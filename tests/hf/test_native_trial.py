@@ -24,6 +24,8 @@ PLAN = Plan(6, (4, 5))
 def fresh(monkeypatch) -> Iterator[None]:
     """Forget what passed, and give back the table of families."""
     monkeypatch.setattr(native_trial, "_passed", set())
+    monkeypatch.setattr(native_trial, "_refused", {})
+    monkeypatch.setattr(trial, "_refused", {})
     before = dict(families.FAMILIES)
     yield
     families.FAMILIES.clear()
@@ -82,30 +84,101 @@ def test_a_kind_of_model_is_tried_once(monkeypatch):
     assert len(tried) == 2
 
 
-def test_a_model_with_hooks_or_in_training_is_tried_when_it_first_runs():
-    model = llama()
-    hook = model.model.layers[0].register_forward_hook(lambda *_: None)
-    pop_ext.enable(model, PLAN)
-    assert not native_trial._passed
-    hook.remove()
+def test_a_model_with_hooks_or_in_training_is_tried_without_them():
+    """Its head may have hooks, too: none sees the tokens of the trial."""
+    model, seen = llama(attention_dropout=0.5), []
+    for module in (model.model.layers[0], model.model.layers[0].mlp, model.lm_head, model.model.embed_tokens):
+        module.register_forward_hook(lambda *_: seen.append(1))
     model.train()
-    pop_ext.enable(model, PLAN)
-    assert not native_trial._passed
-    model.eval()
-    with torch.no_grad():
-        model(tokens(model, 1, 20), use_cache=True, logits_to_keep=1)
+    pop_ext.load(model, PLAN)
     assert len(native_trial._passed) == 1
-    assert pop_ext.last_call(model).backend == "native"
+    assert not seen
+    assert model.model.layers[0].training
 
 
-def test_a_wrong_family_is_found_at_the_first_prefill_too():
-    model = described_as(llama(), norm_weight_offset=1.0).train()
+@pytest.mark.parametrize(
+    "prepare", [nn.Module.train, lambda model: model.lm_head.register_forward_hook(lambda *_: None)]
+)
+def test_a_wrong_family_is_refused_in_training_and_with_hooks(prepare):
+    model = described_as(llama(), norm_weight_offset=1.0)
+    prepare(model)
+    with pytest.raises(UnsupportedModelError, match="in a trial of 7 tokens"):
+        pop_ext.load(model, PLAN)
+
+
+def test_a_refused_kind_is_refused_again_without_a_trial(monkeypatch):
+    model = described_as(llama(), norm_weight_offset=1.0)
+    with pytest.raises(UnsupportedModelError, match='in a trial of .*backend="portable" works'):
+        pop_ext.load(model, PLAN)
+    monkeypatch.setattr(native_trial, "run_second_form", None)
+    with pytest.raises(UnsupportedModelError, match="in a trial of"):
+        pop_ext.load(model, PLAN)
     pop_ext.enable(model, PLAN)
-    model.eval()
-    with torch.no_grad():
+
+
+def test_a_model_that_attends_in_both_directions_is_not_loaded():
+    model = llama()
+    model.config.is_causal = False
+    with pytest.raises(UnsupportedModelError, match="config.is_causal: expected a causal model, got False"):
+        pop_ext.load(model, PLAN)
+
+
+def test_one_row_that_differs_is_enough(monkeypatch):
+    run = native_trial.run_second_form
+
+    def planted(*args):
+        expected = run(*args)
+        expected.logits[:, -1] = torch.randn_like(expected.logits[:, -1])
+        return expected
+
+    monkeypatch.setattr(native_trial, "run_second_form", planted)
+    with pytest.raises(UnsupportedModelError, match="the logits differ"):
+        pop_ext.load(llama(), PLAN)
+
+
+def test_a_trial_omits_layers_before_a_retained_one():
+    native = pop_ext.load(llama(), PLAN)
+    count = native_trial._layers_to_try(native, native_trial.find_decoder(native.description.model()))
+    assert count == 4
+    assert tuple(trial.trial_plan(count).omit) == (1, 3)
+    assert [tuple(trial.trial_plan(n).omit) for n in (1, 2, 3)] == [(), (0,), (1,)]
+
+
+def test_a_precision_of_products_that_torch_reports_by_library_is_understood():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        pop_ext.load(llama(), PLAN)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+CANNOT_BE_READ = {
+    "like qwen2": {"like": "qwen2"},
+    "another activation": {"activation": "hidden_activation"},
+    "caps": {"caps_scores": True},
+    "kinds of RoPE": {"rope_kinds": ("full_attention",)},
+    "a path": {"layer": {**LLAMA_LAYER, "q_proj": "attention.q.weight"}},
+    "norms left out": {"layer": {name: path for name, path in LLAMA_LAYER.items() if name != "post_norm"}},
+}
+
+
+@pytest.mark.parametrize("mistake", CANNOT_BE_READ)
+def test_a_description_that_cannot_be_read_is_refused_and_falls_back(mistake):
+    pop_ext.register_family("granite", "Granite", **CANNOT_BE_READ[mistake])
+    model = granite()
+    with pytest.raises(UnsupportedModelError):
+        pop_ext.load(model, PLAN)
+    with pop_ext.enabled(model, PLAN), torch.no_grad():
         model(tokens(model, 1, 20), use_cache=True, logits_to_keep=1)
-    assert pop_ext.last_call(model).backend == "portable"
-    assert "in a trial" in pop_ext.last_call(model).reason
+        assert pop_ext.last_call(model).backend == "portable"
+
+
+def test_a_parameter_that_nothing_reads_is_refused():
+    model = llama()
+    model.model.layers[2].mlp.scale = nn.Parameter(torch.ones(1))
+    with pytest.raises(UnsupportedModelError, match="weight model.layers.2.mlp.scale: expected none of this name"):
+        pop_ext.load(model, PLAN)
 
 
 def test_the_trial_changes_nothing_and_takes_the_first_layers_of_each_kind():
@@ -171,6 +244,8 @@ def test_a_registered_family_runs_natively():
             "differences: .*window.*got windows",
         ),
         ({"model_type": "new", "prefix": "New", "vision": None}, TypeError, "differences: .* got vision"),
+        ({"model_type": "new", "prefix": "New", "rotates": "x"}, TypeError, "rotates: expected a value like"),
+        ({"model_type": "new", "prefix": "New", "layer": 3}, TypeError, "layer: expected a value like"),
         ({"model_type": "", "prefix": "New"}, TypeError, "model_type: expected a text, got ''"),
         ({"model_type": "new", "prefix": None}, TypeError, "prefix: expected a text, got None"),
     ],

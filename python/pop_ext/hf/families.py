@@ -219,5 +219,11 @@ def register_family(model_type: str, prefix: str, like: str = "llama", **differe
     unknown = sorted(differences.keys() - known)
     if unknown:
         raise TypeError(f"differences: expected attributes of Family ({', '.join(sorted(known))}), got {unknown[0]}")
-    find_family.cache_clear()
+    for name, value in differences.items():
+        usual = getattr(FAMILIES[like], name)
+        kind = Experts if name == "experts" else type(usual)
+        fits = callable(value) if callable(usual) else isinstance(value, kind) or (name == "experts" and value is None)
+        if not fits:
+            raise TypeError(f"{name}: expected a value like {usual!r}, got {value!r}")
     FAMILIES[model_type] = replace(FAMILIES[like], model_type=model_type, prefix=prefix, **differences)
+    find_family.cache_clear()  # afterwards, so that no other thread keeps the answer from before

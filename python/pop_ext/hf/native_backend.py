@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from pop_ext.hf.architectures import UnsupportedModelError
+from pop_ext.hf.architectures import UnsupportedModelError, family_of
 from pop_ext.hf.decision import Decline
 from pop_ext.hf.dispatch import Call
 from pop_ext.hf.kv_cache import check_windows
 from pop_ext.hf.native_model import NativeModel
-from pop_ext.hf.native_trial import try_native
+from pop_ext.hf.native_trial import raise_if_refused, try_native
 from pop_ext.hf.patches import InnerModules, unsupported_reason
 from pop_ext.hf.portable_backend import PortableBackend
 from pop_ext.plans.plan import Plan
@@ -87,6 +87,9 @@ class NativeBackend:
                 inner = self._inner_modules(model)
             if native is None or native.inner is not inner or native.overwritten_weight() is not None:
                 self.native = native = None  # free the old folded weights before new ones are allocated
+                family = family_of(getattr(model, "config", None))
+                if family is not None:
+                    raise_if_refused(model, family)
                 native = NativeModel(model, self.plan, self.fp8, self.prepack)  # type: ignore[arg-type]
                 native.model = weakref.proxy(model)  # type: ignore[assignment]
                 self._tried = try_native(native)

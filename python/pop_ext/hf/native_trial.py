@@ -1,6 +1,6 @@
 """Try the native form of a model on a few tokens, against the stock modules.
 
-An entry of ``architectures.FAMILIES`` says how a family differs from Llama. One that leaves something out, such as a
+An entry of ``families.FAMILIES`` says how a family differs from Llama. One that leaves something out, such as a
 multiplier or another order of norm and RoPE, would run without an error and compute something else. So would a model
 whose code has changed since the entry was written.
 """
@@ -8,22 +8,25 @@ whose code has changed since the entry was written.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pop_ext.hf.architectures import UnsupportedModelError
+from pop_ext.hf.architectures import PORTABLE_ADVICE, UnsupportedModelError
 from pop_ext.hf.compat import text_config
-from pop_ext.hf.native_model import NativeModel, PrefillOutput
-from pop_ext.hf.patches import unsupported_reason
-from pop_ext.hf.restore import module_restored
-from pop_ext.portable.decoder import Clones, Decoder, clone_module, find_decoder
+from pop_ext.hf.family import Family
+from pop_ext.hf.native_model import NativeModel
+from pop_ext.hf.patches import has_global_hooks, is_patched_class, unsupported_reason
+from pop_ext.hf.restore import module_restored, shallow_clone
+from pop_ext.portable.decoder import Clones, Decoder, find_decoder, may_run_portably
 from pop_ext.portable.trial import (
     BOUNDARY,
     TOKENS,
     find_difference,
+    has_experts,
     run_second_form,
     trial_key,
     trial_plan,
@@ -31,70 +34,93 @@ from pop_ext.portable.trial import (
 )
 from pop_ext.utils.tensors import is_out_of_memory
 
+_NOT_FINITE = "not finite"
 _passed: set[tuple[Any, ...]] = set()
+_refused: dict[tuple[Any, ...], str] = {}
+"""Kind of model -> why it was refused."""
 
 
 def try_native(native: NativeModel) -> bool:
     """Compare logits and every K and V of a native prefill of a few tokens with those of the stock modules.
 
-    Only the first layers take part, up to one that is like each of the others. A model of the same classes and config
-    passes without being tried again in this process.
+    Only the first layers take part, up to one that is like each of the others. They run as clones in evaluation mode,
+    without hooks. A model of the same classes and config passes without being tried again in this process, and a
+    refused one is refused again.
 
     Args:
         native: a loaded model. Nothing of it changes.
 
     Returns:
-        False for a model that could not be tried, and should be later: a part of it is in training mode, where dropout
-        may be random, or its prefills are declined as it is, because of hooks, say. True also for results that are not
-        finite, which say nothing.
+        False for a model that could not be tried, and should be later: its prefills are declined as it is, because of a
+        replaced forward of a class, say. True also for results that are not finite, which say nothing.
 
     Raises:
-        UnsupportedModelError: The results differ, or the stock modules cannot run the tokens.
+        UnsupportedModelError: The results differ, or one of the two forms cannot run the tokens.
     """
     model: Any = native.description.model()
     decoder = find_decoder(model)
-    if any(module.training for module in decoder.module.modules()):
+    rule, _ = unsupported_reason(model, native.inner) or (None, "")
+    if rule not in (None, "hooks") or not getattr(text_config(model), "is_causal", True):
         return False
-    if not getattr(text_config(model), "is_causal", True) or unsupported_reason(model, native.inner) is not None:
+    if has_global_hooks() or any(is_patched_class(type(module)) for _, module in native.inner.named):
         return False
-    key = (*trial_key(model, decoder), repr(native.family), native.device, native.spec.to_json())
+    key = _key(model, decoder, native.family)
     if key in _passed:
         return True
-    prompt, rotary = trial_prompt(model), decoder.module.rotary_emb
-    with torch.no_grad(), torch.autocast(native.device.type, enabled=False), module_restored(rotary):
-        found = _run_native(native, model, decoder, prompt)
-        try:
-            expected = run_second_form(*_first_layers(native, model, decoder), prompt)
-        except Exception as error:  # whatever a model that does not fit may raise
-            if is_out_of_memory(error):
-                raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UnsupportedModelError(
-                f"model: expected a stock prefill of {TOKENS} tokens to run, got {reason}"
-            ) from error
-        if not bool(expected.logits.isfinite().all()):
-            return True
-        difference = find_difference(found.logits, found.past_key_values, expected)
-        if difference is not None:
-            raise UnsupportedModelError(
-                f"model: expected layers of {native.family.model_type} as pop_ext knows them, got others: in a trial "
-                f"of {TOKENS} tokens the {difference}"
-            )
+    raise_if_refused(model, native.family)
+    difference = _find_difference(native, model, decoder)
+    if difference == _NOT_FINITE:
+        return True
+    if difference is not None:
+        _refused[key] = (
+            f"model: expected layers of {native.family.model_type} as pop_ext knows them, got others: in a trial of "
+            f"{TOKENS} tokens {difference}"
+        )
+        if may_run_portably(model):
+            _refused[key] += f". {PORTABLE_ADVICE}"
+        raise_if_refused(model, native.family)
     _passed.add(key)
     return True
 
 
-def _run_native(native: NativeModel, model: Any, decoder: Decoder, prompt: Tensor) -> PrefillOutput:
-    first, inner = _first_layers(native, model, decoder)
-    return NativeModel(first, trial_plan(len(inner.layers))).prefill(prompt, logits_to_keep=BOUNDARY)
+def raise_if_refused(model: Any, family: Family) -> None:
+    """Raise UnsupportedModelError if a model of this kind was refused before."""
+    if not _refused:
+        return
+    reason = _refused.get(_key(model, find_decoder(model), family))
+    if reason is not None:
+        raise UnsupportedModelError(reason)
 
 
-def _first_layers(native: NativeModel, model: Any, decoder: Decoder) -> tuple[Any, Decoder]:
-    """Return a clone of a model that ends after a few layers, and its decoder. Weights are shared."""
-    count = _layers_to_try(native, decoder)
+def _key(model: Any, decoder: Decoder, family: Family) -> tuple[Any, ...]:
+    return (*trial_key(model, decoder), repr(family), next(model.parameters()).device.type)
+
+
+def _find_difference(native: NativeModel, model: Any, decoder: Decoder) -> str | None:
+    """Run both forms, and return how they differ; None if they do not."""
+    count, prompt = _layers_to_try(native, decoder), trial_prompt(model)
+    device, rotary = native.device.type, decoder.module.rotary_emb
+    with torch.no_grad(), torch.autocast(device, enabled=False), module_restored(rotary):
+        first, inner = _first_layers(model, decoder, count)
+        try:
+            found = NativeModel(first, trial_plan(count)).prefill(prompt, logits_to_keep=BOUNDARY)
+            expected = run_second_form(*_first_layers(model, decoder, count), prompt)
+        except Exception as error:  # whatever a model that does not fit may raise
+            if is_out_of_memory(error):
+                raise
+            return f"one form failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        if not bool(expected.logits.isfinite().all()):
+            return _NOT_FINITE
+        difference = find_difference(found.logits, found.past_key_values, expected, has_experts(inner))
+        return None if difference is None else f"the {difference}"
+
+
+def _first_layers(model: Any, decoder: Decoder, count: int) -> tuple[Any, Decoder]:
+    """Return a clone of a model that ends after ``count`` layers, and its decoder. Weights are shared."""
     clones = Clones()
-    layers = nn.ModuleList(clone_module(layer) for layer in decoder.layers[:count])
-    inner = clones.of(decoder.module, **{decoder.list_name: layers})
+    layers = nn.ModuleList(_quiet_clone(layer) for layer in decoder.layers[:count])
+    others = {name: _quiet_clone(child) for name, child in decoder.module.named_children() if name != decoder.list_name}
+    inner = clones.of(decoder.module, **{**others, decoder.list_name: layers})
     clone = clones.around(model, decoder.path, inner)
     text = text_config(model)
     short = _shorten(text, count)
@@ -104,13 +130,24 @@ def _first_layers(native: NativeModel, model: Any, decoder: Decoder) -> tuple[An
             vars(outer)[name] = short
     for module in clones.made():
         module.config = short if module.config is text else outer
+        module.training = False
         if hasattr(module, "rope_deltas"):
             module.rope_deltas = None
+    clone.__dict__["_modules"] = {**clone._modules, "lm_head": _quiet_clone(model.lm_head)}
     return clone, Decoder(decoder.path, inner, decoder.list_name)
 
 
+def _quiet_clone(module: nn.Module) -> Any:
+    """Return a clone of a module and of those inside it, in evaluation mode and without hooks. Weights are shared."""
+    clone = shallow_clone(module, **{name: _quiet_clone(child) for name, child in module.named_children()})
+    clone.__dict__["training"] = False
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        clone.__dict__[hooks] = OrderedDict()
+    return clone
+
+
 def _layers_to_try(native: NativeModel, decoder: Decoder) -> int:
-    """Return the smallest number of first layers with one of each kind among them, but at least two."""
+    """Return the smallest number of first layers with one of each kind among them, but at least four."""
     spec, model = native.spec, native.description.model()
     assert model is not None
     lists: list[Sequence[Any]] = [spec.window, spec.rope_table, spec.sparse]
@@ -120,7 +157,7 @@ def _layers_to_try(native: NativeModel, decoder: Decoder) -> int:
         given = [repr(values[index]) for values in lists if len(values) == spec.num_layers]
         modules = [(name, type(module), _simple_attributes(module)) for name, module in layer.named_modules()]
         kinds.append(repr((given, modules)))
-    return max(min(2, len(kinds)), *(kinds.index(kind) + 1 for kind in set(kinds)))
+    return max(min(4, len(kinds)), *(kinds.index(kind) + 1 for kind in set(kinds)))
 
 
 def _simple_attributes(module: nn.Module) -> list[tuple[str, Any]]:

@@ -234,13 +234,14 @@ def _check_weights(model: nn.Module) -> None:
         ValueError: No forward of one process can use a weight by itself.
         RuntimeError: The process was forked from one with OpenMP threads (``check_threads``).
     """
-    on_meta = None
+    on_meta, on_gpu = None, False
     for name, parameter in model.named_parameters():
+        on_gpu |= parameter.is_cuda
         if type(parameter.data).__name__ == "DTensor":
             raise ValueError(f"weight {name}: expected a whole tensor, got a DTensor (of a tensor-parallel model?)")
         if parameter.is_meta:
             on_meta = on_meta or name
     if on_meta is not None and not any("_hf_hook" in vars(module) for module in model.modules()):
         raise ValueError(f"weight {on_meta}: expected loaded weights, got the meta device and no hooks that load them")
-    if not any(parameter.is_cuda for parameter in model.parameters()):
+    if not on_gpu:
         check_threads()

@@ -23,6 +23,7 @@ from pop_ext.portable.trial import (
     TOKENS,
     find_difference,
     fresh_clone,
+    has_experts,
     run_second_form,
     trial_key,
     trial_plan,
@@ -126,7 +127,7 @@ def _try_oracle(model: Any) -> None:
             ) from error
     if not bool(expected.logits.isfinite().all()):
         return
-    difference = find_difference(logits, cache, expected)
+    difference = find_difference(logits, cache, expected, has_experts(decoder))
     if difference is not None:
         raise ValueError(
             f"model: expected one that the oracle can run, got {type(model).__name__}: in a trial of {TOKENS} tokens "

@@ -95,10 +95,12 @@ def cache_restored_on_error(cache: Any, new: int) -> Iterator[None]:
     """
     layers = list(cache.layers)
     states = []
+    static = next((layer for layer in layers if _is_static(layer)), None)
+    past = 0 if static is None else int(static.get_seq_length())  # of all of them; on a GPU each look would wait for it
     for layer in layers:
         dicts = [(value, dict(value)) for value in vars(layer).values() if isinstance(value, dict)]
         written = [value for _, items in dicts for value in items.values()]
-        written += _written_in_place(layer, new) if hasattr(layer, "max_cache_len") else []
+        written += _written_in_place(layer, slice(past, past + new)) if hasattr(layer, "max_cache_len") else []
         saved = save([tensor for tensor in written if isinstance(tensor, torch.Tensor)])
         states.append((layer, dict(layer.__dict__), dicts, saved))
     try:
@@ -113,12 +115,20 @@ def cache_restored_on_error(cache: Any, new: int) -> Iterator[None]:
         raise
 
 
-def _written_in_place(layer: Any, new: int) -> list[Any]:
-    """Return the tensors, or the parts of them, that a static layer overwrites when it takes ``new`` columns."""
-    keys, values, length = (getattr(layer, name, None) for name in ("keys", "values", "cumulative_length"))
-    if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and not getattr(layer, "is_sliding", False):
-        past = layer.get_seq_length()
-        keys, values = (tensor[:, :, int(past) : int(past) + new] for tensor in (keys, values))
+def _is_static(layer: Any) -> bool:
+    """Return whether a layer of a cache writes new columns into tensors that have room for more."""
+    tensors = (getattr(layer, name, None) for name in ("keys", "values"))
+    filled = all(isinstance(tensor, torch.Tensor) for tensor in tensors)
+    return hasattr(layer, "max_cache_len") and filled and not getattr(layer, "is_sliding", False)
+
+
+def _written_in_place(layer: Any, columns: slice) -> list[Any]:
+    """Return the tensors that a static layer overwrites, or the parts of them that hold the new columns."""
+    keys: Any = getattr(layer, "keys", None)
+    values: Any = getattr(layer, "values", None)
+    length = getattr(layer, "cumulative_length", None)
+    if _is_static(layer):
+        keys, values = keys[:, :, columns], values[:, :, columns]
     return [keys, values, length]
 
 

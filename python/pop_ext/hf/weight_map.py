@@ -105,7 +105,7 @@ def describe(model: Any) -> Description:
     """
     check_module(model)
     try:
-        description = map_weights(model)
+        description = _map_known_weights(model)
         _check_tensors(description.weights)
         check_memory({f"weight lm_head.{name}": value for name, value in model.lm_head.named_parameters()})
     except UnsupportedModelError as error:
@@ -119,6 +119,17 @@ def describe(model: Any) -> Description:
     return description
 
 
+def _map_known_weights(model: Any) -> Description:
+    """Like ``map_weights``; a module or a member of the config that is not there is a model of another family."""
+    try:
+        return map_weights(model)
+    except (AttributeError, TypeError, KeyError, IndexError) as error:
+        raise UnsupportedModelError(
+            f"model: expected the modules and the config of {model.config.model_type} as pop_ext knows them, got "
+            f"{error!r:.200}"
+        ) from error
+
+
 def map_weights(model: Any) -> Description:
     """Like ``describe``, without checking the tensors themselves: they may be on the meta device."""
     family = _check_family(model)
@@ -129,8 +140,17 @@ def map_weights(model: Any) -> Description:
         for slot, path in family.paths(config, index).items():
             paths[f"layers.{index}.{slot}"] = f"{family.decoder}.layers.{index}.{path}"
     refs = {slot: ref for slot, path in paths.items() if (ref := _weight_ref(slot, model, path, family)) is not None}
+    _check_whole(decoder_of(model), refs, family)
     spec = _make_spec(family, model, refs)
     return Description(family, spec, _order_weights(spec, refs))
+
+
+def _check_whole(decoder: Any, refs: dict[str, WeightRef], family: Family) -> None:
+    """Raise UnsupportedModelError for a parameter of a layer that the runtime would not read."""
+    known = {".".join(ref.path) for ref in refs.values()}
+    for name, _ in decoder.layers.named_parameters(prefix=f"{family.decoder}.layers"):
+        if name not in known:
+            raise UnsupportedModelError(f"weight {name}: expected none of this name in {family.model_type}, got one")
 
 
 def _check_decoder(family: Family, decoder: Any, config: Any) -> None:
