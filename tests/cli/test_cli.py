@@ -205,10 +205,7 @@ def test_info_says_which_backend_runs_a_model(folder, tmp_path):
     model = json.loads(run("info", "--model", other, "--plan", "third", "--json").stdout)["model"]
     assert model["backend"] == "portable"
     assert model["plan"]["omit"] == [2]
-    assert (
-        "portable backend; not native: model: expected an architecture that pop-ext info lists"
-        in run("info", "--model", other).stdout
-    )
+    assert "portable backend; not native: model: expected an architecture that" in run("info", "--model", other).stdout
 
 
 def test_the_spinner_turns_while_a_model_loads(monkeypatch):

@@ -90,7 +90,7 @@ BACKENDS = pytest.mark.parametrize("backend", ["portable", "reference"])
 def test_a_map_that_offloads_a_part_is_refused_natively_and_runs_otherwise(load, offloaded, backend):
     model = load(split(OFFLOADS[offloaded]))
     before = dict(model.__dict__)
-    with pytest.raises(UnsupportedModelError, match=r'weight .*offloaded by a device_map.*backend="reference"'):
+    with pytest.raises(UnsupportedModelError, match=r'weight .*offloaded by a device_map.*backend="portable"'):
         pop_ext.enable(model, PLAN, backend="native")
     assert model.__dict__ == before
     assert_runs(model, backend)
@@ -183,7 +183,7 @@ def test_a_tensor_parallel_model_is_refused_and_unchanged(mesh):
     model = llama()
     shard(model.model.layers[4].self_attn.k_proj, mesh)
     for refuse in (pop_ext.load, pop_ext.enable):
-        with pytest.raises(UnsupportedModelError, match=r"layers.4.k_proj: .*DTensor.*tensor-parallel.*\"reference\""):
+        with pytest.raises(UnsupportedModelError, match=r"layers.4.k_proj: .*DTensor.*tensor-parallel"):
             refuse(model, PLAN)
     assert "forward" not in model.__dict__
 

@@ -107,7 +107,10 @@ def test_matrices_of_another_plan_are_refused(tmp_path):
         ({"file": "../plan.safetensors"}, "projections: expected a file beside the plan and its SHA-256, got '../plan"),
         ({"file": None}, "projections: expected a file beside the plan"),
         ({"file": None, "sha256": None}, "projections: expected a plan file that Plan.save wrote"),
-        ({"losses": 3}, "projections: expected what Plan.save writes of a fit, got TypeError"),
+        (
+            {"losses": 3},
+            "of a fit, got ValueError('losses: expected a list, got 3')",
+        ),
         ({"tokens": None}, "projections: expected what Plan.save writes of a fit"),
     ],
 )

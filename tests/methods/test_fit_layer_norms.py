@@ -119,7 +119,7 @@ def test_a_norm_that_cannot_be_fitted_is_refused_before_the_search(make, name, m
         pop_ext.fit(model, plan_of(model), batches(model), lambdas=[0.1])
     monkeypatch.setattr(module, "split_texts", lambda *_: pytest.fail("texts were read"))
     with pytest.raises(ValueError, match=text):
-        pop_ext.autoplan(model, ["text"], max_kl=1.0, tokenizer=object())
+        pop_ext.autoplan(model, ["text"], max_kl=1.0, tokenizer=object(), trial=pop_ext.Trial(tokens=48))
 
 
 def test_a_model_that_the_oracle_does_not_run_is_refused_before_the_search(monkeypatch):
@@ -129,4 +129,6 @@ def test_a_model_that_the_oracle_does_not_run_is_refused_before_the_search(monke
     attention.forward = lambda hidden_states, **call: forward(2 * hidden_states, **call)
     monkeypatch.setattr(module, "split_texts", lambda *_: pytest.fail("texts were read"))
     with pytest.raises(ValueError, match="but LlamaAttention of layer 5 computes something else"):
-        pop_ext.autoplan(model, ["text"], max_kl=1.0, method="unfitted", tokenizer=object())
+        pop_ext.autoplan(
+            model, ["text"], max_kl=1.0, method="unfitted", tokenizer=object(), trial=pop_ext.Trial(tokens=48)
+        )

@@ -190,7 +190,7 @@ def model_entries(native: pop_ext.NativeModel) -> list[Target]:
         return {"model": enabled, **ids, "batch_size": 2}
 
     def fit() -> dict[str, Any]:
-        options = {"method": "ridge", "lambdas": [0.1], "weighting": "attention", "steps": 1, "seed": 0}
+        options = {"method": "ridge", "lambdas": [0.1], "weighting": "attention", "seed": 0}
         return {"model": other, "plan": plan, "batches": [tokens(model, 2, 24)], **options}
 
     def logits(out: Any, arguments: dict[str, Any]) -> Any:

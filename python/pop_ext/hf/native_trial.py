@@ -87,7 +87,11 @@ def raise_if_refused(model: Any, family: Family) -> None:
     """Raise UnsupportedModelError if a model of this kind was refused before."""
     if not _refused:
         return
-    reason = _refused.get(_key(model, find_decoder(model), family))
+    try:
+        decoder = find_decoder(model)
+    except ValueError:  # another refusal follows
+        return
+    reason = _refused.get(_key(model, decoder, family))
     if reason is not None:
         raise UnsupportedModelError(reason)
 
@@ -111,7 +115,8 @@ def _find_difference(native: NativeModel, model: Any, decoder: Decoder) -> str |
             return f"one form failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         if not bool(expected.logits.isfinite().all()):
             return _NOT_FINITE
-        difference = find_difference(found.logits, found.past_key_values, expected, has_experts(inner))
+        cache, windows = found.past_key_values, native.spec.window
+        difference = find_difference(found.logits, cache, expected, has_experts(inner), windows)
         return None if difference is None else f"the {difference}"
 
 

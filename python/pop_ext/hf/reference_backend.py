@@ -111,7 +111,7 @@ def _try_oracle(model: Any) -> None:
     """
     decoder = find_decoder(model)
     key = trial_key(model, decoder)
-    if model.training or key in _passed:
+    if model.training or not getattr(text_config(model), "is_causal", True) or key in _passed:
         return
     prompt, plan = trial_prompt(model), trial_plan(len(decoder.layers))
     with torch.no_grad(), module_restored(find_decoder_modules(model).rotary):

@@ -108,6 +108,8 @@ def may_run_portably(model: nn.Module) -> bool:
     except ValueError:
         return False
     parameters = list(model.parameters())
+    if any(type(one.data).__name__ == "DTensor" for one in parameters):
+        return False
     dtypes = {one.dtype for one in parameters if one.ndim > 1 and one.is_floating_point()}
     on_meta = any(parameter.is_meta for parameter in parameters)
     loads = any("_hf_hook" in vars(module) for module in model.modules())

@@ -7,6 +7,7 @@ context rows their input back. It shares neither the capture of K and V nor the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -226,7 +227,9 @@ def row_differences(ours: Tensor, theirs: Tensor) -> Tensor:
     return (ours - theirs).square().mean(-1).sqrt() / theirs.square().mean(-1).sqrt().clamp(min=1e-30)
 
 
-def find_difference(logits: Tensor, cache: Any, expected: Any, routed: bool) -> str | None:
+def find_difference(
+    logits: Tensor, cache: Any, expected: Any, routed: bool, windows: Sequence[int] | None = None
+) -> str | None:
     """Compare a prefill of ``trial_plan`` with the second form: logits, and K and V of every layer.
 
     Args:
@@ -235,6 +238,8 @@ def find_difference(logits: Tensor, cache: Any, expected: Any, routed: bool) -> 
         expected: from ``run_second_form``. Layers of its cache with a sliding window may hold fewer positions.
         routed: whether tokens have experts. With products of less than 32 bits a row near a tie may then go to others,
             correctly, so the median of the rows counts in place of the largest difference.
+        windows: sliding window of each layer in tokens, 0 for none. Positions that no later token sees do not count.
+            None: all positions count.
 
     Returns:
         The first difference above the tolerance, for an error; None if there is none.
@@ -242,6 +247,8 @@ def find_difference(logits: Tensor, cache: Any, expected: Any, routed: bool) -> 
     pairs = [("logits", logits, expected.logits[:, -BOUNDARY:])]
     for index, (ours, theirs) in enumerate(zip(cache.layers, cache_of(expected).layers, strict=True)):
         kept = min(ours.keys.shape[2], theirs.keys.shape[2])
+        if windows is not None and windows[index] > 0:
+            kept = min(kept, windows[index] - 1)
         for name in ("keys", "values"):
             last = (getattr(one, name)[0, :, one.keys.shape[2] - kept :] for one in (ours, theirs))
             pairs.append((f"{name} of layer {index}", *(part.transpose(0, 1).flatten(1) for part in last)))
