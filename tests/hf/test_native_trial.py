@@ -174,6 +174,35 @@ def test_a_description_that_cannot_be_read_is_refused_and_falls_back(mistake):
         assert pop_ext.last_call(model).backend == "portable"
 
 
+@pytest.mark.parametrize("backend", ["native", "portable"])
+def test_what_a_handler_of_signals_raises_in_a_trial_passes(backend, monkeypatch):
+    class Alarm(Exception):
+        pass
+
+    def interrupted(*_: object) -> None:
+        raise Alarm
+
+    monkeypatch.setattr(trial, "_passed", set())
+    for module in (trial, native_trial):
+        monkeypatch.setattr(module, "run_second_form", interrupted)
+    model = llama()
+    with pytest.raises(Alarm):
+        pop_ext.enable(model, PLAN, backend=backend)
+    monkeypatch.undo()
+    pop_ext.enable(model, PLAN, backend=backend)
+
+
+def test_a_form_that_failed_once_is_tried_again(monkeypatch):
+    def failing(*_: object) -> None:
+        raise RuntimeError("for once")
+
+    monkeypatch.setattr(native_trial, "run_second_form", failing)
+    with pytest.raises(UnsupportedModelError, match="a trial of 7 tokens to run, got for once"):
+        pop_ext.load(llama(), PLAN)
+    monkeypatch.undo()
+    pop_ext.load(llama(), PLAN)
+
+
 def test_a_parameter_that_nothing_reads_is_refused():
     model = llama()
     model.model.layers[2].mlp.scale = nn.Parameter(torch.ones(1))

@@ -64,6 +64,11 @@ def output_class(forward: Callable[..., Any]) -> type[Any]:
     return CausalLMOutputWithPast
 
 
+def is_causal(config: Any) -> bool:
+    """Return whether a config lets every token attend to earlier ones alone, as far as ``is_causal`` says."""
+    return getattr(config, "is_causal", None) in (None, True)
+
+
 def cache_of(output: Any) -> Any:
     """Return the cache in a ``ModelOutput`` or a ``PrefillOutput``, or None without one."""
     if hasattr(output, NEW_CACHE_NAME):

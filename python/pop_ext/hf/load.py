@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pop_ext.hf.architectures import UnsupportedModelError
-from pop_ext.hf.compat import uncompiled
+from pop_ext.hf.compat import is_causal, uncompiled
 from pop_ext.hf.native_model import NativeModel
 from pop_ext.hf.native_trial import try_native
 from pop_ext.plans.default import PlanArgument
@@ -37,7 +37,7 @@ def load(model: PreTrainedModel, plan: PlanArgument = None, fp8: bool = False, p
             type, or both ``fp8`` and ``prepack`` are set.
     """
     native = NativeModel(uncompiled(model), plan, fp8, prepack)
-    if not getattr(native.config.get_text_config(), "is_causal", True):
+    if not is_causal(native.config.get_text_config()):
         raise UnsupportedModelError("config.is_causal: expected a causal model, got False")
     try_native(native)
     return native

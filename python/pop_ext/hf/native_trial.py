@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pop_ext.hf.architectures import PORTABLE_ADVICE, UnsupportedModelError
-from pop_ext.hf.compat import text_config
+from pop_ext.hf.compat import is_causal, text_config
 from pop_ext.hf.family import Family
 from pop_ext.hf.native_model import NativeModel
 from pop_ext.hf.patches import has_global_hooks, is_patched_class, unsupported_reason
@@ -24,6 +24,7 @@ from pop_ext.hf.restore import module_restored, shallow_clone
 from pop_ext.portable.decoder import Clones, Decoder, find_decoder, may_run_portably
 from pop_ext.portable.trial import (
     BOUNDARY,
+    MODEL_ERRORS,
     TOKENS,
     find_difference,
     has_experts,
@@ -60,7 +61,7 @@ def try_native(native: NativeModel) -> bool:
     model: Any = native.description.model()
     decoder = find_decoder(model)
     rule, _ = unsupported_reason(model, native.inner) or (None, "")
-    if rule not in (None, "hooks") or not getattr(text_config(model), "is_causal", True):
+    if rule not in (None, "hooks") or not is_causal(text_config(model)):
         return False
     if has_global_hooks() or any(is_patched_class(type(module)) for _, module in native.inner.named):
         return False
@@ -101,7 +102,11 @@ def _key(model: Any, decoder: Decoder, family: Family) -> tuple[Any, ...]:
 
 
 def _find_difference(native: NativeModel, model: Any, decoder: Decoder) -> str | None:
-    """Run both forms, and return how they differ; None if they do not."""
+    """Run both forms, and return how they differ; None if they do not.
+
+    Raises:
+        UnsupportedModelError: One of them fails.
+    """
     count, prompt = _layers_to_try(native, decoder), trial_prompt(model)
     device, rotary = native.device.type, decoder.module.rotary_emb
     with torch.no_grad(), torch.autocast(device, enabled=False), module_restored(rotary):
@@ -109,10 +114,11 @@ def _find_difference(native: NativeModel, model: Any, decoder: Decoder) -> str |
         try:
             found = NativeModel(first, trial_plan(count)).prefill(prompt, logits_to_keep=BOUNDARY)
             expected = run_second_form(*_first_layers(model, decoder, count), prompt)
-        except Exception as error:  # whatever a model that does not fit may raise
+        except MODEL_ERRORS as error:
             if is_out_of_memory(error):
                 raise
-            return f"one form failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UnsupportedModelError(f"model: expected a trial of {TOKENS} tokens to run, got {reason}") from error
         if not bool(expected.logits.isfinite().all()):
             return _NOT_FINITE
         cache, windows = found.past_key_values, native.spec.window

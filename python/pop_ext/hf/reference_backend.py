@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pop_ext import reference
-from pop_ext.hf.compat import text_config
+from pop_ext.hf.compat import is_causal, text_config
 from pop_ext.hf.decision import Decline
 from pop_ext.hf.dispatch import Call
 from pop_ext.hf.inputs import PrefillRequest
@@ -20,6 +20,7 @@ from pop_ext.plans.projections import FitMismatch, check_fit
 from pop_ext.portable import find_decoder
 from pop_ext.portable.trial import (
     BOUNDARY,
+    MODEL_ERRORS,
     TOKENS,
     find_difference,
     fresh_clone,
@@ -111,14 +112,14 @@ def _try_oracle(model: Any) -> None:
     """
     decoder = find_decoder(model)
     key = trial_key(model, decoder)
-    if model.training or not getattr(text_config(model), "is_causal", True) or key in _passed:
+    if model.training or not is_causal(text_config(model)) or key in _passed:
         return
     prompt, plan = trial_prompt(model), trial_plan(len(decoder.layers))
     with torch.no_grad(), module_restored(find_decoder_modules(model).rotary):
         try:
             logits, cache = reference.prefill(model, prompt, plan, logits_to_keep=BOUNDARY)
             expected = run_second_form(fresh_clone(model, decoder), decoder, prompt)
-        except Exception as error:  # whatever a model that does not fit may raise
+        except MODEL_ERRORS as error:
             if is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -34,6 +34,9 @@ ROW_TOLERANCE, ROW_TOLERANCE_LOW = 1e-3, 0.1
 """Largest RMS of the difference of one row of logits, K or V, relative to the row, and the same for products of less
 than 32 bits."""
 
+MODEL_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What the code of a model that does not fit may raise. Others are passed on, such as those of a handler of signals."""
+
 _refused: dict[tuple[Any, ...], str] = {}
 _passed: set[tuple[Any, ...]] = set()
 
@@ -63,12 +66,16 @@ def try_portable(model: Module, decoder: Decoder) -> bool:
         raise ValueError(_refused[key])
     try:
         passed = _compare_forms(model, decoder)
-    except ValueError as error:
+    except _Mismatch as error:
         _refused[key] = str(error)
         raise
     if passed:
         _passed.add(key)
     return True
+
+
+class _Mismatch(ValueError):
+    """Raised for results that differ: a model of the same kind need not be tried again."""
 
 
 def _compare_forms(model: Module, decoder: Decoder) -> bool:
@@ -84,7 +91,7 @@ def _compare_forms(model: Module, decoder: Decoder) -> bool:
         with torch.no_grad(), restored:
             expected = _run_second_form(fresh_clone(model, decoder), decoder, prompt)
             found = _run_portable(fresh_clone(model, decoder), decoder, prompt)
-    except Exception as error:  # whatever a model that does not fit may raise
+    except MODEL_ERRORS as error:
         if is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -94,7 +101,7 @@ def _compare_forms(model: Module, decoder: Decoder) -> bool:
     for what, ours, theirs in zip(("the last token", "the next token"), found, expected, strict=True):
         difference = relative_difference(ours, theirs)
         if not difference <= (TOLERANCE if is_precise(ours.dtype) else TOLERANCE_LOW):
-            raise ValueError(
+            raise _Mismatch(
                 f"model: expected layers that depend on context rows by their cache alone, got {type(model).__name__} "
                 f"(logits of {what} differ by {difference:.2g} of their size in a trial)"
             )
