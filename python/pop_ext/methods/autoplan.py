@@ -17,7 +17,7 @@ import torch
 from pop_ext import env_info, reference
 from pop_ext.evaluation.arms import backend_of
 from pop_ext.evaluation.timing import NATIVE_FULL, STOCK, plan_arm, portable_speedup, speedup, time_plans
-from pop_ext.hf.architectures import UnsupportedModelError
+from pop_ext.hf.forward import PrefillDeclined
 from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.methods.calibration import check_vocabulary, longest_input, stock_evaluation, stock_model
 from pop_ext.methods.candidates import Candidates, Trial, check_recall_limit
@@ -293,7 +293,7 @@ def _timed_portably(model: Any, plan: Plan, pays_from: Sequence[int], lengths: S
                 if length not in found:
                     found[length] = portable_speedup(model, plan, length)
                     advance(1)
-    except UnsupportedModelError as error:
+    except (ValueError, PrefillDeclined) as error:  # nothing that was found before may be lost
         assert plan.card is not None
         missing = {**plan.card.not_measured, "speed": f"no backend but the reference runs the model ({error})"}
         return plan.replace(card=dataclasses.replace(plan.card, not_measured=missing))
