@@ -46,6 +46,7 @@ def test_a_trial_is_made_once_for_a_kind_of_model(monkeypatch):
     calls = []
     original = trial.run_forward
     monkeypatch.setattr(trial, "_passed", set())
+    monkeypatch.setattr(trial, "_refused", {})
     monkeypatch.setattr(trial, "run_forward", lambda *args: calls.append(1) or original(*args))
     for model in (llama(), llama(), llama(num_hidden_layers=4)):
         pop_ext.enable(model, Plan(model.config.num_hidden_layers, (2,)), backend="portable")
@@ -69,6 +70,7 @@ def test_scores_are_those_of_the_oracle():
 @torch.no_grad()
 def test_a_trial_leaves_the_model_as_it_was(monkeypatch):
     monkeypatch.setattr(trial, "_passed", set())
+    monkeypatch.setattr(trial, "_refused", {})
     model = VISION["qwen3_vl"]()
     model.model.rope_deltas = torch.tensor([[7]])
     before = [dict(vars(module)) for module in model.modules()]
@@ -152,6 +154,7 @@ def test_a_model_enabled_in_training_mode_is_tried_later():
 
 def test_a_trial_that_gives_no_numbers_vouches_for_no_other_model(monkeypatch):
     monkeypatch.setattr(trial, "_passed", set())
+    monkeypatch.setattr(trial, "_refused", {})
     for norm in (float("nan"), 1.0):
         model = llama()
         model.model.layers[3].mlp = Counting(model.model.layers[3].mlp)
@@ -167,6 +170,7 @@ def test_a_trial_that_gives_no_numbers_vouches_for_no_other_model(monkeypatch):
 @pytest.mark.parametrize("special", [[1, 2, 5], 2, None, list(range(200))])
 def test_a_trial_takes_any_form_of_special_ids(special, monkeypatch):
     monkeypatch.setattr(trial, "_passed", set())
+    monkeypatch.setattr(trial, "_refused", {})
     model = granite()
     model.config.eos_token_id = special
     pop_ext.enable(model, Plan(6, (3,)))
@@ -176,6 +180,7 @@ def test_a_trial_takes_any_form_of_special_ids(special, monkeypatch):
 @torch.no_grad()
 def test_a_trial_does_not_depend_on_the_last_call(monkeypatch):
     monkeypatch.setattr(trial, "_passed", set())
+    monkeypatch.setattr(trial, "_refused", {})
     model = VISION["qwen3_vl"]()
     model.model.rope_deltas = torch.tensor([[7], [3]])
     pop_ext.enable(model, Plan(6, (3,)), backend="portable")
