@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pop_ext.hf.architectures import UnsupportedModelError, family_of
+from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.decision import Decline
 from pop_ext.hf.dispatch import Call
 from pop_ext.hf.kv_cache import check_windows
@@ -87,9 +87,7 @@ class NativeBackend:
                 inner = self._inner_modules(model)
             if native is None or native.inner is not inner or native.overwritten_weight() is not None:
                 self.native = native = None  # free the old folded weights before new ones are allocated
-                family = family_of(getattr(model, "config", None))
-                if family is not None:
-                    raise_if_refused(model, family)
+                raise_if_refused(model)
                 native = NativeModel(model, self.plan, self.fp8, self.prepack)  # type: ignore[arg-type]
                 native.model = weakref.proxy(model)  # type: ignore[assignment]
                 self._tried = try_native(native)

@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from pop_ext.hf.architectures import PORTABLE_ADVICE, UnsupportedModelError
+from pop_ext.hf.architectures import PORTABLE_ADVICE, UnsupportedModelError, family_of
 from pop_ext.hf.compat import is_causal, text_config
 from pop_ext.hf.family import Family
-from pop_ext.hf.native_model import NativeModel
+from pop_ext.hf.native_model import NativeModel, PrefillOutput
 from pop_ext.hf.patches import has_global_hooks, is_patched_class, unsupported_reason
 from pop_ext.hf.restore import module_restored, shallow_clone
 from pop_ext.portable.decoder import Clones, Decoder, find_decoder, may_run_portably
 from pop_ext.portable.trial import (
     BOUNDARY,
-    MODEL_ERRORS,
     TOKENS,
+    errors_of_models,
     find_difference,
     has_experts,
     run_second_form,
@@ -33,9 +33,7 @@ from pop_ext.portable.trial import (
     trial_plan,
     trial_prompt,
 )
-from pop_ext.utils.tensors import is_out_of_memory
 
-_NOT_FINITE = "not finite"
 _passed: set[tuple[Any, ...]] = set()
 _refused: dict[tuple[Any, ...], str] = {}
 """Kind of model -> why it was refused."""
@@ -68,25 +66,28 @@ def try_native(native: NativeModel) -> bool:
     key = _key(model, decoder, native.family)
     if key in _passed:
         return True
-    raise_if_refused(model, native.family)
-    difference = _find_difference(native, model, decoder)
-    if difference == _NOT_FINITE:
+    if key in _refused:
+        raise UnsupportedModelError(_refused[key])
+    found, expected = _run_both_forms(native, model, decoder)
+    if not bool(expected.logits.isfinite().all()):
         return True
+    cache, windows = found.past_key_values, native.spec.window
+    difference = find_difference(found.logits, cache, expected, has_experts(decoder), windows)
     if difference is not None:
+        advice = f". {PORTABLE_ADVICE}" if may_run_portably(model) else ""
         _refused[key] = (
             f"model: expected layers of {native.family.model_type} as pop_ext knows them, got others: in a trial of "
-            f"{TOKENS} tokens {difference}"
+            f"{TOKENS} tokens the {difference}{advice}"
         )
-        if may_run_portably(model):
-            _refused[key] += f". {PORTABLE_ADVICE}"
-        raise_if_refused(model, native.family)
+        raise UnsupportedModelError(_refused[key])
     _passed.add(key)
     return True
 
 
-def raise_if_refused(model: Any, family: Family) -> None:
-    """Raise UnsupportedModelError if a model of this kind was refused before."""
-    if not _refused:
+def raise_if_refused(model: Any) -> None:
+    """Raise UnsupportedModelError if a model of this kind was refused before, so that it need not be loaded."""
+    family = family_of(getattr(model, "config", None)) if _refused else None
+    if family is None:
         return
     try:
         decoder = find_decoder(model)
@@ -101,29 +102,19 @@ def _key(model: Any, decoder: Decoder, family: Family) -> tuple[Any, ...]:
     return (*trial_key(model, decoder), repr(family), next(model.parameters()).device.type)
 
 
-def _find_difference(native: NativeModel, model: Any, decoder: Decoder) -> str | None:
-    """Run both forms, and return how they differ; None if they do not.
+def _run_both_forms(native: NativeModel, model: Any, decoder: Decoder) -> tuple[PrefillOutput, Any]:
+    """Prefill the prompt of a trial by the first layers, natively and in the second form.
 
     Raises:
         UnsupportedModelError: One of them fails.
     """
     count, prompt = _layers_to_try(native, decoder), trial_prompt(model)
-    device, rotary = native.device.type, decoder.module.rotary_emb
-    with torch.no_grad(), torch.autocast(device, enabled=False), module_restored(rotary):
-        first, inner = _first_layers(model, decoder, count)
-        try:
-            found = NativeModel(first, trial_plan(count)).prefill(prompt, logits_to_keep=BOUNDARY)
-            expected = run_second_form(*_first_layers(model, decoder, count), prompt)
-        except MODEL_ERRORS as error:
-            if is_out_of_memory(error):
-                raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UnsupportedModelError(f"model: expected a trial of {TOKENS} tokens to run, got {reason}") from error
-        if not bool(expected.logits.isfinite().all()):
-            return _NOT_FINITE
-        cache, windows = found.past_key_values, native.spec.window
-        difference = find_difference(found.logits, cache, expected, has_experts(inner), windows)
-        return None if difference is None else f"the {difference}"
+    named = errors_of_models(UnsupportedModelError, f"model: expected a trial of {TOKENS} tokens to run, got {{}}")
+    uncast = torch.autocast(native.device.type, enabled=False)
+    with torch.no_grad(), uncast, module_restored(decoder.module.rotary_emb), named:
+        first, _ = _first_layers(model, decoder, count)
+        found = NativeModel(first, trial_plan(count)).prefill(prompt, logits_to_keep=BOUNDARY)
+        return found, run_second_form(*_first_layers(model, decoder, count), prompt)
 
 
 def _first_layers(model: Any, decoder: Decoder, count: int) -> tuple[Any, Decoder]:

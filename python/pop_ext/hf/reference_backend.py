@@ -20,8 +20,8 @@ from pop_ext.plans.projections import FitMismatch, check_fit
 from pop_ext.portable import find_decoder
 from pop_ext.portable.trial import (
     BOUNDARY,
-    MODEL_ERRORS,
     TOKENS,
+    errors_of_models,
     find_difference,
     fresh_clone,
     has_experts,
@@ -30,7 +30,6 @@ from pop_ext.portable.trial import (
     trial_plan,
     trial_prompt,
 )
-from pop_ext.utils.tensors import is_out_of_memory
 
 _passed: set[tuple[Any, ...]] = set()
 
@@ -115,23 +114,14 @@ def _try_oracle(model: Any) -> None:
     if model.training or not is_causal(text_config(model)) or key in _passed:
         return
     prompt, plan = trial_prompt(model), trial_plan(len(decoder.layers))
-    with torch.no_grad(), module_restored(find_decoder_modules(model).rotary):
-        try:
-            logits, cache = reference.prefill(model, prompt, plan, logits_to_keep=BOUNDARY)
-            expected = run_second_form(fresh_clone(model, decoder), decoder, prompt)
-        except MODEL_ERRORS as error:
-            if is_out_of_memory(error):
-                raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(
-                f"model: expected one that the oracle can run, got {type(model).__name__} ({reason})"
-            ) from error
+    unfit = f"model: expected one that the oracle can run, got {type(model).__name__}"
+    named = errors_of_models(ValueError, f"{unfit} ({{}})")
+    with torch.no_grad(), module_restored(find_decoder_modules(model).rotary), named:
+        logits, cache = reference.prefill(model, prompt, plan, logits_to_keep=BOUNDARY)
+        expected = run_second_form(fresh_clone(model, decoder), decoder, prompt)
     if not bool(expected.logits.isfinite().all()):
         return
     difference = find_difference(logits, cache, expected, has_experts(decoder))
     if difference is not None:
-        raise ValueError(
-            f"model: expected one that the oracle can run, got {type(model).__name__}: in a trial of {TOKENS} tokens "
-            f"the {difference}"
-        )
+        raise ValueError(f"{unfit}: in a trial of {TOKENS} tokens the {difference}")
     _passed.add(key)

@@ -7,8 +7,8 @@ context rows their input back. It shares neither the capture of K and V nor the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ ROW_TOLERANCE, ROW_TOLERANCE_LOW = 1e-3, 0.1
 """Largest RMS of the difference of one row of logits, K or V, relative to the row, and the same for products of less
 than 32 bits."""
 
-MODEL_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_MODEL_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What the code of a model that does not fit may raise. Others are passed on, such as those of a handler of signals."""
 
 _refused: dict[tuple[Any, ...], str] = {}
@@ -87,15 +87,10 @@ def _compare_forms(model: Module, decoder: Decoder) -> bool:
     prompt = trial_prompt(model)
     rotary = getattr(decoder.module, "rotary_emb", None)
     restored = module_restored(rotary) if isinstance(rotary, nn.Module) else nullcontext()
-    try:
-        with torch.no_grad(), restored:
-            expected = _run_second_form(fresh_clone(model, decoder), decoder, prompt)
-            found = _run_portable(fresh_clone(model, decoder), decoder, prompt)
-    except MODEL_ERRORS as error:
-        if is_out_of_memory(error):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"model: expected a prefill of {TOKENS} tokens to run, got {reason}") from error
+    named = errors_of_models(ValueError, f"model: expected a prefill of {TOKENS} tokens to run, got {{}}")
+    with torch.no_grad(), restored, named:
+        expected = _run_second_form(fresh_clone(model, decoder), decoder, prompt)
+        found = _run_portable(fresh_clone(model, decoder), decoder, prompt)
     if not all(bool(logits.isfinite().all()) for logits in expected):
         return False
     for what, ours, theirs in zip(("the last token", "the next token"), found, expected, strict=True):
@@ -106,6 +101,22 @@ def _compare_forms(model: Module, decoder: Decoder) -> bool:
                 f"(logits of {what} differ by {difference:.2g} of their size in a trial)"
             )
     return True
+
+
+@contextmanager
+def errors_of_models(kind: type[ValueError], text: str) -> Iterator[None]:
+    """Raise what the code of a model raises inside the block as ``kind``. An allocation that failed stays as it is.
+
+    Args:
+        kind: class of the error.
+        text: of the error, with ``{}`` for the first line of the other's.
+    """
+    try:
+        yield
+    except _MODEL_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
+        raise kind(text.format(str(error).partition("\n")[0] or type(error).__name__)) from error
 
 
 def fresh_clone(model: Module, decoder: Decoder) -> Module:
