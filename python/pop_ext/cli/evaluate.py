@@ -137,8 +137,9 @@ def evaluate(
         from pop_ext.evaluation import evaluate as run
         from pop_ext.evaluation import read_texts, recall_sets, retrieval_sets, second_turn_sets, text_sets, time_plans
         from pop_ext.evaluation.arms import backend_of
+        from pop_ext.methods.calibration import longest_input
 
-        limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+        limit = longest_input(loaded)
         texts = read_texts(files, tokenizer)
         with output.option_named("--lengths", "lengths"):
             asked = options.parse_numbers("--lengths", lengths)

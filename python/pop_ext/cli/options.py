@@ -209,8 +209,10 @@ def _check_device(device: str) -> None:
 
 def check_tokens(model: Any, tokens: int) -> None:
     """Raise ValueError if sequences of --tokens are longer than a model takes."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and tokens > limit:
+    from pop_ext.methods.calibration import longest_input
+
+    limit = longest_input(model)
+    if limit is not None and tokens > limit:
         raise ValueError(f"--tokens: expected at most the {limit} that the model takes, got {tokens}")
 
 

@@ -85,8 +85,8 @@ def evaluate(
     if isinstance(greedy_tokens, bool) or not isinstance(greedy_tokens, int) or greedy_tokens < 0:
         raise ValueError(f"greedy_tokens: expected an int from 0, got {greedy_tokens!r}")
     for prompts in sets:
-        pairs = (*prompts.first_turns, *prompts.pairs)
-        check_vocabulary("sets", (ids for pair in pairs for ids in pair), model)
+        for pair in (*prompts.first_turns, *prompts.pairs):
+            check_vocabulary("sets", torch.cat(list(pair)), model, tokenized=True)
     arms = make_arms(plans, kinds)
     for plan in plans:  # ablations are plain PyTorch, which would accept any plan
         check_plan(plan, model.config.get_text_config().num_hidden_layers, model.config)

@@ -18,6 +18,7 @@ from pop_ext.evaluation.ablations import group_by_shape, stock_logits
 from pop_ext.evaluation.score import score
 from pop_ext.hf.choice import plan_for
 from pop_ext.hf.enable import enable
+from pop_ext.methods.calibration import longest_input
 from pop_ext.plans.default import ChosenPlan
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.layer_ranges import parse_layers
@@ -97,9 +98,7 @@ class PopLM(TemplateLM):
         self.tokenizer: Any = AutoTokenizer.from_pretrained(name) if isinstance(name, str) else name
         chosen = _choose_plan(self.model, plan, omit, count, boundary)
         self.plan = chosen.plan.replace(min_tokens=0)
-        text_config = self.model.config.get_text_config()
-        longest = getattr(text_config, "max_position_embeddings", None)
-        self.max_length: int = max_length or longest or _DEFAULT_MAX_LENGTH
+        self.max_length: int = max_length or longest_input(self.model) or _DEFAULT_MAX_LENGTH
         enable(self.model, self.plan, backend=backend)
         chosen.warn(self.model)
 

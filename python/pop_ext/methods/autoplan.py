@@ -147,7 +147,8 @@ def autoplan(
     split = texts
     if not isinstance(split, SplitTexts):
         split = split_texts(split, tokenizer, trial.holdout, trial.window, licence)
-    check_vocabulary("tokenizer", (*split.calibration.plain, *split.held_out.plain), model)
+    for ids in (*split.calibration.plain, *split.held_out.plain):
+        check_vocabulary("tokenizer", ids, model, tokenized=True)
     run = Candidates(model, tokenizer, split, trial, limits, method, boundaries, choose, highest, progress)
     best = run.widen(search(run.candidate, STAGES[method], highest), STAGES[method][-1], highest)
     if best is None:
@@ -165,8 +166,7 @@ def autoplan(
         plan = _with_recall(plan, run)
         if save is not None:
             plan.save_pretrained(save)
-    timed = _timed if backend_of(model) == "native" else _timed_portably
-    plan = timed(model, plan, pays_from, time_lengths, progress is True)
+    plan = _timed(model, plan, pays_from, time_lengths, progress is True)
     if save is not None:
         plan.save_pretrained(save)
     return AutoPlan(plan, plan.card, tuple(run.tried), best, run.recall, highest)
@@ -258,58 +258,59 @@ def _without_recall(card: PlanCard, why: str) -> PlanCard:
 
 
 def _timed(model: Any, plan: Plan, pays_from: Sequence[int], lengths: Sequence[int], bar: bool) -> Plan:
-    """Return the plan with ``min_tokens`` and the speed-ups on its card, both timed here."""
-    limit = longest_input(model)
-    longer = [length for length in lengths if limit and length > limit]
-    lengths = [length for length in lengths if length not in longer]
+    """Return the plan with ``min_tokens`` and the speed-ups on its card, both timed here.
+
+    Of a model without a native form, the portable backend is timed against the stock forward.
+    """
+    limit, native = longest_input(model), backend_of(model) == "native"
+    pays_from = [length for length in pays_from if not limit or length <= limit]
+    taken = [length for length in lengths if not limit or length <= limit]
+    plan, factors = (_time_natively if native else _time_portably)(model, plan, pays_from, taken, bar)
+    hardware, against = env_info.hardware(model.device, model.dtype), NATIVE_FULL if native else STOCK
+    speeds = tuple(CardSpeed(length, factor, against, hardware) for length, factor in factors.items())
+    assert plan.card is not None
+    missing = {f"speed at {one} tokens": f"the model takes {limit}" for one in lengths if one not in taken}
+    missing = {**plan.card.not_measured, **missing}
+    return plan.replace(card=dataclasses.replace(plan.card, speed=speeds, not_measured=missing))
+
+
+def _time_natively(
+    model: Any, plan: Plan, pays_from: Sequence[int], lengths: Sequence[int], bar: bool
+) -> tuple[Plan, dict[int, float]]:
+    """Return the plan with ``min_tokens``, and length -> speed-up over the native full prefill."""
     plan = with_min_tokens(model, plan, pays_from, bar)
     times = time_plans(model, [plan], lengths, progress=bar)
-    hardware = env_info.hardware(model.device, model.dtype)
-    speeds = []
-    for length in lengths:
-        factor = speedup(times, plan_arm(plan.omit, plan.boundary), length)
-        if factor is not None:
-            speeds.append(CardSpeed(length, factor, NATIVE_FULL, hardware))
-    return _with_speeds(plan, speeds, longer, limit)
+    factors = {length: speedup(times, plan_arm(plan.omit, plan.boundary), length) for length in lengths}
+    return plan, {length: factor for length, factor in factors.items() if factor is not None}
 
 
-def _timed_portably(model: Any, plan: Plan, pays_from: Sequence[int], lengths: Sequence[int], bar: bool) -> Plan:
-    """Return what ``_timed`` does for a model without a native form: the portable backend against the stock forward."""
-    limit = longest_input(model)
+def _time_portably(
+    model: Any, plan: Plan, pays_from: Sequence[int], lengths: Sequence[int], bar: bool
+) -> tuple[Plan, dict[int, float]]:
+    """Return the plan with ``min_tokens``, and length -> speed-up over the stock forward. A failure is on the card."""
     found: dict[int, float] = {}
-    longer = [length for length in lengths if limit and length > limit]
-    paying = sorted((length for length in pays_from if not limit or length <= limit), reverse=True)
-    wanted = [*paying, *(length for length in lengths if length not in longer)]
     pays: int | None = None
     try:
-        with reporting(bar, "timing", len(set(wanted))) as advance:
-            for length in paying:
-                found[length] = portable_speedup(model, plan, length)
-                advance(1)
-                if found[length] <= 1:
-                    break
-                pays = length
-            for length in dict.fromkeys(wanted[len(paying) :]):
+        with reporting(bar, "timing", len({*pays_from, *lengths})) as advance:
+
+            def factor_at(length: int) -> float:
                 if length not in found:
                     found[length] = portable_speedup(model, plan, length)
                     advance(1)
+                return found[length]
+
+            for length in sorted(set(pays_from), reverse=True):
+                if factor_at(length) <= 1:
+                    break
+                pays = length
+            factors = {length: factor_at(length) for length in lengths}
     except (ValueError, PrefillDeclined) as error:  # nothing that was found before may be lost
         assert plan.card is not None
         missing = {**plan.card.not_measured, "speed": f"no backend but the reference runs the model ({error})"}
-        return plan.replace(card=dataclasses.replace(plan.card, not_measured=missing))
-    if paying:
-        plan = plan.replace(min_tokens=paying[0] + 1 if pays is None else pays)
-    hardware = env_info.hardware(model.device, model.dtype)
-    speeds = [CardSpeed(length, found[length], STOCK, hardware) for length in lengths if length in found]
-    return _with_speeds(plan, speeds, longer, limit)
-
-
-def _with_speeds(plan: Plan, speeds: Sequence[CardSpeed], longer: Sequence[int], limit: int | None) -> Plan:
-    """Return the plan with speed-ups on its card, and the lengths that were not timed, as the model takes ``limit``."""
-    assert plan.card is not None
-    missing = {f"speed at {length} tokens": f"the model takes {limit}" for length in longer}
-    missing = {**plan.card.not_measured, **missing}
-    return plan.replace(card=dataclasses.replace(plan.card, speed=tuple(speeds), not_measured=missing))
+        return plan.replace(card=dataclasses.replace(plan.card, not_measured=missing)), {}
+    if pays_from:
+        plan = plan.replace(min_tokens=max(pays_from) + 1 if pays is None else pays)
+    return plan, factors
 
 
 def _check_limits(given: dict[str, float | None]) -> dict[str, float]:

@@ -102,30 +102,26 @@ def check_batches(batches: Batches, model: Any, least: int = 1) -> Iterator[Tens
             raise ValueError(
                 f"batches: expected [batch, T] with at least {least} tokens, got {list(ids.shape)} in batch {index}"
             )
-        low, high = (int(bound) for bound in ids.aminmax())
-        if low < 0 or high >= weight.shape[0]:
-            found = low if low < 0 else high
-            raise ValueError(f"batches: expected ids from 0 to {weight.shape[0] - 1}, got {found} in batch {index}")
+        check_vocabulary("batches", ids, model, f" in batch {index}")
         ids = ids.clone() if ids.is_inference() and not torch.is_inference_mode_enabled() else ids
         yield resolved(ids.to(weight.device, torch.int64))
 
 
-def check_vocabulary(name: str, sequences: Iterable[Tensor], model: Any) -> None:
+def check_vocabulary(name: str, ids: Tensor, model: Any, where: str = "", tokenized: bool = False) -> None:
     """Raise ValueError for an id outside the vocabulary of a model.
 
     Args:
         name: Argument to name in the error.
-        sequences: Ids, int [n] each.
+        ids: Ids of any shape.
         model: Hugging Face model.
+        where: End of the error.
+        tokenized: Whether a tokenizer made the ids, which may be that of another model.
     """
     size = model.get_input_embeddings().weight.shape[0]
-    for ids in sequences:
-        low, high = (int(bound) for bound in ids.aminmax()) if len(ids) else (0, 0)
-        if low < 0 or high >= size:
-            raise ValueError(
-                f"{name}: expected ids from 0 to {size - 1}, those of the model's tokenizer, got "
-                f"{low if low < 0 else high}"
-            )
+    low, high = (int(bound) for bound in ids.aminmax()) if ids.numel() else (0, 0)
+    if low < 0 or high >= size:
+        expected = f"ids from 0 to {size - 1}" + ", those of the model's tokenizer" * tokenized
+        raise ValueError(f"{name}: expected {expected}, got {low if low < 0 else high}{where}")
 
 
 def longest_input(model: Any) -> int | None:

@@ -16,7 +16,7 @@ from pop_ext.methods.calibration import longest_input
 from pop_ext.methods.defaults import LEARNING_RATE, STEPS
 from pop_ext.methods.distill import Training
 from pop_ext.methods.fit import new_fitting
-from pop_ext.methods.fit_moments import HOLD_EVERY
+from pop_ext.methods.fit_moments import held_out_of
 from pop_ext.methods.fitting import Fitting
 from pop_ext.methods.held_out import SplitTexts
 from pop_ext.methods.plan_search import AHEAD, DISTILL, QUICK, UNFITTED, Candidate
@@ -112,9 +112,8 @@ class Candidates:
         limit = longest_input(model)
         self._training: list[Pair] = []
         if method == DISTILL:
-            count, window = len(self._batches), trial.window
-            held_out = range(HOLD_EVERY - 1, count, HOLD_EVERY) if count >= HOLD_EVERY else [count - 1]
-            rest = texts_outside(split.calibration, tokenizer, window, trial.samples, held_out)
+            held = held_out_of(len(self._batches))
+            rest = texts_outside(split.calibration, tokenizer, trial.window, trial.samples, held)
             self._training = make_tasks(rest, tokenizer, trial, TRAINING, limit)
         self._held = held_out_pairs(split, tokenizer, trial)
         self.notes = self._few_prompts(len(self._held))

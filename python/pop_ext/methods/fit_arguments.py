@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pop_ext.methods.calibration import check_vocabulary
 from pop_ext.methods.defaults import LEARNING_RATE, STEPS
 from pop_ext.methods.distill import Training
-from pop_ext.methods.fit_moments import HOLD_EVERY
+from pop_ext.methods.fit_moments import HOLD_EVERY, held_out_of
 from pop_ext.methods.student import count_continuation
 from pop_ext.utils.tensors import check_dense
 
@@ -79,11 +80,7 @@ def check_tasks(tasks: Any, model: Any, boundary: int) -> list[Task]:
                 f"tasks: expected a prompt [n] of more tokens than the boundary {boundary} and an answer [m], got "
                 f"{list(prompt.shape)} and {list(answer.shape)} in task {number}"
             )
-        low, high = (int(bound) for bound in torch.cat([prompt, answer]).aminmax())
-        if low < 0 or high >= weight.shape[0]:
-            raise ValueError(
-                f"tasks: expected ids from 0 to {weight.shape[0] - 1}, got {low if low < 0 else high} in task {number}"
-            )
+        check_vocabulary("tasks", torch.cat([prompt, answer]), model, f" in task {number}")
         # A clone, as a tensor of inference mode cannot be trained on.
         own = (ids.clone() if ids.is_inference() else ids for ids in (prompt, answer))
         prompt, answer = (ids.to(weight.device, torch.int64) for ids in own)
@@ -93,9 +90,7 @@ def check_tasks(tasks: Any, model: Any, boundary: int) -> list[Task]:
 
 def hold_out_tasks(tasks: list[Task]) -> tuple[list[Task], list[Task]]:
     """Split tasks into those to fit on and those to judge by: every eighth, or the last one of fewer."""
-    held = set(range(HOLD_EVERY - 1, len(tasks), HOLD_EVERY))
-    if 1 < len(tasks) < HOLD_EVERY:
-        held = {len(tasks) - 1}
+    held = held_out_of(len(tasks))
     return [t for i, t in enumerate(tasks) if i not in held], [t for i, t in enumerate(tasks) if i in held]
 
 

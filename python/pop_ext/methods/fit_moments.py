@@ -24,6 +24,12 @@ HOLD_EVERY = 8
 sequences the last one is."""
 
 
+def held_out_of(count: int) -> list[int]:
+    """Return which of ``count`` sequences are held out: every eighth, or the last one of fewer, never the only one."""
+    every = range(HOLD_EVERY - 1, count, HOLD_EVERY)
+    return list(every) if every or count < 2 else [count - 1]
+
+
 class PlanReading:
     """What calibration sequences say of one plan.
 

@@ -14,7 +14,7 @@ from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.methods.calibration import Batches, stock_evaluation
 from pop_ext.methods.distill import Training, distill
 from pop_ext.methods.fit_arguments import Task, check_held, hold_out_tasks
-from pop_ext.methods.fit_moments import HOLD_EVERY, MomentsReader, PlanReading
+from pop_ext.methods.fit_moments import MomentsReader, PlanReading, held_out_of
 from pop_ext.methods.ridge import RunMoments, RunSolution
 from pop_ext.methods.student import Example, Student, record_examples
 from pop_ext.plans.origin import origin_of
@@ -60,7 +60,7 @@ class Fitting:
 
     def reads(self, sequences: int) -> int:
         """Return how many steps ``read`` reports for so many sequences: those not held out, and the tasks."""
-        held = max(sequences // HOLD_EVERY, int(sequences > 1)) if self.holds and self.held is None else 0
+        held = len(held_out_of(sequences)) if self.holds and self.held is None else 0
         return sequences - held + len(self.tasks)
 
     def read(self, batches: Batches, advance: Callable[[int], None]) -> None:
