@@ -27,7 +27,7 @@ from pop_ext.hf.restore import cache_restored_on_error
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.projections import FitMismatch, check_fit
 from pop_ext.portable import Decoder, Rows, find_decoder, run_forward, try_portable
-from pop_ext.portable.decoder import cache_name
+from pop_ext.portable.decoder import check_layers, check_weights
 from pop_ext.utils.forks import check_threads
 from pop_ext.utils.tensors import check_memory
 
@@ -61,22 +61,14 @@ class PortableBackend:
 
     def check(self, model: nn.Module) -> Decoder:
         """Return the decoder of a model that seems fit to be run, without a trial. Raises as ``load`` does."""
-        decoder, config = find_decoder(model), text_config(model)
         check_memory({f"weight {name}": parameter for name, parameter in model.named_parameters()})
         check_memory({f"model: {name}": buffer for name, buffer in model.named_buffers()})
-        bidirectional = getattr(config, "use_bidirectional_attention", False)
-        if bidirectional and bidirectional != "vision":  # within images alone, which the stock masks say
-            raise ValueError(f"config.use_bidirectional_attention: expected a causal model, got {bidirectional}")
+        decoder, config = check_layers(model), text_config(model)
         softcap = dropped_softcap_reason(config)
         if softcap is not None:
             raise ValueError(softcap)
         check_plan(self.plan, config.num_hidden_layers, config)
         check_fit(self.plan, decoder.layers)
-        for index, layer in enumerate(decoder.layers):
-            if cache_name(layer) is None:
-                raise ValueError(
-                    f"model: expected layers whose forward takes the cache, got {type(layer).__name__} (layer {index})"
-                )
         _check_weights(model)
         return decoder
 
@@ -231,17 +223,8 @@ def _check_weights(model: nn.Module) -> None:
     """Check the weights of a model, and on a CPU the threads that would read them.
 
     Raises:
-        ValueError: No forward of one process can use a weight by itself.
-        RuntimeError: The process was forked from one with OpenMP threads (``check_threads``).
+        ValueError: As for ``check_weights``.
+        RuntimeError: As for ``check_threads``.
     """
-    on_meta, on_gpu = None, False
-    for name, parameter in model.named_parameters():
-        on_gpu |= parameter.is_cuda
-        if type(parameter.data).__name__ == "DTensor":
-            raise ValueError(f"weight {name}: expected a whole tensor, got a DTensor (of a tensor-parallel model?)")
-        if parameter.is_meta:
-            on_meta = on_meta or name
-    if on_meta is not None and not any("_hf_hook" in vars(module) for module in model.modules()):
-        raise ValueError(f"weight {on_meta}: expected loaded weights, got the meta device and no hooks that load them")
-    if not on_gpu:
+    if not check_weights(model):
         check_threads()

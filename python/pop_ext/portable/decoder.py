@@ -97,25 +97,53 @@ def clone_module(module: nn.Module, forward: Callable[..., Any] | None = None, *
     return clone
 
 
-def may_run_portably(model: nn.Module) -> bool:
-    """Return whether a model has what the portable backend needs, as far as can be told without a call.
+def check_layers(model: nn.Module) -> Decoder:
+    """Return the decoder of a model whose layers the portable backend can omit, as far as can be told without a call.
 
-    Weights on the meta device are fine if hooks of accelerate load them. Matrices of several dtypes may be those of a
-    quantised checkpoint, or may not be multiplied at all.
+    Raises:
+        ValueError: It has no layers that can be omitted, or attends in both directions.
+    """
+    decoder = find_decoder(model)
+    bidirectional = getattr(text_config(model), "use_bidirectional_attention", False)
+    if bidirectional and bidirectional != "vision":  # within images alone, which the stock masks say
+        raise ValueError(f"config.use_bidirectional_attention: expected a causal model, got {bidirectional}")
+    for index, layer in enumerate(decoder.layers):
+        if cache_name(layer) is None:
+            raise ValueError(
+                f"model: expected layers whose forward takes the cache, got {type(layer).__name__} (layer {index})"
+            )
+    return decoder
+
+
+def check_weights(model: nn.Module) -> bool:
+    """Return whether one of a model's weights is on a GPU.
+
+    Raises:
+        ValueError: No forward of one process can use a weight by itself.
+    """
+    on_meta, on_gpu = None, False
+    for name, parameter in model.named_parameters():
+        on_gpu |= parameter.is_cuda
+        if type(parameter.data).__name__ == "DTensor":
+            raise ValueError(f"weight {name}: expected a whole tensor, got a DTensor (of a tensor-parallel model?)")
+        if parameter.is_meta:
+            on_meta = on_meta or name
+    if on_meta is not None and not any("_hf_hook" in vars(module) for module in model.modules()):
+        raise ValueError(f"weight {on_meta}: expected loaded weights, got the meta device and no hooks that load them")
+    return on_gpu
+
+
+def may_run_portably(model: nn.Module) -> bool:
+    """Return whether to advise the portable backend: whether layers and weights of a model seem fit for it.
+
+    Matrices of several dtypes may be those of a quantised checkpoint, or may not be multiplied at all.
     """
     try:
-        decoder = find_decoder(model)
+        check_layers(model)
+        check_weights(model)
     except ValueError:
         return False
-    parameters = list(model.parameters())
-    if any(type(one.data).__name__ == "DTensor" for one in parameters):
-        return False
-    dtypes = {one.dtype for one in parameters if one.ndim > 1 and one.is_floating_point()}
-    on_meta = any(parameter.is_meta for parameter in parameters)
-    loads = any("_hf_hook" in vars(module) for module in model.modules())
-    attends_ahead = getattr(text_config(model), "use_bidirectional_attention", False)
-    caches = all(cache_name(layer) is not None for layer in decoder.layers)
-    return caches and not attends_ahead and (loads or not on_meta) and len(dtypes) < 2
+    return len({one.dtype for one in model.parameters() if one.ndim > 1 and one.is_floating_point()}) < 2
 
 
 class Clones:
