@@ -23,25 +23,10 @@ from pop_ext.methods.fitting import Fitting
 from pop_ext.methods.held_out import split_texts, token_counts
 from pop_ext.methods.quality_judge import KL, LOSS, RECALL_DROP, Figure, QualityJudge
 from pop_ext.plans.origin import config_hash, weights_hash
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo_model"
 TRIAL = Trial(tokens=40, continuation=8, prompts=6, samples=6, batch_size=3)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(DEMO / "model")
-
-
-@pytest.fixture(scope="module")
-def text():
-    return (DEMO / "heldout" / "pprint.py.txt").read_text()[:6000]
 
 
 def encode(tokenizer, text):

@@ -18,26 +18,10 @@ from pop_ext.methods.plan_search import Candidate
 from pop_ext.methods.quality_judge import QualityJudge
 from pop_ext.plans.card import PlanCard
 from pop_ext.plans.card_markdown import render
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo_model"
 TRIAL = Trial(tokens=40, continuation=8, prompts=8, samples=6, batch_size=4)
 QUICK = {"max_kl": 9.0, "method": "unfitted", "highest": 1, "boundary": 1, "pays_from": (), "time_lengths": ()}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(DEMO / "model")
-
-
-@pytest.fixture(scope="module")
-def text():
-    return (DEMO / "heldout" / "pprint.py.txt").read_text()[:6000]
 
 
 # Texts

@@ -13,21 +13,11 @@ from pop_ext.methods import candidates
 from pop_ext.methods.autoplan import Trial, autoplan
 from pop_ext.methods.quality_judge import LOSS, RECALL_DROP, QualityJudge
 from pop_ext.plans.card_markdown import render
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo_model"
 TRIAL = Trial(tokens=90, continuation=8, prompts=6, samples=6, batch_size=3)
 UNTIMED = {"pays_from": (), "time_lengths": ()}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return AutoModelForCausalLM.from_pretrained(DEMO / "model", dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def text():
-    return (DEMO / "heldout" / "pprint.py.txt").read_text()[:6000]
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from models import WINDOW, draw_weights
@@ -128,9 +128,25 @@ class Prompt:
 def prompt(model: Any, *sequences: list[int | str], seed: int = 0) -> Prompt:
     """Return a batch of sequences, each of text (a number of tokens), "image"s and "video"s."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    build = _QwenPrompt if model.config.model_type == "qwen3_vl" else _GemmaPrompt
-    builder = build(model, generator)
-    rows = []
+    build = QwenPrompt if model.config.model_type == "qwen3_vl" else GemmaPrompt
+    return prompt_by(build(model, generator), *sequences)
+
+
+class Builder(Protocol):
+    """Build the images of a prompt, and what `forward` takes besides."""
+
+    generator: torch.Generator
+
+    def add(self, kind: str) -> list[int]:
+        """Return the ids that stand for the next image or video."""
+
+    def arguments(self, ids: Tensor) -> dict[str, Any]:
+        """Return further arguments of `forward` for the ids of the whole batch."""
+
+
+def prompt_by(builder: Builder, *sequences: list[int | str]) -> Prompt:
+    """Return a batch of sequences, padded on the left, whose images come from a builder."""
+    generator, rows = builder.generator, []
     for sequence in sequences:
         ids: list[int] = []
         for piece in sequence:
@@ -145,10 +161,10 @@ def prompt(model: Any, *sequences: list[int | str], seed: int = 0) -> Prompt:
     return Prompt(ids, mask, builder.arguments(ids))
 
 
-class _QwenPrompt:
+class QwenPrompt:
     def __init__(self, model: Any, generator: torch.Generator) -> None:
         self._vision = model.config.vision_config
-        self._dtype, self._generator = model.dtype, generator
+        self._dtype, self.generator = model.dtype, generator
         self._grids: dict[str, list[list[int]]] = {"image": [], "video": []}
 
     def add(self, kind: str) -> list[int]:
@@ -165,14 +181,14 @@ class _QwenPrompt:
                 continue
             grid = torch.tensor(self._grids[kind])
             width = 3 * self._vision.temporal_patch_size * self._vision.patch_size**2
-            values = torch.randn(int(grid.prod(1).sum()), width, generator=self._generator, device="cpu")
+            values = torch.randn(int(grid.prod(1).sum()), width, generator=self.generator, device="cpu")
             arguments |= {pixels: values.to(ids.device, self._dtype), f"{kind}_grid_thw": grid}
         return arguments
 
 
-class _GemmaPrompt:
+class GemmaPrompt:
     def __init__(self, model: Any, generator: torch.Generator) -> None:
-        self._config, self._dtype, self._generator, self._images = model.config, model.dtype, generator, 0
+        self._config, self._dtype, self.generator, self._images = model.config, model.dtype, generator, 0
 
     def add(self, kind: str) -> list[int]:
         assert kind == "image"
@@ -183,7 +199,7 @@ class _GemmaPrompt:
         arguments: dict[str, Any] = {"token_type_ids": (ids == IMAGE).long()}
         if self._images:
             size = self._config.vision_config.image_size
-            values = torch.randn(self._images, 3, size, size, generator=self._generator, device="cpu")
+            values = torch.randn(self._images, 3, size, size, generator=self.generator, device="cpu")
             arguments["pixel_values"] = values.to(ids.device, self._dtype)
         return arguments
 

@@ -13,7 +13,8 @@ import transformers
 from models import draw_weights
 from pop_ext.hf.families import WRAPPERS
 from tiny_models import tiny_config
-from vision_models import END, IMAGE, START, TEXT, VIDEO, VISION, Prompt
+from torch import Tensor
+from vision_models import END, IMAGE, START, VIDEO, VISION, Prompt, QwenPrompt, prompt_by
 
 NAMES = sorted(WRAPPERS.keys() - VISION.keys())
 
@@ -45,6 +46,9 @@ def wrapped(name: str, dtype: torch.dtype = torch.float32, text: str | None = No
         config.vision_config.patch_size = 14
     if hasattr(config.vision_config, "window_size"):
         config.vision_config.window_size = 56
+    experts = getattr(config.get_text_config(), "num_experts", None)
+    if experts and dtype != torch.float32:  # each token has all: near a tie, a choice among them may differ, correctly
+        config.get_text_config().num_experts_per_tok = experts
     model_class = getattr(transformers, f"{WRAPPERS[name].prefix}ForConditionalGeneration")
     with torch.random.fork_rng(devices=[]):
         model = model_class._from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -55,46 +59,40 @@ def wrapped(name: str, dtype: torch.dtype = torch.float32, text: str | None = No
 def image_prompt(model: Any, *sequences: list[int | str], seed: int = 0) -> Prompt:
     """Return a batch of sequences, padded on the left, each of text (a number of tokens) and "image"s."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    count = sum(sequence.count("image") for sequence in sequences)
-    vision = _images(model, count, generator) if count else {}
-    lengths = iter(_features_per_image(model, vision) if count else [])
-    rows = []
-    for sequence in sequences:
-        ids: list[int] = []
-        for piece in sequence:
-            if piece == "image":
-                ids += [START, *[IMAGE] * next(lengths), END]
-            else:
-                ids += torch.randint(0, TEXT, (piece,), generator=generator, device="cpu").tolist()
-        rows.append(ids)
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    if WRAPPERS[model.config.model_type].uses_mrope:
-        vision["mm_token_type_ids"] = (ids == IMAGE).int()
-    return Prompt(ids, mask, vision)
+    build = QwenPrompt if WRAPPERS[model.config.model_type].uses_mrope else _PixelPrompt
+    return prompt_by(build(model, generator), *sequences)
 
 
-def _images(model: Any, count: int, generator: torch.Generator) -> dict[str, Any]:
-    vision, name = model.config.vision_config, model.config.model_type
+class _PixelPrompt:
+    """Build images of one size, as wrappers without a grid of patches take them."""
 
-    def pixels(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device="cpu").to(model.dtype)
+    def __init__(self, model: Any, generator: torch.Generator) -> None:
+        self.generator, self._model, self._images = generator, model, 0
 
-    if WRAPPERS[name].uses_mrope:
-        grid = torch.tensor([[1, 4 + 2 * (number % 2), 6] for number in range(count)])
-        width = 3 * vision.temporal_patch_size * vision.patch_size**2
-        return {"pixel_values": pixels(int(grid.prod(1).sum()), width), "image_grid_thw": grid}
-    size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
-    sizes = {"image_sizes": torch.tensor([[size, size]] * count)}
+    def add(self, kind: str) -> list[int]:
+        assert kind == "image"
+        self._images += 1
+        return [START, *[IMAGE] * _features_of_an_image(self._model), END]
+
+    def arguments(self, ids: Tensor) -> dict[str, Any]:
+        return _pixels(self._model, self._images, self.generator) if self._images else {}
+
+
+def _pixels(model: Any, count: int, generator: torch.Generator) -> dict[str, Any]:
+    """Return the arguments of `forward` for so many random images."""
+    name, size = model.config.model_type, model.config.vision_config.image_size
+    size = size if isinstance(size, int) else size[0]
+    parts: tuple[int, ...] = ()
     if name in ("idefics3", "smolvlm"):
-        return {"pixel_values": pixels(count, 1, 3, size, size)}
-    if name in ("llava_next", "llava_onevision"):  # the whole image, and the parts of its best resolution
-        return {"pixel_values": pixels(count, 3, 3, size, size), **sizes}
-    return {"pixel_values": pixels(count, 3, size, size), **(sizes if name == "mistral3" else {})}
+        parts = (1,)
+    elif name in ("llava_next", "llava_onevision"):  # the whole image, and the parts of its best resolution
+        parts = (3,)
+    values = torch.randn(count, *parts, 3, size, size, generator=generator, device="cpu").to(model.dtype)
+    sized = name in ("llava_next", "llava_onevision", "mistral3")
+    return {"pixel_values": values, **({"image_sizes": torch.tensor([[size, size]] * count)} if sized else {})}
 
 
 @torch.no_grad()
-def _features_per_image(model: Any, vision: dict[str, Any]) -> list[int]:
-    features = model.model.get_image_features(**vision)
-    return [len(one) for one in getattr(features, "pooler_output", features)]
+def _features_of_an_image(model: Any) -> int:
+    features = model.model.get_image_features(**_pixels(model, 1, torch.Generator(device="cpu")))
+    return len(getattr(features, "pooler_output", features)[0])
