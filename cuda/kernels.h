@@ -47,8 +47,9 @@ struct KvEpilogueParams {
   float eps;
   float norm_offset = 0.0f;             // added to k_norm
   const int64_t* rope_table = nullptr;  // host [layers] of 0 and 1, or null: 0 in all
-  const Batch* batch;                   // host struct of device pointers
-  const LayerCache* caches;             // host [layers]
+  RopeForm rope;
+  const Batch* batch;        // host struct of device pointers
+  const LayerCache* caches;  // host [layers]
 };
 void launch_kv_epilogue(const KvEpilogueParams&, Stream);  // rope_cache_write.cu
 

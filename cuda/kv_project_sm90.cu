@@ -256,6 +256,7 @@ bool kv_project_sm90_fits(const KvProjectParams& p) {
   };
   if (p.dtype != DType::bf16 || (p.head_dim != 64 && p.head_dim != 128 && p.head_dim != 256)) return false;
   if (p.rotary_dim != p.head_dim || p.hidden_size <= 0 || p.hidden_size % kv_tile::kDepth != 0) return false;
+  if (p.rope.interleaved || (p.rope.norm_after && p.k_norm != nullptr)) return false;
   if (!p.normalise || p.norm_over_heads || (p.norm_offset != 0.0f && p.k_norm != nullptr)) return false;
   if (p.rope_table != nullptr && std::any_of(p.rope_table, p.rope_table + p.layers, [](int64_t t) { return t != 0; })) {
     return false;

@@ -1,6 +1,6 @@
 // Residual add and RMSNorm:
-//   x += delta + delta_bias;  rstd = 1 / sqrt(mean(x^2) + eps);  out = x * rstd * (weight + offset)
-// With delta_norm, delta + delta_bias goes through an RMSNorm of its own before it is added.
+//   x += delta_scale * (delta + delta_bias);  rstd = 1 / sqrt(mean(x^2) + eps);  out = x * rstd * (weight + offset)
+// With delta_norm, delta + delta_bias goes through an RMSNorm of its own before it is scaled and added.
 // The sum is rounded to the dtype and stored before its norm is taken, as the stock model does.
 //
 // Floor: a row of x read, a row of out written; with delta one more row each way. A block takes one row and keeps it in
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const RmsNormPara
       add_bias(addend, row.bias, i);
       if (row.norm != nullptr) normalise(addend, delta_rstd, row.norm, p.weight_offset, i);
 #pragma unroll
-      for (int e = 0; e < kPack<T>; ++e) value[e] += addend[e];
+      for (int e = 0; e < kPack<T>; ++e) value[e] += p.delta_scale * addend[e];
       x[j] = packed<T>(value);
       store_pack(row.x + i, x[j]);
       unpack<T>(x[j], value);
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_loop_kernel(const RmsNor
       add_bias(addend, row.bias, i);
       if (row.norm != nullptr) normalise(addend, delta_rstd, row.norm, p.weight_offset, i);
 #pragma unroll
-      for (int e = 0; e < count; ++e) value[e] += addend[e];
+      for (int e = 0; e < count; ++e) value[e] += p.delta_scale * addend[e];
       store(row.x + i, value);
       load(row.x + i, value);  // as rounded
     }

@@ -1,12 +1,13 @@
-// Prepares q, k and v for attention: row scale, bias, RMSNorm per head, RoPE. q is updated in place, k and v go to the
-// cache. One launch serves one layer with its q, or the k and v of every layer of a run. Values are fp32 until the
-// single rounding at the end.
+// Prepares q, k and v for attention: row scale, bias, RMSNorm per head, RoPE (or RoPE, RMSNorm). q is updated in place,
+// k and v go to the cache. One launch serves one layer with its q, or the k and v of every layer of a run. Values are
+// fp32 until the single rounding at the end.
 //
 // Floor: q, k and v read once and written once, (heads + 2 * kv_heads) * head_dim elements per row each way; for a run
 // layers * 2 * kv_heads * head_dim. In addition cos and sin, rotary_dim floats per row, and the row tables are read.
 //
 // A group of lanes computes a head. A lane holds two ranges of `count` channels, which in the rotary part are RoPE
-// partners (rotary_dim / 2 apart), and keeps their cos and sin from one head of the row to the next.
+// partners (rotary_dim / 2 apart; interleaved: 2 * count channels in a row), and keeps their cos and sin from one head
+// of the row to the next.
 #include <algorithm>
 #include <bit>
 
@@ -34,6 +35,7 @@ template <int max_layers>
 struct HeadsWork {
   int heads, kv_heads, layers, head_dim, half;  // half: rotary_dim / 2
   bool any_norm;
+  RopeForm rope;
   int64_t first_row;
   void* q;
   int64_t q_stride;
@@ -134,17 +136,19 @@ struct Runs {
 template <int count>
 struct Item {
   int first, second;  // first channel of each range
-  bool turns, has_second;
+  bool turns, has_second, interleaved;
   float cos[count], sin[count];
 
   template <int max_layers>
   __device__ __forceinline__ Item(const HeadsWork<max_layers>& p, int64_t row, int i) : cos{}, sin{} {
     turns = i * count < p.half;
-    first = turns ? i * count : 2 * i * count;
-    second = turns ? first + p.half : first + count;
+    interleaved = p.rope.interleaved;
+    const bool apart = turns && !interleaved;
+    first = apart ? i * count : 2 * i * count;
+    second = apart ? first + p.half : first + count;
     has_second = second < p.head_dim;
     if (!turns) return;
-    const int64_t angle = (p.first_row + row) * p.half + first;
+    const int64_t angle = (p.first_row + row) * p.half + i * count;
     load_angles(p.cos + angle, cos);
     load_angles(p.sin + angle, sin);
   }
@@ -170,8 +174,32 @@ struct Item {
     }
   }
 
+  __device__ __forceinline__ void rotate(Runs<count>& runs) const {
+    if (!interleaved) {
+#pragma unroll
+      for (int e = 0; e < count; ++e) rope_rotate(runs.first[e], runs.second[e], cos[e], sin[e]);
+    } else if constexpr (count == 1) {
+      rope_rotate(runs.first[0], runs.second[0], cos[0], sin[0]);
+    } else {
+      constexpr int half = count / 2;
+#pragma unroll
+      for (int e = 0; e < half; ++e) {
+        rope_rotate(runs.first[2 * e], runs.first[2 * e + 1], cos[e], sin[e]);
+        rope_rotate(runs.second[2 * e], runs.second[2 * e + 1], cos[half + e], sin[half + e]);
+      }
+    }
+  }
+
+  // What RMSNorm reads.
   template <class T>
-  __device__ __forceinline__ void finish(const Head<T>& head, float rstd, float offset, Runs<count>& runs) const {
+  __device__ __forceinline__ void load_for_norm(const Head<T>& head, bool norm_after, Runs<count>& runs) const {
+    load_projected(head, runs);
+    if (norm_after && turns && head.turns) rotate(runs);
+  }
+
+  template <class T>
+  __device__ __forceinline__ void finish(const Head<T>& head, float rstd, float offset, bool norm_after,
+                                         Runs<count>& runs) const {
     if (head.norm != nullptr) {
       float first_norm[count], second_norm[count] = {};
       load(global(head.norm) + first, first_norm);
@@ -182,10 +210,7 @@ struct Item {
         runs.second[e] *= rstd * (second_norm[e] + offset);
       }
     }
-    if (turns && head.turns) {
-#pragma unroll
-      for (int e = 0; e < count; ++e) rope_rotate(runs.first[e], runs.second[e], cos[e], sin[e]);
-    }
+    if (!norm_after && turns && head.turns) rotate(runs);
     store(global(head.out) + first, runs.first);
     if (has_second) store(global(head.out) + second, runs.second);
   }
@@ -216,27 +241,27 @@ __global__ void __launch_bounds__(kThreads, kBlocksToFit)
     const int end = h < total ? items : 0;  // items of this group's head
     const Head<T> head = head_of<T>(p, place, h < total ? h : first);
     Runs<count> runs{};
-    if (lane < end) item.load_projected(head, runs);
+    if (lane < end) item.load_for_norm(head, p.rope.norm_after, runs);
     float rstd = 1.0f;
     if (p.any_norm) {
       float sum = squares(runs);
       if constexpr (count == 1) {  // a wide head: more items than lanes
         for (int i = lane + lanes; i < end; i += lanes) {
           Runs<count> more{};
-          Item<count>(p, blockIdx.x, i).load_projected(head, more);
+          Item<count>(p, blockIdx.x, i).load_for_norm(head, p.rope.norm_after, more);
           sum += squares(more);
         }
       }
       for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
       rstd = rms_scale(sum, p.head_dim, p.norm_eps);
     }
-    if (lane < end) item.finish(head, rstd, p.norm_offset, runs);
+    if (lane < end) item.finish(head, rstd, p.norm_offset, p.rope.norm_after, runs);
     if constexpr (count == 1) {
       for (int i = lane + lanes; i < end; i += lanes) {
         Runs<count> more{};
         const Item<count> wide(p, blockIdx.x, i);
-        wide.load_projected(head, more);
-        wide.finish(head, rstd, p.norm_offset, more);
+        wide.load_for_norm(head, p.rope.norm_after, more);
+        wide.finish(head, rstd, p.norm_offset, p.rope.norm_after, more);
       }
     }
   }
@@ -300,6 +325,7 @@ HeadsWork<max_layers> work_of(const Params& p, int64_t rope_table) {
   work.row_sequence = p.batch->row_sequence;
   work.row_position = p.batch->row_position;
   work.norm_offset = p.norm_offset;
+  work.rope = p.rope;
   work.cos = rope_table == 0 ? p.batch->cos : p.batch->cos_local;
   work.sin = rope_table == 0 ? p.batch->sin : p.batch->sin_local;
   work.address = p.batch->address;
@@ -334,6 +360,16 @@ void launch_layers(const KvEpilogueParams& p, int64_t first, int64_t count, Stre
 
 void launch_rope_cache_write(const RopeCacheWriteParams& p, Stream stream) {
   if (p.rows == 0) return;
+  if (p.q != nullptr && p.k != nullptr && p.q_rope_table != p.rope_table) {
+    // A lane keeps the angles of its channels for all heads of a row, so q has a launch of its own.
+    RopeCacheWriteParams q = p, kv = p;
+    q.k = nullptr;
+    q.rope_table = p.q_rope_table;
+    kv.q = nullptr;
+    launch_rope_cache_write(q, stream);
+    launch_rope_cache_write(kv, stream);
+    return;
+  }
   HeadsWork<1> work = work_of<1>(p, p.rope_table);
   work.heads = p.q == nullptr ? 0 : static_cast<int>(p.heads);
   work.layers = p.k == nullptr ? 0 : 1;

@@ -92,6 +92,7 @@ struct RmsNormParams {
   int64_t delta_stride = 0;
   const void* delta_bias = nullptr;  // [width] or null
   const void* delta_norm = nullptr;  // [width] or null; RMSNorm weight for delta + delta_bias, before it is added
+  float delta_scale = 1.0f;          // multiplies what is added to x
   const void* weight = nullptr;      // [width], or null for ones
   float weight_offset = 0.0f;        // added to delta_norm and weight
   float eps;
@@ -156,7 +157,8 @@ struct LayerCache {
   CacheStrides value_strides;
 };
 
-// q, k, v += bias; RMSNorm of q and k per head; RoPE of q and k; k and v are written to the cache.
+// q, k, v += bias; RMSNorm of q and k per head; RoPE of q and k; k and v are written to the cache. With
+// rope.norm_after, RMSNorm follows RoPE.
 struct RopeCacheWriteParams {
   DType dtype;
   int64_t heads, kv_heads, head_dim, rotary_dim;
@@ -171,7 +173,9 @@ struct RopeCacheWriteParams {
   float norm_eps;
   float norm_offset = 0.0f;  // added to q_norm and k_norm
   int64_t rope_table = 0;    // 1: use cos_local and sin_local of the batch
-  const float* row_scale;    // [rows] or null; multiplies k and v before the bias
+  int64_t q_rope_table = 0;  // the same for q
+  RopeForm rope;
+  const float* row_scale;  // [rows] or null; multiplies k and v before the bias
   const Batch* batch;
   LayerCache cache;
 };
@@ -196,6 +200,7 @@ struct KvProjectParams {
   float norm_offset = 0.0f;             // added to k_norm; the input norm's is folded into `weight`
   bool norm_over_heads = false;         // k_norm is [kv_dim], over all heads; requires no biases and normalise = false
   const int64_t* rope_table = nullptr;  // host [layers] of 0 and 1, or null: 0 in all
+  RopeForm rope;
   const Batch* batch;
   const LayerCache* caches;  // host [layers]
   void* workspace;           // kv_project_workspace(...) bytes

@@ -115,7 +115,7 @@ std::vector<WeightSlot> ModelSpec::weight_slots() const {
 }
 
 bool ModelSpec::has_local_rope() const {
-  return std::find(rope_table.begin(), rope_table.end(), 1) != rope_table.end();
+  return query_rope || std::find(rope_table.begin(), rope_table.end(), 1) != rope_table.end();
 }
 
 bool ModelSpec::has_experts() const { return std::find(sparse.begin(), sparse.end(), 1) != sparse.end(); }
@@ -140,6 +140,9 @@ void ModelSpec::validate() const {
     // Biases and the row scale of an input norm are applied on the way to the cache, which is after these norms.
     fail("qk_norm_over_heads", "qk_norm, and neither input_norms nor qkv_bias", "another combination");
   }
+  if (qk_norm_after_rope && (!qk_norm || qk_norm_over_heads)) {
+    fail("qk_norm_after_rope", "qk_norm without qk_norm_over_heads", "another combination");
+  }
   if (num_heads % num_kv_heads != 0) {
     fail("num_kv_heads", "a divisor of num_heads (" + std::to_string(num_heads) + ")", std::to_string(num_kv_heads));
   }
@@ -147,6 +150,11 @@ void ModelSpec::validate() const {
     fail("rotary_dim", "an even number <= head_dim (" + std::to_string(head_dim) + ")", std::to_string(rotary_dim));
   }
   validate_layer_lists();
+  // A scale in cos and sin reaches only the channels that are turned, and q cannot read a third table.
+  if (query_rope &&
+      (rotary_dim != head_dim || std::find(rope_table.begin(), rope_table.end(), 1) != rope_table.end())) {
+    fail("query_rope", "rotary_dim = head_dim and rope_table 0 in every layer", "another combination");
+  }
   if (has_experts()) validate_experts();
 }
 

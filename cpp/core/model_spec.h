@@ -21,6 +21,12 @@ Activation parse_activation(const std::string& name);
 
 inline constexpr int64_t kMaxExperts = 4096;
 
+// How q and k are turned.
+struct RopeForm {
+  bool interleaved = false;  // pairs of channels are (2i, 2i + 1); false: (i, i + rotary_dim / 2)
+  bool norm_after = false;   // RMSNorm of q and k per head follows RoPE; false: it comes before
+};
+
 // One tensor that the runtime reads. `layer` is -1 for a tensor outside the layers.
 struct WeightSlot {
   std::string name;  // "embed_tokens", "norm", "layers.3.k_proj", "layers.3.k_bias", ...
@@ -46,7 +52,9 @@ struct ModelSpec {
   int64_t num_heads = 0;
   int64_t num_kv_heads = 0;
   int64_t head_dim = 0;
-  int64_t rotary_dim = 0;  // leading channels of a head that RoPE turns; pairs are (i, i + rotary_dim / 2)
+  int64_t rotary_dim = 0;         // leading channels of a head that RoPE turns; pairs are (i, i + rotary_dim / 2)
+  bool rope_interleaved = false;  // pairs are (2i, 2i + 1) instead (GLM, ERNIE)
+  bool query_rope = false;        // q reads cos/sin table 1, which then holds a scale by position, too (Ministral 3)
   int64_t intermediate_size = 0;
   int64_t vocab_size = 0;
   double rms_norm_eps = 1e-6;
@@ -57,10 +65,13 @@ struct ModelSpec {
   bool mlp_bias = false;
   bool qk_norm = false;             // RMSNorm over head_dim on q and k before RoPE (Qwen3, Gemma 3)
   bool qk_norm_over_heads = false;  // that norm runs over all heads of q, and of k: weights [q_dim], [kv_dim] (OLMo 2)
+  bool qk_norm_after_rope = false;  // that norm follows RoPE (HunYuan)
   double norm_weight_offset = 0;    // added to every RMSNorm weight: 1 where weight - 1 is stored (Gemma)
   bool input_norms = true;       // RMSNorm before attention and MLP; without it they read the residual stream (OLMo 2)
   bool output_norms = false;     // RMSNorm on what attention and MLP add to the residual stream (Gemma, OLMo 2)
-  double embed_scale = 1;        // multiplies embedded ids, not input embeddings; a number of `dtype` (Gemma)
+  double residual_scale = 1;     // multiplies what attention and MLP add to the residual stream (Granite)
+  double embed_scale = 1;        // multiplies embedded ids; where only those, a number of `dtype` (Gemma)
+  bool scale_inputs = false;     // embed_scale multiplies input embeddings, too (Granite)
   double attention_softcap = 0;  // scores become softcap * tanh(score / softcap); 0: no cap (Gemma 2)
   std::vector<int64_t> window;   // [num_layers]; a query sees itself and window - 1 positions before it; 0: all
   std::vector<int64_t> rope_table;  // [num_layers]; 0 or 1: which of the call's two cos/sin tables the layer uses
@@ -72,8 +83,9 @@ struct ModelSpec {
 
   int64_t q_dim() const { return num_heads * head_dim; }
   int64_t kv_dim() const { return num_kv_heads * head_dim; }
-  bool has_local_rope() const;  // some layer uses RoPE table 1
-  bool has_experts() const;     // some layer is sparse
+  bool has_local_rope() const;  // some layer, or q in every layer, uses RoPE table 1
+  RopeForm rope_form() const { return {.interleaved = rope_interleaved, .norm_after = qk_norm_after_rope}; }
+  bool has_experts() const;  // some layer is sparse
 
   // Calls visit(name, member, default, range) for every field, in the order of the JSON form. JSON, the range checks
   // and the Python binding are made from this list; python/pop_ext/_core.pyi repeats it.
@@ -87,6 +99,8 @@ struct ModelSpec {
     visit("num_kv_heads", &ModelSpec::num_kv_heads, Default::none, Range::positive);
     visit("head_dim", &ModelSpec::head_dim, Default::none, Range::positive);
     visit("rotary_dim", &ModelSpec::rotary_dim, Default::derived, Range::positive);
+    visit("rope_interleaved", &ModelSpec::rope_interleaved, Default::stated, Range::any);
+    visit("query_rope", &ModelSpec::query_rope, Default::stated, Range::any);
     visit("intermediate_size", &ModelSpec::intermediate_size, Default::none, Range::positive);
     visit("vocab_size", &ModelSpec::vocab_size, Default::none, Range::positive);
     visit("rms_norm_eps", &ModelSpec::rms_norm_eps, Default::stated, Range::positive);
@@ -97,10 +111,13 @@ struct ModelSpec {
     visit("mlp_bias", &ModelSpec::mlp_bias, Default::stated, Range::any);
     visit("qk_norm", &ModelSpec::qk_norm, Default::stated, Range::any);
     visit("qk_norm_over_heads", &ModelSpec::qk_norm_over_heads, Default::stated, Range::any);
+    visit("qk_norm_after_rope", &ModelSpec::qk_norm_after_rope, Default::stated, Range::any);
     visit("norm_weight_offset", &ModelSpec::norm_weight_offset, Default::stated, Range::not_negative);
     visit("input_norms", &ModelSpec::input_norms, Default::stated, Range::any);
     visit("output_norms", &ModelSpec::output_norms, Default::stated, Range::any);
+    visit("residual_scale", &ModelSpec::residual_scale, Default::stated, Range::positive);
     visit("embed_scale", &ModelSpec::embed_scale, Default::stated, Range::positive);
+    visit("scale_inputs", &ModelSpec::scale_inputs, Default::stated, Range::any);
     visit("attention_softcap", &ModelSpec::attention_softcap, Default::stated, Range::not_negative);
     visit("window", &ModelSpec::window, Default::derived, Range::any);
     visit("rope_table", &ModelSpec::rope_table, Default::derived, Range::any);

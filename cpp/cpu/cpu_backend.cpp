@@ -151,6 +151,7 @@ class CpuBackend final : public Backend {
                         .norm_eps = p.eps,
                         .norm_offset = p.norm_offset,
                         .rope_table = p.rope_table == nullptr ? 0 : p.rope_table[layer],
+                        .rope = p.rope,
                         .row_scale = p.rstd,
                         .batch = p.batch,
                         .cache = p.caches[layer]});

@@ -166,7 +166,7 @@ void Prefill::embed() {
                   .table = from_ids ? model_.embed_tokens.data : call_.embeds,
                   .table_stride = from_ids ? model_.embed_tokens.stride : call_.embeds_stride,
                   .out = work_.hidden,
-                  .scale = from_ids ? static_cast<float>(spec_.embed_scale) : 1.0f});
+                  .scale = from_ids || spec_.scale_inputs ? static_cast<float>(spec_.embed_scale) : 1.0f});
   for (const auto& [packed, ordered] :
        {std::pair{call_.cos, work_.cos}, std::pair{call_.sin, work_.sin}, std::pair{call_.cos_local, work_.cos_local},
         std::pair{call_.sin_local, work_.sin_local}}) {
@@ -235,6 +235,7 @@ void Prefill::project(const RunWeights& run, LayerRange layers, int64_t first_ro
                        .norm_offset = static_cast<float>(spec_.norm_weight_offset),
                        .norm_over_heads = spec_.qk_norm_over_heads,
                        .rope_table = spec_.rope_table.data() + layers.begin,
+                       .rope = spec_.rope_form(),
                        .batch = &batch_,
                        .caches = call_.caches + layers.begin,
                        .workspace = work_.scratch});
@@ -284,6 +285,8 @@ void Prefill::rope_cache_write(int64_t layer, int64_t kv_begin, int64_t q_begin)
                                .norm_eps = static_cast<float>(spec_.rms_norm_eps),
                                .norm_offset = static_cast<float>(spec_.norm_weight_offset),
                                .rope_table = spec_.rope_table[layer],
+                               .q_rope_table = spec_.query_rope ? 1 : spec_.rope_table[layer],
+                               .rope = spec_.rope_form(),
                                .row_scale = nullptr,
                                .batch = &batch_,
                                .cache = call_.caches[layer]});
@@ -388,6 +391,7 @@ void Prefill::norm(int64_t begin, int64_t end, const void* weight, void* out, in
                        .delta_stride = work_.row_stride,
                        .delta_bias = pending ? pending_.bias : nullptr,
                        .delta_norm = pending ? pending_.norm : nullptr,
+                       .delta_scale = static_cast<float>(spec_.residual_scale),
                        .weight = weight,
                        .weight_offset = static_cast<float>(spec_.norm_weight_offset),
                        .eps = static_cast<float>(spec_.rms_norm_eps),

@@ -104,7 +104,7 @@ class RowTables {
 void rope_cache_write(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor cu_seqlens,
                       Tensor past_lens, Tensor cache_start, Tensor key_cache, Tensor value_cache,
                       std::optional<Tensor> q_norm, std::optional<Tensor> k_norm, double norm_eps,
-                      std::optional<Tensor> slot_table, double norm_offset) {
+                      std::optional<Tensor> slot_table, double norm_offset, bool interleaved, bool norm_after) {
   const std::string op = "pop::rope_cache_write";
   const DType dtype = dtype_of(query, op + ": query");
   check_shape(query, {-1, -1, -1}, op + ": query");
@@ -149,6 +149,7 @@ void rope_cache_write(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor
                              .k_norm = k_gamma,
                              .norm_eps = static_cast<float>(norm_eps),
                              .norm_offset = static_cast<float>(norm_offset),
+                             .rope = {.interleaved = interleaved, .norm_after = norm_after},
                              .row_scale = nullptr,
                              .batch = &batch,
                              .cache = cache});
@@ -217,7 +218,7 @@ std::vector<const void*> layer_vectors(const TensorList& tensors, size_t layers,
 void kv_project(Tensor hidden, Tensor weight, Tensor cos, Tensor sin, Tensor cu_seqlens, Tensor past_lens,
                 Tensor cache_start, double eps, std::vector<Tensor> key_cache, std::vector<Tensor> value_cache,
                 TensorList k_bias, TensorList v_bias, TensorList k_norm, std::optional<Tensor> slot_table,
-                double norm_offset) {
+                double norm_offset, bool interleaved, bool norm_after) {
   const std::string op = "pop::kv_project";
   const DType dtype = dtype_of(hidden, op + ": hidden");
   check_shape(hidden, {-1, -1}, op + ": hidden");
@@ -266,6 +267,7 @@ void kv_project(Tensor hidden, Tensor weight, Tensor cos, Tensor sin, Tensor cu_
                        .k_norm = k_norms.empty() ? nullptr : k_norms.data(),
                        .eps = static_cast<float>(eps),
                        .norm_offset = static_cast<float>(norm_offset),
+                       .rope = {.interleaved = interleaved, .norm_after = norm_after},
                        .batch = &batch,
                        .caches = caches.data(),
                        .workspace = workspace.mutable_data_ptr()});

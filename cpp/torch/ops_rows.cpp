@@ -137,7 +137,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps, double weight_offset) {
 }
 
 Tensor add_rms_norm(Tensor x, Tensor delta, Tensor weight, double eps, std::optional<Tensor> delta_bias,
-                    std::optional<Tensor> delta_norm, double weight_offset) {
+                    std::optional<Tensor> delta_norm, double weight_offset, double delta_scale) {
   const DType dtype = dtype_of(x, "pop::add_rms_norm: x");
   check(x.dim() == 2 && x.size(1) >= 1, "pop::add_rms_norm: x: expected shape [rows, width], got ", shape_of(x));
   const int64_t width = x.size(1);
@@ -162,6 +162,7 @@ Tensor add_rms_norm(Tensor x, Tensor delta, Tensor weight, double eps, std::opti
                               .delta_stride = delta.stride(0),
                               .delta_bias = bias,
                               .delta_norm = norm,
+                              .delta_scale = static_cast<float>(delta_scale),
                               .weight = gamma,
                               .weight_offset = static_cast<float>(weight_offset),
                               .eps = static_cast<float>(eps),

@@ -189,6 +189,7 @@ void CudaBackend::write_kv(const KvProjectParams& p, const void* kv) {
                             .eps = p.eps,
                             .norm_offset = p.norm_offset,
                             .rope_table = p.rope_table,
+                            .rope = p.rope,
                             .batch = p.batch,
                             .caches = p.caches},
                            stream_);

@@ -186,7 +186,7 @@ def test_an_unsupported_architecture_points_to_the_portable_backend_if_that_runs
     folder = save_tiny_llama(tmp_path)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     unsupported = {
-        "granite": transformers.GraniteForCausalLM(transformers.GraniteConfig(**sizes)),
+        "hyperclovax": transformers.HyperCLOVAXForCausalLM(transformers.HyperCLOVAXConfig(**sizes)),
         "xlnet": transformers.XLNetLMHeadModel(transformers.XLNetConfig(n_layer=3, d_model=8, n_head=2, d_inner=8)),
     }
     for name, model in unsupported.items():
@@ -194,14 +194,14 @@ def test_an_unsupported_architecture_points_to_the_portable_backend_if_that_runs
         result = generate(folder, prompt_file)
         assert result.exit_code == 2
         pointed = f'got {name}. pop_ext.enable with backend="portable" works' in result.stderr
-        assert pointed is (name == "granite")
+        assert pointed is (name == "hyperclovax")
 
 
 def test_info_says_which_backend_runs_a_model(folder, tmp_path):
     assert json.loads(run("info", "--model", folder, "--json").stdout)["model"]["backend"] == "native"
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     other = save_tiny_llama(tmp_path)
-    transformers.GraniteForCausalLM(transformers.GraniteConfig(**sizes)).save_pretrained(other)
+    transformers.HyperCLOVAXForCausalLM(transformers.HyperCLOVAXConfig(**sizes)).save_pretrained(other)
     model = json.loads(run("info", "--model", other, "--plan", "third", "--json").stdout)["model"]
     assert model["backend"] == "portable"
     assert model["plan"]["omit"] == [2]

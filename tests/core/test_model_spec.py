@@ -43,6 +43,7 @@ def test_fields_read_back_as_given():
     given = dict(
         dtype="float16",
         rotary_dim=16,
+        rope_interleaved=True,
         rms_norm_eps=1e-5,
         attention_scale=0.25,
         activation="gelu_tanh",
@@ -50,9 +51,12 @@ def test_fields_read_back_as_given():
         o_bias=True,
         mlp_bias=True,
         qk_norm=True,
+        qk_norm_after_rope=True,
         norm_weight_offset=1.0,
         output_norms=True,
+        residual_scale=0.25,
         embed_scale=9.75,
+        scale_inputs=True,
         attention_softcap=50.0,
         window=(0, 16),
         rope_table=(1, 0),
@@ -67,6 +71,8 @@ def test_fields_read_back_as_given():
     assert (made.input_norms, made.qk_norm_over_heads) == (True, False)
     over_heads = spec(qk_norm=True, qk_norm_over_heads=True, input_norms=False)
     assert (over_heads.input_norms, over_heads.qk_norm_over_heads) == (False, True)
+    assert not made.query_rope
+    assert spec(query_rope=True).query_rope
     assert {name: getattr(made, name) for name in SIZES} == {**SIZES, "dtype": "float16"}
 
 
@@ -175,6 +181,21 @@ def test_norms_over_all_heads_are_as_wide_as_the_projections():
                 dict(qk_norm=True, input_norms=False, qkv_bias=True),
             )
         ],
+        *[
+            (
+                dict(qk_norm_after_rope=True, **changes),
+                "qk_norm_after_rope: expected qk_norm without qk_norm_over_heads, got another combination",
+            )
+            for changes in ({}, dict(qk_norm=True, qk_norm_over_heads=True, input_norms=False))
+        ],
+        *[
+            (
+                dict(query_rope=True, **changes),
+                "query_rope: expected rotary_dim = head_dim and rope_table 0 in every layer, got another combination",
+            )
+            for changes in (dict(rotary_dim=16), dict(rope_table=[0, 1]))
+        ],
+        (dict(residual_scale=0.0), "residual_scale: expected a finite number > 0, got 0"),
         (dict(window=[0]), "window: expected an entry for each of 2 layers, got 1"),
         (dict(window=[0, -1]), "window: expected sizes >= 0 (0: no window), got -1"),
         (dict(sparse=[0]), "sparse: expected an entry for each of 2 layers, got 1"),

@@ -260,7 +260,7 @@ def test_plans_of_other_models_are_refused_for_every_kind(kinds):
 
 
 def test_a_model_without_native_form_uses_the_reference():
-    model = models.granite()
+    model = models.hyperclovax()
     result = evaluate(model, prompt_sets(model, 2), [Plan(6, (4, 5))], kinds=["pop"], greedy_tokens=0)
     assert result.facts["backend"] == "reference"
     assert result.find(0, "pop 4-5 b1")["samples"]["loss"][0] > 0

@@ -8,7 +8,7 @@ import threading
 import pop_ext
 import pytest
 import torch
-from models import granite, llama, tokens
+from models import hyperclovax, llama, tokens
 from op_calls import op_call, run_op
 from pop_ext import _core, ops
 from pop_ext.hf import native_model
@@ -178,7 +178,7 @@ def interrupt(*_: object) -> None:
 
 
 def test_an_interrupted_portable_prefill_ends_early_and_changes_nothing():
-    model = granite(layers=LAYERS, hidden=256, intermediate=2048)
+    model = hyperclovax(layers=LAYERS, hidden=256, intermediate=2048)
     pop_ext.enable(model, "third", strict=True)
     ids, cache = tokens(model, 1, 1500), DynamicCache(config=model.config)
     with torch.no_grad():

@@ -8,7 +8,7 @@ from typing import Any
 import pop_ext
 import pytest
 import torch
-from models import granite, llama, shared, tokens
+from models import hyperclovax, llama, shared, tokens
 from other_families import other
 from pop_ext import Plan, UnsupportedModelError
 from pop_ext.hf import families, native_trial
@@ -54,13 +54,11 @@ WRONG = {
         layer={**LLAMA_LAYER, "gate_proj": "mlp.up_proj.weight", "up_proj": "mlp.gate_proj.weight"},
     ),
     "no soft cap of logits": lambda dtype: described_as(shared("gemma2", dtype=dtype), caps_logits=False),
-    "multipliers": lambda dtype: register_granite(dtype),
+    "multipliers": lambda dtype: described_as(other("granite", dtype=dtype), multipliers=False),
+    "pairs of RoPE": lambda dtype: described_as(other("glm4", dtype=dtype), rope_interleaved=False),
+    "pairs of RoPE, the other way round": lambda dtype: described_as(llama(dtype=dtype), rope_interleaved=True),
+    "norms before RoPE": lambda dtype: described_as(other("hunyuan_v1_dense", dtype=dtype), norms_after_rope=False),
 }
-
-
-def register_granite(dtype: torch.dtype) -> nn.Module:
-    pop_ext.register_family("granite", "Granite")
-    return granite(dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -165,8 +163,8 @@ CANNOT_BE_READ = {
 
 @pytest.mark.parametrize("mistake", CANNOT_BE_READ)
 def test_a_description_that_cannot_be_read_is_refused_and_falls_back(mistake):
-    pop_ext.register_family("granite", "Granite", **CANNOT_BE_READ[mistake])
-    model = granite()
+    pop_ext.register_family("hyperclovax", "HyperCLOVAX", **CANNOT_BE_READ[mistake])
+    model = hyperclovax()
     with pytest.raises(UnsupportedModelError):
         pop_ext.load(model, PLAN)
     with pop_ext.enabled(model, PLAN), torch.no_grad():

@@ -13,7 +13,7 @@ from against_oracle import GAPS, LAST, OMITS, plan_of
 from cache_kinds import KINDS, new_cache
 from enabled_models import generate
 from hook_reference import context_rows, held_back_forward
-from models import FAMILIES, WINDOW, float32_twin, granite, llama, pad, shared, tokens
+from models import FAMILIES, WINDOW, float32_twin, hyperclovax, llama, pad, shared, tokens
 from pop_ext import Plan, reference
 from pop_ext.hf import portable_backend, restore
 from pop_ext.hf.compat import cache_of
@@ -67,9 +67,9 @@ def test_low_precision_is_as_close_as_the_oracle(family, dtype):
 
 
 @pytest.mark.parametrize("omit", [(), (5,)], ids=["nothing", "the last layer"])
-@pytest.mark.parametrize("family", [*FAMILIES, "granite"])
+@pytest.mark.parametrize("family", [*FAMILIES, "hyperclovax"])
 def test_omitting_nothing_that_is_read_equals_the_stock_model(family, omit):
-    model = granite() if family == "granite" else shared(family)
+    model = hyperclovax() if family == "hyperclovax" else shared(family)
     ids = tokens(model, 2, T)
     with torch.no_grad():
         expected = model(ids, logits_to_keep=1, use_cache=True)
@@ -128,7 +128,7 @@ def test_generation_gives_the_tokens_of_the_oracle(family, how):
 
 
 def test_a_family_that_the_oracle_refuses_equals_held_back_rows():
-    model = granite()
+    model = hyperclovax()
     ids = tokens(model, 2, T)
     output = run_portable(model, plan_of(model, GAPS, 3), ids)
     logits, cache = held_back_forward(model, ids, GAPS, context_rows(torch.ones_like(ids), [3, 3]))
@@ -255,7 +255,7 @@ def _named_config(module: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def test_a_static_cache_is_saved_as_far_as_a_call_writes(monkeypatch):
-    model = pop_ext.enable(granite(layers=4), Plan(4, (1, 2)), strict=True)
+    model = pop_ext.enable(hyperclovax(layers=4), Plan(4, (1, 2)), strict=True)
     cache = StaticCache(config=model.config, max_cache_len=4096)
     model(tokens(model, 1, 9), past_key_values=cache, logits_to_keep=1)
     saved = []

@@ -10,9 +10,9 @@ import pytest
 
 PORTABLE = [
     "apertus:ApertusForCausalLM",
+    "arcee:ArceeForCausalLM",
     "cohere2:Cohere2ForCausalLM",
     "deepseek_v3:DeepseekV3ForCausalLM",  # latent attention
-    "ernie4_5:Ernie4_5ForCausalLM",
     "falcon_h1:FalconH1ForCausalLM",  # attention and a recurrent mixer in each layer
     "gemma3n_text:Gemma3nForCausalLM",  # shared K and V, inputs per layer
     "gemma4_text:Gemma4ForCausalLM",
@@ -20,13 +20,11 @@ PORTABLE = [
     "glm4v:Glm4vForConditionalGeneration",
     "gpt-sw3:GPT2LMHeadModel",
     "gpt_oss:GptOssForCausalLM",  # attention sinks
-    "granite:GraniteForCausalLM",
     "granitemoehybrid:GraniteMoeHybridForCausalLM",
-    "hunyuan_v1_dense:HunYuanDenseV1ForCausalLM",
+    "hyperclovax:HyperCLOVAXForCausalLM",
     "lfm2:Lfm2ForCausalLM",
     "mamba2:Mamba2ForCausalLM",
     "minimax:MiniMaxForCausalLM",
-    "ministral3:Ministral3ForCausalLM",
     "nanochat:NanoChatForCausalLM",
     "nemotron_h:NemotronHForCausalLM",
     "phi:PhiForCausalLM",

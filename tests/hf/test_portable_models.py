@@ -10,7 +10,7 @@ import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, plan_of
-from models import FAMILIES, granite, llama, pad, tokens
+from models import FAMILIES, hyperclovax, llama, pad, tokens
 from pop_ext import Plan
 from pop_ext.hf.compat import cache_of, with_cache
 from pop_ext.portable import trial
@@ -171,7 +171,7 @@ def test_a_trial_that_gives_no_numbers_vouches_for_no_other_model(monkeypatch):
 def test_a_trial_takes_any_form_of_special_ids(special, monkeypatch):
     monkeypatch.setattr(trial, "_passed", set())
     monkeypatch.setattr(trial, "_refused", {})
-    model = granite()
+    model = hyperclovax()
     model.config.eos_token_id = special
     pop_ext.enable(model, Plan(6, (3,)))
     assert trial._passed

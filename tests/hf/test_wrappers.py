@@ -50,16 +50,19 @@ def test_generate_with_images_equals_stock_where_only_the_last_layer_is_omitted(
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("text", ["mistral", "qwen3", "llama"])
-def test_a_wrapper_runs_around_another_language_model(text):
-    model = wrapped("internvl", text=text)
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("internvl", "mistral"), ("internvl", "qwen3"), ("internvl", "llama"), ("mistral3", "ministral3")],
+)
+def test_a_wrapper_runs_around_another_language_model(name, text):
+    model = wrapped(name, text=text)
     p = image_prompt(model, *BATCHES["one image"])
     assert_equals_oracle(model, Plan(LAYERS, GAPS, 2), p.ids, mask=p.mask, **p.vision)
 
 
 def test_a_wrapper_around_an_unknown_language_model_says_so_and_runs_portably():
-    model = wrapped("mistral3", text="ministral3")
-    with pytest.raises(pop_ext.UnsupportedModelError, match="got mistral3 around ministral3"):
+    model = wrapped("mistral3", text="apertus")
+    with pytest.raises(pop_ext.UnsupportedModelError, match="got mistral3 around apertus"):
         pop_ext.load(model)
     with pop_ext.enabled(model, Plan(LAYERS, LAST)):
         p = image_prompt(model, *BATCHES["one image"])

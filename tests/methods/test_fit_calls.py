@@ -10,7 +10,7 @@ import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, LAST, plan_of
-from models import FAMILIES, batches, granite, llama, shared, tokens
+from models import FAMILIES, batches, hyperclovax, llama, shared, tokens
 from pop_ext import Plan
 from pop_ext.methods.fit_moments import HOLD_EVERY
 from pop_ext.methods.ridge import RunMoments
@@ -136,7 +136,7 @@ def test_fitting_an_enabled_training_model_leaves_it_unchanged(backend):
 
 
 def test_a_decoder_without_a_native_form_is_fitted_for_the_oracle():
-    model = granite()
+    model = hyperclovax()
     plan = pop_ext.fit(model, plan_of(model, LAST), batches(model), lambdas=[0.1])
     ids = tokens(model, 1, 20)
     ours, _ = pop_ext.reference.prefill(model, ids, plan)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pop_ext
 import torch
-from models import granite, llama, qwen3, tokens
+from models import hyperclovax, llama, qwen3, tokens
 from pop_ext import _core, reference
 from pop_ext.hf import native_trial
 from pop_ext.portable import trial
@@ -164,7 +164,7 @@ def main() -> None:
 
 def portably(kind: str, ids: torch.Tensor) -> None:
     """Fail the allocations of the portable backend, and of both trials."""
-    model, native = granite(layers=4), llama(layers=4)
+    model, native = hyperclovax(layers=4), llama(layers=4)
     pop_ext.enable(model, INNER, strict=True)
     for name, cache in {
         "dynamic": DynamicCache(config=model.config),

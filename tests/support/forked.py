@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pop_ext
 import torch
-from models import granite, llama, tokens
+from models import hyperclovax, llama, tokens
 from op_calls import op_call, run_op
 from pop_ext import reference
 from torch import Tensor
@@ -48,7 +48,7 @@ def main() -> None:
     model = llama(hidden=256)
     ids = tokens(model, 1, 150)
     twin = pop_ext.enable(llama(hidden=256), "third")
-    portable = pop_ext.enable(granite(hidden=256), "third")
+    portable = pop_ext.enable(hyperclovax(hidden=256), "third")
     native = pop_ext.load(model, "third")
     spec, plan = native.spec.to_json(), native.plan.to_json()
     weights = [ref.tensor.detach() for ref in native.description.weights]

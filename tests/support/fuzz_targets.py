@@ -39,7 +39,16 @@ def rows_ops() -> list[Target]:
     return [
         of("linear", x=x, weight=weight),
         of("rms_norm", x=x, weight=norm, eps=1e-6, weight_offset=0.0),
-        of("add_rms_norm", x=x, delta=x + 1, weight=norm, eps=1e-6, delta_bias=norm + 1, delta_norm=None),
+        of(
+            "add_rms_norm",
+            x=x,
+            delta=x + 1,
+            weight=norm,
+            eps=1e-6,
+            delta_bias=norm + 1,
+            delta_norm=None,
+            delta_scale=0.5,
+        ),
         of("gated_act", gate=x, up=x + 1, activation="gelu", gate_bias=norm, up_bias=None),
         of("quantize_rows", x=x),
         of("fp8_linear", x=x, weight=weight.to(torch.float8_e4m3fn), weight_scale=torch.ones(16)),
@@ -60,13 +69,15 @@ def cache_ops() -> list[Target]:
         keys, values = torch.randn(2, 2, 2, 8, 16, generator=generator)
         return {"key_cache": keys.clone(), "value_cache": values.clone()}
 
+    form = {"norm_offset": 0.0, "interleaved": True, "norm_after": False}
+
     def attention() -> dict[str, Any]:
         blocks = torch.tensor([[0, 0, 2]], dtype=torch.int32)
         more = {"scale": 0.25, "window": 0, "softcap": 0.0, "blocks": blocks}
         return {"query": rows.clone(), **caches(), **common(), **more}
 
     def write() -> dict[str, Any]:
-        norms = {"q_norm": torch.ones(16), "k_norm": torch.ones(16), "norm_eps": 1e-6, "norm_offset": 0.0}
+        norms = {"q_norm": torch.ones(16), "k_norm": torch.ones(16), "norm_eps": 1e-6, **form}
         new = {"query": rows.clone(), "key": rows + 1, "value": rows + 2, "cos": cos.clone(), "sin": cos + 1}
         return {**new, **caches(), **common(), **norms}
 
@@ -74,7 +85,7 @@ def cache_ops() -> list[Target]:
         lists = {name: [cache] for name, cache in caches().items()}
         biases = {"k_bias": [torch.ones(32)], "v_bias": [torch.ones(32)], "k_norm": [torch.ones(16)]}
         new = {"hidden": torch.ones(5, 32), "weight": torch.ones(64, 32), "cos": cos.clone(), "sin": cos + 1}
-        return {**new, **lists, **common(), **biases, "eps": 1e-6, "norm_offset": 0.0}
+        return {**new, **lists, **common(), **biases, "eps": 1e-6, **form}
 
     calls = {"attention": attention, "rope_cache_write": write, "kv_project": project}
     return [Target(name, getattr(pop, name), arguments) for name, arguments in calls.items()]

@@ -19,8 +19,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    GraniteConfig,
-    GraniteForCausalLM,
+    HyperCLOVAXConfig,
+    HyperCLOVAXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -156,10 +156,10 @@ def widen_margins(model: Any, seed: int) -> None:
         layer.mlp.gate.weight[:, :experts] = torch.stack(orders, dim=1).to(model.device)
 
 
-def granite(**over: Any) -> GraniteForCausalLM:
-    """Return a Granite: a Llama with multipliers, which the native runtime does not support; options as in `build`."""
+def hyperclovax(**over: Any) -> HyperCLOVAXForCausalLM:
+    """Return a HyperCLOVAX: a Llama with multipliers, which is no native family; options as in `build`."""
     multipliers = {"residual_multiplier": 0.8, "embedding_multiplier": 2.0, "attention_multiplier": 0.2}
-    return build(GraniteForCausalLM, GraniteConfig, {**multipliers, **over})
+    return build(HyperCLOVAXForCausalLM, HyperCLOVAXConfig, {**multipliers, "use_post_norm": False, **over})
 
 
 FAMILIES = {

@@ -18,14 +18,39 @@ _ROPES = {
     SLIDING: {"rope_type": "default", "rope_theta": 1000.0},
 }
 
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "max_position_embeddings": 64,
+    "llama_4_scaling_beta": 0.3,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
 OTHER: dict[str, dict[str, Any]] = {
     "cwm": {**_MIXED, "bos_token_id": 0, "eos_token_id": 0},
+    "ernie4_5": {},
     "exaone": {},
     "exaone4": {**_MIXED, "sliding_window_pattern": 3},
     "gemma": {"tied": True},
+    "glm": {"attention_bias": True, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "glm4": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 4.0,
+    },
+    "helium": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24},  # its o_proj is square
+    "hunyuan_v1_dense": {},
     "internlm3": {"attention_bias": True, "mlp_bias": True},
     "iquestcoder": {},
     "ministral": _MIXED,
+    "ministral3": {"rope_parameters": _YARN},  # with scales of q that change within a test's prompt
     "olmo3": {**_MIXED, "rope_parameters": _ROPES},
     "seed_oss": {"attention_bias": True, "attention_out_bias": False},
     "smollm3": {"no_rope_layers": [1, 1, 0, 1, 0, 1]},
@@ -35,6 +60,22 @@ OTHER: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4, no windows": ("exaone4", {"sliding_window": None, "layer_types": [FULL] * 6}),
     "ministral, windows everywhere": ("ministral", {"layer_types": [SLIDING] * 6}),
+    "ernie4_5, all biases": ("ernie4_5", {"use_bias": True}),
+    "glm, RoPE of whole heads": ("glm", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.0}}),
+    "granite, all biases": ("granite", {"attention_bias": True, "mlp_bias": True}),
+    "hunyuan_v1_dense, biases and YaRN": (  # whose cos and sin carry a factor, which the norms after RoPE see
+        "hunyuan_v1_dense",
+        {
+            "attention_bias": True,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "ministral3, windows": ("ministral3", {"sliding_window": WINDOW}),
     "olmo3, full layers only": ("olmo3", {"layer_types": [FULL] * 6, "rope_parameters": {FULL: _ROPES[FULL]}}),
     "seed_oss, all biases": ("seed_oss", {"attention_out_bias": True, "mlp_bias": True}),
     "smollm3, windows": (

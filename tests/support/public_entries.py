@@ -11,7 +11,7 @@ from typing import Any
 
 import pop_ext
 import torch
-from models import granite, llama, tokens
+from models import hyperclovax, llama, tokens
 from pop_ext import _core, env_info, reference
 from transformers import StaticCache
 
@@ -28,7 +28,7 @@ def public_entries() -> dict[str, Callable[[], Any]]:
     enabled = llama(num_hidden_layers=4)
     pop_ext.enable(enabled, inner, strict=True)
     other = llama(num_hidden_layers=4)
-    portable = pop_ext.enable(granite(layers=4), inner, strict=True)
+    portable = pop_ext.enable(hyperclovax(layers=4), inner, strict=True)
     assert pop_ext.explain(portable, ids, logits_to_keep=1).backend == "portable"
 
     def load_and_free() -> None:

@@ -24,7 +24,7 @@ import pop_ext
 import torch
 from bytes_per_call import bytes_in_use
 from growth import Sample, bytes_per_request, fault_of, growth_of
-from models import granite, llama, qwen3, tokens
+from models import hyperclovax, llama, qwen3, tokens
 from pop_ext import Plan
 from transformers import DynamicCache, StaticCache
 
@@ -58,7 +58,7 @@ class Requests:
         self.signals = self.interrupts = 0
         # The same two threads, as in a server: torch.mm alone leaves some 128 bytes behind in each thread that ends.
         self.pool = ThreadPoolExecutor(2)
-        self.portable = granite(num_hidden_layers=4)
+        self.portable = hyperclovax(num_hidden_layers=4)
         for model in (self.model, self.portable):
             pop_ext.enable(model, INNER, strict=True)
         self.static = StaticCache(config=self.other.config, max_cache_len=160)

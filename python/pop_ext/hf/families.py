@@ -47,6 +47,17 @@ _PHI_LAYER = {
     **{f"{name}_bias": "mlp.gate_up_proj.bias" for name in ("gate", "up")},
 }
 
+# q, k and v have their own matrices, gate and up share one.
+_GLM_LAYER = {**_PHI_LAYER, **{slot: path for slot, path in LLAMA_LAYER.items() if slot[:2] in ("q_", "k_", "v_")}}
+
+_GLM4_LAYER = {
+    **_GLM_LAYER,
+    "attention_out_norm": "post_self_attn_layernorm.weight",
+    "mlp_out_norm": "post_mlp_layernorm.weight",
+}
+
+_HUNYUAN_NORMS = {"q_norm": "self_attn.query_layernorm.weight", "k_norm": "self_attn.key_layernorm.weight"}
+
 # One norm before and one after both attention and the MLP.
 _GEMMA_LAYER = {
     **LLAMA_LAYER,
@@ -109,6 +120,18 @@ FAMILIES = {
             layer=_OLMO_LAYER,
             window=_window_by_layer_type,
             rotates=_rotates_in_windows,
+        ),
+        Family("granite", "Granite", multipliers=True),
+        Family("ernie4_5", "Ernie4_5", rope_interleaved=True),
+        Family("helium", "Helium", rope_interleaved=True),
+        Family("glm", "Glm", layer=_GLM_LAYER, rope_interleaved=True),
+        Family("glm4", "Glm4", layer=_GLM4_LAYER, rope_interleaved=True),
+        Family("ministral3", "Ministral3", window=_window_everywhere, scales_queries=True),
+        Family(
+            "hunyuan_v1_dense",
+            "HunYuanDenseV1",
+            layer={**LLAMA_LAYER, **_HUNYUAN_NORMS},
+            norms_after_rope=True,
         ),
         Family("gemma", "Gemma", norm_weight_offset=1.0, embedding="GemmaTextScaledWordEmbedding"),
         Family(

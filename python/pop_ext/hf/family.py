@@ -104,6 +104,11 @@ class Family:
         activation: name of the config attribute with the activation of the MLP.
         norm_weight_offset: constant that RMSNorm adds to its weight.
         norms_over_heads: whether the norms of q and k span all heads of a token. False: each head by itself.
+        norms_after_rope: whether the norms of q and k follow RoPE.
+        rope_interleaved: whether RoPE turns pairs of channels (2i, 2i + 1). False: (i, i + half the rotary width).
+        scales_queries: whether q is multiplied by a factor that grows with its position, by
+            ``config.rope_parameters["llama_4_scaling_beta"]``.
+        multipliers: whether ``config.embedding_multiplier``, ``residual_multiplier`` and ``logits_scaling`` apply.
         embedding: class name of ``embed_tokens``.
         rope_kinds: layer types that the rotary module takes as an argument, in the order of the runtime's cos and sin
             tables. Empty: the module takes no layer type, and all layers that rotate share one table.
@@ -122,6 +127,10 @@ class Family:
     activation: str = "hidden_act"
     norm_weight_offset: float = 0.0
     norms_over_heads: bool = False
+    norms_after_rope: bool = False
+    rope_interleaved: bool = False
+    scales_queries: bool = False
+    multipliers: bool = False
     embedding: str = "Embedding"
     rope_kinds: tuple[str, ...] = ()
     rotates: Callable[[Any, int], bool] = _every_layer

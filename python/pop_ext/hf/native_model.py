@@ -323,7 +323,7 @@ class NativeModel:
         return transaction, window_only
 
     def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Apply the head, and the soft cap of logits if the family has one.
+        """Apply the head, and the divisor and the soft cap of logits if the family has them.
 
         Args:
             hidden: ``[..., hidden_size]``, after the final norm.
@@ -332,6 +332,8 @@ class NativeModel:
             Logits ``[..., vocab]``.
         """
         logits = apply_head(self.model.lm_head, hidden)
+        if self.family.multipliers:
+            logits = logits / self.model.config.get_text_config(decoder=True).logits_scaling
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         if cap is None or not self.family.caps_logits:
             return logits
@@ -348,13 +350,16 @@ def _rope(loaded: LoadedWeights, rotary: Any, positions: torch.Tensor) -> tuple[
 
     Returns:
         cos, sin, cos_local and sin_local, each float32 ``[rows, rotary_dim]``. The local ones are for layers with
-        a second RoPE base or without RoPE, and None in models without such layers.
+        a second RoPE base or without RoPE, and for q if its scale follows the position; None in other models.
     """
     kinds = loaded.family.rope_kinds
     # The module reads only dtype and device of its first argument. The tables are float32 in every dtype.
     like = torch.empty(0, dtype=torch.float32, device=loaded.device)
     if not kinds:
         cos, sin = rotary(like, positions.unsqueeze(-2))  # [1, rows], or [3, 1, rows]
+        if loaded.spec.query_rope:
+            scale = _query_scale(rotary.config.rope_parameters, positions, loaded.dtype)
+            return cos[0], sin[0], cos[0] * scale, sin[0] * scale
         if not any(loaded.spec.rope_table):
             return cos[0], sin[0], None, None
         return cos[0], sin[0], torch.ones_like(cos[0]), torch.zeros_like(sin[0])
@@ -364,3 +369,10 @@ def _rope(loaded: LoadedWeights, rotary: Any, positions: torch.Tensor) -> tuple[
         return cos[0], sin[0], None, None
     cos_local, sin_local = tables[kinds[1]]
     return cos[0], sin[0], cos_local[0], sin_local[0]
+
+
+def _query_scale(rope_parameters: dict[str, Any], positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the factor of q at each position, rounded to ``dtype`` as in the stock model: float32 ``[rows, 1]``."""
+    beta, length = rope_parameters["llama_4_scaling_beta"], rope_parameters["original_max_position_embeddings"]
+    scale = 1 + beta * torch.log(1 + torch.floor(positions / length))
+    return scale.to(dtype).float().unsqueeze(-1)

@@ -146,17 +146,19 @@ def add_rms_norm(
     delta_bias: Tensor | None = None,
     delta_norm: Tensor | None = None,
     weight_offset: float = 0.0,
+    delta_scale: float = 1.0,
 ) -> Tensor:
     """Add to the residual stream in place, and return the RMSNorm of the sum.
 
     Args:
-        x: ``[rows, width]``, the residual stream; becomes ``x + delta + delta_bias``, rounded once.
+        x: ``[rows, width]``, the residual stream; becomes ``x + delta_scale * (delta + delta_bias)``, rounded once.
         delta: ``[rows, width]``.
         weight: ``[width]``, of the norm that is returned.
         eps: of all norms.
         delta_bias: ``[width]``.
         delta_norm: ``[width]``; if given, the RMSNorm of ``delta + delta_bias`` with this weight is added instead.
         weight_offset: added to ``weight`` and ``delta_norm``; Gemma stores its norm weights less 1.
+        delta_scale: factor of what is added to ``x``, after its norm if it has one (Granite).
 
     Returns:
         ``[rows, width]``.
@@ -262,6 +264,8 @@ def rope_cache_write(
     norm_eps: float = 1e-6,
     slot_table: Tensor | None = None,
     norm_offset: float = 0.0,
+    interleaved: bool = False,
+    norm_after: bool = False,
 ) -> None:
     """Apply RoPE to Q in place and to K, and write K and V to the cache.
 
@@ -275,6 +279,8 @@ def rope_cache_write(
         k_norm: ``[head_dim]``, likewise for K.
         norm_eps: of these norms.
         norm_offset: added to ``q_norm`` and ``k_norm``.
+        interleaved: RoPE turns pairs of channels (2i, 2i + 1) instead of (i, i + rotary_dim / 2) (GLM, ERNIE).
+        norm_after: heads are RMS-normalised after RoPE (HunYuan).
     """
     check_devices(
         "rope_cache_write",
@@ -314,6 +320,8 @@ def kv_project(
     k_norm: list[Tensor] | None = None,
     slot_table: Tensor | None = None,
     norm_offset: float = 0.0,
+    interleaved: bool = False,
+    norm_after: bool = False,
 ) -> None:
     """Project K and V of a run of layers that read one hidden state, apply RoPE, and write them to the caches.
 
@@ -331,6 +339,8 @@ def kv_project(
         v_bias: ``[kv_dim]``, one a layer.
         k_norm: ``[head_dim]``, one a layer; if given, each head of K is RMS-normalised before RoPE.
         norm_offset: added to ``k_norm``.
+        interleaved: as for `rope_cache_write`.
+        norm_after: as for `rope_cache_write`.
     """
     check_devices(
         "kv_project",

@@ -148,6 +148,12 @@ ENTRIES = (
         ("mistralai/Mistral-Small-3.1-24B-Instruct-2503", "mistralai/Mistral-Small-3.2-24B-Instruct-2506"),
         *("mistral", 40, 5120, 32768, (32, 8), 131072),
     ),
+    _entry(
+        tuple(f"mistralai/Ministral-3-8B-{kind}-2512" for kind in ("Base", "Instruct", "Reasoning")),
+        *("ministral3", 34, 4096, 14336, (32, 8), 131072),
+    ),
+    _entry(("zai-org/GLM-4-9B-0414",), "glm4", 40, 4096, 13696, (32, 2), 151552),
+    _entry(("baidu/ERNIE-4.5-0.3B-PT", "baidu/ERNIE-4.5-0.3B-Base-PT"), "ernie4_5", 18, 1024, 3072, (16, 2), 103424),
     _entry(("Qwen/Qwen2.5-VL-7B-Instruct",), "qwen2_5_vl_text", 28, 3584, 18944, (28, 4), 152064),
     _entry(("Qwen/Qwen2.5-VL-72B-Instruct",), "qwen2_5_vl_text", 80, 8192, 29568, (64, 8), 152064),
     _entry(_and_instruct("Qwen/Qwen2.5-14B"), "qwen2", 48, 5120, 13824, (40, 8), 152064),

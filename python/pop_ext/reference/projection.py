@@ -24,7 +24,7 @@ def project_kv(
 ) -> tuple[Tensor, Tensor]:
     """Compute the independent KV projection of a layer: K = rope(k_norm(Wk norm(h))) and V = Wv norm(h).
 
-    The norms apply only in families that have them.
+    The norms apply only in families that have them. HunYuan's norm of K, of another name, follows RoPE.
 
     Args:
         layer: Decoder layer.
@@ -64,6 +64,8 @@ def project_kv(
     if _applies_rope(attention):
         apply_rotary_pos_emb = family_function(attention, "apply_rotary_pos_emb")
         _, keys = apply_rotary_pos_emb(keys, keys, cos, sin)
+    if hasattr(attention, "key_layernorm"):
+        keys = attention.key_layernorm(keys)
     return keys, values
 
 
@@ -74,10 +76,10 @@ def _applies_rope(attention: Module) -> bool:
     return bool(getattr(attention, "use_rope", True))
 
 
-def check_projection(layer: Module, row: Tensor, cos: Tensor, sin: Tensor) -> None:
+def check_projection(layer: Module, row: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None) -> None:
     """Check on one row that ``project_kv`` computes the K and V that the layer itself writes into a cache.
 
-    Families differ in details: norms after RoPE, layers without RoPE, clipped projections. This refuses a family that
+    Families differ in details: norms, layers without RoPE, clipped projections. This refuses a family that
     ``project_kv`` does not cover.
 
     Args:
@@ -85,12 +87,15 @@ def check_projection(layer: Module, row: Tensor, cos: Tensor, sin: Tensor) -> No
         row: Hidden state [1, 1, hidden].
         cos: For this row, as the rotary module returns it.
         sin: For this row, as the rotary module returns it.
+        position_ids: Of this row, as the decoder hands them to its layers; None if it hands them none.
 
     Raises:
         ValueError: K or V differ.
     """
     attention, cache = layer.self_attn, DynamicCache()
-    call = {"position_embeddings": (cos, sin), "attention_mask": None}
+    call: dict[str, Any] = {"position_embeddings": (cos, sin), "attention_mask": None}
+    if position_ids is not None:
+        call["position_ids"] = position_ids  # Ministral 3 scales queries by them
     if hasattr(layer, "input_layernorm"):
         attention(hidden_states=layer.input_layernorm(row), **call, **with_cache(attention, cache))
     else:  # run the whole layer, which may have a norm of another name
@@ -122,7 +127,9 @@ def omitted_layers(layers: Sequence[Module], plan: PlanLike) -> Iterator[None]:
     def omitted_forward(layer: Module, matrix: Tensor | None) -> Callable[..., Tensor]:
         def forward(hidden_states: Tensor, *_: Any, **kwargs: Any) -> Tensor:
             cos, sin = kwargs["position_embeddings"]
-            check_projection(layer, hidden_states[:, -1:], cos[..., -1:, :], sin[..., -1:, :])
+            positions = kwargs.get("position_ids")
+            last = None if positions is None else positions[..., -1:]
+            check_projection(layer, hidden_states[:, -1:], cos[..., -1:, :], sin[..., -1:, :], last)
             keys, values = project_kv(layer, hidden_states, cos, sin, matrix)
             kwargs[cache_argument(type(layer).forward)].update(keys, values, layer.self_attn.layer_idx)
             return hidden_states

@@ -270,6 +270,11 @@ void refusals() {
     static constexpr int64_t kLocal = 1;
     p.rope_table = &kLocal;
   });
+  refused("interleaved RoPE", [](auto& p) { p.rope.interleaved = true; });
+  refused("k_norm after RoPE", [](auto& p) {
+    p.k_norm = p.k_bias;
+    p.rope.norm_after = true;
+  });
   refused("hidden 96", [](auto& p) { p.hidden_size = 96; });
   refused("x at 8 bytes", [&](auto& p) { p.x = moved(p.x, 8); });
   refused("a row stride of 68", [](auto& p) { p.x_stride = 68; });

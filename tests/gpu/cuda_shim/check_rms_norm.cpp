@@ -15,12 +15,14 @@ struct Case {
   bool delta_norm = false;
   float weight_offset = 0.0f;
   bool in_place = false;  // out is x
+  float delta_scale = 1.0f;
 };
 
 std::string name_of(const Case& c) {
   std::string name = "rms_norm " + checks::name_of(c.dtype) + " " + std::to_string(c.rows) + "x" +
                      std::to_string(c.width) + " stride +" + std::to_string(c.extra_stride) + " offset " +
-                     std::to_string(c.offset) + " weight + " + std::to_string(c.weight_offset);
+                     std::to_string(c.offset) + " weight + " + std::to_string(c.weight_offset) + " delta * " +
+                     std::to_string(c.delta_scale);
   for (const auto& [given, what] :
        {std::pair{c.delta, " delta"}, std::pair{c.delta_bias, " bias"}, std::pair{c.delta_norm, " delta_norm"},
         std::pair{c.weight, " weight"}, std::pair{c.out, " out"}, std::pair{c.in_place, " in place"}}) {
@@ -60,6 +62,7 @@ void check_case(const Case& c) {
     const float scale = c.delta_norm ? rstd_of(addend) : 1.0f;
     for (int64_t i = 0; i < c.width; ++i) {
       if (c.delta_norm) addend[i] *= scale * (norm.get(i) + c.weight_offset);
+      addend[i] *= c.delta_scale;
       const float before = x.get(row * x_stride + i);
       x_expected[row * x_stride + i] = c.delta ? checks::round_to(c.dtype, before + addend[i]) : before;
     }
@@ -74,6 +77,7 @@ void check_case(const Case& c) {
                          .delta_stride = delta_stride,
                          .delta_bias = c.delta_bias ? bias.data() : nullptr,
                          .delta_norm = c.delta_norm ? norm.data() : nullptr,
+                         .delta_scale = c.delta_scale,
                          .weight = c.weight ? weight.data() : nullptr,
                          .weight_offset = c.weight_offset,
                          .eps = kEps,
@@ -83,8 +87,9 @@ void check_case(const Case& c) {
                         nullptr);
   checks::finish();
   const float rounding = checks::rounding(c.dtype);
-  // A normalised addend may round differently in the last place.
-  const float x_relative = c.delta_norm ? rounding : 0.0f, x_absolute = c.delta_norm ? 1e-5f : 0.0f;
+  // A normalised or scaled addend may round differently in the last place.
+  const bool exact = !c.delta_norm && c.delta_scale == 1.0f;
+  const float x_relative = exact ? 0.0f : rounding, x_absolute = exact ? 0.0f : 1e-5f;
   if (!c.in_place) checks::expect_close(name_of(c) + ": x", x, x_expected, x_absolute, x_relative);
   std::vector<float> out_expected(to.count(), Buffer::kSentinel), rstd_expected;
   for (int64_t row = 0; row < c.rows; ++row) {
@@ -118,6 +123,9 @@ void run() {
         Case c{dtype, 2, width, true, (given & 1) != 0, (given & 2) != 0, (given & 4) != 0, true};
         c.delta_norm = true;
         c.weight_offset = (given & 8) != 0 ? 1.0f : 0.0f;
+        run_case(c);
+        c.delta_norm = (given & 8) != 0;
+        c.delta_scale = 0.3f;
         run_case(c);
       }
     }

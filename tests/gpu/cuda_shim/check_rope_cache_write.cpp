@@ -101,28 +101,34 @@ struct HeadInput {
   bool turns;
   int64_t rope_table = 0;
   float norm_offset = 0.0f;
+  RopeForm rope;
 };
 
 std::vector<float> reference(const Shape& s, const Rows& rows, int64_t row, const HeadInput& head) {
   std::vector<double> value(s.head_dim);
-  double squares = 0.0;
   for (int64_t i = 0; i < s.head_dim; ++i) {
     value[i] = static_cast<double>(head.raw.get(head.at + i)) * head.scale;
     if (head.bias != nullptr) value[i] += head.bias->get(head.bias_at + i);
-    squares += value[i] * value[i];
   }
-  if (head.norm != nullptr) {
+  const auto normalise = [&] {
+    if (head.norm == nullptr) return;
+    double squares = 0.0;
+    for (const double v : value) squares += v * v;
     const double rstd = 1.0 / std::sqrt(squares / static_cast<double>(s.head_dim) + kEps);
     for (int64_t i = 0; i < s.head_dim; ++i) value[i] *= rstd * (head.norm->get(i) + head.norm_offset);
-  }
+  };
+  if (!head.rope.norm_after) normalise();
   const int64_t half = head.turns ? s.rotary_dim / 2 : 0;
   for (int64_t i = 0; i < half; ++i) {
     const double cos = rows.cos[head.rope_table].get(row * half + i);
     const double sin = rows.sin[head.rope_table].get(row * half + i);
-    const double first = value[i], second = value[i + half];
-    value[i] = first * cos - second * sin;
-    value[i + half] = second * cos + first * sin;
+    double& first = value[head.rope.interleaved ? 2 * i : i];
+    double& second = value[head.rope.interleaved ? 2 * i + 1 : i + half];
+    const double turned = first * cos - second * sin;
+    second = second * cos + first * sin;
+    first = turned;
   }
+  if (head.rope.norm_after) normalise();
   return {value.begin(), value.end()};
 }
 
@@ -143,6 +149,8 @@ struct Given {
   bool q = true, bias = true, q_norm = true, k_norm = true, row_scale = true, kv = true;
   int64_t rope_table = 0;
   float norm_offset = 0.0f;
+  RopeForm rope = {};
+  int64_t q_rope_table = rope_table;
 };
 
 void check_rope(const Shape& s, int64_t heads, const Given& given) {
@@ -169,7 +177,7 @@ void check_rope(const Shape& s, int64_t heads, const Given& given) {
       const int64_t at = i * q_stride + h * s.head_dim;
       write(reference(s, rows, row,
                       {q_before, at, if_given(given.bias, q_bias), h * s.head_dim, if_given(given.q_norm, q_norm), 1.0f,
-                       true, given.rope_table, given.norm_offset}),
+                       true, given.q_rope_table, given.norm_offset, given.rope}),
             q_expected, at);
     }
     const float row_scale = given.row_scale ? scale.get(i) : 1.0f;
@@ -178,7 +186,7 @@ void check_rope(const Shape& s, int64_t heads, const Given& given) {
       write(s, rows, row, h,
             reference(s, rows, row,
                       {k, at, if_given(given.bias, k_bias), h * s.head_dim, if_given(given.k_norm, k_norm), row_scale,
-                       true, given.rope_table, given.norm_offset}),
+                       true, given.rope_table, given.norm_offset, given.rope}),
             key);
       write(s, rows, row, h,
             reference(s, rows, row, {v, at, if_given(given.bias, v_bias), h * s.head_dim, nullptr, row_scale, false}),
@@ -205,6 +213,8 @@ void check_rope(const Shape& s, int64_t heads, const Given& given) {
                                  .norm_eps = kEps,
                                  .norm_offset = given.norm_offset,
                                  .rope_table = given.rope_table,
+                                 .q_rope_table = given.q_rope_table,
+                                 .rope = given.rope,
                                  .row_scale = given.row_scale ? static_cast<const float*>(scale.data()) : nullptr,
                                  .batch = &rows.batch,
                                  .cache = {key.buffer.data(), value.buffer.data(), key.strides, value.strides}},
@@ -218,7 +228,8 @@ void check_rope(const Shape& s, int64_t heads, const Given& given) {
 
 // Every second layer has no norm and no bias, since a run may mix layers. With `local_every`, every so many layers use
 // RoPE table 0 and the others table 1, and norms have an offset.
-void check_epilogue(const Shape& s, int64_t layers, bool vectors, bool with_rstd, int64_t local_every = 0) {
+void check_epilogue(const Shape& s, int64_t layers, bool vectors, bool with_rstd, int64_t local_every = 0,
+                    RopeForm rope = {}) {
   std::mt19937 random(static_cast<unsigned>(s.rows * 131 + layers));
   const Rows rows(s, random);
   const int64_t kv_dim = s.kv_heads * s.head_dim, stride = layers * 2 * kv_dim + s.kv_pad;
@@ -251,7 +262,7 @@ void check_epilogue(const Shape& s, int64_t layers, bool vectors, bool with_rstd
         write(s, rows, row, h,
               reference(s, rows, row,
                         {kv, at, even ? &k_bias[j] : nullptr, h * s.head_dim, even ? &k_norm[j] : nullptr, scale, true,
-                         rope_table[j], norm_offset}),
+                         rope_table[j], norm_offset, rope}),
               keys[j]);
         write(s, rows, row, h,
               reference(s, rows, row,
@@ -276,6 +287,7 @@ void check_epilogue(const Shape& s, int64_t layers, bool vectors, bool with_rstd
                             .eps = kEps,
                             .norm_offset = norm_offset,
                             .rope_table = local_every > 0 ? rope_table.data() : nullptr,
+                            .rope = rope,
                             .batch = &rows.batch,
                             .caches = caches.data()},
                            nullptr);
@@ -337,7 +349,12 @@ void rope() {
       const auto bit = [&](int i) { return (given >> i & 1) != 0; };
       run_rope(one, 4, {bit(0), bit(1), bit(2), bit(3), bit(4), bit(5)});
     }
-    for (const Shape& shape : shapes(dtype)) run_rope(shape, 3, {.rope_table = 1, .norm_offset = 1.0f});
+    for (const Shape& shape : shapes(dtype)) {
+      run_rope(shape, 3, {.rope_table = 1, .norm_offset = 1.0f});
+      run_rope(shape, 3, {.rope = {.interleaved = true}});
+      run_rope(shape, 3, {.norm_offset = 1.0f, .rope = {.norm_after = true}});
+      run_rope(shape, 3, {.rope = {.interleaved = true, .norm_after = true}, .q_rope_table = 1});
+    }
     Shape none = one;
     none.rows = 0;
     run_rope(none, 4, {});
@@ -351,10 +368,14 @@ void rope() {
 void epilogue() {
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
     checks::Turns turns(dtype);
-    const auto run_epilogue = [&](const Shape& shape, int64_t layers, bool vectors, bool with_rstd, int64_t local = 0) {
-      if (turns.next()) check_epilogue(shape, layers, vectors, with_rstd, local);
+    const auto run_epilogue = [&](const Shape& shape, int64_t layers, bool vectors, bool with_rstd, int64_t local = 0,
+                                  RopeForm rope = {}) {
+      if (turns.next()) check_epilogue(shape, layers, vectors, with_rstd, local, rope);
     };
-    for (const Shape& shape : shapes(dtype)) run_epilogue(shape, 3, true, true);
+    for (const Shape& shape : shapes(dtype)) {
+      run_epilogue(shape, 3, true, true);
+      run_epilogue(shape, 3, true, true, 2, {.interleaved = true, .norm_after = true});
+    }
     const Shape one = {.dtype = dtype, .rows = 3, .kv_heads = 2, .head_dim = 64, .rotary_dim = 64, .first_row = 1};
     for (const bool vectors : {false, true}) {
       for (const bool with_rstd : {false, true}) run_epilogue(one, 2, vectors, with_rstd);
