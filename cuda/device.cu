@@ -48,6 +48,38 @@ const DeviceFacts& device_facts() {
 
 namespace {
 
+// "13.0", of 13000.
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+}  // namespace
+
+std::string device_missing(int device) {
+  int driver = 0, runtime = 0;
+  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
+  const auto failed = [](cudaError_t error) {
+    static_cast<void>(cudaGetLastError());  // else the next call of the runtime reports it
+    return error != cudaSuccess;
+  };
+  // Minor versions are compatible with each other.
+  if (driver / 1000 < runtime / 1000) {
+    return "expected a driver for CUDA " + version_text(runtime / 1000 * 1000) + " or later, got one for CUDA " +
+           version_text(driver);
+  }
+  if (const cudaError_t error = cudaSetDevice(device); failed(error)) return cudaGetErrorString(error);
+  cudaFuncAttributes probe{};
+  if (!failed(cudaFuncGetAttributes(&probe, reinterpret_cast<const void*>(probe_kernel)))) return "";
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  return "expected a compute capability that this build has code for (" POP_CUDA_ARCHITECTURES "), got " +
+         std::to_string(major) + "." + std::to_string(minor);
+}
+
+namespace {
+
 bool is_capturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "cuda/kernels.h"
 
@@ -21,6 +22,9 @@ void set_device(int device);
 
 // Of the current device.
 const DeviceFacts& device_facts();
+
+// The reason why the kernels cannot run on a device: its driver or its architecture; empty if they can.
+std::string device_missing(int device);
 
 // While one lives, launch_early of this thread starts kernels early (launch.cuh). What such kernels load before their
 // wait must have been written before the last kernel that `launch` launched.

@@ -53,6 +53,10 @@ void check_reported_ids(const Tensor& like) {
   if (takes_cuda_backend(like)) CudaBackend::check_reported_ids(like.is_cuda() ? like.get_device_index() : 0);
 }
 
+std::string device_missing(const Tensor& like) {
+  return takes_cuda_backend(like) ? CudaBackend::device_missing(like.is_cuda() ? like.get_device_index() : 0) : "";
+}
+
 #else
 
 struct BackendOfCall::Device {};
@@ -66,6 +70,10 @@ int64_t tune(const std::string& option, int64_t value) {
 }
 
 void check_reported_ids(const Tensor&) {}
+
+std::string device_missing(const Tensor& like) {
+  return like.is_cuda() ? "expected a build with CUDA kernels (nvcc when it is installed), got one without" : "";
+}
 
 #endif
 

@@ -36,4 +36,7 @@ int64_t tune(const std::string& option, int64_t value);
 // the call).
 void check_reported_ids(const torch::stable::Tensor& like);
 
+// The reason why the kernels of this build cannot run on the device of `like`; empty if they can.
+std::string device_missing(const torch::stable::Tensor& like);
+
 }  // namespace pop

@@ -20,6 +20,9 @@ STABLE_TORCH_LIBRARY(pop, m) {
   // The same for `prepack`.
   m.def("prepack_missing(str spec, Tensor like) -> str");
   m.def("prepack_missing_utf8(str spec, Tensor like) -> int[]");
+  // The reason why the kernels of this build cannot run on the device of `like`; "" if they can.
+  m.def("device_missing(Tensor like) -> str");
+  m.def("device_missing_utf8(Tensor like) -> int[]");
   m.def("unload(int model) -> ()");
   m.def("info(int model) -> str");
   m.def("info_utf8(int model) -> int[]");

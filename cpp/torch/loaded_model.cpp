@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "torch/backends.h"
 #include "torch/checks.h"
 
 namespace pop {
@@ -27,6 +28,8 @@ LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Te
   model_.spec = spec;
   model_.plan = plan;
   check_weights();
+  const std::string missing = device_missing(weights_.front());
+  check(missing.empty(), "pop::load: weights: ", missing);
   resident_weights_ = named_weights();
   model_.embed_tokens = {weight("embed_tokens")->const_data_ptr(), weight("embed_tokens")->stride(0)};
   model_.norm = weight("norm")->const_data_ptr();

@@ -54,6 +54,11 @@ Utf8 prepack_missing_op(TextArgument spec, Tensor like) try {
   throw std::runtime_error(join("pop::prepack_missing: ", error.what()));
 }
 
+Utf8 device_missing_op(Tensor like) {
+  check_tensor(like, "pop::device_missing: like");
+  return utf8(device_missing(like));
+}
+
 void unload(int64_t model) { unregister_model(model); }
 
 Utf8 info(int64_t handle) {
@@ -263,6 +268,7 @@ STABLE_TORCH_LIBRARY_IMPL(pop, CompositeExplicitAutograd, m) {
   m.impl("load", TORCH_BOX(&ChecksThreads<&load>::call));
   m.impl("fp8_missing_utf8", TORCH_BOX(&fp8_missing_op));
   m.impl("prepack_missing_utf8", TORCH_BOX(&prepack_missing_op));
+  m.impl("device_missing_utf8", TORCH_BOX(&device_missing_op));
   m.impl("unload", TORCH_BOX(&unload));
   m.impl("info_utf8", TORCH_BOX(&info));
   m.impl("extra_bytes", TORCH_BOX(&extra_bytes));

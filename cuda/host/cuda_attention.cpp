@@ -6,7 +6,11 @@
 #include <array>
 #include <atomic>
 #include <initializer_list>
+#include <iostream>
+#include <mutex>
 #include <optional>
+#include <set>
+#include <string>
 
 #include "torch/aten.h"
 
@@ -77,7 +81,7 @@ void flash_attention_3(const AttentionParams& p, const DenseBatch& b) {
   stack[25] = from(window_left(p));
   stack[26] = from(window_right(p, b));
   stack[27] = from(int64_t{0});  // attention_chunk
-  stack[28] = from(0.0);         // softcap
+  stack[28] = from(static_cast<double>(p.softcap));
   stack[29] = from(false);       // is_rotary_interleaved
   stack[31] = from(int64_t{0});  // num_splits: its choice
   stack[33] = from(int64_t{0});  // sm_margin
@@ -94,7 +98,7 @@ void flash_attention_2(const AttentionParams& p, DenseBatch& b) {
                    from(b.causal),
                    from(window_left(p)),
                    from(window_right(p, b)),
-                   from(0.0),
+                   from(static_cast<double>(p.softcap)),
                    from(std::nullopt),
                    from(false)};
   call("flash_attn::_flash_attn_forward", "", stack);
@@ -172,28 +176,68 @@ bool is_aligned(const AttentionParams& p) {
          aligned(p.cache.key, {k.batch, k.head, k.slot}) && aligned(p.cache.value, {v.batch, v.head, v.slot});
 }
 
-std::atomic<int64_t> sdpa_rows{512};
+// cuDNN builds a plan for every new shape, some milliseconds once. Multiples of 64 rows bound their number, and leave
+// at most 63 rows of a segment to another kernel: a batch's segments end before their boundary rows, so that a prompt
+// of 512 tokens has 511 rows in one.
+std::atomic<int64_t> sdpa_rows{64};
 
 Provider choose(const AttentionParams& p, int compute_capability) {
   const bool ampere = compute_capability >= 80, hopper = compute_capability == 90;
-  // Soft caps go to cuda/attention.cu: torch's operators have none, and FlashAttention's is untested here.
-  if (p.softcap > 0.0f) return Provider::none;
   if (p.dtype == DType::f32 || p.address.slot_table != nullptr || !ampere || p.num_segments == 0 || !is_aligned(p)) {
     return Provider::none;
   }
-  if (hopper && foreign::variant_of("flash_attn_3::fwd") >= 0) return Provider::flash_attention_3;
-  if (foreign::variant_of("flash_attn::_flash_attn_forward") >= 0) return Provider::flash_attention_2;
   // Windows count from the last key, so rows that see keys beyond the last row do not fit.
   const Segment& first = p.segments[0];
   if (p.window > 0 && first.visible_end > first.first_position + first.rows) return Provider::none;
+  if (hopper && foreign::variant_of("flash_attn_3::fwd") >= 0) return Provider::flash_attention_3;
   const int64_t multiple = sdpa_rows;
-  const bool square = p.window == 0 && first.first_position == 0 && !sees_ahead(first);
+  const bool square = p.window == 0 && first.first_position == 0 && !sees_ahead(first) && p.softcap == 0.0f;
+  // On Hopper and Blackwell cuDNN is about twice as fast as FlashAttention 2, whose code is Ampere's.
   if (multiple > 0 && first.rows >= multiple && square && compute_capability >= 90 &&
       foreign::variant_of("aten::scaled_dot_product_attention") >= 0 &&
       foreign::variant_of("aten::_flash_attention_forward") >= 0) {
     return Provider::torch_sdpa;
   }
+  if (foreign::variant_of("flash_attn::_flash_attn_forward") >= 0) return Provider::flash_attention_2;
+  if (p.softcap > 0.0f) return Provider::none;  // torch's operators have no cap
   return foreign::variant_of("aten::_flash_attention_forward") >= 0 ? Provider::torch_flash : Provider::none;
+}
+
+// Shapes that torch_sdpa refused: batch, rows, heads, KV heads, head_dim, dtype.
+class RefusedShapes {
+ public:
+  using Shape = std::array<int64_t, 6>;
+
+  bool has(const Shape& shape) {
+    const std::lock_guard lock(mutex_);
+    return shapes_.count(shape) != 0;
+  }
+
+  // Says so once in a process: what is slower than it could be should not stay unknown.
+  void add(const Shape& shape, const char* reason) {
+    const std::lock_guard lock(mutex_);
+    if (shapes_.empty()) {
+      std::cerr << "pop_ext: scaled_dot_product_attention failed for [batch, rows, heads, kv_heads, head_dim] = ["
+                << shape[0] << ", " << shape[1] << ", " << shape[2] << ", " << shape[3] << ", " << shape[4]
+                << "]; torch's flash kernel takes such shapes instead: " << reason << '\n';
+    }
+    shapes_.insert(shape);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::set<Shape> shapes_;
+};
+
+RefusedShapes& refused_shapes() {
+  static RefusedShapes instance;
+  return instance;
+}
+
+// Errors that say nothing about the shape: memory that ran out, or a device that failed.
+bool is_of_the_device(const std::string& error) {
+  const auto has = [&](const char* text) { return error.find(text) != std::string::npos; };
+  return has("out of memory") || has("CUDA error") || has("CUDA out of");
 }
 
 // The largest multiple of `sdpa_rows` rows by the kernel that needs a plan for every shape, the remaining rows by the
@@ -201,13 +245,19 @@ Provider choose(const AttentionParams& p, int compute_capability) {
 void sdpa_then_flash(const AttentionParams& p, DenseBatch& b) {
   const int64_t multiple = std::max<int64_t>(1, sdpa_rows);
   int64_t done = b.rows - b.rows % multiple;
-  DenseBatch squares = some_rows(b, 0, done);
-  try {
-    torch_sdpa(p, squares);
-  } catch (const std::runtime_error& error) {
-    // None of torch's kernels has a plan for this shape. Nothing has been written yet.
-    foreign::set_variant("aten::scaled_dot_product_attention", -1, error.what());
+  const RefusedShapes::Shape shape{b.batch, done, p.heads, p.kv_heads, p.head_dim, static_cast<int64_t>(p.dtype)};
+  if (refused_shapes().has(shape)) {
     done = 0;
+  } else {
+    DenseBatch squares = some_rows(b, 0, done);
+    try {
+      torch_sdpa(p, squares);
+    } catch (const std::runtime_error& error) {
+      if (is_of_the_device(error.what())) throw;
+      // None of torch's kernels has a plan for this shape. Nothing has been written yet.
+      refused_shapes().add(shape, error.what());
+      done = 0;
+    }
   }
   if (done == b.rows) return;
   DenseBatch rest = some_rows(b, done, b.rows);

@@ -8,7 +8,7 @@ namespace pop {
 
 // Computes segments [0, p.num_segments). They must be of one shape (equal `rows`, `first_position`, `cache_start` and
 // `visible_end`) and cover consecutive sequences and rows. Returns false without any effect if no library supports the
-// call: float32, a slot table, a soft cap, or no library.
+// call: float32, a slot table, a soft cap without FlashAttention, or no library.
 bool library_attention(const AttentionParams& p, int device, int compute_capability);
 
 // Prompts without a past use aten::scaled_dot_product_attention (cuDNN's kernel on Hopper and Blackwell) for the

@@ -67,6 +67,8 @@ void CudaBackend::check_reported_ids(int device) {
   }
 }
 
+std::string CudaBackend::device_missing(int device) { return cuda::device_missing(device); }
+
 CudaBackend::CudaBackend(int device) : device_(device), scope_(device), stream_(current_stream(device)) {}
 
 // This kernel waits for everything in the stream, including weights that were just written. Later kernels of the call

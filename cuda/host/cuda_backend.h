@@ -44,6 +44,7 @@ class CudaBackend final : public Backend {
 
   static int64_t tune(const std::string& option, int64_t value);
   static void check_reported_ids(int device);
+  static std::string device_missing(int device);
 
  private:
   void library_gemm(const GemmParams&);

@@ -164,4 +164,12 @@ def _cuda(built: str) -> str:
         return "not built"
     if torch.version.cuda is None:
         return f"built with CUDA {built}; this torch is a CPU build"
-    return f"built with CUDA {built}; {'a device is there' if torch.cuda.is_available() else 'no device found'}"
+    if not torch.cuda.is_available():
+        return f"built with CUDA {built}; no device found"
+    return "; ".join([f"built with CUDA {built}", *map(_device_state, range(torch.cuda.device_count()))])
+
+
+def _device_state(index: int) -> str:
+    """Return the name of a CUDA device, and why the kernels cannot run there if they cannot."""
+    missing = torch.ops.pop.device_missing(torch.empty(0, device=f"cuda:{index}"))
+    return f"{torch.cuda.get_device_name(index)}: {f'not supported: {missing}' if missing else 'supported'}"

@@ -155,6 +155,18 @@ def test_the_error_of_an_option_does_not_name_the_backend_that_refuses_it(option
         pop_ext.enable(llama(intermediate=150), PLAN, **{option: True})
 
 
+@pytest.mark.cpu  # the operator says so of a GPU that the build has no code for
+def test_a_device_that_the_kernels_cannot_run_on_is_named_before_anything_runs(monkeypatch):
+    reason = "expected a compute capability that this build has code for (80+PTX, 86), got 7.5"
+    monkeypatch.setattr(torch.ops.pop, "device_missing", lambda like: reason)
+    model = llama()
+    with pytest.raises(UnsupportedModelError, match=r"^device cpu: expected a compute capability .* got 7.5"):
+        pop_ext.load(model, PLAN)
+    with pop_ext.enabled(model, PLAN), torch.no_grad():
+        model(tokens(model, 1, T), logits_to_keep=1, use_cache=True)
+        assert pop_ext.last_call(model).backend == "portable"
+
+
 def test_a_refused_enable_keeps_the_previous_one():
     model = pop_ext.enable(llama(), PLAN)
     before = model.forward

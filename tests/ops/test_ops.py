@@ -146,7 +146,15 @@ def test_prefill_passes_opcheck():
 
 # opcheck compares eager and traced results only if they are numbers and tensors, not text. These operators are never
 # traced anyway: a traced program holds a model's handle as a constant. The other checks of opcheck run.
-TEXT_OPERATORS = ("info", "stale_weight", "cpu_isa", "foreign_schemas", "fp8_missing", "prepack_missing")
+TEXT_OPERATORS = (
+    "info",
+    "stale_weight",
+    "cpu_isa",
+    "device_missing",
+    "foreign_schemas",
+    "fp8_missing",
+    "prepack_missing",
+)
 NUMBER_OPERATORS = ("extra_bytes", "stale_index")
 TWINS = tuple(f"{name}_utf8" for name in TEXT_OPERATORS)
 WITHOUT_TEXT_COMPARISON = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -157,7 +165,7 @@ def test_an_operator_that_returns_text_passes_what_opcheck_can_compare(name):
     native = pop_ext.load(shared(), plan_of(shared()))
     of_a_model = {"info": (native.handle,), "stale_weight": (native.handle,)}
     of_a_spec = {op: (native.spec.to_json(), random(1)) for op in ("fp8_missing", "prepack_missing")}
-    args = {**of_a_model, **of_a_spec}.get(name, ())
+    args = {**of_a_model, **of_a_spec, "device_missing": (random(1),)}.get(name, ())
     for operator in (getattr(pop, name), getattr(pop, f"{name}_utf8")):
         torch.library.opcheck(operator.default, args, test_utils=WITHOUT_TEXT_COMPARISON)
     assert getattr(pop, name)(*args) == bytes(getattr(pop, f"{name}_utf8")(*args)).decode()

@@ -135,6 +135,7 @@ def model_ops(native: pop_ext.NativeModel) -> list[Target]:
         *(Target(name, getattr(pop, name), handle) for name in queries),
         Target("unload", unload, lambda: {"model": pop.load(spec, plan, weights)},
                lambda out, arguments: out),
+        Target("device_missing", pop.device_missing, lambda: {"like": torch.ones(2)}),
         Target("fp8_missing", pop.fp8_missing, lambda: {"spec": spec, "like": torch.ones(2)}),
         Target("prepack_missing", pop.prepack_missing, lambda: {"spec": spec, "like": torch.ones(2)}),
         Target("tune", restore_tune, lambda: {"option": "gemm_blocks", "value": 0}),

@@ -79,6 +79,7 @@ def public_entries() -> dict[str, Callable[[], Any]]:
         "torch.ops.pop.stale_weight": lambda: torch.ops.pop.stale_weight(handle),
         "torch.ops.pop.cpu_isa": torch.ops.pop.cpu_isa,
         "torch.ops.pop.foreign_schemas": torch.ops.pop.foreign_schemas,
+        "torch.ops.pop.device_missing": lambda: torch.ops.pop.device_missing(ids),
         "torch.ops.pop.fp8_missing": lambda: torch.ops.pop.fp8_missing(spec_text, ids),
         "torch.ops.pop.prepack_missing": lambda: torch.ops.pop.prepack_missing(spec_text, ids),
         "env_info": env_info.installation,

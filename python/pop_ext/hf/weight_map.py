@@ -306,6 +306,9 @@ def _check_tensors(weights: list[WeightRef]) -> None:
                 f"weight {ref.slot}: expected {first.dtype} on {first.device} like {weights[0].slot}, "
                 f"got {tensor.dtype} on {tensor.device}"
             )
+    missing = torch.ops.pop.device_missing(first)
+    if missing:
+        raise UnsupportedModelError(f"device {first.device}: {missing}")
 
 
 def _check_config(family: Family, config: Any, head_dim: int, refs: dict[str, WeightRef]) -> None:

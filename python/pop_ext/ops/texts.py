@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-_NAMES = ("cpu_isa", "foreign_schemas", "fp8_missing", "info", "prepack_missing", "stale_weight")
+_NAMES = ("cpu_isa", "device_missing", "foreign_schemas", "fp8_missing", "info", "prepack_missing", "stale_weight")
 
 
 def _decoding(twin: Any) -> Callable[..., str]:

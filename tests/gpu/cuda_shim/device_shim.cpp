@@ -13,6 +13,8 @@ const DeviceFacts& device_facts() {
   return facts;
 }
 
+std::string device_missing(int) { return ""; }
+
 namespace {
 std::atomic<int32_t> flag{0};
 }
