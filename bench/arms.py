@@ -26,7 +26,7 @@ class Arm(Timed):
 
     Attributes:
         what: the call in words.
-        flops: FLOPs of one call by the cost model.
+        cost: FLOPs and bytes of one call by the cost model, in all and of each stage.
         make: builds ``call``; if it raises, the arm has failed.
         plan: plan of a native arm; None for Hugging Face.
         options: backend options during its calls.
@@ -38,7 +38,7 @@ class Arm(Timed):
     """
 
     what: str
-    flops: float
+    cost: dict[str, Any]
     make: Callable[[Arm], Callable[[], Any]]
     plan: Plan | None = None
     options: Mapping[str, int] = field(default_factory=dict)
@@ -47,6 +47,11 @@ class Arm(Timed):
     warmup: tuple[float, ...] = ()
     memory: MemoryUse | None = None
     error: float | None = None
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of one call by the cost model."""
+        return float(self.cost["flops"])
 
     @property
     def load_options(self) -> dict[str, bool]:
@@ -69,14 +74,24 @@ def sequence_shapes(batch: int, tokens: int, plan: Plan | None = None) -> list[_
     return [_core.SequenceShape(tokens, boundary=boundary, logits_to_keep=1)] * batch
 
 
+def stock_cost(spec: _core.ModelSpec, batch: int, tokens: int) -> dict[str, Any]:
+    """Return FLOPs and bytes of Hugging Face's full prefill."""
+    return _core.stock_cost(spec, sequence_shapes(batch, tokens))
+
+
+def plan_cost(spec: _core.ModelSpec, plan: Plan, batch: int, tokens: int) -> dict[str, Any]:
+    """Return FLOPs and bytes of a native prefill under a plan."""
+    return _core.plan_cost(spec, plan, sequence_shapes(batch, tokens, plan))
+
+
 def stock_flops(spec: _core.ModelSpec, batch: int, tokens: int) -> float:
     """Return the FLOPs of Hugging Face's full prefill."""
-    return float(_core.stock_cost(spec, sequence_shapes(batch, tokens))["flops"])
+    return float(stock_cost(spec, batch, tokens)["flops"])
 
 
 def plan_flops(spec: _core.ModelSpec, plan: Plan, batch: int, tokens: int) -> float:
     """Return the FLOPs of a native prefill under a plan."""
-    return float(_core.plan_cost(spec, plan, sequence_shapes(batch, tokens, plan))["flops"])
+    return float(plan_cost(spec, plan, batch, tokens)["flops"])
 
 
 def make_arms(
@@ -102,15 +117,15 @@ def make_arms(
         copies: "fp8", "prepack"; each adds an arm for native-full and for every plan.
     """
     batch, tokens = input_ids.shape
-    flops = stock_flops(spec, batch, tokens)
+    cost = stock_cost(spec, batch, tokens)
     stock = "model(input_ids, use_cache=True, logits_to_keep=1), sdpa, no_grad"
-    arms = [Arm(name=HF_EAGER, what=stock, flops=flops, make=lambda _: _forward(model, input_ids))]
+    arms = [Arm(name=HF_EAGER, what=stock, cost=cost, make=lambda _: _forward(model, input_ids))]
     if compile_mode is not None:
         arms.append(
             Arm(
                 name=HF_COMPILE,
                 what=f'torch.compile(model, mode="{compile_mode}", dynamic=False), else as {HF_EAGER}',
-                flops=flops,
+                cost=cost,
                 make=lambda _: _compiled(model, input_ids, compile_mode),
             )
         )
@@ -123,16 +138,16 @@ def make_arms(
             "prefill": "pop_ext.load(model, plan).prefill(input_ids)",
         }[via]
         what = f"{what}; omits {layers_text(plan)}"
-        flops = plan_flops(spec, plan, batch, tokens)
+        cost = plan_cost(spec, plan, batch, tokens)
         make = _enabled_maker(model, input_ids) if via == "enable" else _loaded_maker(model, input_ids)
-        arms.append(Arm(name=name, what=what, flops=flops, make=make, plan=plan))
+        arms.append(Arm(name=name, what=what, cost=cost, make=make, plan=plan))
         for copy_ in copies:
             text = f"{what}; {copy_}"
-            arms.append(Arm(name=f"{name} {copy_}", what=text, flops=flops, make=make, plan=plan, copies=copy_))
+            arms.append(Arm(name=f"{name} {copy_}", what=text, cost=cost, make=make, plan=plan, copies=copy_))
         for options in tunings if plan is not full else ():
             text = options_text(options)
             arms.append(
-                Arm(name=f"{name} {text}", what=f"{what}; {text}", flops=flops, make=make, plan=plan, options=options)
+                Arm(name=f"{name} {text}", what=f"{what}; {text}", cost=cost, make=make, plan=plan, options=options)
             )
     return arms
 

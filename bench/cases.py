@@ -16,7 +16,8 @@ from pop_ext.utils.progress import ProgressBar
 from bench.arms import HF_COMPILE, HF_EAGER, NATIVE_FULL, Arm, find, make_arms
 from bench.measure import MIN_REPEATS, Summary, WallClock, error_line, interleave, paired_ratio
 from bench.memory import measure_memory, release_memory
-from bench.rates import Gemm, peak_rate, reference_gemms
+from bench.rates import Gemm, measure_bandwidth, peak_rate, reference_gemms
+from bench.roofline import Peaks
 from bench.shapes import BenchModel
 
 _LARGEST_ERROR = 0.1  # of ``Arm.error`` at full depth; rounding stays far below it
@@ -54,6 +55,8 @@ class Comparison:
         speedup: median of the baseline divided by the median of the arm.
         paired: median over rounds of the same ratio.
         ceiling: FLOPs of the baseline divided by FLOPs of the arm.
+        roofline: least time of the baseline divided by the least time of the arm, by FLOPs and bytes at the peaks of
+            this run; None if a peak is unknown.
     """
 
     arm: str
@@ -61,6 +64,12 @@ class Comparison:
     speedup: float
     paired: float
     ceiling: float
+    roofline: float | None = None
+
+    @property
+    def share_of_roofline(self) -> float | None:
+        """Measured speed-up as a share of the roofline."""
+        return None if self.roofline is None else self.speedup / self.roofline
 
     @property
     def share(self) -> float:
@@ -79,6 +88,7 @@ class Case:
     dtype: torch.dtype
     arms: list[Arm]
     gemms: list[Gemm]
+    bandwidth: float | None = None  # bytes/s of a large copy or read in this run
     rounds: int = 0
     warnings: list[str] = field(default_factory=list)
 
@@ -91,6 +101,11 @@ class Case:
     def peak(self) -> float | None:
         """FLOP/s of the fastest matrix product of this run."""
         return peak_rate(self.gemms)
+
+    @property
+    def peaks(self) -> Peaks | None:
+        """Both peaks of this run; None if one is unknown."""
+        return Peaks(self.peak, self.bandwidth) if self.peak and self.bandwidth else None
 
     def baseline(self) -> Arm | None:
         """Return the faster of the Hugging Face arms; native-full if none of them ran."""
@@ -105,7 +120,10 @@ class Case:
             return None
         medians = [Summary.of(samples.samples).median for samples in (baseline, arm)]
         paired = paired_ratio(baseline.samples, arm.samples)
-        return Comparison(arm.name, baseline.name, medians[0] / medians[1], paired, baseline.flops / arm.flops)
+        ceiling, roofline = baseline.flops / arm.flops, None
+        if self.peaks is not None:
+            roofline = self.peaks.least_seconds(baseline.cost) / self.peaks.least_seconds(arm.cost)
+        return Comparison(arm.name, baseline.name, medians[0] / medians[1], paired, ceiling, roofline)
 
     def comparisons(self) -> list[Comparison]:
         """Compare every arm with every baseline: the Hugging Face arms and native-full."""
@@ -170,6 +188,7 @@ def run_case(
         case.rounds = interleave(
             timed, clock, settings.repeats, deadline, step=lambda item: bar.advance(label=item.name)
         )
+    case.bandwidth = max(measure_bandwidth(device).values(), default=None)
     if case.rounds < MIN_REPEATS:
         why = "as asked for" if settings.repeats < MIN_REPEATS else "the time budget was spent"
         case.warnings.append(f"only {case.rounds} repeats ({why}), fewer than {MIN_REPEATS}: indicative figures")

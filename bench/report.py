@@ -62,7 +62,7 @@ def case_text(case: Case) -> str:
     baseline = case.baseline()
     against = baseline.name if baseline else "baseline"
     header = ["arm", "median ms", "IQR", "min", f"vs {against}", "paired", "ceiling", "of ceiling"]
-    header += ["GFLOP/s", "of GEMM", "extra MiB"]
+    header += ["roofline", "of roofline", "GFLOP/s", "of GEMM", "extra MiB"]
     lines = [f"{case.title}, {case.model.weights} weights; {case.rounds} rounds", ""]
     if case.model.note:
         lines.insert(1, f"note: {case.model.note}")
@@ -110,10 +110,17 @@ def _arm_cells(case: Case, arm: Arm, baseline: Arm | None) -> list[str]:
         f"{1e3 * summary.minimum:.1f}",
         *([f"{against.speedup:.2f}x", f"{against.paired:.2f}x"] if against else ["-", "-"]),
         *([f"{against.ceiling:.2f}x", _percent(against.share)] if against else ["-", "-"]),
+        *_roofline_cells(against),
         f"{rate / 1e9:,.0f}",
         _percent(rate / case.peak if case.peak else None),
         f"{arm.memory.working / _MIB:.1f}" if arm.memory else "-",
     ]
+
+
+def _roofline_cells(comparison: Comparison | None) -> list[str]:
+    if comparison is None or comparison.roofline is None:
+        return ["-", "-"]
+    return [f"{comparison.roofline:.2f}x", _percent(comparison.share_of_roofline)]
 
 
 def _comparison_lines(case: Case, baseline: Arm | None) -> list[str]:
@@ -126,6 +133,8 @@ def _comparison_line(comparison: Comparison) -> str:
     return (
         f"{comparison.arm} against {comparison.baseline}: {comparison.speedup:.2f}x (paired {comparison.paired:.2f}x), "
         f"ceiling {comparison.ceiling:.2f}x, {_percent(comparison.share)} of it"
+        + ("" if comparison.roofline is None else f"; roofline {comparison.roofline:.2f}x, ")
+        + ("" if comparison.roofline is None else f"{_percent(comparison.share_of_roofline)} of it")
     )
 
 
@@ -144,7 +153,8 @@ def _memory_lines(case: Case) -> list[str]:
 def _gemm_line(case: Case) -> str:
     rates = [f"{gemm.name} {gemm.rate / 1e9:,.0f}" for gemm in case.gemms if gemm.rate is not None]
     failed = [f"{gemm.name} failed: {gemm.failed}" for gemm in case.gemms if gemm.failed]
-    return f"GEMM of this run, GFLOP/s: {', '.join([*rates, *failed])}; shares are of the best"
+    memory = "" if case.bandwidth is None else f"; memory {case.bandwidth / 1e9:,.1f} GB/s"
+    return f"GEMM of this run, GFLOP/s: {', '.join([*rates, *failed])}; shares are of the best{memory}"
 
 
 def kernel_text(kernels: KernelTable) -> str:
@@ -204,7 +214,11 @@ def case_json(case: Case) -> dict[str, Any]:
         "gemm_peak_flop_per_s": case.peak,
         "arms": [_arm_json(case, arm) for arm in case.arms],
         "baseline": baseline.name if baseline else None,
-        "comparisons": [{**asdict(item), "share_of_ceiling": item.share} for item in case.comparisons()],
+        "bandwidth_bytes_per_s": case.bandwidth,
+        "comparisons": [
+            {**asdict(item), "share_of_ceiling": item.share, "share_of_roofline": item.share_of_roofline}
+            for item in case.comparisons()
+        ],
     }
 
 

@@ -24,6 +24,7 @@ from bench.kernel_table import measure_kernels  # noqa: E402
 from bench.measure import Summary, Timed, interleave, paired_ratio  # noqa: E402
 from bench.memory import measure_memory  # noqa: E402
 from bench.profile import stage_sums  # noqa: E402
+from bench.roofline import Peaks  # noqa: E402
 from bench.shapes import SHAPES, load_model  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -102,6 +103,11 @@ def test_a_run_saves_every_sample_and_prints_every_arm(config_dir, tmp_path, cap
     assert all(row["failed"] is None and row["median_s"] > 0 for row in rows.values())
 
 
+def test_a_roofline_takes_the_longer_of_flops_and_bytes_of_each_stage():
+    cost = {"stages": {"mlp": {"flops": 8e9, "bytes": 1e3}, "boundary": {"flops": 1e3, "bytes": 6e9}}}
+    assert Peaks(flop_per_s=4e9, bytes_per_s=2e9).least_seconds(cost) == 2 + 3
+
+
 def test_ceilings_come_from_the_cost_model(tiny, small_reference):
     plan = Plan(LAYERS, (3, 4, 5), boundary=2)
     spec = describe(tiny.model).spec
@@ -117,6 +123,12 @@ def test_ceilings_come_from_the_cost_model(tiny, small_reference):
         ("pop 3/6 b2", "hf-eager"): stock / pruned,
         ("pop 3/6 b2", "native-full"): full / pruned,
     }
+    peaks = Peaks(case.peak, case.bandwidth)
+    calls = ((Plan(LAYERS, ()), full_shapes), (plan, shapes))
+    least = [peaks.least_seconds(_core.plan_cost(spec, *call)) for call in calls]
+    [found] = [item for item in case.comparisons() if (item.arm, item.baseline) == ("pop 3/6 b2", "native-full")]
+    assert found.roofline == least[0] / least[1]
+    assert found.share_of_roofline == found.speedup / found.roofline
     assert stock == stock_flops(spec, 2, 20)
     assert pruned == plan_flops(spec, plan, 2, 20)
 
