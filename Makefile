@@ -98,6 +98,7 @@ core: $(BUILD)/build.ninja
 # The CUDA kernels as C++ on the CPU: each against serial arithmetic, again under ThreadSanitizer, and the tests of the
 # operators and of a whole prefill over them (tests/gpu/cuda_shim).
 SHIM_TESTS ?= tests/ops/test_op_kernels.py tests/ops/test_op_prefill.py tests/ops/test_rope_forms.py \
+  tests/ops/test_op_experts.py \
   tests/hf/test_window_only.py tests/hf/test_fp8.py tests/hf/test_copied_weights.py tests/ops/test_quantize_rows.py \
   tests/gpu/cuda_shim/options.py
 
@@ -113,7 +114,7 @@ shim: $(FOR_LINT)
 # schemas and the kernels of lesser processors do, which the tests themselves have shown.
 AVX512_TESTS ?= tests/ops/test_cpu_kernels.py tests/ops/test_attention_op.py tests/ops/test_op_kernels.py \
   tests/ops/test_op_norms_and_caps.py tests/ops/test_rope_forms.py tests/ops/test_op_prefill.py \
-  tests/hf/test_native_prefill.py tests/ops/test_quantize_rows.py
+  tests/ops/test_op_experts.py tests/hf/test_native_prefill.py tests/ops/test_quantize_rows.py
 
 avx512: export PATH := $(dir $(shell command -v $(PYTHON))):$(PATH)
 avx512: $(FOR_LINT)
@@ -125,7 +126,7 @@ avx512: $(FOR_LINT)
 # The libraries under the compiler's sanitizers, and tests over them; a finding fails. SHORT=1 leaves out most models.
 # Both also show that planted faults are found (tests/sanitizers). The sanitizer is loaded before Python, which lacks it.
 # A finding ends its process, so pytest must not hold back what that process wrote.
-ASAN_KERNELS ?= tests/ops/test_cpu_kernels.py tests/ops/test_op_prefill.py \
+ASAN_KERNELS ?= tests/ops/test_cpu_kernels.py tests/ops/test_op_prefill.py tests/ops/test_op_experts.py \
   $(if $(SHORT),,tests/ops/test_attention_op.py tests/ops/test_op_kernels.py tests/ops/test_op_norms_and_caps.py \
   tests/ops/test_quantize_rows.py)
 ASAN_CALLS ?= tests/ops/test_op_guards.py tests/hf/test_failed_calls.py tests/plans/test_hostile_files.py \

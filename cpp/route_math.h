@@ -1,17 +1,18 @@
-// The choice of a token's experts, shared by the CPU and the CUDA kernels: the experts with the largest router logits,
-// and their softmax probabilities over all experts.
+// The choice of a token's experts and their weights, shared by the CPU and the CUDA kernels (RouteParams in
+// backend/params.h).
 #pragma once
 
 #include <cstdint>
 
+#include "core/model_spec.h"
 #include "host_device.h"
 #include "row_math.h"
 
 namespace pop {
 
-// An expert and its router logit.
+// An expert and what it is chosen by.
 struct Choice {
-  float logit;
+  float key;
   int32_t expert;
 };
 
@@ -19,10 +20,8 @@ struct Choice {
 POP_HD Choice before_all() { return {__builtin_inff(), -1}; }
 POP_HD Choice after_all() { return {-__builtin_inff(), INT32_MAX}; }
 
-// Larger logits come first, lower experts first among equal logits. False for a NaN, which is never chosen.
-POP_HD bool comes_before(Choice a, Choice b) {
-  return a.logit > b.logit || (a.logit == b.logit && a.expert < b.expert);
-}
+// Larger keys come first, lower experts first among equal keys. False for a NaN, which is never chosen.
+POP_HD bool comes_before(Choice a, Choice b) { return a.key > b.key || (a.key == b.key && a.expert < b.expert); }
 
 // The earlier of `best` and `candidate` that comes after `previous`. A pass over all experts with the result of the
 // last pass as `previous` chooses the next expert.
@@ -30,19 +29,26 @@ POP_HD Choice better(Choice previous, Choice best, Choice candidate) {
   return comes_before(previous, candidate) && comes_before(candidate, best) ? candidate : best;
 }
 
-// The chosen expert; a valid index even if NaN logits left too few experts to choose from.
+// The chosen expert; a valid index even if NaN keys left too few experts to choose from.
 POP_HD int32_t expert_of(Choice chosen, int64_t pass) {
   return chosen.expert == INT32_MAX ? static_cast<int32_t>(pass) : chosen.expert;
 }
 
-// The softmax numerator of `logit`.
-POP_HD float softmax_part(float logit, float largest) { return exp_lanes(logit - largest); }
+// What an expert of that logit is chosen by; `bias` is that of the expert, or zero.
+POP_HD float route_key(RouterScores scores, float logit, float bias) {
+  return scores == RouterScores::softmax ? logit : sigmoid(logit) + bias;
+}
 
-// The factor that turns the numerators of the chosen experts into weights: probabilities, with `all` the sum of all
-// numerators, or, with `normalise`, shares of `chosen`, the sum of the chosen ones. A NaN in any logit makes `all` a
-// NaN, and then every weight.
-POP_HD float route_scale(float all, float chosen, bool normalise) {
-  return 1.0f / (normalise && all == all ? chosen : all);
+// The score of `logit`, of a softmax its numerator; `largest` is the first key that was chosen.
+POP_HD float score_part(RouterScores scores, float logit, float largest) {
+  return scores == RouterScores::softmax ? exp_lanes(logit - largest) : sigmoid(logit);
+}
+
+// The factor that turns the parts of the chosen experts into weights. `all` and `chosen` are the sums of all parts, and
+// of the chosen ones. A NaN in any logit makes `all` a NaN, and then every weight.
+POP_HD float route_scale(RouterScores scores, float all, float chosen, bool normalise, float norm_eps, float scale) {
+  const float whole = scores == RouterScores::softmax ? all : 1.0f;
+  return scale / (all != all ? all : normalise ? chosen + norm_eps : whole);
 }
 
 }  // namespace pop

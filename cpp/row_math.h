@@ -161,6 +161,11 @@ POP_HD F ratio(F a, F b) {
 }
 
 template <class F>
+POP_HD F sigmoid(F x) {
+  return ratio(F{} + 1.0f, 1.0f + exp_lanes(-x));
+}
+
+template <class F>
 POP_HD F silu(F x) {
   return ratio(x, 1.0f + exp_lanes(-x));
 }

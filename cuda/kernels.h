@@ -54,6 +54,7 @@ struct KvEpilogueParams {
 void launch_kv_epilogue(const KvEpilogueParams&, Stream);  // rope_cache_write.cu
 
 // route.cu. launch_group_rows does not fill host_begin.
+void launch_to_float32(const ToFloat32Params&, Stream);
 void launch_route(const RouteParams&, Stream);
 void launch_group_rows(const GroupRowsParams&, Stream);
 void launch_combine_rows(const CombineRowsParams&, Stream);

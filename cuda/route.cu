@@ -1,8 +1,9 @@
-// Mixture of experts: choose the experts of each row and their weights (route), sort (row, expert) pairs by expert
-// (group_rows), and sum the outputs of a row's experts by weight (combine_rows).
+// Mixture of experts: convert the input of a router to float32 (to_float32), choose the experts of each row and their
+// weights (route), sort (row, expert) pairs by expert (group_rows), and sum the outputs of a row's experts by weight,
+// and that of the shared expert (combine_rows).
 //
-// Floor: route reads rows * experts logits; group_rows reads the pairs once per expert, from L2; combine_rows reads
-// rows * experts_per_row * width elements and writes rows * width.
+// Floor: to_float32 reads and writes rows * width elements; route reads rows * experts logits; group_rows reads the
+// pairs once per expert, from L2; combine_rows reads rows * experts_per_row * width elements and writes rows * width.
 #include "route_math.h"
 
 #include <algorithm>
@@ -21,20 +22,32 @@ constexpr int kRowsOfBlock = kThreads / kWarp;
 __device__ __forceinline__ Choice warp_earliest(Choice choice) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const Choice other{__shfl_xor_sync(kAllLanes, choice.logit, offset),
+    const Choice other{__shfl_xor_sync(kAllLanes, choice.key, offset),
                        __shfl_xor_sync(kAllLanes, choice.expert, offset)};
     if (comes_before(other, choice)) choice = other;
   }
   return choice;
 }
 
+// `count` adjacent elements per thread; blockIdx.y is a part of the row.
+template <class T, int count>
+__global__ void __launch_bounds__(kThreads) to_float32_kernel(const ToFloat32Params p) {
+  const int64_t row = blockIdx.x;
+  const int64_t i = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * count;
+  if (i >= p.width) return;
+  float value[count];
+  load(static_cast<const T*>(p.x) + row * p.x_stride + i, value);
+  store(p.out + row * p.width + i, value);
+}
+
 // One warp per row: a pass over its logits for each expert to choose.
-template <class T>
+template <class T, RouterScores scores>
 __global__ void __launch_bounds__(kThreads) route_kernel(const RouteParams p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsOfBlock + threadIdx.x / kWarp;
   if (row >= p.rows) return;
   const int lane = threadIdx.x % kWarp;
   const T* logits = static_cast<const T*>(p.logits) + row * p.experts;
+  const T* bias = static_cast<const T*>(p.bias);
   int32_t* expert = p.expert + row * p.experts_per_row;
   float* weight = p.weight + row * p.experts_per_row;
   Choice chosen = before_all();
@@ -42,19 +55,21 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const RouteParams p) {
   for (int64_t pass = 0; pass < p.experts_per_row; ++pass) {
     Choice best = after_all();
     for (int64_t e = lane; e < p.experts; e += kWarp) {
-      best = better(chosen, best, {to_float(logits[e]), static_cast<int32_t>(e)});
+      const float key = route_key(scores, to_float(logits[e]), bias == nullptr ? 0.0f : to_float(bias[e]));
+      best = better(chosen, best, {key, static_cast<int32_t>(e)});
     }
     chosen = warp_earliest(best);
-    if (pass == 0) largest = chosen.logit;
-    const float part = softmax_part(chosen.logit, largest);
+    if (pass == 0) largest = chosen.key;
+    const int32_t index = expert_of(chosen, pass);
+    const float part = score_part(scores, to_float(logits[index]), largest);
     chosen_sum += part;
     if (lane == 0) {
-      expert[pass] = expert_of(chosen, pass);
+      expert[pass] = index;
       weight[pass] = part;
     }
   }
-  for (int64_t e = lane; e < p.experts; e += kWarp) all += softmax_part(to_float(logits[e]), largest);
-  const float scale = route_scale(warp_sum(all), chosen_sum, p.normalise);
+  for (int64_t e = lane; e < p.experts; e += kWarp) all += score_part(scores, to_float(logits[e]), largest);
+  const float scale = route_scale(scores, warp_sum(all), chosen_sum, p.normalise, p.norm_eps, p.scale);
   __syncwarp();  // lane 0 wrote the weights
   for (int64_t pass = lane; pass < p.experts_per_row; pass += kWarp) weight[pass] *= scale;
 }
@@ -102,6 +117,12 @@ __global__ void __launch_bounds__(kThreads) combine_rows_kernel(const CombineRow
   const int32_t* place = p.place + row * p.experts_per_row;
   const float* weight = p.weight + row * p.experts_per_row;
   float sum[count] = {};
+  if (p.shared != nullptr) {
+    load(static_cast<const T*>(p.shared) + row * p.out_stride + i, sum);
+    const float factor = p.shared_gate == nullptr ? 1.0f : sigmoid(to_float(static_cast<const T*>(p.shared_gate)[row]));
+#pragma unroll
+    for (int e = 0; e < count; ++e) sum[e] *= factor;
+  }
   for (int64_t j = 0; j < p.experts_per_row; ++j) {
     float value[count];
     load(static_cast<const T*>(p.x) + place[j] * p.width + i, value);
@@ -111,21 +132,37 @@ __global__ void __launch_bounds__(kThreads) combine_rows_kernel(const CombineRow
   store(static_cast<T*>(p.out) + row * p.out_stride + i, sum);
 }
 
-template <class T, int count>
-void launch_combine_of(const CombineRowsParams& p, Stream stream) {
+// Launches a kernel of blocks (row, part of the row), `count` elements per thread.
+template <class Params>
+void launch_over_rows(const char* name, void (*kernel)(const Params), const Params& p, int count, Stream stream) {
   const int64_t pieces = p.width / count, blocks = ceil_div(pieces, kThreads);
   const int64_t threads = ceil_div(ceil_div(pieces, blocks), kWarp) * kWarp;
   const dim3 grid(static_cast<unsigned>(p.rows), static_cast<unsigned>(blocks));
-  launch("combine_rows", combine_rows_kernel<T, count>, grid, dim3(static_cast<unsigned>(threads)), 0, stream, p);
+  launch(name, kernel, grid, dim3(static_cast<unsigned>(threads)), 0, stream, p);
 }
 
 }  // namespace
 
+void launch_to_float32(const ToFloat32Params& p, Stream stream) {
+  if (p.rows == 0 || p.width == 0) return;
+  with_element(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    constexpr int kCount = kPack<float>;
+    const bool in_packs = is_aligned(p.x, p.x_stride, sizeof(T), kCount * sizeof(T)) && p.width % kCount == 0;
+    if (in_packs) return launch_over_rows("to_float32", to_float32_kernel<T, kCount>, p, kCount, stream);
+    launch_over_rows("to_float32", to_float32_kernel<T, 1>, p, 1, stream);
+  });
+}
+
 void launch_route(const RouteParams& p, Stream stream) {
   if (p.rows == 0) return;
+  const auto run = [&](auto kernel) {
+    launch("route", kernel, dim3(static_cast<unsigned>(ceil_div(p.rows, kRowsOfBlock))), dim3(kThreads), 0, stream, p);
+  };
   with_element(p.dtype, [&](auto element) {
-    launch("route", route_kernel<decltype(element)>, dim3(static_cast<unsigned>(ceil_div(p.rows, kRowsOfBlock))),
-           dim3(kThreads), 0, stream, p);
+    using T = decltype(element);
+    if (p.scores == RouterScores::softmax) return run(route_kernel<T, RouterScores::softmax>);
+    run(route_kernel<T, RouterScores::sigmoid>);
   });
 }
 
@@ -139,10 +176,10 @@ void launch_combine_rows(const CombineRowsParams& p, Stream stream) {
   with_element(p.dtype, [&](auto element) {
     using T = decltype(element);
     const int64_t size = sizeof(T);
-    const bool in_packs =
-        is_aligned(p.x, p.width, size) && is_aligned(p.out, p.out_stride, size) && p.width % kPack<T> == 0;
-    if (in_packs) return launch_combine_of<T, kPack<T>>(p, stream);
-    launch_combine_of<T, 1>(p, stream);
+    const bool in_packs = is_aligned(p.x, p.width, size) && is_aligned(p.out, p.out_stride, size) &&
+                          is_aligned(p.shared, p.out_stride, size) && p.width % kPack<T> == 0;
+    if (in_packs) return launch_over_rows("combine_rows", combine_rows_kernel<T, kPack<T>>, p, kPack<T>, stream);
+    launch_over_rows("combine_rows", combine_rows_kernel<T, 1>, p, 1, stream);
   });
 }
 

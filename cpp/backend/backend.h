@@ -44,6 +44,7 @@ class Backend {
   // Rows of a dense MLP to compute at a time for the best speed; at most kMlpChunkRows are used.
   virtual int64_t mlp_rows(DType /*dtype*/) const { return kMlpChunkRows; }
 
+  virtual void to_float32(const ToFloat32Params&) = 0;
   virtual void route(const RouteParams&) = 0;
   // Waits for the device: host_begin is filled on return.
   virtual void group_rows(const GroupRowsParams&) = 0;

@@ -237,16 +237,30 @@ struct GatedActParams {
   const void *gate_bias, *up_bias;  // [width] or null
 };
 
-// Chooses the experts of each row: those with the experts_per_row largest logits, largest first, the lower index first
-// among equal logits. The weights are their softmax probabilities over all experts; `normalise` divides them by their
-// sum.
+// out = x in float32, for a router that computes in float32.
+struct ToFloat32Params {
+  DType dtype;  // of x
+  int64_t rows, width;
+  const void* x;  // [rows, width]
+  int64_t x_stride;
+  float* out;  // [rows, width]
+};
+
+// Chooses the experts of each row: those with the experts_per_row largest keys, largest first, the lower index first
+// among equal keys. The key is the logit or, with sigmoid scores, the score plus the expert's bias. The weights are the
+// scores of the chosen experts, without the bias: softmax probabilities over all experts, or sigmoids. `normalise`
+// divides them by their sum + norm_eps; then they are multiplied by `scale`.
 struct RouteParams {
-  DType dtype;
+  DType dtype;  // of logits and bias
   int64_t rows, experts, experts_per_row;
+  RouterScores scores = RouterScores::softmax;
   bool normalise;
-  const void* logits;  // [rows, experts]
-  int32_t* expert;     // [rows, experts_per_row]
-  float* weight;       // [rows, experts_per_row]
+  float norm_eps = 0.0f;
+  float scale = 1.0f;
+  const void* bias = nullptr;  // [experts] or null; with sigmoid scores only
+  const void* logits;          // [rows, experts]
+  int32_t* expert;             // [rows, experts_per_row]
+  float* weight;               // [rows, experts_per_row]
 };
 
 // Sorts (row, expert) pairs by expert, and by row within an expert.
@@ -259,7 +273,7 @@ struct GroupRowsParams {
   int64_t* host_begin;    // host [experts + 1]: a copy of begin
 };
 
-// out[row] = sum over the row's experts of weight * x[place]
+// out[row] = sum over the row's experts of weight * x[place], plus shared[row] * sigmoid(shared_gate[row])
 struct CombineRowsParams {
   DType dtype;
   int64_t rows, width, experts_per_row;
@@ -268,6 +282,8 @@ struct CombineRowsParams {
   const float* weight;   // [rows, experts_per_row]
   void* out;             // [rows, width]
   int64_t out_stride;
+  const void* shared = nullptr;       // [rows, width], rows `out_stride` apart, or null; may be out
+  const void* shared_gate = nullptr;  // [rows], or null for a factor of one
 };
 
 // Alignment in bytes of workspaces and of the pieces that they are cut into: a cache line, and the widest access.

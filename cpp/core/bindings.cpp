@@ -35,6 +35,8 @@ void assign(const char* name, T& field, const py::handle& value) {
       field = parse_dtype(value.cast<std::string>());
     } else if constexpr (std::is_same_v<T, Activation>) {
       field = parse_activation(value.cast<std::string>());
+    } else if constexpr (std::is_same_v<T, RouterScores>) {
+      field = parse_router_scores(value.cast<std::string>());
     } else {
       field = value.cast<T>();
     }

@@ -88,14 +88,18 @@ class Counter {
     return gemm(rows, 2 * inner, spec_.hidden_size) + gemm(rows, spec_.hidden_size, inner);
   }
 
-  // The router, and experts_per_token experts per row. Counts the weights of as many experts as the rows can use at
-  // most. Many rows use that many; how many a few rows share depends on the router, so it cannot be counted here.
+  // The router, experts_per_token experts per row, and the shared expert. Counts the weights of as many experts as the
+  // rows can use at most. Many rows use that many; how many a few rows share depends on the router, so it cannot be
+  // counted here.
   Cost experts(int64_t rows) const {
     if (rows == 0) return {};
     const int64_t pairs = rows * spec_.experts_per_token, touched = std::min(spec_.num_experts, pairs);
-    const int64_t weights = 3 * spec_.moe_intermediate_size * spec_.hidden_size;
-    return gemm(rows, spec_.num_experts, spec_.hidden_size) + mlp(pairs, spec_.moe_intermediate_size) +
-           elements((touched - 1) * weights);
+    const int64_t weights = 3 * spec_.moe_intermediate_size * spec_.hidden_size,
+                  shared = spec_.shared_intermediate_size;
+    const Cost routed = gemm(rows, spec_.num_experts, spec_.hidden_size) + mlp(pairs, spec_.moe_intermediate_size) +
+                        elements((touched - 1) * weights);
+    if (shared == 0) return routed;
+    return routed + mlp(rows, shared) + (spec_.shared_gate ? gemm(rows, 1, spec_.hidden_size) : Cost{});
   }
 
   // Scores and weighted sums over visible pairs. Bytes: q, the output, and once every K and V that a row sees.

@@ -15,6 +15,7 @@ namespace {
 
 constexpr const char* kDTypeNames[] = {"float32", "bfloat16", "float16"};  // in the order of DType
 constexpr const char* kActivationNames[] = {"silu", "gelu_tanh", "gelu"};  // in the order of Activation
+constexpr const char* kRouterScoresNames[] = {"softmax", "sigmoid"};       // in the order of RouterScores
 
 [[noreturn]] void fail(const std::string& field, const std::string& expected, const std::string& got) {
   throw std::invalid_argument(field + ": expected " + expected + ", got " + got);
@@ -59,6 +60,9 @@ void read(const json::Members& members, const char* name, DType& value) { value 
 void read(const json::Members& members, const char* name, Activation& value) {
   value = parse_activation(members.string(name));
 }
+void read(const json::Members& members, const char* name, RouterScores& value) {
+  value = parse_router_scores(members.string(name));
+}
 void read(const json::Members& members, const char* name, int64_t& value) { value = members.integer(name); }
 void read(const json::Members& members, const char* name, double& value) { value = members.number(name); }
 void read(const json::Members& members, const char* name, bool& value) { value = members.boolean(name); }
@@ -80,16 +84,23 @@ Activation parse_activation(const std::string& name) {
   return parse_enum<Activation>("activation", kActivationNames, name);
 }
 
+const char* to_string(RouterScores scores) { return kRouterScoresNames[static_cast<int>(scores)]; }
+
+RouterScores parse_router_scores(const std::string& name) {
+  return parse_enum<RouterScores>("router_scores", kRouterScoresNames, name);
+}
+
 std::vector<WeightSlot> ModelSpec::weight_slots() const {
-  std::vector<WeightSlot> slots{{"embed_tokens", -1, {vocab_size, hidden_size}}, {"norm", -1, {hidden_size}}};
+  std::vector<WeightSlot> slots{{"embed_tokens", -1, {vocab_size, hidden_size}, dtype},
+                                {"norm", -1, {hidden_size}, dtype}};
   for (int64_t layer = 0; layer < num_layers; ++layer) {
     const std::string prefix = "layers." + std::to_string(layer) + ".";
     const auto add = [&](const char* name, std::vector<int64_t> shape) {
-      slots.push_back({prefix + name, layer, std::move(shape)});
+      slots.push_back({prefix + name, layer, std::move(shape), dtype});
     };
     const auto add_linear = [&](const std::string& name, int64_t out, int64_t in, bool bias) {
-      slots.push_back({prefix + name + "_proj", layer, {out, in}});
-      if (bias) slots.push_back({prefix + name + "_bias", layer, {out}});
+      slots.push_back({prefix + name + "_proj", layer, {out, in}, dtype});
+      if (bias) slots.push_back({prefix + name + "_bias", layer, {out}, dtype});
     };
     if (input_norms) add("input_norm", {hidden_size});
     add_linear("q", q_dim(), hidden_size, qkv_bias);
@@ -101,9 +112,16 @@ std::vector<WeightSlot> ModelSpec::weight_slots() const {
     if (output_norms) add("attention_out_norm", {hidden_size});
     if (input_norms) add("post_norm", {hidden_size});
     if (sparse[layer] != 0) {
-      add("router", {num_experts, hidden_size});
+      slots.push_back({prefix + "router", layer, {num_experts, hidden_size}, router_dtype()});
+      if (router_bias) slots.push_back({prefix + "router_bias", layer, {num_experts}, router_dtype()});
       add("experts_gate_up", {num_experts, 2 * moe_intermediate_size, hidden_size});
       add("experts_down", {num_experts, hidden_size, moe_intermediate_size});
+      if (shared_intermediate_size > 0) {
+        add_linear("shared_gate", shared_intermediate_size, hidden_size, false);
+        add_linear("shared_up", shared_intermediate_size, hidden_size, false);
+        add_linear("shared_down", hidden_size, shared_intermediate_size, false);
+        if (shared_gate) add("shared_gate", {1, hidden_size});
+      }
     } else {
       add_linear("gate", intermediate_size, hidden_size, mlp_bias);
       add_linear("up", intermediate_size, hidden_size, mlp_bias);
@@ -136,9 +154,9 @@ void ModelSpec::validate() const {
       check_range(name, this->*member, range);
     }
   });
-  if (qk_norm_over_heads && (!qk_norm || qkv_bias || input_norms)) {
-    // Biases and the row scale of an input norm are applied on the way to the cache, which is after these norms.
-    fail("qk_norm_over_heads", "qk_norm, and neither input_norms nor qkv_bias", "another combination");
+  if (qk_norm_over_heads && (!qk_norm || qkv_bias)) {
+    // Biases are applied on the way to the cache, which is after these norms.
+    fail("qk_norm_over_heads", "qk_norm and no qkv_bias", "another combination");
   }
   if (qk_norm_after_rope && (!qk_norm || qk_norm_over_heads)) {
     fail("qk_norm_after_rope", "qk_norm without qk_norm_over_heads", "another combination");
@@ -178,6 +196,10 @@ void ModelSpec::validate_experts() const {
   if (num_experts > kMaxExperts) {
     fail("num_experts", "at most " + std::to_string(kMaxExperts), std::to_string(num_experts));
   }
+  if (router_bias && router_scores != RouterScores::sigmoid) {
+    fail("router_bias", "router_scores sigmoid", to_string(router_scores));
+  }
+  if (shared_gate && shared_intermediate_size == 0) fail("shared_gate", "shared_intermediate_size > 0", "0");
 }
 
 std::string ModelSpec::to_json() const {

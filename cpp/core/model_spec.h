@@ -19,6 +19,12 @@ enum class Activation { silu, gelu_tanh, gelu };
 const char* to_string(Activation activation);  // "silu", "gelu_tanh", "gelu"
 Activation parse_activation(const std::string& name);
 
+// The scores of a router of experts: probabilities over all experts, or a sigmoid of each logit.
+enum class RouterScores { softmax, sigmoid };
+
+const char* to_string(RouterScores scores);  // "softmax", "sigmoid"
+RouterScores parse_router_scores(const std::string& name);
+
 inline constexpr int64_t kMaxExperts = 4096;
 
 // How q and k are turned.
@@ -32,6 +38,7 @@ struct WeightSlot {
   std::string name;  // "embed_tokens", "norm", "layers.3.k_proj", "layers.3.k_bias", ...
   int64_t layer;
   std::vector<int64_t> shape;
+  DType dtype;
 };
 
 // How a field of ModelSpec gets its value in the Python constructor. In JSON every field is required.
@@ -79,13 +86,21 @@ struct ModelSpec {
   int64_t num_experts = 0;          // of a sparse layer
   int64_t experts_per_token = 0;
   int64_t moe_intermediate_size = 0;  // of one expert
-  bool norm_topk = false;  // true: the weights of a token's experts sum to one; false: they are probabilities
+  bool norm_topk = false;    // true: the weights of a token's experts are divided by their sum; false: they are scores
+  double norm_topk_eps = 0;  // added to that sum
+  double routed_scale = 1;   // multiplies the weights, after that
+  RouterScores router_scores = RouterScores::softmax;
+  bool router_bias = false;              // a bias per expert is added to scores to choose experts, not to weigh them
+  bool router_float32 = false;           // weights, bias and logits of the router are float32 in every dtype
+  int64_t shared_intermediate_size = 0;  // of the MLP that sparse layers add for every token; 0: none
+  bool shared_gate = false;              // its output is multiplied by a sigmoid of a learned product per token
 
   int64_t q_dim() const { return num_heads * head_dim; }
   int64_t kv_dim() const { return num_kv_heads * head_dim; }
   bool has_local_rope() const;  // some layer, or q in every layer, uses RoPE table 1
   RopeForm rope_form() const { return {.interleaved = rope_interleaved, .norm_after = qk_norm_after_rope}; }
   bool has_experts() const;  // some layer is sparse
+  DType router_dtype() const { return router_float32 ? DType::f32 : dtype; }
 
   // Calls visit(name, member, default, range) for every field, in the order of the JSON form. JSON, the range checks
   // and the Python binding are made from this list; python/pop_ext/_core.pyi repeats it.
@@ -126,6 +141,13 @@ struct ModelSpec {
     visit("experts_per_token", &ModelSpec::experts_per_token, Default::stated, Range::any);
     visit("moe_intermediate_size", &ModelSpec::moe_intermediate_size, Default::stated, Range::any);
     visit("norm_topk", &ModelSpec::norm_topk, Default::stated, Range::any);
+    visit("norm_topk_eps", &ModelSpec::norm_topk_eps, Default::stated, Range::not_negative);
+    visit("routed_scale", &ModelSpec::routed_scale, Default::stated, Range::positive);
+    visit("router_scores", &ModelSpec::router_scores, Default::stated, Range::any);
+    visit("router_bias", &ModelSpec::router_bias, Default::stated, Range::any);
+    visit("router_float32", &ModelSpec::router_float32, Default::stated, Range::any);
+    visit("shared_intermediate_size", &ModelSpec::shared_intermediate_size, Default::stated, Range::not_negative);
+    visit("shared_gate", &ModelSpec::shared_gate, Default::stated, Range::any);
   }
 
   // Sets the field `name`, one with Default::derived, from the other fields.

@@ -66,6 +66,8 @@ class CpuBackend final : public Backend {
   // Products of e4m3 go through float32: correct, but no faster than without.
   std::string fp8_missing(DType) const override { return ""; }
 
+  void to_float32(const ToFloat32Params& p) override { parallel_rows(table_.to_float32, p, p.rows, p.width); }
+
   void route(const RouteParams& p) override { parallel_rows(table_.route, p, p.rows, p.experts * p.experts_per_row); }
 
   void combine_rows(const CombineRowsParams& p) override {

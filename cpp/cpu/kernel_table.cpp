@@ -16,6 +16,7 @@ extern const Kernels kernels = {
     .gated_act = gated_act,
     .rope_cache_write = rope_cache_write,
     .quantize_rows = quantize_rows,
+    .to_float32 = to_float32,
     .route = route,
     .combine_rows = combine_rows,
     .skinny_gemm = skinny_gemm,

@@ -28,6 +28,7 @@ struct Kernels {
   void (*gated_act)(const GatedActParams&, int64_t begin, int64_t end);
   void (*rope_cache_write)(const RopeCacheWriteParams&, int64_t begin, int64_t end);
   void (*quantize_rows)(const QuantizeRowsParams&, int64_t begin, int64_t end);
+  void (*to_float32)(const ToFloat32Params&, int64_t begin, int64_t end);
   void (*route)(const RouteParams&, int64_t begin, int64_t end);
   void (*combine_rows)(const CombineRowsParams&, int64_t begin, int64_t end);
   // Columns [begin, end) of out, for a GEMM with few rows, which is bound by the bytes of w.

@@ -11,6 +11,7 @@ void rms_norm(const RmsNormParams&, int64_t begin, int64_t end);
 void gated_act(const GatedActParams&, int64_t begin, int64_t end);
 void rope_cache_write(const RopeCacheWriteParams&, int64_t begin, int64_t end);
 void quantize_rows(const QuantizeRowsParams&, int64_t begin, int64_t end);
+void to_float32(const ToFloat32Params&, int64_t begin, int64_t end);
 void route(const RouteParams&, int64_t begin, int64_t end);
 void combine_rows(const CombineRowsParams&, int64_t begin, int64_t end);
 void skinny_gemm(const GemmParams&, int64_t begin, int64_t end);

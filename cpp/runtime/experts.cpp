@@ -1,5 +1,6 @@
 #include "runtime/experts.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "runtime/arena.h"
@@ -14,25 +15,29 @@ struct ExpertsWorkspace {
   ExpertsWorkspace(const ExpertsShape& shape, int64_t rows, void* base) {
     Arena arena(base);
     const int64_t pairs = rows * shape.experts_per_row, element = element_size(shape.dtype);
-    logits = arena.take(rows * shape.experts * element);
+    logits = arena.take(rows * shape.experts * element_size(shape.router_dtype));
+    shared_gate = shape.shared_gate ? arena.take(rows * element) : nullptr;
     expert = arena.take_array<int32_t>(pairs);
     weight = arena.take_array<float>(pairs);
     place = arena.take_array<int32_t>(pairs);
     row = arena.take_array<int64_t>(pairs);
     begin = arena.take_array<int64_t>(shape.experts + 1);
-    x = arena.take(pairs * shape.hidden_size * element);
+    // Before the experts' input, it holds that of a router that computes in float32.
+    const int64_t router_element = shape.router_dtype == shape.dtype ? 0 : element_size(shape.router_dtype);
+    x = arena.take(std::max(pairs * element, rows * router_element) * shape.hidden_size);
     gate_up = arena.take(pairs * 2 * shape.inner_size * element);
     bytes = arena.used();
   }
 
-  void* logits;     // [rows, experts]
-  int32_t* expert;  // [rows, experts_per_row]
-  float* weight;    // [rows, experts_per_row]
-  int32_t* place;   // [rows, experts_per_row]
-  int64_t* row;     // [pairs]
-  int64_t* begin;   // [experts + 1]
-  void* x;          // [pairs, hidden_size]: the input of the experts, then their output
-  void* gate_up;    // [pairs, 2 * inner_size]
+  void* logits;       // [rows, experts]
+  void* shared_gate;  // [rows], or null
+  int32_t* expert;    // [rows, experts_per_row]
+  float* weight;      // [rows, experts_per_row]
+  int32_t* place;     // [rows, experts_per_row]
+  int64_t* row;       // [pairs]
+  int64_t* begin;     // [experts + 1]
+  void* x;            // [pairs, hidden_size]: the input of the experts, then their output
+  void* gate_up;      // [pairs, 2 * inner_size]
   size_t bytes;
 };
 
@@ -59,7 +64,9 @@ class Experts {
                            .place = work_.place,
                            .weight = work_.weight,
                            .out = call_.out,
-                           .out_stride = call_.out_stride});
+                           .out_stride = call_.out_stride,
+                           .shared = shape_.shared ? call_.out : nullptr,
+                           .shared_gate = work_.shared_gate});
   }
 
  private:
@@ -70,14 +77,33 @@ class Experts {
   }
 
   void route() {
-    const GemmParams logits = product(shape_.dtype, call_.rows, shape_.experts, shape_.hidden_size,
-                                      {call_.x, call_.x_stride}, call_.router, work_.logits, shape_.experts);
+    const int64_t hidden = shape_.hidden_size;
+    ProductRows x{call_.x, call_.x_stride};
+    if (shape_.shared_gate) {
+      const GemmParams gate = product(shape_.dtype, call_.rows, 1, hidden, x, call_.shared_gate, work_.shared_gate, 1);
+      backend_.gemm(&gate, 1);
+    }
+    if (shape_.router_dtype != shape_.dtype) {
+      backend_.to_float32({.dtype = shape_.dtype,
+                           .rows = call_.rows,
+                           .width = hidden,
+                           .x = call_.x,
+                           .x_stride = call_.x_stride,
+                           .out = static_cast<float*>(work_.x)});
+      x = {work_.x, hidden};
+    }
+    const GemmParams logits =
+        product(shape_.router_dtype, call_.rows, shape_.experts, hidden, x, call_.router, work_.logits, shape_.experts);
     backend_.gemm(&logits, 1);
-    backend_.route({.dtype = shape_.dtype,
+    backend_.route({.dtype = shape_.router_dtype,
                     .rows = call_.rows,
                     .experts = shape_.experts,
                     .experts_per_row = shape_.experts_per_row,
+                    .scores = shape_.scores,
                     .normalise = shape_.normalise,
+                    .norm_eps = shape_.norm_eps,
+                    .scale = shape_.scale,
+                    .bias = call_.router_bias,
                     .logits = work_.logits,
                     .expert = work_.expert,
                     .weight = work_.weight});
@@ -147,7 +173,13 @@ ExpertsShape experts_shape(const ModelSpec& spec) {
           .inner_size = spec.moe_intermediate_size,
           .experts = spec.num_experts,
           .experts_per_row = spec.experts_per_token,
-          .normalise = spec.norm_topk};
+          .router_dtype = spec.router_dtype(),
+          .scores = spec.router_scores,
+          .normalise = spec.norm_topk,
+          .norm_eps = static_cast<float>(spec.norm_topk_eps),
+          .scale = static_cast<float>(spec.routed_scale),
+          .shared = spec.shared_intermediate_size > 0,
+          .shared_gate = spec.shared_gate};
 }
 
 size_t experts_workspace(const ExpertsShape& shape, int64_t rows) {

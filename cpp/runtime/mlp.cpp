@@ -22,21 +22,28 @@ int64_t chunk_rows(int64_t rows, int64_t most) {
   return std::min(most, round_up(equal, kTile));
 }
 
-size_t inner_bytes(const ModelSpec& spec, int64_t rows) {
-  return aligned(rows * spec.intermediate_size * element_size(spec.dtype));
+// A gated MLP: that of a dense layer, or the shared expert of a sparse one.
+struct DenseWeights {
+  int64_t inner_size;
+  const Linear &gate_proj, &up_proj, &down_proj;
+  const void *gate_bias = nullptr, *up_bias = nullptr;
+};
+
+size_t dense_bytes(DType dtype, int64_t inner_size, int64_t rows) {
+  return 2 * aligned(rows * inner_size * element_size(dtype));
 }
 
-void dense(const MlpCall& call, Backend& backend) {
+void dense(const MlpCall& call, const DenseWeights& weights, Backend& backend) {
   const ModelSpec& spec = call.spec;
-  const int64_t hidden = spec.hidden_size, inner = spec.intermediate_size;
+  const int64_t hidden = spec.hidden_size, inner = weights.inner_size;
   void* gate = call.workspace;
-  void* up = static_cast<char*>(call.workspace) + inner_bytes(spec, call.rows);
+  void* up = static_cast<char*>(call.workspace) + dense_bytes(spec.dtype, inner, call.rows) / 2;
   const ProductRows x =
-      rows_for(backend, spec.dtype, call.weights.gate_proj, call.rows, hidden, call.x, call.x_stride, call.quantized);
+      rows_for(backend, spec.dtype, weights.gate_proj, call.rows, hidden, call.x, call.x_stride, call.quantized);
   const auto from_x = [&](const Linear& w, void* out) {
     return product(spec.dtype, call.rows, inner, hidden, x, w, out, inner);
   };
-  const std::array products{from_x(call.weights.gate_proj, gate), from_x(call.weights.up_proj, up)};
+  const std::array products{from_x(weights.gate_proj, gate), from_x(weights.up_proj, up)};
   backend.gemm(products.data(), static_cast<int64_t>(products.size()));
   backend.gated_act({.dtype = spec.dtype,
                      .activation = spec.activation,
@@ -46,23 +53,46 @@ void dense(const MlpCall& call, Backend& backend) {
                      .gate_stride = inner,
                      .up = up,
                      .up_stride = inner,
-                     .gate_bias = call.weights.gate_bias,
-                     .up_bias = call.weights.up_bias});
+                     .gate_bias = weights.gate_bias,
+                     .up_bias = weights.up_bias});
   const ProductRows activated =
-      rows_for(backend, spec.dtype, call.weights.down_proj, call.rows, inner, gate, inner, call.quantized);
+      rows_for(backend, spec.dtype, weights.down_proj, call.rows, inner, gate, inner, call.quantized);
   const GemmParams down =
-      product(spec.dtype, call.rows, hidden, inner, activated, call.weights.down_proj, call.out, call.out_stride);
+      product(spec.dtype, call.rows, hidden, inner, activated, weights.down_proj, call.out, call.out_stride);
   backend.gemm(&down, 1);
 }
 
+void dense(const MlpCall& call, Backend& backend) {
+  const LayerWeights& weights = call.weights;
+  dense(call,
+        {.inner_size = call.spec.intermediate_size,
+         .gate_proj = weights.gate_proj,
+         .up_proj = weights.up_proj,
+         .down_proj = weights.down_proj,
+         .gate_bias = weights.gate_bias,
+         .up_bias = weights.up_bias},
+        backend);
+}
+
 void sparse(const MlpCall& call, Backend& backend) {
+  const LayerWeights& weights = call.weights;
+  if (call.spec.shared_intermediate_size > 0) {
+    dense(call,
+          {.inner_size = call.spec.shared_intermediate_size,
+           .gate_proj = weights.shared_gate_proj,
+           .up_proj = weights.shared_up_proj,
+           .down_proj = weights.shared_down_proj},
+          backend);
+  }
   run_experts({.shape = experts_shape(call.spec),
                .rows = call.rows,
                .x = call.x,
                .x_stride = call.x_stride,
-               .router = call.weights.router,
-               .gate_up = call.weights.experts_gate_up,
-               .down = call.weights.experts_down,
+               .router = weights.router,
+               .router_bias = weights.router_bias,
+               .gate_up = weights.experts_gate_up,
+               .down = weights.experts_down,
+               .shared_gate = weights.shared_gate,
                .out = call.out,
                .out_stride = call.out_stride,
                .workspace = call.workspace},
@@ -73,9 +103,12 @@ void sparse(const MlpCall& call, Backend& backend) {
 
 size_t mlp_workspace(const Model& model, int64_t rows, const Backend& backend) {
   const ModelSpec& spec = model.spec;
-  const size_t bytes = 2 * inner_bytes(spec, std::min(rows, most_rows(spec.dtype, false, model.fp8, backend)));
+  const int64_t dense_rows = std::min(rows, most_rows(spec.dtype, false, model.fp8, backend));
+  const size_t bytes = dense_bytes(spec.dtype, spec.intermediate_size, dense_rows);
   if (!spec.has_experts()) return bytes;
-  return std::max(bytes, experts_workspace(experts_shape(spec), std::min(rows, kMlpChunkRows)));
+  const int64_t sparse_rows = std::min(rows, kMlpChunkRows);
+  return std::max({bytes, dense_bytes(spec.dtype, spec.shared_intermediate_size, sparse_rows),
+                   experts_workspace(experts_shape(spec), sparse_rows)});
 }
 
 size_t quantized_mlp_bytes(const ModelSpec& spec, int64_t rows) {

@@ -35,8 +35,12 @@ struct LayerWeights {
   const void *q_norm = nullptr, *k_norm = nullptr;
   Linear gate_proj, up_proj, down_proj;
   const void *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;
-  Linear router;  // a sparse layer has a router and experts instead of gate_proj, up_proj and down_proj
+  // A sparse layer has a router, experts and maybe a shared expert instead of gate_proj, up_proj and down_proj.
+  Linear router;
+  const void* router_bias = nullptr;
   LinearStack experts_gate_up, experts_down;
+  Linear shared_gate_proj, shared_up_proj, shared_down_proj;
+  Linear shared_gate;  // [1, hidden_size]
 };
 
 // The weights of the independent KV projection of one run: K and V of all its layers in one matrix, each row multiplied

@@ -64,6 +64,7 @@ class Prefill {
   void add_features(int64_t layer);
   void final_norm();
 
+  bool normalises_before_projection() const { return spec_.qk_norm_over_heads && spec_.input_norms; }
   Linear layer_input(int64_t begin, const void* weight);
   void apply_pending(int64_t begin, int64_t end) { norm(begin, end, nullptr, nullptr, 0); }
   void norm(int64_t begin, int64_t end, const void* weight, void* out, int64_t out_stride, float* rstd = nullptr);
@@ -186,10 +187,15 @@ void Prefill::embed() {
 void Prefill::project_context_rows(const RunWeights& run, LayerRange all) {
   if (layout_.context_rows == 0) return;
   StageRange stage(observer_, "pop::kv_project");
-  // If an update is pending, the pass that adds it also computes the row scales.
-  const bool pending = pending_.begin < layout_.context_rows;
-  if (pending) norm(0, layout_.context_rows, nullptr, nullptr, 0, work_.rstd);
-  const float* rstd = pending ? work_.rstd : nullptr;
+  // If an update is pending, the pass that adds it also computes the row scales. Norms over all heads need normalised
+  // rows: they come before the write step, which applies the scales.
+  const bool pending = pending_.begin < layout_.context_rows, normalised = normalises_before_projection();
+  if (normalised) {
+    norm(0, layout_.context_rows, nullptr, work_.gemm_in, work_.row_stride);
+  } else if (pending) {
+    norm(0, layout_.context_rows, nullptr, nullptr, 0, work_.rstd);
+  }
+  const float* rstd = pending && !normalised ? work_.rstd : nullptr;
 
   // With window_only, an omitted layer with a window writes only the positions that later rows can see.
   const std::vector<int64_t>& omit = model_.plan.omit;
@@ -215,6 +221,9 @@ void Prefill::project_context_rows(const RunWeights& run, LayerRange all) {
 void Prefill::project(const RunWeights& run, LayerRange layers, int64_t first_row, int64_t rows, const float* rstd) {
   const int64_t skip = layers.begin - run.layers.begin;
   const auto from = [skip](const std::vector<const void*>& vectors) { return vectors.data() + skip; };
+  const bool normalised = normalises_before_projection();
+  const void* x = normalised ? work_.gemm_in : work_.hidden;
+  const int64_t x_stride = normalised ? work_.row_stride : spec_.hidden_size;
   backend_.kv_project({.dtype = spec_.dtype,
                        .first_row = first_row,
                        .rows = rows,
@@ -222,9 +231,9 @@ void Prefill::project(const RunWeights& run, LayerRange layers, int64_t first_ro
                        .kv_heads = spec_.num_kv_heads,
                        .head_dim = spec_.head_dim,
                        .rotary_dim = spec_.rotary_dim,
-                       .x = at(work_.hidden, first_row, spec_.hidden_size),
-                       .x_stride = spec_.hidden_size,
-                       .normalise = spec_.input_norms,
+                       .x = at(x, first_row, x_stride),
+                       .x_stride = x_stride,
+                       .normalise = spec_.input_norms && !normalised,
                        .rstd = rstd == nullptr ? nullptr : rstd + first_row,
                        .layers = layers.size(),
                        .weight = at(run.stack, skip * 2 * spec_.kv_dim(), spec_.hidden_size),

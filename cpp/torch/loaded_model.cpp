@@ -47,7 +47,7 @@ LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Te
 void LoadedModel::check_weights() const {
   for (size_t i = 0; i < slots_.size(); ++i) {
     const std::string name = "pop::load: weight " + slots_[i].name;
-    check_dtype(weights_[i], model_.spec.dtype, name);
+    check_dtype(weights_[i], slots_[i].dtype, name);
     check_shape(weights_[i], slots_[i].shape, name);
     check_same_device(weights_[i], weights_.front(), name);
     check_last_dim_contiguous(weights_[i], name);
@@ -105,8 +105,13 @@ void LoadedModel::set_layer(int64_t layer) {
                           .up_bias = vector("up_bias"),
                           .down_bias = vector("down_bias"),
                           .router = linear("router"),
+                          .router_bias = vector("router_bias"),
                           .experts_gate_up = stack("experts_gate_up"),
-                          .experts_down = stack("experts_down")};
+                          .experts_down = stack("experts_down"),
+                          .shared_gate_proj = linear("shared_gate_proj"),
+                          .shared_up_proj = linear("shared_up_proj"),
+                          .shared_down_proj = linear("shared_down_proj"),
+                          .shared_gate = linear("shared_gate")};
 }
 
 bool LoadedModel::is_projected(int64_t layer) const {

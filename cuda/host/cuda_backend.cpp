@@ -88,6 +88,8 @@ void CudaBackend::rope_cache_write(const RopeCacheWriteParams& p) { cuda::launch
 
 void CudaBackend::gated_act(const GatedActParams& p) { cuda::launch_gated_act(p, stream_); }
 
+void CudaBackend::to_float32(const ToFloat32Params& p) { cuda::launch_to_float32(p, stream_); }
+
 void CudaBackend::route(const RouteParams& p) { cuda::launch_route(p, stream_); }
 
 void CudaBackend::combine_rows(const CombineRowsParams& p) { cuda::launch_combine_rows(p, stream_); }

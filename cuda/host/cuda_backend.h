@@ -34,6 +34,7 @@ class CudaBackend final : public Backend {
   void kv_project(const KvProjectParams&) override;
   void attention(const AttentionParams&) override;
   void gated_act(const GatedActParams&) override;
+  void to_float32(const ToFloat32Params&) override;
   void route(const RouteParams&) override;
   void group_rows(const GroupRowsParams&) override;
   void combine_rows(const CombineRowsParams&) override;

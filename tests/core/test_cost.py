@@ -31,6 +31,9 @@ def spec(
 SMALL = spec(6, 24, 6, 2, 8, 40, 100, window=[0, 5, 1, 0, 5, 3])
 EXPERTS = dict(num_experts=5, experts_per_token=2, moe_intermediate_size=12)
 SPARSE = spec(6, 24, 6, 2, 8, 40, 100, window=[0, 5, 1, 0, 5, 3], sparse=[1, 0, 1, 0, 1, 1], **EXPERTS)
+SHARED = spec(
+    *(6, 24, 6, 2, 8, 40, 100), sparse=[1, 0, 1, 0, 1, 1], **EXPERTS, shared_intermediate_size=16, shared_gate=True
+)
 LLAMA_8B = spec(32, 4096, 32, 8, 128, 14336, 128256)
 LLAMA_1B = spec(16, 2048, 32, 8, 64, 8192, 128256)
 QWEN3_VL_8B = spec(36, 4096, 32, 8, 128, 12288, 151936, qk_norm=True)
@@ -59,8 +62,8 @@ def count(model: ModelSpec, plan: Plan | None, batch: list[SequenceShape]) -> di
                 "mlp": 3 * 2 * model.hidden_size * model.intermediate_size,
             }
             if model.sparse[layer]:
-                inner = model.experts_per_token * model.moe_intermediate_size
-                parts["mlp"] = 2 * model.hidden_size * (model.num_experts + 3 * inner)
+                inner = model.experts_per_token * model.moe_intermediate_size + model.shared_intermediate_size
+                parts["mlp"] = 2 * model.hidden_size * (model.num_experts + model.shared_gate + 3 * inner)
             from_end = sequence.tokens - row
             if plan is None:
                 role = "full"
@@ -102,7 +105,7 @@ OMITTED = [(), (5,), (0,), (1, 2), (4, 5), (0, 2, 4), (1, 3, 4, 5), (0, 1, 2, 3,
 
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
 @pytest.mark.parametrize("omit", OMITTED, ids=str)
-@pytest.mark.parametrize("model", [SMALL, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("model", [SMALL, SPARSE, SHARED], ids=["dense", "sparse", "shared expert"])
 def test_plan_flops_equal_a_row_by_row_count(model, batch, omit):
     plan = Plan(6, omit)
     cost = plan_cost(model, plan, batch)

@@ -65,6 +65,13 @@ def test_fields_read_back_as_given():
         experts_per_token=3,
         moe_intermediate_size=40,
         norm_topk=True,
+        norm_topk_eps=1e-20,
+        routed_scale=2.5,
+        router_scores="sigmoid",
+        router_bias=True,
+        router_float32=True,
+        shared_intermediate_size=72,
+        shared_gate=True,
     )
     made = spec(**given)
     assert {name: getattr(made, name) for name in given} == given
@@ -142,6 +149,27 @@ def test_a_sparse_layer_has_a_router_and_experts():
     }
 
 
+SHARED = {"shared_gate_proj": (72, 96), "shared_up_proj": (72, 96), "shared_down_proj": (96, 72)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "added"),
+    [
+        (dict(router_scores="sigmoid", router_bias=True), {"router_bias": (8,)}),
+        (dict(shared_intermediate_size=72), SHARED),
+        (dict(shared_intermediate_size=72, shared_gate=True), {**SHARED, "shared_gate": (1, 96)}),
+        (dict(norm_topk_eps=1e-20, routed_scale=2.5, router_float32=True), {}),
+    ],
+)
+def test_a_router_bias_and_a_shared_expert_add_only_their_own_slots(changes, added):
+    plain = dict(sparse=(0, 1), num_experts=8, experts_per_token=3, moe_intermediate_size=40)
+    before, slots = spec(**plain).weight_slots(), spec(**plain, **changes).weight_slots()
+    assert [slot for slot in slots if slot in before] == before
+    expected = {f"layers.1.{name}": shape for name, shape in added.items()}
+    assert {name: shape for name, _, shape in slots if name in expected} == expected
+    assert len(slots) == len(before) + len(expected)
+
+
 def test_a_model_without_input_norms_has_no_slots_for_them():
     bare = [name for name, _, _ in spec(input_norms=False, output_norms=True).weight_slots()]
     assert not any(name.endswith((".input_norm", ".post_norm")) for name in bare)
@@ -173,11 +201,12 @@ def test_norms_over_all_heads_are_as_wide_as_the_projections():
         *[
             (
                 dict(qk_norm_over_heads=True, **changes),
-                "qk_norm_over_heads: expected qk_norm, and neither input_norms nor qkv_bias, got another combination",
+                "qk_norm_over_heads: expected qk_norm and no qkv_bias, got another combination",
             )
             for changes in (
+                {},
                 dict(input_norms=False),
-                dict(qk_norm=True),
+                dict(qk_norm=True, qkv_bias=True),
                 dict(qk_norm=True, input_norms=False, qkv_bias=True),
             )
         ],
@@ -207,6 +236,15 @@ def test_norms_over_all_heads_are_as_wide_as_the_projections():
                 (dict(num_experts=5000), "num_experts: expected at most 4096, got 5000"),
                 (dict(moe_intermediate_size=0), "moe_intermediate_size: expected an integer >= 1, got 0"),
                 (dict(experts_per_token=9), "experts_per_token: expected 1 to num_experts (8), got 9"),
+                (dict(router_bias=True), "router_bias: expected router_scores sigmoid, got softmax"),
+                (dict(shared_gate=True), "shared_gate: expected shared_intermediate_size > 0, got 0"),
+                (
+                    dict(shared_intermediate_size=-1),
+                    "shared_intermediate_size: expected an integer >= 0, got -1",
+                ),
+                (dict(routed_scale=0.0), "routed_scale: expected a finite number > 0, got 0"),
+                (dict(norm_topk_eps=-1.0), "norm_topk_eps: expected a finite number >= 0, got -1"),
+                (dict(router_scores="top"), "router_scores: expected one of softmax, sigmoid, got top"),
             )
         ],
         (dict(dtype="int8"), "dtype: expected one of float32, bfloat16, float16, got int8"),

@@ -17,6 +17,7 @@ import torch
 from against_oracle import Result, plan_of, run_oracle
 from models import FAMILIES, WINDOW, float32_twin, tokens
 from op_calls import op_call, rope_of, run_op
+from other_families import other
 from pop_ext import NativeModel, Plan
 from pop_ext._core import ModelSpec
 from tolerance import assert_close_fp32, assert_low_precision
@@ -30,7 +31,7 @@ T = 40
 
 @functools.cache
 def loaded(family: str, dtype: torch.dtype) -> NativeModel:
-    model = FAMILIES[family](dtype=dtype)
+    model = FAMILIES[family](dtype=dtype) if family in FAMILIES else other(family, dtype=dtype)
     return pop_ext.load(model, plan_of(model, OMIT, BOUNDARY))
 
 
@@ -249,12 +250,36 @@ def norm_each_head_separately(run):
 
 
 def normalise_layer_inputs(run):
-    norm_each_head_separately(run)  # input norms exclude norms over all heads
     run.spec["input_norms"] = True
     ones = torch.ones_like(run.weights["norm"])
     added = {f"layers.{i}.{name}": ones for i in range(6) for name in ("input_norm", "post_norm")}
     spec = ModelSpec.from_json(json.dumps(run.spec))
     run.weights = {name: {**run.weights, **added}[name] for name, _layer, _shape in spec.weight_slots()}
+
+
+def forget_the_biases_of_the_routers(run):
+    for name in [name for name in run.weights if name.endswith(".router_bias")]:
+        run.weights[name] = torch.zeros_like(run.weights[name])
+
+
+def forget_the_shared_experts(run):
+    run.spec["shared_intermediate_size"] = 0
+    run.spec["shared_gate"] = False
+    run.weights = {name: weight for name, weight in run.weights.items() if ".shared_" not in name}
+
+
+def forget_the_gates_of_the_shared_experts(run):
+    run.spec["shared_gate"] = False
+    run.weights = {name: weight for name, weight in run.weights.items() if not name.endswith(".shared_gate")}
+
+
+def swap_gate_and_up_of_a_shared_expert(run):
+    swap(run, "layers.3.shared_gate_proj", "layers.3.shared_up_proj")
+
+
+def choose_by_probabilities(run):
+    run.spec.update(router_scores="softmax", router_bias=False)
+    run.weights = {name: weight for name, weight in run.weights.items() if not name.endswith(".router_bias")}
 
 
 def rotate_half_as_many_channels(run):
@@ -372,6 +397,27 @@ INPUT_MUTATIONS = {
         swap_the_routers_of_two_omitted_layers,
         roll_the_router_of_a_retained_layer,
         swap_q_and_k_norm,
+    ],
+    "qwen2_moe": [
+        set_spec(norm_topk=True),
+        forget_the_shared_experts,
+        forget_the_gates_of_the_shared_experts,
+        swap_gate_and_up_of_a_shared_expert,
+    ],
+    "glm4_moe": [
+        set_spec(norm_topk=False),
+        set_spec(routed_scale=1.0),
+        choose_by_probabilities,
+        forget_the_biases_of_the_routers,
+        forget_the_shared_experts,
+        swap_gate_and_up_of_a_shared_expert,
+    ],
+    "minimax_m2": [
+        set_spec(norm_topk=False),
+        choose_by_probabilities,
+        forget_the_biases_of_the_routers,
+        norm_each_head_separately,
+        swap_two_k_norms_of_a_run,
     ],
 }
 OUTPUT_MUTATIONS = [

@@ -45,6 +45,27 @@ def _never(config: Any, layer: int) -> bool:
     return False
 
 
+def _experts_of(name: str, dtype: torch.dtype, **differences: Any) -> nn.Module:
+    return described_as(
+        other(name, dtype=dtype), experts=families.replace(families.FAMILIES[name].experts, **differences)
+    )
+
+
+def weighs_by_biased_scores(dtype: torch.dtype) -> nn.Module:
+    """Return a GLM-4.5 whose own router has the bias in the weights of experts, too."""
+    model = other("glm4_moe", dtype=dtype)
+
+    def forward(self: Any, hidden_states: Any) -> Any:
+        logits, _, chosen = type(self).__base__.forward(self, hidden_states)
+        weights = (logits.sigmoid() + self.e_score_correction_bias).gather(1, chosen)
+        return logits, weights / weights.sum(-1, keepdim=True) * self.routed_scaling_factor, chosen
+
+    for layer in model.model.layers[1:]:
+        router = type(layer.mlp.gate)
+        layer.mlp.gate.__class__ = type(router.__name__, (router,), {"forward": forward})
+    return model
+
+
 WRONG = {
     "RoPE in every layer": lambda dtype: described_as(other("smollm3", dtype=dtype), rotates=lambda *_: True),
     "RoPE in no layer": lambda dtype: described_as(llama(dtype=dtype), rotates=_never),
@@ -58,6 +79,11 @@ WRONG = {
     "pairs of RoPE": lambda dtype: described_as(other("glm4", dtype=dtype), rope_interleaved=False),
     "pairs of RoPE, the other way round": lambda dtype: described_as(llama(dtype=dtype), rope_interleaved=True),
     "norms before RoPE": lambda dtype: described_as(other("hunyuan_v1_dense", dtype=dtype), norms_after_rope=False),
+    "no factor of routed experts": lambda dtype: _experts_of("glm4_moe", dtype, scale=None),
+    "no sum of one": lambda dtype: _experts_of("glm4_moe", dtype, norm_topk=lambda _: False),
+    "a bias in the weights of experts": weighs_by_biased_scores,
+    "normalised probabilities": lambda dtype: _experts_of("qwen2_moe", dtype, norm_topk=lambda _: True),
+    "sigmoids in the place of probabilities": lambda dtype: _experts_of("qwen2_moe", dtype, scores="sigmoid"),
 }
 
 

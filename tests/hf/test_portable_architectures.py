@@ -13,10 +13,10 @@ PORTABLE = [
     "arcee:ArceeForCausalLM",
     "cohere2:Cohere2ForCausalLM",
     "deepseek_v3:DeepseekV3ForCausalLM",  # latent attention
+    "ernie4_5_moe:Ernie4_5_MoeForCausalLM",
     "falcon_h1:FalconH1ForCausalLM",  # attention and a recurrent mixer in each layer
     "gemma3n_text:Gemma3nForCausalLM",  # shared K and V, inputs per layer
     "gemma4_text:Gemma4ForCausalLM",
-    "glm4_moe:Glm4MoeForCausalLM",
     "glm4v:Glm4vForConditionalGeneration",
     "gpt-sw3:GPT2LMHeadModel",
     "gpt_oss:GptOssForCausalLM",  # attention sinks

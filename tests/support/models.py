@@ -49,6 +49,10 @@ WINDOW = 16
 """Default sliding window, shorter than the prompts of the tests."""
 
 
+ROUTER_BIAS = "e_score_correction_bias"
+"""Name of the buffer that the scores of a router are shifted by, to choose experts."""
+
+
 def llama(**over: Any) -> LlamaForCausalLM:
     """Return a Llama; options as in `build`, plus every LlamaConfig field (attention_bias, mlp_bias, ...)."""
     return build(LlamaForCausalLM, LlamaConfig, over)
@@ -137,8 +141,12 @@ def widen_margins(model: Any, seed: int) -> None:
     result: no tolerance could tell that from a mistake. So each token belongs to a class. The class is written into the
     first channels of its embedding, which nothing else writes to. Before the norm, the router logits of a class are
     4 / (experts - 1) apart, in a different order for each layer and class; the other channels change them by a tenth.
+    A bias that only chooses makes each layer choose one expert always and one never.
     """
-    experts = model.config.num_experts
+    routers = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "experts")]
+    if not routers:
+        return
+    experts = len(routers[0].weight)
     classes = torch.arange(model.config.vocab_size, device="cpu") % experts
     model.model.embed_tokens.weight[:, :experts] = 4.0 * torch.eye(experts, device="cpu")[classes].to(model.device)
     model.model.norm.weight[:experts] = 0.0  # with a tied head, the class must not determine the next token
@@ -149,11 +157,18 @@ def widen_margins(model: Any, seed: int) -> None:
             layer.mlp.down_proj.weight[:experts] = 0.0
             continue
         layer.mlp.experts.down_proj[:, :experts] = 0.0
+        for shared in layer.mlp.children():
+            if hasattr(shared, "down_proj") and shared is not layer.mlp.experts:
+                shared.down_proj.weight[:experts] = 0.0
         generator = torch.Generator().manual_seed(1000 * seed + number)
         levels = torch.linspace(2.0, -2.0, experts, device="cpu")
         orders = [levels[torch.randperm(experts, generator=generator, device="cpu")] for _ in range(experts)]
         layer.mlp.gate.weight *= 0.1
         layer.mlp.gate.weight[:, :experts] = torch.stack(orders, dim=1).to(model.device)
+        for bias in (buffer for name, buffer in layer.named_buffers() if name.endswith(ROUTER_BIAS)):
+            always, never = torch.randperm(experts, generator=generator, device="cpu")[:2]
+            bias.zero_()
+            bias[always], bias[never] = 2.0, -2.0
 
 
 def hyperclovax(**over: Any) -> HyperCLOVAXForCausalLM:
@@ -247,13 +262,14 @@ def draw_weights(model: nn.Module, seed: int) -> None:
     """Draw each parameter from its own generator, so that a weight depends only on seed, order and shape."""
     tied = model.config.tie_word_embeddings
     norm_base = 0.0 if model.config.model_type.startswith("gemma") else 1.0  # Gemma's norms multiply by 1 + weight
-    for number, (name, parameter) in enumerate(model.named_parameters()):
+    router_biases = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith(ROUTER_BIAS)]
+    for number, (name, parameter) in enumerate([*model.named_parameters(), *router_biases]):
         generator = torch.Generator().manual_seed(1000 * seed + number)
         values = torch.randn(parameter.shape, generator=generator, device="cpu")
         fan_in = parameter.shape[-1]
         if name.endswith("norm.weight"):
             values = norm_base + 0.3 * values
-        elif name.endswith(".bias"):
+        elif name.endswith((".bias", ROUTER_BIAS)):
             values = 0.3 * values
         elif "embed_tokens" in name:
             values = values * (fan_in**-0.5 if tied else 1.0)

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 import transformers
-from models import WINDOW, build
+from models import WINDOW, build, sparse
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 _MIXED: dict[str, Any] = {"sliding_window": WINDOW, "layer_types": [SLIDING, SLIDING, FULL] * 2}
+_DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _ROPES = {
     FULL: {"rope_type": "linear", "factor": 2.5, "rope_theta": 10000.0},
     SLIDING: {"rope_type": "default", "rope_theta": 1000.0},
@@ -31,11 +32,32 @@ _YARN = {
     "mscale_all_dim": 1.0,
 }
 
+_EXPERTS: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 56}
+# A factor of the routed experts, two shared ones, and a first layer with an MLP instead.
+_GLM: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 56,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+    "norm_topk_prob": True,
+}
+
 OTHER: dict[str, dict[str, Any]] = {
     "cwm": {**_MIXED, "bos_token_id": 0, "eos_token_id": 0},
     "ernie4_5": {},
+    "dots1": {**_MIXED, **_GLM, "topk_group": 1},
     "exaone": {},
     "exaone4": {**_MIXED, "sliding_window_pattern": 3},
+    "exaone_moe": {
+        **_MIXED,
+        **_GLM,
+        "num_experts": 8,
+        "num_shared_experts": 2,
+        "mlp_layer_types": ["dense", "dense", *["sparse"] * 4],
+    },
+    "flex_olmo": {"num_experts": 8, "num_experts_per_tok": 3, "intermediate": 56},
     "gemma": {"tied": True},
     "glm": {"attention_bias": True, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     "glm4": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
@@ -47,18 +69,46 @@ OTHER: dict[str, dict[str, Any]] = {
     },
     "helium": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24},  # its o_proj is square
     "hunyuan_v1_dense": {},
+    "glm4_moe": {**_GLM, "use_qk_norm": True, "rope_parameters": {**_DEFAULT_ROPE, "partial_rotary_factor": 0.5}},
+    "hy_v3": {**_EXPERTS, "num_shared_experts": 2, "router_scaling_factor": 1.7},
     "internlm3": {"attention_bias": True, "mlp_bias": True},
     "iquestcoder": {},
+    "minimax_m2": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "intermediate": 56,
+        "rope_parameters": {**_DEFAULT_ROPE, "partial_rotary_factor": 0.5},
+    },
     "ministral": _MIXED,
     "ministral3": {"rope_parameters": _YARN},  # with scales of q that change within a test's prompt
     "olmo3": {**_MIXED, "rope_parameters": _ROPES},
+    # Its norms of q and k span hidden_size.
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 3, "intermediate": 56, "hidden": 128, "head_dim": 32},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 72, "mlp_only_layers": [1]},
+    "sarvam_moe": {**_GLM, "use_qk_norm": True},
     "seed_oss": {"attention_bias": True, "attention_out_bias": False},
+    "solar_open": {key: value for key, value in _GLM.items() if key != "first_k_dense_replace"},
     "smollm3": {"no_rope_layers": [1, 1, 0, 1, 0, 1]},
 }
 """Name of a family -> options of `models.build`."""
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4, no windows": ("exaone4", {"sliding_window": None, "layer_types": [FULL] * 6}),
+    "glm4_moe, all that is optional the other way": (
+        "glm4_moe",
+        {
+            "use_qk_norm": False,
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 0,
+            "rope_parameters": _DEFAULT_ROPE,
+        },
+    ),
+    "glm4_moe, no experts": ("glm4_moe", {"first_k_dense_replace": 6}),
+    "glm4_moe, near ties": ("glm4_moe", {"router": "random"}),
+    "hy_v3, near ties": ("hy_v3", {"router": "random", "enable_moe_fp32_combine": False}),
+    "minimax_m2, near ties": ("minimax_m2", {"router": "random"}),
     "ministral, windows everywhere": ("ministral", {"layer_types": [SLIDING] * 6}),
     "ernie4_5, all biases": ("ernie4_5", {"use_bias": True}),
     "glm, RoPE of whole heads": ("glm", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.0}}),
@@ -76,7 +126,22 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "ministral3, windows": ("ministral3", {"sliding_window": WINDOW}),
+    "flex_olmo, normalised": ("flex_olmo", {"norm_topk_prob": True}),
+    "olmoe, normalised": ("olmoe", {"norm_topk_prob": True}),
     "olmo3, full layers only": ("olmo3", {"layer_types": [FULL] * 6, "rope_parameters": {FULL: _ROPES[FULL]}}),
+    "qwen2_moe, normalised, every second layer, windows": (
+        "qwen2_moe",
+        {
+            "norm_topk_prob": True,
+            "mlp_only_layers": [],
+            "decoder_sparse_step": 2,
+            "qkv_bias": False,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "layer_types": [FULL, SLIDING] * 3,
+        },
+    ),
+    "qwen2_moe, near ties": ("qwen2_moe", {"router": "random"}),
     "seed_oss, all biases": ("seed_oss", {"attention_out_bias": True, "mlp_bias": True}),
     "smollm3, windows": (
         "smollm3",
@@ -89,9 +154,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def other(name: str, **over: Any) -> Any:
-    """Return a model of six layers; options as for `models.build`."""
+    """Return a model of six layers; options as for `models.build` or, with experts, `models.sparse`."""
     model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name])
-    return build(model_class, CONFIG_MAPPING[name], {**OTHER[name], **over})
+    how = sparse if "num_experts_per_tok" in OTHER[name] else build
+    return how(model_class, CONFIG_MAPPING[name], {**OTHER[name], **over})
 
 
 @functools.cache

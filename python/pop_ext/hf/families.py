@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from functools import cache
 from typing import Any
 
-from pop_ext.hf.family import LLAMA_LAYER, Experts, Family, VisionSpec
+from pop_ext.hf.family import LLAMA_LAYER, SPARSE_MLP, Experts, Family, VisionSpec, always, every_layer
 
 
 def _window_everywhere(config: Any, layer: int) -> int:
@@ -34,6 +34,18 @@ def _rotates_in_windows(config: Any, layer: int) -> bool:
 def _sparse_by_step(config: Any, layer: int) -> bool:
     sparse = config.num_experts > 0 and (layer + 1) % config.decoder_sparse_step == 0
     return sparse and layer not in config.mlp_only_layers
+
+
+def _sparse_after_dense(config: Any, layer: int) -> bool:
+    return layer >= config.first_k_dense_replace
+
+
+def _sparse_by_layer_type(config: Any, layer: int) -> bool:
+    return config.mlp_layer_types[layer] == "sparse"
+
+
+def _norm_topk_prob(config: Any) -> bool:
+    return config.norm_topk_prob
 
 
 _QK_NORMS = {"q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight"}
@@ -76,6 +88,42 @@ _OLMO_LAYER = {
 
 _QWEN2_VL_CLASSES = {"MLP": "Qwen2MLP"}
 
+
+def _shared_expert(path: str) -> dict[str, str]:
+    return {f"shared_{name}_proj": f"{path}.{name}_proj.weight" for name in ("gate", "up", "down")}
+
+
+_QWEN2_MOE_MLP = {
+    **SPARSE_MLP,
+    **_shared_expert("mlp.shared_expert"),
+    "shared_gate": "mlp.shared_expert_gate.weight",
+}
+
+# A router of sigmoids in float32 whose bias only chooses, and a shared expert without a gate.
+_GLM_EXPERTS = Experts(
+    "moe_intermediate_size",
+    _sparse_after_dense,
+    _norm_topk_prob,
+    layer={
+        **SPARSE_MLP,
+        **_shared_expert("mlp.shared_experts"),
+        "router_bias": "mlp.gate.e_score_correction_bias",
+    },
+    count="n_routed_experts",
+    scores="sigmoid",
+    norm_topk_eps=1e-20,
+    scale="routed_scaling_factor",
+    float32=True,
+)
+
+_GLM4_MOE = Family(
+    "glm4_moe",
+    "Glm4Moe",
+    layer={**LLAMA_LAYER, **_QK_NORMS},
+    experts=_GLM_EXPERTS,
+    classes={"SparseMoeBlock": "Glm4MoeMoE", "TopKRouter": "Glm4MoeTopkRouter"},
+)
+
 FAMILIES = {
     family.model_type: family
     for family in (
@@ -103,7 +151,78 @@ FAMILIES = {
             "Qwen3Moe",
             layer={**LLAMA_LAYER, **_QK_NORMS},
             window=_window_everywhere,
-            experts=Experts("moe_intermediate_size", _sparse_by_step, lambda config: config.norm_topk_prob),
+            experts=Experts("moe_intermediate_size", _sparse_by_step, _norm_topk_prob),
+        ),
+        Family(
+            "qwen2_moe",
+            "Qwen2Moe",
+            window=_window_by_layer_type,
+            experts=Experts("moe_intermediate_size", _sparse_by_step, _norm_topk_prob, layer=_QWEN2_MOE_MLP),
+        ),
+        _GLM4_MOE,
+        replace(_GLM4_MOE, model_type="sarvam_moe"),  # it has the modules of GLM-4.5
+        Family(
+            "dots1",
+            "Dots1",
+            layer={**LLAMA_LAYER, **_QK_NORMS},
+            window=_window_by_layer_type,
+            experts=_GLM_EXPERTS,
+            classes={"SparseMoeBlock": "Dots1MoE", "TopKRouter": "Dots1TopkRouter"},
+        ),
+        Family(
+            "solar_open",
+            "SolarOpen",
+            experts=replace(_GLM_EXPERTS, sparse=every_layer),
+            classes={"SparseMoeBlock": "SolarOpenMoE", "TopKRouter": "SolarOpenTopkRouter"},
+        ),
+        Family(
+            "exaone_moe",
+            "ExaoneMoe",
+            layer={**LLAMA_LAYER, **_QK_NORMS},
+            window=_window_by_layer_type,
+            rotates=_rotates_in_windows,
+            experts=replace(_GLM_EXPERTS, sparse=_sparse_by_layer_type, count="num_experts"),
+            classes={"SparseMoeBlock": "ExaoneMoeSparseMoEBlock", "TopKRouter": "ExaoneMoeTopkRouter"},
+        ),
+        Family(
+            "hy_v3",
+            "HYV3",
+            layer={**LLAMA_LAYER, **_QK_NORMS},
+            experts=replace(
+                _GLM_EXPERTS,
+                sparse=_sparse_by_layer_type,
+                norm_topk=always,
+                layer={**_GLM_EXPERTS.layer, "router_bias": "mlp.e_score_correction_bias"},
+                count="num_experts",
+                scale="router_scaling_factor",
+            ),
+            classes={"SparseMoeBlock": "HYV3MoE"},
+        ),
+        # The router computes in the dtype of the model, its scores in float32.
+        Family(
+            "minimax_m2",
+            "MiniMaxM2",
+            layer={**LLAMA_LAYER, **_QK_NORMS},
+            norms_over_heads=True,
+            experts=Experts(
+                "intermediate_size",
+                layer={**SPARSE_MLP, "router_bias": "mlp.e_score_correction_bias"},
+                scores="sigmoid",
+            ),
+        ),
+        Family(
+            "olmoe",
+            "Olmoe",
+            layer={**LLAMA_LAYER, **_QK_NORMS},
+            norms_over_heads=True,
+            experts=Experts("intermediate_size", norm_topk=_norm_topk_prob),
+        ),
+        Family(
+            "flex_olmo",
+            "FlexOlmo",
+            layer=_OLMO_LAYER,
+            norms_over_heads=True,
+            experts=Experts("intermediate_size", norm_topk=_norm_topk_prob),
         ),
         Family("olmo2", "Olmo2", layer=_OLMO_LAYER, norms_over_heads=True),
         Family(

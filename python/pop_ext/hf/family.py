@@ -31,7 +31,7 @@ LLAMA_LAYER = {
 
 
 # A sparse layer has these weights instead of gate_proj, up_proj and down_proj.
-_SPARSE_MLP = {
+SPARSE_MLP = {
     "router": "mlp.gate.weight",
     "experts_gate_up": "mlp.experts.gate_up_proj",
     "experts_down": "mlp.experts.down_proj",
@@ -45,11 +45,11 @@ def _no_window(config: Any, layer: int) -> int:
     return 0
 
 
-def _every_layer(config: Any, layer: int) -> bool:
+def every_layer(config: Any, layer: int) -> bool:
     return True
 
 
-def _always(config: Any) -> bool:
+def always(config: Any) -> bool:
     return True
 
 
@@ -60,12 +60,25 @@ class Experts:
     Attributes:
         inner_size: name of the config attribute with the intermediate size of one expert.
         sparse: ``(config, layer)`` to whether this layer has experts.
-        norm_topk: ``config`` to whether the weights of a token's experts are normalised to a sum of one.
+        norm_topk: ``config`` to whether the weights of a token's experts are divided by their sum.
+        layer: runtime weight name -> path inside a decoder layer, of what replaces the MLP. A bias of the router and a
+            shared expert are there if the family has them.
+        count: name of the config attribute with the number of experts.
+        scores: of the router: "softmax" over all experts, or "sigmoid" of each logit.
+        norm_topk_eps: constant that is added to the sum that ``norm_topk`` divides by.
+        scale: name of the config attribute that the weights are multiplied by in the end; None: by one.
+        float32: whether the router has float32 weights, and computes in float32, in a model of any dtype.
     """
 
     inner_size: str
-    sparse: Callable[[Any, int], bool] = _every_layer
-    norm_topk: Callable[[Any], bool] = _always
+    sparse: Callable[[Any, int], bool] = every_layer
+    norm_topk: Callable[[Any], bool] = always
+    layer: dict[str, str] = field(default_factory=lambda: dict(SPARSE_MLP))
+    count: str = "num_experts"
+    scores: str = "softmax"
+    norm_topk_eps: float = 0.0
+    scale: str | None = None
+    float32: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,7 +146,7 @@ class Family:
     multipliers: bool = False
     embedding: str = "Embedding"
     rope_kinds: tuple[str, ...] = ()
-    rotates: Callable[[Any, int], bool] = _every_layer
+    rotates: Callable[[Any, int], bool] = every_layer
     caps_scores: bool = False
     caps_logits: bool = False
     experts: Experts | None = None
@@ -165,6 +178,6 @@ class Family:
 
     def paths(self, config: Any, layer: int) -> dict[str, str]:
         """Return a map from runtime weight name to path inside this layer."""
-        if not self.is_sparse(config, layer):
+        if self.experts is None or not self.experts.sparse(config, layer):
             return self.layer
-        return {**{slot: path for slot, path in self.layer.items() if slot not in _MLP}, **_SPARSE_MLP}
+        return {**{slot: path for slot, path in self.layer.items() if slot not in _MLP}, **self.experts.layer}

@@ -47,7 +47,16 @@ class InnerModules:
         self._attributes = [module.__dict__ for _, module in self.named]
         self._children = [dict(module._modules) for _, module in self.named]
         self._parameters = [
-            (own, name, parameter) for own in self._attributes for name, parameter in own["_parameters"].items()
+            (own["_parameters"], name, parameter)
+            for own in self._attributes
+            for name, parameter in own["_parameters"].items()
+        ]
+        # Buffers that are saved are weights: the bias of a router. Others are caches of modules, which replace them.
+        self._parameters += [
+            (own["_buffers"], name, buffer)
+            for own in self._attributes
+            for name, buffer in own["_buffers"].items()
+            if name not in own["_non_persistent_buffers_set"]
         ]
 
     def matches(self, model: nn.Module) -> bool:
@@ -57,7 +66,7 @@ class InnerModules:
         # Modules compare by identity, so equal dicts hold the same modules.
         if [own["_modules"] for own in self._attributes] != self._children:
             return False
-        return all(own["_parameters"].get(name) is parameter for own, name, parameter in self._parameters)
+        return all(own.get(name) is parameter for own, name, parameter in self._parameters)
 
     def has(self, module: nn.Module) -> bool:
         """Return whether ``module`` is one of these modules."""

@@ -7,6 +7,7 @@ import weakref
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -61,12 +62,12 @@ class WeightRef:
     rows: tuple[int, int] | None = None
 
     def find(self) -> torch.Tensor | None:
-        """Return the whole parameter that is at the path now, or None if there is none any more."""
+        """Return the whole parameter or buffer that is at the path now, or None if there is none any more."""
         *parents, name = self.path
         module = self.model()
         for parent in parents:
             module = None if module is None else module._modules.get(parent)
-        return None if module is None else module._parameters.get(name)
+        return None if module is None else _find_tensor(module, name)
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -74,6 +75,11 @@ class WeightRef:
         tensor = self.find()
         assert tensor is not None
         return tensor if self.rows is None else tensor.detach()[slice(*self.rows)]
+
+
+def _find_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
+    parameter = module._parameters.get(name)
+    return module._buffers.get(name) if parameter is None else parameter
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ def describe(model: Any) -> Description:
     check_module(model)
     try:
         description = _map_known_weights(model)
-        _check_tensors(description.weights)
+        _check_tensors(description)
         check_memory({f"weight lm_head.{name}": value for name, value in model.lm_head.named_parameters()})
     except UnsupportedModelError as error:
         method = _quantization_method(model)
@@ -146,9 +152,10 @@ def map_weights(model: Any) -> Description:
 
 
 def _check_whole(decoder: Any, refs: dict[str, WeightRef], family: Family) -> None:
-    """Raise UnsupportedModelError for a parameter of a layer that the runtime would not read."""
+    """Raise UnsupportedModelError for a parameter or buffer of a layer that the runtime would not read."""
     known = {".".join(ref.path) for ref in refs.values()}
-    for name, _ in decoder.layers.named_parameters(prefix=f"{family.decoder}.layers"):
+    layers, prefix = decoder.layers, f"{family.decoder}.layers"
+    for name, _ in chain(layers.named_parameters(prefix=prefix), layers.named_buffers(prefix=prefix)):
         if name not in known:
             raise UnsupportedModelError(f"weight {name}: expected none of this name in {family.model_type}, got one")
 
@@ -252,21 +259,27 @@ def _weight_ref(slot: str, model: nn.Module, path: str, family: Family) -> Weigh
     """
     *parents, name = path.split(".")
     kind = slot.rpartition(".")[2]
-    module = model
+    outer = module = model
     for parent in parents:
-        module = getattr(module, parent)
+        if kind in _OPTIONAL and parent not in module._modules:
+            return None
+        outer, module = module, getattr(module, parent)
+    if kind == "shared_gate_proj":
+        _check_class(outer, family.class_name("MLP"), ".".join(parents[:-1]))
     if slot == "embed_tokens":
         _check_class(module, family.embedding, path.rpartition(".")[0])
     elif kind in _EXPERT_CLASSES:
         _check_class(module, family.class_name(_EXPERT_CLASSES[kind]), path.rpartition(".")[0])
-    elif not slot.endswith(("_proj", "_bias")):
+    elif kind == "router_bias":
+        pass  # in the router or in the block around it, whose classes are checked
+    elif not slot.endswith(("_proj", "_bias", ".shared_gate")):
         _check_class(module, family.class_name("RMSNorm"), path.rpartition(".")[0])
     elif type(module) is not nn.Linear:
         found = f"{type(module).__module__}.{type(module).__name__}"
         raise UnsupportedModelError(
             f"{slot}: expected a plain torch.nn.Linear, got {found} ({_MERGE}, and load unquantised weights)"
         )
-    if module._parameters.get(name) is None:
+    if _find_tensor(module, name) is None:
         if kind in _OPTIONAL:
             return None
         raise UnsupportedModelError(f"{slot}: expected a parameter {path}, got none (parametrised or fused weights)")
@@ -278,11 +291,16 @@ def _devices() -> tuple[str, ...]:
     return ("cpu", "cuda") if _core.build_info()["cuda"] else ("cpu",)
 
 
-def _check_tensors(weights: list[WeightRef]) -> None:
-    """Raise UnsupportedModelError unless all weights are plain tensors of one dtype on one supported device."""
+def _check_tensors(description: Description) -> None:
+    """Raise UnsupportedModelError unless all weights are plain tensors of one dtype on one supported device.
+
+    The weights of a router that computes in float32 are float32.
+    """
+    weights, in_float32 = description.weights, description.spec.router_float32
     first = weights[0].tensor
     for ref in weights:
         tensor = ref.tensor
+        dtype = torch.float32 if in_float32 and ref.slot.endswith((".router", ".router_bias")) else first.dtype
         if type(tensor) not in (nn.Parameter, torch.Tensor):
             raise UnsupportedModelError(
                 f"weight {ref.slot}: expected a plain tensor, got {type(tensor).__name__} (of a tensor-parallel or "
@@ -301,10 +319,10 @@ def _check_tensors(weights: list[WeightRef]) -> None:
             raise UnsupportedModelError(
                 f"weight {ref.slot}: expected a contiguous last dimension, got strides {list(tensor.stride())}"
             )
-        if tensor.dtype != first.dtype or tensor.device != first.device:
+        if tensor.dtype != dtype or tensor.device != first.device:
+            like = f" like {weights[0].slot}" if dtype == first.dtype else ", as from_pretrained keeps it"
             raise UnsupportedModelError(
-                f"weight {ref.slot}: expected {first.dtype} on {first.device} like {weights[0].slot}, "
-                f"got {tensor.dtype} on {tensor.device}"
+                f"weight {ref.slot}: expected {dtype} on {first.device}{like}, got {tensor.dtype} on {tensor.device}"
             )
     missing = torch.ops.pop.device_missing(first)
     if missing:
@@ -319,6 +337,8 @@ def _check_config(family: Family, config: Any, head_dim: int, refs: dict[str, We
         raise UnsupportedModelError("config.use_bidirectional_attention: expected a causal model, got True")
     if family.norms_over_heads and "layers.0.q_bias" in refs:
         raise UnsupportedModelError("config.attention_bias: expected none before norms over all heads, got True")
+    if getattr(config, "clip_qkv", None) is not None:
+        raise UnsupportedModelError(f"config.clip_qkv: expected None, got {config.clip_qkv}")
     reason = dropped_softcap_reason(config)
     if reason is not None:
         raise UnsupportedModelError(reason)
@@ -360,7 +380,7 @@ def _make_spec(family: Family, model: Any, refs: dict[str, WeightRef]) -> _core.
         rotary_dim=_rotary_dim(family, decoder.rotary_emb),
         rope_interleaved=family.rope_interleaved,
         query_rope=family.scales_queries,
-        intermediate_size=config.intermediate_size,
+        intermediate_size=_intermediate_size(config),
         vocab_size=embedding.shape[0],
         rms_norm_eps=config.rms_norm_eps,
         attention_scale=getattr(attention, "scaling", None) or 1.0 / math.sqrt(head_dim),
@@ -382,21 +402,43 @@ def _make_spec(family: Family, model: Any, refs: dict[str, WeightRef]) -> _core.
         attention_softcap=(config.attn_logit_softcapping or 0.0) if family.caps_scores else 0.0,
         window=[family.window(config, layer) for layer in layers],
         rope_table=[_rope_table(family, config, layer) for layer in layers],
-        **_expert_fields(family, config),
+        **_expert_fields(family, config, refs),
     )
 
 
-def _expert_fields(family: Family, config: Any) -> dict[str, Any]:
-    """Return the fields of the spec that describe experts; empty for a model without sparse layers."""
-    layers = range(config.num_hidden_layers)
-    if family.experts is None or not any(family.is_sparse(config, layer) for layer in layers):
+def _intermediate_size(config: Any) -> int:
+    """Return the intermediate size of a dense layer. A model that has no such layer may not state it."""
+    size: int | None = getattr(config, "intermediate_size", None)
+    return config.moe_intermediate_size if size is None else size
+
+
+def _expert_fields(family: Family, config: Any, refs: dict[str, WeightRef]) -> dict[str, Any]:
+    """Return the fields of the spec that describe experts; empty for a model without sparse layers.
+
+    Raises:
+        UnsupportedModelError: The router chooses groups of experts first.
+    """
+    experts = family.experts
+    sparse = [int(family.is_sparse(config, layer)) for layer in range(config.num_hidden_layers)]
+    if experts is None or 1 not in sparse:
         return {}
+    groups = getattr(config, "n_group", 1)
+    if groups != 1:
+        raise UnsupportedModelError(f"config.n_group: expected 1 (no groups of experts), got {groups}")
+    shared = refs.get(f"layers.{sparse.index(1)}.shared_gate_proj")
     return {
-        "sparse": [int(family.is_sparse(config, layer)) for layer in layers],
-        "num_experts": config.num_experts,
+        "sparse": sparse,
+        "num_experts": getattr(config, experts.count),
         "experts_per_token": config.num_experts_per_tok,
-        "moe_intermediate_size": getattr(config, family.experts.inner_size),
-        "norm_topk": family.experts.norm_topk(config),
+        "moe_intermediate_size": getattr(config, experts.inner_size),
+        "norm_topk": experts.norm_topk(config),
+        "norm_topk_eps": experts.norm_topk_eps,
+        "routed_scale": 1.0 if experts.scale is None else getattr(config, experts.scale),
+        "router_scores": experts.scores,
+        "router_bias": "router_bias" in experts.layer,
+        "router_float32": experts.float32,
+        "shared_intermediate_size": 0 if shared is None else shared.tensor.shape[0],
+        "shared_gate": "shared_gate" in experts.layer,
     }
 
 

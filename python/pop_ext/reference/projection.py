@@ -70,8 +70,8 @@ def project_kv(
 
 
 def _applies_rope(attention: Module) -> bool:
-    """Return whether a layer applies RoPE; SmolLM3 and EXAONE 4 have layers that do not."""
-    if type(attention).__name__ == "Exaone4Attention":
+    """Return whether a layer applies RoPE; SmolLM3, EXAONE 4 and its MoE have layers that do not."""
+    if type(attention).__name__ in ("Exaone4Attention", "ExaoneMoeAttention"):
         return attention.sliding_window is None or attention.is_sliding
     return bool(getattr(attention, "use_rope", True))
 
