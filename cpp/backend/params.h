@@ -209,6 +209,8 @@ struct AttentionParams {
   float scale;
   float softcap = 0.0f;  // scores become softcap * tanh(score / softcap); 0: no cap
   int64_t window;
+  // [heads] or null: one more score of each head, which takes its share of the softmax and adds no value (gpt-oss).
+  const void* sinks = nullptr;
   const Segment* segments;  // host; rows outside of them are not written
   int64_t num_segments;
   int64_t first_row;  // row 0 of q and out is this row of the batch

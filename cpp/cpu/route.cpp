@@ -7,10 +7,6 @@
 namespace pop::cpu::POP_ISA {
 namespace {
 
-POP_INLINE float value_of(const float* from) { return *from; }
-POP_INLINE float value_of(const BFloat16* from) { return bf16_value<float>(from->bits); }
-POP_INLINE float value_of(const Float16* from) { return f16_value<float>(from->bits); }
-
 template <class T>
 void route_row(const RouteParams& p, const T* logits, int32_t* expert, float* weight) {
   Choice chosen = before_all();
@@ -18,7 +14,7 @@ void route_row(const RouteParams& p, const T* logits, int32_t* expert, float* we
   for (int64_t pass = 0; pass < p.experts_per_row; ++pass) {
     Choice best = after_all();
     for (int64_t e = 0; e < p.experts; ++e) {
-      best = better(chosen, best, {value_of(logits + e), static_cast<int32_t>(e)});
+      best = better(chosen, best, {float_of(logits[e]), static_cast<int32_t>(e)});
     }
     chosen = best;
     if (pass == 0) largest = chosen.logit;
@@ -26,7 +22,7 @@ void route_row(const RouteParams& p, const T* logits, int32_t* expert, float* we
     weight[pass] = softmax_part(chosen.logit, largest);
     chosen_sum += weight[pass];
   }
-  for (int64_t e = 0; e < p.experts; ++e) all += softmax_part(value_of(logits + e), largest);
+  for (int64_t e = 0; e < p.experts; ++e) all += softmax_part(float_of(logits[e]), largest);
   const float scale = route_scale(all, chosen_sum, p.normalise);
   for (int64_t pass = 0; pass < p.experts_per_row; ++pass) weight[pass] *= scale;
 }

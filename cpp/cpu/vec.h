@@ -52,6 +52,10 @@ struct Float16 {
   uint16_t bits;
 };
 
+POP_INLINE float float_of(float value) { return value; }
+POP_INLINE float float_of(BFloat16 value) { return bf16_value<float>(value.bits); }
+POP_INLINE float float_of(Float16 value) { return f16_value<float>(value.bits); }
+
 POP_INLINE Vec splat(float value) { return value - Vec{}; }
 
 POP_INLINE Vec load(const float* from) {

@@ -50,7 +50,7 @@ STABLE_TORCH_LIBRARY(pop, m) {
   m.def(
       "attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor past_lens, "
       "Tensor cache_start, float scale, int window=0, Tensor? slot_table=None, float softcap=0.0, "
-      "Tensor? blocks=None) -> Tensor");
+      "Tensor? blocks=None, Tensor? sinks=None) -> Tensor");
   m.def("fold_kv(Tensor[] k_proj, Tensor[] v_proj, Tensor[] input_norm, float norm_offset=0.0) -> Tensor");
   m.def(pop::kKvProjectSchema);
 

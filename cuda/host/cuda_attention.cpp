@@ -176,8 +176,8 @@ std::atomic<int64_t> sdpa_rows{512};
 
 Provider choose(const AttentionParams& p, int compute_capability) {
   const bool ampere = compute_capability >= 80, hopper = compute_capability == 90;
-  // Soft caps go to cuda/attention.cu: torch's operators have none, and FlashAttention's is untested here.
-  if (p.softcap > 0.0f) return Provider::none;
+  // Soft caps and sinks go to cuda/attention.cu: torch's operators have none, and FlashAttention's are untested here.
+  if (p.softcap > 0.0f || p.sinks != nullptr) return Provider::none;
   if (p.dtype == DType::f32 || p.address.slot_table != nullptr || !ampere || p.num_segments == 0 || !is_aligned(p)) {
     return Provider::none;
   }

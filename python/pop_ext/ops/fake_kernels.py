@@ -202,6 +202,7 @@ def attention(
     slot_table: Tensor | None = None,
     softcap: float = 0.0,
     blocks: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute causal attention over a cache.
 
@@ -211,11 +212,12 @@ def attention(
         window: a row sees this many positions up to its own; 0: all of them.
         softcap: if positive, a scaled score s becomes ``softcap * tanh(s / softcap)`` (Gemma 2).
         blocks: ``[blocks, 3]`` int32 on the CPU, (sequence, begin, end): new tokens that attend in both directions.
+        sinks: ``[heads]``, one more score of each head, which takes its share of the softmax and adds no value.
 
     Returns:
         ``[rows, heads, head_dim]``.
     """
-    check_devices("attention", query=query, key_cache=key_cache, value_cache=value_cache)
+    check_devices("attention", query=query, key_cache=key_cache, value_cache=value_cache, sinks=sinks)
     check_lengths(
         "attention",
         cu_seqlens=cu_seqlens,
