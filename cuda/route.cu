@@ -35,6 +35,8 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const RouteParams p) {
   if (row >= p.rows) return;
   const int lane = threadIdx.x % kWarp;
   const T* logits = static_cast<const T*>(p.logits) + row * p.experts;
+  const T* bias = static_cast<const T*>(p.logit_bias);
+  const auto logit = [&](int64_t e) { return to_float(logits[e]) + (bias == nullptr ? 0.0f : to_float(bias[e])); };
   int32_t* expert = p.expert + row * p.experts_per_row;
   float* weight = p.weight + row * p.experts_per_row;
   Choice chosen = before_all();
@@ -42,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const RouteParams p) {
   for (int64_t pass = 0; pass < p.experts_per_row; ++pass) {
     Choice best = after_all();
     for (int64_t e = lane; e < p.experts; e += kWarp) {
-      best = better(chosen, best, {to_float(logits[e]), static_cast<int32_t>(e)});
+      best = better(chosen, best, {logit(e), static_cast<int32_t>(e)});
     }
     chosen = warp_earliest(best);
     if (pass == 0) largest = chosen.logit;
@@ -53,7 +55,7 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const RouteParams p) {
       weight[pass] = part;
     }
   }
-  for (int64_t e = lane; e < p.experts; e += kWarp) all += softmax_part(to_float(logits[e]), largest);
+  for (int64_t e = lane; e < p.experts; e += kWarp) all += softmax_part(logit(e), largest);
   const float scale = route_scale(warp_sum(all), chosen_sum, p.normalise);
   __syncwarp();  // lane 0 wrote the weights
   for (int64_t pass = lane; pass < p.experts_per_row; pass += kWarp) weight[pass] *= scale;
@@ -105,6 +107,12 @@ __global__ void __launch_bounds__(kThreads) combine_rows_kernel(const CombineRow
   for (int64_t j = 0; j < p.experts_per_row; ++j) {
     float value[count];
     load(static_cast<const T*>(p.x) + place[j] * p.width + i, value);
+    if (p.bias != nullptr) {
+      float bias[count];
+      load(static_cast<const T*>(p.bias) + p.expert[row * p.experts_per_row + j] * p.bias_stride + i, bias);
+#pragma unroll
+      for (int e = 0; e < count; ++e) value[e] += bias[e];
+    }
 #pragma unroll
     for (int e = 0; e < count; ++e) sum[e] += value[e] * weight[j];
   }
@@ -139,8 +147,8 @@ void launch_combine_rows(const CombineRowsParams& p, Stream stream) {
   with_element(p.dtype, [&](auto element) {
     using T = decltype(element);
     const int64_t size = sizeof(T);
-    const bool in_packs =
-        is_aligned(p.x, p.width, size) && is_aligned(p.out, p.out_stride, size) && p.width % kPack<T> == 0;
+    const bool in_packs = is_aligned(p.x, p.width, size) && is_aligned(p.out, p.out_stride, size) &&
+                          is_aligned(p.bias, p.bias_stride, size) && p.width % kPack<T> == 0;
     if (in_packs) return launch_combine_of<T, kPack<T>>(p, stream);
     launch_combine_of<T, 1>(p, stream);
   });

@@ -133,7 +133,8 @@ struct PrepackParams {
   int64_t w_stride;
 };
 
-// out = a . w^T. If the scales are given, a and w are e4m3 and out = (a . w^T) * a_scale * w_scale^T.
+// out = a . w^T, or a . w with w [k, n] if `w_transposed`. If the scales are given, a and w are e4m3, w is not
+// transposed and out = (a . w^T) * a_scale * w_scale^T.
 struct GemmParams {
   DType dtype;
   int64_t m, n, k;
@@ -146,6 +147,7 @@ struct GemmParams {
   const float* a_scale = nullptr;        // [m], or null
   const float* w_scale = nullptr;        // [n], with a_scale
   const PackedWeight* packed = nullptr;  // the prepacked copy of w, or null
+  bool w_transposed = false;
 };
 
 // K and V of one layer. Element [sequence, head, slot, channel]; channels are contiguous.
@@ -222,16 +224,20 @@ struct AttentionParams {
   CacheAddress address;
 };
 
-// gate = act(gate + gate_bias) * (up + up_bias)
+// out = act(gate + gate_bias) * (up + up_bias), or clamped_swiglu of both
 struct GatedActParams {
   DType dtype;
   Activation activation;
   int64_t rows, width;
-  void* gate;  // [rows, width] in place
+  const void* gate;  // [rows, width]
   int64_t gate_stride;
   const void* up;  // [rows, width]
   int64_t up_stride;
   const void *gate_bias, *up_bias;  // [width] or null
+  int64_t step = 1;  // elements from channel to channel of gate, up and the biases: 2 where gate and up take turns
+  void* out;         // [rows, width]; may be gate if `step` is 1
+  int64_t out_stride;
+  float swiglu_alpha = 0, swiglu_limit = 0;  // of clamped_swiglu
 };
 
 // Chooses the experts of each row: those with the experts_per_row largest logits, largest first, the lower index first
@@ -241,9 +247,10 @@ struct RouteParams {
   DType dtype;
   int64_t rows, experts, experts_per_row;
   bool normalise;
-  const void* logits;  // [rows, experts]
-  int32_t* expert;     // [rows, experts_per_row]
-  float* weight;       // [rows, experts_per_row]
+  const void* logits;                // [rows, experts]
+  const void* logit_bias = nullptr;  // [experts] or null; added to the logits
+  int32_t* expert;                   // [rows, experts_per_row]
+  float* weight;                     // [rows, experts_per_row]
 };
 
 // Sorts (row, expert) pairs by expert, and by row within an expert.
@@ -256,14 +263,17 @@ struct GroupRowsParams {
   int64_t* host_begin;    // host [experts + 1]: a copy of begin
 };
 
-// out[row] = sum over the row's experts of weight * x[place]
+// out[row] = sum over the row's experts of weight * (x[place] + bias[expert])
 struct CombineRowsParams {
   DType dtype;
   int64_t rows, width, experts_per_row;
-  const void* x;         // [rows * experts_per_row, width]
-  const int32_t* place;  // [rows, experts_per_row]
-  const float* weight;   // [rows, experts_per_row]
-  void* out;             // [rows, width]
+  const void* x;               // [rows * experts_per_row, width]
+  const int32_t* place;        // [rows, experts_per_row]
+  const float* weight;         // [rows, experts_per_row]
+  const void* bias = nullptr;  // [experts, width] or null
+  int64_t bias_stride = 0;
+  const int32_t* expert = nullptr;  // [rows, experts_per_row], with bias
+  void* out;                        // [rows, width]
   int64_t out_stride;
 };
 

@@ -13,10 +13,11 @@ int64_t element_size(DType dtype);   // bytes
 const char* to_string(DType dtype);  // "float32", "bfloat16", "float16"
 DType parse_dtype(const std::string& name);
 
-// The non-linearity of the gated MLP: down(act(gate(x)) * up(x)).
-enum class Activation { silu, gelu_tanh, gelu };
+// The non-linearity of the gated MLP: down(act(gate(x)) * up(x)). With clamped_swiglu the argument of down is another
+// function of gate(x) and up(x) (row_math.h).
+enum class Activation { silu, gelu_tanh, gelu, clamped_swiglu };
 
-const char* to_string(Activation activation);  // "silu", "gelu_tanh", "gelu"
+const char* to_string(Activation activation);  // "silu", "gelu_tanh", "gelu", "clamped_swiglu"
 Activation parse_activation(const std::string& name);
 
 inline constexpr int64_t kMaxExperts = 4096;
@@ -52,6 +53,7 @@ struct ModelSpec {
   double rms_norm_eps = 1e-6;
   double attention_scale = 0;  // softmax(scale * q.k)
   Activation activation = Activation::silu;
+  double swiglu_alpha = 1.702, swiglu_limit = 7;  // of clamped_swiglu
   bool qkv_bias = false;
   bool o_bias = false;
   bool mlp_bias = false;
@@ -62,13 +64,18 @@ struct ModelSpec {
   bool output_norms = false;     // RMSNorm on what attention and MLP add to the residual stream (Gemma, OLMo 2)
   double embed_scale = 1;        // multiplies embedded ids, not input embeddings; a number of `dtype` (Gemma)
   double attention_softcap = 0;  // scores become softcap * tanh(score / softcap); 0: no cap (Gemma 2)
+  bool attention_sinks = false;  // one more score of each head, which adds no value (gpt-oss)
   std::vector<int64_t> window;   // [num_layers]; a query sees itself and window - 1 positions before it; 0: all
   std::vector<int64_t> rope_table;  // [num_layers]; 0 or 1: which of the call's two cos/sin tables the layer uses
   std::vector<int64_t> sparse;      // [num_layers]; 1: a mixture of experts replaces the MLP (Mixtral)
   int64_t num_experts = 0;          // of a sparse layer
   int64_t experts_per_token = 0;
   int64_t moe_intermediate_size = 0;  // of one expert
-  bool norm_topk = false;  // true: the weights of a token's experts sum to one; false: they are probabilities
+  bool norm_topk = false;            // true: the weights of a token's experts sum to one; false: they are probabilities
+  bool router_bias = false;          // added to the router's logits
+  bool expert_bias = false;          // each expert has biases
+  bool experts_transposed = false;   // matrices of experts are stored as [in, out] (gpt-oss)
+  bool experts_interleaved = false;  // gate and up channels take turns, instead of gate before up (gpt-oss)
 
   int64_t q_dim() const { return num_heads * head_dim; }
   int64_t kv_dim() const { return num_kv_heads * head_dim; }
@@ -92,6 +99,8 @@ struct ModelSpec {
     visit("rms_norm_eps", &ModelSpec::rms_norm_eps, Default::stated, Range::positive);
     visit("attention_scale", &ModelSpec::attention_scale, Default::derived, Range::positive);
     visit("activation", &ModelSpec::activation, Default::stated, Range::any);
+    visit("swiglu_alpha", &ModelSpec::swiglu_alpha, Default::stated, Range::positive);
+    visit("swiglu_limit", &ModelSpec::swiglu_limit, Default::stated, Range::positive);
     visit("qkv_bias", &ModelSpec::qkv_bias, Default::stated, Range::any);
     visit("o_bias", &ModelSpec::o_bias, Default::stated, Range::any);
     visit("mlp_bias", &ModelSpec::mlp_bias, Default::stated, Range::any);
@@ -102,6 +111,7 @@ struct ModelSpec {
     visit("output_norms", &ModelSpec::output_norms, Default::stated, Range::any);
     visit("embed_scale", &ModelSpec::embed_scale, Default::stated, Range::positive);
     visit("attention_softcap", &ModelSpec::attention_softcap, Default::stated, Range::not_negative);
+    visit("attention_sinks", &ModelSpec::attention_sinks, Default::stated, Range::any);
     visit("window", &ModelSpec::window, Default::derived, Range::any);
     visit("rope_table", &ModelSpec::rope_table, Default::derived, Range::any);
     visit("sparse", &ModelSpec::sparse, Default::derived, Range::any);
@@ -109,6 +119,10 @@ struct ModelSpec {
     visit("experts_per_token", &ModelSpec::experts_per_token, Default::stated, Range::any);
     visit("moe_intermediate_size", &ModelSpec::moe_intermediate_size, Default::stated, Range::any);
     visit("norm_topk", &ModelSpec::norm_topk, Default::stated, Range::any);
+    visit("router_bias", &ModelSpec::router_bias, Default::stated, Range::any);
+    visit("expert_bias", &ModelSpec::expert_bias, Default::stated, Range::any);
+    visit("experts_transposed", &ModelSpec::experts_transposed, Default::stated, Range::any);
+    visit("experts_interleaved", &ModelSpec::experts_interleaved, Default::stated, Range::any);
   }
 
   // Sets the field `name`, one with Default::derived, from the other fields.

@@ -9,12 +9,14 @@ namespace {
 
 template <class T>
 void route_row(const RouteParams& p, const T* logits, int32_t* expert, float* weight) {
+  const T* bias = static_cast<const T*>(p.logit_bias);
+  const auto logit = [&](int64_t e) { return float_of(logits[e]) + (bias == nullptr ? 0.0f : float_of(bias[e])); };
   Choice chosen = before_all();
   float largest = 0.0f, chosen_sum = 0.0f, all = 0.0f;
   for (int64_t pass = 0; pass < p.experts_per_row; ++pass) {
     Choice best = after_all();
     for (int64_t e = 0; e < p.experts; ++e) {
-      best = better(chosen, best, {float_of(logits[e]), static_cast<int32_t>(e)});
+      best = better(chosen, best, {logit(e), static_cast<int32_t>(e)});
     }
     chosen = best;
     if (pass == 0) largest = chosen.logit;
@@ -22,21 +24,24 @@ void route_row(const RouteParams& p, const T* logits, int32_t* expert, float* we
     weight[pass] = softmax_part(chosen.logit, largest);
     chosen_sum += weight[pass];
   }
-  for (int64_t e = 0; e < p.experts; ++e) all += softmax_part(float_of(logits[e]), largest);
+  for (int64_t e = 0; e < p.experts; ++e) all += softmax_part(logit(e), largest);
   const float scale = route_scale(all, chosen_sum, p.normalise);
   for (int64_t pass = 0; pass < p.experts_per_row; ++pass) weight[pass] *= scale;
 }
 
 template <class T>
 void combine_row(const CombineRowsParams& p, int64_t row) {
-  const T* x = static_cast<const T*>(p.x);
+  const T *x = static_cast<const T*>(p.x), *bias = static_cast<const T*>(p.bias);
   const int32_t* place = p.place + row * p.experts_per_row;
+  const int32_t* expert = p.expert + row * p.experts_per_row;
   const float* weight = p.weight + row * p.experts_per_row;
   T* out = static_cast<T*>(p.out) + row * p.out_stride;
   for (int64_t i = 0; i < p.width; i += kLanes) {
     Vec sum{};
     for (int64_t j = 0; j < p.experts_per_row; ++j) {
-      sum += load_upto(x + place[j] * p.width + i, p.width - i) * weight[j];
+      Vec value = load_upto(x + place[j] * p.width + i, p.width - i);
+      if (bias != nullptr) value += load_upto(bias + expert[j] * p.bias_stride + i, p.width - i);
+      sum += value * weight[j];
     }
     store_upto(out + i, sum, p.width - i);
   }

@@ -138,6 +138,15 @@ POP_INLINE Vec load_upto(const T* from, int64_t count) {
   return count >= kLanes ? load(from) : load_tail(from, count);
 }
 
+// The same of elements that are `step` apart.
+template <class T>
+POP_INLINE Vec load_upto(const T* from, int64_t count, int64_t step) {
+  if (step == 1) return load_upto(from, count);
+  T lanes[kLanes] = {};
+  for (int64_t i = 0; i < kLanes && i < count; ++i) lanes[i] = from[i * step];
+  return load(lanes);
+}
+
 template <class T>
 POP_INLINE void store_upto(T* to, Vec value, int64_t count) {
   if (count >= kLanes) {

@@ -13,7 +13,9 @@ struct ExpertsShape {
   Activation activation;
   int64_t hidden_size, inner_size;  // of one expert
   int64_t experts, experts_per_row;
-  bool normalise;  // RouteParams::normalise
+  bool normalise;                // RouteParams::normalise
+  bool transposed, interleaved;  // ModelSpec::experts_transposed and experts_interleaved
+  float swiglu_alpha, swiglu_limit;
 };
 
 ExpertsShape experts_shape(const ModelSpec& spec);
@@ -23,17 +25,20 @@ struct ExpertsCall {
   int64_t rows;
   const void* x;  // [rows, hidden_size]
   int64_t x_stride;
-  Linear router;        // [experts, hidden_size]
-  LinearStack gate_up;  // [experts, 2 * inner_size, hidden_size]: gate above up
-  LinearStack down;     // [experts, hidden_size, inner_size]
-  void* out;            // [rows, hidden_size]
+  Linear router;            // [experts, hidden_size]
+  const void* router_bias;  // [experts] or null
+  LinearStack gate_up;      // [experts, 2 * inner_size, hidden_size]: gate above up, or taking turns if `interleaved`
+  ExpertBias gate_up_bias;  // [experts, 2 * inner_size] or null
+  LinearStack down;         // [experts, hidden_size, inner_size]
+  ExpertBias down_bias;     // [experts, hidden_size] or null
+  void* out;                // [rows, hidden_size]
   int64_t out_stride;
   void* workspace;  // experts_workspace(shape, rows) bytes
 };
 
 size_t experts_workspace(const ExpertsShape& shape, int64_t rows);
 
-// out = sum over a row's experts of weight * down(act(gate(x)) * up(x))
+// out = sum over a row's experts of weight * down(act(gate(x)) * up(x)), each of the three with its bias
 void run_experts(const ExpertsCall& call, Backend& backend);
 
 }  // namespace pop

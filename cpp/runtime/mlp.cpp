@@ -47,7 +47,11 @@ void dense(const MlpCall& call, Backend& backend) {
                      .up = up,
                      .up_stride = inner,
                      .gate_bias = call.weights.gate_bias,
-                     .up_bias = call.weights.up_bias});
+                     .up_bias = call.weights.up_bias,
+                     .out = gate,
+                     .out_stride = inner,
+                     .swiglu_alpha = static_cast<float>(spec.swiglu_alpha),
+                     .swiglu_limit = static_cast<float>(spec.swiglu_limit)});
   const ProductRows activated =
       rows_for(backend, spec.dtype, call.weights.down_proj, call.rows, inner, gate, inner, call.quantized);
   const GemmParams down =
@@ -61,8 +65,11 @@ void sparse(const MlpCall& call, Backend& backend) {
                .x = call.x,
                .x_stride = call.x_stride,
                .router = call.weights.router,
+               .router_bias = call.weights.router_bias,
                .gate_up = call.weights.experts_gate_up,
+               .gate_up_bias = call.weights.experts_gate_up_bias,
                .down = call.weights.experts_down,
+               .down_bias = call.weights.experts_down_bias,
                .out = call.out,
                .out_stride = call.out_stride,
                .workspace = call.workspace},

@@ -44,8 +44,8 @@ STABLE_TORCH_LIBRARY(pop, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0) -> Tensor");
   m.def(pop::kAddRmsNormSchema);
   m.def(
-      "gated_act(Tensor gate, Tensor up, str activation=\"silu\", Tensor? gate_bias=None, Tensor? up_bias=None) "
-      "-> Tensor");
+      "gated_act(Tensor gate, Tensor up, str activation=\"silu\", Tensor? gate_bias=None, Tensor? up_bias=None, "
+      "float swiglu_alpha=1.702, float swiglu_limit=7.0) -> Tensor");
   m.def(pop::kRopeCacheWriteSchema);
   m.def(
       "attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor past_lens, "

@@ -81,6 +81,11 @@ void LoadedModel::set_layer(int64_t layer) {
     if (tensor == nullptr) return {};
     return {tensor->const_data_ptr(), tensor->stride(0), tensor->stride(1)};
   };
+  const auto expert_bias = [&](const char* name) -> ExpertBias {
+    const Tensor* tensor = weight(prefix + name);
+    if (tensor == nullptr) return {};
+    return {tensor->const_data_ptr(), tensor->stride(0)};
+  };
   model_.layers[layer] = {.input_norm = vector("input_norm"),
                           .post_norm = vector("post_norm"),
                           .attention_out_norm = vector("attention_out_norm"),
@@ -95,6 +100,7 @@ void LoadedModel::set_layer(int64_t layer) {
                           .o_bias = vector("o_bias"),
                           .q_norm = vector("q_norm"),
                           .k_norm = vector("k_norm"),
+                          .sinks = vector("sinks"),
                           .gate_proj = linear("gate_proj"),
                           .up_proj = linear("up_proj"),
                           .down_proj = linear("down_proj"),
@@ -102,8 +108,11 @@ void LoadedModel::set_layer(int64_t layer) {
                           .up_bias = vector("up_bias"),
                           .down_bias = vector("down_bias"),
                           .router = linear("router"),
+                          .router_bias = vector("router_bias"),
                           .experts_gate_up = stack("experts_gate_up"),
-                          .experts_down = stack("experts_down")};
+                          .experts_down = stack("experts_down"),
+                          .experts_gate_up_bias = expert_bias("experts_gate_up_bias"),
+                          .experts_down_bias = expert_bias("experts_down_bias")};
 }
 
 bool LoadedModel::is_projected(int64_t layer) const {

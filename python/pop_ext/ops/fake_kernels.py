@@ -172,13 +172,18 @@ def gated_act(
     activation: str = "silu",
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
+    swiglu_alpha: float = 1.702,
+    swiglu_limit: float = 7.0,
 ) -> Tensor:
     """Return ``activation(gate + gate_bias) * (up + up_bias)``.
+
+    "clamped_swiglu" is ``(u + 1) * g * sigmoid(swiglu_alpha * g)`` instead, with ``g`` and ``u`` the two with their
+    biases, both at most ``swiglu_limit`` and ``u`` at least its negative (gpt-oss).
 
     Args:
         gate: ``[..., width]``.
         up: ``[..., width]``.
-        activation: "silu", "gelu" or "gelu_tanh".
+        activation: "silu", "gelu", "gelu_tanh" or "clamped_swiglu".
         gate_bias: ``[width]``.
         up_bias: ``[width]``.
 

@@ -35,8 +35,8 @@ std::string name_of(DType dtype, const Case& c) {
   std::string name = std::string(checks::name_of(dtype)) + " heads=" + std::to_string(c.heads) + "/" +
                      std::to_string(c.kv_heads) + " head_dim=" + std::to_string(c.head_dim) +
                      " window=" + std::to_string(c.window) + " layout=" + std::to_string(static_cast<int>(c.layout)) +
-                     " table=" + std::to_string(c.has_slot_table) + " softcap=" + std::to_string(c.softcap);
-  for (const float sink : c.sinks) name += " sink=" + std::to_string(sink);
+                     " table=" + std::to_string(c.has_slot_table) + " softcap=" + std::to_string(c.softcap) +
+                     " sinks=" + std::to_string(c.sinks.size());
   for (const Rows& s : c.segments) {
     name += " " + std::to_string(s.rows) + "@" + std::to_string(s.first_position);
     if (s.visible_end > 0) name += ">" + std::to_string(s.visible_end);
