@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from models import WINDOW, build
+from models import WINDOW, build, rope_parameters
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -23,6 +23,14 @@ OTHER: dict[str, dict[str, Any]] = {
     "exaone": {},
     "exaone4": {**_MIXED, "sliding_window_pattern": 3},
     "gemma": {"tied": True},
+    "gpt_oss": {
+        "attn_implementation": "eager",  # no other one of torch's own has sinks
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": WINDOW,
+        "rope_parameters": {**rope_parameters("yarn", 64), "truncate": False},
+        "swiglu_limit": 0.8,  # most gates are below it and some are above
+    },
     "internlm3": {"attention_bias": True, "mlp_bias": True},
     "iquestcoder": {},
     "ministral": _MIXED,
@@ -34,6 +42,13 @@ OTHER: dict[str, dict[str, Any]] = {
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4, no windows": ("exaone4", {"sliding_window": None, "layer_types": [FULL] * 6}),
+    "gpt_oss, no biases of attention": ("gpt_oss", {"attention_bias": False}),
+    "gpt_oss, one expert a token": ("gpt_oss", {"num_experts_per_tok": 1, "num_local_experts": 7}),
+    "gpt_oss, other experts": (
+        "gpt_oss",
+        {"swiglu_alpha": 0.9, "swiglu_limit": 7.0, "intermediate": 88, "hidden": 120},
+    ),
+    "gpt_oss, windows everywhere": ("gpt_oss", {"layer_types": [SLIDING] * 6, "heads": 6, "head_dim": 48}),
     "ministral, windows everywhere": ("ministral", {"layer_types": [SLIDING] * 6}),
     "olmo3, full layers only": ("olmo3", {"layer_types": [FULL] * 6, "rope_parameters": {FULL: _ROPES[FULL]}}),
     "seed_oss, all biases": ("seed_oss", {"attention_out_bias": True, "mlp_bias": True}),
@@ -49,8 +64,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def other(name: str, **over: Any) -> Any:
     """Return a model of six layers; options as for `models.build`."""
+    options = {**OTHER[name], **over}
+    if options.get("dtype", torch.float32) != torch.float32 and "num_local_experts" in options:
+        options["num_experts_per_tok"] = options["num_local_experts"]  # near a tie, a choice may differ, correctly
     model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name])
-    return build(model_class, CONFIG_MAPPING[name], {**OTHER[name], **over})
+    return build(model_class, CONFIG_MAPPING[name], options)
 
 
 @functools.cache

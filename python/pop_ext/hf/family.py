@@ -31,7 +31,7 @@ LLAMA_LAYER = {
 
 
 # A sparse layer has these weights instead of gate_proj, up_proj and down_proj.
-_SPARSE_MLP = {
+SPARSE_MLP = {
     "router": "mlp.gate.weight",
     "experts_gate_up": "mlp.experts.gate_up_proj",
     "experts_down": "mlp.experts.down_proj",
@@ -61,11 +61,19 @@ class Experts:
         inner_size: name of the config attribute with the intermediate size of one expert.
         sparse: ``(config, layer)`` to whether this layer has experts.
         norm_topk: ``config`` to whether the weights of a token's experts are normalised to a sum of one.
+        weights: runtime weight name -> path inside a sparse layer.
+        activation: the runtime's name of their activation; None: that of ``Family.activation``.
+        transposed: whether their matrices are stored as ``[in, out]``, other than those of ``nn.Linear``.
+        interleaved: whether gate and up channels take turns. False: all of gate, then all of up.
     """
 
     inner_size: str
     sparse: Callable[[Any, int], bool] = _every_layer
     norm_topk: Callable[[Any], bool] = _always
+    weights: dict[str, str] = field(default_factory=lambda: dict(SPARSE_MLP))
+    activation: str | None = None
+    transposed: bool = False
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,6 @@ class Family:
 
     def paths(self, config: Any, layer: int) -> dict[str, str]:
         """Return a map from runtime weight name to path inside this layer."""
-        if not self.is_sparse(config, layer):
+        if self.experts is None or not self.is_sparse(config, layer):
             return self.layer
-        return {**{slot: path for slot, path in self.layer.items() if slot not in _MLP}, **_SPARSE_MLP}
+        return {**{slot: path for slot, path in self.layer.items() if slot not in _MLP}, **self.experts.weights}

@@ -29,8 +29,12 @@ from pop_ext.utils.tensors import check_memory
 # Weights that a model of a family may lack. The spec then says so.
 _OPTIONAL = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "o_bias", "gate_bias", "up_bias", "down_bias")
 
-# Weight of a sparse layer -> class name of its module without the family's prefix.
-_EXPERT_CLASSES = {"router": "TopKRouter", "experts_gate_up": "Experts", "experts_down": "Experts"}
+# Weight -> class name of its module without the family's prefix, where that is neither a norm nor nn.Linear.
+_CLASSES = {
+    "sinks": "Attention",
+    **dict.fromkeys(("router", "router_bias"), "TopKRouter"),
+    **dict.fromkeys(("experts_gate_up", "experts_gate_up_bias", "experts_down", "experts_down_bias"), "Experts"),
+}
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -257,8 +261,8 @@ def _weight_ref(slot: str, model: nn.Module, path: str, family: Family) -> Weigh
         module = getattr(module, parent)
     if slot == "embed_tokens":
         _check_class(module, family.embedding, path.rpartition(".")[0])
-    elif kind in _EXPERT_CLASSES:
-        _check_class(module, family.class_name(_EXPERT_CLASSES[kind]), path.rpartition(".")[0])
+    elif kind in _CLASSES:
+        _check_class(module, family.class_name(_CLASSES[kind]), path.rpartition(".")[0])
     elif not slot.endswith(("_proj", "_bias")):
         _check_class(module, family.class_name("RMSNorm"), path.rpartition(".")[0])
     elif type(module) is not nn.Linear:
@@ -359,7 +363,6 @@ def _make_spec(family: Family, model: Any, refs: dict[str, WeightRef]) -> _core.
         vocab_size=embedding.shape[0],
         rms_norm_eps=config.rms_norm_eps,
         attention_scale=getattr(attention, "scaling", None) or 1.0 / math.sqrt(head_dim),
-        activation=_ACTIVATIONS[getattr(config, family.activation)],
         qkv_bias="layers.0.q_bias" in refs,
         o_bias="layers.0.o_bias" in refs,
         mlp_bias=any(slot.endswith(".gate_bias") for slot in refs),
@@ -370,23 +373,38 @@ def _make_spec(family: Family, model: Any, refs: dict[str, WeightRef]) -> _core.
         output_norms="attention_out_norm" in family.layer,
         embed_scale=_embed_scale(decoder.embed_tokens, embedding.dtype),
         attention_softcap=(config.attn_logit_softcapping or 0.0) if family.caps_scores else 0.0,
+        attention_sinks="sinks" in family.layer,
         window=[family.window(config, layer) for layer in layers],
         rope_table=[_rope_table(family, config, layer) for layer in layers],
+        **_activation_fields(family, decoder, config),
         **_expert_fields(family, config),
     )
 
 
+def _activation_fields(family: Family, decoder: Any, config: Any) -> dict[str, Any]:
+    """Return the fields of the spec that describe the activation of the MLP."""
+    own = None if family.experts is None else family.experts.activation
+    if own is None:
+        return {"activation": _ACTIVATIONS[getattr(config, family.activation)]}
+    experts = decoder.layers[0].mlp.experts
+    return {"activation": own, "swiglu_alpha": experts.alpha, "swiglu_limit": experts.limit}
+
+
 def _expert_fields(family: Family, config: Any) -> dict[str, Any]:
     """Return the fields of the spec that describe experts; empty for a model without sparse layers."""
-    layers = range(config.num_hidden_layers)
-    if family.experts is None or not any(family.is_sparse(config, layer) for layer in layers):
+    layers, experts = range(config.num_hidden_layers), family.experts
+    if experts is None or not any(family.is_sparse(config, layer) for layer in layers):
         return {}
     return {
         "sparse": [int(family.is_sparse(config, layer)) for layer in layers],
         "num_experts": config.num_experts,
         "experts_per_token": config.num_experts_per_tok,
-        "moe_intermediate_size": getattr(config, family.experts.inner_size),
-        "norm_topk": family.experts.norm_topk(config),
+        "moe_intermediate_size": getattr(config, experts.inner_size),
+        "norm_topk": experts.norm_topk(config),
+        "router_bias": "router_bias" in experts.weights,
+        "expert_bias": "experts_down_bias" in experts.weights,
+        "experts_transposed": experts.transposed,
+        "experts_interleaved": experts.interleaved,
     }
 
 
