@@ -19,7 +19,6 @@ PORTABLE = [
     "glm4_moe:Glm4MoeForCausalLM",
     "glm4v:Glm4vForConditionalGeneration",
     "gpt-sw3:GPT2LMHeadModel",
-    "gpt_oss:GptOssForCausalLM",  # attention sinks
     "granite:GraniteForCausalLM",
     "granitemoehybrid:GraniteMoeHybridForCausalLM",
     "hunyuan_v1_dense:HunYuanDenseV1ForCausalLM",
