@@ -47,5 +47,6 @@ def test_a_bad_number_is_refused_by_name(name, value):
         gated_act(torch.ones(1, 8), torch.ones(1, 8), "clamped_swiglu", **{name: value})
 
 
+@pytest.mark.cpu
 def test_lesser_instruction_sets_pass_these_tests():
     assert_lesser_sets_pass("not lesser", __file__)

@@ -56,6 +56,7 @@ def test_prefill_fills_caches_of_any_stride(family, layout):
     assert_sentinels_outside(call, [(3, 22), (0, 1), (7, 40)])
 
 
+@pytest.mark.cpu
 def test_lesser_instruction_sets_prefill_gpt_oss():
     """Its experts alone read channels in turns and add biases of their own."""
     assert_lesser_sets_pass("gpt_oss and any_stride", __file__)
