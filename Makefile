@@ -98,8 +98,8 @@ core: $(BUILD)/build.ninja
 # The CUDA kernels as C++ on the CPU: each against serial arithmetic, again under ThreadSanitizer, and the tests of the
 # operators and of a whole prefill over them (tests/gpu/cuda_shim).
 SHIM_TESTS ?= tests/ops/test_op_kernels.py tests/ops/test_op_prefill.py tests/ops/test_rope_forms.py \
-  tests/ops/test_op_experts.py \
-  tests/hf/test_window_only.py tests/hf/test_fp8.py tests/hf/test_copied_weights.py tests/ops/test_quantize_rows.py \
+  tests/ops/test_op_experts.py tests/ops/test_clamped_swiglu.py tests/hf/test_window_only.py tests/hf/test_fp8.py \
+  tests/hf/test_copied_weights.py tests/ops/test_quantize_rows.py \
   tests/gpu/cuda_shim/options.py
 
 shim: export PATH := $(dir $(shell command -v $(PYTHON))):$(PATH)
@@ -114,7 +114,8 @@ shim: $(FOR_LINT)
 # schemas and the kernels of lesser processors do, which the tests themselves have shown.
 AVX512_TESTS ?= tests/ops/test_cpu_kernels.py tests/ops/test_attention_op.py tests/ops/test_op_kernels.py \
   tests/ops/test_op_norms_and_caps.py tests/ops/test_rope_forms.py tests/ops/test_op_prefill.py \
-  tests/ops/test_op_experts.py tests/hf/test_native_prefill.py tests/ops/test_quantize_rows.py
+  tests/ops/test_op_experts.py tests/ops/test_clamped_swiglu.py tests/hf/test_native_prefill.py \
+  tests/ops/test_quantize_rows.py
 
 avx512: export PATH := $(dir $(shell command -v $(PYTHON))):$(PATH)
 avx512: $(FOR_LINT)

@@ -199,6 +199,15 @@ POP_HD F gelu(F x) {
 #endif
 }
 
+// (u + 1) g sigmoid(alpha g) of g = min(gate, limit) and u = up within [-limit, limit]; NaN kept (gpt-oss).
+template <class F>
+POP_HD F clamped_swiglu(F gate, F up, float alpha, float limit) {
+  gate = gate > limit ? limit : gate;
+  up = up > limit ? limit : up;
+  up = up < -limit ? -limit : up;
+  return (up + 1.0f) * ratio(gate, 1.0f + exp_lanes(-alpha * gate));
+}
+
 // cap * tanh(u), u = x / cap. Computed as 1 - 2 / (1 + e^(2u)) the error is relative to cap, 4e-7 cap on a device. For
 // |u| < 0.1 the series is used, whose error is relative to x, so that a cap far above the scores changes nothing.
 template <class F>

@@ -170,6 +170,7 @@ void for_each_launch(const AttentionParams& p, const Call& call) {
   launch.out = p.out;
   launch.q_stride = p.q_stride;
   launch.out_stride = p.out_stride;
+  launch.sinks = p.sinks;
   launch.cache = p.cache;
   launch.address = p.address;
   launch.scale = p.scale * kLog2E;

@@ -44,6 +44,7 @@ struct AttentionLaunch {
   const void* q;
   void* out;
   int64_t q_stride, out_stride;
+  const void* sinks;  // AttentionParams::sinks
   LayerCache cache;
   CacheAddress address;
   float* partial_out;      // [partials, head_dim]
@@ -196,8 +197,11 @@ __device__ __forceinline__ void load_queries(const AttentionLaunch& p, const Til
   if (threadIdx.x < kQueries) {
     const int query = work.first_query + min(static_cast<int>(threadIdx.x), work.queries - 1);
     tile.position[threadIdx.x] = work.first_position + query / p.group;
-    tile.max[threadIdx.x] = -INFINITY;
-    tile.sum[threadIdx.x] = 0.0f;
+    // The sink of a head is in the first range of keys, like a key whose value is zero.
+    const bool has_sink = p.sinks != nullptr && work.split == 0;
+    const int head = work.kv_head * p.group + query % p.group;
+    tile.max[threadIdx.x] = has_sink ? to_float(static_cast<const T*>(p.sinks)[head]) * kLog2E : -INFINITY;
+    tile.sum[threadIdx.x] = has_sink ? 1.0f : 0.0f;
   }
 }
 

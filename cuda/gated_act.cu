@@ -1,6 +1,6 @@
-// The activation of the gated MLP: gate = act(gate + gate_bias) * (up + up_bias), rounded once.
+// The activation of the gated MLP: out = act(gate + gate_bias) * (up + up_bias), rounded once.
 //
-// Floor: gate and up read, gate written: three times rows * width elements. The biases stay in L2.
+// Floor: gate and up read, out written: three times rows * width elements. The biases stay in L2.
 #include <algorithm>
 
 #include "cuda/elements.cuh"
@@ -13,22 +13,26 @@ namespace {
 constexpr int kMaxThreads = 256;
 
 template <Activation activation>
-__device__ __forceinline__ float activate(float x) {
-  if constexpr (activation == Activation::silu) return silu(x);
-  if constexpr (activation == Activation::gelu_tanh) return gelu_tanh(x);
-  if constexpr (activation == Activation::gelu) return gelu(x);
+__device__ __forceinline__ float activate(const GatedActParams& p, float gate, float up) {
+  if constexpr (activation == Activation::silu) return silu(gate) * up;
+  if constexpr (activation == Activation::gelu_tanh) return gelu_tanh(gate) * up;
+  if constexpr (activation == Activation::gelu) return gelu(gate) * up;
+  if constexpr (activation == Activation::clamped_swiglu) {
+    return clamped_swiglu(gate, up, p.swiglu_alpha, p.swiglu_limit);
+  }
 }
 
 template <class T, int count>
-__device__ __forceinline__ void add_bias(float (&value)[count], const void* bias, int64_t i) {
+__device__ __forceinline__ void add_bias(float (&value)[count], const void* bias, int64_t at) {
   if (bias == nullptr) return;
   float offset[count];
-  load(static_cast<const T*>(bias) + i, offset);
+  load(static_cast<const T*>(bias) + at, offset);
 #pragma unroll
   for (int e = 0; e < count; ++e) value[e] += offset[e];
 }
 
-// `count` adjacent elements per thread; `blocks_a_row` consecutive blocks cover a row.
+// `count` adjacent elements per thread, 1 where channels are p.step apart; `blocks_a_row` consecutive blocks cover a
+// row.
 template <class T, int count, Activation activation>
 __global__ void __launch_bounds__(kMaxThreads) gated_act_kernel(const GatedActParams p, unsigned blocks_a_row) {
   wait_for_kernels_in_front();
@@ -36,15 +40,15 @@ __global__ void __launch_bounds__(kMaxThreads) gated_act_kernel(const GatedActPa
   const int64_t row = blockIdx.x / blocks_a_row;
   const int64_t i = (static_cast<int64_t>(blockIdx.x % blocks_a_row) * blockDim.x + threadIdx.x) * count;
   if (i >= p.width) return;
-  T* to = static_cast<T*>(p.gate) + row * p.gate_stride + i;
+  const int64_t at = i * p.step;
   float gate[count], up[count];
-  load(to, gate);
-  load(static_cast<const T*>(p.up) + row * p.up_stride + i, up);
-  add_bias<T>(gate, p.gate_bias, i);
-  add_bias<T>(up, p.up_bias, i);
+  load(static_cast<const T*>(p.gate) + row * p.gate_stride + at, gate);
+  load(static_cast<const T*>(p.up) + row * p.up_stride + at, up);
+  add_bias<T>(gate, p.gate_bias, at);
+  add_bias<T>(up, p.up_bias, at);
 #pragma unroll
-  for (int e = 0; e < count; ++e) gate[e] = activate<activation>(gate[e]) * up[e];
-  store(to, gate);
+  for (int e = 0; e < count; ++e) gate[e] = activate<activation>(p, gate[e], up[e]);
+  store(static_cast<T*>(p.out) + row * p.out_stride + i, gate);
 }
 
 template <class T, int count>
@@ -63,6 +67,8 @@ void launch_gated_act_of(const GatedActParams& p, Stream stream) {
       return run(gated_act_kernel<T, count, Activation::gelu_tanh>);
     case Activation::gelu:
       return run(gated_act_kernel<T, count, Activation::gelu>);
+    case Activation::clamped_swiglu:
+      return run(gated_act_kernel<T, count, Activation::clamped_swiglu>);
   }
 }
 
@@ -73,9 +79,9 @@ void launch_gated_act(const GatedActParams& p, Stream stream) {
   with_element(p.dtype, [&](auto element) {
     using T = decltype(element);
     const int64_t size = sizeof(T);
-    const bool in_packs = p.width * size % 16 == 0 && is_aligned(p.gate, p.gate_stride, size) &&
-                          is_aligned(p.up, p.up_stride, size) && is_aligned(p.gate_bias, 0, size) &&
-                          is_aligned(p.up_bias, 0, size);
+    const bool in_packs = p.step == 1 && p.width * size % 16 == 0 && is_aligned(p.gate, p.gate_stride, size) &&
+                          is_aligned(p.up, p.up_stride, size) && is_aligned(p.out, p.out_stride, size) &&
+                          is_aligned(p.gate_bias, 0, size) && is_aligned(p.up_bias, 0, size);
     if (in_packs) return launch_gated_act_of<T, kPack<T>>(p, stream);
     launch_gated_act_of<T, 1>(p, stream);
   });

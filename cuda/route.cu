@@ -47,7 +47,10 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const RouteParams p) {
   if (row >= p.rows) return;
   const int lane = threadIdx.x % kWarp;
   const T* logits = static_cast<const T*>(p.logits) + row * p.experts;
-  const T* bias = static_cast<const T*>(p.bias);
+  const T *bias = static_cast<const T*>(p.bias), *logit_bias = static_cast<const T*>(p.logit_bias);
+  const auto logit = [&](int64_t e) {
+    return to_float(logits[e]) + (logit_bias == nullptr ? 0.0f : to_float(logit_bias[e]));
+  };
   int32_t* expert = p.expert + row * p.experts_per_row;
   float* weight = p.weight + row * p.experts_per_row;
   Choice chosen = before_all();
@@ -55,20 +58,20 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const RouteParams p) {
   for (int64_t pass = 0; pass < p.experts_per_row; ++pass) {
     Choice best = after_all();
     for (int64_t e = lane; e < p.experts; e += kWarp) {
-      const float key = route_key(scores, to_float(logits[e]), bias == nullptr ? 0.0f : to_float(bias[e]));
+      const float key = route_key(scores, logit(e), bias == nullptr ? 0.0f : to_float(bias[e]));
       best = better(chosen, best, {key, static_cast<int32_t>(e)});
     }
     chosen = warp_earliest(best);
     if (pass == 0) largest = chosen.key;
     const int32_t index = expert_of(chosen, pass);
-    const float part = score_part(scores, to_float(logits[index]), largest);
+    const float part = score_part(scores, logit(index), largest);
     chosen_sum += part;
     if (lane == 0) {
       expert[pass] = index;
       weight[pass] = part;
     }
   }
-  for (int64_t e = lane; e < p.experts; e += kWarp) all += score_part(scores, to_float(logits[e]), largest);
+  for (int64_t e = lane; e < p.experts; e += kWarp) all += score_part(scores, logit(e), largest);
   const float scale = route_scale(scores, warp_sum(all), chosen_sum, p.normalise, p.norm_eps, p.scale);
   __syncwarp();  // lane 0 wrote the weights
   for (int64_t pass = lane; pass < p.experts_per_row; pass += kWarp) weight[pass] *= scale;
@@ -126,6 +129,12 @@ __global__ void __launch_bounds__(kThreads) combine_rows_kernel(const CombineRow
   for (int64_t j = 0; j < p.experts_per_row; ++j) {
     float value[count];
     load(static_cast<const T*>(p.x) + place[j] * p.width + i, value);
+    if (p.bias != nullptr) {
+      float bias[count];
+      load(static_cast<const T*>(p.bias) + p.expert[row * p.experts_per_row + j] * p.bias_stride + i, bias);
+#pragma unroll
+      for (int e = 0; e < count; ++e) value[e] += bias[e];
+    }
 #pragma unroll
     for (int e = 0; e < count; ++e) sum[e] += value[e] * weight[j];
   }
@@ -177,7 +186,8 @@ void launch_combine_rows(const CombineRowsParams& p, Stream stream) {
     using T = decltype(element);
     const int64_t size = sizeof(T);
     const bool in_packs = is_aligned(p.x, p.width, size) && is_aligned(p.out, p.out_stride, size) &&
-                          is_aligned(p.shared, p.out_stride, size) && p.width % kPack<T> == 0;
+                          is_aligned(p.bias, p.bias_stride, size) && is_aligned(p.shared, p.out_stride, size) &&
+                          p.width % kPack<T> == 0;
     if (in_packs) return launch_over_rows("combine_rows", combine_rows_kernel<T, kPack<T>>, p, kPack<T>, stream);
     launch_over_rows("combine_rows", combine_rows_kernel<T, 1>, p, 1, stream);
   });

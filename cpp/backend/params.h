@@ -134,7 +134,8 @@ struct PrepackParams {
   int64_t w_stride;
 };
 
-// out = a . w^T. If the scales are given, a and w are e4m3 and out = (a . w^T) * a_scale * w_scale^T.
+// out = a . w^T, or a . w with w [k, n] if `w_transposed`. If the scales are given, a and w are e4m3, w is not
+// transposed and out = (a . w^T) * a_scale * w_scale^T.
 struct GemmParams {
   DType dtype;
   int64_t m, n, k;
@@ -147,6 +148,7 @@ struct GemmParams {
   const float* a_scale = nullptr;        // [m], or null
   const float* w_scale = nullptr;        // [n], with a_scale
   const PackedWeight* packed = nullptr;  // the prepacked copy of w, or null
+  bool w_transposed = false;
 };
 
 // K and V of one layer. Element [sequence, head, slot, channel]; channels are contiguous.
@@ -214,6 +216,8 @@ struct AttentionParams {
   float scale;
   float softcap = 0.0f;  // scores become softcap * tanh(score / softcap); 0: no cap
   int64_t window;
+  // [heads] or null: one more score of each head, which takes its share of the softmax and adds no value (gpt-oss).
+  const void* sinks = nullptr;
   const Segment* segments;  // host; rows outside of them are not written
   int64_t num_segments;
   int64_t first_row;  // row 0 of q and out is this row of the batch
@@ -225,16 +229,20 @@ struct AttentionParams {
   CacheAddress address;
 };
 
-// gate = act(gate + gate_bias) * (up + up_bias)
+// out = act(gate + gate_bias) * (up + up_bias), or clamped_swiglu of both
 struct GatedActParams {
   DType dtype;
   Activation activation;
   int64_t rows, width;
-  void* gate;  // [rows, width] in place
+  const void* gate;  // [rows, width]
   int64_t gate_stride;
   const void* up;  // [rows, width]
   int64_t up_stride;
   const void *gate_bias, *up_bias;  // [width] or null
+  int64_t step = 1;  // elements from channel to channel of gate, up and the biases: 2 where gate and up take turns
+  void* out;         // [rows, width]; may be gate if `step` is 1
+  int64_t out_stride;
+  float swiglu_alpha = 0, swiglu_limit = 0;  // of clamped_swiglu
 };
 
 // out = x in float32, for a router that computes in float32.
@@ -259,6 +267,7 @@ struct RouteParams {
   float scale = 1.0f;
   const void* bias = nullptr;  // [experts] or null; with sigmoid scores only
   const void* logits;          // [rows, experts]
+  const void* logit_bias = nullptr;  // [experts] or null; added to the logits
   int32_t* expert;             // [rows, experts_per_row]
   float* weight;               // [rows, experts_per_row]
 };
@@ -273,14 +282,17 @@ struct GroupRowsParams {
   int64_t* host_begin;    // host [experts + 1]: a copy of begin
 };
 
-// out[row] = sum over the row's experts of weight * x[place], plus shared[row] * sigmoid(shared_gate[row])
+// out[row] = sum over the row's experts of weight * (x[place] + bias[expert]), plus shared[row] * sigmoid(shared_gate[row])
 struct CombineRowsParams {
   DType dtype;
   int64_t rows, width, experts_per_row;
-  const void* x;         // [rows * experts_per_row, width]
-  const int32_t* place;  // [rows, experts_per_row]
-  const float* weight;   // [rows, experts_per_row]
-  void* out;             // [rows, width]
+  const void* x;               // [rows * experts_per_row, width]
+  const int32_t* place;        // [rows, experts_per_row]
+  const float* weight;         // [rows, experts_per_row]
+  const void* bias = nullptr;  // [experts, width] or null
+  int64_t bias_stride = 0;
+  const int32_t* expert = nullptr;  // [rows, experts_per_row], with bias
+  void* out;                        // [rows, width]
   int64_t out_stride;
   const void* shared = nullptr;       // [rows, width], rows `out_stride` apart, or null; may be out
   const void* shared_gate = nullptr;  // [rows], or null for a factor of one

@@ -13,9 +13,10 @@ namespace pop {
 
 namespace {
 
-constexpr const char* kDTypeNames[] = {"float32", "bfloat16", "float16"};  // in the order of DType
-constexpr const char* kActivationNames[] = {"silu", "gelu_tanh", "gelu"};  // in the order of Activation
-constexpr const char* kRouterScoresNames[] = {"softmax", "sigmoid"};       // in the order of RouterScores
+// In the order of the enums.
+constexpr const char* kDTypeNames[] = {"float32", "bfloat16", "float16"};
+constexpr const char* kActivationNames[] = {"silu", "gelu_tanh", "gelu", "clamped_swiglu"};
+constexpr const char* kRouterScoresNames[] = {"softmax", "sigmoid"};
 
 [[noreturn]] void fail(const std::string& field, const std::string& expected, const std::string& got) {
   throw std::invalid_argument(field + ": expected " + expected + ", got " + got);
@@ -108,14 +109,21 @@ std::vector<WeightSlot> ModelSpec::weight_slots() const {
     add_linear("v", kv_dim(), hidden_size, qkv_bias);
     if (qk_norm) add("q_norm", {qk_norm_over_heads ? q_dim() : head_dim});
     if (qk_norm) add("k_norm", {qk_norm_over_heads ? kv_dim() : head_dim});
+    if (attention_sinks) add("sinks", {num_heads});
     add_linear("o", hidden_size, q_dim(), o_bias);
     if (output_norms) add("attention_out_norm", {hidden_size});
     if (input_norms) add("post_norm", {hidden_size});
     if (sparse[layer] != 0) {
+      const auto add_experts = [&](const std::string& name, int64_t out, int64_t in) {
+        const auto [rows, columns] = experts_transposed ? std::pair(in, out) : std::pair(out, in);
+        add(name.c_str(), {num_experts, rows, columns});
+        if (expert_bias) add((name + "_bias").c_str(), {num_experts, out});
+      };
       slots.push_back({prefix + "router", layer, {num_experts, hidden_size}, router_dtype()});
+      if (router_logit_bias) slots.push_back({prefix + "router_logit_bias", layer, {num_experts}, router_dtype()});
       if (router_bias) slots.push_back({prefix + "router_bias", layer, {num_experts}, router_dtype()});
-      add("experts_gate_up", {num_experts, 2 * moe_intermediate_size, hidden_size});
-      add("experts_down", {num_experts, hidden_size, moe_intermediate_size});
+      add_experts("experts_gate_up", 2 * moe_intermediate_size, hidden_size);
+      add_experts("experts_down", hidden_size, moe_intermediate_size);
       if (shared_intermediate_size > 0) {
         add_linear("shared_gate", shared_intermediate_size, hidden_size, false);
         add_linear("shared_up", shared_intermediate_size, hidden_size, false);

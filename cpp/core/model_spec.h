@@ -13,10 +13,11 @@ int64_t element_size(DType dtype);   // bytes
 const char* to_string(DType dtype);  // "float32", "bfloat16", "float16"
 DType parse_dtype(const std::string& name);
 
-// The non-linearity of the gated MLP: down(act(gate(x)) * up(x)).
-enum class Activation { silu, gelu_tanh, gelu };
+// The non-linearity of the gated MLP: down(act(gate(x)) * up(x)). With clamped_swiglu the argument of down is another
+// function of gate(x) and up(x) (row_math.h).
+enum class Activation { silu, gelu_tanh, gelu, clamped_swiglu };
 
-const char* to_string(Activation activation);  // "silu", "gelu_tanh", "gelu"
+const char* to_string(Activation activation);  // "silu", "gelu_tanh", "gelu", "clamped_swiglu"
 Activation parse_activation(const std::string& name);
 
 // The scores of a router of experts: probabilities over all experts, or a sigmoid of each logit.
@@ -67,6 +68,7 @@ struct ModelSpec {
   double rms_norm_eps = 1e-6;
   double attention_scale = 0;  // softmax(scale * q.k)
   Activation activation = Activation::silu;
+  double swiglu_alpha = 1.702, swiglu_limit = 7;  // of clamped_swiglu
   bool qkv_bias = false;
   bool o_bias = false;
   bool mlp_bias = false;
@@ -80,6 +82,7 @@ struct ModelSpec {
   double embed_scale = 1;        // multiplies embedded ids; where only those, a number of `dtype` (Gemma)
   bool scale_inputs = false;     // embed_scale multiplies input embeddings, too (Granite)
   double attention_softcap = 0;  // scores become softcap * tanh(score / softcap); 0: no cap (Gemma 2)
+  bool attention_sinks = false;  // one more score of each head, which adds no value (gpt-oss)
   std::vector<int64_t> window;   // [num_layers]; a query sees itself and window - 1 positions before it; 0: all
   std::vector<int64_t> rope_table;  // [num_layers]; 0 or 1: which of the call's two cos/sin tables the layer uses
   std::vector<int64_t> sparse;      // [num_layers]; 1: a mixture of experts replaces the MLP (Mixtral)
@@ -94,6 +97,10 @@ struct ModelSpec {
   bool router_float32 = false;           // weights, bias and logits of the router are float32 in every dtype
   int64_t shared_intermediate_size = 0;  // of the MLP that sparse layers add for every token; 0: none
   bool shared_gate = false;              // its output is multiplied by a sigmoid of a learned product per token
+  bool router_logit_bias = false;    // added to the router's logits
+  bool expert_bias = false;          // each expert has biases
+  bool experts_transposed = false;   // matrices of experts are stored as [in, out] (gpt-oss)
+  bool experts_interleaved = false;  // gate and up channels take turns, instead of gate before up (gpt-oss)
 
   int64_t q_dim() const { return num_heads * head_dim; }
   int64_t kv_dim() const { return num_kv_heads * head_dim; }
@@ -121,6 +128,8 @@ struct ModelSpec {
     visit("rms_norm_eps", &ModelSpec::rms_norm_eps, Default::stated, Range::positive);
     visit("attention_scale", &ModelSpec::attention_scale, Default::derived, Range::positive);
     visit("activation", &ModelSpec::activation, Default::stated, Range::any);
+    visit("swiglu_alpha", &ModelSpec::swiglu_alpha, Default::stated, Range::positive);
+    visit("swiglu_limit", &ModelSpec::swiglu_limit, Default::stated, Range::positive);
     visit("qkv_bias", &ModelSpec::qkv_bias, Default::stated, Range::any);
     visit("o_bias", &ModelSpec::o_bias, Default::stated, Range::any);
     visit("mlp_bias", &ModelSpec::mlp_bias, Default::stated, Range::any);
@@ -134,6 +143,7 @@ struct ModelSpec {
     visit("embed_scale", &ModelSpec::embed_scale, Default::stated, Range::positive);
     visit("scale_inputs", &ModelSpec::scale_inputs, Default::stated, Range::any);
     visit("attention_softcap", &ModelSpec::attention_softcap, Default::stated, Range::not_negative);
+    visit("attention_sinks", &ModelSpec::attention_sinks, Default::stated, Range::any);
     visit("window", &ModelSpec::window, Default::derived, Range::any);
     visit("rope_table", &ModelSpec::rope_table, Default::derived, Range::any);
     visit("sparse", &ModelSpec::sparse, Default::derived, Range::any);
@@ -148,6 +158,10 @@ struct ModelSpec {
     visit("router_float32", &ModelSpec::router_float32, Default::stated, Range::any);
     visit("shared_intermediate_size", &ModelSpec::shared_intermediate_size, Default::stated, Range::not_negative);
     visit("shared_gate", &ModelSpec::shared_gate, Default::stated, Range::any);
+    visit("router_logit_bias", &ModelSpec::router_logit_bias, Default::stated, Range::any);
+    visit("expert_bias", &ModelSpec::expert_bias, Default::stated, Range::any);
+    visit("experts_transposed", &ModelSpec::experts_transposed, Default::stated, Range::any);
+    visit("experts_interleaved", &ModelSpec::experts_interleaved, Default::stated, Range::any);
   }
 
   // Sets the field `name`, one with Default::derived, from the other fields.

@@ -14,7 +14,8 @@
 // vdpbf16ps a step of u is a pair of bfloat16: adjacent elements along d in Q and K, two keys in V and P, which are
 // interleaved when V is packed and P is rounded. Otherwise operands are float32. Tiles that no lane sees are skipped,
 // within a task also groups of 8 keys, and only tiles at an edge of the mask compare positions. Sums are rescaled only
-// if a maximum grew by more than kSlack.
+// if a maximum grew by more than kSlack. A lane with a sink starts as if it had seen a key of that score, whose value
+// is zero.
 //
 // Stream path (attention_stream.h): at most 8 lanes, bfloat16 with AVX512_BF16. Dot products along d and sums along
 // channels read K and V from the cache, without packing.

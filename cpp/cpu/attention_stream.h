@@ -60,8 +60,7 @@ class StreamTask {
     const VecU32 flip = VecU32{} + (negative_ ? 0x80008000u : 0u);
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       const int64_t real = lane < rows_.lanes() ? lane : rows_.lanes() - 1;
-      max_[lane] = kLowest;
-      sum_[lane] = 0;
+      rows_.start_softmax(real, max_[lane], sum_[lane]);
       position_[lane] = static_cast<int32_t>(rows_.position(real));
       if (lane >= S::kMaxLanes) continue;
       const auto* from = reinterpret_cast<const float*>(rows_.q(real));

@@ -76,6 +76,15 @@ class TaskGeometry {
   const T* q(int64_t lane) const { return static_cast<const T*>(p_.q) + row_offset(lane, p_.q_stride); }
   T* out(int64_t lane) const { return static_cast<T*>(p_.out) + row_offset(lane, p_.out_stride); }
 
+  // The maximum, in powers of two, and the sum of a lane's softmax before its first key: those of the sink, if any.
+  void start_softmax(int64_t lane, float& max, float& sum) const {
+    const T* sinks = static_cast<const T*>(p_.sinks);
+    const float sink = sinks == nullptr ? kLowest : float_of(sinks[head(lane)]) * kLog2E;
+    const bool counts = !(sink <= kLowest);  // a NaN does
+    max = counts ? sink : kLowest;
+    sum = counts ? 1.0f : 0.0f;
+  }
+
   // head_dim elements; zeros for a key that no lane sees.
   const T* key_row(int64_t key) const { return cache_row(p_.cache.key, p_.cache.key_strides, key); }
   const T* value_row(int64_t key) const { return cache_row(p_.cache.value, p_.cache.value_strides, key); }
@@ -121,9 +130,11 @@ class TaskGeometry {
     return position + 1 > segment_.visible_end ? position : segment_.visible_end - 1;
   }
 
+  int64_t head(int64_t lane) const { return kv_head_ * group_ + lane % group_; }
+
   int64_t row_offset(int64_t lane, int64_t stride) const {
     const int64_t row = segment_.first_row - p_.first_row + row_ + lane / group_;
-    return row * stride + (kv_head_ * group_ + lane % group_) * p_.head_dim;
+    return row * stride + head(lane) * p_.head_dim;
   }
 
   const T* cache_row(const void* cache, const CacheStrides& strides, int64_t key) const {

@@ -143,8 +143,7 @@ class TileTask {
   void load_queries() {
     __builtin_memset(s_.o, 0, static_cast<size_t>(width_ * head_dim_) * sizeof(float));
     for (int64_t lane = 0; lane < width_; ++lane) {
-      s_.max[lane] = kLowest;
-      s_.sum[lane] = 0;
+      rows_.start_softmax(real_lane(lane), s_.max[lane], s_.sum[lane]);
       s_.position[lane] = static_cast<int32_t>(rows_.position(real_lane(lane)));
     }
     const VecU32 flip = VecU32{} + flip_;

@@ -129,7 +129,7 @@ void add_product(const GemmParams& p, float* part) {
 // One block: rows [m, m + rows) and columns [n, n + columns) of out. `a` is float32 [rows, k] and starts at row m.
 void compute_block(const GemmParams& p, const Blocks& blocks, const float* a, int64_t a_stride, int64_t m, int64_t rows,
                    int64_t n, int64_t columns, float* scratch) {
-  const int64_t element = element_size(p.dtype);
+  const int64_t element = element_size(p.dtype), first = p.w_transposed ? n : n * p.w_stride;
   char* out = static_cast<char*>(p.out) + (m * p.out_stride + n) * element;
   GemmParams product{.dtype = DType::f32,
                      .m = rows,
@@ -137,19 +137,27 @@ void compute_block(const GemmParams& p, const Blocks& blocks, const float* a, in
                      .k = p.k,
                      .a = a,
                      .a_stride = a_stride,
-                     .w = static_cast<const char*>(p.w) + n * p.w_stride * element,
+                     .w = static_cast<const char*>(p.w) + first * element,
                      .w_stride = p.w_stride,
                      .out = out,
-                     .out_stride = p.out_stride};
+                     .out_stride = p.out_stride,
+                     .w_transposed = p.w_transposed};
   if (!blocks.widens) return add_product(product, nullptr);
   float* sums = scratch + columns * blocks.elements;
   product.w = scratch;
   product.out = sums;
   product.out_stride = columns;
   for (int64_t k = 0; k < p.k; k += blocks.elements) {
-    product.k = product.w_stride = std::min(blocks.elements, p.k - k);
+    product.k = std::min(blocks.elements, p.k - k);
     product.a = a + k;
-    widen({p.dtype, p.w, p.w_stride, p.w_scale}, n, k, columns, product.k, scratch);
+    const Operand w{p.dtype, p.w, p.w_stride, p.w_scale};
+    if (p.w_transposed) {
+      product.w_stride = columns;
+      widen(w, k, n, product.k, columns, scratch);
+    } else {
+      product.w_stride = product.k;
+      widen(w, n, k, columns, product.k, scratch);
+    }
     add_product(product, k == 0 ? nullptr : sums + rows * columns);
   }
   convert({.dtype = DType::f32, .data = sums, .rows = rows, .columns = columns, .stride = columns},
@@ -186,7 +194,7 @@ void gemm(const GemmParams& p) {
   const bool float32 = p.dtype == DType::f32;
   const bool in_blocks = widens_to_float32(p.dtype) || (float32 && gemm_blocks() != 0);
   const int64_t float32_rows = in_blocks ? kSkinnyRowsFloat32BeforeBlocks : kSkinnyRowsFloat32;
-  if (p.m <= (float32 ? float32_rows : kSkinnyRows)) {
+  if (!p.w_transposed && p.m <= (float32 ? float32_rows : kSkinnyRows)) {
     const int64_t grain = std::max<int64_t>(4, kGrainElements / std::max<int64_t>(1, p.k));
     parallel_for(0, p.n, grain, [&](int64_t begin, int64_t end) { kernels().skinny_gemm(p, begin, end); });
   } else if (in_blocks) {

@@ -73,7 +73,7 @@ void parallel_for(int64_t first, int64_t last, int64_t grain, void (*body)(const
   torch::stable::parallel_for(first, last, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-void matmul(const GemmParams& p) { aten::matmul_nt(p, kCpu); }
+void matmul(const GemmParams& p) { aten::matmul(p, kCpu); }
 
 void convert(const HostMatrix& from, const HostMatrix& to) {
   Tensor out = view(to);

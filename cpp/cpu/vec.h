@@ -52,6 +52,10 @@ struct Float16 {
   uint16_t bits;
 };
 
+POP_INLINE float float_of(float value) { return value; }
+POP_INLINE float float_of(BFloat16 value) { return bf16_value<float>(value.bits); }
+POP_INLINE float float_of(Float16 value) { return f16_value<float>(value.bits); }
+
 POP_INLINE Vec splat(float value) { return value - Vec{}; }
 
 POP_INLINE Vec load(const float* from) {
@@ -132,6 +136,15 @@ POP_INLINE void store_tail(T* to, Vec value, int64_t count) {
 template <class T>
 POP_INLINE Vec load_upto(const T* from, int64_t count) {
   return count >= kLanes ? load(from) : load_tail(from, count);
+}
+
+// The same of elements that are `step` apart.
+template <class T>
+POP_INLINE Vec load_upto(const T* from, int64_t count, int64_t step) {
+  if (step == 1) return load_upto(from, count);
+  T lanes[kLanes] = {};
+  for (int64_t i = 0; i < kLanes && i < count; ++i) lanes[i] = from[i * step];
+  return load(lanes);
 }
 
 template <class T>

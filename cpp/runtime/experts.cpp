@@ -26,6 +26,9 @@ struct ExpertsWorkspace {
     const int64_t router_element = shape.router_dtype == shape.dtype ? 0 : element_size(shape.router_dtype);
     x = arena.take(std::max(pairs * element, rows * router_element) * shape.hidden_size);
     gate_up = arena.take(pairs * 2 * shape.inner_size * element);
+    // In place, the result would overwrite channels in turns that other threads have yet to read.
+    activated = shape.interleaved ? arena.take(pairs * shape.inner_size * element) : gate_up;
+    activated_stride = shape.interleaved ? shape.inner_size : 2 * shape.inner_size;
     bytes = arena.used();
   }
 
@@ -38,6 +41,8 @@ struct ExpertsWorkspace {
   int64_t* begin;     // [experts + 1]
   void* x;            // [pairs, hidden_size]: the input of the experts, then their output
   void* gate_up;      // [pairs, 2 * inner_size]
+  void* activated;    // [pairs, inner_size], `activated_stride` apart; in place of gate unless `interleaved`
+  int64_t activated_stride;
   size_t bytes;
 };
 
@@ -53,9 +58,9 @@ class Experts {
   void run() {
     route();
     gather();
-    products(work_.x, shape_.hidden_size, call_.gate_up, work_.gate_up, 2 * shape_.inner_size);
+    products({work_.x, shape_.hidden_size}, shape_.hidden_size, call_.gate_up, work_.gate_up, 2 * shape_.inner_size);
     act();
-    products(work_.gate_up, shape_.inner_size, call_.down, work_.x, shape_.hidden_size);
+    products({work_.activated, work_.activated_stride}, shape_.inner_size, call_.down, work_.x, shape_.hidden_size);
     backend_.combine_rows({.dtype = shape_.dtype,
                            .rows = call_.rows,
                            .width = shape_.hidden_size,
@@ -63,6 +68,9 @@ class Experts {
                            .x = work_.x,
                            .place = work_.place,
                            .weight = work_.weight,
+                           .bias = call_.down_bias.data,
+                           .bias_stride = call_.down_bias.stride,
+                           .expert = work_.expert,
                            .out = call_.out,
                            .out_stride = call_.out_stride,
                            .shared = shape_.shared ? call_.out : nullptr,
@@ -74,6 +82,18 @@ class Experts {
 
   void* at(void* buffer, int64_t index) const {
     return static_cast<char*>(buffer) + index * element_size(shape_.dtype);
+  }
+  const void* at(const void* buffer, int64_t index) const {
+    return static_cast<const char*>(buffer) + index * element_size(shape_.dtype);
+  }
+
+  // Calls body(expert, first pair, number of pairs) for each expert that has pairs.
+  template <class Body>
+  void for_each_expert(const Body& body) const {
+    for (int64_t expert = 0; expert < shape_.experts; ++expert) {
+      const int64_t pairs = begin_[expert + 1] - begin_[expert];
+      if (pairs > 0) body(expert, begin_[expert], pairs);
+    }
   }
 
   void route() {
@@ -105,6 +125,7 @@ class Experts {
                     .scale = shape_.scale,
                     .bias = call_.router_bias,
                     .logits = work_.logits,
+                    .logit_bias = call_.router_logit_bias,
                     .expert = work_.expert,
                     .weight = work_.weight});
     backend_.group_rows({.rows = call_.rows,
@@ -129,32 +150,43 @@ class Experts {
                     .out = work_.x});
   }
 
-  // Multiplies the pairs of each expert with its own matrix [n, k]. `a` is work_.x or work_.gate_up.
-  void products(void* a, int64_t k, const LinearStack& w, void* out, int64_t n) {
-    const int64_t a_stride = a == work_.x ? shape_.hidden_size : 2 * shape_.inner_size;
+  // Multiplies the pairs of each expert, rows of `a`, with its own matrix [n, k], or [k, n] if transposed.
+  void products(const ProductRows& a, int64_t k, const LinearStack& w, void* out, int64_t n) {
     std::vector<GemmParams> products;
-    for (int64_t expert = 0; expert < shape_.experts; ++expert) {
-      const int64_t first = begin_[expert], rows = begin_[expert + 1] - first;
-      if (rows == 0) continue;
-      const int64_t offset = expert * w.matrix_stride * element_size(shape_.dtype);
-      const Linear matrix{static_cast<const char*>(w.data) + offset, w.stride};
+    for_each_expert([&](int64_t expert, int64_t first, int64_t rows) {
+      const Linear matrix{at(w.data, expert * w.matrix_stride), w.stride};
       products.push_back(
-          product(shape_.dtype, rows, n, k, {at(a, first * a_stride), a_stride}, matrix, at(out, first * n), n));
-    }
+          product(shape_.dtype, rows, n, k, from_row(a, first, shape_.dtype), matrix, at(out, first * n), n));
+      products.back().w_transposed = shape_.transposed;
+    });
     backend_.gemm(products.data(), static_cast<int64_t>(products.size()));
   }
 
+  // The pairs of all experts at once or, with biases, of each expert.
   void act() {
+    if (call_.gate_up_bias.data == nullptr) return act(0, pairs(), nullptr);
+    for_each_expert([&](int64_t expert, int64_t first, int64_t rows) {
+      act(first, rows, at(call_.gate_up_bias.data, expert * call_.gate_up_bias.stride));
+    });
+  }
+
+  void act(int64_t first, int64_t rows, const void* bias) {
+    const int64_t stride = 2 * shape_.inner_size, up = shape_.interleaved ? 1 : shape_.inner_size;
     backend_.gated_act({.dtype = shape_.dtype,
                         .activation = shape_.activation,
-                        .rows = pairs(),
+                        .rows = rows,
                         .width = shape_.inner_size,
-                        .gate = work_.gate_up,
-                        .gate_stride = 2 * shape_.inner_size,
-                        .up = at(work_.gate_up, shape_.inner_size),
-                        .up_stride = 2 * shape_.inner_size,
-                        .gate_bias = nullptr,
-                        .up_bias = nullptr});
+                        .gate = at(work_.gate_up, first * stride),
+                        .gate_stride = stride,
+                        .up = at(work_.gate_up, first * stride + up),
+                        .up_stride = stride,
+                        .gate_bias = bias,
+                        .up_bias = bias == nullptr ? nullptr : at(bias, up),
+                        .step = shape_.interleaved ? 2 : 1,
+                        .out = at(work_.activated, first * work_.activated_stride),
+                        .out_stride = work_.activated_stride,
+                        .swiglu_alpha = shape_.swiglu_alpha,
+                        .swiglu_limit = shape_.swiglu_limit});
   }
 
   const ExpertsCall& call_;
@@ -179,7 +211,11 @@ ExpertsShape experts_shape(const ModelSpec& spec) {
           .norm_eps = static_cast<float>(spec.norm_topk_eps),
           .scale = static_cast<float>(spec.routed_scale),
           .shared = spec.shared_intermediate_size > 0,
-          .shared_gate = spec.shared_gate};
+          .shared_gate = spec.shared_gate,
+          .transposed = spec.experts_transposed,
+          .interleaved = spec.experts_interleaved,
+          .swiglu_alpha = static_cast<float>(spec.swiglu_alpha),
+          .swiglu_limit = static_cast<float>(spec.swiglu_limit)};
 }
 
 size_t experts_workspace(const ExpertsShape& shape, int64_t rows) {

@@ -14,11 +14,13 @@ struct ExpertsShape {
   Activation activation;
   int64_t hidden_size, inner_size;  // of one expert
   int64_t experts, experts_per_row;
-  DType router_dtype;  // of the router's weights, bias and logits: `dtype` or float32
+  DType router_dtype;  // of the router's weights, biases and logits: `dtype` or float32
   RouterScores scores;
   bool normalise;  // RouteParams::normalise
   float norm_eps, scale;
-  bool shared, shared_gate;  // there is a shared expert, with a gate
+  bool shared, shared_gate;      // there is a shared expert, with a gate
+  bool transposed, interleaved;  // ModelSpec::experts_transposed and experts_interleaved
+  float swiglu_alpha, swiglu_limit;
 };
 
 ExpertsShape experts_shape(const ModelSpec& spec);
@@ -30,8 +32,11 @@ struct ExpertsCall {
   int64_t x_stride;
   Linear router;            // [experts, hidden_size]
   const void* router_bias;  // [experts] or null
-  LinearStack gate_up;      // [experts, 2 * inner_size, hidden_size]: gate above up
+  const void* router_logit_bias;  // [experts] or null
+  LinearStack gate_up;      // [experts, 2 * inner_size, hidden_size]: gate above up, or taking turns if `interleaved`
+  ExpertBias gate_up_bias;  // [experts, 2 * inner_size] or null
   LinearStack down;         // [experts, hidden_size, inner_size]
+  ExpertBias down_bias;     // [experts, hidden_size] or null
   Linear shared_gate;       // [1, hidden_size], or null
   void* out;                // [rows, hidden_size]; holds the output of the shared expert, if there is one
   int64_t out_stride;
@@ -40,8 +45,8 @@ struct ExpertsCall {
 
 size_t experts_workspace(const ExpertsShape& shape, int64_t rows);
 
-// out = sum over a row's experts of weight * down(act(gate(x)) * up(x)), plus out * sigmoid(shared_gate . x) of a
-// shared expert
+// out = sum over a row's experts of weight * down(act(gate(x)) * up(x)), each of the three with its bias, plus
+// out * sigmoid(shared_gate . x) of a shared expert
 void run_experts(const ExpertsCall& call, Backend& backend);
 
 }  // namespace pop

@@ -54,7 +54,11 @@ void dense(const MlpCall& call, const DenseWeights& weights, Backend& backend) {
                      .up = up,
                      .up_stride = inner,
                      .gate_bias = weights.gate_bias,
-                     .up_bias = weights.up_bias});
+                     .up_bias = weights.up_bias,
+                     .out = gate,
+                     .out_stride = inner,
+                     .swiglu_alpha = static_cast<float>(spec.swiglu_alpha),
+                     .swiglu_limit = static_cast<float>(spec.swiglu_limit)});
   const ProductRows activated =
       rows_for(backend, spec.dtype, weights.down_proj, call.rows, inner, gate, inner, call.quantized);
   const GemmParams down =
@@ -90,8 +94,11 @@ void sparse(const MlpCall& call, Backend& backend) {
                .x_stride = call.x_stride,
                .router = weights.router,
                .router_bias = weights.router_bias,
+               .router_logit_bias = weights.router_logit_bias,
                .gate_up = weights.experts_gate_up,
+               .gate_up_bias = weights.experts_gate_up_bias,
                .down = weights.experts_down,
+               .down_bias = weights.experts_down_bias,
                .shared_gate = weights.shared_gate,
                .out = call.out,
                .out_stride = call.out_stride,

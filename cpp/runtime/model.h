@@ -19,10 +19,17 @@ struct Linear {
   const PackedWeight* packed = nullptr;  // a prepacked copy, or null
 };
 
-// Matrices [count, out_features, in_features], `matrix_stride` elements apart.
+// Matrices [count, out_features, in_features], or [count, in_features, out_features] with
+// ModelSpec::experts_transposed, `matrix_stride` elements apart.
 struct LinearStack {
   const void* data = nullptr;
   int64_t matrix_stride = 0, stride = 0;
+};
+
+// A vector [out_features] for each of [count] experts, `stride` elements apart.
+struct ExpertBias {
+  const void* data = nullptr;
+  int64_t stride = 0;
 };
 
 // Vectors are contiguous. Biases and norms that the spec does not have are null.
@@ -33,12 +40,14 @@ struct LayerWeights {
   Linear q_proj, k_proj, v_proj, o_proj;
   const void *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *o_bias = nullptr;
   const void *q_norm = nullptr, *k_norm = nullptr;
+  const void* sinks = nullptr;
   Linear gate_proj, up_proj, down_proj;
   const void *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;
   // A sparse layer has a router, experts and maybe a shared expert instead of gate_proj, up_proj and down_proj.
   Linear router;
-  const void* router_bias = nullptr;
+  const void *router_bias = nullptr, *router_logit_bias = nullptr;
   LinearStack experts_gate_up, experts_down;
+  ExpertBias experts_gate_up_bias, experts_down_bias;
   Linear shared_gate_proj, shared_up_proj, shared_down_proj;
   Linear shared_gate;  // [1, hidden_size]
 };

@@ -314,6 +314,7 @@ void Prefill::attention(int64_t layer, int64_t q_begin) {
                       .scale = static_cast<float>(spec_.attention_scale),
                       .softcap = static_cast<float>(spec_.attention_softcap),
                       .window = spec_.window[layer],
+                      .sinks = model_.layers[layer].sinks,
                       .segments = segments.data(),
                       .num_segments = static_cast<int64_t>(segments.size()),
                       .first_row = 0,

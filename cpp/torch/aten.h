@@ -93,14 +93,16 @@ inline void scaled_mm_out(const Tensor& self, const Tensor& mat2, const Tensor& 
                              from(std::optional(out_dtype)), from(use_fast_accum), from(out)});
 }
 
-// out = a . w^T on `device`, by the library that aten's matmul uses.
-inline void matmul_nt(const GemmParams& p, torch::stable::Device device) {
+// The product of GemmParams on `device`, by the library that aten's matmul uses.
+inline void matmul(const GemmParams& p, torch::stable::Device device) {
   const auto view = [&](const void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
                         ScalarType dtype) {
     return torch::stable::from_blob(const_cast<void*>(data), {rows, cols}, {row_stride, col_stride}, device, dtype);
   };
   const ScalarType dtype = scalar_type(p.dtype), operand = p.a_scale == nullptr ? dtype : ScalarType::Float8_e4m3fn;
-  const Tensor a = view(p.a, p.m, p.k, p.a_stride, 1, operand), w = view(p.w, p.k, p.n, 1, p.w_stride, operand);
+  const Tensor a = view(p.a, p.m, p.k, p.a_stride, 1, operand);
+  const Tensor w =
+      p.w_transposed ? view(p.w, p.k, p.n, p.w_stride, 1, operand) : view(p.w, p.k, p.n, 1, p.w_stride, operand);
   const Tensor out = view(p.out, p.m, p.n, p.out_stride, 1, dtype);
   if (p.a_scale == nullptr) return mm_out(a, w, out);
   const Tensor a_scale = view(p.a_scale, p.m, 1, 1, 1, ScalarType::Float);

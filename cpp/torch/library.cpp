@@ -47,13 +47,13 @@ STABLE_TORCH_LIBRARY(pop, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0) -> Tensor");
   m.def(pop::kAddRmsNormSchema);
   m.def(
-      "gated_act(Tensor gate, Tensor up, str activation=\"silu\", Tensor? gate_bias=None, Tensor? up_bias=None) "
-      "-> Tensor");
+      "gated_act(Tensor gate, Tensor up, str activation=\"silu\", Tensor? gate_bias=None, Tensor? up_bias=None, "
+      "float swiglu_alpha=1.702, float swiglu_limit=7.0) -> Tensor");
   m.def(pop::kRopeCacheWriteSchema);
   m.def(
       "attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor past_lens, "
       "Tensor cache_start, float scale, int window=0, Tensor? slot_table=None, float softcap=0.0, "
-      "Tensor? blocks=None) -> Tensor");
+      "Tensor? blocks=None, Tensor? sinks=None) -> Tensor");
   m.def("fold_kv(Tensor[] k_proj, Tensor[] v_proj, Tensor[] input_norm, float norm_offset=0.0) -> Tensor");
   m.def(pop::kKvProjectSchema);
 

@@ -84,6 +84,11 @@ void LoadedModel::set_layer(int64_t layer) {
     if (tensor == nullptr) return {};
     return {tensor->const_data_ptr(), tensor->stride(0), tensor->stride(1)};
   };
+  const auto expert_bias = [&](const char* name) -> ExpertBias {
+    const Tensor* tensor = weight(prefix + name);
+    if (tensor == nullptr) return {};
+    return {tensor->const_data_ptr(), tensor->stride(0)};
+  };
   model_.layers[layer] = {.input_norm = vector("input_norm"),
                           .post_norm = vector("post_norm"),
                           .attention_out_norm = vector("attention_out_norm"),
@@ -98,6 +103,7 @@ void LoadedModel::set_layer(int64_t layer) {
                           .o_bias = vector("o_bias"),
                           .q_norm = vector("q_norm"),
                           .k_norm = vector("k_norm"),
+                          .sinks = vector("sinks"),
                           .gate_proj = linear("gate_proj"),
                           .up_proj = linear("up_proj"),
                           .down_proj = linear("down_proj"),
@@ -106,8 +112,11 @@ void LoadedModel::set_layer(int64_t layer) {
                           .down_bias = vector("down_bias"),
                           .router = linear("router"),
                           .router_bias = vector("router_bias"),
+                          .router_logit_bias = vector("router_logit_bias"),
                           .experts_gate_up = stack("experts_gate_up"),
                           .experts_down = stack("experts_down"),
+                          .experts_gate_up_bias = expert_bias("experts_gate_up_bias"),
+                          .experts_down_bias = expert_bias("experts_down_bias"),
                           .shared_gate_proj = linear("shared_gate_proj"),
                           .shared_up_proj = linear("shared_up_proj"),
                           .shared_down_proj = linear("shared_down_proj"),

@@ -157,7 +157,7 @@ void rope_cache_write(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor
 
 Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens, Tensor past_lens,
                  Tensor cache_start, double scale, int64_t window, std::optional<Tensor> slot_table, double softcap,
-                 std::optional<Tensor> blocks) {
+                 std::optional<Tensor> blocks, std::optional<Tensor> sinks) {
   const std::string op = "pop::attention";
   const DType dtype = dtype_of(query, op + ": query");
   check_shape(query, {-1, -1, -1}, op + ": query");
@@ -187,6 +187,7 @@ Tensor attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_s
                       .scale = static_cast<float>(scale),
                       .softcap = static_cast<float>(softcap),
                       .window = window,
+                      .sinks = optional_vector(sinks, query, heads, op + ": sinks"),
                       .segments = segments.data(),
                       .num_segments = static_cast<int64_t>(segments.size()),
                       .first_row = 0,

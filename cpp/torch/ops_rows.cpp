@@ -2,6 +2,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cmath>
+#include <utility>
+
 #include "torch/backends.h"
 #include "torch/checks.h"
 #include "torch/device_keys.h"
@@ -43,7 +46,8 @@ Tensor linear(Tensor x, Tensor weight) {
   const int64_t k = width_of(x, "pop::linear: x");
   check_like(weight, x, "pop::linear: weight");
   check_shape(weight, {-1, k}, "pop::linear: weight");
-  check_last_dim_contiguous(weight, "pop::linear: weight");
+  const bool transposed = weight.stride(1) != 1 && weight.stride(0) == 1;
+  if (!transposed) check_last_dim_contiguous(weight, "pop::linear: weight");
   const Tensor rows = as_rows(x);
   Tensor out = empty_like_rows(x, weight.size(0));
   const GemmParams product{.dtype = dtype,
@@ -53,9 +57,10 @@ Tensor linear(Tensor x, Tensor weight) {
                            .a = rows.const_data_ptr(),
                            .a_stride = rows.stride(0),
                            .w = weight.const_data_ptr(),
-                           .w_stride = weight.stride(0),
+                           .w_stride = weight.stride(transposed ? 1 : 0),
                            .out = out.mutable_data_ptr(),
-                           .out_stride = weight.size(0)};
+                           .out_stride = weight.size(0),
+                           .w_transposed = transposed};
   BackendOfCall(x)->gemm(&product, 1);
   return out;
 }
@@ -172,24 +177,31 @@ Tensor add_rms_norm(Tensor x, Tensor delta, Tensor weight, double eps, std::opti
 }
 
 Tensor gated_act(Tensor gate, Tensor up, TextArgument activation, std::optional<Tensor> gate_bias,
-                 std::optional<Tensor> up_bias) try {
+                 std::optional<Tensor> up_bias, double swiglu_alpha, double swiglu_limit) try {
   const DType dtype = dtype_of(gate, "pop::gated_act: gate");
   const int64_t width = width_of(gate, "pop::gated_act: gate");
   check_like(up, gate, "pop::gated_act: up");
   check_shape(up, std::vector<int64_t>(gate.sizes().begin(), gate.sizes().end()), "pop::gated_act: up");
+  for (const auto& [name, value] : {std::pair("alpha", swiglu_alpha), std::pair("limit", swiglu_limit)}) {
+    check(value > 0 && std::isfinite(value), "pop::gated_act: swiglu_", name, ": expected a finite number > 0, got ",
+          value);
+  }
   Tensor out = empty_like_rows(gate);
-  torch::stable::copy_(out, gate);
-  const Tensor up_rows = as_rows(up);
+  const Tensor gate_rows = as_rows(gate), up_rows = as_rows(up);
   BackendOfCall(gate)->gated_act({.dtype = dtype,
                                   .activation = parse_activation(activation.text),
                                   .rows = up_rows.size(0),
                                   .width = width,
-                                  .gate = out.mutable_data_ptr(),
-                                  .gate_stride = width,
+                                  .gate = gate_rows.const_data_ptr(),
+                                  .gate_stride = gate_rows.stride(0),
                                   .up = up_rows.const_data_ptr(),
                                   .up_stride = up_rows.stride(0),
                                   .gate_bias = optional_vector(gate_bias, gate, width, "pop::gated_act: gate_bias"),
-                                  .up_bias = optional_vector(up_bias, gate, width, "pop::gated_act: up_bias")});
+                                  .up_bias = optional_vector(up_bias, gate, width, "pop::gated_act: up_bias"),
+                                  .out = out.mutable_data_ptr(),
+                                  .out_stride = width,
+                                  .swiglu_alpha = static_cast<float>(swiglu_alpha),
+                                  .swiglu_limit = static_cast<float>(swiglu_limit)});
   return out;
 } catch (const std::invalid_argument& error) {
   throw std::runtime_error(join("pop::gated_act: ", error.what()));

@@ -183,6 +183,7 @@ std::atomic<int64_t> sdpa_rows{64};
 
 Provider choose(const AttentionParams& p, int compute_capability) {
   const bool ampere = compute_capability >= 80, hopper = compute_capability == 90;
+  if (p.sinks != nullptr) return Provider::none;  // no operator here has them
   if (p.dtype == DType::f32 || p.address.slot_table != nullptr || !ampere || p.num_segments == 0 || !is_aligned(p)) {
     return Provider::none;
   }

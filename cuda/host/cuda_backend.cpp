@@ -116,7 +116,8 @@ std::string CudaBackend::fp8_missing(DType dtype) const {
 
 void CudaBackend::gemm(const GemmParams* products, int64_t count) {
   for (int64_t i = 0; i < count;) {
-    if (products[i].m > options().skinny_rows || products[i].a_scale != nullptr) {
+    const GemmParams& product = products[i];
+    if (product.m > options().skinny_rows || product.a_scale != nullptr || product.w_transposed) {
       library_gemm(products[i++]);
       continue;
     }
@@ -127,15 +128,14 @@ void CudaBackend::gemm(const GemmParams* products, int64_t count) {
       return other.a == p.a && other.a_stride == p.a_stride && other.m == p.m && other.k == p.k &&
              other.dtype == p.dtype;
     };
-    while (i < count && i - first < 3 && shares(products[i])) ++i;
+    while (i < count && i - first < 3 && !products[i].w_transposed && shares(products[i])) ++i;
     cuda::launch_skinny_gemm(products + first, i - first, stream_);
   }
 }
 
 void CudaBackend::library_gemm(const GemmParams& p) {
   if (p.m == 0 || p.n == 0) return;
-  aten::matmul_nt(p,
-                  torch::stable::Device(kDeviceType, kDeviceType == torch::headeronly::DeviceType::CPU ? -1 : device_));
+  aten::matmul(p, torch::stable::Device(kDeviceType, kDeviceType == torch::headeronly::DeviceType::CPU ? -1 : device_));
 }
 
 // ---- The projection of a run ---------------------------------------------------------------

@@ -58,6 +58,7 @@ def test_fields_read_back_as_given():
         embed_scale=9.75,
         scale_inputs=True,
         attention_softcap=50.0,
+        attention_sinks=True,
         window=(0, 16),
         rope_table=(1, 0),
         sparse=(0, 1),
@@ -72,6 +73,12 @@ def test_fields_read_back_as_given():
         router_float32=True,
         shared_intermediate_size=72,
         shared_gate=True,
+        router_logit_bias=True,
+        expert_bias=True,
+        experts_transposed=True,
+        experts_interleaved=True,
+        swiglu_alpha=1.5,
+        swiglu_limit=3.0,
     )
     made = spec(**given)
     assert {name: getattr(made, name) for name in given} == given
@@ -131,6 +138,7 @@ def test_optional_weight_slots_have_their_places():
         ("mlp_bias", {"gate_bias", "up_bias", "down_bias"}),
         ("output_norms", {"attention_out_norm", "mlp_out_norm"}),
         ("qk_norm", {"q_norm", "k_norm"}),
+        ("attention_sinks", {"sinks"}),
     ],
 )
 def test_a_flag_adds_only_its_own_slots(flag, names):
@@ -168,6 +176,27 @@ def test_a_router_bias_and_a_shared_expert_add_only_their_own_slots(changes, add
     expected = {f"layers.1.{name}": shape for name, shape in added.items()}
     assert {name: shape for name, _, shape in slots if name in expected} == expected
     assert len(slots) == len(before) + len(expected)
+
+
+def test_transposed_experts_with_biases_have_their_shapes():
+    flags = dict.fromkeys(("router_logit_bias", "expert_bias", "experts_transposed", "experts_interleaved"), True)
+    slots = spec(
+        num_layers=1, sparse=[1], num_experts=8, experts_per_token=3, moe_intermediate_size=40, **flags
+    ).weight_slots()
+    assert [
+        (name.removeprefix("layers.0."), shape) for name, _, shape in slots if "expert" in name or "route" in name
+    ] == [
+        ("router", (8, 96)),
+        ("router_logit_bias", (8,)),
+        ("experts_gate_up", (8, 96, 80)),
+        ("experts_gate_up_bias", (8, 80)),
+        ("experts_down", (8, 40, 96)),
+        ("experts_down_bias", (8, 96)),
+    ]
+
+
+def test_sinks_have_a_value_for_each_head():
+    assert ("layers.1.sinks", 1, (6,)) in spec(attention_sinks=True).weight_slots()
 
 
 def test_a_model_without_input_norms_has_no_slots_for_them():
@@ -248,7 +277,9 @@ def test_norms_over_all_heads_are_as_wide_as_the_projections():
             )
         ],
         (dict(dtype="int8"), "dtype: expected one of float32, bfloat16, float16, got int8"),
-        (dict(activation="relu"), "activation: expected one of silu, gelu_tanh, gelu, got relu"),
+        (dict(activation="relu"), "activation: expected one of silu, gelu_tanh, gelu, clamped_swiglu, got relu"),
+        (dict(swiglu_alpha=0.0), "swiglu_alpha: expected a finite number > 0, got 0"),
+        (dict(swiglu_limit=float("inf")), "swiglu_limit: expected a finite number > 0, got inf"),
     ],
 )
 def test_bad_fields_raise_value_error_with_the_name(changes, text):

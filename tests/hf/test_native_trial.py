@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from models import hyperclovax, llama, shared, tokens
 from other_families import other
 from pop_ext import Plan, UnsupportedModelError
-from pop_ext.hf import families, native_trial
+from pop_ext._core import ModelSpec
+from pop_ext.hf import families, native_trial, weight_map
 from pop_ext.hf.family import LLAMA_LAYER
 from pop_ext.portable import trial
 from torch import nn
 from transformers import VaultGemmaConfig, VaultGemmaForCausalLM
+from transformers.models.gpt_oss import modeling_gpt_oss
 
 PLAN = Plan(6, (4, 5))
 
@@ -74,6 +77,8 @@ WRONG = {
         llama(dtype=dtype),
         layer={**LLAMA_LAYER, "gate_proj": "mlp.up_proj.weight", "up_proj": "mlp.gate_proj.weight"},
     ),
+    "gate before up in experts": lambda dtype: with_experts(dtype, interleaved=False),
+    "another activation of experts": lambda dtype: with_experts(dtype, activation=None),
     "no soft cap of logits": lambda dtype: described_as(shared("gemma2", dtype=dtype), caps_logits=False),
     "multipliers": lambda dtype: described_as(other("granite", dtype=dtype), multipliers=False),
     "pairs of RoPE": lambda dtype: described_as(other("glm4", dtype=dtype), rope_interleaved=False),
@@ -87,6 +92,11 @@ WRONG = {
 }
 
 
+def with_experts(dtype: torch.dtype, **differences: Any) -> nn.Module:
+    experts = families.replace(families.FAMILIES["gpt_oss"].experts, **differences)
+    return described_as(other("gpt_oss", dtype=dtype), experts=experts)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mistake", WRONG)
 def test_a_family_that_is_described_wrongly_is_refused(mistake, dtype):
@@ -96,6 +106,39 @@ def test_a_family_that_is_described_wrongly_is_refused(mistake, dtype):
     with pop_ext.enabled(model, PLAN), torch.no_grad():
         model(tokens(model, 1, 20), use_cache=True, logits_to_keep=1)
         assert pop_ext.last_call(model).backend == "portable"
+
+
+def leave_out_the_sinks(monkeypatch: Any) -> None:
+    make_spec = weight_map._make_spec
+
+    def without_sinks(family: Any, model: Any, refs: dict[str, Any]) -> ModelSpec:
+        fields = json.loads(make_spec(family, model, refs).to_json())
+        for slot in [slot for slot in refs if slot.endswith(".sinks")]:
+            del refs[slot]
+        return ModelSpec.from_json(json.dumps({**fields, "attention_sinks": False}))
+
+    monkeypatch.setattr(weight_map, "_make_spec", without_sinks)
+
+
+def gate_without_one(monkeypatch: Any) -> None:
+    """Let the stock experts multiply by up instead of up + 1."""
+    apply = modeling_gpt_oss.GptOssExperts._apply_gate
+
+    def without_one(self: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        gate_up = gate_up.clone()
+        gate_up[..., 1::2] -= 1
+        return apply(self, gate_up)
+
+    monkeypatch.setattr(modeling_gpt_oss.GptOssExperts, "_apply_gate", without_one)
+
+
+@pytest.mark.parametrize("plant", [leave_out_the_sinks, gate_without_one])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_gpt_oss_that_computes_something_else_is_refused(dtype, plant, monkeypatch):
+    model = other("gpt_oss", dtype=dtype)
+    plant(monkeypatch)
+    with pytest.raises(UnsupportedModelError, match="in a trial of 7 tokens the .* differ"):
+        pop_ext.load(model, PLAN)
 
 
 def test_a_kind_of_model_is_tried_once(monkeypatch):

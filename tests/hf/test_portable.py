@@ -14,6 +14,7 @@ from cache_kinds import KINDS, new_cache
 from enabled_models import generate
 from hook_reference import context_rows, held_back_forward
 from models import FAMILIES, WINDOW, float32_twin, hyperclovax, llama, pad, shared, tokens
+from other_families import shared_other
 from pop_ext import Plan, reference
 from pop_ext.hf import portable_backend, restore
 from pop_ext.hf.compat import cache_of
@@ -45,6 +46,12 @@ def assert_equals_oracle(model: nn.Module, plan: Plan, ids: Tensor, past: Cache 
 def test_every_family_equals_the_oracle(family, omit):
     model = shared(family)
     assert_equals_oracle(model, plan_of(model, OMITS[omit]), tokens(model, 2, T))
+
+
+def test_sinks_of_attention_equal_the_oracle():
+    """gpt-oss has a native form, but not with packed experts."""
+    model = shared_other("gpt_oss")
+    assert_equals_oracle(model, plan_of(model, GAPS, 2), tokens(model, 2, T))
 
 
 @pytest.mark.parametrize("boundary", [2, 17, T - 1, T])

@@ -19,7 +19,6 @@ PORTABLE = [
     "gemma4_text:Gemma4ForCausalLM",
     "glm4v:Glm4vForConditionalGeneration",
     "gpt-sw3:GPT2LMHeadModel",
-    "gpt_oss:GptOssForCausalLM",  # attention sinks
     "granitemoehybrid:GraniteMoeHybridForCausalLM",
     "hyperclovax:HyperCLOVAXForCausalLM",
     "lfm2:Lfm2ForCausalLM",

@@ -97,6 +97,51 @@ def test_tokens_of_a_block_attend_to_each_other(lengths, pasts, blocks, window, 
         assert_equals_reference(make_call(shape, lengths, pasts, dtype, window, blocks=blocks))
 
 
+def with_sinks(call: Call, sinks: list[float] | None = None) -> Call:
+    """Return a call with these sinks, repeated over the heads; None: random ones."""
+    heads = call.query.shape[1]
+    values = 2 * torch.randn(heads) if sinks is None else torch.tensor(sinks).repeat(heads)[:heads]
+    return replace(call, sinks=values.to(call.query.dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("length", "past"), [(1, 0), (1, 77), (2, 300), (19, 1), (129, 77)])
+def test_a_sink_takes_its_share_of_the_softmax(length, past, shape, dtype):
+    assert_equals_reference(with_sinks(make_call(shape, [length], [past], dtype)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [1, 2, 50, TILE, TILE + 1])
+def test_a_sink_is_seen_through_every_window(window, dtype):
+    call = make_call((8, 2, 64), [206, 2, 1], [0, 300, 77], dtype, window, permuted=True)
+    assert_equals_reference(with_sinks(call))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 2, 8])
+def test_a_sink_counts_once_over_a_long_cache(length, dtype):
+    assert_equals_reference(with_sinks(make_call((8, 2, 64), [length], [1500], dtype), [6.0, -3.0, 9.0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 2, 70])
+def test_sinks_far_above_and_below_the_scores_equal_the_reference(length, dtype):
+    call = with_sinks(make_call((8, 2, 64), [length], [70], dtype), [-3e4, -100.0, 0.0, 30.0, 100.0, 3e4, -math.inf])
+    assert_equals_reference(call)
+    out = call.run()
+    assert not out[:, 5].any()
+    assert torch.equal(out[:, [0, 6]], replace(call, sinks=None).run()[:, [0, 6]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 100])
+def test_a_sink_that_is_no_number_reaches_its_head_alone(length, dtype):
+    out = with_sinks(make_call((4, 2, 64), [length], [70], dtype), [0.0, math.nan, 1.0, 2.0]).run()
+    assert out[:, 1].isnan().all()
+    assert out[:, [0, 2, 3]].isfinite().all()
+
+
 # Independence
 
 
@@ -141,7 +186,15 @@ def test_a_nan_reaches_only_the_heads_that_see_it(length, dtype):
 
 
 def test_the_operator_passes_opcheck():
-    torch.library.opcheck(torch.ops.pop.attention.default, make_call((4, 2, 64), [19, 2], [0, 7]).args())
+    args = make_call((4, 2, 64), [19, 2], [0, 7]).args()
+    torch.library.opcheck(torch.ops.pop.attention.default, args)
+    torch.library.opcheck(torch.ops.pop.attention.default, args, {"sinks": torch.randn(4)})
+
+
+@pytest.mark.parametrize("sinks", [torch.zeros(3), torch.zeros(4, dtype=torch.bfloat16), torch.zeros(1, 4)])
+def test_sinks_of_another_shape_or_dtype_are_refused_by_name(sinks):
+    with pytest.raises(RuntimeError, match="pop::attention: sinks: expected"):
+        replace(make_call((4, 2, 64), [2], [7]), sinks=sinks).run()
 
 
 def test_the_selected_instruction_set_runs():

@@ -6,9 +6,11 @@ import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, NATIVE, plan_of, run_oracle
+from instruction_sets import assert_lesser_sets_pass
 from models import shared, tokens
 from op_calls import LAYOUTS, SENTINEL, op_call, rope_of, run_op
 from op_operands import DTYPES, strided
+from other_families import OTHER, shared_other
 from tolerance import assert_close_fp32
 
 
@@ -42,15 +44,22 @@ def assert_sentinels_outside(call, spans):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.parametrize("family", [*NATIVE, "gpt_oss"])
 def test_prefill_fills_caches_of_any_stride(family, layout):
-    native = pop_ext.load(shared(family), plan_of(shared(family), GAPS, 2))
+    model = shared_other(family) if family in OTHER else shared(family)
+    native = pop_ext.load(model, plan_of(model, GAPS, 2))
     prompts = [tokens(native.model, n, seed=n) for n in (19, 1, 33)]
     call = op_call(
         native, prompts, start=[3, 0, 7], boundary=[2, 1, 9], logits_to_keep=[2, 1, 4], capacity=45, layout=layout
     )
     assert_prefill_equals_oracle(native, prompts, call)
     assert_sentinels_outside(call, [(3, 22), (0, 1), (7, 40)])
+
+
+@pytest.mark.cpu
+def test_lesser_instruction_sets_prefill_gpt_oss():
+    """Its experts alone read channels in turns and add biases of their own."""
+    assert_lesser_sets_pass("gpt_oss and any_stride", __file__)
 
 
 def test_prefill_writes_no_byte_between_the_views():

@@ -117,7 +117,10 @@ def opcheck_cases():
         "add_rms_norm": ((x, x * 2, weight, EPS, weight), {}),
         "gated_act": ((x, x * 2, "gelu", weight, None), {}),
         "rope_cache_write": ((query, key, key * 2, cos, sin, *caches.lengths, caches.keys[0], caches.values[0]), {}),
-        "attention": ((query, caches.keys[0], caches.values[0], *caches.lengths, 0.125, 3), {}),
+        "attention": (
+            (query, caches.keys[0], caches.values[0], *caches.lengths, 0.125, 3),
+            {"sinks": random(4, seed=2)},
+        ),
         "fold_kv": (([random(4, 8)] * 2, [random(4, 8, seed=1)] * 2, [weight] * 2), {}),
         "kv_project": (
             (random(rows, 9), random(2 * 2 * 128, 9), cos, sin, *caches.lengths, EPS, caches.keys, caches.values),

@@ -25,6 +25,7 @@ class Call:
     window: int = 0
     table: Tensor | None = None  # int32 [batch, capacity], on the CPU
     blocks: tuple[tuple[int, int, int], ...] = ()  # (sequence, begin, end) of new tokens that attend to each other
+    sinks: Tensor | None = None  # [heads]
 
     def args(self) -> tuple:
         lengths = offsets(self.lengths), int32(self.pasts), int32(self.starts)
@@ -32,7 +33,7 @@ class Call:
 
     def run(self) -> Tensor:
         blocks = torch.tensor(self.blocks, dtype=torch.int32, device="cpu") if self.blocks else None
-        return torch.ops.pop.attention(*self.args(), blocks=blocks)
+        return torch.ops.pop.attention(*self.args(), blocks=blocks, sinks=self.sinks)
 
     def sequence(self, i: int) -> Call:
         """Return the call of sequence i alone."""
@@ -84,12 +85,21 @@ class Call:
     def reference(self) -> Tensor:
         def attend(q, k, v, visible):
             scores = (q.double() @ k.double().transpose(1, 2)) * self.scale
-            return scores.masked_fill(~visible, -math.inf).softmax(-1) @ v.double()
+            scores = scores.masked_fill(~visible, -math.inf)
+            if self.sinks is None:
+                return scores.softmax(-1) @ v.double()
+            sink = self.sinks.double()[:, None, None].expand(*scores.shape[:2], 1)
+            return torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ v.double()
 
         return self.per_sequence(attend)
 
     def sdpa(self) -> Tensor:
         def attend(q, k, v, visible):
+            if self.sinks is not None:  # one more key and value of zeros, whose score is the mask's
+                mask = torch.zeros(visible.shape, dtype=q.dtype).masked_fill(~visible, -math.inf)
+                mask = mask.expand(len(q), *visible.shape)
+                visible = torch.cat([mask, self.sinks[:, None, None].expand(*mask.shape[:2], 1)], -1)[None]
+                k, v = (torch.cat([x, torch.zeros_like(x[:, :1])], 1) for x in (k, v))
             return torch.nn.functional.scaled_dot_product_attention(
                 q[None], k[None], v[None], attn_mask=visible, scale=self.scale
             )[0]

@@ -49,7 +49,16 @@ def rows_ops() -> list[Target]:
             delta_norm=None,
             delta_scale=0.5,
         ),
-        of("gated_act", gate=x, up=x + 1, activation="gelu", gate_bias=norm, up_bias=None),
+        of(
+            "gated_act",
+            gate=x,
+            up=x + 1,
+            activation="gelu",
+            gate_bias=norm,
+            up_bias=None,
+            swiglu_alpha=1.0,
+            swiglu_limit=7.0,
+        ),
         of("quantize_rows", x=x),
         of("fp8_linear", x=x, weight=weight.to(torch.float8_e4m3fn), weight_scale=torch.ones(16)),
         Target("fold_kv", pop.fold_kv, fold),
@@ -73,7 +82,7 @@ def cache_ops() -> list[Target]:
 
     def attention() -> dict[str, Any]:
         blocks = torch.tensor([[0, 0, 2]], dtype=torch.int32)
-        more = {"scale": 0.25, "window": 0, "softcap": 0.0, "blocks": blocks}
+        more = {"scale": 0.25, "window": 0, "softcap": 0.0, "blocks": blocks, "sinks": torch.ones(2)}
         return {"query": rows.clone(), **caches(), **common(), **more}
 
     def write() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from models import WINDOW, build, sparse
+from models import WINDOW, build, rope_parameters, sparse
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -71,6 +71,14 @@ OTHER: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {},
     "glm4_moe": {**_GLM, "use_qk_norm": True, "rope_parameters": {**_DEFAULT_ROPE, "partial_rotary_factor": 0.5}},
     "hy_v3": {**_EXPERTS, "num_shared_experts": 2, "router_scaling_factor": 1.7},
+    "gpt_oss": {
+        "attn_implementation": "eager",  # no other one of torch's own has sinks
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": WINDOW,
+        "rope_parameters": {**rope_parameters("yarn", 64), "truncate": False},
+        "swiglu_limit": 0.8,  # most gates are below it and some are above
+    },
     "internlm3": {"attention_bias": True, "mlp_bias": True},
     "iquestcoder": {},
     "minimax_m2": {
@@ -109,6 +117,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe, near ties": ("glm4_moe", {"router": "random"}),
     "hy_v3, near ties": ("hy_v3", {"router": "random", "enable_moe_fp32_combine": False}),
     "minimax_m2, near ties": ("minimax_m2", {"router": "random"}),
+    "gpt_oss, no biases of attention": ("gpt_oss", {"attention_bias": False}),
+    "gpt_oss, one expert a token": ("gpt_oss", {"num_experts_per_tok": 1, "num_local_experts": 7}),
+    "gpt_oss, other experts": (
+        "gpt_oss",
+        {"swiglu_alpha": 0.9, "swiglu_limit": 7.0, "intermediate": 88, "hidden": 120},
+    ),
+    "gpt_oss, windows everywhere": ("gpt_oss", {"layer_types": [SLIDING] * 6, "heads": 6, "head_dim": 48}),
     "ministral, windows everywhere": ("ministral", {"layer_types": [SLIDING] * 6}),
     "ernie4_5, all biases": ("ernie4_5", {"use_bias": True}),
     "glm, RoPE of whole heads": ("glm", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.0}}),
@@ -155,9 +170,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def other(name: str, **over: Any) -> Any:
     """Return a model of six layers; options as for `models.build` or, with experts, `models.sparse`."""
+    options = {**OTHER[name], **over}
+    if options.get("dtype", torch.float32) != torch.float32 and name == "gpt_oss":
+        options["num_experts_per_tok"] = options["num_local_experts"]  # near a tie, a choice may differ, correctly
     model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name])
-    how = sparse if "num_experts_per_tok" in OTHER[name] else build
-    return how(model_class, CONFIG_MAPPING[name], {**OTHER[name], **over})
+    how = sparse if "num_experts_per_tok" in options and name != "gpt_oss" else build
+    return how(model_class, CONFIG_MAPPING[name], options)
 
 
 @functools.cache

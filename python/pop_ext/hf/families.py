@@ -86,6 +86,21 @@ _OLMO_LAYER = {
     "mlp_out_norm": "post_feedforward_layernorm.weight",
 }
 
+_GPT_OSS_EXPERTS = Experts(
+    "intermediate_size",
+    layer={
+        "router": "mlp.router.weight",
+        "router_logit_bias": "mlp.router.bias",
+        "experts_gate_up": "mlp.experts.gate_up_proj",
+        "experts_gate_up_bias": "mlp.experts.gate_up_proj_bias",
+        "experts_down": "mlp.experts.down_proj",
+        "experts_down_bias": "mlp.experts.down_proj_bias",
+    },
+    activation="clamped_swiglu",
+    transposed=True,
+    interleaved=True,
+)
+
 _QWEN2_VL_CLASSES = {"MLP": "Qwen2MLP"}
 
 
@@ -223,6 +238,14 @@ FAMILIES = {
             layer=_OLMO_LAYER,
             norms_over_heads=True,
             experts=Experts("intermediate_size", norm_topk=_norm_topk_prob),
+        ),
+        Family(
+            "gpt_oss",
+            "GptOss",
+            layer={**LLAMA_LAYER, "sinks": "self_attn.sinks"},
+            window=_window_by_layer_type,
+            experts=_GPT_OSS_EXPERTS,
+            classes={"SparseMoeBlock": "GptOssMLP"},
         ),
         Family("olmo2", "Olmo2", layer=_OLMO_LAYER, norms_over_heads=True),
         Family(

@@ -68,6 +68,9 @@ class Experts:
         norm_topk_eps: constant that is added to the sum that ``norm_topk`` divides by.
         scale: name of the config attribute that the weights are multiplied by in the end; None: by one.
         float32: whether the router has float32 weights, and computes in float32, in a model of any dtype.
+        activation: the runtime's name of their activation; None: that of ``Family.activation``.
+        transposed: whether their matrices are stored as ``[in, out]``, other than those of ``nn.Linear``.
+        interleaved: whether gate and up channels take turns. False: all of gate, then all of up.
     """
 
     inner_size: str
@@ -79,6 +82,9 @@ class Experts:
     norm_topk_eps: float = 0.0
     scale: str | None = None
     float32: bool = False
+    activation: str | None = None
+    transposed: bool = False
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)

@@ -349,8 +349,9 @@ def _rope(loaded: LoadedWeights, rotary: Any, positions: torch.Tensor) -> tuple[
         positions: ``[rows]`` or ``[3, rows]``.
 
     Returns:
-        cos, sin, cos_local and sin_local, each float32 ``[rows, rotary_dim]``. The local ones are for layers with
-        a second RoPE base or without RoPE, and for q if its scale follows the position; None in other models.
+        cos, sin, cos_local and sin_local, each float32 ``[rows, rotary_dim]``, or half as wide (gpt-oss). The local
+        ones are for layers with a second RoPE base or without RoPE, and for q if its scale follows the position; None
+        in other models.
     """
     kinds = loaded.family.rope_kinds
     # The module reads only dtype and device of its first argument. The tables are float32 in every dtype.

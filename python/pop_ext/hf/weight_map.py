@@ -30,8 +30,12 @@ from pop_ext.utils.tensors import check_memory
 # Weights that a model of a family may lack. The spec then says so.
 _OPTIONAL = ("q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "o_bias", "gate_bias", "up_bias", "down_bias")
 
-# Weight of a sparse layer -> class name of its module without the family's prefix.
-_EXPERT_CLASSES = {"router": "TopKRouter", "experts_gate_up": "Experts", "experts_down": "Experts"}
+# Weight -> class name of its module without the family's prefix, where that is neither a norm nor nn.Linear.
+_CLASSES = {
+    "sinks": "Attention",
+    **dict.fromkeys(("router", "router_logit_bias"), "TopKRouter"),
+    **dict.fromkeys(("experts_gate_up", "experts_gate_up_bias", "experts_down", "experts_down_bias"), "Experts"),
+}
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -268,8 +272,8 @@ def _weight_ref(slot: str, model: nn.Module, path: str, family: Family) -> Weigh
         _check_class(outer, family.class_name("MLP"), ".".join(parents[:-1]))
     if slot == "embed_tokens":
         _check_class(module, family.embedding, path.rpartition(".")[0])
-    elif kind in _EXPERT_CLASSES:
-        _check_class(module, family.class_name(_EXPERT_CLASSES[kind]), path.rpartition(".")[0])
+    elif kind in _CLASSES:
+        _check_class(module, family.class_name(_CLASSES[kind]), path.rpartition(".")[0])
     elif kind == "router_bias":
         pass  # in the router or in the block around it, whose classes are checked
     elif not slot.endswith(("_proj", "_bias", ".shared_gate")):
@@ -384,7 +388,6 @@ def _make_spec(family: Family, model: Any, refs: dict[str, WeightRef]) -> _core.
         vocab_size=embedding.shape[0],
         rms_norm_eps=config.rms_norm_eps,
         attention_scale=getattr(attention, "scaling", None) or 1.0 / math.sqrt(head_dim),
-        activation=_ACTIVATIONS[getattr(config, family.activation)],
         qkv_bias="layers.0.q_bias" in refs,
         o_bias="layers.0.o_bias" in refs,
         mlp_bias=any(slot.endswith(".gate_bias") for slot in refs),
@@ -400,10 +403,21 @@ def _make_spec(family: Family, model: Any, refs: dict[str, WeightRef]) -> _core.
         ),
         scale_inputs=family.multipliers,
         attention_softcap=(config.attn_logit_softcapping or 0.0) if family.caps_scores else 0.0,
+        attention_sinks="sinks" in family.layer,
         window=[family.window(config, layer) for layer in layers],
         rope_table=[_rope_table(family, config, layer) for layer in layers],
+        **_activation_fields(family, decoder, config),
         **_expert_fields(family, config, refs),
     )
+
+
+def _activation_fields(family: Family, decoder: Any, config: Any) -> dict[str, Any]:
+    """Return the fields of the spec that describe the activation of the MLP."""
+    own = None if family.experts is None else family.experts.activation
+    if own is None:
+        return {"activation": _ACTIVATIONS[getattr(config, family.activation)]}
+    experts = decoder.layers[0].mlp.experts
+    return {"activation": own, "swiglu_alpha": experts.alpha, "swiglu_limit": experts.limit}
 
 
 def _intermediate_size(config: Any) -> int:
@@ -439,6 +453,10 @@ def _expert_fields(family: Family, config: Any, refs: dict[str, WeightRef]) -> d
         "router_float32": experts.float32,
         "shared_intermediate_size": 0 if shared is None else shared.tensor.shape[0],
         "shared_gate": "shared_gate" in experts.layer,
+        "expert_bias": "experts_down_bias" in experts.layer,
+        "experts_transposed": experts.transposed,
+        "experts_interleaved": experts.interleaved,
+        "router_logit_bias": "router_logit_bias" in experts.layer,
     }
 
 

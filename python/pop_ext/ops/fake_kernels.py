@@ -174,13 +174,18 @@ def gated_act(
     activation: str = "silu",
     gate_bias: Tensor | None = None,
     up_bias: Tensor | None = None,
+    swiglu_alpha: float = 1.702,
+    swiglu_limit: float = 7.0,
 ) -> Tensor:
     """Return ``activation(gate + gate_bias) * (up + up_bias)``.
+
+    "clamped_swiglu" is ``(u + 1) * g * sigmoid(swiglu_alpha * g)`` instead, with ``g`` and ``u`` the two with their
+    biases, both at most ``swiglu_limit`` and ``u`` at least its negative (gpt-oss).
 
     Args:
         gate: ``[..., width]``.
         up: ``[..., width]``.
-        activation: "silu", "gelu" or "gelu_tanh".
+        activation: "silu", "gelu", "gelu_tanh" or "clamped_swiglu".
         gate_bias: ``[width]``.
         up_bias: ``[width]``.
 
@@ -204,6 +209,7 @@ def attention(
     slot_table: Tensor | None = None,
     softcap: float = 0.0,
     blocks: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute causal attention over a cache.
 
@@ -213,11 +219,12 @@ def attention(
         window: a row sees this many positions up to its own; 0: all of them.
         softcap: if positive, a scaled score s becomes ``softcap * tanh(s / softcap)`` (Gemma 2).
         blocks: ``[blocks, 3]`` int32 on the CPU, (sequence, begin, end): new tokens that attend in both directions.
+        sinks: ``[heads]``, one more score of each head, which takes its share of the softmax and adds no value.
 
     Returns:
         ``[rows, heads, head_dim]``.
     """
-    check_devices("attention", query=query, key_cache=key_cache, value_cache=value_cache)
+    check_devices("attention", query=query, key_cache=key_cache, value_cache=value_cache, sinks=sinks)
     check_lengths(
         "attention",
         cu_seqlens=cu_seqlens,

@@ -28,13 +28,15 @@ struct Case {
   bool has_slot_table = false;
   float scale = 0.0f;  // 0: 1 / sqrt(head_dim)
   float softcap = 0.0f;
+  std::vector<float> sinks = {};  // repeated over the heads; empty: none
 };
 
 std::string name_of(DType dtype, const Case& c) {
   std::string name = std::string(checks::name_of(dtype)) + " heads=" + std::to_string(c.heads) + "/" +
                      std::to_string(c.kv_heads) + " head_dim=" + std::to_string(c.head_dim) +
                      " window=" + std::to_string(c.window) + " layout=" + std::to_string(static_cast<int>(c.layout)) +
-                     " table=" + std::to_string(c.has_slot_table) + " softcap=" + std::to_string(c.softcap);
+                     " table=" + std::to_string(c.has_slot_table) + " softcap=" + std::to_string(c.softcap) +
+                     " sinks=" + std::to_string(c.sinks.size());
   for (const Rows& s : c.segments) {
     name += " " + std::to_string(s.rows) + "@" + std::to_string(s.first_position);
     if (s.visible_end > 0) name += ">" + std::to_string(s.visible_end);
@@ -53,7 +55,9 @@ class Problem {
         k_(dtype, sequences_ * c.kv_heads * capacity_ * slot_, offset()),
         v_(dtype, sequences_ * c.kv_heads * capacity_ * slot_, 2 * offset()),
         q_(dtype, rows_of(c) * q_stride(), offset()),
-        out_(dtype, rows_of(c) * out_stride(), offset()) {
+        out_(dtype, rows_of(c) * out_stride(), offset()),
+        sinks_(dtype, c.heads) {
+    for (int64_t i = 0; i < c.heads; ++i) sinks_.set(i, c.sinks.empty() ? NAN : c.sinks[i % c.sinks.size()]);
     for (int64_t i = 0; i < k_.count(); ++i) k_.set(i, NAN), v_.set(i, NAN);
     place();
     std::mt19937 random(11);
@@ -81,6 +85,7 @@ class Problem {
         .scale = scale(),
         .softcap = case_.softcap,
         .window = case_.window,
+        .sinks = case_.sinks.empty() ? nullptr : sinks_.data(),
         .segments = segments_.data(),
         .num_segments = sequences_,
         .first_row = kFirstRow,
@@ -177,7 +182,8 @@ class Problem {
     const int64_t kv_head = head / (case_.heads / case_.kv_heads), first = first_visible(position);
     const int64_t last = std::max(position, s.visible_end - 1);
     std::vector<double> weights, sums(case_.head_dim);
-    double top = -INFINITY, total = 0;
+    double top = case_.sinks.empty() ? -INFINITY : double(sinks_.get(head)), total = 0;
+    const double sink = top;
     for (int64_t p = first; p <= last; ++p) {
       double score = 0;
       const int64_t at = offset_of(s.sequence, kv_head, p);
@@ -186,6 +192,7 @@ class Problem {
       weights.push_back(case_.softcap > 0.0f ? case_.softcap * std::tanh(score / case_.softcap) : score);
       top = std::max(top, weights.back());
     }
+    total += std::exp(sink - top);
     for (int64_t p = first; p <= last; ++p) {
       const double weight = std::exp(weights[p - first] - top);
       total += weight;
@@ -197,7 +204,7 @@ class Problem {
 
   const Case case_;
   const int64_t sequences_, capacity_, slot_;
-  Buffer k_, v_, q_, out_;
+  Buffer k_, v_, q_, out_, sinks_;
   std::vector<Segment> segments_;
   checks::Vector<int64_t> start_;
   checks::Vector<int32_t> table_;
@@ -267,6 +274,20 @@ void run_softcaps() {
                      .scale = -0.9f,
                      .softcap = softcap});
   }
+  run_all(cases);
+}
+
+// Sinks near, far above and far below the scores, in tiles of every size, with and without a split along the keys.
+void run_sinks() {
+  const std::vector<float> sinks = {1.0f, -2.0f, 6.0f, -1e4f, 1e4f, -INFINITY};
+  std::vector<Case> cases = {
+      {.heads = 4, .kv_heads = 1, .head_dim = 64, .segments = {{1, 200}}, .sinks = {1.0f, 3.0f}},
+      {.heads = 8, .kv_heads = 2, .head_dim = 64, .segments = {{1, 0}, {2, 190}}, .window = 70, .sinks = sinks},
+      {.heads = 8, .kv_heads = 1, .head_dim = 40, .segments = {{1, 130}, {4, 60}}, .sinks = sinks},
+      {.heads = 6, .kv_heads = 2, .head_dim = 24, .segments = {{33, 3}, {1, 70}}, .window = 17, .sinks = sinks},
+  };
+  if (!checks::kRaces)
+    cases.push_back({.heads = 2, .kv_heads = 2, .head_dim = 256, .segments = {{9, 40}}, .sinks = sinks});
   run_all(cases);
 }
 
@@ -346,6 +367,7 @@ const checks::Check boundary("attention of boundary rows", run_boundary);
 const checks::Check prefill("attention of many rows", run_prefill);
 const checks::Check windows("attention in a window", run_windows);
 const checks::Check softcaps("attention with capped scores", run_softcaps);
+const checks::Check sinks("attention with sinks", run_sinks);
 const checks::Check images("attention of rows that see ahead", run_images);
 const checks::Check layouts("attention over cache layouts", run_layouts);
 const checks::Check many("attention of many segments", run_many_segments);

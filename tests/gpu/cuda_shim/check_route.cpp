@@ -13,13 +13,15 @@ void expect(bool ok, const std::string& what) {
   if (!ok) throw std::runtime_error(what);
 }
 
-void run_route(DType dtype, int64_t rows, int64_t experts, int64_t per_row, bool normalise, bool ties) {
+void run_route(DType dtype, int64_t rows, int64_t experts, int64_t per_row, bool normalise, bool ties,
+               bool has_bias = false) {
   const std::string name = "route " + checks::name_of(dtype) + " " + std::to_string(rows) + "x" +
                            std::to_string(experts) + " " + std::to_string(per_row) + (normalise ? " normalise" : "") +
-                           (ties ? " ties" : "");
+                           (ties ? " ties" : "") + (has_bias ? " bias" : "");
   std::mt19937 random(static_cast<unsigned>(rows * 31 + experts));
-  Buffer logits(dtype, rows * experts);
+  Buffer logits(dtype, rows * experts), bias(dtype, experts);
   logits.fill_random(random, 2.0f);
+  bias.fill_random(random, 2.0f);
   if (ties) {
     for (int64_t i = 0; i < logits.count(); ++i) logits.set(i, std::round(logits.get(i)));
   }
@@ -31,6 +33,7 @@ void run_route(DType dtype, int64_t rows, int64_t experts, int64_t per_row, bool
                       .experts_per_row = per_row,
                       .normalise = normalise,
                       .logits = logits.data(),
+                      .logit_bias = has_bias ? bias.data() : nullptr,
                       .expert = expert.data(),
                       .weight = static_cast<float*>(weight.data())},
                      nullptr);
@@ -39,7 +42,9 @@ void run_route(DType dtype, int64_t rows, int64_t experts, int64_t per_row, bool
   for (int64_t row = 0; row < rows; ++row) {
     std::vector<int32_t> order(experts);
     std::iota(order.begin(), order.end(), 0);
-    const auto logit = [&](int32_t e) { return static_cast<double>(logits.get(row * experts + e)); };
+    const auto logit = [&](int32_t e) {
+      return double(logits.get(row * experts + e) + (has_bias ? bias.get(e) : 0.0f));
+    };
     std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return logit(a) > logit(b); });
     double all = 0, chosen = 0;
     for (int32_t e = 0; e < experts; ++e) all += std::exp(logit(e));
@@ -174,17 +179,20 @@ void run_group(int64_t rows, int64_t experts, int64_t per_row) {
 
 // `out` holds the output of a shared expert if there is one.
 void run_combine(DType dtype, int64_t rows, int64_t width, int64_t per_row, int64_t extra_stride, bool shared = false,
-                 bool gate = false) {
+                 bool gate = false, bool has_bias = false) {
+  constexpr int64_t kExperts = 5;
   const std::string name = "combine_rows " + checks::name_of(dtype) + " " + std::to_string(rows) + "x" +
                            std::to_string(width) + " stride +" + std::to_string(extra_stride) +
-                           (shared ? " shared" : "") + (gate ? " gate" : "");
+                           (shared ? " shared" : "") + (gate ? " gate" : "") + (has_bias ? " bias" : "");
   std::mt19937 random(static_cast<unsigned>(rows * 7 + width));
   const int64_t pairs = rows * per_row, stride = width + extra_stride;
-  Buffer x(dtype, pairs * width), out(dtype, rows * stride), gates(dtype, rows);
+  Buffer x(dtype, pairs * width), out(dtype, rows * stride), gates(dtype, rows), bias(dtype, kExperts * stride);
   x.fill_random(random);
   gates.fill_random(random, 2.0f);
+  bias.fill_random(random);
   if (shared) out.fill_random(random);
-  checks::Vector<int32_t> place(pairs);
+  checks::Vector<int32_t> place(pairs), expert(pairs);
+  for (int32_t& e : expert) e = static_cast<int32_t>(random() % kExperts);
   std::iota(place.begin(), place.end(), 0);
   std::shuffle(place.begin(), place.end(), random);
   checks::Vector<float> weight(pairs);
@@ -198,6 +206,9 @@ void run_combine(DType dtype, int64_t rows, int64_t width, int64_t per_row, int6
                              .x = x.data(),
                              .place = place.data(),
                              .weight = weight.data(),
+                             .bias = has_bias ? bias.data() : nullptr,
+                             .bias_stride = stride,
+                             .expert = has_bias ? expert.data() : nullptr,
                              .out = out.data(),
                              .out_stride = stride,
                              .shared = shared ? out.data() : nullptr,
@@ -208,7 +219,10 @@ void run_combine(DType dtype, int64_t rows, int64_t width, int64_t per_row, int6
     for (int64_t i = 0; i < width; ++i) {
       const double factor = gate ? 1.0 / (1.0 + std::exp(-double{gates.get(row)})) : 1.0;
       double sum = shared ? factor * expected[row * stride + i] : 0.0;
-      for (int64_t j = row * per_row; j < (row + 1) * per_row; ++j) sum += weight[j] * x.get(place[j] * width + i);
+      for (int64_t j = row * per_row; j < (row + 1) * per_row; ++j) {
+        const double added = has_bias ? bias.get(expert[j] * stride + i) : 0.0;
+        sum += weight[j] * (x.get(place[j] * width + i) + added);
+      }
       expected[row * stride + i] = static_cast<float>(sum);
     }
   }
@@ -232,6 +246,9 @@ void run() {
     run_to_float32(dtype, 5, 19, 3);
     run_to_float32(dtype, 0, 96, 0);
     run_combine(dtype, 0, 96, 2, 0);
+    run_route(dtype, 3, 33, 4, true, false, true);
+    run_combine(dtype, 3, 96, 2, 0, false, false, true);
+    run_combine(dtype, 2, 19, 4, 3, true, true, true);
   }
   run_route(DType::f32, 2, 33, 33, true, false);  // all of them
   run_route(DType::f32, 2, 33, 4, false, true);
