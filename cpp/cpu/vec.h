@@ -117,9 +117,10 @@ POP_INLINE void store(Float16* to, Vec value) {
 #endif
 }
 
-// Loads the first `count` < kLanes elements; the other lanes are zero.
+// Loads the first 1 <= `count` < kLanes elements; the other lanes are zero.
 template <class T>
 POP_INLINE Vec load_tail(const T* from, int64_t count) {
+  if (count < 1) __builtin_unreachable();  // without it, g++ 12 warns of a copy of a negative size
   T lanes[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
   return load(lanes);
