@@ -30,7 +30,8 @@ inline bool is_aligned(const void* base, int64_t stride, int64_t element_bytes, 
 // as soon as all blocks of the previous kernel have passed their wait. Until its own wait a kernel loads only what no
 // kernel of a prefill writes: weights. At most two kernels run at once, since each lets the next one start only after
 // its own wait; a library's kernel between them finds everything before the previous kernel finished. The shim checks
-// that every thread waits, and a test that every kernel of such a file does.
+// that every thread waits, and a test that every kernel of such a file does. Since a compiler moves loads,
+// scripts/check_sass.py reads the machine code; a comment in a kernel says how many loads of weights it finds.
 
 // After this, the results of previous kernels are visible, and their inputs may be overwritten.
 __device__ __forceinline__ void wait_for_kernels_in_front() {
