@@ -329,6 +329,7 @@ void run_alone() {
 
 // Wide heads on devices that have too little shared memory for a tile of 32 queries, of 8 or 16, or for any.
 void run_small_devices() {
+  if (checks::kRaces) return;  // other checks run these tiles
   struct Restored {
     size_t bytes = cuda::device_facts().block_shared_bytes;
     ~Restored() { cuda_shim::set_block_shared_bytes(bytes); }
