@@ -1,5 +1,5 @@
-# make demo | real | test | lint | format | docs | dev | shim | avx512 | asan | tsan | long | soak | matrix | vllm |
-#   architectures
+# make demo | real | test | lint | sass | format | docs | dev | shim | avx512 | asan | tsan | long | soak | matrix |
+#   vllm | architectures
 #
 # On a plain machine (python3 >= 3.10, a C++20 compiler, network for pip) demo, test, lint and format make .venv and
 # install into it; they use the torch of python3, if it has one. With PYTHON=... that interpreter is used as it is,
@@ -30,7 +30,7 @@ FOR_TEST := $(VENV)/installed-dev
 FOR_LINT := $(FOR_TEST)
 endif
 
-.PHONY: demo real test lint format docs dev core shim avx512 asan tsan long soak matrix vllm architectures clean
+.PHONY: demo real test lint sass format docs dev core shim avx512 asan tsan long soak matrix vllm architectures clean
 
 # One prompt three ways: the stock model, native at full depth, pruned. Other plans: make demo DEMO='--count 6'
 DEMO ?= --plan third
@@ -63,6 +63,15 @@ lint: $(FOR_LINT) docs
 	PYTHONPATH=python $(LINT_IMPORTS) --no-cache --no-logo
 	$(PYTHON) scripts/code_metrics.py --cycles
 	$(CPP_FILES) | xargs $(CLANG_FORMAT) --dry-run --Werror
+	$(PYTHON) scripts/check_sass.py
+
+# Early kernels wait before they act, in the machine code for 90a and 100: of the libraries in SASS, or of the files
+# that have such kernels, compiled into build/sass if a source has changed (40 seconds of one core), else only read
+# again (8 seconds). Without nvcc it says so and passes. In .ci/run, lint runs on the core beside the mixed requests,
+# which take two minutes, so compiling hardly delays it. The stage of the wheel reads its library too, since that is
+# what users get.
+sass: $(FOR_LINT)
+	$(PYTHON) scripts/check_sass.py $(SASS)
 
 format: $(FOR_LINT)
 	$(PYTHON) -m ruff check --fix .

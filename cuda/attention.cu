@@ -27,8 +27,16 @@ namespace {
 
 // ---- Kernels -------------------------------------------------------------------------------
 
+// Blocks per SM to leave registers for. For 12.0, nvcc needs more than three blocks of the 8-query tile leave.
+constexpr int blocks_to_fit(int queries) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 1200
+  if (queries == 8) return 2;
+#endif
+  return blocks_an_sm(queries);
+}
+
 template <class T, int kQueries>
-__global__ void __launch_bounds__(kThreads, blocks_an_sm(kQueries))
+__global__ void __launch_bounds__(kThreads, blocks_to_fit(kQueries))
     attention_kernel(const __grid_constant__ AttentionLaunch p) {
   wait_for_kernels_in_front();
   let_kernel_behind_start();
@@ -129,7 +137,28 @@ __global__ void __launch_bounds__(kThreads, 4) merge_kernel(const __grid_constan
 
 // ---- Launchers -----------------------------------------------------------------------------
 
-int queries_of(int64_t pairs) { return pairs <= 4 ? 4 : pairs <= 8 ? 8 : pairs <= 16 ? 16 : 32; }
+template <class T, int kQueries>
+size_t shared_bytes_of(int head_dim) {
+  using C = Tile<T, kQueries>;
+  return C(nullptr, head_dim, C::pitch(head_dim)).bytes;
+}
+
+// The largest tile that the device has the shared memory for: of 32 queries, except for wide heads on small devices.
+int most_queries(DType dtype, int head_dim) {
+  const size_t most_bytes = device_facts().block_shared_bytes;
+  int most = 4;
+  with_element(dtype, [&](auto element) {
+    using T = decltype(element);
+    if (shared_bytes_of<T, 8>(head_dim) <= most_bytes) most = 8;
+    if (shared_bytes_of<T, 16>(head_dim) <= most_bytes) most = 16;
+    if (shared_bytes_of<T, 32>(head_dim) <= most_bytes) most = 32;
+  });
+  return most;
+}
+
+int queries_of(int64_t pairs, int most) {
+  return std::min(most, pairs <= 4 ? 4 : pairs <= 8 ? 8 : pairs <= 16 ? 16 : 32);
+}
 
 // Adds a segment to the launch; returns false if it must wait for the next one.
 bool add_part(AttentionLaunch& launch, const Segment& segment, int64_t first_row) {
@@ -162,7 +191,7 @@ bool add_part(AttentionLaunch& launch, const Segment& segment, int64_t first_row
 }
 
 // Calls `call(launch)` for as many launches as the segments need. Segments of one tile size share launches; the size
-// depends on the segment alone.
+// depends on the segment and the device alone.
 template <class Call>
 void for_each_launch(const AttentionParams& p, const Call& call) {
   AttentionLaunch launch{};
@@ -180,11 +209,12 @@ void for_each_launch(const AttentionParams& p, const Call& call) {
   launch.kv_heads = static_cast<int>(p.kv_heads);
   launch.group = static_cast<int>(p.heads / p.kv_heads);
   launch.head_dim = static_cast<int>(p.head_dim);
+  const int most = most_queries(p.dtype, launch.head_dim);
   for (const int queries : {4, 8, 16, 32}) {
     launch.queries = queries;
     for (int64_t i = 0; i < p.num_segments; ++i) {
       const Segment& segment = p.segments[i];
-      if (segment.rows == 0 || queries_of(segment.rows * launch.group) != queries) continue;
+      if (segment.rows == 0 || queries_of(segment.rows * launch.group, most) != queries) continue;
       if (add_part(launch, segment, p.first_row)) continue;
       call(launch);
       launch.count = launch.partials = 0;
@@ -200,7 +230,7 @@ void launch_tiles(AttentionLaunch args, Stream stream) {
   using C = Tile<T, kQueries>;
   args.pitch = C::pitch(args.head_dim);
   args.key_shares = kThreads / (args.head_dim / C::kChannels) / C::kSides;
-  const size_t shared_bytes = C(nullptr, args.head_dim, args.pitch).bytes;
+  const size_t shared_bytes = shared_bytes_of<T, kQueries>(args.head_dim);
   const auto blocks = static_cast<unsigned>(args.parts[args.count - 1].end_block);
   launch_early("attention", attention_kernel<T, kQueries>, dim3(blocks), dim3(kThreads), shared_bytes, stream, args);
 }

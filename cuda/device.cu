@@ -41,7 +41,8 @@ const DeviceFacts& device_facts() {
     facts[device] = {.major = attribute(cudaDevAttrComputeCapabilityMajor),
                      .minor = attribute(cudaDevAttrComputeCapabilityMinor),
                      .code = probe.ptxVersion,
-                     .sm_count = attribute(cudaDevAttrMultiProcessorCount)};
+                     .sm_count = attribute(cudaDevAttrMultiProcessorCount),
+                     .block_shared_bytes = static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin))};
   });
   return facts[device];
 }

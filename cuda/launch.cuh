@@ -30,7 +30,8 @@ inline bool is_aligned(const void* base, int64_t stride, int64_t element_bytes, 
 // as soon as all blocks of the previous kernel have passed their wait. Until its own wait a kernel loads only what no
 // kernel of a prefill writes: weights. At most two kernels run at once, since each lets the next one start only after
 // its own wait; a library's kernel between them finds everything before the previous kernel finished. The shim checks
-// that every thread waits, and a test that every kernel of such a file does.
+// that every thread waits, and a test that every kernel of such a file does. Since a compiler moves loads,
+// scripts/check_sass.py reads the machine code; a comment in a kernel says how many loads of weights it finds.
 
 // After this, the results of previous kernels are visible, and their inputs may be overwritten.
 __device__ __forceinline__ void wait_for_kernels_in_front() {
@@ -48,16 +49,27 @@ __device__ __forceinline__ void let_kernel_behind_start() {
 #endif
 }
 
+// `name` is for the error text. The runtime's own error names neither the kernel nor a number.
+inline void check_shared_bytes(const char* name, size_t shared_bytes) {
+  const size_t most = device_facts().block_shared_bytes;
+  if (shared_bytes <= most) return;
+  throw std::runtime_error(std::string("pop: CUDA: ") + name + ": expected at most " + std::to_string(most) +
+                           " bytes of shared memory per block, the limit of this device, got " +
+                           std::to_string(shared_bytes));
+}
+
 #if defined(POP_CUDA_SHIM)
 
 template <class... P, class... A>
-void launch(const char*, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream, A... args) {
+void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream, A... args) {
+  check_shared_bytes(name, shared_bytes);
   cuda_shim::run(grid, block, shared_bytes, [&] { kernel(args...); });
 }
 
 template <class... P, class... A>
 void launch_early(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream,
                   A... args) {
+  check_shared_bytes(name, shared_bytes);
   cuda_shim::run(grid, block, shared_bytes, [&] { kernel(args...); }, name);
 }
 
@@ -76,11 +88,11 @@ inline void check(cudaError_t error, const char* what) {
 
 inline constexpr size_t kSharedWithoutAsking = 48 << 10;
 
-// `name` is for the error text.
 template <class... P, class... A>
 void launch_as(bool early, const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
                Stream stream, A... args) {
   if (shared_bytes > kSharedWithoutAsking) {
+    check_shared_bytes(name, shared_bytes);
     const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), limit, static_cast<int>(shared_bytes)), name);
   }

@@ -80,7 +80,9 @@ __device__ __forceinline__ void multiply(const Product& p, int row, int64_t colu
       w[c] += step;
     }
   };
-  if (k < end) load_ahead();  // w: no kernel writes it, so no wait is needed
+  // No kernel writes w, so its loads need no wait.
+  // check_sass: skinny_gemm_kernel loads 4 weights early
+  if (k < end) load_ahead();
   wait_for_kernels_in_front();
   let_kernel_behind_start();
 #pragma unroll 1

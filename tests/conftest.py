@@ -41,6 +41,7 @@ ON_THE_CPU = {
     "test_evaluation_prompts",
     "test_families",
     "test_gpu_check",
+    "test_kernel_resources",
     "test_lm_eval",
     "test_masks",
     "test_model_spec",
@@ -56,6 +57,7 @@ ON_THE_CPU = {
     "test_reference",
     "test_reference_turns",
     "test_retrieval",
+    "test_sass",
 }
 """Modules that test the CPU's kernels, the oracle, or code without a device."""
 

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "checks.h"
+#include "cuda/device.h"
 #include "cuda/kernels.h"
 
 namespace {
@@ -345,7 +346,34 @@ void run_alone() {
   }
 }
 
-// The workspace depends on the parameters alone and is bounded.
+#if defined(POP_CUDA_SHIM)
+
+// Wide heads on devices that have too little shared memory for a tile of 32 queries, of 8 or 16, or for any.
+void run_small_devices() {
+  if (checks::kRaces) return;  // other checks run these tiles
+  struct Restored {
+    size_t bytes = cuda::device_facts().block_shared_bytes;
+    ~Restored() { cuda_shim::set_block_shared_bytes(bytes); }
+  } restored;
+  const std::vector<Rows> segments = {{33, 40}, {1, 130}, {9, 0}};
+  for (const size_t bytes : {99 << 10, 79 << 10}) {  // of compute capability 8.6, 8.9 and 12.0; of none
+    cuda_shim::set_block_shared_bytes(bytes);
+    run_all({{.heads = 2, .kv_heads = 1, .head_dim = 256, .segments = segments}});
+  }
+  cuda_shim::set_block_shared_bytes(1000);
+  const std::string expected = "CUDA: attention: expected at most 1000 bytes of shared memory per block";
+  try {
+    run_all({{.heads = 2, .kv_heads = 1, .head_dim = 64, .segments = segments}});
+  } catch (const std::runtime_error& error) {
+    if (std::string(error.what()).find(expected) != std::string::npos) return;
+    throw;
+  }
+  throw std::runtime_error("a launch with more shared memory than the device has is accepted");
+}
+
+#endif
+
+// The workspace depends on the parameters and the device alone, and is bounded.
 void run_workspace() {
   Segment segment{};
   segment.rows = 8;
@@ -372,6 +400,9 @@ const checks::Check images("attention of rows that see ahead", run_images);
 const checks::Check layouts("attention over cache layouts", run_layouts);
 const checks::Check many("attention of many segments", run_many_segments);
 const checks::Check alone("attention of a row alone", run_alone);
+#if defined(POP_CUDA_SHIM)
+const checks::Check small_devices("attention on devices with little shared memory", run_small_devices);
+#endif
 const checks::Check workspace("attention workspace", run_workspace);
 
 }  // namespace

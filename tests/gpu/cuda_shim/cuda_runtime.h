@@ -51,6 +51,9 @@ extern dim3 grid_dim, block_dim;
 // `early`, the name of a kernel, it also throws unless every thread called count_wait once.
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body, const char* early = nullptr);
 
+// Sets the most shared memory that a block can be given, before any launch.
+void set_block_shared_bytes(size_t bytes);
+
 void count_wait();  // counts calls of wait_for_kernels_in_front (cuda/launch.cuh)
 
 void* dynamic_shared();  // filled with NaN before each block

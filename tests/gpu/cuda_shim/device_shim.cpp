@@ -1,6 +1,8 @@
 // cuda/device.h on the CPU: one device, and every call is synchronous.
 #include "cuda/device.h"
 
+#include <cuda_runtime.h>
+
 #include <atomic>
 #include <cstring>
 
@@ -8,10 +10,12 @@ namespace pop::cuda {
 
 void set_device(int) {}
 
-const DeviceFacts& device_facts() {
-  static const DeviceFacts facts{.major = 0, .minor = 0, .code = 0, .sm_count = 4};  // no library supports this device
-  return facts;
-}
+namespace {
+// No library supports this device.
+DeviceFacts facts{.major = 0, .minor = 0, .code = 0, .sm_count = 4, .block_shared_bytes = 227 << 10};
+}  // namespace
+
+const DeviceFacts& device_facts() { return facts; }
 
 std::string device_missing(int) { return ""; }
 
@@ -33,3 +37,5 @@ void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_strid
 void copy_to_host(void* to, const void* from, size_t bytes, Stream, const char*) { std::memcpy(to, from, bytes); }
 
 }  // namespace pop::cuda
+
+void cuda_shim::set_block_shared_bytes(size_t bytes) { pop::cuda::facts.block_shared_bytes = bytes; }
