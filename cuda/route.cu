@@ -47,9 +47,11 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const RouteParams p) {
   if (row >= p.rows) return;
   const int lane = threadIdx.x % kWarp;
   const T* logits = static_cast<const T*>(p.logits) + row * p.experts;
-  const T *bias = static_cast<const T*>(p.bias), *logit_bias = static_cast<const T*>(p.logit_bias);
+  // A bias of the logits comes with softmax, one of the choice alone with sigmoids.
+  const T* bias = static_cast<const T*>(scores == RouterScores::softmax ? p.logit_bias : p.bias);
+  const auto bias_of = [&](int64_t e) { return bias == nullptr ? 0.0f : to_float(bias[e]); };
   const auto logit = [&](int64_t e) {
-    return to_float(logits[e]) + (logit_bias == nullptr ? 0.0f : to_float(logit_bias[e]));
+    return scores == RouterScores::softmax ? to_float(logits[e]) + bias_of(e) : to_float(logits[e]);
   };
   int32_t* expert = p.expert + row * p.experts_per_row;
   float* weight = p.weight + row * p.experts_per_row;
@@ -58,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const RouteParams p) {
   for (int64_t pass = 0; pass < p.experts_per_row; ++pass) {
     Choice best = after_all();
     for (int64_t e = lane; e < p.experts; e += kWarp) {
-      const float key = route_key(scores, logit(e), bias == nullptr ? 0.0f : to_float(bias[e]));
+      const float key = route_key(scores, logit(e), scores == RouterScores::softmax ? 0.0f : bias_of(e));
       best = better(chosen, best, {key, static_cast<int32_t>(e)});
     }
     chosen = warp_earliest(best);

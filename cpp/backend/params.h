@@ -265,11 +265,11 @@ struct RouteParams {
   bool normalise;
   float norm_eps = 0.0f;
   float scale = 1.0f;
-  const void* bias = nullptr;  // [experts] or null; with sigmoid scores only
-  const void* logits;          // [rows, experts]
-  const void* logit_bias = nullptr;  // [experts] or null; added to the logits
-  int32_t* expert;             // [rows, experts_per_row]
-  float* weight;               // [rows, experts_per_row]
+  const void* bias = nullptr;        // [experts] or null; with sigmoid scores only
+  const void* logits;                // [rows, experts]
+  const void* logit_bias = nullptr;  // [experts] or null; added to the logits; with softmax scores only
+  int32_t* expert;                   // [rows, experts_per_row]
+  float* weight;                     // [rows, experts_per_row]
 };
 
 // Sorts (row, expert) pairs by expert, and by row within an expert.
@@ -282,7 +282,8 @@ struct GroupRowsParams {
   int64_t* host_begin;    // host [experts + 1]: a copy of begin
 };
 
-// out[row] = sum over the row's experts of weight * (x[place] + bias[expert]), plus shared[row] * sigmoid(shared_gate[row])
+// out[row] = sum over the row's experts of weight * (x[place] + bias[expert]), plus shared[row] *
+// sigmoid(shared_gate[row])
 struct CombineRowsParams {
   DType dtype;
   int64_t rows, width, experts_per_row;

@@ -204,6 +204,9 @@ void ModelSpec::validate_experts() const {
   if (num_experts > kMaxExperts) {
     fail("num_experts", "at most " + std::to_string(kMaxExperts), std::to_string(num_experts));
   }
+  if (router_logit_bias && router_scores != RouterScores::softmax) {
+    fail("router_logit_bias", "router_scores softmax", to_string(router_scores));
+  }
   if (router_bias && router_scores != RouterScores::sigmoid) {
     fail("router_bias", "router_scores sigmoid", to_string(router_scores));
   }

@@ -97,10 +97,10 @@ struct ModelSpec {
   bool router_float32 = false;           // weights, bias and logits of the router are float32 in every dtype
   int64_t shared_intermediate_size = 0;  // of the MLP that sparse layers add for every token; 0: none
   bool shared_gate = false;              // its output is multiplied by a sigmoid of a learned product per token
-  bool router_logit_bias = false;    // added to the router's logits
-  bool expert_bias = false;          // each expert has biases
-  bool experts_transposed = false;   // matrices of experts are stored as [in, out] (gpt-oss)
-  bool experts_interleaved = false;  // gate and up channels take turns, instead of gate before up (gpt-oss)
+  bool router_logit_bias = false;        // added to the router's logits; with softmax scores
+  bool expert_bias = false;              // each expert has biases
+  bool experts_transposed = false;       // matrices of experts are stored as [in, out] (gpt-oss)
+  bool experts_interleaved = false;      // gate and up channels take turns, instead of gate before up (gpt-oss)
 
   int64_t q_dim() const { return num_heads * head_dim; }
   int64_t kv_dim() const { return num_kv_heads * head_dim; }

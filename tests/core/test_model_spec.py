@@ -73,7 +73,6 @@ def test_fields_read_back_as_given():
         router_float32=True,
         shared_intermediate_size=72,
         shared_gate=True,
-        router_logit_bias=True,
         expert_bias=True,
         experts_transposed=True,
         experts_interleaved=True,
@@ -86,6 +85,7 @@ def test_fields_read_back_as_given():
     over_heads = spec(qk_norm=True, qk_norm_over_heads=True, input_norms=False)
     assert (over_heads.input_norms, over_heads.qk_norm_over_heads) == (False, True)
     assert not made.query_rope
+    assert not made.router_logit_bias
     assert spec(query_rope=True).query_rope
     assert {name: getattr(made, name) for name in SIZES} == {**SIZES, "dtype": "float16"}
 
@@ -266,6 +266,10 @@ def test_norms_over_all_heads_are_as_wide_as_the_projections():
                 (dict(moe_intermediate_size=0), "moe_intermediate_size: expected an integer >= 1, got 0"),
                 (dict(experts_per_token=9), "experts_per_token: expected 1 to num_experts (8), got 9"),
                 (dict(router_bias=True), "router_bias: expected router_scores sigmoid, got softmax"),
+                (
+                    dict(router_logit_bias=True, router_scores="sigmoid"),
+                    "router_logit_bias: expected router_scores softmax, got sigmoid",
+                ),
                 (dict(shared_gate=True), "shared_gate: expected shared_intermediate_size > 0, got 0"),
                 (
                     dict(shared_intermediate_size=-1),

@@ -109,7 +109,7 @@ def test_a_family_that_is_described_wrongly_is_refused(mistake, dtype):
 
 
 def leave_out_the_sinks(monkeypatch: Any) -> None:
-    make_spec = weight_map._make_spec
+    make_spec = weight_map.make_spec
 
     def without_sinks(family: Any, model: Any, refs: dict[str, Any]) -> ModelSpec:
         fields = json.loads(make_spec(family, model, refs).to_json())
@@ -117,7 +117,7 @@ def leave_out_the_sinks(monkeypatch: Any) -> None:
             del refs[slot]
         return ModelSpec.from_json(json.dumps({**fields, "attention_sinks": False}))
 
-    monkeypatch.setattr(weight_map, "_make_spec", without_sinks)
+    monkeypatch.setattr(weight_map, "make_spec", without_sinks)
 
 
 def gate_without_one(monkeypatch: Any) -> None:
