@@ -56,8 +56,10 @@ def compile_kernels(source: Path, output: Path, architectures: Iterable[str], *o
     if nvcc is None:
         raise FileNotFoundError("expected nvcc on PATH, or in CUDACXX")
     output.parent.mkdir(parents=True, exist_ok=True)
-    codes = [part for a in architectures for part in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
-    command = [nvcc, *FLAGS, *codes, *options, "-fatbin", "-o", str(output), str(source)]
+    named = list(architectures)
+    codes = [part for a in named for part in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
+    names = f'-DPOP_CUDA_ARCHITECTURES="{", ".join(named)}"'  # as the build defines it, for cuda/device.cu
+    command = [nvcc, *FLAGS, names, *codes, *options, "-fatbin", "-o", str(output), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"nvcc failed on {source}:\n{done.stdout}{done.stderr}")

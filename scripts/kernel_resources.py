@@ -230,7 +230,7 @@ that names the kernel, the bytes and the limit (`cuda/launch.cuh`).
 ## Registers and static shared memory
 
 Registers per thread by compute capability, compiled with nvcc {nvcc_version()}, and bytes per block: the most of all
-forms (template arguments) of a kernel. The default build has code for 8.0, 9.0 and 10.0. A build fails where a kernel
+forms (template arguments) of a kernel. The default build has code for all of these. A build fails where a kernel
 spills registers; {spilling(uses)}.
 
 {registers(uses)}
