@@ -30,8 +30,8 @@ struct ExpertsCall {
   int64_t rows;
   const void* x;  // [rows, hidden_size]
   int64_t x_stride;
-  Linear router;            // [experts, hidden_size]
-  const void* router_bias;  // [experts] or null
+  Linear router;                  // [experts, hidden_size]
+  const void* router_bias;        // [experts] or null
   const void* router_logit_bias;  // [experts] or null
   LinearStack gate_up;      // [experts, 2 * inner_size, hidden_size]: gate above up, or taking turns if `interleaved`
   ExpertBias gate_up_bias;  // [experts, 2 * inner_size] or null
