@@ -56,7 +56,7 @@ def test_tests_are_counted(tmp_path):
     assert stage["counts"]["failures"] == stage["counts"]["errors"] == 0
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["out", "build", "speed"]])
+@pytest.mark.parametrize("arguments", [[], ["out"], ["--out", "build"], ["out", "build", "speed"]])
 def test_bad_arguments_are_refused(arguments, capsys):
     assert gpu_check.main(arguments) == 2
     assert "expected" in capsys.readouterr().err
@@ -76,9 +76,42 @@ def stall(run: gpu_check.Run) -> int:
     return run.command("sh", "-c", "sleep 60 & sleep 60")
 
 
-def test_stages_fit_into_nine_minutes():
+def test_help_names_every_run_and_stage(capsys):
+    assert gpu_check.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"    {name} " in text for name in [*gpu_check.RUNS, *gpu_check.STAGES])
+
+
+@pytest.mark.parametrize("run", gpu_check.RUNS)
+def test_a_run_fits_into_nine_minutes(run):
     assert set(gpu_check.LIMITS) == set(gpu_check.STAGES)
-    assert sum(gpu_check.LIMITS.values()) < 9 * 60
+    assert sum(gpu_check.LIMITS[stage] for stage in gpu_check.RUNS[run]) < 9 * 60
+
+
+def test_a_run_is_its_stages_and_a_machine_without_matplotlib_draws_nothing(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setenv("DRY_RUN", "1")
+    monkeypatch.setattr(
+        gpu_check, "STAGES", {name: (lambda run, stage: ran.append(stage.name) or 0) for name in gpu_check.STAGES}
+    )
+    assert gpu_check.main([str(tmp_path), "end-to-end", "build"]) == 0
+    assert ran == list(gpu_check.RUNS["end-to-end"])
+    run = gpu_check.Run(tmp_path, dry=True)
+    monkeypatch.setattr(run, "python", lambda *argv: 1 if argv == ("-c", "import matplotlib") else pytest.fail("drawn"))
+    assert gpu_check.plot(run, gpu_check.Stage("plot", 1)) == 0
+
+
+def test_a_machine_whose_nvidia_smi_prints_nothing_builds_for_all_architectures(tmp_path, monkeypatch):
+    run, commands = gpu_check.Run(tmp_path, dry=False), []
+    monkeypatch.setattr(gpu_check, "output", lambda *argv: "")
+    monkeypatch.setattr(run, "command", lambda *argv: commands.append(argv) or 0)
+    assert gpu_check.build(run, gpu_check.Stage("build", 1)) == 0
+    assert not any("ARCHITECTURES" in option for command in commands for option in command)
+
+
+def test_files_that_failed_on_a_gpu_begin_their_groups():
+    firsts = {Path(group[0]).stem for group in gpu_check.test_groups(8)}
+    assert {Path(name).name for name in gpu_check.FAILED_BEFORE} <= firsts
 
 
 def test_every_test_file_is_in_one_group():
