@@ -13,14 +13,14 @@ namespace {
 
 constexpr int kMaxDevices = 64;
 
+}  // namespace
+
 int current_device() {
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   if (device >= kMaxDevices) throw std::runtime_error("pop: CUDA: expected a device below 64");
   return device;
 }
-
-}  // namespace
 
 void set_device(int device) { check(cudaSetDevice(device), "cudaSetDevice"); }
 

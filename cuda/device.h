@@ -18,6 +18,8 @@ struct DeviceFacts {
   size_t block_shared_bytes;  // the most shared memory that a block can be given
 };
 
+int current_device();
+
 // Makes a device the current one of this library's CUDA runtime, which is linked statically and separate from torch's.
 void set_device(int device);
 

@@ -7,8 +7,10 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "core/math.h"
 #include "cuda/device.h"
@@ -88,14 +90,22 @@ inline void check(cudaError_t error, const char* what) {
 
 inline constexpr size_t kSharedWithoutAsking = 48 << 10;
 
+// Lets a kernel have that much shared memory. Asks the runtime once a thread, kernel and device: it takes a
+// microsecond.
+inline void allow_shared_bytes(const char* name, const void* kernel, size_t bytes) {
+  if (bytes <= kSharedWithoutAsking) return;
+  static thread_local std::map<std::pair<const void*, int>, size_t> allowed;
+  size_t& most = allowed[{kernel, current_device()}];
+  if (bytes <= most) return;
+  check_shared_bytes(name, bytes);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), name);
+  most = bytes;
+}
+
 template <class... P, class... A>
 void launch_as(bool early, const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
                Stream stream, A... args) {
-  if (shared_bytes > kSharedWithoutAsking) {
-    check_shared_bytes(name, shared_bytes);
-    const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), limit, static_cast<int>(shared_bytes)), name);
-  }
+  allow_shared_bytes(name, reinterpret_cast<const void*>(kernel), shared_bytes);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;

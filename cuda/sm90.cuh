@@ -5,6 +5,8 @@
 #include <cudaTypedefs.h>
 
 #include <algorithm>
+#include <map>
+#include <tuple>
 
 #include "cuda/launch.cuh"
 
@@ -244,8 +246,8 @@ inline TensorMap tensor_map(const void* matrix, int64_t rows, int64_t columns, i
 template <class... P>
 void launch_clusters(const char* name, void (*kernel)(P...), int most, int cluster, int threads, size_t shared_bytes,
                      Stream stream, const P&... args) {
-  const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), limit, static_cast<int>(shared_bytes)), name);
+  const void* const code = reinterpret_cast<const void*>(kernel);
+  allow_shared_bytes(name, code, shared_bytes);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
@@ -258,8 +260,10 @@ void launch_clusters(const char* name, void (*kernel)(P...), int most, int clust
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  int resident = 0;
-  check(cudaOccupancyMaxActiveClusters(&resident, kernel, &config), name);
+  // The driver takes some microseconds for its answer.
+  static thread_local std::map<std::tuple<const void*, int, int>, int> known;
+  int& resident = known[{code, current_device(), cluster}];
+  if (resident == 0) check(cudaOccupancyMaxActiveClusters(&resident, kernel, &config), name);
   if (resident == 0) throw std::runtime_error(std::string("pop: CUDA: ") + name + ": not one cluster fits the device");
   config.gridDim = dim3(static_cast<unsigned>(std::min(most, resident) * cluster));
   check(cudaLaunchKernelEx(&config, kernel, args...), name);

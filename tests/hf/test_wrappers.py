@@ -60,6 +60,13 @@ def test_a_wrapper_runs_around_another_language_model(name, text):
     assert_equals_oracle(model, Plan(LAYERS, GAPS, 2), p.ids, mask=p.mask, **p.vision)
 
 
+def test_no_wrapper_divides_logits():
+    model = wrapped("llava", text="granite")
+    model.config.text_config.logits_scaling = 4.0  # as of a checkpoint: GraniteForCausalLM alone reads it
+    p = image_prompt(model, *BATCHES["one image"])
+    assert_equals_oracle(model, Plan(LAYERS, GAPS, 2), p.ids, mask=p.mask, **p.vision)
+
+
 def test_a_wrapper_around_an_unknown_language_model_says_so_and_runs_portably():
     model = wrapped("mistral3", text="apertus")
     with pytest.raises(pop_ext.UnsupportedModelError, match="got mistral3 around apertus"):

@@ -71,12 +71,14 @@ class Backend(Protocol):
         runs_stock_forward: whether it hands the call to the forward of the model's class, which takes any argument and
             any cache that it knows.
         fallback: the backend for calls that this one cannot run; None without one.
+        not_native: why the native backend does not run the model in its place; "" where that was not asked for.
     """
 
     name: str
     plan: Plan
     fp8: bool
     runs_stock_forward: bool
+    not_native: str
 
     @property
     def fallback(self) -> Backend | None: ...
@@ -168,6 +170,8 @@ def classify(model: nn.Module, backend: Backend, arguments: dict[str, Any], repl
     reason = "every row runs at full depth" if full else "a prefill"
     if not plan.omit:
         reason = "the plan omits no layer"
+    if backend.not_native:
+        reason += f" (not native: {backend.not_native})"
     decision = Decision(
         backend.name, "prefill", reason, False, plan, tuple(packed.tokens), boundary, keep, fp8=backend.fp8
     )

@@ -153,11 +153,11 @@ def _load_backend(name: str, model: nn.Module, plan: Plan, fp8: bool, prepack: b
     except UnsupportedModelError as error:
         if name == "native" or fp8 or prepack:
             raise
+        portable.not_native = str(error).removesuffix(f". {PORTABLE_ADVICE}")
         try:
             portable.load(model)
         except ValueError as other:
-            native_error = str(error).removesuffix(f". {PORTABLE_ADVICE}")
-            raise UnsupportedModelError(f"{native_error}. The portable backend: {other}") from other
+            raise UnsupportedModelError(f"{portable.not_native}. The portable backend: {other}") from other
         return portable
     if name == "auto":
         native.fallback = portable

@@ -386,9 +386,19 @@ def register_family(model_type: str, prefix: str, like: str = "llama", **differe
         raise TypeError(f"differences: expected attributes of Family ({', '.join(sorted(known))}), got {unknown[0]}")
     for name, value in differences.items():
         usual = getattr(FAMILIES[like], name)
-        kind = Experts if name == "experts" else type(usual)
-        fits = callable(value) if callable(usual) else isinstance(value, kind) or (name == "experts" and value is None)
-        if not fits:
-            raise TypeError(f"{name}: expected a value like {usual!r}, got {value!r}")
+        if not _fits(name, value, usual):
+            expected = "an Experts or None" if name == "experts" else f"a value like {usual!r}"
+            raise TypeError(f"{name}: expected {expected}, got {value!r}")
     FAMILIES[model_type] = replace(FAMILIES[like], model_type=model_type, prefix=prefix, **differences)
     find_family.cache_clear()  # afterwards, so that no other thread keeps the answer from before
+
+
+def _fits(name: str, value: Any, usual: Any) -> bool:
+    """Return whether a value may stand for a known family's in the attribute of this name."""
+    if name == "experts":
+        return value is None or isinstance(value, Experts)
+    if callable(usual):
+        return callable(value)
+    if isinstance(usual, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, type(usual))

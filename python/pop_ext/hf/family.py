@@ -165,6 +165,11 @@ class Family:
         return self.vision is not None and self.vision.uses_mrope
 
     @property
+    def divides_logits(self) -> bool:
+        """Whether the head divides its logits by ``config.logits_scaling``. No class with a wrapper does."""
+        return self.multipliers and self.vision is None
+
+    @property
     def decoder(self) -> str:
         """Path of the language model without its head."""
         return "model" if self.vision is None else f"model.{self.vision.decoder}"

@@ -32,6 +32,7 @@ class NativeBackend:
 
     name = "native"
     runs_stock_forward = False
+    not_native = ""
 
     def __init__(
         self, plan: Plan, fp8: bool = False, prepack: bool = False, fallback: PortableBackend | None = None

@@ -332,7 +332,7 @@ class NativeModel:
             Logits ``[..., vocab]``.
         """
         logits = apply_head(self.model.lm_head, hidden)
-        if self.family.multipliers:
+        if self.family.divides_logits:
             logits = logits / self.model.config.get_text_config(decoder=True).logits_scaling
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         if cap is None or not self.family.caps_logits:

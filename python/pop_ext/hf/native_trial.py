@@ -29,6 +29,7 @@ from pop_ext.portable.trial import (
     find_difference,
     has_experts,
     run_second_form,
+    simple_attributes,
     trial_key,
     trial_plan,
     trial_prompt,
@@ -43,7 +44,7 @@ def try_native(native: NativeModel) -> bool:
     """Compare logits and every K and V of a native prefill of a few tokens with those of the stock modules.
 
     Only the first layers take part, up to one that is like each of the others. They run as clones in evaluation mode,
-    without hooks. A model of the same classes and config passes without being tried again in this process, and a
+    without hooks. A model of the same kind (``trial_key``) passes without being tried again in this process, and a
     refused one is refused again.
 
     Args:
@@ -157,19 +158,9 @@ def _layers_to_try(native: NativeModel, decoder: Decoder) -> int:
     kinds = []
     for index, layer in enumerate(decoder.layers):
         given = [repr(values[index]) for values in lists if len(values) == spec.num_layers]
-        modules = [(name, type(module), _simple_attributes(module)) for name, module in layer.named_modules()]
+        modules = [(name, type(module), simple_attributes(module)) for name, module in layer.named_modules()]
         kinds.append(repr((given, modules)))
     return max(min(4, len(kinds)), *(kinds.index(kind) + 1 for kind in set(kinds)))
-
-
-def _simple_attributes(module: nn.Module) -> list[tuple[str, Any]]:
-    """Return the numbers, flags and texts of a module, without those that say which layer it is in."""
-    simple = (bool, int, float, str, type(None))
-    return sorted(
-        (name, value)
-        for name, value in vars(module).items()
-        if isinstance(value, simple) and name not in ("layer_idx", "layer_id", "_is_hf_initialized")
-    )
 
 
 def _shorten(config: Any, count: int) -> Any:

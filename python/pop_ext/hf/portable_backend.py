@@ -40,12 +40,12 @@ class PortableBackend:
     runs_stock_forward = True
     fallback: None = None
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, not_native: str = "") -> None:
+        self.plan, self.not_native = plan, not_native
         self._tried: weakref.ref[nn.Module] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"plan": self.plan}
+        return {"plan": self.plan, "not_native": self.not_native}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]

@@ -40,6 +40,7 @@ class ReferenceBackend:
     name = "reference"
     fp8 = False
     runs_stock_forward = False
+    not_native = ""
     fallback: None = None
 
     def __init__(self, plan: Plan) -> None:

@@ -66,7 +66,7 @@ def make_spec(family: Family, model: Any, refs: Mapping[str, _Ref]) -> _core.Mod
     config, decoder = model.config.get_text_config(decoder=True), decoder_of(model)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     _check_config(family, config, head_dim, refs)
-    attention = decoder.layers[0].self_attn
+    scaling = getattr(decoder.layers[0].self_attn, "scaling", None)
     embedding = refs["embed_tokens"].tensor
     layers = range(config.num_hidden_layers)
     return _core.ModelSpec(
@@ -83,7 +83,7 @@ def make_spec(family: Family, model: Any, refs: Mapping[str, _Ref]) -> _core.Mod
         intermediate_size=_intermediate_size(config),
         vocab_size=embedding.shape[0],
         rms_norm_eps=config.rms_norm_eps,
-        attention_scale=getattr(attention, "scaling", None) or 1.0 / math.sqrt(head_dim),
+        attention_scale=1.0 / math.sqrt(head_dim) if scaling is None else scaling,
         qkv_bias="layers.0.q_bias" in refs,
         o_bias="layers.0.o_bias" in refs,
         mlp_bias=any(slot.endswith(".gate_bias") for slot in refs),

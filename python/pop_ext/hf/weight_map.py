@@ -123,6 +123,10 @@ def _map_known_weights(model: Any) -> Description:
     """Like ``map_weights``; a module or a member of the config that is not there is a model of another family."""
     try:
         return map_weights(model)
+    except UnsupportedModelError:
+        raise
+    except ValueError as error:  # of the spec, which names its member
+        raise UnsupportedModelError(f"config of {model.config.model_type}: {error}") from error
     except (AttributeError, TypeError, KeyError, IndexError) as error:
         raise UnsupportedModelError(
             f"model: expected the modules and the config of {model.config.model_type} as pop_ext knows them, got "

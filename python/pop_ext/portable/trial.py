@@ -44,7 +44,7 @@ _passed: set[tuple[Any, ...]] = set()
 def try_portable(model: Module, decoder: Decoder) -> bool:
     """Compare a portable prefill of a few tokens, and a decode step after it, with the second form.
 
-    A model of the same classes and config passes without being tried again in this process. The four calls cost about
+    A model of the same kind (``trial_key``) passes without being tried again in this process. The four calls cost about
     what four decode steps do, and run on a clone, so that the model stays as it is.
 
     Returns:
@@ -130,10 +130,21 @@ def fresh_clone(model: Module, decoder: Decoder) -> Module:
 
 
 def trial_key(model: Module, decoder: Decoder) -> tuple[Any, ...]:
-    """Return what models of one kind share: their classes, dtypes and config."""
-    classes = frozenset(type(module) for layer in decoder.layers for module in layer.modules())
+    """Return what models of one kind share: classes, dtypes, config, and the numbers, flags and texts of each layer."""
     dtypes = frozenset(parameter.dtype for parameter in model.parameters())
-    return type(model), classes, dtypes, str(model.config)
+    modules = [("", decoder.module), *(pair for layer in decoder.layers for pair in layer.named_modules())]
+    made = tuple((name, type(module), *simple_attributes(module)) for name, module in modules)
+    attention = getattr(text_config(model), "_attn_implementation", None)  # which the text of a config leaves out
+    return type(model), made, dtypes, str(model.config), attention
+
+
+def simple_attributes(module: nn.Module) -> list[tuple[str, Any]]:
+    """Return the numbers, flags and texts of a module, but not which layer it is in and how it is used."""
+    simple = (bool, int, float, str, type(None))
+    left_out = ("layer_idx", "layer_id", "_is_hf_initialized", "training", "gradient_checkpointing")
+    return sorted(
+        (name, value) for name, value in vars(module).items() if isinstance(value, simple) and name not in left_out
+    )
 
 
 def trial_plan(count: int) -> Plan:

@@ -8,6 +8,8 @@
 
 namespace pop::cuda {
 
+int current_device() { return 0; }
+
 void set_device(int) {}
 
 namespace {
