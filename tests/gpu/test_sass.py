@@ -294,7 +294,7 @@ WAIT = "  wait_for_kernels_in_front();\n  let_kernel_behind_start();\n"
 MUTATIONS = {
     "a read before the wait": (
         "gated_act.cu",
-        rf"({re.escape(WAIT)})(.*?)  if \(i >= p.width\) return;\n(.*?load\(to, gate\);\n)",
+        rf"({re.escape(WAIT)})(.*?)  if \(i >= p.width\) return;\n(.*?\+ at, gate\);\n)",
         r"\2\3\1",
         "expected 0 loads before the wait, got ",
     ),
