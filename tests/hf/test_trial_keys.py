@@ -51,7 +51,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("family", CHANGES)
 def test_numbers_of_modules_make_a_kind_of_their_own(family):
-    """Both ways: what passed does not let a changed model pass, and what was refused does not refuse an unchanged one."""
+    """What passed does not let a changed model pass, and what was refused does not refuse an unchanged one."""
     for order in ((False, True), (True, False)):
         native_trial._passed.clear()
         native_trial._refused.clear()
@@ -73,7 +73,9 @@ def test_models_in_training_and_in_evaluation_are_of_one_kind(monkeypatch):
 
 def test_a_spec_that_the_runtime_refuses_runs_portably():
     model = other("granite", residual_multiplier=0.0)
-    with pytest.raises(UnsupportedModelError, match=r"^config of granite: residual_scale: expected a finite number > 0"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"^config of granite: residual_scale: expected a finite number > 0"
+    ):
         pop_ext.load(model, PLAN)
     with pop_ext.enabled(model, PLAN), torch.no_grad():
         model(tokens(model, 1, 20), use_cache=True, logits_to_keep=1)

@@ -125,6 +125,43 @@ ENTRIES = (
         num_experts=8,
         num_experts_per_tok=2,
     ),
+    *(
+        _entry(
+            (f"openai/gpt-oss-{size}",),
+            *("gpt_oss", layers, 2880, 2880, (64, 8), 201088),
+            num_local_experts=experts,
+            num_experts_per_tok=4,
+        )
+        for size, layers, experts in (("20b", 24, 32), ("120b", 36, 128))
+    ),
+    _entry(
+        ("Qwen/Qwen1.5-MoE-A2.7B", "Qwen/Qwen1.5-MoE-A2.7B-Chat"),
+        *("qwen2_moe", 24, 2048, 5632, (16, 16), 151936),
+        num_experts=60,
+        num_experts_per_tok=4,
+        moe_intermediate_size=1408,
+    ),
+    _entry(
+        ("zai-org/GLM-4.5-Air", "zai-org/GLM-4.5-Air-Base"),
+        *("glm4_moe", 46, 4096, 10944, (96, 8), 151552),
+        n_routed_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=1408,
+    ),
+    _entry(
+        ("MiniMaxAI/MiniMax-M2",),
+        *("minimax_m2", 62, 3072, 1536, (48, 8), 200064),
+        num_local_experts=256,
+        num_experts_per_tok=8,
+    ),
+    _entry(
+        ("Qwen/Qwen3-VL-30B-A3B-Instruct", "Qwen/Qwen3-VL-30B-A3B-Thinking"),
+        *("qwen3_vl_moe_text", 48, 2048, 6144, (32, 4), 151936),
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    ),
+    _entry(("Qwen/Qwen2-VL-7B-Instruct",), "qwen2_vl_text", 28, 3584, 18944, (28, 4), 152064),
     _entry(_qwen3_vl("2B"), "qwen3_vl_text", 28, 2048, 6144, (16, 8), 151936),
     _entry(_qwen3_vl("4B"), "qwen3_vl_text", 36, 2560, 9728, (32, 8), 151936),
     _entry(_qwen3_vl("8B"), "qwen3_vl_text", 36, 4096, 12288, (32, 8), 151936, published=12),
