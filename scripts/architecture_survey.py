@@ -110,7 +110,7 @@ def _try_plans(row: Row, model: Any, ids: Any, expected_tokens: Any, stock_logit
     try:
         _generate(model, ids)
         decision = pop_ext.last_call(model)
-        row.outcome, row.reason = ("stock", "no call seen") if decision is None else (decision.backend, decision.reason)
+        row.outcome, row.reason = ("stock", "no call seen") if decision is None else (decision.backend, _why(decision))
     except Exception as error:
         row.outcome, row.reason, row.errors["generate"] = "raises", _one_line(error), _trace(error)
     with torch.no_grad():
@@ -237,6 +237,12 @@ def _state_differences(found: list[dict[str, Any]], expected: list[dict[str, Any
             else:
                 differences.append(difference(ours[name], theirs[name]))
     return differences
+
+
+def _why(decision: pop_ext.Decision) -> str:
+    """Return why a backend runs a call, in short: of the portable one, what the native one lacks."""
+    _, _, missing = decision.reason.removesuffix(")").partition(" (not native: ")
+    return "no native family" if "expected an architecture that" in missing else missing or decision.reason
 
 
 def _one_line(error: BaseException) -> str:
