@@ -7,12 +7,12 @@ turn. A ceiling is the ratio of FLOPs by the cost model, in which a dequantised 
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
 import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -124,21 +124,25 @@ def measure(
     spec = describe(plain(dtype) if form != "gguf" else model).spec
     plan = pop_ext.Plan.last(spec.num_layers)
     ids = torch.randint(0, spec.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
-    calls: dict[str, Callable[[], Any]] = {}
-    for backend in ("stock", *backends):
-        view = copy.copy(model)
-        if backend != "stock":
-            pop_ext.enable(view, plan, strict=True, backend=backend)
-        calls[backend] = lambda view=view: view(input_ids=ids, use_cache=True, logits_to_keep=1)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+
+    def seconds_of(backend: str) -> float:
+        # The model itself, no copy of it: hooks of accelerate call the forward of the model that they were put on.
+        enabled = pop_ext.enabled(model, plan, strict=True, backend=backend) if backend != "stock" else nullcontext()
+        with enabled:
+            begin = clock()
+            model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            taken = clock() - begin
+            if backend != "stock" and pop_ext.last_call(model).backend != backend:
+                raise RuntimeError(f"expected a {backend} prefill, got {pop_ext.last_call(model)}")
+        return taken
+
+    seconds: dict[str, list[float]] = {name: [] for name in ("stock", *backends)}
     with torch.no_grad():
-        for call in calls.values():
-            call()
-        for _ in range(rounds):
-            for name, call in calls.items():
-                begin = clock()
-                call()
-                seconds[name].append(clock() - begin)
+        for turn in range(1 + rounds):
+            for name, samples in seconds.items():
+                taken = seconds_of(name)
+                if turn > 0:  # the first warms up
+                    samples.append(taken)
     ceiling = stock_flops(spec, 1, tokens) / plan_flops(spec, plan, 1, tokens)
     results = []
     for backend in backends:
