@@ -132,8 +132,9 @@ def measure(
             begin = clock()
             model(input_ids=ids, use_cache=True, logits_to_keep=1)
             taken = clock() - begin
-            if backend != "stock" and pop_ext.last_call(model).backend != backend:
-                raise RuntimeError(f"expected a {backend} prefill, got {pop_ext.last_call(model)}")
+            ran = None if backend == "stock" else pop_ext.last_call(model)
+            if backend != "stock" and (ran is None or ran.backend != backend):
+                raise RuntimeError(f"expected a {backend} prefill, got {ran}")
         return taken
 
     seconds: dict[str, list[float]] = {name: [] for name in ("stock", *backends)}
