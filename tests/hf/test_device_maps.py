@@ -5,6 +5,7 @@ On one device they run natively, otherwise portably.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,14 @@ def test_a_model_made_tensor_parallel_runs_the_stock_forward(mesh):
     decision = pop_ext.explain(model, tokens(model, 1, T), logits_to_keep=1)
     assert (decision.backend, decision.rule) == ("stock", "model")
     assert "DTensor" in decision.reason
+
+
+def test_a_shallow_copy_of_a_hooked_model_is_refused_and_a_deep_one_runs():
+    """Its forward is the original's, so enabling it would change nothing, silently."""
+    model = cpu_offload(llama(), execution_device="cpu")
+    with pytest.raises(RuntimeError, match="expected the model that accelerate has hooked, got a copy"):
+        pop_ext.enable(copy.copy(model), PLAN)
+    deep = copy.deepcopy(model)
+    with pop_ext.enabled(deep, PLAN, strict=True), torch.no_grad():
+        deep(tokens(llama(), 1, 20), use_cache=True, logits_to_keep=1)
+        assert pop_ext.last_call(deep).backend == "portable"

@@ -9,6 +9,7 @@ import reprlib
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -105,7 +106,8 @@ def enable(
             of a model that is refused natively names ``backend="portable"`` if that runs it. A subclass of ValueError.
         ValueError, TypeError: A bad argument. The model is unchanged.
         OSError: The file of a plan cannot be read.
-        RuntimeError: ``model`` is a copy of an enabled one whose forward was wrapped, and still calls the original.
+        RuntimeError: ``model`` is a copy of an enabled one whose forward was wrapped, or a shallow copy of one with
+            accelerate's hooks, and still calls the original.
     """
     if backend not in _BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(_BACKENDS)}, got {reprlib.repr(backend)}")
@@ -119,6 +121,7 @@ def enable(
     inner = _unwrap(model)
     if text_config(inner) is None:
         raise TypeError(f"model: expected a Hugging Face model with a config, got {type(inner).__name__}")
+    _check_hooks(inner)
     previous, attribute = find_prefill_forward(inner), forward_attribute(inner)
     wrapped = previous is not None and _is_wrapped(inner, previous)
     chosen = plan_for(inner, plan)
@@ -133,6 +136,13 @@ def enable(
         setattr(inner, attribute, installed)
         _installed[inner] = weakref.ref(installed)
     return model
+
+
+def _check_hooks(model: nn.Module) -> None:
+    """Raise RuntimeError for a shallow copy of a model with accelerate's hooks: its forward runs the original."""
+    hooked = model.__dict__.get("forward") if hasattr(model, "_hf_hook") else None
+    if isinstance(hooked, partial) and hooked.args and hooked.args[0] is not model:
+        raise RuntimeError("model: expected the model that accelerate has hooked, got a copy of it: copy.deepcopy it")
 
 
 def _load_backend(name: str, model: nn.Module, plan: Plan, fp8: bool, prepack: bool) -> Backend:
