@@ -145,6 +145,7 @@ def test_an_interrupted_raw_operator_raises_the_interrupt_next():
             catch_the_error()
     finally:
         timer.join()
+        torch.set_grad_enabled(True)  # the interrupt may come inside the end of a torch.no_grad(), which then stays on
     assert "pop::prefill: interrupted by a signal" in str(caught.value.__context__)
     assert _core.take_interrupt() is None
 
