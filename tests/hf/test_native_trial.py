@@ -24,11 +24,8 @@ PLAN = Plan(6, (4, 5))
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch) -> Iterator[None]:
-    """Forget what passed, and give back the table of families."""
-    monkeypatch.setattr(native_trial, "_passed", set())
-    monkeypatch.setattr(native_trial, "_refused", {})
-    monkeypatch.setattr(trial, "_refused", {})
+def fresh(no_trials_yet) -> Iterator[None]:
+    """Give back the table of families."""
     before = dict(families.FAMILIES)
     yield
     families.FAMILIES.clear()

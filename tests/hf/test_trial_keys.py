@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pop_ext
 import pytest
 import torch
@@ -11,20 +9,12 @@ from models import tokens
 from other_families import other
 from pop_ext import Plan, UnsupportedModelError
 from pop_ext.hf import native_trial
-from pop_ext.portable import trial
 from torch import nn
 
 PLAN = Plan(6, (1, 3, 4), 2)
 
 
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch) -> Iterator[None]:
-    """Forget what passed and what was refused."""
-    monkeypatch.setattr(native_trial, "_passed", set())
-    monkeypatch.setattr(native_trial, "_refused", {})
-    monkeypatch.setattr(trial, "_passed", set())
-    monkeypatch.setattr(trial, "_refused", {})
-    return
+pytestmark = pytest.mark.usefixtures("no_trials_yet")
 
 
 def _set(path: str, value: float):
