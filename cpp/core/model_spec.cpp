@@ -44,6 +44,10 @@ void check_range(const char* field, double value, Range range) {
   fail(field, range == Range::positive ? "a finite number > 0" : "a finite number >= 0", rounded(value));
 }
 
+bool has_one(const std::vector<int64_t>& entries) {
+  return std::find(entries.begin(), entries.end(), 1) != entries.end();
+}
+
 // One entry per layer, each of which `allowed` accepts; `expected` says which those are.
 template <class Allowed>
 void check_layer_list(const char* field, const std::vector<int64_t>& entries, int64_t num_layers,
@@ -140,11 +144,9 @@ std::vector<WeightSlot> ModelSpec::weight_slots() const {
   return slots;
 }
 
-bool ModelSpec::has_local_rope() const {
-  return query_rope || std::find(rope_table.begin(), rope_table.end(), 1) != rope_table.end();
-}
+bool ModelSpec::has_local_rope() const { return query_rope || has_one(rope_table); }
 
-bool ModelSpec::has_experts() const { return std::find(sparse.begin(), sparse.end(), 1) != sparse.end(); }
+bool ModelSpec::has_experts() const { return has_one(sparse); }
 
 void ModelSpec::fill_derived(const std::string& name) {
   const std::vector<int64_t> zeros(num_layers > 0 ? num_layers : 0, 0);
@@ -177,8 +179,7 @@ void ModelSpec::validate() const {
   }
   validate_layer_lists();
   // A scale in cos and sin reaches only the channels that are turned, and q cannot read a third table.
-  if (query_rope &&
-      (rotary_dim != head_dim || std::find(rope_table.begin(), rope_table.end(), 1) != rope_table.end())) {
+  if (query_rope && (rotary_dim != head_dim || has_one(rope_table))) {
     fail("query_rope", "rotary_dim = head_dim and rope_table 0 in every layer", "another combination");
   }
   if (has_experts()) validate_experts();
