@@ -29,34 +29,7 @@ constexpr int64_t kKvProjectMinRows = 256;
 // Segments of up to so many rows go to cuda/attention.cu, which splits along the keys.
 constexpr int64_t kFewRows = 64;
 
-// Settings of torch.ops.pop.tune, for measuring (docs/ops.md).
-struct Options {
-  std::atomic<int64_t> skinny_rows{8};        // products of up to so many rows run in cuda/skinny_gemm.cu
-  std::atomic<int64_t> library_attention{1};  // 0: all attention runs in cuda/attention.cu
-  std::atomic<int64_t> early_launch{0};       // kernels start before the previous ones have ended (cuda/launch.cuh)
-  std::atomic<int64_t> fused{0};              // runs are projected by cuda/kv_project_sm90.cu if it supports them
-  std::atomic<int64_t> kv_project_kib{0};     // KiB of a run's [k | v] per product, at least one layer; 0: all layers
-};
-
-Options& options() {
-  static Options instance;
-  return instance;
-}
-
 }  // namespace
-
-int64_t CudaBackend::tune(const std::string& option, int64_t value) {
-  if (option == "skinny_rows") return options().skinny_rows.exchange(std::clamp<int64_t>(value, 0, cuda::kSkinnyRows));
-  if (option == "library_attention") return options().library_attention.exchange(value);
-  if (option == "sdpa_rows") return set_sdpa_rows(value);
-  if (option == "early_launch") return options().early_launch.exchange(value);
-  if (option == "fused_kv_project") return options().fused.exchange(value);
-  if (option == "kv_project_kib") return options().kv_project_kib.exchange(std::clamp<int64_t>(value, 0, 1 << 20));
-  throw std::runtime_error(
-      "pop::tune: option: expected gemm_blocks, skinny_rows, library_attention, sdpa_rows, "
-      "early_launch, fused_kv_project or kv_project_kib, got " +
-      shortened(option));
-}
 
 void CudaBackend::check_reported_ids(int device) {
   const DeviceScope scope(device);
@@ -69,13 +42,14 @@ void CudaBackend::check_reported_ids(int device) {
 
 std::string CudaBackend::device_missing(int device) { return cuda::device_missing(device); }
 
-CudaBackend::CudaBackend(int device) : device_(device), scope_(device), stream_(current_stream(device)) {}
+CudaBackend::CudaBackend(int device)
+    : options_(thread_options()), device_(device), scope_(device), stream_(current_stream(device)) {}
 
 // This kernel waits for everything in the stream, including weights that were just written. Later kernels of the call
 // need not, so they may launch early.
 void CudaBackend::build_row_tables(const RowTablesParams& p) {
   cuda::launch_build_row_tables(p, stream_);
-  if (options().early_launch != 0 && cuda::device_facts().code >= 90) early_launches_.emplace();
+  if (options_.early_launch != 0 && cuda::device_facts().code >= 90) early_launches_.emplace();
 }
 
 void CudaBackend::embed(const EmbedParams& p) { cuda::launch_embed(p, cuda::bad_id_flag(), stream_); }
@@ -117,7 +91,7 @@ std::string CudaBackend::fp8_missing(DType dtype) const {
 void CudaBackend::gemm(const GemmParams* products, int64_t count) {
   for (int64_t i = 0; i < count;) {
     const GemmParams& product = products[i];
-    if (product.m > options().skinny_rows || product.a_scale != nullptr || product.w_transposed) {
+    if (product.m > options_.skinny_rows || product.a_scale != nullptr || product.w_transposed) {
       library_gemm(products[i++]);
       continue;
     }
@@ -149,8 +123,8 @@ int64_t kv_project_rows(DType dtype, int64_t rows, int64_t columns) {
 }
 
 // Layers of one product: few enough that the epilogue can find its result in the L2 cache.
-int64_t layers_at_once(const KvProjectParams& p, int64_t rows) {
-  const int64_t most = options().kv_project_kib << 10;
+// `most`: bytes, or 0 for all layers.
+int64_t layers_at_once(const KvProjectParams& p, int64_t rows, int64_t most) {
   if (most == 0) return p.layers;
   const int64_t bytes_per_layer = rows * 2 * p.kv_heads * p.head_dim * element_size(p.dtype);
   const int64_t parts = ceil_div(p.layers, std::clamp<int64_t>(most / bytes_per_layer, 1, p.layers));
@@ -165,13 +139,14 @@ size_t CudaBackend::kv_project_workspace(DType dtype, int64_t rows, int64_t hidd
 }
 
 void CudaBackend::kv_project(const KvProjectParams& p) {
-  if (options().fused != 0 && p.rows > options().skinny_rows && cuda::kv_project_sm90_supports(p)) {
+  if (options_.fused_kv_project != 0 && p.rows > options_.skinny_rows && cuda::kv_project_sm90_supports(p)) {
     cuda::launch_kv_project_sm90(p, stream_);
     return;
   }
   const int64_t columns = p.layers * 2 * p.kv_heads * p.head_dim;
-  const KvProjectChunks chunks{.rows = std::max<int64_t>(1, kv_project_rows(p.dtype, p.rows, columns)),
-                               .layers = [&](int64_t rows) { return layers_at_once(p, rows); }};
+  const KvProjectChunks chunks{
+      .rows = std::max<int64_t>(1, kv_project_rows(p.dtype, p.rows, columns)),
+      .layers = [&](int64_t rows) { return layers_at_once(p, rows, options_.kv_project_kib << 10); }};
   kv_project_in_chunks(*this, p, chunks, [&](const KvProjectParams& part, const void* kv) { write_kv(part, kv); });
 }
 
@@ -217,8 +192,8 @@ void CudaBackend::attention(const AttentionParams& p) {
     part.segments = p.segments + begin;
     part.num_segments = end - begin;
     if (part.window >= first.first_position + first.rows) part.window = 0;  // the window covers everything
-    const bool to_library = first.rows > kFewRows && options().library_attention != 0;
-    if (to_library && library_attention(part, device_, capability)) continue;
+    const bool to_library = first.rows > kFewRows && options_.library_attention != 0;
+    if (to_library && library_attention(part, device_, capability, options_.sdpa_rows)) continue;
     own.insert(own.end(), p.segments + begin, p.segments + end);
   }
   if (!own.empty()) own_attention(p, own);

@@ -1,7 +1,6 @@
 // The CUDA backend: chooses for each product and each segment of attention between a kernel of cuda/ and a library's.
 #pragma once
 
-#include <atomic>
 #include <memory>
 #include <optional>
 #include <string>
@@ -9,6 +8,7 @@
 
 #include "backend/backend.h"
 #include "cuda/device.h"
+#include "cuda/host/options.h"
 #include "cuda/host/torch_cuda.h"
 #include "cuda/kernels.h"
 
@@ -43,7 +43,6 @@ class CudaBackend final : public Backend {
   void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t row_bytes,
                  int64_t rows) noexcept override;
 
-  static int64_t tune(const std::string& option, int64_t value);
   static void check_reported_ids(int device);
   static std::string device_missing(int device);
 
@@ -52,6 +51,7 @@ class CudaBackend final : public Backend {
   void write_kv(const KvProjectParams&, const void* kv);
   void own_attention(const AttentionParams&, const std::vector<Segment>& segments);
 
+  const CudaOptions options_;
   int device_;
   DeviceScope scope_;
   cuda::Stream stream_;

@@ -172,12 +172,19 @@ def test_two_threads_prefilling_together_give_the_serial_results(shared_stream, 
     native = native_of()
     prompts = [tokens(native.model, 2, 130, seed=1), tokens(native.model, 1, 190, seed=2)]
     streams = [torch.cuda.default_stream()] * 2 if shared_stream else [torch.cuda.Stream() for _ in prompts]
-    with tuned(**options):
-        serial = [repeated(native, ids, torch.cuda.default_stream(), 1)()[0] for ids in prompts]
-        jobs = [repeated(native, ids, stream) for ids, stream in zip(prompts, streams, strict=True)]
-        for outputs, expected in zip(run_threads(*jobs), serial, strict=True):
-            for output in outputs:
-                assert_same_bits(output, expected)
+
+    def under_options(job):
+        def run():
+            with tuned(**options):
+                return job()
+
+        return run
+
+    serial = [under_options(repeated(native, ids, torch.cuda.default_stream(), 1))()[0] for ids in prompts]
+    jobs = [under_options(repeated(native, ids, stream)) for ids, stream in zip(prompts, streams, strict=True)]
+    for outputs, expected in zip(run_threads(*jobs), serial, strict=True):
+        for output in outputs:
+            assert_same_bits(output, expected)
 
 
 def test_a_model_prefills_on_its_device_not_the_current_one():

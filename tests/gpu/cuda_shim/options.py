@@ -7,6 +7,7 @@ import pytest
 import torch
 from models import gemma2, gemma3, mistral, olmo2, qwen2, tokens
 from op_calls import op_call, run_op
+from threads import run_threads
 from tuning import tuned
 
 LENGTHS = (70, 3, 33)
@@ -48,6 +49,18 @@ def test_a_run_of_three_projected_a_few_layers_at_a_time_gives_the_same_result(b
         actual = results(native, 1)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_options_belong_to_the_thread_that_sets_them():
+    with tuned(skinny_rows=3):
+        assert run_threads(lambda: torch.ops.pop.tune("skinny_rows", 5)) == [8]
+        assert torch.ops.pop.tune("skinny_rows", 3) == 3
+
+
+@pytest.mark.parametrize(("option", "given", "kept"), [("skinny_rows", 1000, 64), ("sdpa_rows", -1, 0)])
+def test_values_beyond_their_range_are_clamped(option, given, kept):
+    with tuned(**{option: given}):
+        assert torch.ops.pop.tune(option, given) == kept
 
 
 def test_an_unknown_option_is_refused():
