@@ -26,6 +26,9 @@ class Backend {
 
   // `count` products that do not depend on each other: those of few rows may share a launch.
   virtual void gemm(const GemmParams* products, int64_t count) = 0;
+  // True if products of so many rows should add to the residual stream themselves (GemmParams::accumulate), so that the
+  // next norm has nothing to add.
+  virtual bool accumulates(DType /*dtype*/, int64_t /*rows*/) const { return false; }
 
   virtual void kv_project(const KvProjectParams&) = 0;
   // Bytes of KvProjectParams::workspace for a call of at most `rows` rows.

@@ -135,7 +135,8 @@ struct PrepackParams {
 };
 
 // out = a . w^T, or a . w with w [k, n] if `w_transposed`. If the scales are given, a and w are e4m3, w is not
-// transposed and out = (a . w^T) * a_scale * w_scale^T.
+// transposed and out = (a . w^T) * a_scale * w_scale^T. With `accumulate`, out += a . w^T, rounded once: only without
+// scales, and where Backend::accumulates.
 struct GemmParams {
   DType dtype;
   int64_t m, n, k;
@@ -149,6 +150,7 @@ struct GemmParams {
   const float* w_scale = nullptr;        // [n], with a_scale
   const PackedWeight* packed = nullptr;  // the prepacked copy of w, or null
   bool w_transposed = false;
+  bool accumulate = false;
 };
 
 // K and V of one layer. Element [sequence, head, slot, channel]; channels are contiguous.

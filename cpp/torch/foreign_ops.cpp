@@ -11,6 +11,8 @@ namespace pop::foreign {
 // torch adapts the call.
 const char* const kSchemas =
     "aten::mm.out(Tensor self, Tensor mat2, *, Tensor(a!) out) -> Tensor(a!)\n"
+    "aten::addmm.out(Tensor self, Tensor mat1, Tensor mat2, *, Scalar beta=1, Scalar alpha=1, Tensor(a!) out) "
+    "-> Tensor(a!)\n"
     "aten::mul.Tensor(Tensor self, Tensor other) -> Tensor\n"
     "aten::detach(Tensor(a) self) -> Tensor(a)\n"
     "aten::is_neg(Tensor self) -> bool\n"

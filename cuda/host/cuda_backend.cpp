@@ -91,7 +91,7 @@ std::string CudaBackend::fp8_missing(DType dtype) const {
 void CudaBackend::gemm(const GemmParams* products, int64_t count) {
   for (int64_t i = 0; i < count;) {
     const GemmParams& product = products[i];
-    if (product.m > options_.skinny_rows || product.a_scale != nullptr || product.w_transposed) {
+    if (product.m > options_.skinny_rows || product.a_scale != nullptr || product.w_transposed || product.accumulate) {
       library_gemm(products[i++]);
       continue;
     }
@@ -107,9 +107,22 @@ void CudaBackend::gemm(const GemmParams* products, int64_t count) {
   }
 }
 
+// A product of few rows would gain nothing: it streams its weight, beside which a row of the residual stream is small.
+bool CudaBackend::accumulates(DType, int64_t rows) const {
+  return options_.residual_in_product != 0 && rows > options_.skinny_rows && addmm_out() != nullptr &&
+         foreign::variant_of("aten::addmm.out") >= 0;
+}
+
 void CudaBackend::library_gemm(const GemmParams& p) {
   if (p.m == 0 || p.n == 0) return;
-  aten::matmul(p, torch::stable::Device(kDeviceType, kDeviceType == torch::headeronly::DeviceType::CPU ? -1 : device_));
+  const torch::stable::Device device(kDeviceType, kDeviceType == torch::headeronly::DeviceType::CPU ? -1 : device_);
+  if (!p.accumulate) return aten::matmul(p, device);
+  const aten::MatmulOperands operands(p, device);
+  foreign::require("aten::addmm.out");
+  const AtenTensorHandle out = operands.out.get();  // out and self in one: torch then copies nothing
+  if (addmm_out()(out, out, operands.a.get(), operands.w.get(), 1.0, 1.0) != 0) {
+    throw std::runtime_error(std::string("aten::addmm.out: ") + aten::last_error());
+  }
 }
 
 // ---- The projection of a run ---------------------------------------------------------------

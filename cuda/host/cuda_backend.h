@@ -30,6 +30,7 @@ class CudaBackend final : public Backend {
   std::string prepack_missing(DType) const override { return "expected a model on a CPU, got one on a CUDA device"; }
   std::unique_ptr<PackedWeight> prepack(const PrepackParams&) const override { return nullptr; }
   void gemm(const GemmParams* products, int64_t count) override;
+  bool accumulates(DType dtype, int64_t rows) const override;
   void rope_cache_write(const RopeCacheWriteParams&) override;
   void kv_project(const KvProjectParams&) override;
   void attention(const AttentionParams&) override;

@@ -22,6 +22,7 @@ constexpr int64_t kFlag = 1, kAnyRows = int64_t{1} << 40;
 constexpr std::array kOptions{Option{"skinny_rows", &CudaOptions::skinny_rows, cuda::kSkinnyRows},
                               Option{"library_attention", &CudaOptions::library_attention, kFlag},
                               Option{"sdpa_rows", &CudaOptions::sdpa_rows, kAnyRows},
+                              Option{"residual_in_product", &CudaOptions::residual_in_product, kFlag},
                               Option{"early_launch", &CudaOptions::early_launch, kFlag},
                               Option{"fused_kv_project", &CudaOptions::fused_kv_project, kFlag},
                               Option{"kv_project_kib", &CudaOptions::kv_project_kib, 1 << 20}};

@@ -15,9 +15,10 @@ struct CudaOptions {
   // rows of a segment to another kernel: a batch's segments end before their boundary rows, so that a prompt of 512
   // tokens has 511 rows in one.
   int64_t sdpa_rows = 64;
-  int64_t early_launch = 0;      // kernels start before the previous ones have ended (cuda/launch.cuh)
-  int64_t fused_kv_project = 0;  // runs are projected by cuda/kv_project_sm90.cu if it supports them
-  int64_t kv_project_kib = 0;    // KiB of a run's [k | v] per product, at least one layer; 0: all layers
+  int64_t residual_in_product = 1;  // o_proj and down_proj of many rows add to the residual stream (beta = 1)
+  int64_t early_launch = 0;         // kernels start before the previous ones have ended (cuda/launch.cuh)
+  int64_t fused_kv_project = 0;     // runs are projected by cuda/kv_project_sm90.cu if it supports them
+  int64_t kv_project_kib = 0;       // KiB of a run's [k | v] per product, at least one layer; 0: all layers
 };
 
 // The options of the calling thread. A backend copies them when a call of an operator begins, so a call sees one set of

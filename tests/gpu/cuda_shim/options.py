@@ -51,6 +51,45 @@ def test_a_run_of_three_projected_a_few_layers_at_a_time_gives_the_same_result(b
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("boundary", [1, 17])
+def test_residuals_added_by_products_give_the_same_result(native, boundary):
+    with tuned(residual_in_product=0):
+        expected = results(native, boundary)
+    for ours, theirs in zip(results(native, boundary), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_residual_added_by_a_product_is_rounded_once():
+    """The result is closer to float32 arithmetic on the same weights than that of a product rounded before the add."""
+    errors = []
+    for seed in range(4):
+        model = mistral(dtype=torch.bfloat16)
+        plan = pop_ext.Plan(model.config.num_hidden_layers, (1, 2))
+        ids = tokens(model, 1, 90, seed=seed)
+        truth = (
+            pop_ext.load(mistral(dtype=torch.bfloat16).float(), plan)
+            .prefill(ids, boundary=80, logits_to_keep=80)
+            .hidden_states
+        )
+        native = pop_ext.load(model, plan)
+        for option in (0, 1):
+            with tuned(residual_in_product=option):
+                hidden = native.prefill(ids, boundary=80, logits_to_keep=80).hidden_states.float()
+            errors.append((hidden - truth).square().mean())
+    assert sum(errors[1::2]) < sum(errors[0::2])
+
+
+def test_a_changed_addmm_leaves_residuals_to_the_norms(native):
+    with tuned(residual_in_product=0):
+        expected = results(native, 17)
+    torch.ops.pop.set_foreign("aten::addmm.out", -1, "under torch 9.9: other")
+    try:
+        actual = results(native, 17)
+    finally:
+        torch.ops.pop.set_foreign("aten::addmm.out", 0, "")
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
+
+
 def test_options_belong_to_the_thread_that_sets_them():
     with tuned(skinny_rows=3):
         assert run_threads(lambda: torch.ops.pop.tune("skinny_rows", 5)) == [8]
