@@ -30,6 +30,9 @@ class Backend {
   // next norm has nothing to add.
   virtual bool accumulates(DType /*dtype*/, int64_t /*rows*/) const { return false; }
 
+  // True if q, k and v should come from one product where their weights are adjacent rows (LayerWeights::qkv_adjacent).
+  virtual bool joins_qkv() const { return false; }
+
   virtual void kv_project(const KvProjectParams&) = 0;
   // Bytes of KvProjectParams::workspace for a call of at most `rows` rows.
   virtual size_t kv_project_workspace(DType dtype, int64_t rows, int64_t hidden_size, int64_t layers,

@@ -69,9 +69,9 @@ class Prefill {
   Linear layer_input(int64_t begin, const void* weight);
   bool adds_directly(const Linear& weight, const void* bias, const void* out_norm, int64_t rows) const;
   void* update_rows(int64_t begin, bool added) {
-    return added ? at(work_.hidden, begin, spec_.hidden_size) : at(work_.gemm_out, begin, work_.row_stride);
+    return added ? at(work_.hidden, begin, spec_.hidden_size) : at(work_.gemm_out, begin, work_.out_stride);
   }
-  int64_t update_stride(bool added) const { return added ? spec_.hidden_size : work_.row_stride; }
+  int64_t update_stride(bool added) const { return added ? spec_.hidden_size : work_.out_stride; }
   void set_pending(int64_t begin, bool added, const void* bias, const void* out_norm);
   void apply_pending(int64_t begin, int64_t end) { norm(begin, end, nullptr, nullptr, 0); }
   void norm(int64_t begin, int64_t end, const void* weight, void* out, int64_t out_stride, float* rstd = nullptr);
@@ -264,19 +264,25 @@ void Prefill::qkv(const LayerWeights& weights, int64_t kv_begin, int64_t q_begin
   StageRange stage(observer_, "pop::qkv");
   const Linear input = layer_input(kv_begin, weights.input_norm);
   const int64_t kv_rows = layout_.rows - kv_begin, q_rows = layout_.rows - q_begin;
-  const int64_t hidden = spec_.hidden_size, q_dim = spec_.q_dim(), kv_dim = spec_.kv_dim(), q_stride = work_.row_stride;
+  const int64_t hidden = spec_.hidden_size, q_dim = spec_.q_dim(), kv_dim = spec_.kv_dim();
+  const int64_t q_stride = work_.out_stride, kv_stride = work_.kv_stride;
   const DType dtype = spec_.dtype;
   const ProductRows from = rows_for(backend_, dtype, weights.k_proj, kv_rows, hidden,
                                     at(input.data, kv_begin, input.stride), input.stride, work_.quantized);
-  void *q = at(work_.gemm_out, q_begin, q_stride), *k = at(work_.k, kv_begin, kv_dim),
-       *v = at(work_.v, kv_begin, kv_dim);
-  gemm({product(dtype, kv_rows, kv_dim, hidden, from, weights.k_proj, k, kv_dim),
-        product(dtype, kv_rows, kv_dim, hidden, from, weights.v_proj, v, kv_dim),
-        product(dtype, q_rows, q_dim, hidden, from_row(from, q_begin - kv_begin, dtype), weights.q_proj, q, q_stride)});
+  void *q = at(work_.gemm_out, q_begin, q_stride), *k = at(work_.k, kv_begin, kv_stride),
+       *v = at(work_.v, kv_begin, kv_stride);
+  if (weights.qkv_adjacent && work_.joins_qkv && q_begin == kv_begin) {
+    gemm({product(dtype, q_rows, q_dim + 2 * kv_dim, hidden, from, weights.q_proj, q, q_stride)});
+  } else {
+    gemm({product(dtype, kv_rows, kv_dim, hidden, from, weights.k_proj, k, kv_stride),
+          product(dtype, kv_rows, kv_dim, hidden, from, weights.v_proj, v, kv_stride),
+          product(dtype, q_rows, q_dim, hidden, from_row(from, q_begin - kv_begin, dtype), weights.q_proj, q,
+                  q_stride)});
+  }
   if (!spec_.qk_norm_over_heads) return;
   const float offset = static_cast<float>(spec_.norm_weight_offset), eps = static_cast<float>(spec_.rms_norm_eps);
   norm_over_heads(backend_, spec_.dtype, q, q_rows, q_dim, q_stride, weights.q_norm, offset, eps);
-  norm_over_heads(backend_, spec_.dtype, k, kv_rows, kv_dim, kv_dim, weights.k_norm, offset, eps);
+  norm_over_heads(backend_, spec_.dtype, k, kv_rows, kv_dim, kv_stride, weights.k_norm, offset, eps);
 }
 
 void Prefill::rope_cache_write(int64_t layer, int64_t kv_begin, int64_t q_begin) {
@@ -291,11 +297,11 @@ void Prefill::rope_cache_write(int64_t layer, int64_t kv_begin, int64_t q_begin)
                                .rotary_dim = spec_.rotary_dim,
                                .first_row = begin,
                                .rows = end - begin,
-                               .q = with_q ? at(work_.gemm_out, begin, work_.row_stride) : nullptr,
-                               .q_stride = work_.row_stride,
-                               .k = at(work_.k, begin, spec_.kv_dim()),
-                               .v = at(work_.v, begin, spec_.kv_dim()),
-                               .kv_stride = spec_.kv_dim(),
+                               .q = with_q ? at(work_.gemm_out, begin, work_.out_stride) : nullptr,
+                               .q_stride = work_.out_stride,
+                               .k = at(work_.k, begin, work_.kv_stride),
+                               .v = at(work_.v, begin, work_.kv_stride),
+                               .kv_stride = work_.kv_stride,
                                .q_bias = weights.q_bias,
                                .k_bias = weights.k_bias,
                                .v_bias = weights.v_bias,
@@ -329,7 +335,7 @@ void Prefill::attention(int64_t layer, int64_t q_begin) {
                       .num_segments = static_cast<int64_t>(segments.size()),
                       .first_row = 0,
                       .q = work_.gemm_out,
-                      .q_stride = work_.row_stride,
+                      .q_stride = work_.out_stride,
                       .out = work_.gemm_in,
                       .out_stride = work_.row_stride,
                       .cache = call_.caches[layer],
@@ -426,8 +432,8 @@ void Prefill::norm(int64_t begin, int64_t end, const void* weight, void* out, in
                        .width = spec_.hidden_size,
                        .x = at(work_.hidden, first, spec_.hidden_size),
                        .x_stride = spec_.hidden_size,
-                       .delta = pending ? at(work_.gemm_out, first, work_.row_stride) : nullptr,
-                       .delta_stride = work_.row_stride,
+                       .delta = pending ? at(work_.gemm_out, first, work_.out_stride) : nullptr,
+                       .delta_stride = work_.out_stride,
                        .delta_bias = pending ? pending_.bias : nullptr,
                        .delta_norm = pending ? pending_.norm : nullptr,
                        .delta_scale = static_cast<float>(spec_.residual_scale),

@@ -31,6 +31,7 @@ class CudaBackend final : public Backend {
   std::unique_ptr<PackedWeight> prepack(const PrepackParams&) const override { return nullptr; }
   void gemm(const GemmParams* products, int64_t count) override;
   bool accumulates(DType dtype, int64_t rows) const override;
+  bool joins_qkv() const override { return options_.qkv_in_one_product != 0; }
   void rope_cache_write(const RopeCacheWriteParams&) override;
   void kv_project(const KvProjectParams&) override;
   void attention(const AttentionParams&) override;

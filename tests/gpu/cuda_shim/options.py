@@ -5,9 +5,10 @@ from __future__ import annotations
 import pop_ext
 import pytest
 import torch
-from models import gemma2, gemma3, mistral, olmo2, qwen2, tokens
+from models import gemma2, gemma3, mistral, olmo2, phi3, qwen2, tokens
 from op_calls import op_call, run_op
 from threads import run_threads
+from torch.profiler import ProfilerActivity, profile
 from tuning import tuned
 
 LENGTHS = (70, 3, 33)
@@ -88,6 +89,36 @@ def test_a_changed_addmm_leaves_residuals_to_the_norms(native):
     finally:
         torch.ops.pop.set_foreign("aten::addmm.out", 0, "")
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("boundary", [1, 17])
+@pytest.mark.parametrize("rows", [0, 64], ids=["library", "skinny"])
+def test_q_k_and_v_of_one_product_are_those_of_three(rows, boundary):
+    model = phi3()
+    native = pop_ext.load(model, pop_ext.Plan(model.config.num_hidden_layers, (1, 2)))
+    with tuned(qkv_in_one_product=0, skinny_rows=rows):
+        expected = results(native, boundary)
+    with tuned(skinny_rows=rows):
+        actual = results(native, boundary)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("build", "saved"), [(phi3, 2), (mistral, 0)], ids=["phi3", "mistral"])
+def test_q_k_and_v_take_one_product_where_a_matrix_holds_all_three(build, saved):
+    model = build()
+    native = pop_ext.load(model, pop_ext.Plan(model.config.num_hidden_layers, ()))
+    ids = tokens(model, 1, 40)
+
+    def products() -> int:
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            native.prefill(ids, logits_to_keep=40)
+        return sum(event.count for event in seen.key_averages() if event.key == "aten::mm")
+
+    with tuned(qkv_in_one_product=0):
+        apart = products()
+    assert apart > 0
+    assert apart - products() == saved * model.config.num_hidden_layers
 
 
 def test_options_belong_to_the_thread_that_sets_them():
