@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <string>
 
 #include "backend/params.h"
@@ -52,8 +53,12 @@ class Backend {
 
   virtual void to_float32(const ToFloat32Params&) = 0;
   virtual void route(const RouteParams&) = 0;
-  // Waits for the device: host_begin is filled on return.
+  // Waits for the device, unless host_begin is null: it is filled on return.
   virtual void group_rows(const GroupRowsParams&) = 0;
+  // True if grouped_gemm computes such products. Then the host need not know how many rows each group has. `begin` may
+  // not be filled yet.
+  virtual bool groups_products(const GroupedGemmParams&) const { return false; }
+  virtual void grouped_gemm(const GroupedGemmParams&) { throw std::logic_error("pop: grouped_gemm: not supported"); }
   virtual void combine_rows(const CombineRowsParams&) = 0;
 
   // Copies rows of `row_bytes` each, strides in bytes. Restores a cache after a failed call, so it never throws.

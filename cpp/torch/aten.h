@@ -93,6 +93,14 @@ inline void scaled_mm_out(const Tensor& self, const Tensor& mat2, const Tensor& 
                              from(std::optional(out_dtype)), from(use_fast_accum), from(out)});
 }
 
+// For each group g: rows [offs[g - 1], offs[g]) of self [rows, k] times mat2[g], of [groups, k, n].
+inline Tensor grouped_mm(const Tensor& self, const Tensor& mat2, const Tensor& offs) {
+  using torch::stable::detail::from;
+  return call_for_tensor(
+      "aten::_grouped_mm", "",
+      std::array{from(self), from(mat2), from(std::optional(offs)), from(std::nullopt), from(std::nullopt)});
+}
+
 inline Tensor matrix_view(const void* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
                           torch::stable::Device device, ScalarType dtype) {
   return torch::stable::from_blob(const_cast<void*>(data), {rows, columns}, {row_stride, column_stride}, device, dtype);

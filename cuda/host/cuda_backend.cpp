@@ -71,6 +71,7 @@ void CudaBackend::combine_rows(const CombineRowsParams& p) { cuda::launch_combin
 // The only wait for the device: the number of rows of each expert decides which products to launch.
 void CudaBackend::group_rows(const GroupRowsParams& p) {
   cuda::launch_group_rows(p, stream_);
+  if (p.host_begin == nullptr) return;
   cuda::copy_to_host(p.host_begin, p.begin, (p.experts + 1) * sizeof(int64_t), stream_,
                      "pop::prefill: a model with experts waits for its router in every sparse layer");
 }
@@ -115,7 +116,7 @@ bool CudaBackend::accumulates(DType, int64_t rows) const {
 
 void CudaBackend::library_gemm(const GemmParams& p) {
   if (p.m == 0 || p.n == 0) return;
-  const torch::stable::Device device(kDeviceType, kDeviceType == torch::headeronly::DeviceType::CPU ? -1 : device_);
+  const torch::stable::Device device = torch_device();
   if (!p.accumulate) return aten::matmul(p, device);
   const aten::MatmulOperands operands(p, device);
   foreign::require("aten::addmm.out");
@@ -123,6 +124,39 @@ void CudaBackend::library_gemm(const GemmParams& p) {
   if (addmm_out()(out, out, operands.a.get(), operands.w.get(), 1.0, 1.0) != 0) {
     throw std::runtime_error(std::string("aten::addmm.out: ") + aten::last_error());
   }
+}
+
+torch::stable::Device CudaBackend::torch_device() const {
+  return {kDeviceType, kDeviceType == torch::headeronly::DeviceType::CPU ? -1 : device_};
+}
+
+// torch's kernel for groups is for bfloat16 on Hopper and data-centre Blackwell, with 16-byte rows. Elsewhere torch
+// reads the offsets on the host and multiplies group by group. Under the shim it does so, too.
+bool CudaBackend::groups_products(const GroupedGemmParams& p) const {
+  if (options_.grouped_experts == 0 || p.dtype != DType::bf16) return false;
+  const int major = cuda::device_facts().major;
+  if (kDeviceType == torch::headeronly::DeviceType::CUDA && major != 9 && major != 10) return false;
+  const auto aligned = [](const void* base, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride % 8 == 0;
+  };
+  return aligned(p.a, p.a_stride) && aligned(p.w, p.w_stride) && p.w_matrix_stride % 8 == 0 && p.n % 8 == 0 &&
+         p.k % 8 == 0 && foreign::variant_of("aten::_grouped_mm") >= 0;
+}
+
+void CudaBackend::grouped_gemm(const GroupedGemmParams& p) {
+  if (p.rows == 0) return;
+  const torch::stable::Device device = torch_device();
+  const auto dtype = aten::scalar_type(p.dtype);
+  const torch::stable::Tensor a = aten::matrix_view(p.a, p.rows, p.k, p.a_stride, 1, device, dtype);
+  const torch::stable::Tensor w = torch::stable::from_blob(
+      const_cast<void*>(p.w), {p.groups, p.k, p.n},
+      {p.w_matrix_stride, p.w_transposed ? p.w_stride : 1, p.w_transposed ? 1 : p.w_stride}, device, dtype);
+  const torch::stable::Tensor ends =
+      torch::stable::to(torch::stable::from_blob(const_cast<int64_t*>(p.begin + 1), {p.groups}, {1}, device,
+                                                 torch::headeronly::ScalarType::Long),
+                        torch::headeronly::ScalarType::Int);
+  torch::stable::Tensor out = aten::matrix_view(p.out, p.rows, p.n, p.out_stride, 1, device, dtype);
+  torch::stable::copy_(out, aten::grouped_mm(a, w, ends));
 }
 
 // ---- The projection of a run ---------------------------------------------------------------
@@ -218,9 +252,8 @@ void CudaBackend::own_attention(const AttentionParams& p, const std::vector<Segm
   part.num_segments = static_cast<int64_t>(segments.size());
   const auto bytes = static_cast<int64_t>(cuda::attention_workspace(part));
   // Freed on return: torch's allocator gives it only to later work on the same stream.
-  const torch::stable::Tensor workspace = torch::stable::empty(
-      {bytes}, torch::headeronly::ScalarType::Byte, std::nullopt,
-      torch::stable::Device(kDeviceType, kDeviceType == torch::headeronly::DeviceType::CPU ? -1 : device_));
+  const torch::stable::Tensor workspace =
+      torch::stable::empty({bytes}, torch::headeronly::ScalarType::Byte, std::nullopt, torch_device());
   cuda::launch_attention(part, workspace.mutable_data_ptr(), stream_);
 }
 

@@ -1,6 +1,8 @@
 // The CUDA backend: chooses for each product and each segment of attention between a kernel of cuda/ and a library's.
 #pragma once
 
+#include <torch/csrc/stable/device.h>
+
 #include <memory>
 #include <optional>
 #include <string>
@@ -31,6 +33,8 @@ class CudaBackend final : public Backend {
   std::unique_ptr<PackedWeight> prepack(const PrepackParams&) const override { return nullptr; }
   void gemm(const GemmParams* products, int64_t count) override;
   bool accumulates(DType dtype, int64_t rows) const override;
+  bool groups_products(const GroupedGemmParams&) const override;
+  void grouped_gemm(const GroupedGemmParams&) override;
   bool joins_qkv() const override { return options_.qkv_in_one_product != 0; }
   void rope_cache_write(const RopeCacheWriteParams&) override;
   void kv_project(const KvProjectParams&) override;
@@ -50,6 +54,7 @@ class CudaBackend final : public Backend {
 
  private:
   void library_gemm(const GemmParams&);
+  torch::stable::Device torch_device() const;
   void write_kv(const KvProjectParams&, const void* kv);
   void own_attention(const AttentionParams&, const std::vector<Segment>& segments);
 

@@ -24,6 +24,7 @@ constexpr std::array kOptions{Option{"skinny_rows", &CudaOptions::skinny_rows, c
                               Option{"sdpa_rows", &CudaOptions::sdpa_rows, kAnyRows},
                               Option{"residual_in_product", &CudaOptions::residual_in_product, kFlag},
                               Option{"qkv_in_one_product", &CudaOptions::qkv_in_one_product, kFlag},
+                              Option{"grouped_experts", &CudaOptions::grouped_experts, kFlag},
                               Option{"early_launch", &CudaOptions::early_launch, kFlag},
                               Option{"fused_kv_project", &CudaOptions::fused_kv_project, kFlag},
                               Option{"kv_project_kib", &CudaOptions::kv_project_kib, 1 << 20}};

@@ -17,6 +17,7 @@ struct CudaOptions {
   int64_t sdpa_rows = 64;
   int64_t residual_in_product = 1;  // o_proj and down_proj of many rows add to the residual stream (beta = 1)
   int64_t qkv_in_one_product = 1;   // where their weights are adjacent rows of one matrix
+  int64_t grouped_experts = 0;      // aten::_grouped_mm, without a wait of the host, where it serves
   int64_t early_launch = 0;         // kernels start before the previous ones have ended (cuda/launch.cuh)
   int64_t fused_kv_project = 0;     // runs are projected by cuda/kv_project_sm90.cu if it supports them
   int64_t kv_project_kib = 0;       // KiB of a run's [k | v] per product, at least one layer; 0: all layers

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pop_ext
 import pytest
 import torch
-from models import gemma2, gemma3, mistral, olmo2, phi3, qwen2, tokens
+from models import FAMILIES, gemma2, gemma3, mistral, olmo2, phi3, qwen2, shared, tokens
 from op_calls import op_call, run_op
+from other_families import shared_other
 from threads import run_threads
 from torch.profiler import ProfilerActivity, profile
 from tuning import tuned
@@ -22,6 +25,17 @@ def results(native, boundary: int) -> list[torch.Tensor]:
         logits_to_keep=[1, 2, 1],
     )
     return [run_op(call), *call["key_cache"], *call["value_cache"]]
+
+
+def model_of(family: str, dtype: torch.dtype):
+    return shared(family, dtype=dtype) if family in FAMILIES else shared_other(family, dtype)
+
+
+def counted(call, name: str) -> tuple[Any, int]:
+    """Return the result of a call, and how often it called an operator of torch."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        result = call()
+    return result, sum(event.count for event in seen.key_averages() if event.key == name)
 
 
 @pytest.fixture(params=[mistral, qwen2, gemma2, gemma3, olmo2], ids=lambda build: build.__name__)
@@ -111,14 +125,51 @@ def test_q_k_and_v_take_one_product_where_a_matrix_holds_all_three(build, saved)
     ids = tokens(model, 1, 40)
 
     def products() -> int:
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
-            native.prefill(ids, logits_to_keep=40)
-        return sum(event.count for event in seen.key_averages() if event.key == "aten::mm")
+        return counted(lambda: native.prefill(ids, logits_to_keep=40), "aten::mm")[1]
 
     with tuned(qkv_in_one_product=0):
         apart = products()
     assert apart > 0
     assert apart - products() == saved * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "glm4_moe"])
+@pytest.mark.parametrize("boundary", [1, 17])
+def test_grouped_experts_give_the_same_result(family, boundary):
+    model = model_of(family, torch.bfloat16)
+    native = pop_ext.load(model, pop_ext.Plan(model.config.num_hidden_layers, (2,)))
+    with tuned(skinny_rows=0):  # the same library for both
+        expected = results(native, boundary)
+        with tuned(grouped_experts=1):
+            actual, products = counted(lambda: results(native, boundary), "aten::_grouped_mm")
+    assert products > 0
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("qwen3_moe", torch.float32), ("gpt_oss", torch.bfloat16)], ids=["float32", "biases"]
+)
+def test_experts_that_torch_cannot_group_run_one_by_one(family, dtype):
+    native = pop_ext.load(model_of(family, dtype), "third")
+    expected = results(native, 1)
+    with tuned(grouped_experts=1):
+        actual, products = counted(lambda: results(native, 1), "aten::_grouped_mm")
+    assert products == 0
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
+
+
+def test_a_changed_grouped_product_leaves_experts_to_the_host():
+    native = pop_ext.load(shared("qwen3_moe", dtype=torch.bfloat16), "third")
+    expected = results(native, 1)
+    torch.ops.pop.set_foreign("aten::_grouped_mm", -1, "under torch 9.9: other")
+    try:
+        with tuned(grouped_experts=1):
+            actual, products = counted(lambda: results(native, 1), "aten::_grouped_mm")
+    finally:
+        torch.ops.pop.set_foreign("aten::_grouped_mm", 0, "")
+    assert products == 0
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
 
 
 def test_options_belong_to_the_thread_that_sets_them():
