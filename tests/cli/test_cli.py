@@ -182,19 +182,32 @@ def test_a_failure_is_one_line_and_status_1(folder, prompt_file, monkeypatch):
         assert result.stdout == ""
 
 
-def test_an_unsupported_architecture_points_to_the_portable_backend_if_that_runs_it(tmp_path, prompt_file):
+def test_generate_prefills_portably_where_there_is_no_native_form(tmp_path, prompt_file):
     folder = save_tiny_llama(tmp_path)
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    unsupported = {
-        "hyperclovax": transformers.HyperCLOVAXForCausalLM(transformers.HyperCLOVAXConfig(**sizes)),
-        "xlnet": transformers.XLNetLMHeadModel(transformers.XLNetConfig(n_layer=3, d_model=8, n_head=2, d_inner=8)),
-    }
-    for name, model in unsupported.items():
-        model.save_pretrained(folder)
-        result = generate(folder, prompt_file)
-        assert result.exit_code == 2
-        pointed = f'got {name}. pop_ext.enable with backend="portable" works' in result.stderr
-        assert pointed is (name == "hyperclovax")
+    torch.manual_seed(3)
+    model = transformers.HyperCLOVAXForCausalLM(transformers.HyperCLOVAXConfig(**sizes)).eval()
+    model.save_pretrained(folder)
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)(prompt_file.read_text())["input_ids"]
+    report = json.loads(generate(folder, prompt_file, "--json", "--omit", 1, "--boundary", 3).stdout)
+    assert [arm["name"] for arm in report["arms"]] == ["Hugging Face full", "POP"]
+    assert [(row["arm"], row["ceiling"]) for row in report["speedups"]] == [("POP", None)]
+    with pop_ext.enabled(model, pop_ext.Plan(3, omit=[1], boundary=3), backend="reference"):
+        [expected] = pop_ext.score(model, [tokens[:-8]], [tokens[-8:]])
+    stock, pruned = (arm["log_likelihood_per_token"] for arm in report["arms"])
+    assert pruned == pytest.approx(expected.log_likelihood / 8, abs=1e-5)
+    assert pruned != pytest.approx(stock, abs=1e-5)
+    assert "ceiling: not known" in generate(folder, prompt_file).stdout
+
+
+def test_an_architecture_that_no_backend_runs_is_named(tmp_path, prompt_file):
+    folder = save_tiny_llama(tmp_path)
+    config = transformers.XLNetConfig(n_layer=3, d_model=8, n_head=2, d_inner=8)
+    transformers.XLNetLMHeadModel(config).save_pretrained(folder)
+    result = generate(folder, prompt_file)
+    assert result.exit_code == 2
+    assert "got xlnet" in result.stderr
+    assert "portable" in result.stderr
 
 
 def test_info_says_which_backend_runs_a_model(folder, tmp_path):

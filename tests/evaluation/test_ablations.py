@@ -20,6 +20,7 @@ from pop_ext.evaluation.ablations import (
     stock_logits,
 )
 from pop_ext.evaluation.arms import POP, Arm, arm_logits
+from portable_calls import architecture
 from tolerance import assert_close_fp32
 
 PROMPT, NEW = 40, 5
@@ -114,6 +115,21 @@ def test_ablations_that_omit_nothing_equal_the_stock_model():
         for kind in ABLATIONS:
             assert_close_fp32(ablated_logits(model, kind, Plan(6, ()), context, continuation), expected, kind)
     assert all("forward" not in layer.__dict__ for layer in model.model.layers)
+
+
+@torch.no_grad()
+def test_ablations_of_layers_that_return_tuples():
+    model = architecture("falcon_h1", "FalconH1ForCausalLM")
+    context, continuation = torch.randint(3, 290, (2, PROMPT)), torch.randint(3, 290, (2, NEW))
+    ids = torch.cat([context, continuation[:, :-1]], dim=1)
+    full = stock_logits(model, ids, NEW)
+    for kind in ABLATIONS:
+        assert_close_fp32(ablated_logits(model, kind, Plan(6, ()), context, continuation), full, kind)
+    dropped = ablated_logits(model, DROPPED, Plan(6, OMIT), context, continuation)
+    layers = model.model.layers
+    model.model.layers = torch.nn.ModuleList(layer for index, layer in enumerate(layers) if index not in OMIT)
+    model.config.num_hidden_layers = len(model.model.layers)
+    assert_close_fp32(dropped, stock_logits(model, ids, NEW), "dropped")
 
 
 def test_an_unknown_ablation_is_refused_by_name():

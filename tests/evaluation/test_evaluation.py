@@ -164,7 +164,7 @@ def test_kl_is_the_divergence_from_the_full_model_over_the_continuation():
         assert pruned[index] == pytest.approx(wanted, abs=2e-5)
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", "portable", "reference"])
 def test_a_second_turn_is_prefilled_over_the_cache_of_the_first(backend, monkeypatch):
     model = shared("llama")
     monkeypatch.setattr(running, "backend_of", lambda model: backend)
@@ -259,11 +259,16 @@ def test_plans_of_other_models_are_refused_for_every_kind(kinds):
         evaluate(model, prompt_sets(model), [Plan(5, (4,))], kinds=kinds)
 
 
-def test_a_model_without_native_form_uses_the_reference():
+def test_a_model_without_native_form_runs_portably(monkeypatch):
     model = models.hyperclovax()
-    result = evaluate(model, prompt_sets(model, 2), [Plan(6, (4, 5))], kinds=["pop"], greedy_tokens=0)
-    assert result.facts["backend"] == "reference"
-    assert result.find(0, "pop 4-5 b1")["samples"]["loss"][0] > 0
+    runs = {}
+    for backend in ("portable", "reference"):
+        if backend == "reference":
+            monkeypatch.setattr(running, "backend_of", lambda model: "reference")
+        result = evaluate(model, prompt_sets(model, 2), [Plan(6, (4, 5))], kinds=["pop"], greedy_tokens=0)
+        assert result.facts["backend"] == backend
+        runs[backend] = result.find(0, "pop 4-5 b1")["samples"]["loss"]
+    assert runs["portable"] == pytest.approx(runs["reference"], abs=1e-5)
 
 
 def test_a_stopped_evaluation_resumes_where_it_stopped(tmp_path, monkeypatch):

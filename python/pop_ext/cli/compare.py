@@ -1,4 +1,7 @@
-"""Time, text and likelihood of one prompt prefilled by the stock model, natively in full, and pruned."""
+"""Time, text and likelihood of one prompt prefilled by the stock model, natively in full, and pruned.
+
+Of a model without a native form: by the stock model, and pruned portably.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from typing import Any, NamedTuple
 import torch
 
 from pop_ext import _core
+from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.compat import cache_of, with_cache
+from pop_ext.hf.enable import enabled
 from pop_ext.hf.load import load
 from pop_ext.plans.plan import Plan
 
@@ -36,7 +41,7 @@ class Arm:
     Attributes:
         name: Label in tables.
         prefill: Prefills a prompt.
-        flops: FLOPs of prefilling the prompt, by the cost model.
+        flops: FLOPs of prefilling the prompt, by the cost model; None for a model without a native form.
         seconds: Time to first token of each repeat: prefill and argmax of the last row.
         continuation: Greedy tokens after the prompt, decoded by the stock model.
         log_likelihood: Mean log-probability of the true continuation's tokens, in nats; None without a continuation.
@@ -44,7 +49,7 @@ class Arm:
 
     name: str
     prefill: Prefill
-    flops: float
+    flops: float | None
     seconds: list[float] = field(default_factory=list)
     continuation: list[int] = field(default_factory=list)
     log_likelihood: float | None = None
@@ -57,7 +62,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The three arms of one prompt, in this order: stock, native full, pruned."""
+    """The arms of one prompt, in this order: stock, native full if the model has a native form, pruned."""
 
     prompt: Prompt
     plan: Plan
@@ -67,9 +72,10 @@ class Comparison:
         """Return the measured ratio of median times to first token."""
         return self.arms[baseline].median / self.arms[arm].median
 
-    def ceiling(self, arm: int, baseline: int) -> float:
-        """Return the ratio of FLOPs, which is the speed-up from omitted work alone."""
-        return self.arms[baseline].flops / self.arms[arm].flops
+    def ceiling(self, arm: int, baseline: int) -> float | None:
+        """Return the ratio of FLOPs, which is the speed-up from omitted work alone; None where they are not known."""
+        ours, theirs = self.arms[arm].flops, self.arms[baseline].flops
+        return None if ours is None or theirs is None else theirs / ours
 
     def agreement(self, arm: int) -> int:
         """Return how many leading tokens of the greedy continuation equal those of the stock model."""
@@ -117,7 +123,7 @@ def compare(
     max_new_tokens: int,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Comparison:
-    """Run the three arms on one prompt.
+    """Run the arms on one prompt.
 
     After two warm-up rounds each of ``repeats`` rounds times every arm once, in turn. The plan is executed as given,
     whatever its ``min_tokens``.
@@ -128,10 +134,10 @@ def compare(
         plan: Plan of the pruned arm.
         repeats: Number of timed rounds.
         max_new_tokens: Number of tokens to generate greedily after the prompt.
-        progress: Called with a description before each of ``count_steps`` steps.
+        progress: Called with a description before each of ``count_steps`` steps, or fewer.
 
     Raises:
-        UnsupportedModelError: The model has no native prefill.
+        UnsupportedModelError: Neither the native nor the portable backend runs the model.
         ValueError: The plan does not fit the model.
     """
     ids = torch.tensor([prompt.context], device=model.device)
@@ -154,12 +160,16 @@ def compare(
 
 
 def count_steps(prompt: Prompt, repeats: int) -> int:
-    """Return how often ``compare`` calls ``progress``."""
+    """Return how often ``compare`` calls ``progress`` if there are three arms."""
     return 3 * (WARM_UPS + repeats + (2 if prompt.truth else 1))
 
 
 def _arms(model: Any, plan: Plan, tokens: int) -> list[Arm]:
-    full = load(model, Plan.last(plan.num_layers, count=0))
+    try:
+        full = load(model, Plan.last(plan.num_layers, count=0))
+    except UnsupportedModelError:
+        with enabled(model, plan):  # raises if neither backend runs the model
+            return [Arm(STOCK, _stock_prefill(model), None), Arm(PRUNED, _portable_prefill(model, plan), None)]
     pruned = load(model, plan)
     rows = [_core.SequenceShape(tokens, boundary=min(plan.boundary, tokens))]
     return [
@@ -173,6 +183,16 @@ def _stock_prefill(model: Any) -> Prefill:
     def prefill(ids: torch.Tensor, wanted: int) -> tuple[torch.Tensor, Any]:
         out = model(input_ids=ids, use_cache=True, logits_to_keep=wanted)
         return out.logits, cache_of(out)
+
+    return prefill
+
+
+def _portable_prefill(model: Any, plan: Plan) -> Prefill:
+    def prefill(ids: torch.Tensor, wanted: int) -> tuple[torch.Tensor, Any]:
+        boundary = min(plan.boundary - 1 + wanted, ids.shape[1])
+        executed = plan.replace(boundary=boundary, min_tokens=0)
+        with enabled(model, executed, strict=wanted < ids.shape[1], backend="portable"):
+            return _stock_prefill(model)(ids, wanted)
 
     return prefill
 

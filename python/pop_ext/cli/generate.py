@@ -1,4 +1,4 @@
-"""``pop-ext generate``: one prompt prefilled by the stock model, natively in full, and pruned."""
+"""``pop-ext generate``: one prompt prefilled by the stock model, natively in full if it can be, and pruned."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def generate(
     """Prefill one prompt three ways and compare time, text and likelihood.
 
     The three are the stock Hugging Face model, pop_ext's own prefill of all layers (native full), and the pruned
-    prefill (POP). The stock model decodes after each.
+    prefill (POP). The stock model decodes after each. A model without a native form has no native full prefill, and
+    its POP is portable.
 
     --plan, --omit or --count choose the plan, one of them at most. Default: the plan that pop_ext.enable runs (pop-ext
     info --model shows it); if that omits no layer, the preset of a model of this shape (pop-ext info lists presets),
@@ -72,8 +73,9 @@ def generate(
         chosen = options.chosen_plan(loaded, plan, omit, count, boundary, measure=True)
 
         from pop_ext.cli.compare import compare, count_steps, split_prompt
+        from pop_ext.methods.calibration import longest_input
 
-        limit = getattr(loaded.config, "max_position_embeddings", None)
+        limit = longest_input(loaded)
         prompt = split_prompt(tokenizer(text)["input_ids"], continuation, prompt_tokens, limit, max_new_tokens)
         with ProgressBar("comparing", count_steps(prompt, repeats), quiet=as_json) as bar:
 
@@ -101,14 +103,14 @@ def _generate_report(name: str, prompt_file: str, model: Any, tokenizer: Any, re
                     "max": 1e3 * max(arm.seconds),
                     "all": [1e3 * seconds for seconds in arm.seconds],
                 },
-                "gflops": arm.flops / 1e9,
+                "gflops": None if arm.flops is None else arm.flops / 1e9,
                 "log_likelihood_per_token": arm.log_likelihood,
                 "continuation_ids": arm.continuation,
                 "continuation": tokenizer.decode(arm.continuation),
                 "agreement": result.agreement(index),
             }
         )
-    pairs = [(1, 0), (2, 0), (2, 1)]
+    pairs = [(arm, baseline) for arm in range(len(result.arms)) for baseline in range(arm)]
     installed = env_info.installation()
     return {
         "model": name,
@@ -181,16 +183,22 @@ def _print_arms(console: Console, report: dict[str, Any]) -> None:
     console.print(times)
     ratios = output.new_table("speed-up", "measured", "ceiling")
     for row in report["speedups"]:
-        ratios.add_row(f"{row['arm']} vs {row['baseline']}", f"{row['measured']:.2f}x", f"{row['ceiling']:.2f}x")
+        ratios.add_row(f"{row['arm']} vs {row['baseline']}", f"{row['measured']:.2f}x", _factor(row["ceiling"]))
     console.print(ratios)
     repeats = len(report["arms"][0]["ttft_ms"]["all"])
     for note in (
         f"first token: time to first token, medians of {repeats} interleaved runs.",
         "log p/token: mean log-probability of the true continuation's tokens, in nats.",
         "as stock: leading tokens of the greedy continuation that equal the stock model's.",
-        "ceiling: ratio of FLOPs, the speed-up from omitted work alone; kernels give the rest.",
+        "ceiling: ratio of FLOPs, the speed-up from omitted work alone; kernels give the rest."
+        if report["speedups"][0]["ceiling"]
+        else "ceiling: not known, since this model has no native form; POP is portable.",
     ):
         console.print(Text(note, style="dim"))
+
+
+def _factor(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
 
 
 def _milliseconds(value: float) -> str:

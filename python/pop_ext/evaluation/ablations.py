@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pop_ext.hf.restore import replaced_forward
-from pop_ext.methods.calibration import decoder_layers, output_hidden_states, stock_evaluation
+from pop_ext.methods.calibration import decoder_layers, output_hidden_states, stock_evaluation, with_hidden_states
 from pop_ext.methods.gates import last_logits
 from pop_ext.plans.plan import Plan
 
@@ -79,17 +79,22 @@ def ablated_logits(model: Any, kind: str, plan: Plan, context: Tensor, continuat
 
 
 def _skip_layer(forward: LayerForward) -> LayerForward:
-    """Return the input unchanged, for all rows."""
-    return lambda hidden_states, *_, **__: hidden_states
+    """Return the input unchanged, for all rows. The layer runs only to show the form of what it returns."""
+
+    def skip_layer(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return with_hidden_states(forward(hidden_states, *args, **kwargs), hidden_states)
+
+    return skip_layer
 
 
 def _keep_kv_only(rows: int) -> Callable[[LayerForward], LayerForward]:
     """Undo the residual update of the first ``rows``, which leaves only their K and V for later rows to attend to."""
 
     def make(forward: LayerForward) -> LayerForward:
-        def keep_kv_only(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            output = output_hidden_states(forward(hidden_states, *args, **kwargs))
-            return torch.cat([hidden_states[:, :rows], output[:, rows:]], dim=1)
+        def keep_kv_only(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            output = forward(hidden_states, *args, **kwargs)
+            kept = torch.cat([hidden_states[:, :rows], output_hidden_states(output)[:, rows:]], dim=1)
+            return with_hidden_states(output, kept)
 
         return keep_kv_only
 
@@ -100,10 +105,11 @@ def _hide_rows(rows: int) -> Callable[[LayerForward], LayerForward]:
     """Run the layer without the first ``rows``: they skip it, and no other row can attend to them in it."""
 
     def make(forward: LayerForward) -> LayerForward:
-        def hide_rows(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def hide_rows(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             inner = {name: _slice_rows(name, value, rows) for name, value in kwargs.items()}
-            output = output_hidden_states(forward(hidden_states[:, rows:], *args, **inner))
-            return torch.cat([hidden_states[:, :rows], output], dim=1)
+            output = forward(hidden_states[:, rows:], *args, **inner)
+            all_rows = torch.cat([hidden_states[:, :rows], output_hidden_states(output)], dim=1)
+            return with_hidden_states(output, all_rows)
 
         return hide_rows
 

@@ -24,7 +24,8 @@ from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.compat import with_cache
 from pop_ext.hf.enable import enabled
 from pop_ext.hf.load import load
-from pop_ext.methods.calibration import stock_evaluation
+from pop_ext.hf.portable_backend import PortableBackend
+from pop_ext.methods.calibration import stock_evaluation, stock_model
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.layer_ranges import format_layers
 
@@ -134,11 +135,16 @@ def make_arms(plans: Sequence[Plan], kinds: Sequence[str] = DEFAULT_KINDS) -> li
 
 
 def backend_of(model: Any) -> str:
-    """Return "native", or "reference" for a model without a native form."""
+    """Return "native", else "portable", or "reference" for a model that neither of them runs."""
+    full = Plan(model.config.get_text_config().num_hidden_layers, ())
     try:
-        load(model, Plan(model.config.get_text_config().num_hidden_layers, ()))
+        load(model, full)
     except UnsupportedModelError:
-        return "reference"
+        try:
+            PortableBackend(full).load(stock_model(model))
+        except ValueError:
+            return "reference"
+        return "portable"
     return "native"
 
 
@@ -178,7 +184,7 @@ def arm_logits(
         arm: The arm.
         pairs: (prompt, continuation) each.
         batch_size: Pairs per forward.
-        backend: "native" or "reference", for ``pop`` and ``pop-fitted``.
+        backend: As of ``backend_of``, for ``pop`` and ``pop-fitted``.
 
     Yields:
         (index of the pair, logits [n, vocab] for the n tokens of its continuation).

@@ -57,7 +57,7 @@ def evaluate(
 
     Args:
         model: Hugging Face causal language model with eager or sdpa attention, enabled or not. It is left unchanged.
-            Without a native form, ``pop`` runs by the reference.
+            Without a native form, ``pop`` runs portably.
         sets: Sets of prompts from ``text_sets``, ``recall_sets``, ``retrieval_sets`` and ``second_turn_sets``, at least
             one. Second turns are measured for ``full``, ``pop``, ``pop-fitted`` and ``dropped``.
         plans: Plans. Each makes an arm of every kind.
@@ -149,7 +149,7 @@ class _Prompts:
         model: Stock model.
         prompts: The set.
         batch_size: Prompts per forward.
-        backend: "native" or "reference", for arms that do not run from states.
+        backend: As of ``backend_of``, for arms that do not run from states.
         layers: First omitted layers of all arms, to run these from states of the full model; None to run each arm by
             itself.
     """

@@ -13,7 +13,8 @@ from pop_ext import reference
 from pop_ext.evaluation.ablations import DROPPED
 from pop_ext.evaluation.arms import FITTED, FULL, POP, Arm, arm_logits
 from pop_ext.evaluation.prompts import PromptSet
-from pop_ext.hf.compat import with_cache
+from pop_ext.hf.compat import cache_of, with_cache
+from pop_ext.hf.enable import enabled
 from pop_ext.hf.load import load
 from pop_ext.methods.calibration import stock_evaluation
 from pop_ext.plans.plan import Plan
@@ -37,7 +38,7 @@ def set_logits(model: Any, arm: Arm, prompts: PromptSet, batch_size: int, backen
         arm: The arm; for dialogues of one of ``SECOND_TURN_KINDS``.
         prompts: The set.
         batch_size: Prompts per forward. Dialogues run one by one where a plan prefills them.
-        backend: "native" or "reference".
+        backend: As of ``backend_of``.
 
     Yields:
         (index of the prompt, logits [n, vocab] for the n tokens of its continuation).
@@ -55,7 +56,7 @@ def set_logits(model: Any, arm: Arm, prompts: PromptSet, batch_size: int, backen
     for index, ((prompt, said), (new, value)) in enumerate(dialogues):
         _, cache = prefill(prompt[None].to(device), None, min(arm.plan.boundary, len(prompt)), 1)
         with stock_evaluation(model), torch.no_grad():
-            cache = model(input_ids=said[None].to(device), **with_cache(model, cache)).past_key_values
+            cache = cache_of(model(input_ids=said[None].to(device), **with_cache(model, cache)))
         rows = torch.cat([new, value[:-1]])[None].to(device)
         boundary = min(arm.plan.boundary - 1 + len(value), rows.shape[1])  # as in score
         logits, _ = prefill(rows, cache, boundary, len(value))
@@ -65,12 +66,22 @@ def set_logits(model: Any, arm: Arm, prompts: PromptSet, batch_size: int, backen
 def _prefill_of(model: Any, plan: Plan, backend: str) -> Prefill:
     if backend == "native":
         return partial(_native_prefill, load(model, plan))
+    if backend == "portable":
+        return partial(_portable_prefill, model, plan)
     return partial(_reference_prefill, model, plan)
 
 
 def _native_prefill(native: Any, ids: Tensor, cache: Any, boundary: int, rows: int) -> tuple[Tensor, Any]:
     out = native.prefill(ids, past_key_values=cache, boundary=boundary, logits_to_keep=rows)
     return out.logits, out.past_key_values
+
+
+def _portable_prefill(model: Any, plan: Plan, ids: Tensor, cache: Any, boundary: int, rows: int) -> tuple[Tensor, Any]:
+    past, pruned = {} if cache is None else with_cache(model, cache), rows < ids.shape[1]
+    plan = plan.replace(boundary=boundary, min_tokens=0)
+    with stock_evaluation(model), torch.no_grad(), enabled(model, plan, strict=pruned, backend="portable"):
+        out = model(input_ids=ids, use_cache=True, logits_to_keep=rows, **past)
+    return out.logits, cache_of(out)
 
 
 def _reference_prefill(model: Any, plan: Plan, ids: Tensor, cache: Any, boundary: int, rows: int) -> tuple[Tensor, Any]:

@@ -51,7 +51,7 @@ class PopLM(TemplateLM):
         omit: Layers to omit: ``22-31`` or ``8+9+11``, since a comma separates the arguments of ``--model_args``.
         count: Number of the deepest layers to omit; 0 runs all layers.
         boundary: Last rows of a context that run through all layers. None: the plan's.
-        backend: "native" or "reference".
+        backend: As in ``pop_ext.enable``.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         device: Device to load a model to. None: the CPU. The harness's command line passes ``cuda:0`` if it is given
             none; without a GPU that becomes the CPU, with a warning.
@@ -72,7 +72,7 @@ class PopLM(TemplateLM):
         omit: str | int | None = None,
         count: int | None = None,
         boundary: int | None = None,
-        backend: str = "native",
+        backend: str = "auto",
         dtype: str = "auto",
         device: str | None = None,
         batch_size: int | str = 1,

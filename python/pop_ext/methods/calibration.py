@@ -127,7 +127,7 @@ def check_vocabulary(name: str, ids: Tensor, model: Any, where: str = "", tokeni
 def longest_input(model: Any) -> int | None:
     """Return the number of positions that a model was made for; None if its config does not say."""
     limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit or None
+    return limit if limit and limit > 0 else None  # XLNet's is -1
 
 
 def count_sequences(batches: Batches) -> int | None:
@@ -148,3 +148,8 @@ def output_hidden_states(output: Any) -> Tensor:
     """Return the hidden states [batch, T, hidden_size] that a layer returned, alone or first in a tuple."""
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
+
+
+def with_hidden_states(output: Any, hidden_states: Tensor) -> Any:
+    """Return what a layer returned with other hidden states, alone or first in a tuple, as its decoder expects them."""
+    return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
