@@ -1,7 +1,8 @@
 """Train small hybrids, and measure what pruned prefills cost them: `python examples/demo_model/hybrids.py --help`.
 
 Each has 8 layers of 128 channels and is trained on the same text in the same order, then prefilled by the portable
-backend. What they cost each other is comparable, what they would cost a large model is not.
+backend. They differ in parameters and in loss, so read each against its own full depth. What pruning would cost a large
+model is another question.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 import transformers
 from pop_ext.evaluation import ablations
 from pop_ext.evaluation.results import mean_of
+from pop_ext.hf.compat import cache_of, with_cache
 from pop_ext.hf.restore import replaced_forward
 from pop_ext.methods.calibration import decoder_layers, output_hidden_states, with_hidden_states
 from torch import Tensor, nn
@@ -202,7 +204,7 @@ def run_portable(model: nn.Module, plan: pop_ext.Plan, prompt: Tensor, continuat
     """Prefill the prompt by the portable backend, then read the continuation at full depth. Return its logits."""
     with pop_ext.enabled(model, plan.replace(min_tokens=0), strict=True, backend="portable"):
         prefilled = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    rest = model(input_ids=continuation[:, :-1], past_key_values=prefilled.past_key_values).logits
+    rest = model(input_ids=continuation[:, :-1], **with_cache(model, cache_of(prefilled))).logits
     return torch.cat([prefilled.logits, rest], 1)
 
 
@@ -238,10 +240,11 @@ def measure(model: nn.Module, held_out: list[np.ndarray], count: int) -> dict[st
 def table(results: dict[str, Any]) -> list[str]:
     """Return the lines of a Markdown table: what each plan and ablation adds, in nats a token, and standard errors."""
     arms = list(next(iter(results["models"].values()))["more"])
-    lines = [f"| model | its layers | full depth | {' | '.join(arms)} |", "|---" * (3 + len(arms)) + "|"]
+    lines = [f"| model | its layers | parameters | full depth | {' | '.join(arms)} |", "|---" * (4 + len(arms)) + "|"]
     for name, found in results["models"].items():
         cells = [f"{mean['mean']:+.3f} ({mean['error']:.3f})" for mean in found["more"].values()]
-        lines.append(f"| {name} | {found['layers']} | {found['full']:.3f} | {' | '.join(cells)} |")
+        size = f"{found['parameters'] / 1e6:.2f} M"
+        lines.append(f"| {name} | {found['layers']} | {size} | {found['full']:.3f} | {' | '.join(cells)} |")
     return lines
 
 
@@ -263,8 +266,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     stream, held_out = load_texts()
-    results: dict[str, Any] = {}
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"models": {}}
+    results = found["models"]  # other models that the file holds stay
     for name in args.models:
         model = build(name)
         loss = train(model, stream, args.tokens, lambda line, name=name: print(f"{name}: {line}", flush=True))

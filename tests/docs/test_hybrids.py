@@ -42,7 +42,7 @@ def test_a_portable_prefill_and_the_oracle_agree(script, name):
 
 def test_the_page_shows_the_results(script):
     results = json.loads((RESULTS / "hybrids.json").read_text())
-    assert tuple(results["models"]) == NAMES == tuple(script["MODELS"])
+    assert set(results["models"]) <= set(NAMES) == set(script["MODELS"])
     page = (RESULTS / "hybrids.md").read_text()
     for line in script["table"](results):
         assert line in page

@@ -5,6 +5,7 @@ Of a model without a native form: by the stock model, and pruned portably.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import torch
 from pop_ext import _core
 from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.compat import cache_of, with_cache
-from pop_ext.hf.enable import enabled
+from pop_ext.hf.enable import enable, enabled
 from pop_ext.hf.load import load
 from pop_ext.plans.plan import Plan
 
@@ -188,11 +189,15 @@ def _stock_prefill(model: Any) -> Prefill:
 
 
 def _portable_prefill(model: Any, plan: Plan) -> Prefill:
+    views: dict[int, Any] = {}  # by boundary: copies that share modules and weights, enabled outside of what is timed
+
     def prefill(ids: torch.Tensor, wanted: int) -> tuple[torch.Tensor, Any]:
         boundary = min(plan.boundary - 1 + wanted, ids.shape[1])
-        executed = plan.replace(boundary=boundary, min_tokens=0)
-        with enabled(model, executed, strict=wanted < ids.shape[1], backend="portable"):
-            return _stock_prefill(model)(ids, wanted)
+        if boundary not in views:
+            views[boundary] = copy.copy(model)
+            executed = plan.replace(boundary=boundary, min_tokens=0)
+            enable(views[boundary], executed, strict=wanted < ids.shape[1], backend="portable")
+        return _stock_prefill(views[boundary])(ids, wanted)
 
     return prefill
 

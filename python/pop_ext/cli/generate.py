@@ -147,7 +147,7 @@ def _print_generate(report: dict[str, Any]) -> None:
         f"{report['model']}: {report['dtype']} on {report['device']} ({kernels})",
         f"prompt: the first {report['prompt_tokens']} tokens of {report['prompt_file']}",
         f"POP omits {len(plan['omit'])} of {plan['num_layers']} layers for all tokens of the prompt but the last "
-        f"{plan['boundary']}",
+        f"{min(plan['boundary'], report['prompt_tokens'])}",
         f"plan: {report['plan_choice']['reason']}",
     ]
     if report["plan_choice"]["unmeasured"]:

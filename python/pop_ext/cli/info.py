@@ -56,7 +56,7 @@ def _summary(model: Any, plan: Plan) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: None does.
     """
-    from pop_ext.hf.architectures import UnsupportedModelError
+    from pop_ext.hf.architectures import PORTABLE_ADVICE, UnsupportedModelError
     from pop_ext.hf.load import load
     from pop_ext.hf.portable_backend import PortableBackend
 
@@ -69,7 +69,7 @@ def _summary(model: Any, plan: Plan) -> dict[str, Any]:
             raise error from None
         return {
             "backend": "portable",
-            "not_native": str(error),
+            "not_native": str(error).removesuffix(f". {PORTABLE_ADVICE}"),
             "architecture": model.config.model_type,
             "dtype": str(model.dtype).removeprefix("torch."),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),

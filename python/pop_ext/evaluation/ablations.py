@@ -8,8 +8,8 @@ an independent implementation.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from pop_ext.hf.restore import replaced_forward
 from pop_ext.methods.calibration import decoder_layers, output_hidden_states, stock_evaluation, with_hidden_states
 from pop_ext.methods.gates import last_logits
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.tensors import is_out_of_memory
 
 NO_KV, NO_BOUNDARY, DROPPED = "no-kv", "no-boundary", "dropped"
 ABLATIONS = (NO_KV, NO_BOUNDARY, DROPPED)
@@ -70,9 +71,23 @@ def ablated_logits(model: Any, kind: str, plan: Plan, context: Tensor, continuat
     ids = torch.cat([context, continuation[:, :-1]], dim=1)
     layers = decoder_layers(model)
     with stock_evaluation(model), torch.no_grad(), ExitStack() as stack:
+        if kind == NO_KV:
+            stack.enter_context(_errors_of_cut_layers())
         for index in plan.omit:
             stack.enter_context(replaced_forward(layers[index], make(layers[index].forward)))
         return last_logits(model, ids, continuation.shape[1])
+
+
+@contextmanager
+def _errors_of_cut_layers() -> Iterator[None]:
+    """Name the ablation in what a layer raises that cannot run on its last rows alone, such as one with ALiBi."""
+    try:
+        yield
+    except (AttributeError, IndexError, RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"kinds: expected none of no-kv for this model, whose layers need all rows, got {error}"
+        raise ValueError(reason) from error
 
 
 # Each of these takes the number of context rows, or nothing, and wraps the forward of an omitted layer.
@@ -93,7 +108,7 @@ def _keep_kv_only(rows: int) -> Callable[[LayerForward], LayerForward]:
     def make(forward: LayerForward) -> LayerForward:
         def keep_kv_only(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             output = forward(hidden_states, *args, **kwargs)
-            kept = torch.cat([hidden_states[:, :rows], output_hidden_states(output)[:, rows:]], dim=1)
+            kept = torch.cat([hidden_states[..., :rows, :], output_hidden_states(output)[..., rows:, :]], dim=-2)
             return with_hidden_states(output, kept)
 
         return keep_kv_only
@@ -107,8 +122,8 @@ def _hide_rows(rows: int) -> Callable[[LayerForward], LayerForward]:
     def make(forward: LayerForward) -> LayerForward:
         def hide_rows(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             inner = {name: _slice_rows(name, value, rows) for name, value in kwargs.items()}
-            output = forward(hidden_states[:, rows:], *args, **inner)
-            all_rows = torch.cat([hidden_states[:, :rows], output_hidden_states(output)], dim=1)
+            output = forward(hidden_states[..., rows:, :], *args, **inner)
+            all_rows = torch.cat([hidden_states[..., :rows, :], output_hidden_states(output)], dim=-2)
             return with_hidden_states(output, all_rows)
 
         return hide_rows

@@ -24,6 +24,7 @@ from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.compat import with_cache
 from pop_ext.hf.enable import enabled
 from pop_ext.hf.load import load
+from pop_ext.hf.modules import input_device
 from pop_ext.hf.portable_backend import PortableBackend
 from pop_ext.methods.calibration import stock_evaluation, stock_model
 from pop_ext.plans.plan import Plan
@@ -136,12 +137,14 @@ def make_arms(plans: Sequence[Plan], kinds: Sequence[str] = DEFAULT_KINDS) -> li
 
 def backend_of(model: Any) -> str:
     """Return "native", else "portable", or "reference" for a model that neither of them runs."""
+    model = stock_model(model)
     full = Plan(model.config.get_text_config().num_hidden_layers, ())
     try:
         load(model, full)
     except UnsupportedModelError:
         try:
-            PortableBackend(full).load(stock_model(model))
+            with stock_evaluation(model):  # in training mode nothing is tried
+                PortableBackend(full).load(model)
         except ValueError:
             return "reference"
         return "portable"
@@ -191,11 +194,11 @@ def arm_logits(
     """
     if arm.kind in (POP, FITTED):
         contexts, continuations = [context for context, _ in pairs], [continuation for _, continuation in pairs]
-        with enabled(model, arm.plan, backend=backend):
+        with stock_evaluation(model), enabled(model, arm.plan, backend=backend):
             for index, (rows, _) in enumerate(continuation_logits(model, contexts, continuations, batch_size)):
                 yield index, rows
         return
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     native = load(model, arm.plan, fp8=True) if arm.fp8 else None
     for group in group_by_shape(pairs, batch_size):
         context = torch.stack([pairs[index][0] for index in group]).to(device)

@@ -21,7 +21,7 @@ from pop_ext.evaluation.results import SCHEMA, Evaluation
 from pop_ext.evaluation.states import FullStates
 from pop_ext.evaluation.turns import SECOND_TURN_KINDS, set_logits
 from pop_ext.hf.loaded import check_option_supported
-from pop_ext.hf.modules import find_decoder_modules, rope_follows_length
+from pop_ext.hf.modules import find_decoder_modules, input_device, rope_follows_length
 from pop_ext.hf.native_model import check_plan
 from pop_ext.hf.weight_map import describe
 from pop_ext.methods.calibration import check_vocabulary, stock_evaluation, stock_model
@@ -90,6 +90,11 @@ def evaluate(
     arms = make_arms(plans, kinds)
     for plan in plans:  # ablations are plain PyTorch, which would accept any plan
         check_plan(plan, model.config.get_text_config().num_hidden_layers, model.config)
+    if reuse_states:
+        try:
+            find_decoder_modules(model)
+        except ValueError as error:
+            raise ValueError(f"reuse_states: expected a model that the oracle runs, got {error}") from error
     backend = "reference" if reuse_states else backend_of(model)
     if any(arm.fp8 for arm in arms):
         check_option_supported("fp8", describe(model))  # fail now rather than after hours of other arms
@@ -161,11 +166,13 @@ class _Prompts:
         self.backend, self.layers = backend, layers
         self._states: FullStates | None = None
 
+    def _turns_run_apart(self) -> bool:
+        """Return whether a first turn has other states in a call of its own, because RoPE follows the length."""
+        return bool(self.prompts.first_turns) and rope_follows_length(find_decoder_modules(self.model).rotary)
+
     def logits(self, arm: Arm) -> Iterator[tuple[int, Tensor]]:
         """Yield the index of each prompt and the logits [n, vocab] of its continuation, in any order."""
-        # Where RoPE follows the length, the first turn of a dialogue has other states in a call of its own.
-        apart = self.prompts.first_turns and rope_follows_length(find_decoder_modules(self.model).rotary)
-        if self.layers is None or apart or arm.kind not in (FULL, POP, FITTED):
+        if self.layers is None or arm.kind not in (FULL, POP, FITTED) or self._turns_run_apart():
             backend = "native" if arm.kind == FULL else self.backend
             yield from set_logits(self.model, arm, self.prompts, self.batch_size, backend)
             return
@@ -183,7 +190,7 @@ class _Prompts:
 def _greedy(model: Any, prompts: PromptSet, tokens: int) -> PromptSet:
     """Return the prompts with the full model's greedy continuations, each up to its end-of-sequence token."""
     found = []
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     with stock_evaluation(model), torch.no_grad(), _plain_generation(model):
         for context, _ in prompts.pairs:
             ids = context[None].to(device)

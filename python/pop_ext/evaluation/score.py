@@ -14,7 +14,7 @@ from pop_ext.hf.dispatch import Backend
 from pop_ext.hf.enable import require_enabled
 from pop_ext.hf.forward import PrefillForward
 from pop_ext.hf.inputs import make_request
-from pop_ext.hf.modules import find_decoder_modules, rope_follows_length
+from pop_ext.hf.modules import find_decoder_modules, input_device, rope_follows_length
 from pop_ext.hf.native_backend import NativeBackend
 from pop_ext.hf.native_model import NativeModel
 from pop_ext.hf.portable_backend import PortableBackend
@@ -103,7 +103,7 @@ def continuation_logits(
         boundary = [
             min(forward.plan.boundary - 1 + count, len(ids)) for count, ids in zip(num_logits, inputs, strict=True)
         ]
-        device = inner.get_input_embeddings().weight.device
+        device = input_device(inner)
         ids = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True).to(device)
         columns = torch.arange(ids.shape[1], device="cpu")
         mask = (columns[None] < torch.tensor([len(row) for row in inputs], device="cpu")[:, None]).long().to(device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pop_ext.evaluation.ablations import group_by_shape
 from pop_ext.evaluation.prompts import Pair
-from pop_ext.hf.modules import find_decoder_modules
+from pop_ext.hf.modules import find_decoder_modules, input_device
 from pop_ext.methods.calibration import stock_evaluation
 from pop_ext.methods.student import FINAL, Example, Student, recorded_states
 from pop_ext.plans.plan import Plan
@@ -67,7 +67,7 @@ class FullStates:
         first_turns: Sequence[Pair] = (),
     ) -> None:
         self.model, self.pairs, self._parts = model, pairs, find_decoder_modules(model)
-        self._groups, device = [], model.get_input_embeddings().weight.device
+        self._groups, device = [], input_device(model)
         turns: list[tuple[Tensor, ...]] = list(pairs)
         if first_turns:
             turns = [(*first, *pair) for first, pair in zip(first_turns, pairs, strict=True)]

@@ -15,6 +15,7 @@ from pop_ext import _core
 from pop_ext.evaluation.arms import FITTED, FULL, POP, Arm, make_arms
 from pop_ext.hf.enable import enabled
 from pop_ext.hf.load import load
+from pop_ext.hf.modules import input_device
 from pop_ext.methods.calibration import stock_evaluation, stock_model
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.progress import Progress, reporting
@@ -84,7 +85,7 @@ def time_plans(
     for _, plan in timed:
         if _weights_of(plan) not in natives:
             natives[_weights_of(plan)] = load(model, plan)
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     found = []
     with (
         stock_evaluation(model),
@@ -128,9 +129,9 @@ def portable_speedup(model: Any, plan: Plan, tokens: int, *, repeats: int = 7) -
         UnsupportedModelError: The portable backend does not run the model. It is a ValueError.
     """
     model = stock_model(model)
-    weight, plan = model.get_input_embeddings().weight, plan.replace(min_tokens=0)
+    vocabulary, plan = model.get_input_embeddings().weight.shape[0], plan.replace(min_tokens=0)
     generator = torch.Generator("cpu").manual_seed(0)
-    ids = torch.randint(0, weight.shape[0], (1, tokens), generator=generator, device="cpu").to(weight.device)
+    ids = torch.randint(0, vocabulary, (1, tokens), generator=generator, device="cpu").to(input_device(model))
     call, ratios = partial(_stock, model, ids), []
     with torch.no_grad():
         for _ in range(WARM_UPS + repeats):

@@ -16,6 +16,7 @@ from pop_ext.evaluation.prompts import PromptSet
 from pop_ext.hf.compat import cache_of, with_cache
 from pop_ext.hf.enable import enabled
 from pop_ext.hf.load import load
+from pop_ext.hf.modules import input_device
 from pop_ext.methods.calibration import stock_evaluation
 from pop_ext.plans.plan import Plan
 
@@ -52,7 +53,7 @@ def set_logits(model: Any, arm: Arm, prompts: PromptSet, batch_size: int, backen
         yield from arm_logits(model, arm, pairs, batch_size, backend)
         return
     prefill = _prefill_of(model, arm.plan, backend)
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     for index, ((prompt, said), (new, value)) in enumerate(dialogues):
         _, cache = prefill(prompt[None].to(device), None, min(arm.plan.boundary, len(prompt)), 1)
         with stock_evaluation(model), torch.no_grad():

@@ -106,6 +106,14 @@ def uncompiled(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
+def unwrapped(model: Any) -> Any:
+    """Return the model inside the wrappers of ``torch.compile`` and PEFT, which call its ``forward``."""
+    inner = uncompiled(model)
+    if type(inner).__module__.startswith("peft.") and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    return inner
+
+
 def text_config(model: nn.Module) -> Any:
     """Return the config of the language model, which may be nested in a multimodal config; None without a config."""
     config: Any = getattr(model, "config", None)

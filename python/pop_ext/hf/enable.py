@@ -18,7 +18,7 @@ from torch import nn
 from pop_ext.hf import speculative_launch
 from pop_ext.hf.architectures import PORTABLE_ADVICE, UnsupportedModelError
 from pop_ext.hf.choice import plan_for
-from pop_ext.hf.compat import check_module, text_config, uncompiled
+from pop_ext.hf.compat import check_module, text_config, unwrapped
 from pop_ext.hf.decision import Decision
 from pop_ext.hf.dispatch import Backend
 from pop_ext.hf.forward import PrefillForward, find_prefill_forward
@@ -35,14 +35,6 @@ Model = TypeVar("Model", bound=nn.Module)
 _installed: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 """Model -> weak reference to the ``PrefillForward`` that ``enable`` put on it last."""
 _BACKENDS = ("auto", "native", "portable", "reference")
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers of ``torch.compile`` and PEFT, which call its ``forward``."""
-    inner: Any = uncompiled(model)
-    if type(inner).__module__.startswith("peft.") and hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    return inner
 
 
 def _hidden(model: nn.Module) -> PrefillForward | None:
@@ -118,7 +110,7 @@ def enable(
     for name, value in {"fp8": fp8, "prepack": prepack}.items():
         if value and backend not in ("auto", "native"):
             raise ValueError(f'{name}: expected False with backend="{backend}", which calls the model, got True')
-    inner = _unwrap(model)
+    inner = unwrapped(model)
     if text_config(inner) is None:
         raise TypeError(f"model: expected a Hugging Face model with a config, got {type(inner).__name__}")
     _check_hooks(inner)
@@ -184,7 +176,7 @@ def disable(model: Model) -> Model:
         RuntimeError: As for ``enable``.
     """
     check_module(model)
-    inner = _unwrap(model)
+    inner = unwrapped(model)
     forward = find_prefill_forward(inner)
     if forward is None:
         _switch_off_hidden(inner)
@@ -210,7 +202,7 @@ def enabled(
     Arguments and errors are those of ``enable``.
     """
     check_module(model)
-    inner = _unwrap(model)
+    inner = unwrapped(model)
     forward = find_prefill_forward(inner) or _hidden(inner)
     before = inner.__dict__.get(forward_attribute(inner))
     state = {} if forward is None or forward is before else dict(vars(forward))
@@ -248,7 +240,7 @@ def explain(model: nn.Module, *args: Any, **call: Any) -> Decision:
         ValueError: The model is not enabled.
         TypeError: ``forward`` does not take these arguments.
     """
-    forward, inner = require_enabled(model), _unwrap(model)
+    forward, inner = require_enabled(model), unwrapped(model)
     return forward.explain_inside(inner.__dict__[forward_attribute(inner)], args, call)
 
 
@@ -282,7 +274,7 @@ def stats(model: nn.Module) -> dict[str, int]:
 def require_enabled(model: nn.Module) -> PrefillForward:
     """Return the ``PrefillForward`` of an enabled model; raise ValueError if the model is not enabled."""
     check_module(model)
-    forward = find_prefill_forward(_unwrap(model))
+    forward = find_prefill_forward(unwrapped(model))
     if forward is None or not forward.enabled:
         raise ValueError("model: expected an enabled model (pop_ext.enable), got one that is not")
     return forward

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from pop_ext.hf.compat import check_module, text_config
 
 Module = Any
@@ -101,3 +103,12 @@ def rope_follows_length(rotary: Module) -> bool:
     """Return whether RoPE frequencies depend on the longest sequence of a call ("dynamic", "longrope")."""
     kinds = getattr(rotary, "rope_type", None)
     return not {"dynamic", "longrope"}.isdisjoint(kinds.values() if isinstance(kinds, dict) else [kinds])
+
+
+def input_device(model: Module) -> torch.device:
+    """Return the device that ids go to: that of the embeddings, or where accelerate runs them if it offloads them."""
+    embeddings: Any = model.get_input_embeddings()
+    device: torch.device = embeddings.weight.device
+    hook = getattr(embeddings, "_hf_hook", None)
+    execution = getattr(hook, "execution_device", None)
+    return device if device.type != "meta" or execution is None else torch.device(execution)

@@ -23,7 +23,7 @@ from pop_ext.hf.patches import (
     is_patched_class,
     unsupported_attention,
 )
-from pop_ext.hf.restore import cache_restored_on_error
+from pop_ext.hf.restore import cache_restored_on_error, evaluation_mode
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.projections import FitMismatch, check_fit
 from pop_ext.portable import Decoder, Rows, find_decoder, run_forward, try_portable
@@ -110,7 +110,7 @@ class PortableBackend:
     def packed_logits(
         self, model: nn.Module, input_ids: torch.Tensor, boundary: list[int], num_logits: list[int]
     ) -> torch.Tensor:
-        """Prefill sequences of one length, each with its own number of logits, without a cache from before.
+        """Prefill sequences of one length, each with its own number of logits, in evaluation mode, without a past.
 
         Args:
             model: an enabled model.
@@ -124,6 +124,12 @@ class PortableBackend:
         Raises:
             ValueError: Something declines every prefill of the model, such as hooks on its layers.
         """
+        with evaluation_mode(model):
+            return self._packed_logits(model, input_ids, boundary, num_logits)
+
+    def _packed_logits(
+        self, model: nn.Module, input_ids: torch.Tensor, boundary: list[int], num_logits: list[int]
+    ) -> torch.Tensor:
         try:
             decoder = self._runnable(model)
         except Decline as decline:

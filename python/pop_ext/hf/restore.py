@@ -180,3 +180,15 @@ def shallow_clone(module: nn.Module, **children: nn.Module) -> Any:
     if children:
         clone.__dict__["_modules"] = {**module._modules, **children}
     return clone
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Run the block in evaluation mode, then give each module back the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -208,7 +208,14 @@ def _check_model(model: Any, method: str, highest: int) -> None:
     Raises:
         ValueError: It does not, or it cannot. The text names what does.
     """
-    parts, depth = find_decoder_modules(model), model.config.get_text_config().num_hidden_layers
+    try:
+        parts = find_decoder_modules(model)
+    except ValueError as error:
+        raise ValueError(
+            f"model: expected one that the oracle, which judges a budget of quality, runs; {error}. --count or "
+            "--omit choose layers without one"
+        ) from error
+    depth = model.config.get_text_config().num_hidden_layers
     if method != UNFITTED:
         check_norms(parts.layers, model.config.get_text_config().hidden_size)
     ids = torch.zeros(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device)

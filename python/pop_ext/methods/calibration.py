@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pop_ext.hf.compat import uncompiled
+from pop_ext.hf.compat import unwrapped
 from pop_ext.hf.forward import find_prefill_forward
+from pop_ext.hf.restore import evaluation_mode
 from pop_ext.utils.forks import check_threads
 from pop_ext.utils.tensors import check_dense, resolved, unusual_kind
 
@@ -19,13 +20,13 @@ Batches = Iterable[Tensor]
 
 
 def stock_model(model: Any) -> Any:
-    """Return the Hugging Face model, unwrapped from ``torch.compile``.
+    """Return the Hugging Face model, unwrapped from ``torch.compile`` and PEFT.
 
     Raises:
         TypeError: ``model`` is not a module with a config.
         RuntimeError: It is on the CPU, and the process was forked from one with OpenMP threads (``check_threads``).
     """
-    inner = uncompiled(model)
+    inner = unwrapped(model)
     if not isinstance(inner, nn.Module) or not hasattr(inner, "config"):
         raise TypeError(f"model: expected a Hugging Face causal language model, got {type(inner).__name__}")
     if next((parameter.device.type for parameter in inner.parameters()), "cpu") == "cpu":
@@ -62,18 +63,14 @@ def stock_evaluation(model: nn.Module) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
             raise ValueError(f"model: expected parameters made outside inference mode, got {name} made within")
-    training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     forward = find_prefill_forward(model)
     try:
-        model.eval()
         for parameter in trainable:
             parameter.requires_grad_(False)
-        with nullcontext() if forward is None else forward.stock_inside():
+        with evaluation_mode(model), nullcontext() if forward is None else forward.stock_inside():
             yield
     finally:
-        for module in training:
-            module.training = True
         for parameter in trainable:
             parameter.requires_grad_(True)
 

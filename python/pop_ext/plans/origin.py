@@ -123,10 +123,26 @@ def weights_hash(model: Any) -> str:
     saved = model.state_dict().keys()
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)  # quantised weights are some
     for name, tensor in (*model.named_parameters(), *buffers):
-        some = spread_values(tensor.detach(), min(8, tensor.numel())).to(torch.bfloat16).float()
+        values = tensor.detach() if tensor.device.type != "meta" else _offloaded(model, name)
+        some = spread_values(values, min(8, values.numel())).to(torch.bfloat16).float()
         some[some.abs() < 2**-16] = 0.0  # not -0.0, whose bytes differ
         found.update(f"{name} {tuple(tensor.shape)}".encode() + some.numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def _offloaded(model: Any, name: str) -> torch.Tensor:
+    """Return a weight that a hook of accelerate holds while the model has none.
+
+    Raises:
+        ValueError: No hook holds it.
+    """
+    parent, _, own = name.rpartition(".")
+    hook = getattr(model.get_submodule(parent), "_hf_hook", None)
+    for each in (hook, *getattr(hook, "hooks", ())):  # several are one SequentialHook
+        weights = getattr(each, "weights_map", None)
+        if weights is not None:
+            return torch.as_tensor(weights[own])
+    raise ValueError(f"weight {name}: expected one with values, got one on the meta device")
 
 
 def check_weights_hash(known: str | None, model: Any, name: str) -> None:
@@ -165,12 +181,20 @@ def config_hash(config: Any) -> str:
     """
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    facts = {name: getattr(config, name, None) for name in _HASHED}
+    facts = {name: _value(config, name) for name in _HASHED}
     # Some configs leave out head_dim and num_key_value_heads until a model is built; fill in what they default to.
     if facts["head_dim"] is None and facts["num_attention_heads"]:
         facts["head_dim"] = facts["hidden_size"] // facts["num_attention_heads"]
     facts["num_key_value_heads"] = facts["num_key_value_heads"] or facts["num_attention_heads"]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _value(config: Any, name: str) -> Any:
+    """Return a member of a config, a list where layers differ in it, or None."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # of transformers for Gemma 4, whose layers differ
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
 
 
 def check_origin(origin: Origin | None, config: Any, name: str) -> None:

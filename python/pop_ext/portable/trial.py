@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pop_ext.hf.compat import cache_of, parameters_of, text_config, with_cache
-from pop_ext.hf.modules import Module
+from pop_ext.hf.modules import Module, input_device
 from pop_ext.hf.restore import module_restored
 from pop_ext.plans.plan import Plan
 from pop_ext.portable.arguments import bind
@@ -165,7 +165,7 @@ def trial_prompt(model: Module) -> Tensor:
                 special |= {number for number in values if isinstance(number, int)}
     ids = [token for token in range(min(3, config.vocab_size), config.vocab_size) if token not in special]
     ids = (ids[:: max(1, min(5, len(ids) // TOKENS))] or [0]) * TOKENS
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     # Where accelerate has offloaded the embedding, its hook takes ids from anywhere.
     return torch.tensor([ids[:TOKENS]], device="cpu" if device.type == "meta" else device)
 
