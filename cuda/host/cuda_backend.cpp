@@ -34,7 +34,7 @@ struct Options {
   std::atomic<int64_t> skinny_rows{8};        // products of up to so many rows run in cuda/skinny_gemm.cu
   std::atomic<int64_t> library_attention{1};  // 0: all attention runs in cuda/attention.cu
   std::atomic<int64_t> early_launch{0};       // kernels start before the previous ones have ended (cuda/launch.cuh)
-  std::atomic<int64_t> fused{0};              // runs are projected by cuda/kv_project_sm90.cu if it supports them
+  std::atomic<int64_t> fused{0};  // 1, 2: runs are projected by cuda/kv_project_sm90.cu if it supports them
   std::atomic<int64_t> kv_project_kib{0};     // KiB of a run's [k | v] per product, at least one layer; 0: all layers
 };
 
@@ -164,10 +164,28 @@ size_t CudaBackend::kv_project_workspace(DType dtype, int64_t rows, int64_t hidd
   return kv_project_bytes(dtype, kv_project_rows(dtype, rows, layers * 2 * kv_dim), hidden_size, layers, kv_dim);
 }
 
+// In a prefill the pass that adds the pending update computes rstd. Where no pass has, the kernel sums the squares
+// itself, or, with fused_kv_project = 2, gets rstd from a pass of its own, like the library's product.
+void CudaBackend::fused_kv_project(KvProjectParams p) {
+  if (options().fused == 2 && p.rstd == nullptr) {
+    auto* rstd = static_cast<float*>(p.workspace);  // free: only the library's product uses it
+    rms_norm({.dtype = p.dtype,
+              .rows = p.rows,
+              .width = p.hidden_size,
+              .x = const_cast<void*>(p.x),  // only read: there is no delta
+              .x_stride = p.x_stride,
+              .eps = p.eps,
+              .out = nullptr,
+              .out_stride = p.hidden_size,
+              .rstd = rstd});
+    p.rstd = rstd;
+  }
+  cuda::launch_kv_project_sm90(p, stream_);
+}
+
 void CudaBackend::kv_project(const KvProjectParams& p) {
   if (options().fused != 0 && p.rows > options().skinny_rows && cuda::kv_project_sm90_supports(p)) {
-    cuda::launch_kv_project_sm90(p, stream_);
-    return;
+    return fused_kv_project(p);
   }
   const int64_t columns = p.layers * 2 * p.kv_heads * p.head_dim;
   const KvProjectChunks chunks{.rows = std::max<int64_t>(1, kv_project_rows(p.dtype, p.rows, columns)),

@@ -49,6 +49,7 @@ class CudaBackend final : public Backend {
 
  private:
   void library_gemm(const GemmParams&);
+  void fused_kv_project(KvProjectParams);
   void write_kv(const KvProjectParams&, const void* kv);
   void own_attention(const AttentionParams&, const std::vector<Segment>& segments);
 
