@@ -294,14 +294,14 @@ WAIT = "  wait_for_kernels_in_front();\n  let_kernel_behind_start();\n"
 MUTATIONS = {
     "a read before the wait": (
         "gated_act.cu",
-        rf"({re.escape(WAIT)})(.*?)  if \(i >= p.width\) return;\n(.*?\+ at, gate\);\n)",
-        r"\2\3\1",
+        rf"({re.escape(WAIT)})(.*?)(  float out\[)",
+        r"\2\1\3",
         "expected 0 loads before the wait, got ",
     ),
     "an exit before the wait": (
         "gated_act.cu",
-        rf"({re.escape(WAIT)})(.*?return;\n)",
-        r"\2\1",
+        rf"({re.escape(WAIT)})",
+        r"  if (threadIdx.x >= p.width) return;\n\1",
         "may exit before the wait",
     ),
 }
