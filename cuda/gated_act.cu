@@ -32,8 +32,9 @@ __device__ __forceinline__ void add_bias(float (&value)[count], const void* bias
   for (int e = 0; e < count; ++e) value[e] += offset[e];
 }
 
-// kPieces pieces of `count` adjacent elements per thread, 1 where channels are p.step apart. Block (row, part): pieces of
-// one part are blockDim.x apart, so that the accesses of a warp are adjacent. All loads are issued before the first use.
+// kPieces pieces of `count` adjacent elements per thread, 1 where channels are p.step apart. Block (row, part): pieces
+// of one part are blockDim.x apart, so that the accesses of a warp are adjacent. All loads are issued before the first
+// use.
 template <class T, int count, Activation activation>
 __global__ void __launch_bounds__(kMaxThreads) gated_act_kernel(const GatedActParams p) {
   wait_for_kernels_in_front();

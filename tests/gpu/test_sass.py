@@ -320,3 +320,16 @@ def test_a_fault_planted_in_a_kernel_of_ours_is_found(tmp_path, file, pattern, r
     assert failed > 0
     failures = [line for line in lines if line.startswith("FAILED")]
     assert [line for line in failures if reason not in line] == []
+
+
+@needs_nvcc
+def test_the_epilogue_of_the_fused_projection_issues_its_loads_before_its_stores(tmp_path):
+    cuda_tools.compile_kernels(ROOT / "cuda" / "kv_project_sm90.cu", tmp_path / "kernel.fatbin", ["90a"])
+    functions = list(parse(cuda_tools.disassemble(tmp_path / "kernel.fatbin")))
+    assert len(functions) == 3
+    for function in functions:
+        operations = [instruction.base for instruction in function.code]
+        stores = [instruction for instruction in function.code if instruction.base == "STG"]
+        assert len(stores) == 16  # of 16 bytes, 8 for each of the two rows of a thread
+        assert all(store.operation == "STG.E.128" for store in stores)
+        assert "LDG" not in operations[operations.index("STG") :]
