@@ -169,7 +169,9 @@ def kernel_rows(native: NativeModel, operands: Operands) -> list[Row]:
     rows.append(_boundary_row(native, run, tokens, 1))
     if on_gpu:
         rows.append(_boundary_row(native, run, tokens, 1, early_launch=1))
-        rows += [_boundary_row(native, run, tokens, count) for count in (8, 64)]
+        for count in (8, 16, 64):
+            rows.append(_boundary_row(native, run, tokens, count))
+            rows.append(_boundary_row(native, run, tokens, count, skinny_mma_rows=64))
     return rows
 
 

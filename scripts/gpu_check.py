@@ -69,7 +69,14 @@ TIMED_OUT = 124
 DRY_PATIENCE = 4  # factor of the limits in a dry run, whose machine may be slow
 GRACE = 5  # seconds between asking a command to stop and killing it
 TOOLKIT = "/usr/local/cuda/bin"
-RACY = ("attention of boundary rows", "attention of many rows", "rms_norm", "skinny_gemm", "kv_project_sm90")
+RACY = (
+    "attention of boundary rows",
+    "attention of many rows",
+    "rms_norm",
+    "skinny_gemm",
+    "skinny_mma",
+    "kv_project_sm90",
+)
 """The kernel checks whose kernels use shared memory."""
 
 

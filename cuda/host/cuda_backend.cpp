@@ -32,6 +32,7 @@ constexpr int64_t kFewRows = 64;
 // Settings of torch.ops.pop.tune, for measuring (docs/ops.md).
 struct Options {
   std::atomic<int64_t> skinny_rows{8};        // products of up to so many rows run in cuda/skinny_gemm.cu
+  std::atomic<int64_t> skinny_mma_rows{0};    // products of 2 to so many rows of 16 bits run in cuda/skinny_mma.cu
   std::atomic<int64_t> library_attention{1};  // 0: all attention runs in cuda/attention.cu
   std::atomic<int64_t> early_launch{0};       // kernels start before the previous ones have ended (cuda/launch.cuh)
   std::atomic<int64_t> fused{0};  // 1, 2: runs are projected by cuda/kv_project_sm90.cu if it supports them
@@ -47,13 +48,16 @@ Options& options() {
 
 int64_t CudaBackend::tune(const std::string& option, int64_t value) {
   if (option == "skinny_rows") return options().skinny_rows.exchange(std::clamp<int64_t>(value, 0, cuda::kSkinnyRows));
+  if (option == "skinny_mma_rows") {
+    return options().skinny_mma_rows.exchange(std::clamp<int64_t>(value, 0, cuda::kSkinnyRows));
+  }
   if (option == "library_attention") return options().library_attention.exchange(value);
   if (option == "sdpa_rows") return set_sdpa_rows(value);
   if (option == "early_launch") return options().early_launch.exchange(value);
   if (option == "fused_kv_project") return options().fused.exchange(value);
   if (option == "kv_project_kib") return options().kv_project_kib.exchange(std::clamp<int64_t>(value, 0, 1 << 20));
   throw std::runtime_error(
-      "pop::tune: option: expected gemm_blocks, skinny_rows, library_attention, sdpa_rows, "
+      "pop::tune: option: expected gemm_blocks, skinny_rows, skinny_mma_rows, library_attention, sdpa_rows, "
       "early_launch, fused_kv_project or kv_project_kib, got " +
       shortened(option));
 }
@@ -115,9 +119,15 @@ std::string CudaBackend::fp8_missing(DType dtype) const {
 }
 
 void CudaBackend::gemm(const GemmParams* products, int64_t count) {
+  enum class Kernel { library, skinny_gemm, skinny_mma };
+  const auto kernel_of = [](const GemmParams& p) {
+    if (p.a_scale != nullptr || p.w_transposed) return Kernel::library;
+    if (p.m >= 2 && p.m <= options().skinny_mma_rows && cuda::skinny_mma_fits(p)) return Kernel::skinny_mma;
+    return p.m <= options().skinny_rows ? Kernel::skinny_gemm : Kernel::library;
+  };
   for (int64_t i = 0; i < count;) {
-    const GemmParams& product = products[i];
-    if (product.m > options().skinny_rows || product.a_scale != nullptr || product.w_transposed) {
+    const Kernel kernel = kernel_of(products[i]);
+    if (kernel == Kernel::library) {
       library_gemm(products[i++]);
       continue;
     }
@@ -126,10 +136,11 @@ void CudaBackend::gemm(const GemmParams* products, int64_t count) {
     const auto shares = [&](const GemmParams& other) {
       const GemmParams& p = products[first];
       return other.a == p.a && other.a_stride == p.a_stride && other.m == p.m && other.k == p.k &&
-             other.dtype == p.dtype;
+             other.dtype == p.dtype && kernel_of(other) == kernel;
     };
-    while (i < count && i - first < 3 && !products[i].w_transposed && shares(products[i])) ++i;
-    cuda::launch_skinny_gemm(products + first, i - first, stream_);
+    while (i < count && i - first < 3 && shares(products[i])) ++i;
+    const auto launch = kernel == Kernel::skinny_mma ? cuda::launch_skinny_mma : cuda::launch_skinny_gemm;
+    launch(products + first, i - first, stream_);
   }
 }
 

@@ -24,6 +24,7 @@ PATHS = {
     "default": {},
     "no skinny products": {"skinny_rows": 0},
     "every product of up to 64 rows skinny": {"skinny_rows": 64},
+    "few rows on tensor cores": {"skinny_mma_rows": 64},
     "own attention": {"library_attention": 0},
     "sdpa": {"sdpa_rows": 1},
     "sdpa for some rows": {"sdpa_rows": 64},
