@@ -35,7 +35,7 @@ struct Options {
   std::atomic<int64_t> skinny_mma_rows{0};    // products of 2 to so many rows of 16 bits run in cuda/skinny_mma.cu
   std::atomic<int64_t> library_attention{1};  // 0: all attention runs in cuda/attention.cu
   std::atomic<int64_t> early_launch{0};       // kernels start before the previous ones have ended (cuda/launch.cuh)
-  std::atomic<int64_t> fused{0};  // 1, 2: runs are projected by cuda/kv_project_sm90.cu if it supports them
+  std::atomic<int64_t> fused{0};              // 1, 2: runs are projected by cuda/kv_project_sm90.cu if it supports them
   std::atomic<int64_t> kv_project_kib{0};     // KiB of a run's [k | v] per product, at least one layer; 0: all layers
 };
 
