@@ -31,6 +31,7 @@ class Arm(Timed):
         plan: plan of a native arm; None for Hugging Face.
         options: backend options during its calls.
         copies: copies of weights that it is loaded with: "fp8" or "prepack"; None: none.
+        graphs: whether its prefills run as CUDA graphs.
         folded_bytes: memory beyond the checkpoint's: folded K/V weights, and the copies.
         warmup: seconds of the calls before the timed ones; the first may compile.
         memory: memory of one call.
@@ -43,6 +44,7 @@ class Arm(Timed):
     plan: Plan | None = None
     options: Mapping[str, int] = field(default_factory=dict)
     copies: str | None = None
+    graphs: bool = False
     folded_bytes: int | None = None
     warmup: tuple[float, ...] = ()
     memory: MemoryUse | None = None
@@ -103,6 +105,7 @@ def make_arms(
     via: str = "enable",
     tunings: Sequence[Mapping[str, int]] = (),
     copies: Sequence[str] = (),
+    graphs: bool = False,
 ) -> list[Arm]:
     """Return all arms of a case, not yet prepared.
 
@@ -115,6 +118,7 @@ def make_arms(
         via: "enable": call the enabled model like the stock one; "prefill": call ``native.prefill``.
         tunings: backend options; each adds an arm for every plan.
         copies: "fp8", "prepack"; each adds an arm for native-full and for every plan.
+        graphs: add an arm that runs as CUDA graphs for native-full and for every plan.
     """
     batch, tokens = input_ids.shape
     cost = stock_cost(spec, batch, tokens)
@@ -144,6 +148,9 @@ def make_arms(
         for copy_ in copies:
             text = f"{what}; {copy_}"
             arms.append(Arm(name=f"{name} {copy_}", what=text, cost=cost, make=make, plan=plan, copies=copy_))
+        if graphs:
+            text = f"{what}; native.use_cuda_graphs()"
+            arms.append(Arm(name=f"{name} graphs", what=text, cost=cost, make=make, plan=plan, graphs=True))
         for options in tunings if plan is not full else ():
             text = options_text(options)
             arms.append(
@@ -191,7 +198,10 @@ def _enabled_maker(model: Any, input_ids: torch.Tensor) -> Callable[[Arm], Calla
     def make(arm: Arm) -> Callable[[], Any]:
         view = copy.copy(model)  # shares modules and weights, but not `forward`
         pop_ext.enable(view, arm.plan, strict=True, **arm.load_options)
-        arm.folded_bytes = view.forward.backend.native.extra_bytes
+        native = view.forward.backend.native
+        arm.folded_bytes = native.extra_bytes
+        if arm.graphs:
+            native.use_cuda_graphs()
         with torch.no_grad():
             decision = pop_ext.explain(view, input_ids=input_ids, use_cache=True, logits_to_keep=1)
         if decision.backend != "native":
@@ -205,6 +215,8 @@ def _loaded_maker(model: Any, input_ids: torch.Tensor) -> Callable[[Arm], Callab
     def make(arm: Arm) -> Callable[[], Any]:
         native = pop_ext.load(model, arm.plan, **arm.load_options)
         arm.folded_bytes = native.extra_bytes
+        if arm.graphs:
+            native.use_cuda_graphs()
         return lambda: native.prefill(input_ids)
 
     return make

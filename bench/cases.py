@@ -35,6 +35,7 @@ class Settings:
         via: how native arms are called, as in `make_arms`.
         tunings: backend options that get arms of their own, as in `make_arms`.
         copies: copies of weights that get arms of their own, as in `make_arms`.
+        graphs: whether prefills as CUDA graphs get arms of their own.
         quiet: show no progress bar.
     """
 
@@ -44,6 +45,7 @@ class Settings:
     via: str = "enable"
     tunings: tuple[Mapping[str, int], ...] = ()
     copies: tuple[str, ...] = ()
+    graphs: bool = False
     quiet: bool = False
 
 
@@ -165,7 +167,7 @@ def run_case(
     device = next(model.model.parameters()).device
     dtype = next(model.model.parameters()).dtype
     ids = torch.randint(0, spec.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0)).to(device)
-    how = (settings.compile_mode, settings.via, settings.tunings, settings.copies)
+    how = (settings.compile_mode, settings.via, settings.tunings, settings.copies, settings.graphs)
     arms = arms_of(model.model, spec, ids, plans, *how)
     gemms = reference_gemms(spec, batch * tokens, dtype, device)
     case = Case(model, spec, batch, tokens, dtype, arms, gemms)

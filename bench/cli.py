@@ -86,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
         help='backend options, such as "gemm_blocks=0" or "early_launch=1,sdpa_rows=0"; each adds arms',
     )
     p.add_argument("--fp8", action="store_true", help="add native arms with products in 8-bit floats")
+    p.add_argument("--cuda-graphs", action="store_true", help="add native arms that run as CUDA graphs (CUDA)")
     p.add_argument("--prepack", action="store_true", help="add native arms with prepacked weights (CPU)")
     p.add_argument("--profile", action="store_true", help="profile native prefills stage by stage")
     p.add_argument("--kernels", action=argparse.BooleanOptionalAction, default=None, help="measure the kernel table")
@@ -134,6 +135,8 @@ def _problem(options: argparse.Namespace) -> str | None:
     if options.calibrate and (options.via != "enable" or options.model is None):
         return "--calibrate: expected --model, and --via enable, the only way that respects min_tokens"
     if not options.device.startswith("cuda"):
+        if options.cuda_graphs:
+            return f"--cuda-graphs: expected --device cuda, got {options.device}"
         unknown = {name for text in options.tune for name in parse_options(text)} - {"gemm_blocks"}
         if unknown:
             return f"--tune: expected gemm_blocks, or --device cuda, got {', '.join(sorted(unknown))}"
@@ -284,7 +287,14 @@ class Run:
         tunings = tuple(parse_options(text) for text in options.tune)
         copies = tuple(name for name in ("fp8", "prepack") if getattr(options, name))
         settings = Settings(
-            options.repeats, options.warmup, compiled, options.via, tunings, copies, quiet=options.quiet
+            options.repeats,
+            options.warmup,
+            compiled,
+            options.via,
+            tunings,
+            copies,
+            options.cuda_graphs,
+            quiet=options.quiet,
         )
         try:
             spec, plans = describe(model.model).spec, self.plans(model)

@@ -159,7 +159,7 @@ def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]
 
 
 def tuned(call: Callable[[], Any], options: Mapping[str, int]) -> Callable[[], Any]:
-    """Return the call under backend options (``torch.ops.pop.tune``), which are restored after it."""
+    """Return the call under backend options of its thread (``torch.ops.pop.tune``), which are restored after it."""
     if not options:
         return call
 

@@ -13,10 +13,11 @@
 // added at the end, in fixed order.
 //
 // A segment (consecutive rows of a sequence) with too few rows to fill the GPU has its keys cut into ranges, one block
-// each, for about as many blocks as 132 SMs hold at once: 3 per SM up to 8 queries, which keep 16 to 32 KB of K and V
-// each in flight (bf16, head_dim 128, 4 queries: 44 KB of shared memory), where 26 KB per SM are needed; 2 per SM
+// each, for as many blocks as the device's SMs hold at once: 3 per SM up to 8 queries, which keep 16 to 32 KB of K and
+// V each in flight (bf16, head_dim 128, 4 queries: 44 KB of shared memory), where 26 KB per SM are needed; 2 per SM
 // above. Blocks write maximum, sum and unnormalised output to the workspace, and a second kernel merges them in order.
-// The cut depends on the segment's own rows and length: the bits of a row do not depend on other sequences.
+// The cut depends on the segment's own rows and length, and on the number of SMs: the bits of a row do not depend on
+// other sequences.
 #include <algorithm>
 
 #include "cuda/attention_tile.cuh"
@@ -167,6 +168,9 @@ int queries_of(int64_t pairs, int most) {
   return std::min(most, pairs <= 4 ? 4 : pairs <= 8 ? 8 : pairs <= 16 ? 16 : 32);
 }
 
+// As many blocks as the current device holds at once, for tiles of `queries`.
+int blocks_at_once(int queries) { return std::min(device_facts().sm_count, kMostSms) * blocks_an_sm(queries); }
+
 // Adds a segment to the launch; returns false if it must wait for the next one.
 bool add_part(AttentionLaunch& launch, const Segment& segment, int64_t first_row) {
   const int tiles = static_cast<int>(ceil_div(segment.rows * launch.group, launch.queries));
@@ -175,7 +179,7 @@ bool add_part(AttentionLaunch& launch, const Segment& segment, int64_t first_row
       std::max<int64_t>(ceil_div(launch.queries, launch.group), segment.visible_end - segment.first_position);
   const int64_t keys = std::min<int64_t>(end, launch.window + tile_rows);  // of the tile that sees the most keys
   const int64_t wanted =
-      std::max<int64_t>(1, full_machine(launch.queries) / (static_cast<int64_t>(tiles) * launch.kv_heads));
+      std::max<int64_t>(1, blocks_at_once(launch.queries) / (static_cast<int64_t>(tiles) * launch.kv_heads));
   const int64_t split_keys = ceil_div(ceil_div(keys, wanted), kKeyStep) * kKeyStep;
   const int splits = static_cast<int>(ceil_div(keys, split_keys));
   const int pairs = splits > 1 ? static_cast<int>(segment.rows) * launch.heads : 0;

@@ -18,12 +18,16 @@ constexpr float kLog2E = 1.44269504f;
 constexpr int kKeyStep = 64;      // ranges of keys are multiples of this
 constexpr int kPartsAtOnce = 48;  // keeps the kernel parameters under 4 KiB
 
-// Blocks per SM, and on 132 SMs, for tiles of `queries`.
+// Blocks per SM for tiles of `queries`.
 constexpr int blocks_an_sm(int queries) { return queries < 16 ? 3 : 2; }
-constexpr int full_machine(int queries) { return 128 * blocks_an_sm(queries); }
 
-constexpr int kMaxSplits = full_machine(4);
-constexpr int kMaxPartials = 2 * 32 * full_machine(32);  // per launch: 16.2 MiB of workspace with head_dim 256
+// Keys are not cut for more SMs than this, which bounds shared memory and workspace.
+constexpr int kMostSms = 256;
+constexpr int kMaxSplits = kMostSms * blocks_an_sm(4);
+// Per launch: 16.2 MiB of workspace with head_dim 256. A segment of its own always fits: its ranges of keys number at
+// most as many as there are blocks, with up to 32 pairs of row and head each.
+constexpr int kMaxPartials = 32 * kMostSms * blocks_an_sm(32);
+static_assert(8 * kMostSms * blocks_an_sm(8) <= kMaxPartials);
 
 // A segment of a launch.
 struct Part {

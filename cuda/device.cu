@@ -42,6 +42,7 @@ const DeviceFacts& device_facts() {
                      .minor = attribute(cudaDevAttrComputeCapabilityMinor),
                      .code = probe.ptxVersion,
                      .sm_count = attribute(cudaDevAttrMultiProcessorCount),
+                     .sm_threads = attribute(cudaDevAttrMaxThreadsPerMultiProcessor),
                      .block_shared_bytes = static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin))};
   });
   return facts[device];

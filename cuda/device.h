@@ -15,6 +15,7 @@ struct DeviceFacts {
   int major, minor;  // compute capability
   int code;  // 10 * compute capability of the compiled code that runs there; below the device's if it was translated
   int sm_count;
+  int sm_threads;             // that an SM holds at once
   size_t block_shared_bytes;  // the most shared memory that a block can be given
 };
 

@@ -102,17 +102,6 @@ __device__ __forceinline__ void rotate(const HeadPart<kHeadDim>& head, int group
   for (int i = 0; i < 2; ++i) rope_rotate(head.at(group, i), head.at(group + head.kGroups / 2, i), c[i], s[i]);
 }
 
-// Two bf16 in one word, the first in the low half.
-__device__ __forceinline__ uint32_t pack(float first, float second) {
-#if defined(__CUDA_ARCH__)
-  uint32_t word;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
-  return word;
-#else
-  return bf16_bits(first) | bf16_bits(second) << 16;
-#endif
-}
-
 // Transposes the 4 x 4 words of a quad: thread q gets word q of each thread, in the order of the threads. First within
 // 2 x 2 blocks, then the blocks.
 __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4], int q) {
@@ -130,10 +119,6 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4], int q) {
   }
 }
 
-struct alignas(16) Words4 {
-  uint32_t at[4];
-};
-
 // Stores four groups of 8 channels; `to` is channel 0 of the head. Each thread of a quad stores one group, together 64
 // consecutive bytes. All lanes of the warp take part.
 template <int kHeadDim>
@@ -141,9 +126,9 @@ __device__ __forceinline__ void store_groups(const HeadPart<kHeadDim>& head, int
                                              BFloat16* to) {
   uint32_t words[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) words[i] = pack(head.at(group + i, 0), head.at(group + i, 1));
+  for (int i = 0; i < 4; ++i) words[i] = pair_bits<BFloat16>(head.at(group + i, 0), head.at(group + i, 1));
   transpose_quad(words, q);
-  if (inside) *reinterpret_cast<Words4*>(to + 8 * (group + q)) = {{words[0], words[1], words[2], words[3]}};
+  if (inside) store_pack(to + 8 * (group + q), {{words[0], words[1], words[2], words[3]}});
 }
 
 // ---- A tile --------------------------------------------------------------------------------

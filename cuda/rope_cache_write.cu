@@ -22,7 +22,6 @@ constexpr int kThreads = 128;
 constexpr int kBlocksToFit = 8;    // per multiprocessor, limited by registers
 constexpr int kLayersAtOnce = 32;  // keeps the kernel parameters under 4 KiB, which every driver accepts
 constexpr int kMostHeadsAGroup = 4;
-constexpr int64_t kThreadsToFill = 1 << 18;  // about as many as the largest device holds at once
 
 struct LayerHeads {
   const void *k_bias, *v_bias, *k_norm;  // or null
@@ -296,7 +295,9 @@ void launch_with(HeadsWork<max_layers> work, int64_t rows, Stream stream) {
   const int64_t group = std::bit_ceil(static_cast<uint64_t>(std::min<int64_t>(items, kWarp)));
   const int64_t lanes = (work.heads + static_cast<int64_t>(work.layers) * 2 * work.kv_heads) * group;
   if (lanes == 0) return;
-  const int64_t in_turn = std::clamp<int64_t>(rows * lanes / kThreadsToFill, 1, kMostHeadsAGroup);
+  const DeviceFacts& device = device_facts();
+  const int64_t at_once = static_cast<int64_t>(device.sm_count) * device.sm_threads;
+  const int64_t in_turn = std::clamp<int64_t>(rows * lanes / at_once, 1, kMostHeadsAGroup);
   const int64_t threads = std::min<int64_t>(ceil_div(ceil_div(lanes, in_turn), kWarp) * kWarp, kThreads);
   const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>(ceil_div(lanes, in_turn * threads)));
   const dim3 block(static_cast<unsigned>(group), static_cast<unsigned>(threads / group));

@@ -14,8 +14,8 @@
 // columns are adjacent in the grid: they run together, and read w from HBM once, else from the L2.
 //
 // If there are too few columns to fill the GPU, up to kWarps warps of a block share them: they take the steps in turn
-// and add their sums in shared memory. This choice depends on n and k alone, and every element is summed in one order
-// whatever the tile: the bits of a row do not depend on the other rows.
+// and add their sums in shared memory. This choice depends on n, k and the device alone, and every element is summed in
+// one order whatever the tile: the bits of a row do not depend on the other rows.
 #include <algorithm>
 
 #include "cuda/elements.cuh"
@@ -28,8 +28,8 @@ namespace {
 constexpr int kColumns = 4;  // per warp
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int64_t kManyWarps = 3072;  // 23 per SM of an H200: no need to share columns
-constexpr int64_t kShortPart = 512;   // the fewest elements along k that a warp should have
+constexpr int64_t kManyWarps = 23;   // per SM: no need to share columns
+constexpr int64_t kShortPart = 512;  // the fewest elements along k that a warp should have
 
 // Blocks per SM: 4 leave 128 registers per thread. For 8.6 and 8.9, nvcc needs more than 64 for one row of float16.
 constexpr int blocks_an_sm(int rows) {
@@ -172,8 +172,9 @@ __global__ void __launch_bounds__(kThreads, blocks_an_sm(kRows))
 // ---- Launcher ------------------------------------------------------------------------------
 
 int split_of(int64_t n, int64_t k) {
+  const int64_t many = kManyWarps * device_facts().sm_count;
   int split = 1;
-  while (split < kWarps && ceil_div(n, kColumns) * split < kManyWarps && k >= 2 * split * kShortPart) split *= 2;
+  while (split < kWarps && ceil_div(n, kColumns) * split < many && k >= 2 * split * kShortPart) split *= 2;
   return split;
 }
 

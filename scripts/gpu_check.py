@@ -4,7 +4,7 @@ Each of three runs takes less than nine minutes and is of use by itself:
 
     checks       build, tests, sanitizer
     kernels      build, kernel-table, profile
-    end-to-end   build, bench-8b, bench-8b-batch, bench-1b, plot
+    end-to-end   build, bench-8b, bench-8b-batch, bench-1b, bench-phi, bench-moe, plot
 
 The stages, each with a time limit; after a failed stage the next one still runs:
 
@@ -13,9 +13,11 @@ The stages, each with a time limit; after a failed stage the next one still runs
     sanitizer        the kernel checks, plain and under compute-sanitizer: memcheck, racecheck, synccheck, initcheck
     kernel-table     each kernel of Llama-3.1-8B, relative to the peak that bounds it
     profile          a native prefill of it, stage by stage
-    bench-8b         Llama-3.1-8B against Hugging Face's sdpa, batch 1, with backend options and fp8 as arms
+    bench-8b         Llama-3.1-8B against Hugging Face's sdpa, batch 1, with backend options, fp8 and graphs as arms
     bench-8b-batch   the same at batch 8
-    bench-1b         Llama-3.2-1B, batch 1 and 8
+    bench-1b         Llama-3.2-1B, batch 1 and 8, with graphs as arms
+    bench-phi        Phi-3-mini, q, k and v from one product and from three
+    bench-moe        Qwen1.5-MoE-A2.7B, experts one by one and grouped
     plot             plot the results of the stages before it, where matplotlib is installed
 
 ``scripts/gpu_check.sh OUT build tests`` runs only these two stages. The folder OUT gets log.txt, summary.json,
@@ -47,17 +49,19 @@ LIMITS = {
     "sanitizer": 230,
     "kernel-table": 200,
     "profile": 150,
-    "bench-8b": 180,
-    "bench-8b-batch": 140,
-    "bench-1b": 80,
-    "plot": 15,
+    "bench-8b": 160,
+    "bench-8b-batch": 120,
+    "bench-1b": 55,
+    "bench-phi": 35,
+    "bench-moe": 45,
+    "plot": 12,
 }
 """Time limits of the stages in seconds."""
 
 RUNS = {
     "checks": ("build", "tests", "sanitizer"),
     "kernels": ("build", "kernel-table", "profile"),
-    "end-to-end": ("build", "bench-8b", "bench-8b-batch", "bench-1b", "plot"),
+    "end-to-end": ("build", "bench-8b", "bench-8b-batch", "bench-1b", "bench-phi", "bench-moe", "plot"),
 }
 """Stages of each run; the limits of a run are together below nine minutes."""
 
@@ -320,18 +324,25 @@ def plot(run: Run, stage: Stage) -> int:
     if run.python("-c", "import matplotlib") != 0:
         run.say("no matplotlib here: bench/plot.py draws the figure from the JSON files elsewhere")
         return 0
-    reports = [run.out / f"{name}.json" for name in ("bench-8b", "bench-8b-batch", "bench-1b", "profile")]
+    reports = [run.out / f"{name}.json" for name in (*BENCHES, "profile")]
     there = [str(path) for path in reports if path.exists()]
     return run.python("bench/plot.py", str(run.out / "plot.png"), *there)
 
 
+SHORT = ("--lengths", "2048", "512", "--batch", "1")
+
 LENGTHS = ("--lengths", "2048", "512", "8192", "2047", "1000")
 """Lengths of the bench, the most important first: those beyond the budget are left out, which the output says."""
 
-ARMS = ("--no-compile", "--fp8", "--tune", "early_launch=1", "sdpa_rows=0", "sdpa_rows=512", "kv_project_kib=24576")
+OPTIONS = ("early_launch=1", "residual_in_product=0", "sdpa_rows=0", "sdpa_rows=512", "kv_project_kib=24576")
+
+ARMS = ("--no-compile", "--fp8", "--cuda-graphs", "--tune", *OPTIONS)
 """Arms of the bench beside Hugging Face's eager model, native at full depth, and pruned."""
 
+BENCHES = ("bench-8b", "bench-8b-batch", "bench-1b", "bench-phi", "bench-moe")
+
 _EIGHT, _ONE = "llama-3.1-8b", "llama-3.2-1b"
+_PHI, _MOE = "phi-3-mini-4k-instruct", "qwen1.5-moe-a2.7b"
 
 STAGES: dict[str, Callable[[Run, Stage], int]] = {
     "build": build,
@@ -343,7 +354,9 @@ STAGES: dict[str, Callable[[Run, Stage], int]] = {
     "profile": bench("profile", _EIGHT, "--lengths", "2048", "512", "8192", "--profile", "--no-cases"),
     "bench-8b": bench("bench-8b", _EIGHT, *LENGTHS, "--batch", "1", *ARMS),
     "bench-8b-batch": bench("bench-8b-batch", _EIGHT, *LENGTHS, "--batch", "8", *ARMS),
-    "bench-1b": bench("bench-1b", _ONE, *LENGTHS, "--batch", "1", "8", "--no-compile"),
+    "bench-1b": bench("bench-1b", _ONE, *LENGTHS, "--batch", "1", "8", "--no-compile", "--cuda-graphs"),
+    "bench-phi": bench("bench-phi", _PHI, *SHORT, "--no-compile", "--tune", "qkv_in_one_product=0"),
+    "bench-moe": bench("bench-moe", _MOE, *SHORT, "--no-compile", "--tune", "grouped_experts=1"),
     "plot": plot,
 }
 

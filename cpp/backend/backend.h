@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <string>
 
 #include "backend/params.h"
@@ -26,6 +27,12 @@ class Backend {
 
   // `count` products that do not depend on each other: those of few rows may share a launch.
   virtual void gemm(const GemmParams* products, int64_t count) = 0;
+  // True if products of so many rows should add to the residual stream themselves (GemmParams::accumulate), so that the
+  // next norm has nothing to add.
+  virtual bool accumulates(DType /*dtype*/, int64_t /*rows*/) const { return false; }
+
+  // True if q, k and v should come from one product where their weights are adjacent rows (LayerWeights::qkv_adjacent).
+  virtual bool joins_qkv() const { return false; }
 
   virtual void kv_project(const KvProjectParams&) = 0;
   // Bytes of KvProjectParams::workspace for a call of at most `rows` rows.
@@ -46,8 +53,12 @@ class Backend {
 
   virtual void to_float32(const ToFloat32Params&) = 0;
   virtual void route(const RouteParams&) = 0;
-  // Waits for the device: host_begin is filled on return.
+  // Waits for the device, unless host_begin is null: it is filled on return.
   virtual void group_rows(const GroupRowsParams&) = 0;
+  // True if grouped_gemm computes such products. Then the host need not know how many rows each group has. `begin` may
+  // not be filled yet.
+  virtual bool groups_products(const GroupedGemmParams&) const { return false; }
+  virtual void grouped_gemm(const GroupedGemmParams&) { throw std::logic_error("pop: grouped_gemm: not supported"); }
   virtual void combine_rows(const CombineRowsParams&) = 0;
 
   // Copies rows of `row_bytes` each, strides in bytes. Restores a cache after a failed call, so it never throws.

@@ -135,7 +135,8 @@ struct PrepackParams {
 };
 
 // out = a . w^T, or a . w with w [k, n] if `w_transposed`. If the scales are given, a and w are e4m3, w is not
-// transposed and out = (a . w^T) * a_scale * w_scale^T.
+// transposed and out = (a . w^T) * a_scale * w_scale^T. With `accumulate`, out += a . w^T, rounded once: only without
+// scales, and where Backend::accumulates.
 struct GemmParams {
   DType dtype;
   int64_t m, n, k;
@@ -149,6 +150,22 @@ struct GemmParams {
   const float* w_scale = nullptr;        // [n], with a_scale
   const PackedWeight* packed = nullptr;  // the prepacked copy of w, or null
   bool w_transposed = false;
+  bool accumulate = false;
+};
+
+// One product for each of `groups` matrices: rows [begin[g], begin[g + 1]) of out are those of `a` times w[g], as in
+// GemmParams. Pairs of a row and its expert, sorted by expert, are such rows.
+struct GroupedGemmParams {
+  DType dtype;
+  int64_t rows, groups, n, k;
+  const void* a;  // [rows, k]
+  int64_t a_stride;
+  const void* w;  // [groups, n, k], or [groups, k, n] if `w_transposed`
+  int64_t w_matrix_stride, w_stride;
+  bool w_transposed;
+  const int64_t* begin;  // [groups + 1]; the first is 0, the last `rows`
+  void* out;             // [rows, n]
+  int64_t out_stride;
 };
 
 // K and V of one layer. Element [sequence, head, slot, channel]; channels are contiguous.
@@ -279,7 +296,7 @@ struct GroupRowsParams {
   int32_t* place;         // [rows, experts_per_row] index of the pair in sorted order
   int64_t* row;           // [rows * experts_per_row] row of the pair at each index
   int64_t* begin;         // [experts + 1] first index of each expert; the last entry is the number of pairs
-  int64_t* host_begin;    // host [experts + 1]: a copy of begin
+  int64_t* host_begin;    // host [experts + 1]: a copy of begin; or null
 };
 
 // out[row] = sum over the row's experts of weight * (x[place] + bias[expert]), plus shared[row] *

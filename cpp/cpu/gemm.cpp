@@ -3,7 +3,7 @@
 #include "cpu/gemm.h"
 
 #include <algorithm>
-#include <atomic>
+#include <utility>
 
 #include "core/math.h"
 #include "cpu/kernels.h"
@@ -43,12 +43,13 @@ bool widens_to_float32(DType dtype) {
 #endif
 }
 
-// On AMD's processors MKL loses up to half of its speed if w has many rows, and none in blocks of them.
-std::atomic<int64_t>& gemm_blocks() {
+// On AMD's processors MKL loses up to half of its speed if w has many rows, and none in blocks of them. An option of
+// the calling thread.
+bool& gemm_blocks() {
 #if defined(__x86_64__)
-  static std::atomic<int64_t> enabled{__builtin_cpu_is("amd") ? 1 : 0};
+  static thread_local bool enabled = __builtin_cpu_is("amd");
 #else
-  static std::atomic<int64_t> enabled{0};
+  static thread_local bool enabled = false;
 #endif
   return enabled;
 }
@@ -192,7 +193,7 @@ void gemm(const GemmParams& p) {
   if (p.a_scale != nullptr) return gemm_in_blocks(p);
   if (p.packed != nullptr && p.m > kSkinnyRowsBeforePacked) return packed_matmul(p);
   const bool float32 = p.dtype == DType::f32;
-  const bool in_blocks = widens_to_float32(p.dtype) || (float32 && gemm_blocks() != 0);
+  const bool in_blocks = widens_to_float32(p.dtype) || (float32 && gemm_blocks());
   const int64_t float32_rows = in_blocks ? kSkinnyRowsFloat32BeforeBlocks : kSkinnyRowsFloat32;
   if (!p.w_transposed && p.m <= (float32 ? float32_rows : kSkinnyRows)) {
     const int64_t grain = std::max<int64_t>(4, kGrainElements / std::max<int64_t>(1, p.k));
@@ -208,6 +209,6 @@ void gemm(const GemmParams& p) {
 // read their weight at a fraction of memory's speed. A weight that is widened should be widened once for all rows.
 int64_t mlp_rows(DType dtype) { return dtype == DType::bf16 && !widens_to_float32(dtype) ? 512 : kMlpChunkRows; }
 
-int64_t set_gemm_blocks(int64_t value) { return gemm_blocks().exchange(value != 0); }
+int64_t set_gemm_blocks(int64_t value) { return std::exchange(gemm_blocks(), value != 0); }
 
 }  // namespace pop::cpu

@@ -12,8 +12,8 @@ void gemm(const GemmParams& params);
 // See Backend::mlp_rows.
 int64_t mlp_rows(DType dtype);
 
-// 1: a float32 product of many rows goes to aten in blocks of columns, one per thread; 0: as a whole. Returns the value
-// before.
+// 1: a float32 product of many rows goes to aten in blocks of columns, one per thread; 0: as a whole. For calls of
+// this thread. Returns the value before.
 int64_t set_gemm_blocks(int64_t value);
 
 }  // namespace pop::cpu

@@ -53,14 +53,20 @@ class Experts {
         shape_(call.shape),
         backend_(backend),
         work_(call.shape, call.rows, call.workspace),
-        begin_(call.shape.experts + 1) {}
+        gate_up_(grouped({work_.x, shape_.hidden_size}, shape_.hidden_size, call.gate_up, work_.gate_up,
+                         2 * shape_.inner_size)),
+        down_(grouped({work_.activated, work_.activated_stride}, shape_.inner_size, call.down, work_.x,
+                      shape_.hidden_size)),
+        on_device_(call.gate_up_bias.data == nullptr && backend.groups_products(gate_up_) &&
+                   backend.groups_products(down_)),
+        begin_(on_device_ ? 0 : call.shape.experts + 1) {}
 
   void run() {
     route();
     gather();
-    products({work_.x, shape_.hidden_size}, shape_.hidden_size, call_.gate_up, work_.gate_up, 2 * shape_.inner_size);
+    products(gate_up_);
     act();
-    products({work_.activated, work_.activated_stride}, shape_.inner_size, call_.down, work_.x, shape_.hidden_size);
+    products(down_);
     backend_.combine_rows({.dtype = shape_.dtype,
                            .rows = call_.rows,
                            .width = shape_.hidden_size,
@@ -135,7 +141,7 @@ class Experts {
                          .place = work_.place,
                          .row = work_.row,
                          .begin = work_.begin,
-                         .host_begin = begin_.data()});
+                         .host_begin = on_device_ ? nullptr : begin_.data()});
   }
 
   void gather() {
@@ -150,14 +156,32 @@ class Experts {
                     .out = work_.x});
   }
 
-  // Multiplies the pairs of each expert, rows of `a`, with its own matrix [n, k], or [k, n] if transposed.
-  void products(const ProductRows& a, int64_t k, const LinearStack& w, void* out, int64_t n) {
+  // The pairs of each expert, rows of `a`, times its own matrix [n, k], or [k, n] if transposed.
+  GroupedGemmParams grouped(const ProductRows& a, int64_t k, const LinearStack& w, void* out, int64_t n) const {
+    return {.dtype = shape_.dtype,
+            .rows = pairs(),
+            .groups = shape_.experts,
+            .n = n,
+            .k = k,
+            .a = a.data,
+            .a_stride = a.stride,
+            .w = w.data,
+            .w_matrix_stride = w.matrix_stride,
+            .w_stride = w.stride,
+            .w_transposed = shape_.transposed,
+            .begin = work_.begin,
+            .out = out,
+            .out_stride = n};
+  }
+
+  void products(const GroupedGemmParams& p) {
+    if (on_device_) return backend_.grouped_gemm(p);
     std::vector<GemmParams> products;
     for_each_expert([&](int64_t expert, int64_t first, int64_t rows) {
-      const Linear matrix{at(w.data, expert * w.matrix_stride), w.stride};
-      products.push_back(
-          product(shape_.dtype, rows, n, k, from_row(a, first, shape_.dtype), matrix, at(out, first * n), n));
-      products.back().w_transposed = shape_.transposed;
+      const Linear matrix{at(p.w, expert * p.w_matrix_stride), p.w_stride};
+      products.push_back(product(p.dtype, rows, p.n, p.k, from_row({p.a, p.a_stride}, first, p.dtype), matrix,
+                                 at(p.out, first * p.out_stride), p.out_stride));
+      products.back().w_transposed = p.w_transposed;
     });
     backend_.gemm(products.data(), static_cast<int64_t>(products.size()));
   }
@@ -193,7 +217,9 @@ class Experts {
   const ExpertsShape& shape_;
   Backend& backend_;
   ExpertsWorkspace work_;
-  std::vector<int64_t> begin_;  // [experts + 1] first pair of each expert
+  GroupedGemmParams gate_up_, down_;
+  bool on_device_;              // the host does not learn how many pairs each expert has
+  std::vector<int64_t> begin_;  // [experts + 1] first pair of each expert; empty if on_device_
 };
 
 }  // namespace

@@ -61,8 +61,9 @@ void dense(const MlpCall& call, const DenseWeights& weights, Backend& backend) {
                      .swiglu_limit = static_cast<float>(spec.swiglu_limit)});
   const ProductRows activated =
       rows_for(backend, spec.dtype, weights.down_proj, call.rows, inner, gate, inner, call.quantized);
-  const GemmParams down =
+  GemmParams down =
       product(spec.dtype, call.rows, hidden, inner, activated, weights.down_proj, call.out, call.out_stride);
+  down.accumulate = call.accumulate;
   backend.gemm(&down, 1);
 }
 
@@ -136,6 +137,7 @@ void run_mlp(const MlpCall& call, Backend& backend) {
                        .x_stride = call.x_stride,
                        .out = static_cast<char*>(call.out) + begin * call.out_stride * element,
                        .out_stride = call.out_stride,
+                       .accumulate = call.accumulate,
                        .workspace = call.workspace,
                        .quantized = call.quantized};
     call.sparse ? sparse(part, backend) : dense(part, backend);

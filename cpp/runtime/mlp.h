@@ -19,6 +19,7 @@ struct MlpCall {
   int64_t x_stride;
   void* out;  // [rows, hidden_size], without down_bias: the next norm adds it
   int64_t out_stride;
+  bool accumulate = false;  // add to `out`; for dense layers only (GemmParams::accumulate)
   void* workspace;          // mlp_workspace(model, rows, backend) bytes
   QuantizedRows quantized;  // quantized_mlp_bytes(spec, rows) bytes, and one scale per row of a chunk
 };

@@ -38,6 +38,7 @@ struct LayerWeights {
   const void* post_norm = nullptr;  // of the MLP's input
   const void *attention_out_norm = nullptr, *mlp_out_norm = nullptr;
   Linear q_proj, k_proj, v_proj, o_proj;
+  bool qkv_adjacent = false;  // q_proj, k_proj and v_proj follow each other in one matrix, such as Phi-3's
   const void *q_bias = nullptr, *k_bias = nullptr, *v_bias = nullptr, *o_bias = nullptr;
   const void *q_norm = nullptr, *k_norm = nullptr;
   const void* sinks = nullptr;

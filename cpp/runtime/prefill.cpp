@@ -27,7 +27,8 @@ class StageRange {
 };
 
 // An update that an earlier step has computed but not yet added to the hidden states: gemm_out + bias, RMS-normalised
-// with `norm` if it is not null. The next norm adds it in the same pass.
+// with `norm` if it is not null. The next norm adds it in the same pass. Where a product adds its result to the hidden
+// states itself (adds_directly), nothing is pending.
 struct PendingUpdate {
   int64_t begin;  // first row that has one; all rows after it have one, too
   const void* bias = nullptr;
@@ -66,6 +67,12 @@ class Prefill {
 
   bool normalises_before_projection() const { return spec_.qk_norm_over_heads && spec_.input_norms; }
   Linear layer_input(int64_t begin, const void* weight);
+  bool adds_directly(const Linear& weight, const void* bias, const void* out_norm, int64_t rows) const;
+  void* update_rows(int64_t begin, bool added) {
+    return added ? at(work_.hidden, begin, spec_.hidden_size) : at(work_.gemm_out, begin, work_.out_stride);
+  }
+  int64_t update_stride(bool added) const { return added ? spec_.hidden_size : work_.out_stride; }
+  void set_pending(int64_t begin, bool added, const void* bias, const void* out_norm);
   void apply_pending(int64_t begin, int64_t end) { norm(begin, end, nullptr, nullptr, 0); }
   void norm(int64_t begin, int64_t end, const void* weight, void* out, int64_t out_stride, float* rstd = nullptr);
   void gemm(std::initializer_list<GemmParams> products) {
@@ -89,6 +96,7 @@ class Prefill {
   Workspace work_;
   Batch batch_{};
   PendingUpdate pending_;
+  bool added_directly_ = false;  // the last update of the hidden states
 };
 
 void Prefill::run() {
@@ -187,15 +195,17 @@ void Prefill::embed() {
 void Prefill::project_context_rows(const RunWeights& run, LayerRange all) {
   if (layout_.context_rows == 0) return;
   StageRange stage(observer_, "pop::kv_project");
-  // If an update is pending, the pass that adds it also computes the row scales. Norms over all heads need normalised
-  // rows: they come before the write step, which applies the scales.
-  const bool pending = pending_.begin < layout_.context_rows, normalised = normalises_before_projection();
+  // If an update is pending, the pass that adds it also computes the row scales. A backend that adds updates in
+  // products gets them computed, too. Norms over all heads need normalised rows: they come before the write step, which
+  // applies the scales.
+  const bool scaled = pending_.begin < layout_.context_rows || added_directly_;
+  const bool normalised = normalises_before_projection();
   if (normalised) {
     norm(0, layout_.context_rows, nullptr, work_.gemm_in, work_.row_stride);
-  } else if (pending) {
+  } else if (scaled) {
     norm(0, layout_.context_rows, nullptr, nullptr, 0, work_.rstd);
   }
-  const float* rstd = pending && !normalised ? work_.rstd : nullptr;
+  const float* rstd = scaled && !normalised ? work_.rstd : nullptr;
 
   // With window_only, an omitted layer with a window writes only the positions that later rows can see.
   const std::vector<int64_t>& omit = model_.plan.omit;
@@ -254,19 +264,25 @@ void Prefill::qkv(const LayerWeights& weights, int64_t kv_begin, int64_t q_begin
   StageRange stage(observer_, "pop::qkv");
   const Linear input = layer_input(kv_begin, weights.input_norm);
   const int64_t kv_rows = layout_.rows - kv_begin, q_rows = layout_.rows - q_begin;
-  const int64_t hidden = spec_.hidden_size, q_dim = spec_.q_dim(), kv_dim = spec_.kv_dim(), q_stride = work_.row_stride;
+  const int64_t hidden = spec_.hidden_size, q_dim = spec_.q_dim(), kv_dim = spec_.kv_dim();
+  const int64_t q_stride = work_.out_stride, kv_stride = work_.kv_stride;
   const DType dtype = spec_.dtype;
   const ProductRows from = rows_for(backend_, dtype, weights.k_proj, kv_rows, hidden,
                                     at(input.data, kv_begin, input.stride), input.stride, work_.quantized);
-  void *q = at(work_.gemm_out, q_begin, q_stride), *k = at(work_.k, kv_begin, kv_dim),
-       *v = at(work_.v, kv_begin, kv_dim);
-  gemm({product(dtype, kv_rows, kv_dim, hidden, from, weights.k_proj, k, kv_dim),
-        product(dtype, kv_rows, kv_dim, hidden, from, weights.v_proj, v, kv_dim),
-        product(dtype, q_rows, q_dim, hidden, from_row(from, q_begin - kv_begin, dtype), weights.q_proj, q, q_stride)});
+  void *q = at(work_.gemm_out, q_begin, q_stride), *k = at(work_.k, kv_begin, kv_stride),
+       *v = at(work_.v, kv_begin, kv_stride);
+  if (weights.qkv_adjacent && work_.joins_qkv && q_begin == kv_begin) {
+    gemm({product(dtype, q_rows, q_dim + 2 * kv_dim, hidden, from, weights.q_proj, q, q_stride)});
+  } else {
+    gemm({product(dtype, kv_rows, kv_dim, hidden, from, weights.k_proj, k, kv_stride),
+          product(dtype, kv_rows, kv_dim, hidden, from, weights.v_proj, v, kv_stride),
+          product(dtype, q_rows, q_dim, hidden, from_row(from, q_begin - kv_begin, dtype), weights.q_proj, q,
+                  q_stride)});
+  }
   if (!spec_.qk_norm_over_heads) return;
   const float offset = static_cast<float>(spec_.norm_weight_offset), eps = static_cast<float>(spec_.rms_norm_eps);
   norm_over_heads(backend_, spec_.dtype, q, q_rows, q_dim, q_stride, weights.q_norm, offset, eps);
-  norm_over_heads(backend_, spec_.dtype, k, kv_rows, kv_dim, kv_dim, weights.k_norm, offset, eps);
+  norm_over_heads(backend_, spec_.dtype, k, kv_rows, kv_dim, kv_stride, weights.k_norm, offset, eps);
 }
 
 void Prefill::rope_cache_write(int64_t layer, int64_t kv_begin, int64_t q_begin) {
@@ -281,11 +297,11 @@ void Prefill::rope_cache_write(int64_t layer, int64_t kv_begin, int64_t q_begin)
                                .rotary_dim = spec_.rotary_dim,
                                .first_row = begin,
                                .rows = end - begin,
-                               .q = with_q ? at(work_.gemm_out, begin, work_.row_stride) : nullptr,
-                               .q_stride = work_.row_stride,
-                               .k = at(work_.k, begin, spec_.kv_dim()),
-                               .v = at(work_.v, begin, spec_.kv_dim()),
-                               .kv_stride = spec_.kv_dim(),
+                               .q = with_q ? at(work_.gemm_out, begin, work_.out_stride) : nullptr,
+                               .q_stride = work_.out_stride,
+                               .k = at(work_.k, begin, work_.kv_stride),
+                               .v = at(work_.v, begin, work_.kv_stride),
+                               .kv_stride = work_.kv_stride,
                                .q_bias = weights.q_bias,
                                .k_bias = weights.k_bias,
                                .v_bias = weights.v_bias,
@@ -319,7 +335,7 @@ void Prefill::attention(int64_t layer, int64_t q_begin) {
                       .num_segments = static_cast<int64_t>(segments.size()),
                       .first_row = 0,
                       .q = work_.gemm_out,
-                      .q_stride = work_.row_stride,
+                      .q_stride = work_.out_stride,
                       .out = work_.gemm_in,
                       .out_stride = work_.row_stride,
                       .cache = call_.caches[layer],
@@ -331,27 +347,34 @@ void Prefill::o_proj(const LayerWeights& weights, int64_t q_begin) {
   const int64_t rows = layout_.rows - q_begin, stride = work_.row_stride;
   const ProductRows attended = rows_for(backend_, spec_.dtype, weights.o_proj, rows, spec_.q_dim(),
                                         at(work_.gemm_in, q_begin, stride), stride, work_.quantized);
-  gemm({product(spec_.dtype, rows, spec_.hidden_size, spec_.q_dim(), attended, weights.o_proj,
-                at(work_.gemm_out, q_begin, stride), stride)});
-  pending_ = {.begin = q_begin, .bias = weights.o_bias, .norm = weights.attention_out_norm};
+  const bool added = adds_directly(weights.o_proj, weights.o_bias, weights.attention_out_norm, rows);
+  GemmParams update = product(spec_.dtype, rows, spec_.hidden_size, spec_.q_dim(), attended, weights.o_proj,
+                              update_rows(q_begin, added), update_stride(added));
+  update.accumulate = added;
+  gemm({update});
+  set_pending(q_begin, added, weights.o_bias, weights.attention_out_norm);
 }
 
 void Prefill::mlp(int64_t layer, int64_t q_begin) {
   StageRange stage(observer_, "pop::mlp");
   const LayerWeights& weights = model_.layers[layer];
   const Linear from = layer_input(q_begin, weights.post_norm);
+  const bool sparse = spec_.sparse[layer] != 0;
+  const int64_t rows = layout_.rows - q_begin;
+  const bool added = !sparse && adds_directly(weights.down_proj, weights.down_bias, weights.mlp_out_norm, rows);
   run_mlp({.spec = spec_,
            .weights = weights,
-           .sparse = spec_.sparse[layer] != 0,
-           .rows = layout_.rows - q_begin,
+           .sparse = sparse,
+           .rows = rows,
            .x = at(from.data, q_begin, from.stride),
            .x_stride = from.stride,
-           .out = at(work_.gemm_out, q_begin, work_.row_stride),
-           .out_stride = work_.row_stride,
+           .out = update_rows(q_begin, added),
+           .out_stride = update_stride(added),
+           .accumulate = added,
            .workspace = work_.scratch,
            .quantized = work_.quantized},
           backend_);
-  pending_ = {.begin = q_begin, .bias = weights.down_bias, .norm = weights.mlp_out_norm};
+  set_pending(q_begin, added, weights.down_bias, weights.mlp_out_norm);
 }
 
 void Prefill::add_features(int64_t layer) {
@@ -373,6 +396,18 @@ void Prefill::add_features(int64_t layer) {
 void Prefill::final_norm() {
   StageRange stage(observer_, "pop::final_norm");
   norm(layout_.wanted_begin, layout_.rows, model_.norm, call_.hidden_states, spec_.hidden_size);
+}
+
+// True if the product with `weight` can add its result to the hidden states: nothing is done to it before.
+bool Prefill::adds_directly(const Linear& weight, const void* bias, const void* out_norm, int64_t rows) const {
+  return bias == nullptr && out_norm == nullptr && spec_.residual_scale == 1.0 && weight.scale == nullptr &&
+         backend_.accumulates(spec_.dtype, rows);
+}
+
+// After the update of rows from `begin` on was computed, or added.
+void Prefill::set_pending(int64_t begin, bool added, const void* bias, const void* out_norm) {
+  pending_ = {.begin = added ? layout_.rows : begin, .bias = bias, .norm = out_norm};
+  added_directly_ = added;
 }
 
 // Adds the pending update to rows from `begin` on, and returns what attention or the MLP reads: those rows of the
@@ -397,8 +432,8 @@ void Prefill::norm(int64_t begin, int64_t end, const void* weight, void* out, in
                        .width = spec_.hidden_size,
                        .x = at(work_.hidden, first, spec_.hidden_size),
                        .x_stride = spec_.hidden_size,
-                       .delta = pending ? at(work_.gemm_out, first, work_.row_stride) : nullptr,
-                       .delta_stride = work_.row_stride,
+                       .delta = pending ? at(work_.gemm_out, first, work_.out_stride) : nullptr,
+                       .delta_stride = work_.out_stride,
                        .delta_bias = pending ? pending_.bias : nullptr,
                        .delta_norm = pending ? pending_.norm : nullptr,
                        .delta_scale = static_cast<float>(spec_.residual_scale),

@@ -23,6 +23,12 @@ size_t most_kv_project_bytes(const Model& model, const BatchLayout& layout, cons
   return most;
 }
 
+// Products of e4m3 have results with adjacent rows, so they are not joined.
+bool wants_joined_qkv(const Model& model, const Backend& backend) {
+  return !model.fp8 && backend.joins_qkv() &&
+         std::ranges::any_of(model.layers, [](const LayerWeights& layer) { return layer.qkv_adjacent; });
+}
+
 }  // namespace
 
 Workspace::Workspace(const Model& model, const PrefillCall& call, const Backend& backend) {
@@ -30,14 +36,23 @@ Workspace::Workspace(const Model& model, const PrefillCall& call, const Backend&
   const BatchLayout& layout = *call.layout;
   const int64_t element = element_size(spec.dtype);
   const int64_t rows = layout.rows, half = spec.rotary_dim / 2;
-  row_stride = std::max(spec.hidden_size, spec.q_dim());
+  const int64_t q_dim = spec.q_dim(), kv_dim = spec.kv_dim();
+  row_stride = std::max(spec.hidden_size, q_dim);
+  joins_qkv = wants_joined_qkv(model, backend);
+  out_stride = joins_qkv ? std::max(row_stride, q_dim + 2 * kv_dim) : row_stride;
+  kv_stride = joins_qkv ? out_stride : kv_dim;
 
   Arena arena(call.workspace);
   hidden = arena.take(rows * spec.hidden_size * element);
   gemm_in = arena.take(rows * row_stride * element);
-  gemm_out = arena.take(rows * row_stride * element);
-  k = arena.take(rows * spec.kv_dim() * element);
-  v = arena.take(rows * spec.kv_dim() * element);
+  gemm_out = arena.take(rows * out_stride * element);
+  if (!joins_qkv) {
+    k = arena.take(rows * kv_dim * element);
+    v = arena.take(rows * kv_dim * element);
+  } else if (gemm_out != nullptr) {
+    k = static_cast<char*>(gemm_out) + q_dim * element;
+    v = static_cast<char*>(k) + kv_dim * element;
+  }
   if (model.fp8) {
     const size_t inputs = std::max<size_t>(rows * row_stride, quantized_mlp_bytes(spec, rows));
     quantized = {.data = static_cast<uint8_t*>(arena.take(inputs)), .scale = arena.take_array<float>(rows)};

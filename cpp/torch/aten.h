@@ -93,20 +93,41 @@ inline void scaled_mm_out(const Tensor& self, const Tensor& mat2, const Tensor& 
                              from(std::optional(out_dtype)), from(use_fast_accum), from(out)});
 }
 
-// The product of GemmParams on `device`, by the library that aten's matmul uses.
+// For each group g: rows [offs[g - 1], offs[g]) of self [rows, k] times mat2[g], of [groups, k, n].
+inline Tensor grouped_mm(const Tensor& self, const Tensor& mat2, const Tensor& offs) {
+  using torch::stable::detail::from;
+  return call_for_tensor(
+      "aten::_grouped_mm", "",
+      std::array{from(self), from(mat2), from(std::optional(offs)), from(std::nullopt), from(std::nullopt)});
+}
+
+inline Tensor matrix_view(const void* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
+                          torch::stable::Device device, ScalarType dtype) {
+  return torch::stable::from_blob(const_cast<void*>(data), {rows, columns}, {row_stride, column_stride}, device, dtype);
+}
+
+// The matrices of a product as views of the caller's memory: out [m, n] = a [m, k] . w [k, n].
+struct MatmulOperands {
+  MatmulOperands(const GemmParams& p, torch::stable::Device device)
+      : dtype(scalar_type(p.dtype)),
+        operand(p.a_scale == nullptr ? dtype : ScalarType::Float8_e4m3fn),
+        a(matrix_view(p.a, p.m, p.k, p.a_stride, 1, device, operand)),
+        w(p.w_transposed ? matrix_view(p.w, p.k, p.n, p.w_stride, 1, device, operand)
+                         : matrix_view(p.w, p.k, p.n, 1, p.w_stride, device, operand)),
+        out(matrix_view(p.out, p.m, p.n, p.out_stride, 1, device, dtype)) {}
+
+  ScalarType dtype, operand;
+  Tensor a, w, out;
+};
+
+// The product of GemmParams on `device`, by the library that aten's matmul uses. Not for `accumulate`.
 inline void matmul(const GemmParams& p, torch::stable::Device device) {
-  const auto view = [&](const void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
-                        ScalarType dtype) {
-    return torch::stable::from_blob(const_cast<void*>(data), {rows, cols}, {row_stride, col_stride}, device, dtype);
-  };
-  const ScalarType dtype = scalar_type(p.dtype), operand = p.a_scale == nullptr ? dtype : ScalarType::Float8_e4m3fn;
-  const Tensor a = view(p.a, p.m, p.k, p.a_stride, 1, operand);
-  const Tensor w =
-      p.w_transposed ? view(p.w, p.k, p.n, p.w_stride, 1, operand) : view(p.w, p.k, p.n, 1, p.w_stride, operand);
-  const Tensor out = view(p.out, p.m, p.n, p.out_stride, 1, dtype);
+  const MatmulOperands operands(p, device);
+  const ScalarType dtype = operands.dtype;
+  const Tensor &a = operands.a, &w = operands.w, &out = operands.out;
   if (p.a_scale == nullptr) return mm_out(a, w, out);
-  const Tensor a_scale = view(p.a_scale, p.m, 1, 1, 1, ScalarType::Float);
-  const Tensor w_scale = view(p.w_scale, 1, p.n, p.n, 1, ScalarType::Float);
+  const Tensor a_scale = matrix_view(p.a_scale, p.m, 1, 1, 1, device, ScalarType::Float);
+  const Tensor w_scale = matrix_view(p.w_scale, 1, p.n, p.n, 1, device, ScalarType::Float);
   // The kernel for compute capability 8.9 assumes that the rows of its result are adjacent.
   Tensor to = p.out_stride == p.n ? out : torch::stable::new_empty(out, {p.m, p.n});
   scaled_mm_out(a, w, a_scale, w_scale, dtype, true, to);

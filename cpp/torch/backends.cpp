@@ -46,7 +46,7 @@ BackendOfCall::BackendOfCall(const Tensor& like) {
 }
 
 int64_t tune(const std::string& option, int64_t value) {
-  return option == "gemm_blocks" ? cpu::set_gemm_blocks(value) : CudaBackend::tune(option, value);
+  return option == "gemm_blocks" ? cpu::set_gemm_blocks(value) : set_thread_option(option, value);
 }
 
 void check_reported_ids(const Tensor& like) {

@@ -28,8 +28,8 @@ class BackendOfCall {
   Backend* backend_;
 };
 
-// Sets an option of a backend by name and returns the value before; throws for an unknown name. docs/ops.md lists the
-// options.
+// Sets an option of a backend by name for calls of this thread, and returns the value before; throws for an unknown
+// name. docs/ops.md lists the options.
 int64_t tune(const std::string& option, int64_t value);
 
 // Throws if a kernel of an earlier call met an id outside of the vocabulary (CUDA only; ids on a CPU are checked before

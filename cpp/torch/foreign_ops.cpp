@@ -11,6 +11,8 @@ namespace pop::foreign {
 // torch adapts the call.
 const char* const kSchemas =
     "aten::mm.out(Tensor self, Tensor mat2, *, Tensor(a!) out) -> Tensor(a!)\n"
+    "aten::addmm.out(Tensor self, Tensor mat1, Tensor mat2, *, Scalar beta=1, Scalar alpha=1, Tensor(a!) out) "
+    "-> Tensor(a!)\n"
     "aten::mul.Tensor(Tensor self, Tensor other) -> Tensor\n"
     "aten::detach(Tensor(a) self) -> Tensor(a)\n"
     "aten::is_neg(Tensor self) -> bool\n"
@@ -18,6 +20,8 @@ const char* const kSchemas =
     "aten::_scaled_mm.out(Tensor self, Tensor mat2, Tensor scale_a, Tensor scale_b, Tensor? bias=None, "
     "Tensor? scale_result=None, ScalarType? out_dtype=None, bool use_fast_accum=False, *, Tensor(a!) out) "
     "-> Tensor(a!)\n"
+    "aten::_grouped_mm(Tensor self, Tensor mat2, Tensor? offs=None, Tensor? bias=None, ScalarType? out_dtype=None) "
+    "-> Tensor\n"
     "aten::scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
     "float dropout_p=0., bool is_causal=False, *, float? scale=None, bool enable_gqa=False) -> Tensor\n"
     "aten::_flash_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, Tensor? cum_seq_k, "

@@ -66,6 +66,6 @@ STABLE_TORCH_LIBRARY(pop, m) {
   m.def("cpu_isa_utf8() -> int[]");
   // Sets the function that a prefill polls between layers (torch/interrupts.h), by its address; 0: none.
   m.def("set_interrupt_check(int address) -> ()");
-  // Sets an option of a backend and returns the value before; for measuring.
+  // Sets an option of a backend for the calls of this thread, and returns the value before; for measuring.
   m.def("tune(str option, int value) -> int");
 }

@@ -9,6 +9,20 @@ namespace pop {
 
 namespace {
 
+// True if the rows of `next` follow those of `first` in the same storage.
+bool follows(const Tensor& first, const Tensor& next) {
+  const auto end = [](const Tensor& matrix, int64_t rows) {
+    return static_cast<const char*>(matrix.const_data_ptr()) + rows * matrix.stride(0) * matrix.element_size();
+  };
+  const auto storage = [](const Tensor& matrix) {
+    int64_t offset = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(matrix.get(), &offset));
+    return static_cast<const char*>(matrix.const_data_ptr()) - offset * matrix.element_size();
+  };
+  return first.stride(0) == next.stride(0) && end(first, first.size(0)) == end(next, 0) &&
+         storage(first) == storage(next);
+}
+
 void check_option(const char* option, const std::string& missing) {
   check(missing.empty(), "pop::load: ", option, ": ", missing);
 }
@@ -89,6 +103,7 @@ void LoadedModel::set_layer(int64_t layer) {
     if (tensor == nullptr) return {};
     return {tensor->const_data_ptr(), tensor->stride(0)};
   };
+  const Tensor &q = *weight(prefix + "q_proj"), &k = *weight(prefix + "k_proj"), &v = *weight(prefix + "v_proj");
   model_.layers[layer] = {.input_norm = vector("input_norm"),
                           .post_norm = vector("post_norm"),
                           .attention_out_norm = vector("attention_out_norm"),
@@ -97,6 +112,7 @@ void LoadedModel::set_layer(int64_t layer) {
                           .k_proj = linear("k_proj"),
                           .v_proj = linear("v_proj"),
                           .o_proj = linear("o_proj"),
+                          .qkv_adjacent = follows(q, k) && follows(k, v),
                           .q_bias = vector("q_bias"),
                           .k_bias = vector("k_bias"),
                           .v_bias = vector("v_bias"),

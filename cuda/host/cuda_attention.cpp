@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 #include <initializer_list>
 #include <iostream>
 #include <mutex>
@@ -176,12 +175,7 @@ bool is_aligned(const AttentionParams& p) {
          aligned(p.cache.key, {k.batch, k.head, k.slot}) && aligned(p.cache.value, {v.batch, v.head, v.slot});
 }
 
-// cuDNN builds a plan for every new shape, some milliseconds once. Multiples of 64 rows bound their number, and leave
-// at most 63 rows of a segment to another kernel: a batch's segments end before their boundary rows, so that a prompt
-// of 512 tokens has 511 rows in one.
-std::atomic<int64_t> sdpa_rows{64};
-
-Provider choose(const AttentionParams& p, int compute_capability) {
+Provider choose(const AttentionParams& p, int compute_capability, int64_t sdpa_rows) {
   const bool ampere = compute_capability >= 80, hopper = compute_capability == 90;
   if (p.sinks != nullptr) return Provider::none;  // no operator here has them
   if (p.dtype == DType::f32 || p.address.slot_table != nullptr || !ampere || p.num_segments == 0 || !is_aligned(p)) {
@@ -191,10 +185,9 @@ Provider choose(const AttentionParams& p, int compute_capability) {
   const Segment& first = p.segments[0];
   if (p.window > 0 && first.visible_end > first.first_position + first.rows) return Provider::none;
   if (hopper && foreign::variant_of("flash_attn_3::fwd") >= 0) return Provider::flash_attention_3;
-  const int64_t multiple = sdpa_rows;
   const bool square = p.window == 0 && first.first_position == 0 && !sees_ahead(first) && p.softcap == 0.0f;
   // On Hopper and Blackwell cuDNN is about twice as fast as FlashAttention 2, whose code is Ampere's.
-  if (multiple > 0 && first.rows >= multiple && square && compute_capability >= 90 &&
+  if (sdpa_rows > 0 && first.rows >= sdpa_rows && square && compute_capability >= 90 &&
       foreign::variant_of("aten::scaled_dot_product_attention") >= 0 &&
       foreign::variant_of("aten::_flash_attention_forward") >= 0) {
     return Provider::torch_sdpa;
@@ -243,9 +236,8 @@ bool is_of_the_device(const std::string& error) {
 
 // The largest multiple of `sdpa_rows` rows by the kernel that needs a plan for every shape, the remaining rows by the
 // one that needs none.
-void sdpa_then_flash(const AttentionParams& p, DenseBatch& b) {
-  const int64_t multiple = std::max<int64_t>(1, sdpa_rows);
-  int64_t done = b.rows - b.rows % multiple;
+void sdpa_then_flash(const AttentionParams& p, DenseBatch& b, int64_t sdpa_rows) {
+  int64_t done = b.rows - b.rows % sdpa_rows;
   const RefusedShapes::Shape shape{b.batch, done, p.heads, p.kv_heads, p.head_dim, static_cast<int64_t>(p.dtype)};
   if (refused_shapes().has(shape)) {
     done = 0;
@@ -267,8 +259,8 @@ void sdpa_then_flash(const AttentionParams& p, DenseBatch& b) {
 
 }  // namespace
 
-bool library_attention(const AttentionParams& p, int device, int compute_capability) {
-  const Provider provider = choose(p, compute_capability);
+bool library_attention(const AttentionParams& p, int device, int compute_capability, int64_t sdpa_rows) {
+  const Provider provider = choose(p, compute_capability, sdpa_rows);
   if (provider == Provider::none) return false;
   DenseBatch batch = dense_batch(p, device);
   switch (provider) {
@@ -279,30 +271,12 @@ bool library_attention(const AttentionParams& p, int device, int compute_capabil
       flash_attention_2(p, batch);
       break;
     case Provider::torch_sdpa:
-      sdpa_then_flash(p, batch);
+      sdpa_then_flash(p, batch, sdpa_rows);
       break;
     default:
       torch_flash(p, batch);
   }
   return true;
-}
-
-int64_t set_sdpa_rows(int64_t value) { return sdpa_rows.exchange(value); }
-
-const char* library_attention_provider(const AttentionParams& p, int compute_capability) {
-  switch (choose(p, compute_capability)) {
-    case Provider::none:
-      return "";
-    case Provider::flash_attention_3:
-      return "flash_attn_3::fwd";
-    case Provider::flash_attention_2:
-      return "flash_attn::_flash_attn_forward";
-    case Provider::torch_sdpa:
-      return "aten::scaled_dot_product_attention";
-    case Provider::torch_flash:
-      return "aten::_flash_attention_forward";
-  }
-  return "";
 }
 
 }  // namespace pop

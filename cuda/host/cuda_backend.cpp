@@ -29,38 +29,7 @@ constexpr int64_t kKvProjectMinRows = 256;
 // Segments of up to so many rows go to cuda/attention.cu, which splits along the keys.
 constexpr int64_t kFewRows = 64;
 
-// Settings of torch.ops.pop.tune, for measuring (docs/ops.md).
-struct Options {
-  std::atomic<int64_t> skinny_rows{8};        // products of up to so many rows run in cuda/skinny_gemm.cu
-  std::atomic<int64_t> skinny_mma_rows{0};    // products of 2 to so many rows of 16 bits run in cuda/skinny_mma.cu
-  std::atomic<int64_t> library_attention{1};  // 0: all attention runs in cuda/attention.cu
-  std::atomic<int64_t> early_launch{0};       // kernels start before the previous ones have ended (cuda/launch.cuh)
-  std::atomic<int64_t> fused{0};              // 1, 2: runs are projected by cuda/kv_project_sm90.cu if it supports them
-  std::atomic<int64_t> kv_project_kib{0};     // KiB of a run's [k | v] per product, at least one layer; 0: all layers
-};
-
-Options& options() {
-  static Options instance;
-  return instance;
-}
-
 }  // namespace
-
-int64_t CudaBackend::tune(const std::string& option, int64_t value) {
-  if (option == "skinny_rows") return options().skinny_rows.exchange(std::clamp<int64_t>(value, 0, cuda::kSkinnyRows));
-  if (option == "skinny_mma_rows") {
-    return options().skinny_mma_rows.exchange(std::clamp<int64_t>(value, 0, cuda::kSkinnyRows));
-  }
-  if (option == "library_attention") return options().library_attention.exchange(value);
-  if (option == "sdpa_rows") return set_sdpa_rows(value);
-  if (option == "early_launch") return options().early_launch.exchange(value);
-  if (option == "fused_kv_project") return options().fused.exchange(value);
-  if (option == "kv_project_kib") return options().kv_project_kib.exchange(std::clamp<int64_t>(value, 0, 1 << 20));
-  throw std::runtime_error(
-      "pop::tune: option: expected gemm_blocks, skinny_rows, skinny_mma_rows, library_attention, sdpa_rows, "
-      "early_launch, fused_kv_project or kv_project_kib, got " +
-      shortened(option));
-}
 
 void CudaBackend::check_reported_ids(int device) {
   const DeviceScope scope(device);
@@ -73,13 +42,14 @@ void CudaBackend::check_reported_ids(int device) {
 
 std::string CudaBackend::device_missing(int device) { return cuda::device_missing(device); }
 
-CudaBackend::CudaBackend(int device) : device_(device), scope_(device), stream_(current_stream(device)) {}
+CudaBackend::CudaBackend(int device)
+    : options_(thread_options()), device_(device), scope_(device), stream_(current_stream(device)) {}
 
 // This kernel waits for everything in the stream, including weights that were just written. Later kernels of the call
 // need not, so they may launch early.
 void CudaBackend::build_row_tables(const RowTablesParams& p) {
   cuda::launch_build_row_tables(p, stream_);
-  if (options().early_launch != 0 && cuda::device_facts().code >= 90) early_launches_.emplace();
+  if (options_.early_launch != 0 && cuda::device_facts().code >= 90) early_launches_.emplace();
 }
 
 void CudaBackend::embed(const EmbedParams& p) { cuda::launch_embed(p, cuda::bad_id_flag(), stream_); }
@@ -101,6 +71,7 @@ void CudaBackend::combine_rows(const CombineRowsParams& p) { cuda::launch_combin
 // The only wait for the device: the number of rows of each expert decides which products to launch.
 void CudaBackend::group_rows(const GroupRowsParams& p) {
   cuda::launch_group_rows(p, stream_);
+  if (p.host_begin == nullptr) return;
   cuda::copy_to_host(p.host_begin, p.begin, (p.experts + 1) * sizeof(int64_t), stream_,
                      "pop::prefill: a model with experts waits for its router in every sparse layer");
 }
@@ -120,10 +91,10 @@ std::string CudaBackend::fp8_missing(DType dtype) const {
 
 void CudaBackend::gemm(const GemmParams* products, int64_t count) {
   enum class Kernel { library, skinny_gemm, skinny_mma };
-  const auto kernel_of = [](const GemmParams& p) {
-    if (p.a_scale != nullptr || p.w_transposed) return Kernel::library;
-    if (p.m >= 2 && p.m <= options().skinny_mma_rows && cuda::skinny_mma_fits(p)) return Kernel::skinny_mma;
-    return p.m <= options().skinny_rows ? Kernel::skinny_gemm : Kernel::library;
+  const auto kernel_of = [this](const GemmParams& p) {
+    if (p.a_scale != nullptr || p.w_transposed || p.accumulate) return Kernel::library;
+    if (p.m >= 2 && p.m <= options_.skinny_mma_rows && cuda::skinny_mma_fits(p)) return Kernel::skinny_mma;
+    return p.m <= options_.skinny_rows ? Kernel::skinny_gemm : Kernel::library;
   };
   for (int64_t i = 0; i < count;) {
     const Kernel kernel = kernel_of(products[i]);
@@ -144,9 +115,55 @@ void CudaBackend::gemm(const GemmParams* products, int64_t count) {
   }
 }
 
+// A product of few rows would gain nothing: it streams its weight, beside which a row of the residual stream is small.
+bool CudaBackend::accumulates(DType, int64_t rows) const {
+  return options_.residual_in_product != 0 && rows > std::max(options_.skinny_rows, options_.skinny_mma_rows) &&
+         addmm_out() != nullptr && foreign::variant_of("aten::addmm.out") >= 0;
+}
+
 void CudaBackend::library_gemm(const GemmParams& p) {
   if (p.m == 0 || p.n == 0) return;
-  aten::matmul(p, torch::stable::Device(kDeviceType, kDeviceType == torch::headeronly::DeviceType::CPU ? -1 : device_));
+  const torch::stable::Device device = torch_device();
+  if (!p.accumulate) return aten::matmul(p, device);
+  const aten::MatmulOperands operands(p, device);
+  foreign::require("aten::addmm.out");
+  const AtenTensorHandle out = operands.out.get();  // out and self in one: torch then copies nothing
+  if (addmm_out()(out, out, operands.a.get(), operands.w.get(), 1.0, 1.0) != 0) {
+    throw std::runtime_error(std::string("aten::addmm.out: ") + aten::last_error());
+  }
+}
+
+torch::stable::Device CudaBackend::torch_device() const {
+  return {kDeviceType, kDeviceType == torch::headeronly::DeviceType::CPU ? -1 : device_};
+}
+
+// torch's kernel for groups is for bfloat16 on Hopper and data-centre Blackwell, with 16-byte rows. Elsewhere torch
+// reads the offsets on the host and multiplies group by group. Under the shim it does so, too.
+bool CudaBackend::groups_products(const GroupedGemmParams& p) const {
+  if (options_.grouped_experts == 0 || p.dtype != DType::bf16) return false;
+  const int major = cuda::device_facts().major;
+  if (kDeviceType == torch::headeronly::DeviceType::CUDA && major != 9 && major != 10) return false;
+  const auto aligned = [](const void* base, int64_t stride) {
+    return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride % 8 == 0;
+  };
+  return aligned(p.a, p.a_stride) && aligned(p.w, p.w_stride) && p.w_matrix_stride % 8 == 0 && p.n % 8 == 0 &&
+         p.k % 8 == 0 && foreign::variant_of("aten::_grouped_mm") >= 0;
+}
+
+void CudaBackend::grouped_gemm(const GroupedGemmParams& p) {
+  if (p.rows == 0) return;
+  const torch::stable::Device device = torch_device();
+  const auto dtype = aten::scalar_type(p.dtype);
+  const torch::stable::Tensor a = aten::matrix_view(p.a, p.rows, p.k, p.a_stride, 1, device, dtype);
+  const torch::stable::Tensor w = torch::stable::from_blob(
+      const_cast<void*>(p.w), {p.groups, p.k, p.n},
+      {p.w_matrix_stride, p.w_transposed ? p.w_stride : 1, p.w_transposed ? 1 : p.w_stride}, device, dtype);
+  const torch::stable::Tensor ends =
+      torch::stable::to(torch::stable::from_blob(const_cast<int64_t*>(p.begin + 1), {p.groups}, {1}, device,
+                                                 torch::headeronly::ScalarType::Long),
+                        torch::headeronly::ScalarType::Int);
+  torch::stable::Tensor out = aten::matrix_view(p.out, p.rows, p.n, p.out_stride, 1, device, dtype);
+  torch::stable::copy_(out, aten::grouped_mm(a, w, ends));
 }
 
 // ---- The projection of a run ---------------------------------------------------------------
@@ -160,8 +177,8 @@ int64_t kv_project_rows(DType dtype, int64_t rows, int64_t columns) {
 }
 
 // Layers of one product: few enough that the epilogue can find its result in the L2 cache.
-int64_t layers_at_once(const KvProjectParams& p, int64_t rows) {
-  const int64_t most = options().kv_project_kib << 10;
+// `most`: bytes, or 0 for all layers.
+int64_t layers_at_once(const KvProjectParams& p, int64_t rows, int64_t most) {
   if (most == 0) return p.layers;
   const int64_t bytes_per_layer = rows * 2 * p.kv_heads * p.head_dim * element_size(p.dtype);
   const int64_t parts = ceil_div(p.layers, std::clamp<int64_t>(most / bytes_per_layer, 1, p.layers));
@@ -178,7 +195,7 @@ size_t CudaBackend::kv_project_workspace(DType dtype, int64_t rows, int64_t hidd
 // In a prefill the pass that adds the pending update computes rstd. Where no pass has, the kernel sums the squares
 // itself, or, with fused_kv_project = 2, gets rstd from a pass of its own, like the library's product.
 void CudaBackend::fused_kv_project(KvProjectParams p) {
-  if (options().fused == 2 && p.rstd == nullptr) {
+  if (options_.fused_kv_project == 2 && p.rstd == nullptr) {
     auto* rstd = static_cast<float*>(p.workspace);  // free: only the library's product uses it
     rms_norm({.dtype = p.dtype,
               .rows = p.rows,
@@ -195,12 +212,13 @@ void CudaBackend::fused_kv_project(KvProjectParams p) {
 }
 
 void CudaBackend::kv_project(const KvProjectParams& p) {
-  if (options().fused != 0 && p.rows > options().skinny_rows && cuda::kv_project_sm90_supports(p)) {
+  if (options_.fused_kv_project != 0 && p.rows > options_.skinny_rows && cuda::kv_project_sm90_supports(p)) {
     return fused_kv_project(p);
   }
   const int64_t columns = p.layers * 2 * p.kv_heads * p.head_dim;
-  const KvProjectChunks chunks{.rows = std::max<int64_t>(1, kv_project_rows(p.dtype, p.rows, columns)),
-                               .layers = [&](int64_t rows) { return layers_at_once(p, rows); }};
+  const KvProjectChunks chunks{
+      .rows = std::max<int64_t>(1, kv_project_rows(p.dtype, p.rows, columns)),
+      .layers = [&](int64_t rows) { return layers_at_once(p, rows, options_.kv_project_kib << 10); }};
   kv_project_in_chunks(*this, p, chunks, [&](const KvProjectParams& part, const void* kv) { write_kv(part, kv); });
 }
 
@@ -246,8 +264,8 @@ void CudaBackend::attention(const AttentionParams& p) {
     part.segments = p.segments + begin;
     part.num_segments = end - begin;
     if (part.window >= first.first_position + first.rows) part.window = 0;  // the window covers everything
-    const bool to_library = first.rows > kFewRows && options().library_attention != 0;
-    if (to_library && library_attention(part, device_, capability)) continue;
+    const bool to_library = first.rows > kFewRows && options_.library_attention != 0;
+    if (to_library && library_attention(part, device_, capability, options_.sdpa_rows)) continue;
     own.insert(own.end(), p.segments + begin, p.segments + end);
   }
   if (!own.empty()) own_attention(p, own);
@@ -259,9 +277,8 @@ void CudaBackend::own_attention(const AttentionParams& p, const std::vector<Segm
   part.num_segments = static_cast<int64_t>(segments.size());
   const auto bytes = static_cast<int64_t>(cuda::attention_workspace(part));
   // Freed on return: torch's allocator gives it only to later work on the same stream.
-  const torch::stable::Tensor workspace = torch::stable::empty(
-      {bytes}, torch::headeronly::ScalarType::Byte, std::nullopt,
-      torch::stable::Device(kDeviceType, kDeviceType == torch::headeronly::DeviceType::CPU ? -1 : device_));
+  const torch::stable::Tensor workspace =
+      torch::stable::empty({bytes}, torch::headeronly::ScalarType::Byte, std::nullopt, torch_device());
   cuda::launch_attention(part, workspace.mutable_data_ptr(), stream_);
 }
 

@@ -1,7 +1,8 @@
 // The CUDA backend: chooses for each product and each segment of attention between a kernel of cuda/ and a library's.
 #pragma once
 
-#include <atomic>
+#include <torch/csrc/stable/device.h>
+
 #include <memory>
 #include <optional>
 #include <string>
@@ -9,6 +10,7 @@
 
 #include "backend/backend.h"
 #include "cuda/device.h"
+#include "cuda/host/options.h"
 #include "cuda/host/torch_cuda.h"
 #include "cuda/kernels.h"
 
@@ -30,6 +32,10 @@ class CudaBackend final : public Backend {
   std::string prepack_missing(DType) const override { return "expected a model on a CPU, got one on a CUDA device"; }
   std::unique_ptr<PackedWeight> prepack(const PrepackParams&) const override { return nullptr; }
   void gemm(const GemmParams* products, int64_t count) override;
+  bool accumulates(DType dtype, int64_t rows) const override;
+  bool groups_products(const GroupedGemmParams&) const override;
+  void grouped_gemm(const GroupedGemmParams&) override;
+  bool joins_qkv() const override { return options_.qkv_in_one_product != 0; }
   void rope_cache_write(const RopeCacheWriteParams&) override;
   void kv_project(const KvProjectParams&) override;
   void attention(const AttentionParams&) override;
@@ -43,16 +49,17 @@ class CudaBackend final : public Backend {
   void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t row_bytes,
                  int64_t rows) noexcept override;
 
-  static int64_t tune(const std::string& option, int64_t value);
   static void check_reported_ids(int device);
   static std::string device_missing(int device);
 
  private:
   void library_gemm(const GemmParams&);
   void fused_kv_project(KvProjectParams);
+  torch::stable::Device torch_device() const;
   void write_kv(const KvProjectParams&, const void* kv);
   void own_attention(const AttentionParams&, const std::vector<Segment>& segments);
 
+  const CudaOptions options_;
   int device_;
   DeviceScope scope_;
   cuda::Stream stream_;

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pop_ext import _core
+from pop_ext import NativeModel, _core
 from pop_ext.hf.weight_map import describe
 from pop_ext.plans.plan import Plan
 
@@ -314,6 +314,7 @@ def test_a_model_that_cannot_be_loaded_fails_alone(config_dir, tmp_path, capsys,
         (["--repeats", "0"], "--repeats: expected at least 1, got 0"),
         (["--device", "tpu"], "--device: expected cpu or cuda, got tpu"),
         (["--tune", "early_launch"], '--tune: expected options such as "early_launch=1,sdpa_rows=0", got'),
+        (["--cuda-graphs"], "--cuda-graphs: expected --device cuda, got cpu"),
         (["--calibrate"], "--calibrate: expected --model, and --via enable, the only way that respects min_tokens"),
         (["--model", "demo", "--calibrate", "--via", "prefill"], "--calibrate: expected --model, and --via enable"),
         (
@@ -400,6 +401,19 @@ def test_copies_of_weights_add_arms_loaded_with_them(tiny, via):
             assert "prepack: expected bfloat16 weights, got float32" in arm.failed
     plain, fp8 = (arm.folded_bytes for arm in arms[1:3])
     assert fp8 > plain
+
+
+@pytest.mark.parametrize("via", ["enable", "prefill"])
+def test_graphs_add_arms_whose_models_use_them(tiny, via, monkeypatch):
+    used = []
+    monkeypatch.setattr(NativeModel, "use_cuda_graphs", lambda native: used.append(native))
+    spec, ids = describe(tiny.model).spec, torch.zeros(1, 8, dtype=torch.int64)
+    arms = make_arms(tiny.model, spec, ids, [Plan.last(LAYERS)], None, via, graphs=True)
+    assert [arm.name for arm in arms[1:]] == ["native-full", "native-full graphs", "pop 2/6", "pop 2/6 graphs"]
+    for arm in arms:
+        arm.prepare()
+        assert arm.failed is None
+        assert len(used) == sum(before.graphs for before in arms[: arms.index(arm) + 1])
 
 
 def test_backend_options_add_arms_that_run_under_them(tiny, monkeypatch):

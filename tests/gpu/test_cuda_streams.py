@@ -153,6 +153,37 @@ def test_a_call_beside_a_capture_does_not_join_it():
     assert_same_bits(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_prefills_as_graphs_give_the_same_bits(dtype):
+    native = native_of(dtype)
+    plain = pop_ext.load(native.model, native.plan)
+    native.use_cuda_graphs()
+    for seed in (1, 2, 3):
+        ids = tokens(native.model, 2, 150, seed=seed)
+        ours, theirs = native.prefill(ids), plain.prefill(ids)
+        actual, expected = (
+            [out.logits, *(part for layer in out.past_key_values.layers for part in (layer.keys, layer.values))]
+            for out in (ours, theirs)
+        )
+        assert_same_bits(actual, expected)
+
+
+def test_graphs_of_one_model_follow_each_other_across_streams():
+    native = native_of()
+    prompts = [tokens(native.model, 2, 150, seed=seed) for seed in (1, 2)]
+    expected = [native.prefill(ids).logits for ids in prompts]
+    native.use_cuda_graphs()
+    streams = [torch.cuda.Stream() for _ in prompts]
+    for _ in range(8):
+        outputs = []
+        for ids, stream in zip(prompts, streams, strict=True):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                outputs.append(native.prefill(ids).logits)
+        torch.cuda.synchronize()
+        assert_same_bits(outputs, expected)
+
+
 # Threads, devices
 
 
@@ -172,12 +203,19 @@ def test_two_threads_prefilling_together_give_the_serial_results(shared_stream, 
     native = native_of()
     prompts = [tokens(native.model, 2, 130, seed=1), tokens(native.model, 1, 190, seed=2)]
     streams = [torch.cuda.default_stream()] * 2 if shared_stream else [torch.cuda.Stream() for _ in prompts]
-    with tuned(**options):
-        serial = [repeated(native, ids, torch.cuda.default_stream(), 1)()[0] for ids in prompts]
-        jobs = [repeated(native, ids, stream) for ids, stream in zip(prompts, streams, strict=True)]
-        for outputs, expected in zip(run_threads(*jobs), serial, strict=True):
-            for output in outputs:
-                assert_same_bits(output, expected)
+
+    def under_options(job):
+        def run():
+            with tuned(**options):
+                return job()
+
+        return run
+
+    serial = [under_options(repeated(native, ids, torch.cuda.default_stream(), 1))()[0] for ids in prompts]
+    jobs = [under_options(repeated(native, ids, stream)) for ids, stream in zip(prompts, streams, strict=True)]
+    for outputs, expected in zip(run_threads(*jobs), serial, strict=True):
+        for output in outputs:
+            assert_same_bits(output, expected)
 
 
 def test_a_model_prefills_on_its_device_not_the_current_one():

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import gpu_check  # noqa: E402
+
+from bench import cli  # noqa: E402
+from bench.shapes import SHAPES  # noqa: E402
 
 
 def check(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -107,6 +110,25 @@ def test_a_machine_whose_nvidia_smi_prints_nothing_builds_for_all_architectures(
     monkeypatch.setattr(run, "command", lambda *argv: commands.append(argv) or 0)
     assert gpu_check.build(run, gpu_check.Stage("build", 1)) == 0
     assert not any("ARCHITECTURES" in option for command in commands for option in command)
+
+
+def test_every_bench_names_known_models_and_options(tmp_path, monkeypatch):
+    documented = (ROOT / "docs" / "ops.md").read_text(encoding="utf-8")
+    run, commands = gpu_check.Run(tmp_path, dry=False), []
+    monkeypatch.setattr(run, "python", lambda *argv: commands.append(argv) or 0)
+    measured = [name for name in gpu_check.STAGES if name.startswith(("bench-", "kernel-", "profile"))]
+    for name in measured:
+        assert gpu_check.STAGES[name](run, gpu_check.Stage(name, 100)) == 0
+    arms = set()
+    for script, *arguments in commands:
+        options = cli.parser().parse_args(arguments)
+        assert script == "bench/run.py"
+        assert set(options.model) <= SHAPES.keys()
+        names = {name for text in options.tune for name in cli.parse_options(text)}
+        assert all(f"| `{name}` | CUDA |" in documented for name in names)
+        arms |= names | ({"--cuda-graphs"} if options.cuda_graphs else set())
+    assert {"early_launch", "residual_in_product", "qkv_in_one_product", "grouped_experts", "--cuda-graphs"} <= arms
+    assert len(commands) == len(measured) == 7
 
 
 def test_files_that_failed_on_a_gpu_begin_their_groups():

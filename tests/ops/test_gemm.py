@@ -150,3 +150,11 @@ def test_bad_operands_are_refused_by_name():
 def test_an_unknown_option_is_refused_by_name():
     with pytest.raises(RuntimeError, match=r"pop::tune: option: expected gemm_blocks.*\(?blocks"):
         torch.ops.pop.tune("blocks", 1)
+
+
+def test_an_option_belongs_to_the_thread_that_sets_it():
+    (default,) = run_threads(lambda: torch.ops.pop.tune("gemm_blocks", 0))
+    for value in (0, 1):
+        with tuned(gemm_blocks=value):
+            assert run_threads(lambda: torch.ops.pop.tune("gemm_blocks", 1)) == [default]
+            assert torch.ops.pop.tune("gemm_blocks", value) == value

@@ -1,4 +1,4 @@
-"""Set options of the backends (`torch.ops.pop.tune`) within a block."""
+"""Set options of the backends (`torch.ops.pop.tune`) within a block, for the thread that runs it."""
 
 from __future__ import annotations
 

@@ -18,8 +18,10 @@ from pop_ext.hf.inputs import PrefillRequest, check_device_and_dtype, check_ids,
 from pop_ext.hf.kv_cache import CacheTransaction, keeps_only_windows
 from pop_ext.hf.loaded import LoadedWeights, check_options
 from pop_ext.hf.modules import find_decoder_modules
-from pop_ext.hf.packing import PerSequence, lengths, offsets
+from pop_ext.hf.operator_call import rope_tables, run_operator
+from pop_ext.hf.packing import PerSequence, offsets
 from pop_ext.hf.patches import InnerModules
+from pop_ext.hf.prefill_graphs import CudaRecorder, PrefillGraphs
 from pop_ext.hf.restore import module_restored_on_error
 from pop_ext.hf.vision import run_wrapper
 from pop_ext.hf.weight_map import Description, describe
@@ -86,7 +88,34 @@ class NativeModel:
         check_fit(self.plan, find_decoder_modules(model).layers)
         self.fp8, self.prepack = fp8, prepack
         self._loaded = LoadedWeights(model, description, self.plan, fp8, prepack)
+        self._graphs: PrefillGraphs | None = None
         chosen.warn(model)
+
+    def use_cuda_graphs(self, shapes: int = 4) -> None:
+        """Run prefills of prompts without a past as CUDA graphs, recorded when a shape first comes.
+
+        A replay leaves no gaps between kernels. It costs a copy of K and V into the cache, and memory: each graph keeps
+        the workspace of a call, and K and V of its prompts. A shape is the number of tokens of each sequence with
+        boundary, rows of logits and padding. Calls with a past or images run as before. Options of
+        ``torch.ops.pop.tune`` are those of the first call of a shape. The results are the same. This has not run on a
+        GPU.
+
+        Args:
+            shapes: graphs to keep, the latest used; 0 switches graphs off and frees them.
+
+        Raises:
+            TypeError: ``shapes`` is no int.
+            ValueError: ``shapes`` is negative, or the model is not on a CUDA device.
+        """
+        if not isinstance(shapes, int) or isinstance(shapes, bool):
+            raise TypeError(f"shapes: expected an int, got {type(shapes).__name__}")
+        if shapes < 0:
+            raise ValueError(f"shapes: expected at least 0, got {shapes}")
+        if shapes > 0 and self.device.type != "cuda":
+            raise ValueError(f"use_cuda_graphs: expected a model on a CUDA device, got one on {self.device}")
+        if self._graphs is not None:
+            self._graphs.clear()
+        self._graphs = PrefillGraphs(shapes, CudaRecorder(self.device)) if shapes > 0 else None
 
     def __repr__(self) -> str:
         options = ", fp8=True" * self.fp8 + ", prepack=True" * self.prepack
@@ -256,33 +285,16 @@ class NativeModel:
         self, loaded: LoadedWeights, request: PrefillRequest, validate: Callable[[], None] | None = None
     ) -> PrefillOutput:
         """Run the language model of a request: first the operator, then the head, then commit the cache."""
-        packed = request.packed
         transaction, window_only = self._open_cache(loaded, request)
         try:
             rotary = decoder_of(self.model).rotary_emb
             with module_restored_on_error(rotary):
-                cos, sin, cos_local, sin_local = _rope(loaded, rotary, request.positions)
-                hidden = torch.ops.pop.prefill(
-                    loaded.handle,
-                    request.rows,
-                    cos,
-                    sin,
-                    packed.cu_seqlens(),
-                    lengths(packed.past),
-                    lengths(packed.cache_start),
-                    lengths(request.boundary),
-                    lengths(request.num_logits),
-                    transaction.key_cache,
-                    transaction.value_cache,
-                    packed.slot_table,
-                    False,  # restore_on_error: the transaction restores, also after a failure in the steps below
-                    window_only,
-                    cos_local,
-                    sin_local,
-                    torch.tensor(request.spans, dtype=torch.int32, device="cpu") if request.spans else None,
-                    request.feature_index,
-                    None if request.feature_index is None else list(request.features),
-                )
+                tables = rope_tables(loaded, rotary, request.positions)
+                operator, graphs = partial(run_operator, loaded, request, window_only), self._graphs
+                if graphs is not None and graphs.takes(request):
+                    hidden = graphs.run(loaded, request, window_only, operator, tables, transaction)
+                else:
+                    hidden = operator(request.rows, tables, transaction.key_cache, transaction.value_cache)
                 hidden = hidden.view(*request.output_shape, -1)
                 if validate is not None:
                     validate()
@@ -338,42 +350,3 @@ class NativeModel:
         if cap is None or not self.family.caps_logits:
             return logits
         return torch.tanh(logits / cap) * cap
-
-
-def _rope(loaded: LoadedWeights, rotary: Any, positions: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """Return cos and sin of RoPE for packed positions.
-
-    Args:
-        loaded: what is loaded of the model.
-        rotary: rotary embedding of the model.
-        positions: ``[rows]`` or ``[3, rows]``.
-
-    Returns:
-        cos, sin, cos_local and sin_local, each float32 ``[rows, rotary_dim]``, or half as wide (gpt-oss). The local
-        ones are for layers with a second RoPE base or without RoPE, and for q if its scale follows the position; None
-        in other models.
-    """
-    kinds = loaded.family.rope_kinds
-    # The module reads only dtype and device of its first argument. The tables are float32 in every dtype.
-    like = torch.empty(0, dtype=torch.float32, device=loaded.device)
-    if not kinds:
-        cos, sin = rotary(like, positions.unsqueeze(-2))  # [1, rows], or [3, 1, rows]
-        if loaded.spec.query_rope:
-            scale = _query_scale(rotary.config.rope_parameters, positions, loaded.dtype)
-            return cos[0], sin[0], cos[0] * scale, sin[0] * scale
-        if not any(loaded.spec.rope_table):
-            return cos[0], sin[0], None, None
-        return cos[0], sin[0], torch.ones_like(cos[0]), torch.zeros_like(sin[0])
-    tables = {kind: rotary(like, positions[None], kind) for kind in kinds if kind in rotary.layer_types}
-    cos, sin = tables.get(kinds[0]) or tables[kinds[1]]  # a model may have layers of one kind only
-    if not any(loaded.spec.rope_table):
-        return cos[0], sin[0], None, None
-    cos_local, sin_local = tables[kinds[1]]
-    return cos[0], sin[0], cos_local[0], sin_local[0]
-
-
-def _query_scale(rope_parameters: dict[str, Any], positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the factor of q at each position, rounded to ``dtype`` as in the stock model: float32 ``[rows, 1]``."""
-    beta, length = rope_parameters["llama_4_scaling_beta"], rope_parameters["original_max_position_embeddings"]
-    scale = 1 + beta * torch.log(1 + torch.floor(positions / length))
-    return scale.to(dtype).float().unsqueeze(-1)

@@ -371,6 +371,32 @@ void run_small_devices() {
   throw std::runtime_error("a launch with more shared memory than the device has is accepted");
 }
 
+// The number of SMs decides how keys are cut. Beyond 256 it has no effect.
+void run_other_sizes() {
+  if (checks::kRaces) return;  // other checks run these kernels
+  struct Restored {
+    int count = cuda::device_facts().sm_count;
+    ~Restored() { cuda_shim::set_sm_count(count); }
+  } restored;
+  Segment segment{};
+  segment.rows = 1;
+  segment.first_position = 100000;
+  AttentionParams params{};
+  params.dtype = DType::bf16;
+  params.heads = 4, params.kv_heads = 1, params.head_dim = 64;
+  params.segments = &segment;
+  params.num_segments = 1;
+  std::vector<size_t> bytes;
+  for (const int count : {1, 20, 132, 256, 1000}) {
+    cuda_shim::set_sm_count(count);
+    run_all({{.heads = 4, .kv_heads = 1, .head_dim = 64, .segments = {{1, 1500}, {40, 700}, {7, 130}}}});
+    bytes.push_back(cuda::attention_workspace(params));
+  }
+  if (!(bytes[0] < bytes[1] && bytes[1] < bytes[2] && bytes[2] < bytes[3] && bytes[3] == bytes[4])) {
+    throw std::runtime_error("the workspace does not follow the number of SMs");
+  }
+}
+
 #endif
 
 // The workspace depends on the parameters and the device alone, and is bounded.
@@ -402,6 +428,7 @@ const checks::Check many("attention of many segments", run_many_segments);
 const checks::Check alone("attention of a row alone", run_alone);
 #if defined(POP_CUDA_SHIM)
 const checks::Check small_devices("attention on devices with little shared memory", run_small_devices);
+const checks::Check other_sizes("attention on devices with other numbers of SMs", run_other_sizes);
 #endif
 const checks::Check workspace("attention workspace", run_workspace);
 

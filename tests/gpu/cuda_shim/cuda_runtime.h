@@ -53,6 +53,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
 
 // Sets the most shared memory that a block can be given, before any launch.
 void set_block_shared_bytes(size_t bytes);
+void set_sm_count(int count);
 
 void count_wait();  // counts calls of wait_for_kernels_in_front (cuda/launch.cuh)
 

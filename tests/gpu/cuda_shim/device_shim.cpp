@@ -13,8 +13,9 @@ int current_device() { return 0; }
 void set_device(int) {}
 
 namespace {
-// No library supports this device.
-DeviceFacts facts{.major = 0, .minor = 0, .code = 0, .sm_count = 4, .block_shared_bytes = 227 << 10};
+// No library supports this device. Its size is that of an H200, so that work is cut as there.
+DeviceFacts facts{
+    .major = 0, .minor = 0, .code = 0, .sm_count = 132, .sm_threads = 2048, .block_shared_bytes = 227 << 10};
 }  // namespace
 
 const DeviceFacts& device_facts() { return facts; }
@@ -41,3 +42,4 @@ void copy_to_host(void* to, const void* from, size_t bytes, Stream, const char*)
 }  // namespace pop::cuda
 
 void cuda_shim::set_block_shared_bytes(size_t bytes) { pop::cuda::facts.block_shared_bytes = bytes; }
+void cuda_shim::set_sm_count(int count) { pop::cuda::facts.sm_count = count; }

@@ -1,0 +1,202 @@
+"""Replay the operator of a prefill as a CUDA graph, for shapes that come again (``NativeModel.use_cuda_graphs``).
+
+A graph reads and writes memory at fixed addresses. So the inputs of a call are copied into the graph's own tensors, and
+K and V, which it stages in tensors of its own, are copied into the cache of the call. Lengths and boundaries are
+parameters of the kernels: each combination of them has a graph.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pop_ext.hf.inputs import PrefillRequest
+from pop_ext.hf.kv_cache import CacheTransaction
+from pop_ext.hf.loaded import LoadedWeights
+
+Tables = Sequence[torch.Tensor | None]
+Operator = Callable[[torch.Tensor, Tables, list[torch.Tensor], list[torch.Tensor]], torch.Tensor]
+"""Run ``torch.ops.pop.prefill`` on rows, tables of RoPE, keys and values; returns the hidden states."""
+
+
+class Recorder(Protocol):
+    """What graphs need from a device."""
+
+    def is_recording(self) -> bool:
+        """Return whether the caller records a graph of its own."""
+
+    def record(self, call: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        """Record a call that has run before. Return what replays it, and the tensor that a replay fills."""
+
+    def wait_for_last_use(self) -> None:
+        """Let the current stream wait for the work before the last ``mark_use``."""
+
+    def mark_use(self) -> None:
+        """Mark the work so far of the current stream."""
+
+    def finish_last_use(self) -> None:
+        """Wait on the host for the work before the last ``mark_use``."""
+
+
+class CudaRecorder:
+    """Record CUDA graphs. Has not run on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._used: torch.cuda.Event | None = None
+
+    def is_recording(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def record(self, call: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = call()
+        return graph.replay, result
+
+    def wait_for_last_use(self) -> None:
+        if self._used is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._used)
+
+    def mark_use(self) -> None:
+        self._used = torch.cuda.Event()
+        self._used.record(torch.cuda.current_stream(self._device))
+
+    def finish_last_use(self) -> None:
+        if self._used is not None:
+            self._used.synchronize()
+
+
+@dataclass
+class _Graph:
+    """A recorded prefill and the tensors that it reads and writes."""
+
+    rows: torch.Tensor
+    tables: list[torch.Tensor | None]
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    replay: Callable[[], None]
+    hidden: torch.Tensor
+
+
+class PrefillGraphs:
+    """Keep the graphs of one model, and run prefills through them. Calls from several threads run one after another.
+
+    Args:
+        shapes: graphs to keep. The one that was not used for longest goes first.
+        recorder: records and replays.
+    """
+
+    def __init__(self, shapes: int, recorder: Recorder) -> None:
+        self._shapes, self._recorder = shapes, recorder
+        self._graphs: OrderedDict[tuple[object, ...], _Graph] = OrderedDict()
+        self._handle: int | None = None  # of the weights that the graphs read
+        self._lock = threading.Lock()
+
+    def clear(self) -> None:
+        """Free all graphs."""
+        with self._lock:
+            self._drop_to(0)
+
+    def _drop_to(self, count: int) -> None:
+        """Free the graphs that were not used for longest until ``count`` are left."""
+        if len(self._graphs) > count:
+            # A call on another stream may still use the memory, which the allocator would give to others.
+            self._recorder.finish_last_use()
+        while len(self._graphs) > count:
+            self._graphs.popitem(last=False)
+
+    def takes(self, request: PrefillRequest) -> bool:
+        """Return whether a request can run as a graph: prompts without a past, and nothing of images."""
+        packed = request.packed
+        return (
+            packed.past_slots == 0
+            and packed.slot_table is None
+            and not request.spans
+            and request.feature_index is None
+            and not self._recorder.is_recording()
+        )
+
+    def run(
+        self,
+        loaded: LoadedWeights,
+        request: PrefillRequest,
+        window_only: bool,
+        operator: Operator,
+        tables: Tables,
+        transaction: CacheTransaction,
+    ) -> torch.Tensor:
+        """Run a request, recorded first if its shape is new, and fill the buffers of the transaction.
+
+        Args:
+            loaded: weights that ``operator`` reads.
+            request: one that ``takes`` accepts.
+            window_only: as the operator gets it.
+            operator: runs the request on given tensors.
+            tables: cos, sin, cos_local and sin_local of the request's rows.
+            transaction: whose keys and values are filled.
+
+        Returns:
+            Hidden states ``[rows, hidden_size]`` that no later call overwrites.
+        """
+        with self._lock:
+            if self._handle != loaded.handle:
+                self._drop_to(0)
+                self._handle = loaded.handle
+            self._recorder.wait_for_last_use()
+            key = _shape_of(request, window_only, tables)
+            graph = self._graphs.pop(key, None)
+            if graph is None:
+                self._drop_to(self._shapes - 1)
+                graph = self._record(loaded, request, operator, tables)
+            self._graphs[key] = graph
+            graph.rows.copy_(request.rows)
+            for static, given in zip(graph.tables, tables, strict=True):
+                if static is not None and given is not None:
+                    static.copy_(given)
+            graph.replay()
+            columns = request.packed.columns
+            caches = [*transaction.key_cache, *transaction.value_cache]
+            torch._foreach_copy_([cache[:, :, :columns] for cache in caches], [*graph.keys, *graph.values])
+            hidden = graph.hidden.clone()
+            self._recorder.mark_use()
+            return hidden
+
+    def _record(self, loaded: LoadedWeights, request: PrefillRequest, operator: Operator, tables: Tables) -> _Graph:
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # tensors made in inference mode could not be written outside
+            return self._record_in_normal_mode(loaded, request, operator, tables)
+
+    def _record_in_normal_mode(
+        self, loaded: LoadedWeights, request: PrefillRequest, operator: Operator, tables: Tables
+    ) -> _Graph:
+        spec, packed = loaded.spec, request.packed
+        rows = request.rows.clone()
+        static = [None if table is None else table.clone() for table in tables]
+        # Zeros: the operator leaves slots of padding, and those outside of windows, as they are.
+        shape = (2, spec.num_layers, packed.batch, spec.num_kv_heads, packed.columns, spec.head_dim)
+        keys, values = (list(caches) for caches in loaded.like.new_zeros(shape))
+
+        def call() -> torch.Tensor:
+            return operator(rows, static, keys, values)
+
+        call()  # libraries allocate and choose their kernels in a first call
+        replay, hidden = self._recorder.record(call)
+        return _Graph(rows, static, keys, values, replay, hidden)
+
+
+def _shape_of(request: PrefillRequest, window_only: bool, tables: Tables) -> tuple[object, ...]:
+    """Return all that a graph has fixed."""
+    packed = request.packed
+    return (
+        (tuple(request.rows.shape), request.rows.dtype, packed.columns, window_only),
+        (tuple(packed.tokens), tuple(packed.cache_start), tuple(request.boundary), tuple(request.num_logits)),
+        tuple(None if table is None else (tuple(table.shape), table.dtype) for table in tables),
+    )
