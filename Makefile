@@ -65,11 +65,11 @@ lint: $(FOR_LINT) docs
 	$(CPP_FILES) | xargs $(CLANG_FORMAT) --dry-run --Werror
 	$(PYTHON) scripts/check_sass.py
 
-# Early kernels wait before they act, in the machine code for 90a and 100: of the libraries in SASS, or of the files
-# that have such kernels, compiled into build/sass if a source has changed (40 seconds of one core), else only read
-# again (8 seconds). Without nvcc it says so and passes. In .ci/run, lint runs on the core beside the mixed requests,
-# which take two minutes, so compiling hardly delays it. The stage of the wheel reads its library too, since that is
-# what users get.
+# Early kernels wait before they act, in the machine code for 90a, 100 and 120: of the libraries in SASS, or of the
+# files that have such kernels, compiled into build/sass if a source has changed (85 seconds of one core with the
+# reading), else only read again. Without nvcc it says so and passes. In .ci/run, lint runs on the core beside the
+# mixed requests, which take two minutes, so compiling hardly delays it. The stage of the wheel reads its library too,
+# since that is what users get.
 sass: $(FOR_LINT)
 	$(PYTHON) scripts/check_sass.py $(SASS)
 

@@ -279,7 +279,7 @@ def test_planted_faults_are_found_in_machine_code(tmp_path):
     assert kernels.keys() == REASONS.keys()
     cuda_tools.compile_kernels(source, tmp_path / "planted.fatbin", check_sass.ARCHITECTURES)
     functions = list(parse(cuda_tools.disassemble(tmp_path / "planted.fatbin")))
-    for architecture in ("sm_90a", "sm_100"):
+    for architecture in [f"sm_{name}" for name in check_sass.ARCHITECTURES]:
         for name, reason in REASONS.items():
             (function,) = [f for f in functions if f.architecture == architecture and names_kernel(f.symbol, name)]
             found = violations(function.code, kernels[name])
