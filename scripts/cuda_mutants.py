@@ -1,11 +1,14 @@
 """Plant faults of synchronisation in the CUDA kernels, and record what catches each.
 
-A mutant is a copy of ``cuda/`` with one text replaced. Its kernel is compiled under the shim and linked with the checks
-of ``build/shim``. What may catch it, in this order:
+A mutant is a copy of ``cuda/`` with one text replaced (``planted_cuda_faults.py``). Its kernel is compiled under the
+shim and linked with the checks of ``build/shim``. What may catch it, in this order:
 
 - ``checks``: the kernel's checks on fibers, in which asynchronous copies and products come as late as they may;
 - ``races``: the same checks on threads under ThreadSanitizer;
 - ``machine code``: ``scripts/check_sass.py``, for kernels with an early launch; needs nvcc.
+
+The same is first done with an unchanged copy, for every kernel and its checks: all must pass there, else no mutant is
+tried. A run that does not end in time says nothing about the fault, and is printed as a timeout.
 
 ``make cuda-mutants`` compares the result with the table in ``docs/notes/cuda.md``, and fails if it differs::
 
@@ -23,276 +26,38 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import check_sass
 import cuda_tools
+from planted_cuda_faults import MUTANTS, Mutant
 
 ROOT = cuda_tools.ROOT
 BUILD = ROOT / "build" / "shim"
 PAGE = ROOT / "docs" / "notes" / "cuda.md"
 BEGIN, END = "<!-- mutants: written by scripts/cuda_mutants.py -->\n", "<!-- end of mutants -->\n"
 SECONDS = 240
-"""Of a run; a longer one counts as a deadlock."""
+"""Of a run of the checks; one that takes longer is a timeout, which is not counted as caught."""
 
-
-@dataclass(frozen=True)
-class Mutant:
-    name: str
-    file: str  # of cuda/, which has `old` exactly once
-    old: str
-    new: str
-    unit: str  # the .cu file that is compiled
-    checks: tuple[str, ...]  # of cuda_checks
-    why_not: str = ""  # why nothing here can catch it; empty: something must
-
-
-NORM = ("rms_norm.cu", ("rms_norm",))
-ATTENTION = ("attention.cu", ("attention of boundary rows", "attention of many rows"))
-FUSED = ("kv_project_sm90.cu", ("kv_project_sm90",))
-MMA = ("skinny_mma.cu", ("skinny_mma",))
-WAITS = "  wait_for_kernels_in_front();\n  let_kernel_behind_start();\n"
-
-MUTANTS = (
-    Mutant(
-        "attention: barrier between loaded K and the scores removed",
-        "attention.cu",
-        "    __syncthreads();  // K is loaded; V and the probabilities may be overwritten\n",
-        "",
-        *ATTENTION,
-    ),
-    Mutant(
-        "attention: barrier between the scores and the next K removed",
-        "attention.cu",
-        "    __syncthreads();  // the scores are stored; K may be overwritten\n",
-        "",
-        *ATTENTION,
-    ),
-    Mutant(
-        "attention: barrier between V and its use removed",
-        "attention.cu",
-        "    __syncthreads();  // the probabilities are stored and V is loaded\n",
-        "",
-        *ATTENTION,
-    ),
-    Mutant(
-        "attention: barrier before the sums take the place of K removed",
-        "attention.cu",
-        "  __syncthreads();  // K and V may be overwritten\n",
-        "",
-        *ATTENTION,
-    ),
-    Mutant(
-        "attention: wait for the copy of the first K removed",
-        "attention.cu",
-        "    if (is_first) {\n      __pipeline_wait_prior(1);",
-        "    if (is_first) {",
-        *ATTENTION,
-    ),
-    Mutant(
-        "attention: wait for the copy of V removed, last tile",
-        "attention.cu",
-        "    if (is_last) {\n      __pipeline_wait_prior(0);",
-        "    if (is_last) {",
-        *ATTENTION,
-    ),
-    Mutant(
-        "attention: wait for the copy of V one group short",
-        "attention.cu",
-        "    } else {\n      __pipeline_wait_prior(1);\n    }",
-        "    } else {\n      __pipeline_wait_prior(2);\n    }",
-        *ATTENTION,
-    ),
-    Mutant(
-        "attention: barrier before partial outputs are added removed, merge",
-        "attention.cu",
-        "  __syncthreads();\n  T* out = static_cast<T*>(p.out)",
-        "  T* out = static_cast<T*>(p.out)",
-        *ATTENTION,
-    ),
-    Mutant(
-        "attention: __syncwarp before a running maximum is overwritten removed",
-        "attention_tile.cuh",
-        "  __syncwarp();  // all lanes have read tile.max; a shuffle orders no memory\n",
-        "",
-        *ATTENTION,
-    ),
-    Mutant("sum over a block: barrier removed", "launch.cuh", "= value;\n  __syncthreads();\n", "= value;\n", *NORM),
-    Mutant(
-        "rms_norm: two sums over a block share their memory",
-        "rms_norm.cu",
-        "    delta_rstd = rms_scale(block_sum(sum, partial_delta), p.width, p.eps);\n  }\n  float sum = 0.0f;\n"
-        "#pragma unroll\n",
-        "    delta_rstd = rms_scale(block_sum(sum, partial), p.width, p.eps);\n  }\n  float sum = 0.0f;\n"
-        "#pragma unroll\n",
-        *NORM,
-    ),
-    Mutant(
-        "rms_norm: wait for kernels in front removed",
-        "rms_norm.cu",
-        WAITS + "  const Row<T> row(p);\n  const int width",
-        "  let_kernel_behind_start();\n  const Row<T> row(p);\n  const int width",
-        *NORM,
-    ),
-    Mutant(
-        "gated_act: read before the wait for kernels in front",
-        "gated_act.cu",
-        WAITS,
-        "  const float early = to_float(static_cast<const T*>(p.up)[threadIdx.x % p.width]);\n"
-        + WAITS
-        + "  if (early == 12345.0f) return;\n",
-        "gated_act.cu",
-        ("gated_act",),
-    ),
-    Mutant(
-        "gated_act: next kernel let start before the wait",
-        "gated_act.cu",
-        WAITS,
-        "  let_kernel_behind_start();\n  wait_for_kernels_in_front();\n",
-        "gated_act.cu",
-        ("gated_act",),
-    ),
-    Mutant(
-        "skinny_gemm: rows of `a` read before the wait",
-        "skinny_gemm.cu",
-        "  if (k < end) load_ahead();\n  wait_for_kernels_in_front();",
-        "  if (k < end) load_ahead();\n  if (k < end && to_float(*a) == 12345.0f) sums[0] = 1.0f;\n"
-        "  wait_for_kernels_in_front();",
-        "skinny_gemm.cu",
-        ("skinny_gemm",),
-    ),
-    Mutant(
-        "skinny_gemm: barrier before the sums are added removed",
-        "skinny_gemm.cu",
-        "  __syncthreads();\n",
-        "",
-        "skinny_gemm.cu",
-        ("skinny_gemm",),
-    ),
-    Mutant(
-        "skinny_mma: barrier before the sums are overwritten removed",
-        "skinny_mma.cu",
-        "    if (first > 0) __syncthreads();  // the sums before have been read\n",
-        "",
-        *MMA,
-    ),
-    Mutant(
-        "skinny_mma: two words of a fragment exchanged",
-        "skinny_mma.cu",
-        "{low[2 * half], high[2 * half], low[2 * half + 1], high[2 * half + 1]}",
-        "{low[2 * half], low[2 * half + 1], high[2 * half], high[2 * half + 1]}",
-        *MMA,
-    ),
-    Mutant(
-        "route: __syncwarp removed",
-        "route.cu",
-        "  __syncwarp();  // lane 0 wrote the weights\n",
-        "",
-        "route.cu",
-        ("route",),
-    ),
-    Mutant(
-        "group_rows: barrier removed",
-        "route.cu",
-        "  own[threadIdx.x] = equal;\n  __syncthreads();\n",
-        "  own[threadIdx.x] = equal;\n",
-        "route.cu",
-        ("route",),
-    ),
-    Mutant(
-        "kv_project_sm90: __syncwarp before a stage is released removed",
-        "kv_project_sm90.cu",
-        "  __syncwarp();  // all lanes have read it\n",
-        "",
-        *FUSED,
-    ),
-    Mutant(
-        "kv_project_sm90: producer does not wait for an empty stage",
-        "kv_project_sm90.cu",
-        "      sm90::barrier_wait(&ring.empty[at.stage], at.parity ^ 1);\n",
-        "",
-        *FUSED,
-    ),
-    Mutant(
-        "kv_project_sm90: consumers do not wait for a full stage",
-        "kv_project_sm90.cu",
-        "    sm90::barrier_wait(&ring.full[at.stage], at.parity);\n",
-        "",
-        *FUSED,
-    ),
-    Mutant(
-        "kv_project_sm90: stage released while its products may run",
-        "kv_project_sm90.cu",
-        "sm90::multiply_wait<1>();",
-        "sm90::multiply_wait<2>();",
-        *FUSED,
-    ),
-    Mutant(
-        "kv_project_sm90: wait for the last products removed",
-        "kv_project_sm90.cu",
-        "  sm90::multiply_wait<0>();\n",
-        "",
-        *FUSED,
-    ),
-    Mutant(
-        "kv_project_sm90: fence before the products removed",
-        "kv_project_sm90.cu",
-        "    sm90::multiply_fence();\n",
-        "",
-        *FUSED,
-    ),
-    Mutant(
-        "kv_project_sm90: fence behind the new barriers removed",
-        "kv_project_sm90.cu",
-        "    sm90::barrier_init_fence();\n",
-        "",
-        *FUSED,
-    ),
-    Mutant(
-        "kv_project_sm90: first cluster barrier removed",
-        "kv_project_sm90.cu",
-        "  sm90::cluster_sync();\n  const int group",
-        "  const int group",
-        *FUSED,
-    ),
-    Mutant(
-        "kv_project_sm90: last cluster barrier removed",
-        "kv_project_sm90.cu",
-        "so neither block may exit first.\n  sm90::cluster_sync();\n",
-        "so neither block may exit first.\n",
-        *FUSED,
-    ),
-    Mutant(
-        "kv_project_sm90: accumulators not tied to the end of the products",
-        "kv_project_sm90.cu",
-        "  sm90::multiply_done(sums);\n",
-        "",
-        *FUSED,
-        why_not="the compiler may read an accumulator early, and here it need not: only the results of a GPU show it",
-    ),
-    Mutant(
-        "wait for kernels in front does not order memory for the compiler",
-        "launch.cuh",
-        'asm volatile("griddepcontrol.wait;" ::: "memory");',
-        'asm volatile("griddepcontrol.wait;");',
-        "gated_act.cu",
-        ("gated_act",),
-        why_not="the compiler may move a load over the wait, and in this kernel does not; if it did, `make sass` would "
-        "say so",
-    ),
-)
+TARGETS = (("cuda_checks", "checks"), ("cuda_races", "races"))
+TIMEOUT, NOTHING = "timeout", "nothing"
 
 
 # ---- Building and running ----
 
 
-def planted(mutant: Mutant, folder: Path) -> Path:
-    """Copy the kernels' sources with the fault into a folder, and return the file to compile."""
+def copy_sources(folder: Path) -> None:
+    """Copy the kernels' sources into a folder."""
     (folder / "cuda").mkdir()
     for pattern in ("*.cu", "*.cuh", "*.h"):
         for source in (ROOT / "cuda").glob(pattern):
             shutil.copy(source, folder / "cuda")
+
+
+def planted(mutant: Mutant, folder: Path) -> Path:
+    """Copy the kernels' sources with the fault into a folder, and return the file to compile."""
+    copy_sources(folder)
     path = folder / "cuda" / mutant.file
     text = path.read_text(encoding="utf-8")
     if text.count(mutant.old) != 1:
@@ -335,16 +100,16 @@ def linked(source: Path, unit: str, target: str, folder: Path) -> Path:
     return program
 
 
-def fails(program: Path, checks: tuple[str, ...]) -> bool:
-    """Return True if a check fails, crashes, reports a race or does not end."""
+def outcome(program: Path, checks: tuple[str, ...]) -> str:
+    """Return "passed", "failed" (a wrong result, a crash or a race) or "timeout"."""
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}
     try:
         done = subprocess.run(
             [str(program), *checks], capture_output=True, timeout=SECONDS, check=False, env=environment
         )
     except subprocess.TimeoutExpired:
-        return True
-    return done.returncode != 0
+        return TIMEOUT
+    return "passed" if done.returncode == 0 else "failed"
 
 
 def fails_in_machine_code(source: Path, folder: Path) -> bool:
@@ -358,17 +123,38 @@ def fails_in_machine_code(source: Path, folder: Path) -> bool:
     return check_sass.check(check_sass.parse(cuda_tools.disassemble(fatbin)), kernels)[1] > 0
 
 
+def outcomes(source: Path, unit: str, checks: tuple[str, ...], folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield what looks at a source, the quickest first, and its outcome."""
+    for target, what in TARGETS:
+        yield what, outcome(linked(source, unit, target, folder), checks)
+    yield "machine code", "failed" if fails_in_machine_code(source, folder) else "passed"
+
+
+def fails_unchanged(mutants: Iterable[Mutant]) -> list[str]:
+    """Return what does not pass for the kernels as they are, of all that the mutants need."""
+    found = []
+    for unit, checks in dict.fromkeys((mutant.unit, mutant.checks) for mutant in mutants):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            copy_sources(folder)
+            for what, result in outcomes(folder / "cuda" / unit, unit, checks, folder):
+                if result != "passed":
+                    found.append(f"{what} of {unit} ({', '.join(checks)}): {result}")
+    return found
+
+
 def caught_by(mutant: Mutant) -> str:
-    """Return what catches a mutant, the quickest first; "nothing" if nothing does."""
+    """Return what catches a mutant, the quickest first; else "timeout" if a run did not end in time, or "nothing"."""
+    otherwise = NOTHING
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = planted(mutant, folder)
-        for target, what in (("cuda_checks", "checks"), ("cuda_races", "races")):
-            if fails(linked(source, mutant.unit, target, folder), mutant.checks):
+        for what, result in outcomes(planted(mutant, folder), mutant.unit, mutant.checks, folder):
+            if result == "failed":
                 return what
-        if fails_in_machine_code(source, folder):
-            return "machine code"
-    return "nothing"
+            if result == TIMEOUT:
+                print(f"{TIMEOUT:12} {mutant.name}: {what} did not end within {SECONDS} s", flush=True)
+                otherwise = TIMEOUT
+    return otherwise
 
 
 # ---- The table ----
@@ -379,9 +165,14 @@ def table(results: dict[str, str]) -> str:
     lines = ["| fault | caught by |", "|---|---|"]
     for mutant in MUTANTS:
         found = results[mutant.name]
-        lines.append(f"| {mutant.name} | {found}{f': {mutant.why_not}' if found == 'nothing' else ''} |")
-    caught = sum(found != "nothing" for found in results.values())
+        lines.append(f"| {mutant.name} | {found}{f': {mutant.why_not}' if found == NOTHING else ''} |")
+    caught = sum(found not in (NOTHING, TIMEOUT) for found in results.values())
     return "\n".join([*lines, "", f"{caught} of {len(MUTANTS)} are caught.", ""])
+
+
+def uncaught(mutant: Mutant, found: str) -> bool:
+    """Return True if something should have caught a mutant, or if a timeout leaves that open."""
+    return found == TIMEOUT or (found == NOTHING and not mutant.why_not)
 
 
 def on_page() -> str:
@@ -399,14 +190,16 @@ def main() -> int:
     if cuda_tools.find_nvcc() is None or cuda_tools.find_cuobjdump() is None:
         print(f"expected nvcc, cuobjdump and nvdisasm: {cuda_tools.HOW_TO_INSTALL}")
         return 1
+    chosen = [mutant for mutant in MUTANTS if arguments.only in mutant.name]
+    if unchanged := fails_unchanged(chosen):
+        print(*(f"FAILED: without a fault: {what}" for what in unchanged), "no mutant was tried", sep="\n")
+        return 1
     results = {}
-    for mutant in MUTANTS:
-        if arguments.only not in mutant.name:
-            continue
+    for mutant in chosen:
         results[mutant.name] = caught_by(mutant)
         print(f"{results[mutant.name]:12} {mutant.name}", flush=True)
-    failed = [m.name for m in MUTANTS if results.get(m.name) == "nothing" and not m.why_not]
-    print(*(f"FAILED: nothing catches {name}" for name in failed), sep="\n")
+    failed = [f"{results[m.name]}: {m.name}" for m in chosen if uncaught(m, results[m.name])]
+    print(*(f"FAILED: {line}" for line in failed), sep="\n")
     if not arguments.only and arguments.write:
         text = PAGE.read_text(encoding="utf-8")
         before, _, rest = text.partition(BEGIN)
