@@ -2,9 +2,13 @@
 // share `a`. The same job as skinny_gemm.cu, whose arithmetic limits it to about 8 rows.
 //
 // Floor: the bytes of w, read once from HBM; a Llama-3.1-8B layer (436 MB in bf16) takes 101 us at the 4.3 TB/s of an
-// H200, whatever the number of rows. Expected limit: `a`. A block reads it from the L2 once for its 32 to 256 columns:
-// 32 columns move rows / 32 times the bytes of w. That is a quarter at 8 rows and twice as much at 64, where an L2 of 6
-// TB/s would take 1.6 times the floor. At 64 rows the products take about half of what mma.sync reaches on Hopper.
+// H200, whatever the number of rows. Expected limit: the L2, through which w and `a` pass. Each block reads all of `a`
+// from it. With 132 SMs a block has 32 columns of q, k, v, o and down, and 128 of gate and up (split_of), so a layer
+// reads 8.1 MB for each row: 65 MB at 8 rows, 130 at 16, 260 at 32, 520 at 64. An L2 of 6 TB/s, an assumption, takes
+// 84, 94, 116 and 159 us for that and w: less than the floor up to 16 rows, 1.1 times the floor at 32, 1.6 times at 64.
+// If the warps of a block do not find each other's rows in the L1, gate and up read as much as with 32 columns: 109 us
+// at 16 rows, 145 at 32, 218 (2.2 times) at 64. At 64 rows the products take about half of what mma.sync reaches on
+// Hopper.
 //
 // w is the first operand of the product, so its rows fill the height of 16 and the rows of `a` the width of 8. A warp
 // computes 32 columns and all rows. Which element of a row is called k does not matter as long as both operands agree:
