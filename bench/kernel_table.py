@@ -160,14 +160,18 @@ def kernel_rows(native: NativeModel, operands: Operands) -> list[Row]:
         Row(name=bare.name, tokens=tokens, call=bare.call, failed=bare.failed, flops=bare.flops),
     ]
     if on_gpu:
-        fused = _under(_kv_project(len(run)), fused_kv_project=1)
-        rows.append(_row(f"kv_project fused, {layers}", operands, fused, projected, beside=bare.name))
+        # In a prefill the row scales come from the pass that adds the update; here from a pass of their own.
+        for name, value in (("kv_project fused with rstd", 2), ("kv_project fused, sums of squares within", 1)):
+            fused = _under(_kv_project(len(run)), fused_kv_project=value)
+            rows.append(_row(f"{name}, {layers}", operands, fused, projected, beside=bare.name))
         in_cache = _under(_kv_project(len(run)), kv_project_kib=24 << 10)
         rows.append(_row(f"kv_project by 24 MiB, {layers}", operands, in_cache, projected, beside=bare.name))
     rows.append(_boundary_row(native, run, tokens, 1))
     if on_gpu:
         rows.append(_boundary_row(native, run, tokens, 1, early_launch=1))
-        rows += [_boundary_row(native, run, tokens, count) for count in (8, 64)]
+        for count in (8, 16, 64):
+            rows.append(_boundary_row(native, run, tokens, count))
+            rows.append(_boundary_row(native, run, tokens, count, skinny_mma_rows=64))
     return rows
 
 

@@ -11,7 +11,8 @@ set(POP_CUDA_SOURCES
   cuda/rms_norm.cu
   cuda/rope_cache_write.cu
   cuda/route.cu
-  cuda/skinny_gemm.cu)
+  cuda/skinny_gemm.cu
+  cuda/skinny_mma.cu)
 set(POP_CUDA_CHECKS
   tests/gpu/cuda_shim/check_attention.cpp
   tests/gpu/cuda_shim/check_add_features.cpp

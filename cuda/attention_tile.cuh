@@ -278,6 +278,7 @@ __device__ __forceinline__ void softmax(const Tile<T, kQueries>& tile) {
     added += values[i];
   }
   added = warp_sum<C::kLanes>(added);
+  __syncwarp();  // all lanes have read tile.max; a shuffle orders no memory
   if (lane > 0) return;
   const float factor = exp2f(before - reference);
   tile.factor[query] = factor;

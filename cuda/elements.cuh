@@ -50,9 +50,16 @@ __device__ __forceinline__ Pack load_pack(const T* from) {
   return *reinterpret_cast<const Pack*>(from);
 }
 
+// To global memory, in one store: of some assignments of a Pack, nvcc makes four stores of 4 bytes.
 template <class T>
 __device__ __forceinline__ void store_pack(T* to, const Pack& pack) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(pack.words[0]),
+               "r"(pack.words[1]), "r"(pack.words[2]), "r"(pack.words[3])
+               : "memory");
+#else
   *reinterpret_cast<Pack*>(to) = pack;
+#endif
 }
 
 template <class T>

@@ -11,6 +11,7 @@ namespace pop::cuda {
 namespace {
 
 constexpr int kMaxThreads = 256;
+constexpr int kPieces = 2;  // per thread: four loads of 16 bytes in flight
 
 template <Activation activation>
 __device__ __forceinline__ float activate(const GatedActParams& p, float gate, float up) {
@@ -31,34 +32,59 @@ __device__ __forceinline__ void add_bias(float (&value)[count], const void* bias
   for (int e = 0; e < count; ++e) value[e] += offset[e];
 }
 
-// `count` adjacent elements per thread, 1 where channels are p.step apart; `blocks_a_row` consecutive blocks cover a
-// row.
+// kPieces pieces of `count` adjacent elements per thread, 1 where channels are p.step apart. Block (row, part): pieces
+// of one part are blockDim.x apart, so that the accesses of a warp are adjacent. All loads are issued before the first
+// use.
 template <class T, int count, Activation activation>
-__global__ void __launch_bounds__(kMaxThreads) gated_act_kernel(const GatedActParams p, unsigned blocks_a_row) {
+__global__ void __launch_bounds__(kMaxThreads) gated_act_kernel(const GatedActParams p) {
   wait_for_kernels_in_front();
   let_kernel_behind_start();
-  const int64_t row = blockIdx.x / blocks_a_row;
-  const int64_t i = (static_cast<int64_t>(blockIdx.x % blocks_a_row) * blockDim.x + threadIdx.x) * count;
-  if (i >= p.width) return;
-  const int64_t at = i * p.step;
-  float gate[count], up[count];
-  load(static_cast<const T*>(p.gate) + row * p.gate_stride + at, gate);
-  load(static_cast<const T*>(p.up) + row * p.up_stride + at, up);
-  add_bias<T>(gate, p.gate_bias, at);
-  add_bias<T>(up, p.up_bias, at);
+  const int64_t row = blockIdx.x;
+  const T* gate_row = static_cast<const T*>(p.gate) + row * p.gate_stride;
+  const T* up_row = static_cast<const T*>(p.up) + row * p.up_stride;
+  T* out_row = static_cast<T*>(p.out) + row * p.out_stride;
+  const int64_t distance = static_cast<int64_t>(blockDim.x) * count;
+  const int64_t first = kPieces * distance * blockIdx.y + threadIdx.x * count;
+  Operand<T, count> gate_piece[kPieces], up_piece[kPieces];
 #pragma unroll
-  for (int e = 0; e < count; ++e) gate[e] = activate<activation>(p, gate[e], up[e]);
-  store(static_cast<T*>(p.out) + row * p.out_stride + i, gate);
+  for (int piece = 0; piece < kPieces; ++piece) {
+    const int64_t i = first + piece * distance;
+    if (i >= p.width) continue;
+    gate_piece[piece].load(gate_row + i * p.step);
+    up_piece[piece].load(up_row + i * p.step);
+  }
+  float out[kPieces][count];
+#pragma unroll
+  for (int piece = 0; piece < kPieces; ++piece) {
+    const int64_t i = first + piece * distance;
+    if (i >= p.width) continue;
+    float gate[count], up[count];
+#pragma unroll
+    for (int e = 0; e < count; ++e) {
+      gate[e] = gate_piece[piece].value(e);
+      up[e] = up_piece[piece].value(e);
+    }
+    add_bias<T>(gate, p.gate_bias, i * p.step);
+    add_bias<T>(up, p.up_bias, i * p.step);
+#pragma unroll
+    for (int e = 0; e < count; ++e) out[piece][e] = activate<activation>(p, gate[e], up[e]);
+  }
+#pragma unroll
+  for (int piece = 0; piece < kPieces; ++piece) {
+    const int64_t i = first + piece * distance;
+    if (i < p.width) store(out_row + i, out[piece]);
+  }
 }
 
 template <class T, int count>
 void launch_gated_act_of(const GatedActParams& p, Stream stream) {
-  const int64_t pieces = p.width / count;
-  const int64_t blocks_a_row = ceil_div(pieces, kMaxThreads);
-  const int64_t threads = ceil_div(ceil_div(pieces, blocks_a_row), kWarp) * kWarp;
+  const int64_t pieces = ceil_div(p.width, count);
+  const int64_t parts = ceil_div(pieces, kPieces * kMaxThreads);
+  const int64_t threads = ceil_div(ceil_div(pieces, kPieces * parts), kWarp) * kWarp;
+  // Rows are the first dimension of the grid, since the second one is limited to 65,535.
+  const dim3 grid(static_cast<unsigned>(p.rows), static_cast<unsigned>(parts));
   const auto run = [&](auto kernel) {
-    launch_early("gated_act", kernel, dim3(static_cast<unsigned>(p.rows * blocks_a_row)),
-                 dim3(static_cast<unsigned>(threads)), 0, stream, p, static_cast<unsigned>(blocks_a_row));
+    launch_early("gated_act", kernel, grid, dim3(static_cast<unsigned>(threads)), 0, stream, p);
   };
   switch (p.activation) {
     case Activation::silu:

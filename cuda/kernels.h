@@ -64,6 +64,11 @@ void launch_combine_rows(const CombineRowsParams&, Stream);
 inline constexpr int64_t kSkinnyRows = 64;
 void launch_skinny_gemm(const GemmParams* products, int64_t count, Stream);
 
+// skinny_mma.cu: the same on the tensor cores, for up to kSkinnyRows rows of 16-bit elements. Launch only products that
+// fit.
+bool skinny_mma_fits(const GemmParams&);
+void launch_skinny_mma(const GemmParams* products, int64_t count, Stream);
+
 // kv_project_sm90.cu: the projection of a run in one kernel, on Hopper only, without a workspace. `fits` checks dtype,
 // shapes and alignments, `supports` the current device as well. Launch only supported calls.
 bool kv_project_sm90_fits(const KvProjectParams&);

@@ -34,14 +34,16 @@ struct KvProjectRun {
 
 // One of the two rows of a thread.
 struct KvRow {
-  int64_t batch_row, sequence, position;
+  int64_t batch_row, sequence, slot;
   bool inside;  // false: it repeats the last row, and is not stored
 };
 
 __device__ __forceinline__ KvRow kv_row(const KvProjectRun& run, int row) {
   const bool inside = row < run.rows;
   const int64_t batch_row = run.first_row + (inside ? row : run.rows - 1);
-  return {batch_row, run.batch.row_sequence[batch_row], run.batch.row_position[batch_row], inside};
+  const int64_t sequence = run.batch.row_sequence[batch_row];
+  const int64_t slot = cache_slot(run.batch.address, sequence, run.batch.row_position[batch_row]);
+  return {batch_row, sequence, slot, inside};
 }
 
 // ---- One row of one head, spread over a quad -----------------------------------------------
@@ -131,37 +133,37 @@ __device__ __forceinline__ void store_groups(const HeadPart<kHeadDim>& head, int
 
 // ---- A tile --------------------------------------------------------------------------------
 
+// Everything of a head but its store, for one row: in place, in the accumulators.
 template <int kHeadDim>
-__device__ __forceinline__ void write_head(const KvProjectRun& run, const kv_tile::StackedHead& at,
-                                           const HeadPart<kHeadDim>& head, const KvRow& row, float scale) {
+__device__ __forceinline__ void transform_head(const KvProjectRun& run, const kv_tile::StackedHead& at,
+                                               const HeadPart<kHeadDim>& head, const KvRow& row, float scale) {
   const int q = static_cast<int>(threadIdx.x) % 4;
   const KvProjectLayer& layer = run.layers[at.layer];
-  const bool is_key = !at.is_value;
-  const BFloat16* bias = is_key ? layer.k_bias : layer.v_bias;
+  const BFloat16* bias = at.is_value ? layer.v_bias : layer.k_bias;
   scale_and_add(head, scale, bias == nullptr ? nullptr : bias + at.head * kHeadDim + 2 * q);
-  if (is_key && layer.k_norm != nullptr) normalise(head, layer.k_norm + 2 * q, run.eps);
-
-  const CacheStrides& strides = is_key ? layer.cache.key_strides : layer.cache.value_strides;
-  void* cache = is_key ? layer.cache.key : layer.cache.value;
-  const int64_t offset = cache_offset(strides, run.batch.address, row.sequence, at.head, row.position);
-  BFloat16* to = static_cast<BFloat16*>(cache) + offset;
+  if (at.is_value) return;
+  if (layer.k_norm != nullptr) normalise(head, layer.k_norm + 2 * q, run.eps);
   const int64_t angles = row.batch_row * (kHeadDim / 2) + 2 * q;
 #pragma unroll
-  for (int g = 0; g < head.kGroups / 2; g += 4) {
-    if (is_key) {
-#pragma unroll
-      for (int i = g; i < g + 4; ++i) rotate(head, i, run.batch.cos + angles, run.batch.sin + angles);
-    }
-    store_groups(head, g, q, row.inside, to);
-    store_groups(head, g + head.kGroups / 2, q, row.inside, to);
-  }
+  for (int g = 0; g < head.kGroups / 2; ++g) rotate(head, g, run.batch.cos + angles, run.batch.sin + angles);
 }
 
-// Writes every head of a tile's columns, for the two rows of the thread and their rstd. Overwrites the accumulators.
 template <int kHeadDim>
-__device__ __forceinline__ void write_tile(const KvProjectRun& run, int column_tile,
-                                           float (&sums)[kv_tile::kAccumulators], const KvRow (&rows)[2],
-                                           const float (&scale)[2]) {
+__device__ __forceinline__ void store_head(const KvProjectRun& run, const kv_tile::StackedHead& at,
+                                           const HeadPart<kHeadDim>& head, const KvRow& row) {
+  const int q = static_cast<int>(threadIdx.x) % 4;
+  const LayerCache& cache = run.layers[at.layer].cache;
+  const CacheStrides& strides = at.is_value ? cache.value_strides : cache.key_strides;
+  BFloat16* to = static_cast<BFloat16*>(at.is_value ? cache.value : cache.key) +
+                 slot_offset(strides, row.sequence, at.head, row.slot);
+#pragma unroll
+  for (int g = 0; g < head.kGroups; g += 4) store_groups(head, g, q, row.inside, to);
+}
+
+// Runs `call(heads[h], head part)` for each head of a tile's columns and each of the thread's two rows.
+template <int kHeadDim, class Call>
+__device__ __forceinline__ void for_heads(const KvProjectRun& run, int column_tile,
+                                          float (&sums)[kv_tile::kAccumulators], const Call& call) {
   constexpr int kHeads = kv_tile::kColumns / kHeadDim;
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
@@ -169,11 +171,25 @@ __device__ __forceinline__ void write_tile(const KvProjectRun& run, int column_t
     if (index >= run.heads) return;  // W ends within the tile
     const kv_tile::StackedHead at = kv_tile::stacked_head(index, run.kv_heads);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const HeadPart<kHeadDim> head = {sums, h * kHeadDim / 8, half};
-      write_head(run, at, head, rows[half], scale[half]);
-    }
+    for (int half = 0; half < 2; ++half) call(at, HeadPart<kHeadDim>{sums, h * kHeadDim / 8, half}, half);
   }
+}
+
+// Writes every head of a tile's columns, for the two rows of the thread and their rstd. Overwrites the accumulators.
+// All loads come before the first store, which the compiler would not move them across: it has to take the cache for
+// memory that a later load may read.
+template <int kHeadDim>
+__device__ __forceinline__ void write_tile(const KvProjectRun& run, int column_tile,
+                                           float (&sums)[kv_tile::kAccumulators], const KvRow (&rows)[2],
+                                           const float (&scale)[2]) {
+  using Head = HeadPart<kHeadDim>;
+  using kv_tile::StackedHead;
+  for_heads<kHeadDim>(run, column_tile, sums, [&](const StackedHead& at, const Head& head, int half) {
+    transform_head(run, at, head, rows[half], scale[half]);
+  });
+  for_heads<kHeadDim>(run, column_tile, sums, [&](const StackedHead& at, const Head& head, int half) {
+    store_head(run, at, head, rows[half]);
+  });
 }
 
 }  // namespace pop::cuda

@@ -14,8 +14,10 @@
 //
 // Expected limits, in this order: shared memory (of the 1024 cycles that the products of a step take, operands are read
 // in 640, TMA writes in 384 and the sums of squares read in 128, so passing rstd may be faster); the epilogue (2 to 3
-// us after 45 us of products); 1280 tiles on 132 blocks (9.7 rounds in 10, and 2.4 in 3 at 512 tokens, where 128 x 128
-// tiles would fill 4.8 in 5). Measured rates are in docs/results/h200.md.
+// us after 45 us of products, before its loads were all issued ahead of its stores); 1280 tiles on 132 blocks (9.7
+// rounds in 10, and 2.4 in 3 at 512 tokens). Tiles of 128 x 128 would fill 4.8 rounds of 5 there, but a step of one
+// takes 640 cycles of shared memory (reads 384, TMA writes 256) for 512 of products: 5 rounds of theirs are 3.1 of
+// ours. Only the last round cut into them would gain: 2.6. Measured rates are in docs/results/h200.md.
 #include <algorithm>
 
 #include "cuda/kv_project_epilogue.cuh"
@@ -141,10 +143,9 @@ __device__ __forceinline__ void multiply(const KvProjectRun& run, Ring& ring, in
   release(ring, previous, cluster);
 }
 
-// The rstd of a row: the given one, or from the sums of squares of the quad.
-__device__ __forceinline__ float row_scale(const KvProjectRun& run, const KvRow& row, float squares) {
-  if (run.rstd != nullptr) return run.rstd[row.batch_row - run.first_row];
-  return rms_scale(warp_sum<4>(squares), run.hidden, run.eps);
+// The rstd of a row if it is given.
+__device__ __forceinline__ float given_scale(const KvProjectRun& run, const KvRow& row) {
+  return run.rstd == nullptr ? 0.0f : run.rstd[row.batch_row - run.first_row];
 }
 
 template <int kHeadDim>
@@ -156,12 +157,16 @@ __device__ __forceinline__ void consume(const KvProjectRun& run, Ring& ring, int
   for (int unit = sm90::cluster_index(); unit < unit_count(run.order); unit += sm90::cluster_count()) {
     const Tile tile = tile_of(run.order, unit, rank);
     const int first = tile.row * kv_tile::kRows + group * kv_tile::kGroupRows;
-    const KvRow rows[2] = {kv_row(run, first + row[0]),
-                           kv_row(run, first + row[1])};  // these loads overlap with the products
+    // These loads overlap with the products.
+    const KvRow rows[2] = {kv_row(run, first + row[0]), kv_row(run, first + row[1])};
+    float scale[2] = {given_scale(run, rows[0]), given_scale(run, rows[1])};
     float sums[kv_tile::kAccumulators];
     float squares[2] = {};
     multiply(run, ring, group, row, step, sums, squares);
-    const float scale[2] = {row_scale(run, rows[0], squares[0]), row_scale(run, rows[1], squares[1])};
+    if (run.rstd == nullptr) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) scale[half] = rms_scale(warp_sum<4>(squares[half]), run.hidden, run.eps);
+    }
     write_tile<kHeadDim>(run, tile.column, sums, rows, scale);
   }
 }

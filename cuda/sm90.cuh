@@ -209,17 +209,10 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
-  return value;
-}
-
 // True if the current device is a Hopper and its driver encodes tensor maps. sm_90a code runs nowhere else.
 inline bool available() {
-  return device_attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
-         device_attribute(cudaDevAttrComputeCapabilityMinor) == 0 && tensor_map_encoder() != nullptr;
+  const DeviceFacts& device = device_facts();
+  return device.major == 9 && device.minor == 0 && tensor_map_encoder() != nullptr;
 }
 
 // Describes the bf16 matrix [rows, columns], rows `stride` elements apart, in boxes of [box_rows, 64] that are written

@@ -30,7 +30,7 @@ from pathlib import Path
 import cuda_tools
 
 ROOT = cuda_tools.ROOT
-ARCHITECTURES = ("90a", "100")
+ARCHITECTURES = ("90a", "100", "120")
 FIRST_WITH_EARLY_LAUNCHES = 90
 
 MARKER = re.compile(r"// check_sass: (\w+) loads (\d+) weights early")

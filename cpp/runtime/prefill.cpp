@@ -195,9 +195,9 @@ void Prefill::embed() {
 void Prefill::project_context_rows(const RunWeights& run, LayerRange all) {
   if (layout_.context_rows == 0) return;
   StageRange stage(observer_, "pop::kv_project");
-  // If an update is pending, the pass that adds it also computes the row scales. A backend that adds updates in
-  // products gets them computed, too. Norms over all heads need normalised rows: they come before the write step, which
-  // applies the scales.
+  // The row scales (1 / RMS) are computed by a pass over the rows if an update is pending, which that pass then adds,
+  // and if the last product added the update itself. Else the backend computes them. Norms over all heads need
+  // normalised rows: they come before the write step, which applies the scales.
   const bool scaled = pending_.begin < layout_.context_rows || added_directly_;
   const bool normalised = normalises_before_projection();
   if (normalised) {

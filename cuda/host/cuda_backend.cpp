@@ -90,9 +90,15 @@ std::string CudaBackend::fp8_missing(DType dtype) const {
 }
 
 void CudaBackend::gemm(const GemmParams* products, int64_t count) {
+  enum class Kernel { library, skinny_gemm, skinny_mma };
+  const auto kernel_of = [this](const GemmParams& p) {
+    if (p.a_scale != nullptr || p.w_transposed || p.accumulate) return Kernel::library;
+    if (p.m >= 2 && p.m <= options_.skinny_mma_rows && cuda::skinny_mma_fits(p)) return Kernel::skinny_mma;
+    return p.m <= options_.skinny_rows ? Kernel::skinny_gemm : Kernel::library;
+  };
   for (int64_t i = 0; i < count;) {
-    const GemmParams& product = products[i];
-    if (product.m > options_.skinny_rows || product.a_scale != nullptr || product.w_transposed || product.accumulate) {
+    const Kernel kernel = kernel_of(products[i]);
+    if (kernel == Kernel::library) {
       library_gemm(products[i++]);
       continue;
     }
@@ -101,17 +107,18 @@ void CudaBackend::gemm(const GemmParams* products, int64_t count) {
     const auto shares = [&](const GemmParams& other) {
       const GemmParams& p = products[first];
       return other.a == p.a && other.a_stride == p.a_stride && other.m == p.m && other.k == p.k &&
-             other.dtype == p.dtype;
+             other.dtype == p.dtype && kernel_of(other) == kernel;
     };
-    while (i < count && i - first < 3 && !products[i].w_transposed && shares(products[i])) ++i;
-    cuda::launch_skinny_gemm(products + first, i - first, stream_);
+    while (i < count && i - first < 3 && shares(products[i])) ++i;
+    const auto launch = kernel == Kernel::skinny_mma ? cuda::launch_skinny_mma : cuda::launch_skinny_gemm;
+    launch(products + first, i - first, stream_);
   }
 }
 
 // A product of few rows would gain nothing: it streams its weight, beside which a row of the residual stream is small.
 bool CudaBackend::accumulates(DType, int64_t rows) const {
-  return options_.residual_in_product != 0 && rows > options_.skinny_rows && addmm_out() != nullptr &&
-         foreign::variant_of("aten::addmm.out") >= 0;
+  return options_.residual_in_product != 0 && rows > std::max(options_.skinny_rows, options_.skinny_mma_rows) &&
+         addmm_out() != nullptr && foreign::variant_of("aten::addmm.out") >= 0;
 }
 
 void CudaBackend::library_gemm(const GemmParams& p) {
@@ -185,10 +192,28 @@ size_t CudaBackend::kv_project_workspace(DType dtype, int64_t rows, int64_t hidd
   return kv_project_bytes(dtype, kv_project_rows(dtype, rows, layers * 2 * kv_dim), hidden_size, layers, kv_dim);
 }
 
+// In a prefill the pass that adds the pending update computes rstd. Where no pass has, the kernel sums the squares
+// itself, or, with fused_kv_project = 2, gets rstd from a pass of its own, like the library's product.
+void CudaBackend::fused_kv_project(KvProjectParams p) {
+  if (options_.fused_kv_project == 2 && p.rstd == nullptr) {
+    auto* rstd = static_cast<float*>(p.workspace);  // free: only the library's product uses it
+    rms_norm({.dtype = p.dtype,
+              .rows = p.rows,
+              .width = p.hidden_size,
+              .x = const_cast<void*>(p.x),  // only read: there is no delta
+              .x_stride = p.x_stride,
+              .eps = p.eps,
+              .out = nullptr,
+              .out_stride = p.hidden_size,
+              .rstd = rstd});
+    p.rstd = rstd;
+  }
+  cuda::launch_kv_project_sm90(p, stream_);
+}
+
 void CudaBackend::kv_project(const KvProjectParams& p) {
   if (options_.fused_kv_project != 0 && p.rows > options_.skinny_rows && cuda::kv_project_sm90_supports(p)) {
-    cuda::launch_kv_project_sm90(p, stream_);
-    return;
+    return fused_kv_project(p);
   }
   const int64_t columns = p.layers * 2 * p.kv_heads * p.head_dim;
   const KvProjectChunks chunks{

@@ -54,6 +54,7 @@ class CudaBackend final : public Backend {
 
  private:
   void library_gemm(const GemmParams&);
+  void fused_kv_project(KvProjectParams);
   torch::stable::Device torch_device() const;
   void write_kv(const KvProjectParams&, const void* kv);
   void own_attention(const AttentionParams&, const std::vector<Segment>& segments);

@@ -20,13 +20,14 @@ struct Option {
 
 constexpr int64_t kFlag = 1, kAnyRows = int64_t{1} << 40;
 constexpr std::array kOptions{Option{"skinny_rows", &CudaOptions::skinny_rows, cuda::kSkinnyRows},
+                              Option{"skinny_mma_rows", &CudaOptions::skinny_mma_rows, cuda::kSkinnyRows},
                               Option{"library_attention", &CudaOptions::library_attention, kFlag},
                               Option{"sdpa_rows", &CudaOptions::sdpa_rows, kAnyRows},
                               Option{"residual_in_product", &CudaOptions::residual_in_product, kFlag},
                               Option{"qkv_in_one_product", &CudaOptions::qkv_in_one_product, kFlag},
                               Option{"grouped_experts", &CudaOptions::grouped_experts, kFlag},
                               Option{"early_launch", &CudaOptions::early_launch, kFlag},
-                              Option{"fused_kv_project", &CudaOptions::fused_kv_project, kFlag},
+                              Option{"fused_kv_project", &CudaOptions::fused_kv_project, 2},
                               Option{"kv_project_kib", &CudaOptions::kv_project_kib, 1 << 20}};
 
 CudaOptions& options() {

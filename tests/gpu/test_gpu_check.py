@@ -128,7 +128,23 @@ def test_every_bench_names_known_models_and_options(tmp_path, monkeypatch):
         assert all(f"| `{name}` | CUDA |" in documented for name in names)
         arms |= names | ({"--cuda-graphs"} if options.cuda_graphs else set())
     assert {"early_launch", "residual_in_product", "qkv_in_one_product", "grouped_experts", "--cuda-graphs"} <= arms
+    assert {"skinny_mma_rows", "fused_kv_project"} <= arms
     assert len(commands) == len(measured) == 7
+
+
+@pytest.mark.parametrize(("name", "has_arms"), [("bench-8b-batch", True), ("bench-moe", True), ("profile", False)])
+def test_a_dry_run_has_an_arm_under_an_option_where_the_stage_has_some(name, has_arms, tmp_path, monkeypatch):
+    run, commands = gpu_check.Run(tmp_path, dry=True), []
+    monkeypatch.setattr(run, "python", lambda *argv: commands.append(argv) or 0)
+    assert gpu_check.STAGES[name](run, gpu_check.Stage(name, 100)) == 0
+    [(_, *arguments)] = commands
+    options = cli.parser().parse_args(arguments)
+    assert options.tune == (["gemm_blocks=0"] if has_arms else [])
+    assert cli._problem(options) is None
+
+
+def test_the_stage_that_may_run_out_of_time_is_the_last():
+    assert gpu_check.RUNS["end-to-end"][-2:] == ("plot", "bench-moe")
 
 
 def test_files_that_failed_on_a_gpu_begin_their_groups():

@@ -279,7 +279,7 @@ def test_planted_faults_are_found_in_machine_code(tmp_path):
     assert kernels.keys() == REASONS.keys()
     cuda_tools.compile_kernels(source, tmp_path / "planted.fatbin", check_sass.ARCHITECTURES)
     functions = list(parse(cuda_tools.disassemble(tmp_path / "planted.fatbin")))
-    for architecture in ("sm_90a", "sm_100"):
+    for architecture in [f"sm_{name}" for name in check_sass.ARCHITECTURES]:
         for name, reason in REASONS.items():
             (function,) = [f for f in functions if f.architecture == architecture and names_kernel(f.symbol, name)]
             found = violations(function.code, kernels[name])
@@ -294,14 +294,14 @@ WAIT = "  wait_for_kernels_in_front();\n  let_kernel_behind_start();\n"
 MUTATIONS = {
     "a read before the wait": (
         "gated_act.cu",
-        rf"({re.escape(WAIT)})(.*?)  if \(i >= p.width\) return;\n(.*?\+ at, gate\);\n)",
-        r"\2\3\1",
+        rf"({re.escape(WAIT)})(.*?)(  float out\[)",
+        r"\2\1\3",
         "expected 0 loads before the wait, got ",
     ),
     "an exit before the wait": (
         "gated_act.cu",
-        rf"({re.escape(WAIT)})(.*?return;\n)",
-        r"\2\1",
+        rf"({re.escape(WAIT)})",
+        r"  if (threadIdx.x >= p.width) return;\n\1",
         "may exit before the wait",
     ),
 }
@@ -320,3 +320,16 @@ def test_a_fault_planted_in_a_kernel_of_ours_is_found(tmp_path, file, pattern, r
     assert failed > 0
     failures = [line for line in lines if line.startswith("FAILED")]
     assert [line for line in failures if reason not in line] == []
+
+
+@needs_nvcc
+def test_the_epilogue_of_the_fused_projection_issues_its_loads_before_its_stores(tmp_path):
+    cuda_tools.compile_kernels(ROOT / "cuda" / "kv_project_sm90.cu", tmp_path / "kernel.fatbin", ["90a"])
+    functions = list(parse(cuda_tools.disassemble(tmp_path / "kernel.fatbin")))
+    assert len(functions) == 3
+    for function in functions:
+        operations = [instruction.base for instruction in function.code]
+        stores = [instruction for instruction in function.code if instruction.base == "STG"]
+        assert len(stores) == 16  # of 16 bytes, 8 for each of the two rows of a thread
+        assert all(store.operation == "STG.E.128" for store in stores)
+        assert "LDG" not in operations[operations.index("STG") :]

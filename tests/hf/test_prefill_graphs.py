@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+
 import pop_ext
 import pytest
 import torch
 from against_oracle import GAPS, plan_of
 from models import FAMILIES, pad, shared, tokens
 from pop_ext import Plan
+from pop_ext.hf.inputs import make_request
 from pop_ext.hf.prefill_graphs import PrefillGraphs
 from threads import run_threads
 from transformers import DynamicCache, StaticCache
@@ -15,6 +18,8 @@ from transformers import DynamicCache, StaticCache
 
 class Repeating:
     """Replay by calling again, with a result at a fixed address. Between replays the result is NaN."""
+
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.records = self.replays = self.marks = self.waits = 0
@@ -139,7 +144,7 @@ def test_every_shape_has_a_graph_and_the_latest_are_kept():
     assert recorder.finished == [3, 5, 6]  # before a graph is freed
     native.use_cuda_graphs(0)
     native.prefill(tokens(model, 1, 20))
-    assert recorder.finished == [3, 5, 6, 7]
+    assert recorder.finished == [3, 5, 6, 7, 7]  # again when their keeper goes
     assert (recorder.records, recorder.replays) == (5, 7)
 
 
@@ -181,6 +186,36 @@ def test_a_refresh_records_again():
     assert_same_bits(after, pop_ext.load(model, plan_of(model, GAPS, 1)).prefill(ids))
 
 
+def test_a_model_that_moved_loses_the_graphs_of_its_old_device():
+    model = shared()
+    native, recorder = graphed(model, plan_of(model, GAPS, 1))
+    native.prefill(tokens(model, 1, 20))
+    recorder.device = torch.device("cuda:1")
+    native.prefill(tokens(model, 1, 20))
+    assert recorder.replays == 1
+    native.refresh()
+    assert recorder.finished == [1, 1]
+    native.prefill(tokens(model, 1, 20))
+    assert (recorder.records, recorder.replays) == (1, 1)
+
+
+def test_graphs_wait_for_their_last_use_before_they_are_freed():
+    model = shared()
+    native, recorder = graphed(model, plan_of(model, GAPS, 1))
+    native.prefill(tokens(model, 1, 20))
+    del native
+    gc.collect()
+    assert recorder.finished == [1]
+
+
+def test_a_call_that_launches_before_its_checks_is_not_replayed():
+    model = shared()
+    native, recorder = graphed(model, plan_of(model, GAPS, 1))
+    request = make_request(native, tokens(model, 1, 20), None, None, None, None, None, 1, False)
+    native.run(request, lambda: None)
+    assert recorder.replays == 0
+
+
 def test_a_failed_replay_leaves_the_cache_unchanged():
     model = shared()
     native, recorder = graphed(model, plan_of(model, GAPS, 1))
@@ -190,6 +225,7 @@ def test_a_failed_replay_leaves_the_cache_unchanged():
     with pytest.raises(RuntimeError, match="the device failed"):
         native.prefill(ids, past_key_values=cache)
     assert cache.get_seq_length() == 0
+    assert recorder.marks == recorder.replays == 2  # later calls wait for what the failed one began
 
 
 def test_threads_share_a_graph():
@@ -213,6 +249,8 @@ def test_bad_arguments_are_refused_by_name():
         native.use_cuda_graphs()
     with pytest.raises(ValueError, match="shapes: expected at least 0, got -1"):
         native.use_cuda_graphs(-1)
+    with pytest.raises(ValueError, match="use_cuda_graphs: expected a model without experts, .* got one of 4"):
+        pop_ext.load(shared("mixtral"), "third").use_cuda_graphs()
     for wrong in (True, 2.0, "4"):
         with pytest.raises(TypeError, match=f"shapes: expected an int, got {type(wrong).__name__}"):
             native.use_cuda_graphs(wrong)

@@ -96,21 +96,27 @@ class NativeModel:
 
         A replay leaves no gaps between kernels. It costs a copy of K and V into the cache, and memory: each graph keeps
         the workspace of a call, and K and V of its prompts. A shape is the number of tokens of each sequence with
-        boundary, rows of logits and padding. Calls with a past or images run as before. Options of
-        ``torch.ops.pop.tune`` are those of the first call of a shape. The results are the same. This has not run on a
-        GPU.
+        boundary, rows of logits and padding. Its first call runs twice, waits for the device and empties torch's cache
+        of free memory. Calls with a past or images run as before, and so do those of a model that has left CUDA since.
+        Options of ``torch.ops.pop.tune`` are those of the first call of a shape. The results are the same. This has not
+        run on a GPU. ``pop_ext.enable`` does not use graphs.
 
         Args:
             shapes: graphs to keep, the latest used; 0 switches graphs off and frees them.
 
         Raises:
             TypeError: ``shapes`` is no int.
-            ValueError: ``shapes`` is negative, or the model is not on a CUDA device.
+            ValueError: ``shapes`` is negative, or the model is not on a CUDA device, or has experts.
         """
         if not isinstance(shapes, int) or isinstance(shapes, bool):
             raise TypeError(f"shapes: expected an int, got {type(shapes).__name__}")
         if shapes < 0:
             raise ValueError(f"shapes: expected at least 0, got {shapes}")
+        if shapes > 0 and self.spec.num_experts > 0:
+            raise ValueError(
+                "use_cuda_graphs: expected a model without experts, whose router the host waits for, got one of "
+                f"{self.spec.num_experts}"
+            )
         if shapes > 0 and self.device.type != "cuda":
             raise ValueError(f"use_cuda_graphs: expected a model on a CUDA device, got one on {self.device}")
         if self._graphs is not None:
@@ -176,6 +182,11 @@ class NativeModel:
         description = describe(self.model)
         check_fit(self.plan, find_decoder_modules(self.model).layers)
         self._loaded = LoadedWeights(self.model, description, self.plan, self.fp8, self.prepack)
+        graphs = self._graphs
+        if graphs is not None and graphs.device != self.device:
+            graphs.clear()
+            cuda = self.device.type == "cuda"
+            self._graphs = PrefillGraphs(graphs.shapes, CudaRecorder(self.device)) if cuda else None
 
     def stale_weight(self) -> str | None:
         """Return the name of a weight that was changed, moved or reassigned since it was loaded, or None.
@@ -291,7 +302,8 @@ class NativeModel:
             with module_restored_on_error(rotary):
                 tables = rope_tables(loaded, rotary, request.positions)
                 operator, graphs = partial(run_operator, loaded, request, window_only), self._graphs
-                if graphs is not None and graphs.takes(request):
+                # A replay compares no memory of weights, on which a launch before the checks relies.
+                if graphs is not None and validate is None and graphs.takes(loaded, request):
                     hidden = graphs.run(loaded, request, window_only, operator, tables, transaction)
                 else:
                     hidden = operator(request.rows, tables, transaction.key_cache, transaction.value_cache)

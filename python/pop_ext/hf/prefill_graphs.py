@@ -8,6 +8,7 @@ parameters of the kernels: each combination of them has a graph.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ Operator = Callable[[torch.Tensor, Tables, list[torch.Tensor], list[torch.Tensor
 class Recorder(Protocol):
     """What graphs need from a device."""
 
+    device: torch.device
+
     def is_recording(self) -> bool:
         """Return whether the caller records a graph of its own."""
 
@@ -43,11 +46,18 @@ class Recorder(Protocol):
         """Wait on the host for the work before the last ``mark_use``."""
 
 
+_recording = threading.Lock()
+"""torch records one graph of a process at a time."""
+
+
 class CudaRecorder:
     """Record CUDA graphs. Has not run on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
+        # torch's default stream for recording belongs to the device that recorded first in the process, and libraries
+        # keep a workspace for each stream, which replays of two models on one stream would share.
+        self._stream = torch.cuda.Stream(device)
         self._used: torch.cuda.Event | None = None
 
     def is_recording(self) -> bool:
@@ -55,17 +65,21 @@ class CudaRecorder:
 
     def record(self, call: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with (
+            _recording,
+            torch.cuda.device(self.device),
+            torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             result = call()
         return graph.replay, result
 
     def wait_for_last_use(self) -> None:
         if self._used is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._used)
+            torch.cuda.current_stream(self.device).wait_event(self._used)
 
     def mark_use(self) -> None:
         self._used = torch.cuda.Event()
-        self._used.record(torch.cuda.current_stream(self._device))
+        self._used.record(torch.cuda.current_stream(self.device))
 
     def finish_last_use(self) -> None:
         if self._used is not None:
@@ -93,10 +107,17 @@ class PrefillGraphs:
     """
 
     def __init__(self, shapes: int, recorder: Recorder) -> None:
-        self._shapes, self._recorder = shapes, recorder
+        self.shapes, self._recorder = shapes, recorder
         self._graphs: OrderedDict[tuple[object, ...], _Graph] = OrderedDict()
         self._handle: int | None = None  # of the weights that the graphs read
         self._lock = threading.Lock()
+        # Before the memory of the graphs goes to others; at exit nobody wants it.
+        weakref.finalize(self, recorder.finish_last_use).atexit = False
+
+    @property
+    def device(self) -> torch.device:
+        """Device whose calls are recorded."""
+        return self._recorder.device
 
     def clear(self) -> None:
         """Free all graphs."""
@@ -111,11 +132,12 @@ class PrefillGraphs:
         while len(self._graphs) > count:
             self._graphs.popitem(last=False)
 
-    def takes(self, request: PrefillRequest) -> bool:
+    def takes(self, loaded: LoadedWeights, request: PrefillRequest) -> bool:
         """Return whether a request can run as a graph: prompts without a past, and nothing of images."""
         packed = request.packed
         return (
-            packed.past_slots == 0
+            loaded.device == self.device
+            and packed.past_slots == 0
             and packed.slot_table is None
             and not request.spans
             and request.feature_index is None
@@ -152,20 +174,21 @@ class PrefillGraphs:
             key = _shape_of(request, window_only, tables)
             graph = self._graphs.pop(key, None)
             if graph is None:
-                self._drop_to(self._shapes - 1)
+                self._drop_to(self.shapes - 1)
                 graph = self._record(loaded, request, operator, tables)
             self._graphs[key] = graph
             graph.rows.copy_(request.rows)
             for static, given in zip(graph.tables, tables, strict=True):
                 if static is not None and given is not None:
                     static.copy_(given)
-            graph.replay()
-            columns = request.packed.columns
-            caches = [*transaction.key_cache, *transaction.value_cache]
-            torch._foreach_copy_([cache[:, :, :columns] for cache in caches], [*graph.keys, *graph.values])
-            hidden = graph.hidden.clone()
-            self._recorder.mark_use()
-            return hidden
+            try:
+                graph.replay()
+                columns = request.packed.columns
+                caches = [*transaction.key_cache, *transaction.value_cache]
+                torch._foreach_copy_([cache[:, :, :columns] for cache in caches], [*graph.keys, *graph.values])
+                return graph.hidden.clone()
+            finally:
+                self._recorder.mark_use()
 
     def _record(self, loaded: LoadedWeights, request: PrefillRequest, operator: Operator, tables: Tables) -> _Graph:
         with (

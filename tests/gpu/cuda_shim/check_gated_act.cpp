@@ -122,7 +122,8 @@ void run() {
         }
       }
       run_case({dtype, activation, 1, 1, true, true});
-      run_case({dtype, activation, 2, 2104, true, true, 8});  // several blocks per row, the last one not full
+      run_case({dtype, activation, 2, 2104, true, true, 8});  // the second pieces of some threads lie beyond the row
+      run_case({dtype, activation, 2, 4136, true, true, 8});  // several blocks per row, the last one not full
     }
     run_case({dtype, Activation::silu, 2, 96, true, true, 0, 1});  // unaligned bases
     run_case({dtype, Activation::silu, 3, 96, true, true, 3});     // unaligned rows

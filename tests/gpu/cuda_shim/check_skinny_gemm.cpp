@@ -16,6 +16,8 @@ struct Matrix {
   void fill(std::mt19937& random) { buffer.fill_random(random); }
 };
 
+using Launch = void (*)(const GemmParams*, int64_t, cuda::Stream);
+
 struct Case {
   int64_t m, k;
   std::vector<int64_t> n;  // one product each
@@ -56,12 +58,13 @@ void expect_product(const std::string& what, const Matrix& a, const Matrix& w, c
 }
 
 // The bits of a row are the same as if it were the only row.
-void expect_alone_the_same(const std::string& what, const Matrix& a, const Matrix& w, const Matrix& out) {
+void expect_alone_the_same(Launch launch, const std::string& what, const Matrix& a, const Matrix& w,
+                           const Matrix& out) {
   for (const int64_t row : {int64_t{0}, a.rows - 1}) {
     Matrix alone(a.buffer.dtype(), 1, w.rows, 0, 0);
     GemmParams p = params_of(a, w, alone, 1);
     p.a = a.buffer.at(row * a.stride);
-    cuda::launch_skinny_gemm(&p, 1, nullptr);
+    launch(&p, 1, nullptr);
     checks::finish();
     for (int64_t column = 0; column < w.rows; ++column) {
       if (alone.buffer.get(column) == out.buffer.get(row * out.stride + column)) continue;
@@ -70,7 +73,7 @@ void expect_alone_the_same(const std::string& what, const Matrix& a, const Matri
   }
 }
 
-void run_case(DType dtype, const Case& c) {
+void run_case(Launch launch, DType dtype, const Case& c) {
   std::mt19937 random(7);
   Matrix a(dtype, c.m, c.k, c.gap, c.offset);
   a.fill(random);
@@ -81,11 +84,11 @@ void run_case(DType dtype, const Case& c) {
   }
   std::vector<GemmParams> products;
   for (size_t i = 0; i < c.n.size(); ++i) products.push_back(params_of(a, w[i], out[i], c.m));
-  cuda::launch_skinny_gemm(products.data(), static_cast<int64_t>(products.size()), nullptr);
+  launch(products.data(), static_cast<int64_t>(products.size()), nullptr);
   checks::finish();
   for (size_t i = 0; i < c.n.size(); ++i) {
     expect_product(name_of(dtype, c, i), a, w[i], out[i]);
-    if (c.m > 1 && !checks::kRaces) expect_alone_the_same(name_of(dtype, c, i), a, w[i], out[i]);
+    if (c.m > 1 && !checks::kRaces) expect_alone_the_same(launch, name_of(dtype, c, i), a, w[i], out[i]);
   }
 }
 
@@ -110,7 +113,7 @@ void run() {
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
     checks::Turns turns(dtype);
     for (const Case& c : cases) {
-      if (turns.next()) run_case(dtype, c);
+      if (turns.next()) run_case(cuda::launch_skinny_gemm, dtype, c);
     }
   }
 }
@@ -131,7 +134,56 @@ void run_mixed() {
   checks::expect_close("empty product", none.buffer, std::vector<float>(60, Buffer::kSentinel), 0, 0);
 }
 
+// On the tensor cores: rows of 16 bits and multiples of 8 elements.
+void run_mma() {
+  const std::vector<Case> cases = {
+      {.m = 2, .k = 8, .n = {1}},
+      {.m = 1, .k = 72, .n = {33}, .gap = 8},     // a second step with one piece, not full
+      {.m = 8, .k = 520, .n = {31, 5, 6}},        // q, k and v; two warps share columns
+      {.m = 7, .k = 2056, .n = {40}, .gap = 16},  // eight share, and some have one step less
+      {.m = 9, .k = 1032, .n = {300, 20}},        // gate and up; four share, and several blocks
+      {.m = 17, .k = 104, .n = {65}, .gap = 8},
+      {.m = 31, .k = 512, .n = {64}},
+      {.m = 33, .k = 64, .n = {19}},
+      {.m = 64, .k = 136, .n = {290}},  // two blocks, one warp for its columns
+      {.m = 64, .k = 1024, .n = {32}},
+      {.m = 3, .k = 0, .n = {5}},
+      {.m = 0, .k = 64, .n = {5}},
+  };
+  for (const DType dtype : {DType::bf16, DType::f16}) {
+    checks::Turns turns(dtype);
+    for (const Case& c : cases) {
+      // The emulated product has twelve barriers: under ThreadSanitizer the long cases would take minutes.
+      if (checks::kRaces && (c.k > 600 || c.n[0] > 100)) continue;
+      if (turns.next()) run_case(cuda::launch_skinny_mma, dtype, c);
+    }
+  }
+}
+
+void run_mma_refusals() {
+  Matrix a(DType::bf16, 2, 64, 0, 0), w(DType::bf16, 3, 64, 0, 0), out(DType::bf16, 2, 3, 0, 0);
+  const GemmParams right = params_of(a, w, out, 2);
+  const auto expect = [](const char* what, bool fits, const GemmParams& p) {
+    if (cuda::skinny_mma_fits(p) != fits) throw std::runtime_error(std::string("skinny_mma_fits: ") + what);
+  };
+  const auto changed = [&](auto change) {
+    GemmParams p = right;
+    change(p);
+    return p;
+  };
+  expect("right", true, right);
+  expect("float32", false, changed([](GemmParams& p) { p.dtype = DType::f32; }));
+  expect("65 rows", false, changed([](GemmParams& p) { p.m = 65; }));
+  expect("k", false, changed([](GemmParams& p) { p.k = 60; }));
+  expect("base of a", false, changed([&](GemmParams& p) { p.a = a.buffer.at(1); }));
+  expect("base of w", false, changed([&](GemmParams& p) { p.w = w.buffer.at(4); }));
+  expect("stride of a", false, changed([](GemmParams& p) { p.a_stride = 68; }));
+  expect("stride of w", false, changed([](GemmParams& p) { p.w_stride = 65; }));
+}
+
 const checks::Check check("skinny_gemm", run);
+const checks::Check check_mma("skinny_mma", run_mma);
+const checks::Check check_mma_refusals("skinny_mma refusals", run_mma_refusals);
 const checks::Check check_mixed("skinny_gemm of mixed products", run_mixed);
 
 }  // namespace

@@ -60,18 +60,27 @@ void count_wait();  // counts calls of wait_for_kernels_in_front (cuda/launch.cu
 void* dynamic_shared();  // filled with NaN before each block
 void block_barrier();
 void warp_barrier();
+void lanes_meet();                    // all lanes of the warp are there; unlike a barrier, this orders no memory
 void yield();                         // lets other threads run; for a thread that polls
 void* warp_slot(unsigned warp_lane);  // 16 bytes per lane, to exchange values
 
+// A shuffle exchanges registers and orders no memory: under ThreadSanitizer it is no synchronisation, so that a missing
+// __syncwarp shows.
 template <class T>
 T shuffle(T value, unsigned from) {
-  static_assert(sizeof(T) <= 16);
-  std::memcpy(warp_slot(lane->index % kWarpSize), &value, sizeof(T));
-  warp_barrier();
-  T result;
-  std::memcpy(&result, warp_slot(from % kWarpSize), sizeof(T));
-  warp_barrier();
-  return result;
+  constexpr size_t kWords = (sizeof(T) + 3) / 4;
+  static_assert(kWords <= 4);
+  uint32_t words[kWords] = {};
+  std::memcpy(words, &value, sizeof(T));
+  const auto slot = [](unsigned of) { return static_cast<uint32_t*>(warp_slot(of % kWarpSize)); };
+  uint32_t* own = slot(lane->index);
+  for (size_t i = 0; i < kWords; ++i) std::atomic_ref(own[i]).store(words[i], std::memory_order_relaxed);
+  lanes_meet();
+  uint32_t* other = slot(from);
+  for (size_t i = 0; i < kWords; ++i) words[i] = std::atomic_ref(other[i]).load(std::memory_order_relaxed);
+  lanes_meet();
+  std::memcpy(&value, words, sizeof(T));
+  return value;
 }
 
 }  // namespace cuda_shim

@@ -1,11 +1,16 @@
 #include <cuda_runtime.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
 #include <ucontext.h>
+#include <unistd.h>
+
 #include <csetjmp>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <barrier>
+#include <bit>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -22,8 +27,11 @@ namespace {
 
 std::mutex one_launch_at_a_time;
 std::vector<unsigned char> shared;
-std::vector<std::array<unsigned char, 16>> slots;  // one per thread of the block
-std::atomic<size_t> waits;                         // calls of count_wait in this launch
+struct alignas(16) Slot {
+  unsigned char bytes[16];
+};
+std::vector<Slot> slots;    // one per thread of the block
+std::atomic<size_t> waits;  // calls of count_wait in this launch
 
 std::vector<Lane> lanes_of(dim3 block_index, dim3 block) {
   std::vector<Lane> lanes;
@@ -73,19 +81,69 @@ void* dynamic_shared() {
   return reinterpret_cast<void*>((base + 127) / 128 * 128);
 }
 
-void* warp_slot(unsigned warp_lane) { return slots[lane->index / kWarpSize * kWarpSize + warp_lane].data(); }
+void* warp_slot(unsigned warp_lane) { return slots[lane->index / kWarpSize * kWarpSize + warp_lane].bytes; }
 
 #if defined(POP_CUDA_SHIM_THREADS)
 
 namespace {
 
+// Where the lanes of a warp meet without any ordering of memory that ThreadSanitizer would see: relaxed operations on
+// one word, and waits in the kernel.
+class LanesMeeting {
+ public:
+  explicit LanesMeeting(size_t lanes) : word_(of({0, 0, static_cast<uint16_t>(lanes)})) {}
+
+  void arrive_and_wait() {
+    const State before = change([](State& state) { ++state.arrived; });
+    const auto current = [&] { return std::bit_cast<State>(word_.load(std::memory_order_relaxed)); };
+    while (current().round == before.round) futex(FUTEX_WAIT_PRIVATE, before.round);
+  }
+
+  void drop() {
+    change([](State& state) { --state.lanes; });
+  }
+
+ private:
+  struct State {
+    uint32_t round;
+    uint16_t arrived, lanes;
+  };
+
+  static uint64_t of(State state) { return std::bit_cast<uint64_t>(state); }
+
+  // Applies the change; if that makes everybody present, begins the next round and wakes them. Returns the state
+  // before.
+  template <class Change>
+  State change(const Change& apply) {
+    uint64_t old = word_.load(std::memory_order_relaxed);
+    for (;;) {
+      State state = std::bit_cast<State>(old);
+      apply(state);
+      const bool complete = state.arrived > 0 && state.arrived == state.lanes;
+      if (complete) {
+        ++state.round;
+        state.arrived = 0;
+      }
+      if (!word_.compare_exchange_weak(old, of(state), std::memory_order_relaxed)) continue;
+      if (complete) futex(FUTEX_WAKE_PRIVATE, INT32_MAX);
+      return std::bit_cast<State>(old);
+    }
+  }
+
+  void futex(int operation, uint32_t value) { syscall(SYS_futex, &word_, operation, value, nullptr, nullptr, 0); }
+
+  std::atomic<uint64_t> word_;  // a State; the futex is its first half, the round
+};
+
 std::unique_ptr<std::barrier<>> block_meeting;
 std::vector<std::unique_ptr<std::barrier<>>> warp_meetings;
+std::vector<std::unique_ptr<LanesMeeting>> lanes_meetings;
 
 }  // namespace
 
 void block_barrier() { block_meeting->arrive_and_wait(); }
 void warp_barrier() { warp_meetings[lane->index / kWarpSize]->arrive_and_wait(); }
+void lanes_meet() { lanes_meetings[lane->index / kWarpSize]->arrive_and_wait(); }
 void yield() { std::this_thread::yield(); }
 
 // The threads live as long as the launch. Each block has its own barriers, since a thread that returned no longer takes
@@ -100,8 +158,11 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
     begin_block();
     block_meeting = std::make_unique<std::barrier<>>(count);
     warp_meetings.clear();
+    lanes_meetings.clear();
     for (size_t first = 0; first < count; first += kWarpSize) {
-      warp_meetings.push_back(std::make_unique<std::barrier<>>(std::min<size_t>(kWarpSize, count - first)));
+      const size_t lanes = std::min<size_t>(kWarpSize, count - first);
+      warp_meetings.push_back(std::make_unique<std::barrier<>>(lanes));
+      lanes_meetings.push_back(std::make_unique<LanesMeeting>(lanes));
     }
   };
   next_block();
@@ -114,6 +175,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
         own.block = index;
         body();
         warp_meetings[own.index / kWarpSize]->arrive_and_drop();
+        lanes_meetings[own.index / kWarpSize]->drop();
         block_meeting->arrive_and_drop();
         between.arrive_and_wait();
       }
@@ -222,6 +284,7 @@ void run_block(const std::vector<Lane>& lanes) {
 
 void block_barrier() { wait(State::at_block_barrier); }
 void warp_barrier() { wait(State::at_warp_barrier); }
+void lanes_meet() { warp_barrier(); }
 void yield() { wait(State::ready); }
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body, const char* early) {

@@ -66,6 +66,21 @@ def test_a_run_of_three_projected_a_few_layers_at_a_time_gives_the_same_result(b
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("build", [mistral, qwen2, gemma2], ids=lambda build: build.__name__)
+def test_few_rows_on_tensor_cores_give_the_same_result(build, dtype):
+    model = build(dtype=dtype)
+    native = pop_ext.load(model, pop_ext.Plan(model.config.num_hidden_layers, (1, 2, 4)))
+    with tuned(skinny_rows=0):
+        expected = results(native, 17)
+    with tuned(skinny_rows=0, skinny_mma_rows=64):
+        actual = results(native, 17)
+    if dtype == torch.float16:  # whose bits show another order of sums in each of these models
+        assert any(not torch.equal(ours, theirs) for ours, theirs in zip(actual, expected, strict=True))
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize("boundary", [1, 17])
 def test_residuals_added_by_products_give_the_same_result(native, boundary):
     with tuned(residual_in_product=0):
@@ -185,7 +200,7 @@ def test_values_beyond_their_range_are_clamped(option, given, kept):
 
 
 def test_an_unknown_option_is_refused():
-    text = "expected gemm_blocks, skinny_rows, library_attention, .*got speed"
+    text = "expected gemm_blocks, skinny_rows, skinny_mma_rows, library_attention, .*got speed"
     with pytest.raises(RuntimeError, match=text):
         torch.ops.pop.tune("speed", 1)
 

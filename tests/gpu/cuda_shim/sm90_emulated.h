@@ -47,9 +47,20 @@ inline unsigned char* shared_base(unsigned rank) {
   return reinterpret_cast<unsigned char*>(first) + rank * rank_bytes;
 }
 
+// Threads of each block of the cluster that have returned. No other block may touch the shared memory of a block that
+// has exited.
+inline std::atomic<unsigned> returned[2];
+inline unsigned threads = 0;
+inline std::vector<int> unfenced_inits;  // barriers that a thread initialised since its last fence
+
+inline void expect_resident(unsigned rank) {
+  if (returned[rank] == threads) fail("the other block of the cluster has exited");
+}
+
 // The same address in another block of the cluster.
 template <class T>
 T* in_rank(T* pointer, unsigned rank) {
+  expect_resident(rank);
   return reinterpret_cast<T*>(shared_base(rank) +
                               (reinterpret_cast<unsigned char*>(pointer) - shared_base(threadIdx.y)));
 }
@@ -72,7 +83,11 @@ T& shared_memory() {
 inline int cluster_rank() { return static_cast<int>(threadIdx.y); }
 inline int cluster_index() { return static_cast<int>(blockIdx.x); }
 inline int cluster_count() { return static_cast<int>(gridDim.x); }
-inline void cluster_sync() { __syncthreads(); }
+inline void cluster_sync() {
+  if (emulated::unfenced_inits[cuda_shim::lane->index] != 0)
+    emulated::fail("a barrier was initialised without a fence behind it");
+  __syncthreads();
+}
 
 template <int count>
 void give_registers() {}
@@ -109,11 +124,12 @@ void update(Barrier* barrier, const Change& change) {
 }  // namespace emulated
 
 inline void barrier_init(Barrier* barrier, int arrivals) {
+  ++emulated::unfenced_inits[cuda_shim::lane->index];
   const auto count = static_cast<uint16_t>(arrivals);
   *barrier = std::bit_cast<uint64_t>(emulated::BarrierState{0, count, static_cast<int16_t>(count), 0});
 }
 
-inline void barrier_init_fence() {}
+inline void barrier_init_fence() { emulated::unfenced_inits[cuda_shim::lane->index] = 0; }
 
 inline void barrier_arrive_expecting(Barrier* barrier, int bytes) {
   emulated::update(barrier, [&](auto& state) {
@@ -123,6 +139,13 @@ inline void barrier_arrive_expecting(Barrier* barrier, int bytes) {
 }
 
 inline void barrier_arrive_at(Barrier* barrier, int rank) {
+#if !defined(POP_CUDA_SHIM_THREADS)
+  // An arrival of the second block at the first takes its time: more than the first needs to return if it does not
+  // wait.
+  if (rank == 0 && threadIdx.y == 1) {
+    for (int i = 0; i < 300; ++i) cuda_shim::yield();
+  }
+#endif
   emulated::update(emulated::in_rank(barrier, static_cast<unsigned>(rank)), [](auto& state) { --state.pending; });
 }
 
@@ -181,6 +204,7 @@ struct Product {
 };
 
 struct Products {
+  bool fenced = false;  // since the last group
   std::vector<Product> open;
   std::deque<std::vector<Product>> groups;
 };
@@ -216,9 +240,10 @@ inline std::vector<float> product(uint64_t a, uint64_t b) {
 
 }  // namespace emulated
 
-inline void multiply_fence() {}
+inline void multiply_fence() { emulated::products[cuda_shim::lane->index].fenced = true; }
 
 inline void multiply_64x256x16(float (&c)[128], uint64_t a, uint64_t b, bool accumulate) {
+  if (!emulated::products[cuda_shim::lane->index].fenced) emulated::fail("a product without a fence before it");
   const bool watched = threadIdx.x % 16 == 5;  // only some threads: computing it twice takes time
   std::vector<float> now = watched ? emulated::product(a, b) : std::vector<float>();
   emulated::products[cuda_shim::lane->index].open.push_back({c, a, b, accumulate, std::move(now)});
@@ -228,6 +253,7 @@ inline void multiply_commit() {
   emulated::Products& own = emulated::products[cuda_shim::lane->index];
   own.groups.push_back(std::move(own.open));
   own.open.clear();
+  own.fenced = false;
 }
 
 template <size_t pending>
@@ -265,8 +291,14 @@ void launch_clusters(const char*, void (*kernel)(P...), int most, int cluster, i
   emulated::cluster = static_cast<unsigned>(cluster);
   emulated::rank_bytes = (shared_bytes + 1023) / 1024 * 1024;
   emulated::products.assign(threads * cluster, {});
-  cuda_shim::run(dim3(clusters), dim3(threads, cluster), cluster * emulated::rank_bytes + 1024,
-                 [&] { kernel(args...); });
+  emulated::unfenced_inits.assign(threads * cluster, 0);
+  emulated::threads = static_cast<unsigned>(threads);
+  cuda_shim::run(dim3(clusters), dim3(threads, cluster), cluster * emulated::rank_bytes + 1024, [&] {
+    if (emulated::returned[threadIdx.y] == emulated::threads) emulated::returned[threadIdx.y] = 0;  // a new cluster
+    kernel(args...);
+    ++emulated::returned[threadIdx.y];
+  });
+  for (auto& count : emulated::returned) count = 0;
 }
 
 }  // namespace pop::cuda::sm90
