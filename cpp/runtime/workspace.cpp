@@ -38,7 +38,7 @@ Workspace::Workspace(const Model& model, const PrefillCall& call, const Backend&
   gemm_out = arena.take(rows * row_stride * element);
   k = arena.take(rows * spec.kv_dim() * element);
   v = arena.take(rows * spec.kv_dim() * element);
-  if (model.fp8) {
+  if (model.products != Products::plain) {
     const size_t inputs = std::max<size_t>(rows * row_stride, quantized_mlp_bytes(spec, rows));
     quantized = {.data = static_cast<uint8_t*>(arena.take(inputs)), .scale = arena.take_array<float>(rows)};
   }

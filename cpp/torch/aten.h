@@ -99,12 +99,13 @@ inline void matmul(const GemmParams& p, torch::stable::Device device) {
                         ScalarType dtype) {
     return torch::stable::from_blob(const_cast<void*>(data), {rows, cols}, {row_stride, col_stride}, device, dtype);
   };
-  const ScalarType dtype = scalar_type(p.dtype), operand = p.a_scale == nullptr ? dtype : ScalarType::Float8_e4m3fn;
+  const ScalarType dtype = scalar_type(p.dtype),
+                   operand = p.products == Products::plain ? dtype : ScalarType::Float8_e4m3fn;
   const Tensor a = view(p.a, p.m, p.k, p.a_stride, 1, operand);
   const Tensor w =
       p.w_transposed ? view(p.w, p.k, p.n, p.w_stride, 1, operand) : view(p.w, p.k, p.n, 1, p.w_stride, operand);
   const Tensor out = view(p.out, p.m, p.n, p.out_stride, 1, dtype);
-  if (p.a_scale == nullptr) return mm_out(a, w, out);
+  if (p.products == Products::plain) return mm_out(a, w, out);
   const Tensor a_scale = view(p.a_scale, p.m, 1, 1, 1, ScalarType::Float);
   const Tensor w_scale = view(p.w_scale, 1, p.n, p.n, 1, ScalarType::Float);
   // The kernel for compute capability 8.9 assumes that the rows of its result are adjacent.

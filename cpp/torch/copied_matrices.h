@@ -1,4 +1,4 @@
-// The matrices that `fp8` and `prepack` copy.
+// The matrices that `fp8`, `int8` and `prepack` copy.
 #pragma once
 
 #include <algorithm>
