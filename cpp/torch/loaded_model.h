@@ -63,7 +63,7 @@ class LoadedModel {
   void quantize_layers(Products products);
   void prepack_layers();
   template <class Copy>
-  void for_each_copied_matrix(const Copy& copy);  // copied_matrices.h
+  void for_each_copied_matrix(Products products, const Copy& copy);  // copied_matrices.h
 
   // staleness.cpp
   void stamp_weights();

@@ -72,7 +72,7 @@ QuantizedWeight quantize_weight(Backend& backend, Products products, DType dtype
 
 void LoadedModel::quantize_layers(Products products) {
   const BackendOfCall backend(weights_.front());
-  for_each_copied_matrix([&](const Tensor& given, Linear& linear) {
+  for_each_copied_matrix(products, [&](const Tensor& given, Linear& linear) {
     const auto [values, scale] = quantize_weight(*backend, products, model_.spec.dtype, given);
     linear = {.data = values.const_data_ptr(),
               .stride = given.size(1),

@@ -87,11 +87,13 @@ def test_a_prefill_equals_the_oracle_of_rounded_operands(family, omit, products)
     ids = tokens_without_ties(model, plan, products)
     exact, expected = (run_oracle(m, plan, ids, logits_to_keep=2) for m in (model, rounded_twin(model, plan, products)))
     actual = load(model, plan, products).prefill(ids, logits_to_keep=2)
-    assert rms(actual.logits - expected.logits) < 0.5 * rms(exact.logits - expected.logits)
+    # int8 rounds less than fp8, so a rounding that tips over is a larger part of its error.
+    late = {"fp8": 0.5, "int8": 0.7}[products]
+    assert rms(actual.logits - expected.logits) < late * rms(exact.logits - expected.logits)
     caches = (actual.past_key_values, expected.cache, exact.cache)
     for index, stored in enumerate(zip(*map(stored_layers, caches), strict=True)):
         first = max(layer.first for layer in stored)
-        part = 1e-4 if index == 0 else 0.1 if index == 1 else 0.5
+        part = 1e-4 if index == 0 else 0.1 if index == 1 else late
         for kind in ("keys", "values"):
             ours, theirs, without = (getattr(layer, kind)[:, :, first - layer.first :] for layer in stored)
             assert rms(ours - theirs) <= part * rms(without - theirs) + 1e-6, f"layer {index}: {kind}"
@@ -107,12 +109,13 @@ def test_each_single_rounded_layer_equals_the_oracle(family, kept, products):
     plan, ids = plan_of(model, tuple(layer for layer in range(5) if layer != kept), 2), tokens(model, 2, 40)
     exact, expected = (run_oracle(m, plan, ids) for m in (model, rounded_twin(model, plan, products)))
     actual = load(model, plan, products).prefill(ids)
+    part = {"fp8": 0.1, "int8": 0.15}[products]  # as above
     caches = (actual.past_key_values, expected.cache, exact.cache)
     stored = [stored_layers(cache)[kept + 1] for cache in caches]
     first = max(layer.first for layer in stored)
     for kind in ("keys", "values"):
         ours, theirs, without = (getattr(layer, kind)[:, :, first - layer.first :] for layer in stored)
-        assert rms(ours - theirs) <= 0.1 * rms(without - theirs), kind
+        assert rms(ours - theirs) <= part * rms(without - theirs), kind
 
 
 @pytest.mark.cuda
@@ -163,11 +166,12 @@ def test_omitted_layers_get_no_fp8_weights():
 
 @pytest.mark.cpu
 def test_omitted_layers_get_no_int8_weights():
-    """As above. A matrix of int8 has rows padded to panels, and one int32 for each."""
+    """As above, without q, k and v. A matrix of int8 has rows padded to panels, and one int32 for each."""
     model = shared(dtype=torch.bfloat16)
     plan = plan_of(model, (1, 2, 3, 4, 5))
     native = load(model, plan, "int8")
-    linears = [module for module in model.model.layers[0].modules() if isinstance(module, torch.nn.Linear)]
+    layer = model.model.layers[0]
+    linears = [layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
     expected = sum(tensor.nbytes for linear in linears for tensor in pop.int8_weight(linear.weight))
     assert native.extra_bytes == pop_ext.load(model, plan).extra_bytes + expected
 

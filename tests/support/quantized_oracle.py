@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 LARGEST = {"fp8": 448.0, "int8": 127.0}
+INT8_LEAVES = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+"""What int8 leaves in the model's dtype."""
 
 
 def quantized(x: Tensor, products: str = "fp8") -> tuple[Tensor, Tensor]:
@@ -55,7 +57,7 @@ def rounded_twin(model: Any, plan: Plan, products: str = "fp8", noise: float = 0
         if index in plan.omit or index == plan.num_layers - 1:
             continue
         for name, module in list(layer.named_modules()):
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and not (products == "int8" and name.endswith(INT8_LEAVES)):
                 parent = layer.get_submodule(name.rpartition(".")[0])
                 setattr(parent, name.rpartition(".")[2], RoundedLinear(module, products, noise))
     return twin

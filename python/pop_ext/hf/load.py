@@ -28,8 +28,9 @@ def load(
             size, and results differ slightly from the stock model's. Decode is unchanged.
         prepack: copy the matrices of retained layers into the layout of the CPU's product library, at their full size,
             for faster products in bfloat16 on a processor with AVX-512 BF16. Excludes ``fp8`` and ``int8``.
-        int8: compute the products of retained layers in 8-bit integers, on a CPU. This copies their matrices at one
-            byte an element, and results differ slightly from the stock model's. Decode is unchanged. Excludes ``fp8``.
+        int8: compute o, gate, up and down of retained layers in 8-bit integers, on a CPU. This copies these matrices at
+            one byte an element, and results differ slightly from the stock model's. Decode is unchanged. Excludes
+            ``fp8``.
 
     Returns:
         A ``NativeModel``, which refers to the weights of ``model``.
