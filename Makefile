@@ -107,7 +107,7 @@ core: $(BUILD)/build.ninja
 # The CUDA kernels as C++ on the CPU: each against serial arithmetic, again under ThreadSanitizer, and the tests of the
 # operators and of a whole prefill over them (tests/gpu/cuda_shim).
 SHIM_TESTS ?= tests/ops/test_op_kernels.py tests/ops/test_op_prefill.py tests/ops/test_rope_forms.py \
-  tests/ops/test_op_experts.py tests/ops/test_clamped_swiglu.py tests/hf/test_window_only.py tests/hf/test_fp8.py \
+  tests/ops/test_op_experts.py tests/ops/test_clamped_swiglu.py tests/hf/test_window_only.py tests/hf/test_quantized_products.py \
   tests/hf/test_copied_weights.py tests/ops/test_quantize_rows.py \
   tests/gpu/cuda_shim/options.py
 
@@ -134,7 +134,7 @@ cuda-mutants: $(FOR_LINT)
 AVX512_TESTS ?= tests/ops/test_cpu_kernels.py tests/ops/test_attention_op.py tests/ops/test_op_kernels.py \
   tests/ops/test_op_norms_and_caps.py tests/ops/test_rope_forms.py tests/ops/test_op_prefill.py \
   tests/ops/test_op_experts.py tests/ops/test_clamped_swiglu.py tests/hf/test_native_prefill.py \
-  tests/ops/test_quantize_rows.py
+  tests/ops/test_quantize_rows.py tests/ops/test_int8.py
 
 avx512: export PATH := $(dir $(shell command -v $(PYTHON))):$(PATH)
 avx512: $(FOR_LINT)
@@ -147,11 +147,12 @@ avx512: $(FOR_LINT)
 # Both also show that planted faults are found (tests/sanitizers). The sanitizer is loaded before Python, which lacks it.
 # A finding ends its process, so pytest must not hold back what that process wrote.
 ASAN_KERNELS ?= tests/ops/test_cpu_kernels.py tests/ops/test_op_prefill.py tests/ops/test_op_experts.py \
+  tests/ops/test_int8.py \
   $(if $(SHORT),,tests/ops/test_attention_op.py tests/ops/test_op_kernels.py tests/ops/test_op_norms_and_caps.py \
   tests/ops/test_quantize_rows.py)
 ASAN_CALLS ?= tests/ops/test_op_guards.py tests/hf/test_failed_calls.py tests/plans/test_hostile_files.py \
   $(if $(SHORT),,tests/core/test_model_spec.py tests/plans/test_plan.py tests/hf/test_native_prefill.py \
-  tests/hf/test_native_prefill_turns.py tests/hf/test_fp8.py tests/hf/test_window_only.py tests/hf/test_bad_input.py \
+  tests/hf/test_native_prefill_turns.py tests/hf/test_quantized_products.py tests/hf/test_window_only.py tests/hf/test_bad_input.py \
   tests/hf/test_head.py)
 TSAN_TESTS ?= tests/sanitizers/concurrent_calls.py tests/hf/test_threads_and_determinism.py \
   $(if $(SHORT),,tests/hf/test_enable_lifecycle.py)

@@ -30,7 +30,7 @@ class Arm(Timed):
         make: builds ``call``; if it raises, the arm has failed.
         plan: plan of a native arm; None for Hugging Face.
         options: backend options during its calls.
-        copies: copies of weights that it is loaded with: "fp8" or "prepack"; None: none.
+        copies: copies of weights that it is loaded with: "fp8", "int8" or "prepack"; None: none.
         graphs: whether its prefills run as CUDA graphs.
         folded_bytes: memory beyond the checkpoint's: folded K/V weights, and the copies.
         warmup: seconds of the calls before the timed ones; the first may compile.
@@ -117,7 +117,7 @@ def make_arms(
         compile_mode: mode of ``torch.compile`` for hf-compile. None: no such arm.
         via: "enable": call the enabled model like the stock one; "prefill": call ``native.prefill``.
         tunings: backend options; each adds an arm for every plan.
-        copies: "fp8", "prepack"; each adds an arm for native-full and for every plan.
+        copies: "fp8", "int8", "prepack"; each adds an arm for native-full and for every plan.
         graphs: add an arm that runs as CUDA graphs for native-full and for every plan.
     """
     batch, tokens = input_ids.shape

@@ -21,7 +21,7 @@ from bench.roofline import Peaks
 from bench.shapes import BenchModel
 
 _LARGEST_ERROR = 0.1  # of ``Arm.error`` at full depth; rounding stays far below it
-_LARGEST_ERROR_FP8 = 0.4  # the same, with products in 8-bit floats
+_LARGEST_ERROR_8_BITS = 0.4  # the same, with products in 8 bits
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def _check_logits(arm: Arm, logits: torch.Tensor, expected: torch.Tensor) -> Non
         arm.failed = f"logits: expected shape {list(expected.shape)}, got {list(logits.shape)}"
         return
     arm.error = float((logits - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-    if arm.full_depth and not arm.error <= (_LARGEST_ERROR_FP8 if arm.copies == "fp8" else _LARGEST_ERROR):
+    if arm.full_depth and not arm.error <= (_LARGEST_ERROR_8_BITS if arm.copies in ("fp8", "int8") else _LARGEST_ERROR):
         arm.failed = f"logits differ from {HF_EAGER}'s by {100 * arm.error:.1f} % (RMS), at full depth"
 
 

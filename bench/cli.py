@@ -86,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
         help='backend options, such as "gemm_blocks=0" or "early_launch=1,sdpa_rows=0"; each adds arms',
     )
     p.add_argument("--fp8", action="store_true", help="add native arms with products in 8-bit floats")
+    p.add_argument("--int8", action="store_true", help="add native arms with products in 8-bit integers (CPU)")
     p.add_argument("--cuda-graphs", action="store_true", help="add native arms that run as CUDA graphs (CUDA)")
     p.add_argument("--prepack", action="store_true", help="add native arms with prepacked weights (CPU)")
     p.add_argument("--profile", action="store_true", help="profile native prefills stage by stage")
@@ -285,7 +286,7 @@ class Run:
         """Run one case, print it and add it to the report."""
         options = self.options
         tunings = tuple(parse_options(text) for text in options.tune)
-        copies = tuple(name for name in ("fp8", "prepack") if getattr(options, name))
+        copies = tuple(name for name in ("fp8", "int8", "prepack") if getattr(options, name))
         settings = Settings(
             options.repeats,
             options.warmup,

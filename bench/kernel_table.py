@@ -145,10 +145,12 @@ def kernel_rows(native: NativeModel, operands: Operands) -> list[Row]:
         rows += [
             _row("quantize_rows", operands, _quantize_rows(operands.spec.hidden_size)),
             _row("quantize_rows, mlp", operands, _quantize_rows(operands.spec.intermediate_size)),
-            *_fp8_rows(operands),
+            *_products_rows(operands, "fp8"),
             _row("attention, flash", operands, _under(_attention, sdpa_rows=0), attention, beside="torch sdpa"),
             _row("attention, own", operands, _under(_attention, library_attention=0), attention, beside="torch sdpa"),
         ]
+    else:
+        rows += _products_rows(operands, "int8")
     run = max(native.plan.runs, key=len, default=None)
     if run is None:
         return rows
@@ -175,13 +177,14 @@ def kernel_rows(native: NativeModel, operands: Operands) -> list[Row]:
     return rows
 
 
-def _fp8_rows(operands: Operands) -> list[Row]:
-    """Return the row of the MLP's product with fp8, rounding of its input included; none if fp8 is not supported."""
+def _products_rows(operands: Operands, products: str) -> list[Row]:
+    """Return the row of the MLP's product in 8 bits, rounding of its input included; none if that is not supported."""
     spec = operands.spec
-    if torch.ops.pop.fp8_missing(spec.to_json(), operands.rows()):
+    if torch.ops.pop.products_missing(products, spec.to_json(), operands.rows()):
         return []
     flops = 2.0 * operands.tokens * spec.hidden_size * spec.intermediate_size
-    return [_row("fp8 linear, gate_proj, up_proj", operands, _fp8_linear, flops, beside="gemm gate_proj, up_proj")]
+    make = {"fp8": _fp8_linear, "int8": _int8_linear}[products]
+    return [_row(f"{products} linear, gate_proj, up_proj", operands, make, flops, beside="gemm gate_proj, up_proj")]
 
 
 def _boundary_row(native: NativeModel, run: range, tokens: int, count: int, **options: int) -> Row:
@@ -261,6 +264,12 @@ def _fp8_linear(operands: Operands) -> tuple[Callable[[], Any], int]:
     spec = operands.spec
     x, quantized = operands.rows(), torch.ops.pop.quantize_rows(operands.rand(spec.intermediate_size, spec.hidden_size))
     return lambda: torch.ops.pop.fp8_linear(x, *quantized), 0
+
+
+def _int8_linear(operands: Operands) -> tuple[Callable[[], Any], int]:
+    spec = operands.spec
+    x, quantized = operands.rows(), torch.ops.pop.int8_weight(operands.rand(spec.intermediate_size, spec.hidden_size))
+    return lambda: torch.ops.pop.int8_linear(x, *quantized), 0
 
 
 def _gated_act(operands: Operands) -> tuple[Callable[[], Any], int]:

@@ -123,6 +123,22 @@ POP_HD float e4m3_factor(float largest) { return kE4m3Max / (largest < 1e-30f ? 
 // The scale of the rounded row: row = rounded * scale.
 POP_HD float e4m3_scale(float largest) { return (largest < 1e-30f ? 1e-30f : largest) * (1.0f / kE4m3Max); }
 
+// Low 8 bits of the result: the integer nearest to f, ties to even, in two's complement; for |f| <= 127.5.
+template <class F>
+POP_HD auto int8_bits(F f) -> typename LaneInts<F>::u32 {
+  using U = typename LaneInts<F>::u32;
+  const U bits = lane_cast<U>(f);
+  const U sign = bits & 0x80000000u;
+  // The fp32 adder rounds to integers: 2^23 has an ulp of 1.
+  const U magnitude = lane_cast<U>(lane_cast<F>(bits ^ sign) + 8388608.0f) - 0x4b000000u;
+  const U negative = U{} - (sign >> 31);
+  return (magnitude ^ negative) - negative;
+}
+
+// The factor for a row before it is rounded to int8, and the scale of the rounded row: row = rounded * scale.
+POP_HD float int8_factor(float largest) { return 127.0f / (largest < 1e-30f ? 1e-30f : largest); }
+POP_HD float int8_scale(float largest) { return (largest < 1e-30f ? 1e-30f : largest) / 127.0f; }
+
 // ---- Activations ---------------------------------------------------------------------------
 
 // e^x: within 2 ulp on a host; zero below the range, infinity above, NaN kept.

@@ -40,8 +40,11 @@ class Backend {
                                       int64_t kv_dim) const = 0;
 
   virtual void quantize_rows(const QuantizeRowsParams&) = 0;
-  // The reason why this backend computes no products of e4m3 with results of `dtype`; empty if it does.
-  virtual std::string fp8_missing(DType dtype) const = 0;
+  // The reason why this backend computes no fp8 or int8 products with results of `dtype`; empty if it does.
+  virtual std::string products_missing(Products products, DType dtype) const = 0;
+  // Call these two only if products_missing(Products::int8, ...) is empty.
+  virtual int64_t int8_weight_bytes(int64_t n, int64_t k) const = 0;
+  virtual void quantize_weight(const QuantizeWeightParams&) = 0;
 
   // The reason why this backend cannot prepack weights of `dtype`; empty if it can.
   virtual std::string prepack_missing(DType dtype) const = 0;

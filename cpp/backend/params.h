@@ -101,9 +101,19 @@ struct RmsNormParams {
   float* rstd = nullptr;  // [rows] or null
 };
 
-// Rounds rows to 8-bit floats (e4m3) with one scale per row: x = out * scale, where the largest |out| of a row is 448.
+// The operands of a product: elements of the model's dtype, or both rounded to 8 bits with one scale per row: floats
+// (e4m3), or signed integers from -127 to 127.
+enum class Products { plain, fp8, int8 };
+
+constexpr const char* to_string(Products products) {
+  return products == Products::fp8 ? "fp8" : products == Products::int8 ? "int8" : "plain";
+}
+
+// Rounds rows to 8 bits with one scale per row: x = out * scale, where the largest |out| of a row is 448 (fp8) or 127
+// (int8). A row with NaN or infinity gets a NaN scale (int8), or NaN elements (fp8).
 struct QuantizeRowsParams {
   DType dtype;
+  Products products = Products::fp8;  // not plain
   int64_t rows, width;
   const void* x;  // [rows, width]
   int64_t x_stride;
@@ -114,6 +124,19 @@ struct QuantizeRowsParams {
 
 // n and k of e4m3 products are multiples of this.
 inline constexpr int64_t kFp8Multiple = 16;
+
+// The largest k of int8 products: a sum of k products of 127 and 127 fits an int32.
+inline constexpr int64_t kInt8MostElements = 133144;
+
+// Rounds a weight to int8, one scale per row, in the backend's own layout.
+struct QuantizeWeightParams {
+  DType dtype;
+  int64_t n, k;
+  const void* w;  // [n, k]
+  int64_t w_stride;
+  void* out;     // Backend::int8_weight_bytes(n, k) bytes, aligned to kAlignment
+  float* scale;  // [n]
+};
 
 // Rows of an MLP's intermediate activations held at a time.
 inline constexpr int64_t kMlpChunkRows = 2048;
@@ -134,18 +157,19 @@ struct PrepackParams {
   int64_t w_stride;
 };
 
-// out = a . w^T, or a . w with w [k, n] if `w_transposed`. If the scales are given, a and w are e4m3, w is not
-// transposed and out = (a . w^T) * a_scale * w_scale^T. With `accumulate`, out += a . w^T, rounded once: only without
-// scales, and where Backend::accumulates.
+// out = a . w^T, or a . w with w [k, n] if `w_transposed`. With fp8 and int8 products, a and w have 8-bit elements, w
+// is not transposed and out = (a . w^T) * a_scale * w_scale^T. With `accumulate`, out += a . w^T, rounded once: only
+// with plain products, and where Backend::accumulates.
 struct GemmParams {
-  DType dtype;
+  DType dtype;  // of out, and of plain a and w
   int64_t m, n, k;
   const void* a;  // [m, k]
   int64_t a_stride;
-  const void* w;  // [n, k]
+  const void* w;  // [n, k]; for int8 products as quantize_weight writes it
   int64_t w_stride;
   void* out;  // [m, n]
   int64_t out_stride;
+  Products products = Products::plain;
   const float* a_scale = nullptr;        // [m], or null
   const float* w_scale = nullptr;        // [n], with a_scale
   const PackedWeight* packed = nullptr;  // the prepacked copy of w, or null

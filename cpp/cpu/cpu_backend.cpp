@@ -13,6 +13,7 @@
 
 #include "core/math.h"
 #include "cpu/gemm.h"
+#include "cpu/int8.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/torch_calls.h"
@@ -64,7 +65,11 @@ class CpuBackend final : public Backend {
   void quantize_rows(const QuantizeRowsParams& p) override { parallel_rows(table_.quantize_rows, p, p.rows, p.width); }
 
   // Products of e4m3 go through float32: correct, but no faster than without.
-  std::string fp8_missing(DType) const override { return ""; }
+  std::string products_missing(Products, DType) const override { return ""; }
+
+  int64_t int8_weight_bytes(int64_t n, int64_t k) const override { return cpu::int8_weight_bytes(n, k); }
+
+  void quantize_weight(const QuantizeWeightParams& p) override { cpu::quantize_weight(p); }
 
   void to_float32(const ToFloat32Params& p) override { parallel_rows(table_.to_float32, p, p.rows, p.width); }
 

@@ -4,42 +4,68 @@
 #include <string>
 #include <vector>
 
+#include "cpu/int8_kernels.h"
 #include "cpu/kernels.h"
+
+#if defined(POP_HAVE_AVX_VNNI)
+#include <cpuid.h>
+#endif
 
 namespace pop::cpu {
 namespace {
 
+// An instruction set, with the tables that need it; a set without a table of a kind leaves it to the next one.
 struct Choice {
+  const char* name;
   const Kernels* kernels;
+  const Int8Kernels* int8_kernels;
   bool supported;
 };
+
+#if defined(POP_HAVE_AVX_VNNI)
+// Not every compiler's __builtin_cpu_supports knows this one.
+[[maybe_unused]] bool has_avx_vnni() {
+  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1u) != 0;
+}
+#endif
 
 // The compiled kernels, best first. __builtin_cpu_supports also checks that the operating system saves the registers.
 std::vector<Choice> choices() {
   std::vector<Choice> all;
 #if defined(POP_EMULATE_AVX512)
-  all.push_back({&avx512_bf16::kernels, true});
+  all.push_back({"avx512_bf16", &avx512_bf16::kernels, nullptr, true});
+  all.push_back({"avx512_vnni", nullptr, &avx512_vnni::int8_kernels, true});
+  all.push_back({"avx_vnni", nullptr, &avx_vnni::int8_kernels, true});
 #elif defined(POP_HAVE_AVX512_BF16)
-  all.push_back({&avx512_bf16::kernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                                            __builtin_cpu_supports("avx512bf16")});
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  all.push_back({"avx512_bf16", &avx512_bf16::kernels, nullptr, avx512 && __builtin_cpu_supports("avx512bf16")});
+  all.push_back({"avx512_vnni", nullptr, &avx512_vnni::int8_kernels, avx512 && __builtin_cpu_supports("avx512vnni")});
 #endif
 #if defined(POP_HAVE_AVX2)
   // Every processor with AVX2 has F16C, so it is not checked.
-  all.push_back({&avx2::kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(POP_HAVE_AVX_VNNI) && !defined(POP_EMULATE_AVX512)
+  all.push_back({"avx_vnni", nullptr, &avx_vnni::int8_kernels, avx2 && has_avx_vnni()});
 #endif
-  all.push_back({&baseline::kernels, true});
+  all.push_back({"avx2", &avx2::kernels, &avx2::int8_kernels, avx2});
+#endif
+  all.push_back({"baseline", &baseline::kernels, &baseline::int8_kernels, true});
   return all;
 }
 
-const Kernels& choose() {
+// The best supported table of one kind, from the set that POP_CPU_ISA names downwards.
+template <class Table>
+const Table& choose(const Table* Choice::* table) {
   const char* wanted = std::getenv("POP_CPU_ISA");
-  const bool any = wanted == nullptr || *wanted == '\0';
+  bool found = wanted == nullptr || *wanted == '\0';
   std::string supported;
   for (const Choice& choice : choices()) {
     if (!choice.supported) continue;
-    if (any || std::string(wanted) == choice.kernels->name) return *choice.kernels;
-    supported += (supported.empty() ? "" : ", ") + std::string(choice.kernels->name);
+    found = found || std::string(wanted) == choice.name;
+    if (found && choice.*table != nullptr) return *(choice.*table);
+    supported += (supported.empty() ? "" : ", ") + std::string(choice.name);
   }
   throw std::invalid_argument("POP_CPU_ISA: expected one of " + supported + " on this processor, got '" + wanted + "'");
 }
@@ -47,7 +73,12 @@ const Kernels& choose() {
 }  // namespace
 
 const Kernels& kernels() {
-  static const Kernels& chosen = choose();
+  static const Kernels& chosen = choose(&Choice::kernels);
+  return chosen;
+}
+
+const Int8Kernels& int8_kernels() {
+  static const Int8Kernels& chosen = choose(&Choice::int8_kernels);
   return chosen;
 }
 

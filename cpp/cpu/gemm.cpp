@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/math.h"
+#include "cpu/int8.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 
@@ -190,7 +191,8 @@ void gemm_in_blocks(const GemmParams& p) {
 
 void gemm(const GemmParams& p) {
   if (p.m == 0 || p.n == 0) return;
-  if (p.a_scale != nullptr) return gemm_in_blocks(p);
+  if (p.products == Products::int8) return int8_gemm(p);
+  if (p.products == Products::fp8) return gemm_in_blocks(p);
   if (p.packed != nullptr && p.m > kSkinnyRowsBeforePacked) return packed_matmul(p);
   const bool float32 = p.dtype == DType::f32;
   const bool in_blocks = widens_to_float32(p.dtype) || (float32 && gemm_blocks());

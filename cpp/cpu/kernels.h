@@ -51,8 +51,8 @@ namespace avx512_bf16 {
 extern const Kernels kernels;
 }
 
-// The best table that this processor can run. The environment variable POP_CPU_ISA=baseline|avx2|avx512_bf16 selects
-// another one.
+// The best table that this processor can run. The environment variable POP_CPU_ISA=baseline|avx2|avx_vnni|avx512_vnni|
+// avx512_bf16 selects the best one that needs no higher set than that.
 const Kernels& kernels();
 
 }  // namespace pop::cpu

@@ -11,8 +11,8 @@ namespace pop {
 
 namespace {
 
-int64_t most_rows(DType dtype, bool sparse, bool fp8, const Backend& backend) {
-  return sparse || fp8 ? kMlpChunkRows : std::min(kMlpChunkRows, backend.mlp_rows(dtype));
+int64_t most_rows(DType dtype, bool sparse, Products products, const Backend& backend) {
+  return sparse || products != Products::plain ? kMlpChunkRows : std::min(kMlpChunkRows, backend.mlp_rows(dtype));
 }
 
 // Rows of a chunk. Chunks are about equal: a short last one would read all weights again for a few rows.
@@ -111,7 +111,7 @@ void sparse(const MlpCall& call, Backend& backend) {
 
 size_t mlp_workspace(const Model& model, int64_t rows, const Backend& backend) {
   const ModelSpec& spec = model.spec;
-  const int64_t dense_rows = std::min(rows, most_rows(spec.dtype, false, model.fp8, backend));
+  const int64_t dense_rows = std::min(rows, most_rows(spec.dtype, false, model.products, backend));
   const size_t bytes = dense_bytes(spec.dtype, spec.intermediate_size, dense_rows);
   if (!spec.has_experts()) return bytes;
   const int64_t sparse_rows = std::min(rows, kMlpChunkRows);
@@ -125,8 +125,8 @@ size_t quantized_mlp_bytes(const ModelSpec& spec, int64_t rows) {
 
 void run_mlp(const MlpCall& call, Backend& backend) {
   if (call.rows == 0) return;
-  const bool fp8 = call.weights.gate_proj.scale != nullptr;
-  const int64_t chunk = chunk_rows(call.rows, most_rows(call.spec.dtype, call.sparse, fp8, backend));
+  const int64_t chunk =
+      chunk_rows(call.rows, most_rows(call.spec.dtype, call.sparse, call.weights.gate_proj.products, backend));
   const int64_t element = element_size(call.spec.dtype);
   for (int64_t begin = 0; begin < call.rows; begin += chunk) {
     const MlpCall part{.spec = call.spec,

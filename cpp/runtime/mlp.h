@@ -26,7 +26,7 @@ struct MlpCall {
 
 size_t mlp_workspace(const Model& model, int64_t rows, const Backend& backend);
 
-// Bytes of a chunk's rows in 8-bit floats.
+// Bytes of a chunk's rows in 8 bits.
 size_t quantized_mlp_bytes(const ModelSpec& spec, int64_t rows);
 
 void run_mlp(const MlpCall& call, Backend& backend);

@@ -14,9 +14,10 @@ namespace pop {
 struct Linear {
   const void* data = nullptr;
   int64_t stride = 0;
-  // [out_features] if data is e4m3: a row is data * scale. Null if data has the model's dtype.
+  // [out_features] if data has 8-bit elements: a row is data * scale. Null if data has the model's dtype.
   const float* scale = nullptr;
   const PackedWeight* packed = nullptr;  // a prepacked copy, or null
+  Products products = Products::plain;   // with int8, data is in the backend's layout
 };
 
 // Matrices [count, out_features, in_features], or [count, in_features, out_features] with
@@ -67,9 +68,9 @@ struct Model {
   Linear embed_tokens;
   const void* norm = nullptr;  // the final norm
   std::vector<LayerWeights> layers;
-  std::vector<RunWeights> runs;  // one per run of plan.projected_runs()
-  bool fp8 = false;              // the layers outside of the runs have e4m3 matrices
-  bool prepacked = false;        // the layers outside of the runs have prepacked copies of their matrices
+  std::vector<RunWeights> runs;         // one per run of plan.projected_runs()
+  Products products = Products::plain;  // of the layers outside of the runs
+  bool prepacked = false;               // the layers outside of the runs have prepacked copies of their matrices
 };
 
 }  // namespace pop

@@ -1,4 +1,4 @@
-// Products with weight matrices: builds GemmParams, and rounds rows to 8-bit floats where the weight is e4m3.
+// Products with weight matrices: builds GemmParams, and rounds rows to 8 bits where the weight is.
 #pragma once
 
 #include <stdexcept>
@@ -8,24 +8,25 @@
 
 namespace pop {
 
-// Memory for rows in 8-bit floats; null if no weight of the call is e4m3.
+// Memory for rows in 8 bits; null if no weight of the call has 8-bit elements.
 struct QuantizedRows {
   uint8_t* data = nullptr;
   float* scale = nullptr;  // one per row
 };
 
-// The left operand of a product: rows of the model's dtype, or e4m3 rows with one scale each.
+// The left operand of a product: rows of the model's dtype, or 8-bit rows with one scale each.
 struct ProductRows {
   const void* data;
   int64_t stride;
   const float* scale = nullptr;
 };
 
-// Rows x [rows, k] as the operand of products with `w`: x itself, or x rounded to e4m3 in `buffer` if w is e4m3.
+// Rows x [rows, k] as the operand of products with `w`: x itself, or x rounded in `buffer` if w has 8-bit elements.
 inline ProductRows rows_for(Backend& backend, DType dtype, const Linear& w, int64_t rows, int64_t k, const void* x,
                             int64_t x_stride, const QuantizedRows& buffer) {
-  if (w.scale == nullptr) return {x, x_stride};
+  if (w.products == Products::plain) return {x, x_stride};
   backend.quantize_rows({.dtype = dtype,
+                         .products = w.products,
                          .rows = rows,
                          .width = k,
                          .x = x,
@@ -36,10 +37,10 @@ inline ProductRows rows_for(Backend& backend, DType dtype, const Linear& w, int6
   return {buffer.data, k, buffer.scale};
 }
 
-// The rows from `row` on. e4m3 rows are never cut: their layers compute q for the same rows as K and V.
+// The rows from `row` on. 8-bit rows are never cut: their layers compute q for the same rows as K and V.
 inline ProductRows from_row(const ProductRows& rows, int64_t row, DType dtype) {
   if (row == 0) return rows;
-  if (rows.scale != nullptr) throw std::logic_error("pop: rows in 8-bit floats: expected all of them");
+  if (rows.scale != nullptr) throw std::logic_error("pop: rows in 8 bits: expected all of them");
   return {static_cast<const char*>(rows.data) + row * rows.stride * element_size(dtype), rows.stride};
 }
 
@@ -56,6 +57,7 @@ inline GemmParams product(DType dtype, int64_t rows, int64_t n, int64_t k, const
           .w_stride = w.stride,
           .out = out,
           .out_stride = out_stride,
+          .products = w.products,
           .a_scale = a.scale,
           .w_scale = w.scale,
           .packed = w.packed};

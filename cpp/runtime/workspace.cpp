@@ -23,9 +23,9 @@ size_t most_kv_project_bytes(const Model& model, const BatchLayout& layout, cons
   return most;
 }
 
-// Products of e4m3 have results with adjacent rows, so they are not joined.
+// 8-bit products have results with adjacent rows, so they are not joined.
 bool wants_joined_qkv(const Model& model, const Backend& backend) {
-  return !model.fp8 && backend.joins_qkv() &&
+  return model.products == Products::plain && backend.joins_qkv() &&
          std::ranges::any_of(model.layers, [](const LayerWeights& layer) { return layer.qkv_adjacent; });
 }
 
@@ -53,7 +53,7 @@ Workspace::Workspace(const Model& model, const PrefillCall& call, const Backend&
     k = static_cast<char*>(gemm_out) + q_dim * element;
     v = static_cast<char*>(k) + kv_dim * element;
   }
-  if (model.fp8) {
+  if (model.products != Products::plain) {
     const size_t inputs = std::max<size_t>(rows * row_stride, quantized_mlp_bytes(spec, rows));
     quantized = {.data = static_cast<uint8_t*>(arena.take(inputs)), .scale = arena.take_array<float>(rows)};
   }

@@ -27,7 +27,7 @@ struct Workspace {
   void* k;                  // [rows, kv_dim]: in gemm_out behind q where the backend joins products, else by itself
   void* v;                  // [rows, kv_dim]
   void* scratch;            // MlpCall::workspace or KvProjectParams::workspace, which are never in use at once
-  QuantizedRows quantized;  // the next GEMM's input in 8-bit floats; null if the model has no e4m3 weights
+  QuantizedRows quantized;  // the next GEMM's input in 8 bits; null if the model has no 8-bit weights
   float* rstd;              // [rows]
   float* cos;               // [rows, rotary_dim / 2]
   float* sin;               // [rows, rotary_dim / 2]

@@ -110,7 +110,7 @@ inline Tensor matrix_view(const void* data, int64_t rows, int64_t columns, int64
 struct MatmulOperands {
   MatmulOperands(const GemmParams& p, torch::stable::Device device)
       : dtype(scalar_type(p.dtype)),
-        operand(p.a_scale == nullptr ? dtype : ScalarType::Float8_e4m3fn),
+        operand(p.products == Products::plain ? dtype : ScalarType::Float8_e4m3fn),
         a(matrix_view(p.a, p.m, p.k, p.a_stride, 1, device, operand)),
         w(p.w_transposed ? matrix_view(p.w, p.k, p.n, p.w_stride, 1, device, operand)
                          : matrix_view(p.w, p.k, p.n, 1, p.w_stride, device, operand)),
@@ -125,7 +125,7 @@ inline void matmul(const GemmParams& p, torch::stable::Device device) {
   const MatmulOperands operands(p, device);
   const ScalarType dtype = operands.dtype;
   const Tensor &a = operands.a, &w = operands.w, &out = operands.out;
-  if (p.a_scale == nullptr) return mm_out(a, w, out);
+  if (p.products == Products::plain) return mm_out(a, w, out);
   const Tensor a_scale = matrix_view(p.a_scale, p.m, 1, 1, 1, device, ScalarType::Float);
   const Tensor w_scale = matrix_view(p.w_scale, 1, p.n, p.n, 1, device, ScalarType::Float);
   // The kernel for compute capability 8.9 assumes that the rows of its result are adjacent.

@@ -1,4 +1,4 @@
-// The matrices that `fp8` and `prepack` copy.
+// The matrices that `fp8`, `int8` and `prepack` copy.
 #pragma once
 
 #include <algorithm>
@@ -18,9 +18,17 @@ inline constexpr NamedLinear kLinears[] = {{"q_proj", &LayerWeights::q_proj},   
                                            {"gate_proj", &LayerWeights::gate_proj}, {"up_proj", &LayerWeights::up_proj},
                                            {"down_proj", &LayerWeights::down_proj}};
 
-inline bool is_copied_matrix(const std::string& slot) {
-  return std::ranges::any_of(kLinears,
-                             [&](const NamedLinear& linear) { return slot.ends_with(join(".", linear.name)); });
+// q, k and v stay in the model's dtype with int8: docs/fp8.md shows what their rounding costs.
+inline bool is_copied(const NamedLinear& linear, Products products) {
+  return products != Products::int8 ||
+         (linear.linear != &LayerWeights::q_proj && linear.linear != &LayerWeights::k_proj &&
+          linear.linear != &LayerWeights::v_proj);
+}
+
+inline bool is_copied_matrix(const std::string& slot, Products products) {
+  return std::ranges::any_of(kLinears, [&](const NamedLinear& linear) {
+    return is_copied(linear, products) && slot.ends_with(join(".", linear.name));
+  });
 }
 
 // Only matrices of dense layers are copied. The reason to refuse another model; empty for a dense one.
@@ -31,10 +39,11 @@ inline std::string dense_missing(const ModelSpec& spec) {
 // Calls copy(weight, linear) for each matrix of the layers outside of the runs, which context rows pass through. Layers
 // of a run are left out: boundary rows read their matrices as they are.
 template <class Copy>
-void LoadedModel::for_each_copied_matrix(const Copy& copy) {
+void LoadedModel::for_each_copied_matrix(Products products, const Copy& copy) {
   for (int64_t layer = 0; layer < model_.spec.num_layers; ++layer) {
     if (is_projected(layer)) continue;
     for (const NamedLinear& named : kLinears) {
+      if (!is_copied(named, products)) continue;
       copy(*weight(join("layers.", layer, ".", named.name)), model_.layers[layer].*named.linear);
     }
   }

@@ -9,14 +9,15 @@
 STABLE_TORCH_LIBRARY(pop, m) {
   // Loads a model and returns its handle, which `unload` frees and which is never reused. Weights are shared, not
   // copied; only the K/V weights of omitted layers are folded into new memory. `projections` replace those of the
-  // plan's omitted layers, in the plan's order. `fp8` makes copies of the other layers' matrices in 8-bit floats,
-  // `prepack` copies in the backend's layout for products of many rows.
+  // plan's omitted layers, in the plan's order. `fp8` or `int8` makes copies of the other layers' matrices in 8-bit
+  // floats or integers, `prepack` copies in the backend's layout for products of many rows.
   m.def(
-      "load(str spec, str plan, Tensor[] weights, Tensor[]? projections=None, bool fp8=False, bool prepack=False) "
-      "-> int");
-  // The reason why a model of that spec, with its weights on the device of `like`, cannot have `fp8`; "" if it can.
-  m.def("fp8_missing(str spec, Tensor like) -> str");
-  m.def("fp8_missing_utf8(str spec, Tensor like) -> int[]");
+      "load(str spec, str plan, Tensor[] weights, Tensor[]? projections=None, bool fp8=False, bool prepack=False, "
+      "bool int8=False) -> int");
+  // The reason why a model of that spec, with its weights on the device of `like`, cannot have `products`, which is
+  // "fp8" or "int8"; "" if it can.
+  m.def("products_missing(str products, str spec, Tensor like) -> str");
+  m.def("products_missing_utf8(str products, str spec, Tensor like) -> int[]");
   // The same for `prepack`.
   m.def("prepack_missing(str spec, Tensor like) -> str");
   m.def("prepack_missing_utf8(str spec, Tensor like) -> int[]");
@@ -43,7 +44,10 @@ STABLE_TORCH_LIBRARY(pop, m) {
   m.def("linear(Tensor x, Tensor weight) -> Tensor");
   // The products of a prefill with `fp8`: rows of x and of the weight in 8-bit floats (e4m3).
   m.def("fp8_linear(Tensor x, Tensor weight, Tensor weight_scale) -> Tensor");
-  m.def("quantize_rows(Tensor x) -> (Tensor, Tensor)");
+  m.def("quantize_rows(Tensor x, str products=\"fp8\") -> (Tensor, Tensor)");
+  // The same with `int8`, and the weight in the layout of this processor's kernel.
+  m.def("int8_linear(Tensor x, Tensor weight, Tensor weight_scale) -> Tensor");
+  m.def("int8_weight(Tensor weight) -> (Tensor, Tensor)");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0) -> Tensor");
   m.def(pop::kAddRmsNormSchema);
   m.def(
@@ -64,6 +68,8 @@ STABLE_TORCH_LIBRARY(pop, m) {
   m.def("set_foreign(str name, int variant, str reason) -> ()");
   m.def("cpu_isa() -> str");
   m.def("cpu_isa_utf8() -> int[]");
+  m.def("int8_isa() -> str");
+  m.def("int8_isa_utf8() -> int[]");
   // Sets the function that a prefill polls between layers (torch/interrupts.h), by its address; 0: none.
   m.def("set_interrupt_check(int address) -> ()");
   // Sets an option of a backend for the calls of this thread, and returns the value before; for measuring.

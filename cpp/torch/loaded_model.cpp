@@ -30,9 +30,10 @@ void check_option(const char* option, const std::string& missing) {
 }  // namespace
 
 LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Tensor> weights,
-                         const std::optional<std::vector<Tensor>>& projections, bool fp8, bool prepack)
+                         const std::optional<std::vector<Tensor>>& projections, Products products, bool prepack)
     : slots_(spec.weight_slots()), weights_(std::move(weights)) {
-  check(!fp8 || !prepack, "pop::load: prepack: expected False with fp8=True, got True");
+  check(products == Products::plain || !prepack, "pop::load: prepack: expected False with ", to_string(products),
+        "=True, got True");
   check(plan.num_layers == spec.num_layers, "pop::load: plan: expected num_layers ", spec.num_layers,
         " like the model, got ", plan.num_layers);
   check_head_dim(spec.head_dim, "pop::load: spec");
@@ -49,11 +50,13 @@ LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Te
   model_.norm = weight("norm")->const_data_ptr();
   model_.layers.resize(spec.num_layers);
   for (int64_t layer = 0; layer < spec.num_layers; ++layer) set_layer(layer);
-  if (fp8) check_option("fp8", fp8_missing(spec, weights_.front()));
+  if (products != Products::plain) {
+    check_option(to_string(products), products_missing(products, spec, weights_.front()));
+  }
   if (prepack) check_option("prepack", prepack_missing(spec, weights_.front()));
   for (const LayerRange& layers : plan.projected_runs()) fold(layers);
   if (projections.has_value()) set_projections(*projections);
-  if (fp8) quantize_layers();
+  if (products != Products::plain) quantize_layers(products);
   if (prepack) prepack_layers();
   stamp_weights();
 }

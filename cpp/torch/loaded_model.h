@@ -1,6 +1,6 @@
 // A model as `pop::load` makes it: weights that are shared with the caller, and the memory that loading adds (folded
-// K/V stacks, 8-bit copies, prepacked copies). Its parts are a file each: loaded_model.cpp, folding.cpp, fp8.cpp,
-// prepacking.cpp and staleness.cpp.
+// K/V stacks, 8-bit copies, prepacked copies). Its parts are a file each: loaded_model.cpp, folding.cpp,
+// quantizing.cpp, prepacking.cpp and staleness.cpp.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -12,6 +12,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "backend/backend.h"
 #include "runtime/model.h"
 #include "torch/overlaps.h"
 
@@ -20,10 +21,11 @@ namespace pop {
 class LoadedModel {
  public:
   // `projections`: fitted matrices [2 * kv_dim, hidden_size], one per omitted layer, which are copied; none: the
-  // layers' own. `fp8` or `prepack`, not both, copies the matrices of the layers outside of the runs: to 8-bit floats,
-  // or to the backend's layout. Throws std::runtime_error naming the argument, what was expected and what came.
+  // layers' own. `products` other than plain, or `prepack`, not both, copies the matrices of the layers outside of the
+  // runs: to 8 bits, or to the backend's layout. Throws std::runtime_error naming the argument, what was expected and
+  // what came.
   LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Tensor> weights,
-              const std::optional<std::vector<Tensor>>& projections, bool fp8, bool prepack);
+              const std::optional<std::vector<Tensor>>& projections, Products products, bool prepack);
 
   const Model& model() const { return model_; }
   const Tensor& embed_tokens() const { return weights_.front(); }
@@ -57,11 +59,11 @@ class LoadedModel {
   void fold(LayerRange layers);
   void set_projections(const std::vector<Tensor>& projections);
 
-  // fp8.cpp, prepacking.cpp
-  void quantize_layers();
+  // quantizing.cpp, prepacking.cpp
+  void quantize_layers(Products products);
   void prepack_layers();
   template <class Copy>
-  void for_each_copied_matrix(const Copy& copy);  // copied_matrices.h
+  void for_each_copied_matrix(Products products, const Copy& copy);  // copied_matrices.h
 
   // staleness.cpp
   void stamp_weights();
@@ -84,9 +86,18 @@ class LoadedModel {
 Tensor fold_kv(const std::vector<Tensor>& k_proj, const std::vector<Tensor>& v_proj,
                const std::vector<Tensor>& input_norm, double norm_offset);
 
-// The reason why a model of that spec, with its weights on the device of `like`, cannot be loaded with fp8, or with
-// prepack; empty if it can.
-std::string fp8_missing(const ModelSpec& spec, const Tensor& like);
+// A weight in 8 bits with one scale per row: e4m3 of its shape, or int8 in the backend's layout, [bytes].
+struct QuantizedWeight {
+  Tensor values, scale;
+};
+QuantizedWeight quantize_weight(Backend& backend, Products products, DType dtype, const Tensor& weight);
+
+// "fp8" or "int8"; throws std::invalid_argument for another text.
+Products parse_products(const std::string& text);
+
+// The reason why a model of that spec, with its weights on the device of `like`, cannot be loaded with these products,
+// or with prepack; empty if it can.
+std::string products_missing(Products products, const ModelSpec& spec, const Tensor& like);
 std::string prepack_missing(const ModelSpec& spec, const Tensor& like);
 
 }  // namespace pop

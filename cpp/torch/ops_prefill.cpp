@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "cpu/int8_kernels.h"
 #include "cpu/kernels.h"
 #include "torch/aten.h"
 #include "torch/backends.h"
@@ -32,19 +33,21 @@ class CallObserver final : public ProfilerStages {
 };
 
 int64_t load(TextArgument spec, TextArgument plan, std::vector<Tensor> weights,
-             std::optional<std::vector<Tensor>> projections, bool fp8, bool prepack) try {
+             std::optional<std::vector<Tensor>> projections, bool fp8, bool prepack, bool int8) try {
+  check(!fp8 || !int8, "pop::load: int8: expected False with fp8=True, got True");
+  const Products products = fp8 ? Products::fp8 : int8 ? Products::int8 : Products::plain;
   const ModelSpec parsed = ModelSpec::from_json(spec.text);
-  return register_model(
-      std::make_shared<LoadedModel>(parsed, Plan::from_json(plan.text), std::move(weights), projections, fp8, prepack));
+  return register_model(std::make_shared<LoadedModel>(parsed, Plan::from_json(plan.text), std::move(weights),
+                                                      projections, products, prepack));
 } catch (const std::invalid_argument& error) {
   throw std::runtime_error(join("pop::load: ", error.what()));
 }
 
-Utf8 fp8_missing_op(TextArgument spec, Tensor like) try {
-  check_tensor(like, "pop::fp8_missing: like");
-  return utf8(fp8_missing(ModelSpec::from_json(spec.text), like));
+Utf8 products_missing_op(TextArgument products, TextArgument spec, Tensor like) try {
+  check_tensor(like, "pop::products_missing: like");
+  return utf8(products_missing(parse_products(products.text), ModelSpec::from_json(spec.text), like));
 } catch (const std::invalid_argument& error) {
-  throw std::runtime_error(join("pop::fp8_missing: ", error.what()));
+  throw std::runtime_error(join("pop::products_missing: ", error.what()));
 }
 
 Utf8 prepack_missing_op(TextArgument spec, Tensor like) try {
@@ -64,7 +67,7 @@ void unload(int64_t model) { unregister_model(model); }
 Utf8 info(int64_t handle) {
   const auto loaded = find_model(handle);
   return utf8(join("{\"spec\": ", loaded->model().spec.to_json(), ", \"plan\": ", loaded->model().plan.to_json(),
-                   ", \"fp8\": ", loaded->model().fp8 ? "true" : "false", ", \"prepacked\": ",
+                   ", \"products\": \"", to_string(loaded->model().products), "\", \"prepacked\": ",
                    loaded->model().prepacked ? "true" : "false", ", \"extra_bytes\": ", loaded->extra_bytes(), "}"));
 }
 
@@ -262,11 +265,13 @@ void set_interrupt_check_op(int64_t address) { set_interrupt_check(address); }
 
 Utf8 cpu_isa() { return utf8(cpu::kernels().name); }
 
+Utf8 int8_isa() { return utf8(cpu::int8_kernels().name); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pop, CompositeExplicitAutograd, m) {
   m.impl("load", TORCH_BOX(&ChecksThreads<&load>::call));
-  m.impl("fp8_missing_utf8", TORCH_BOX(&fp8_missing_op));
+  m.impl("products_missing_utf8", TORCH_BOX(&products_missing_op));
   m.impl("prepack_missing_utf8", TORCH_BOX(&prepack_missing_op));
   m.impl("device_missing_utf8", TORCH_BOX(&device_missing_op));
   m.impl("unload", TORCH_BOX(&unload));
@@ -279,6 +284,7 @@ STABLE_TORCH_LIBRARY_IMPL(pop, CompositeExplicitAutograd, m) {
   m.impl("tune", TORCH_BOX(&tune_op));
   m.impl("set_interrupt_check", TORCH_BOX(&set_interrupt_check_op));
   m.impl("cpu_isa_utf8", TORCH_BOX(&cpu_isa));
+  m.impl("int8_isa_utf8", TORCH_BOX(&int8_isa));
 }
 
 static void implement(torch::stable::detail::StableLibrary& m) {  // no template: gcc 12 would not instantiate them

@@ -9,6 +9,7 @@
 #include "torch/checks.h"
 #include "torch/device_keys.h"
 #include "torch/forks.h"
+#include "torch/loaded_model.h"
 #include "torch/negated.h"
 #include "torch/overlaps.h"
 #include "torch/schemas.h"
@@ -41,6 +42,11 @@ Tensor empty_like_rows(const Tensor& tensor, int64_t width) {
   return torch::stable::new_empty(tensor, shape);
 }
 
+void check_int8(const Backend& backend, DType dtype, const std::string& name) {
+  const std::string missing = backend.products_missing(Products::int8, dtype);
+  check(missing.empty(), name, ": ", missing);
+}
+
 Tensor linear(Tensor x, Tensor weight) {
   const DType dtype = dtype_of(x, "pop::linear: x");
   const int64_t k = width_of(x, "pop::linear: x");
@@ -65,23 +71,83 @@ Tensor linear(Tensor x, Tensor weight) {
   return out;
 }
 
-// Returns e4m3 [..., width] and the float32 scale of each row, [...].
-std::tuple<Tensor, Tensor> quantize_rows(Tensor x) {
+// Returns e4m3 or int8 [..., width] and the float32 scale of each row, [...].
+std::tuple<Tensor, Tensor> quantized_rows(const Tensor& x, Products products) {
   const DType dtype = dtype_of(x, "pop::quantize_rows: x");
   const int64_t width = width_of(x, "pop::quantize_rows: x");
+  const BackendOfCall backend(x);
+  if (products == Products::int8) check_int8(*backend, dtype, "pop::quantize_rows: x");
   const Tensor rows = as_rows(x);
-  Tensor out = torch::stable::new_empty(x, x.sizes(), ScalarType::Float8_e4m3fn);
+  const ScalarType type = products == Products::int8 ? ScalarType::Char : ScalarType::Float8_e4m3fn;
+  Tensor out = torch::stable::new_empty(x, x.sizes(), type);
   const std::vector<int64_t> leading(x.sizes().begin(), x.sizes().end() - 1);
   Tensor scale = torch::stable::new_empty(x, leading, ScalarType::Float);
-  BackendOfCall(x)->quantize_rows({.dtype = dtype,
-                                   .rows = rows.size(0),
-                                   .width = width,
-                                   .x = rows.const_data_ptr(),
-                                   .x_stride = rows.stride(0),
-                                   .out = static_cast<uint8_t*>(out.mutable_data_ptr()),
-                                   .out_stride = width,
-                                   .scale = static_cast<float*>(scale.mutable_data_ptr())});
+  backend->quantize_rows({.dtype = dtype,
+                          .products = products,
+                          .rows = rows.size(0),
+                          .width = width,
+                          .x = rows.const_data_ptr(),
+                          .x_stride = rows.stride(0),
+                          .out = static_cast<uint8_t*>(out.mutable_data_ptr()),
+                          .out_stride = width,
+                          .scale = static_cast<float*>(scale.mutable_data_ptr())});
   return {out, scale};
+}
+
+std::tuple<Tensor, Tensor> quantize_rows(Tensor x, TextArgument products) try {
+  return quantized_rows(x, parse_products(products.text));
+} catch (const std::invalid_argument& error) {
+  throw std::runtime_error(join("pop::quantize_rows: ", error.what()));
+}
+
+// Returns the weight in int8, in the layout of this processor's kernel, [bytes], and the float32 scale of each row.
+std::tuple<Tensor, Tensor> int8_weight(Tensor weight) {
+  const std::string name = "pop::int8_weight: weight";
+  const DType dtype = dtype_of(weight, name);
+  check_shape(weight, {-1, -1}, name);
+  check_last_dim_contiguous(weight, name);
+  const int64_t k = width_of(weight, name);
+  check(k <= kInt8MostElements, name, ": expected a last dimension of at most ", kInt8MostElements, ", got ", k);
+  const BackendOfCall backend(weight);
+  check_int8(*backend, dtype, name);
+  const auto [values, scale] = quantize_weight(*backend, Products::int8, dtype, weight);
+  return {values, scale};
+}
+
+Tensor int8_linear(Tensor x, Tensor weight, Tensor weight_scale) {
+  const std::string op = "pop::int8_linear";
+  const DType dtype = dtype_of(x, op + ": x");
+  const int64_t k = width_of(x, op + ": x");
+  check(k <= kInt8MostElements, op, ": x: expected a last dimension of at most ", kInt8MostElements, ", got ", k);
+  check_same_device(weight_scale, x, op + ": weight_scale");
+  check_dtype(weight_scale, DType::f32, op + ": weight_scale");
+  check_shape(weight_scale, {-1}, op + ": weight_scale");
+  check(weight_scale.is_contiguous(), op, ": weight_scale: expected a contiguous tensor");
+  const int64_t n = weight_scale.size(0);
+  const BackendOfCall backend(x);
+  check_int8(*backend, dtype, op + ": x");
+  check_same_device(weight, x, op + ": weight");
+  check(type_of(weight) == ScalarType::Char, op, ": weight: expected dtype int8, got ", dtype_name(weight));
+  check_shape(weight, {backend->int8_weight_bytes(n, k)}, op + ": weight");
+  check(weight.is_contiguous() && reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % kAlignment == 0, op,
+        ": weight: expected a contiguous tensor that is aligned to ", kAlignment, " bytes");
+  const auto [rows, scale] = quantized_rows(x, Products::int8);
+  Tensor out = empty_like_rows(x, n);
+  const GemmParams product{.dtype = dtype,
+                           .m = scale.numel(),
+                           .n = n,
+                           .k = k,
+                           .a = rows.const_data_ptr(),
+                           .a_stride = k,
+                           .w = weight.const_data_ptr(),
+                           .w_stride = k,
+                           .out = out.mutable_data_ptr(),
+                           .out_stride = n,
+                           .products = Products::int8,
+                           .a_scale = static_cast<const float*>(scale.const_data_ptr()),
+                           .w_scale = static_cast<const float*>(weight_scale.const_data_ptr())};
+  backend->gemm(&product, 1);
+  return out;
 }
 
 Tensor fp8_linear(Tensor x, Tensor weight, Tensor weight_scale) {
@@ -102,9 +168,9 @@ Tensor fp8_linear(Tensor x, Tensor weight, Tensor weight_scale) {
   check(k % kFp8Multiple == 0 && n % kFp8Multiple == 0, op, ": weight: expected multiples of ", kFp8Multiple, ", got ",
         shape_of(weight));
   const BackendOfCall backend(x);
-  const std::string missing = backend->fp8_missing(dtype);
+  const std::string missing = backend->products_missing(Products::fp8, dtype);
   check(missing.empty(), op, ": x: ", missing);
-  const auto [rows, scale] = quantize_rows(x);
+  const auto [rows, scale] = quantized_rows(x, Products::fp8);
   Tensor out = empty_like_rows(x, n);
   const GemmParams product{.dtype = dtype,
                            .m = scale.numel(),
@@ -116,6 +182,7 @@ Tensor fp8_linear(Tensor x, Tensor weight, Tensor weight_scale) {
                            .w_stride = k,
                            .out = out.mutable_data_ptr(),
                            .out_stride = n,
+                           .products = Products::fp8,
                            .a_scale = static_cast<const float*>(scale.const_data_ptr()),
                            .w_scale = static_cast<const float*>(weight_scale.const_data_ptr())};
   backend->gemm(&product, 1);
@@ -213,6 +280,8 @@ Tensor gated_act(Tensor gate, Tensor up, TextArgument activation, std::optional<
 static void implement(torch::stable::detail::StableLibrary& m) {  // no template: gcc 12 would not instantiate them
   m.impl("linear", TORCH_BOX(&ChecksThreads<&linear>::call));
   m.impl("fp8_linear", TORCH_BOX(&ChecksThreads<&fp8_linear>::call));
+  m.impl("int8_linear", TORCH_BOX(&ChecksThreads<&int8_linear>::call));
+  m.impl("int8_weight", TORCH_BOX(&ChecksThreads<&int8_weight>::call));
   m.impl("quantize_rows", TORCH_BOX(&ChecksThreads<&quantize_rows>::call));
   m.impl("rms_norm", TORCH_BOX(&ChecksThreads<&rms_norm>::call));
   m.impl("add_rms_norm", TORCH_BOX(&ChecksThreads<&add_rms_norm>::call));

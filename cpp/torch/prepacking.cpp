@@ -12,7 +12,7 @@ std::string prepack_missing(const ModelSpec& spec, const Tensor& like) {
 
 void LoadedModel::prepack_layers() {
   const BackendOfCall backend(weights_.front());
-  for_each_copied_matrix([&](const Tensor& given, Linear& linear) {
+  for_each_copied_matrix(Products::plain, [&](const Tensor& given, Linear& linear) {
     packed_.push_back(backend->prepack({.dtype = model_.spec.dtype,
                                         .n = given.size(0),
                                         .k = given.size(1),

@@ -40,9 +40,10 @@ void LoadedModel::stamp_weights() {
 LoadedModel::Stamp LoadedModel::stamp_of(size_t index) const {
   const Tensor& tensor = weights_[index];
   const WeightSlot& slot = slots_[index];
+  const bool copies = model_.products != Products::plain || model_.prepacked;
   const bool copied =
-      slot.layer >= 0 && (is_projected(slot.layer) ? is_folded(slot.name)
-                                                   : (model_.fp8 || model_.prepacked) && is_copied_matrix(slot.name));
+      slot.layer >= 0 &&
+      (is_projected(slot.layer) ? is_folded(slot.name) : copies && is_copied_matrix(slot.name, model_.products));
   return {.data = tensor.const_data_ptr(),
           .dtype = static_cast<int32_t>(tensor.scalar_type()),
           .sizes = {tensor.sizes().begin(), tensor.sizes().end()},

@@ -78,8 +78,9 @@ void CudaBackend::group_rows(const GroupRowsParams& p) {
 
 void CudaBackend::quantize_rows(const QuantizeRowsParams& p) { cuda::launch_quantize_rows(p, stream_); }
 
-// The conditions of aten::_scaled_mm with one scale per row.
-std::string CudaBackend::fp8_missing(DType dtype) const {
+// For fp8, the conditions of aten::_scaled_mm with one scale per row.
+std::string CudaBackend::products_missing(Products products, DType dtype) const {
+  if (products == Products::int8) return "expected a model on a CPU, got one on a CUDA device";
   if (dtype != DType::bf16) return join("expected bfloat16 on a CUDA device, got ", to_string(dtype));
   const cuda::DeviceFacts& facts = cuda::device_facts();
   if (kDeviceType == torch::headeronly::DeviceType::CUDA && facts.major * 10 + facts.minor < 89) {

@@ -390,17 +390,17 @@ def test_a_case_beyond_the_budget_is_left_out_and_reported(config_dir, tmp_path,
 @pytest.mark.parametrize("via", ["enable", "prefill"])
 def test_copies_of_weights_add_arms_loaded_with_them(tiny, via):
     spec, ids = describe(tiny.model).spec, torch.zeros(1, 8, dtype=torch.int64)
-    arms = make_arms(tiny.model, spec, ids, [Plan.last(LAYERS)], None, via, copies=("fp8", "prepack"))
+    arms = make_arms(tiny.model, spec, ids, [Plan.last(LAYERS)], None, via, copies=("fp8", "int8", "prepack"))
     names = ["native-full", "pop 2/6"]
     assert [arm.name for arm in arms[1:]] == [
-        f"{name}{copies}" for name in names for copies in ("", " fp8", " prepack")
+        f"{name}{copies}" for name in names for copies in ("", " fp8", " int8", " prepack")
     ]
     for arm in arms:
         arm.prepare()
         if arm.copies == "prepack":
             assert "prepack: expected bfloat16 weights, got float32" in arm.failed
-    plain, fp8 = (arm.folded_bytes for arm in arms[1:3])
-    assert fp8 > plain
+    plain, fp8, int8 = (arm.folded_bytes for arm in arms[1:4])
+    assert min(fp8, int8) > plain
 
 
 @pytest.mark.parametrize("via", ["enable", "prefill"])

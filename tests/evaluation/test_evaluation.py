@@ -198,14 +198,16 @@ def test_a_second_turn_is_prefilled_over_the_cache_of_the_first(backend, monkeyp
     assert set(pruned) == {"loss", "first", "kl", "exact"}
 
 
-def test_fp8_arms_prefill_in_fp8_and_decode_as_stock():
+@pytest.mark.parametrize("products", ["fp8", pytest.param("int8", marks=pytest.mark.cpu)])
+def test_arms_of_8_bits_prefill_in_8_bits_and_decode_as_stock(products):
     model = shared("llama")
     sets = prompt_sets(model)
-    result = evaluate(model, sets, [PLAN, PLAN.replace(boundary=3)], kinds=["full-fp8", "pop-fp8"], greedy_tokens=0)
+    full, pop = f"full-{products}", f"pop-{products}"
+    result = evaluate(model, sets, [PLAN, PLAN.replace(boundary=3)], kinds=[full, pop], greedy_tokens=0)
     names = [cell["arm"] for cell in result.cells if cell["set"] == 0]
-    assert names == ["full", "full-fp8", "pop-fp8 1,4-5 b2", "pop-fp8 1,4-5 b3"]
-    for name, plan in (("full-fp8", Plan(6, ())), ("pop-fp8 1,4-5 b2", PLAN)):
-        native = pop_ext.load(model, plan, fp8=True)
+    assert names == ["full", full, f"{pop} 1,4-5 b2", f"{pop} 1,4-5 b3"]
+    for name, plan in ((full, Plan(6, ())), (f"{pop} 1,4-5 b2", PLAN)):
+        native = pop_ext.load(model, plan, **{products: True})
         losses = result.find(0, name)["samples"]["loss"]
         for loss, (context, continuation) in zip(losses, sets[0].pairs, strict=True):
             out = native.prefill(context[None])

@@ -84,9 +84,9 @@ def generate() -> str:
         *(f"| {given} | {shown(stale_error(change)[1])} |" for given, change in CHANGES.items()),
         "",
         "`native.refresh()` loads the current weights; an enabled model refreshes automatically. A change through",
-        "`.data` moves no version counter. To detect it, 64 values of every folded weight are compared, and with `fp8`",
-        "or `prepack` also 64 values of every other matrix. A change that leaves these values alone is missed. All",
-        "other weights are read in place, so a change through `.data` takes effect at once.",
+        "`.data` moves no version counter. To detect it, 64 values of every folded weight are compared, and with",
+        "`fp8`, `int8` or `prepack` also 64 values of every other matrix. A change that leaves these values alone is",
+        "missed. All other weights are read in place, so a change through `.data` takes effect at once.",
         "",
     ]
     return "\n".join(lines)

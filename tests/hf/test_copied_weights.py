@@ -1,4 +1,4 @@
-"""Test what `fp8` and `prepack` share: copies of weights that can become stale, and rows that do not mix."""
+"""Test what `fp8`, `int8` and `prepack` share: copies of weights that can become stale, and rows that do not mix."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from against_oracle import plan_of
 from models import llama, shared, tokens
 from tolerance import rms
 
-OPTIONS = ["fp8", pytest.param("prepack", marks=[pytest.mark.avx512_bf16, pytest.mark.cpu])]
+OPTIONS = [
+    "fp8",
+    pytest.param("int8", marks=pytest.mark.cpu),
+    pytest.param("prepack", marks=[pytest.mark.avx512_bf16, pytest.mark.cpu]),
+]
 
 
 def load(model, option):

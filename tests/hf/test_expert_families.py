@@ -165,7 +165,7 @@ def test_a_buffer_that_the_runtime_does_not_read_is_refused():
         describe(model)
 
 
-@pytest.mark.parametrize("option", ["fp8", "prepack"])
+@pytest.mark.parametrize("option", ["fp8", "int8", "prepack"])
 @pytest.mark.parametrize("family", ["glm4_moe", "qwen2_moe"])
 def test_copies_of_matrices_are_refused_by_name(family, option):
     model = shared_other(family, torch.bfloat16)

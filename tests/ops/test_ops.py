@@ -155,7 +155,8 @@ TEXT_OPERATORS = (
     "cpu_isa",
     "device_missing",
     "foreign_schemas",
-    "fp8_missing",
+    "int8_isa",
+    "products_missing",
     "prepack_missing",
 )
 NUMBER_OPERATORS = ("extra_bytes", "stale_index")
@@ -167,7 +168,8 @@ WITHOUT_TEXT_COMPARISON = ("test_schema", "test_autograd_registration", "test_fa
 def test_an_operator_that_returns_text_passes_what_opcheck_can_compare(name):
     native = pop_ext.load(shared(), plan_of(shared()))
     of_a_model = {"info": (native.handle,), "stale_weight": (native.handle,)}
-    of_a_spec = {op: (native.spec.to_json(), random(1)) for op in ("fp8_missing", "prepack_missing")}
+    spec = native.spec.to_json()
+    of_a_spec = {"products_missing": ("int8", spec, random(1)), "prepack_missing": (spec, random(1))}
     args = {**of_a_model, **of_a_spec, "device_missing": (random(1),)}.get(name, ())
     for operator in (getattr(pop, name), getattr(pop, f"{name}_utf8")):
         torch.library.opcheck(operator.default, args, test_utils=WITHOUT_TEXT_COMPARISON)
@@ -192,6 +194,14 @@ def test_fp8_linear_passes_what_opcheck_can_compare():
     assert all(torch.equal(tensor.view(torch.uint8), old) for tensor, old in zip(args, before, strict=True))
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", ["int8_linear", "int8_weight"])
+def test_an_operator_of_int8_passes_opcheck(name):
+    weight = random(32, 17, seed=1)
+    args = {"int8_linear": (random(5, 17), *pop.int8_weight(weight)), "int8_weight": (weight,)}[name]
+    torch.library.opcheck(getattr(pop, name).default, args)
+
+
 def test_load_leaves_weights_unchanged_and_unload_returns_nothing():
     # Each call of `load` returns a new handle, so opcheck would find two calls unequal.
     native = pop_ext.load(shared(), plan_of(shared()))
@@ -213,5 +223,5 @@ def test_load_refuses_weights_without_memory():
 
 def test_every_operator_is_checked():
     registered = {name.removeprefix("pop::") for name in torch._C._dispatch_get_all_op_names() if name[:5] == "pop::"}
-    checked = {*opcheck_cases(), "fp8_linear", "prefill", *TEXT_OPERATORS, *TWINS}
+    checked = {*opcheck_cases(), "fp8_linear", "int8_linear", "int8_weight", "prefill", *TEXT_OPERATORS, *TWINS}
     assert registered == {*checked, *NUMBER_OPERATORS, "load", "unload", "set_foreign", "set_interrupt_check", "tune"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fp8_oracle import quantized
 from op_operands import DTYPES, random, strided
+from quantized_oracle import quantized
 
 pop = torch.ops.pop
 

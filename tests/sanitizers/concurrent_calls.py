@@ -71,7 +71,9 @@ def test_a_thread_that_enables_beside_one_that_prefills_and_one_that_loads():
     assert_all_equal(results, expected)
 
 
-@pytest.mark.parametrize("options", [{"prepack": True}, {"fp8": True}], ids=lambda options: next(iter(options)))
+@pytest.mark.parametrize(
+    "options", [{name: True} for name in ("prepack", "fp8", "int8")], ids=lambda options: next(iter(options))
+)
 def test_two_threads_that_prefill_copied_weights(options):
     model = llama(dtype=torch.bfloat16)
     try:

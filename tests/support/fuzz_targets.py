@@ -36,6 +36,7 @@ def rows_ops() -> list[Target]:
         weights = [torch.ones(16, 32), torch.full((16, 32), 0.5)]
         return {"k_proj": weights, "v_proj": [w * 2 for w in weights], "input_norm": [norm + 0] * 2, "norm_offset": 0.0}
 
+    int8_weight, int8_scale = pop.int8_weight(weight)
     return [
         of("linear", x=x, weight=weight),
         of("rms_norm", x=x, weight=norm, eps=1e-6, weight_offset=0.0),
@@ -59,7 +60,9 @@ def rows_ops() -> list[Target]:
             swiglu_alpha=1.0,
             swiglu_limit=7.0,
         ),
-        of("quantize_rows", x=x),
+        of("quantize_rows", x=x, products="int8"),
+        of("int8_linear", x=x, weight=int8_weight, weight_scale=int8_scale),
+        of("int8_weight", weight=weight),
         of("fp8_linear", x=x, weight=weight.to(torch.float8_e4m3fn), weight_scale=torch.ones(16)),
         Target("fold_kv", pop.fold_kv, fold),
     ]
@@ -109,7 +112,7 @@ def model_ops(native: pop_ext.NativeModel) -> list[Target]:
         pop.unload(pop.load(**arguments))
 
     def load_arguments() -> dict[str, Any]:
-        options = {"projections": None, "fp8": False, "prepack": False}
+        options = {"projections": None, "fp8": False, "prepack": False, "int8": False}
         return {"spec": spec, "plan": plan, "weights": [w.clone() for w in weights], **options}
 
     def prefill() -> dict[str, Any]:
@@ -145,7 +148,8 @@ def model_ops(native: pop_ext.NativeModel) -> list[Target]:
         Target("unload", unload, lambda: {"model": pop.load(spec, plan, weights)},
                lambda out, arguments: out),
         Target("device_missing", pop.device_missing, lambda: {"like": torch.ones(2)}),
-        Target("fp8_missing", pop.fp8_missing, lambda: {"spec": spec, "like": torch.ones(2)}),
+        Target("products_missing", pop.products_missing,
+               lambda: {"products": "int8", "spec": spec, "like": torch.ones(2)}),
         Target("prepack_missing", pop.prepack_missing, lambda: {"spec": spec, "like": torch.ones(2)}),
         Target("tune", restore_tune, lambda: {"option": "gemm_blocks", "value": 0}),
     ]  # fmt: skip
@@ -204,7 +208,7 @@ def model_entries(native: pop_ext.NativeModel) -> list[Target]:
             pop_ext.disable(other)
 
     def load_arguments() -> dict[str, Any]:
-        return {"model": other, "plan": plan, "fp8": False, "prepack": False}
+        return {"model": other, "plan": plan, "fp8": False, "prepack": False, "int8": False}
 
     def score() -> dict[str, Any]:
         ids = {"context_ids": [[1, 2, 3], tokens(model, 5)], "continuation_ids": [[4, 5], tokens(model, 2)]}
@@ -246,4 +250,4 @@ def targets() -> list[Target]:
     return found
 
 
-WITHOUT_ARGUMENTS = {"cpu_isa", "foreign_schemas"}
+WITHOUT_ARGUMENTS = {"cpu_isa", "foreign_schemas", "int8_isa"}

@@ -22,6 +22,7 @@ from pop_ext.evaluation.prompts import Pair
 from pop_ext.evaluation.score import continuation_logits
 from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.compat import with_cache
+from pop_ext.hf.decision import Products
 from pop_ext.hf.enable import enabled
 from pop_ext.hf.load import load
 from pop_ext.hf.modules import input_device
@@ -34,11 +35,13 @@ FULL, POP, FITTED = "full", "pop", "pop-fitted"
 RIDGE, DISTILL = "ridge", "distill"
 """Methods of fits. A report that names none is of a ridge."""
 FULL_FP8, POP_FP8 = "full-fp8", "pop-fp8"
+FULL_INT8, POP_INT8 = "full-int8", "pop-int8"
+FULL_8_BITS, POP_8_BITS = (FULL_FP8, FULL_INT8), (POP_FP8, POP_INT8)
 DEFAULT_KINDS = (FULL, POP, FITTED, NO_KV, NO_BOUNDARY, DROPPED)
 """The default kinds: ``full`` is the stock model, ``pop`` the plan without fitted projections, ``pop-fitted`` the plan
 with them, named ``pop-ridge`` or ``pop-distill`` by the method of the fit. The others are ablations."""
-KINDS = (*DEFAULT_KINDS, FULL_FP8, POP_FP8)
-"""All kinds: also ``full-fp8`` and ``pop-fp8``, which prefill prompts with products in 8-bit floats (docs/fp8.md)."""
+KINDS = (*DEFAULT_KINDS, FULL_FP8, POP_FP8, FULL_INT8, POP_INT8)
+"""All kinds: also those that prefill prompts with products in 8-bit floats or integers (docs/fp8.md)."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Arm:
 
     Attributes:
         kind: One of ``KINDS``.
-        plan: Plan whose layers are omitted. In ``full`` and ``full-fp8`` it omits nothing.
+        plan: Plan whose layers are omitted. In ``full``, ``full-fp8`` and ``full-int8`` it omits nothing.
         tag: End of the name; tells fits apart that have the same method, layers and boundary.
     """
 
@@ -56,19 +59,21 @@ class Arm:
     tag: str = ""
 
     @property
-    def fp8(self) -> bool:
-        """True if prompts are prefilled with products in 8-bit floats."""
-        return self.kind in (FULL_FP8, POP_FP8)
+    def products(self) -> Products | None:
+        """Products in 8 bits that prompts are prefilled with, "fp8" or "int8"; None for the other kinds."""
+        if self.kind in (FULL_FP8, POP_FP8):
+            return "fp8"
+        return "int8" if self.kind in (FULL_INT8, POP_INT8) else None
 
     @property
     def boundary(self) -> int | None:
         """Number of boundary rows; None for kinds without boundary rows."""
-        return self.plan.boundary if self.kind in (POP, FITTED, NO_KV, POP_FP8) else None
+        return self.plan.boundary if self.kind in (POP, FITTED, NO_KV, *POP_8_BITS) else None
 
     @property
     def name(self) -> str:
         """Name made of kind or method, omitted layers and boundary, such as "pop 8-11 b16" or "pop-ridge 8-11 b1"."""
-        if self.kind in (FULL, FULL_FP8):
+        if self.kind in (FULL, *FULL_8_BITS):
             return self.kind
         boundary = "" if self.boundary is None else f" b{self.boundary}"
         return (
@@ -128,7 +133,7 @@ def make_arms(plans: Sequence[Plan], kinds: Sequence[str] = DEFAULT_KINDS) -> li
                 continue
             plan = plan.replace(min_tokens=0)  # min_tokens only decides when pruning pays
             plan = plan if kind == FITTED else plan.replace(projections=None)
-            arm = Arm(kind, Plan(plan.num_layers, ()) if kind == FULL_FP8 else plan)
+            arm = Arm(kind, Plan(plan.num_layers, ()) if kind in FULL_8_BITS else plan)
             if arm.name in arms and arms[arm.name].fit != arm.fit:
                 arm = replace(arm, tag=f" {str(arm.fit)[:6]}")
             arms.setdefault(arm.name, arm)
@@ -179,8 +184,8 @@ def arm_logits(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield the index of each pair and the logits that predict its continuation, in any order.
 
-    ``pop`` and ``pop-fitted`` run as in ``pop_ext.score``. The fp8 kinds prefill the prompt natively, and the stock
-    model reads the continuation. All other kinds run in plain PyTorch.
+    ``pop`` and ``pop-fitted`` run as in ``pop_ext.score``. The fp8 and int8 kinds prefill the prompt natively, and the
+    stock model reads the continuation. All other kinds run in plain PyTorch.
 
     Args:
         model: Stock model.
@@ -199,7 +204,7 @@ def arm_logits(
                 yield index, rows
         return
     device = input_device(model)
-    native = load(model, arm.plan, fp8=True) if arm.fp8 else None
+    native = load(model, arm.plan, **{arm.products: True}) if arm.products else None
     for group in group_by_shape(pairs, batch_size):
         context = torch.stack([pairs[index][0] for index in group]).to(device)
         continuation = torch.stack([pairs[index][1] for index in group]).to(device)

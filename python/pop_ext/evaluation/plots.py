@@ -12,7 +12,7 @@ from os import PathLike
 from typing import Any
 
 from pop_ext.evaluation.ablations import DROPPED, NO_BOUNDARY, NO_KV
-from pop_ext.evaluation.arms import DISTILL, FITTED, FULL, FULL_FP8, POP, POP_FP8, omitted_text
+from pop_ext.evaluation.arms import DISTILL, FITTED, FULL, FULL_FP8, FULL_INT8, POP, POP_FP8, POP_INT8, omitted_text
 from pop_ext.evaluation.results import Evaluation, Mean
 from pop_ext.evaluation.timing import NATIVE_FULL, STOCK, SpeedRange, plan_arm, speed_range
 from pop_ext.methods.plots import new_figure
@@ -33,6 +33,8 @@ _SHADES = {
     DROPPED: ("#666666",),
     FULL_FP8: ("#c2405a",),
     POP_FP8: ("#e58fa0", "#c2405a", "#852338", "#4f1220"),
+    FULL_INT8: ("#3a8f8f",),
+    POP_INT8: ("#8fd0d0", "#3a8f8f", "#1d5c5c", "#0d3535"),
 }
 _MARKERS = {
     POP: "o",
@@ -43,6 +45,8 @@ _MARKERS = {
     DROPPED: "x",
     FULL_FP8: "*",
     POP_FP8: "v",
+    FULL_INT8: "p",
+    POP_INT8: "<",
 }
 _LINEAR_BELOW = 0.01  # nats per token; below it the loss axis is linear, so that zero and noise can be shown
 
@@ -294,6 +298,8 @@ def _kind_text(kind: str) -> str:
         DROPPED: "dropped in both stages",
         FULL_FP8: "full depth, fp8",
         POP_FP8: "POP, fp8",
+        FULL_INT8: "full depth, int8",
+        POP_INT8: "POP, int8",
     }
     return names[kind]
 

@@ -75,8 +75,8 @@ def evaluate(
 
     Raises:
         ValueError: An argument has a bad value, or an id is outside the vocabulary. A plan is for another model. The
-            file of ``resume`` is of another model, other prompts or another number of greedy tokens. An fp8 kind is
-            asked for, and the model cannot have products in 8-bit floats.
+            file of ``resume`` is of another model, other prompts or another number of greedy tokens. An fp8 or
+            int8 kind is asked for, and the model cannot have such products.
         TypeError: An argument has the wrong type.
     """
     model = stock_model(model)
@@ -96,8 +96,8 @@ def evaluate(
         except ValueError as error:
             raise ValueError(f"reuse_states: expected a model that the oracle runs, got {error}") from error
     backend = "reference" if reuse_states else backend_of(model)
-    if any(arm.fp8 for arm in arms):
-        check_option_supported("fp8", describe(model))  # fail now rather than after hours of other arms
+    for products in {arm.products for arm in arms} - {None}:
+        check_option_supported(str(products), describe(model))  # fail now rather than after hours of other arms
     evaluation = Evaluation(_facts(model, sets, greedy_tokens, backend))
     if resume is not None and Path(resume).exists():
         evaluation.take(Evaluation.load(resume), str(resume))

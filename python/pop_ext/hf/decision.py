@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pop_ext.plans.plan import Plan
+
+Products = Literal["fp8", "int8"]
+"""The 8-bit products of a native prefill: of 8-bit floats (e4m3) or of 8-bit integers (docs/fp8.md)."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Decision:
         tokens: real new tokens of each sequence; empty for "stock".
         boundary: rows of each sequence that run at full depth; empty for "stock".
         logits_to_keep: rows that get logits; 0 for "stock".
-        fp8: whether a native prefill computes its products in 8-bit floats.
+        products: "fp8" or "int8" if a native prefill computes its products in 8 bits; else None.
     """
 
     backend: str
@@ -32,7 +36,17 @@ class Decision:
     tokens: tuple[int, ...] = ()
     boundary: tuple[int, ...] = ()
     logits_to_keep: int = 0
-    fp8: bool = False
+    products: Products | None = None
+
+    @property
+    def fp8(self) -> bool:
+        """Whether a native prefill computes its products in 8-bit floats."""
+        return self.products == "fp8"
+
+    @property
+    def int8(self) -> bool:
+        """Whether a native prefill computes its products in 8-bit integers."""
+        return self.products == "int8"
 
     @property
     def native(self) -> bool:
@@ -48,8 +62,9 @@ class Decision:
             if self.plan.omit and pruned > 0
             else f"all of them run all {self.plan.num_layers} layers"
         )
+        products = {"fp8": " in 8-bit floats", "int8": " in 8-bit integers", None: ""}[self.products]
         return (
-            f"{self.backend} prefill{' in 8-bit floats' if self.fp8 else ''}: {self.reason}; "
+            f"{self.backend} prefill{products}: {self.reason}; "
             f"{len(self.tokens)} sequence(s), {sum(self.tokens)} new tokens, {depth}"
         )
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from pop_ext.hf.architectures import PORTABLE_ADVICE, vision_of
 from pop_ext.hf.compat import new_cache, rename_cache, text_config
-from pop_ext.hf.decision import Decision, Decline
+from pop_ext.hf.decision import Decision, Decline, Products
 from pop_ext.hf.family import VisionSpec
 from pop_ext.hf.inputs import PrefillRequest
 from pop_ext.hf.packing import PackedBatch, Spans, snap_to_span_start
@@ -67,7 +67,7 @@ class Backend(Protocol):
     Attributes:
         name: "native", "portable" or "reference", as ``Decision.backend`` shows it.
         plan: what its prefills omit.
-        fp8: whether its products are in 8-bit floats.
+        products: "fp8" or "int8" if its products are in 8 bits; else None.
         runs_stock_forward: whether it hands the call to the forward of the model's class, which takes any argument and
             any cache that it knows.
         fallback: the backend for calls that this one cannot run; None without one.
@@ -76,7 +76,7 @@ class Backend(Protocol):
 
     name: str
     plan: Plan
-    fp8: bool
+    products: Products | None
     runs_stock_forward: bool
     not_native: str
 
@@ -173,7 +173,7 @@ def classify(model: nn.Module, backend: Backend, arguments: dict[str, Any], repl
     if backend.not_native:
         reason += f" (not native: {backend.not_native})"
     decision = Decision(
-        backend.name, "prefill", reason, False, plan, tuple(packed.tokens), boundary, keep, fp8=backend.fp8
+        backend.name, "prefill", reason, False, plan, tuple(packed.tokens), boundary, keep, products=backend.products
     )
     return Call(arguments, decision, mask, packed, spans, vision)
 

@@ -19,7 +19,7 @@ from pop_ext.hf import speculative_launch
 from pop_ext.hf.architectures import PORTABLE_ADVICE, UnsupportedModelError
 from pop_ext.hf.choice import plan_for
 from pop_ext.hf.compat import check_module, text_config, unwrapped
-from pop_ext.hf.decision import Decision
+from pop_ext.hf.decision import Decision, Products
 from pop_ext.hf.dispatch import Backend
 from pop_ext.hf.forward import PrefillForward, find_prefill_forward
 from pop_ext.hf.loaded import check_options
@@ -71,6 +71,7 @@ def enable(
     backend: str = "auto",
     fp8: bool = False,
     prepack: bool = False,
+    int8: bool = False,
 ) -> Model:
     """Prune the prefill of ``model``, in place. ``generate`` and ``pipeline`` need no change.
 
@@ -88,14 +89,16 @@ def enable(
             own modules, in whatever form their weights are. "reference" for the plain PyTorch oracle, which is slow.
         fp8: compute the products of native prefills in 8-bit floats, as in ``pop_ext.load``.
         prepack: copy weights for faster products on a CPU, as in ``pop_ext.load``.
+        int8: compute the products of native prefills in 8-bit integers, as in ``pop_ext.load``.
 
     Returns:
         The same model. Enabling an enabled model replaces its plan and options, also inside code that was put around
         its forward since.
 
     Raises:
-        UnsupportedModelError: No backend runs the model, or it has no native form with ``fp8`` or ``prepack``. The text
-            of a model that is refused natively names ``backend="portable"`` if that runs it. A subclass of ValueError.
+        UnsupportedModelError: No backend runs the model, or the native one not with ``fp8``, ``int8`` or ``prepack``.
+            The text of a model that is refused natively names ``backend="portable"`` if that runs it. A subclass of
+            ValueError.
         ValueError, TypeError: A bad argument. The model is unchanged.
         OSError: The file of a plan cannot be read.
         RuntimeError: ``model`` is a copy of an enabled one whose forward was wrapped, or a shallow copy of one with
@@ -106,8 +109,8 @@ def enable(
     check_module(model)
     if not isinstance(strict, bool):
         raise TypeError(f"strict: expected a bool, got {type(strict).__name__}")
-    check_options(fp8, prepack)
-    for name, value in {"fp8": fp8, "prepack": prepack}.items():
+    products = check_options(fp8, int8, prepack)
+    for name, value in {"fp8": fp8, "int8": int8, "prepack": prepack}.items():
         if value and backend not in ("auto", "native"):
             raise ValueError(f'{name}: expected False with backend="{backend}", which calls the model, got True')
     inner = unwrapped(model)
@@ -117,7 +120,7 @@ def enable(
     previous, attribute = find_prefill_forward(inner), forward_attribute(inner)
     wrapped = previous is not None and _is_wrapped(inner, previous)
     chosen = plan_for(inner, plan)
-    runs = _load_backend(backend, inner, chosen.plan, fp8, prepack)
+    runs = _load_backend(backend, inner, chosen.plan, products, prepack)
     chosen.warn(inner)  # before the model changes: a filter may turn the warning into an error
     if previous is not None and wrapped:
         previous.configure(runs, strict)
@@ -137,7 +140,7 @@ def _check_hooks(model: nn.Module) -> None:
         raise RuntimeError("model: expected the model that accelerate has hooked, got a copy of it: copy.deepcopy it")
 
 
-def _load_backend(name: str, model: nn.Module, plan: Plan, fp8: bool, prepack: bool) -> Backend:
+def _load_backend(name: str, model: nn.Module, plan: Plan, products: Products | None, prepack: bool) -> Backend:
     """Make the backend of this name for a model.
 
     Raises:
@@ -148,12 +151,12 @@ def _load_backend(name: str, model: nn.Module, plan: Plan, fp8: bool, prepack: b
         chosen.load(model)
         return chosen
     make = SpeculativeBackend if speculative_launch.ENABLED else NativeBackend
-    native = make(plan, fp8, prepack)
+    native = make(plan, products, prepack)
     portable = PortableBackend(plan)
     try:
         native.load(model)
     except UnsupportedModelError as error:
-        if name == "native" or fp8 or prepack:
+        if name == "native" or products is not None or prepack:
             raise
         portable.not_native = str(error).removesuffix(f". {PORTABLE_ADVICE}")
         try:
@@ -196,6 +199,7 @@ def enabled(
     backend: str = "auto",
     fp8: bool = False,
     prepack: bool = False,
+    int8: bool = False,
 ) -> Iterator[Model]:
     """Enable ``model`` inside a ``with`` block. Afterwards restore its former state, enabled or not.
 
@@ -206,7 +210,7 @@ def enabled(
     forward = find_prefill_forward(inner) or _hidden(inner)
     before = inner.__dict__.get(forward_attribute(inner))
     state = {} if forward is None or forward is before else dict(vars(forward))
-    enable(model, plan, strict, backend, fp8, prepack)
+    enable(model, plan, strict, backend, fp8, prepack, int8)
     try:
         yield model
     finally:

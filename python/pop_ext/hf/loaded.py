@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pop_ext.hf.architectures import UnsupportedModelError
+from pop_ext.hf.decision import Products
 from pop_ext.hf.patches import InnerModules
 from pop_ext.hf.weight_map import Description, WeightRef
 from pop_ext.plans.plan import Plan
@@ -32,7 +33,9 @@ class LoadedWeights:
         extra_bytes: size of the folded and copied weights.
     """
 
-    def __init__(self, model: nn.Module, description: Description, plan: Plan, fp8: bool, prepack: bool) -> None:
+    def __init__(
+        self, model: nn.Module, description: Description, plan: Plan, products: Products | None, prepack: bool
+    ) -> None:
         weights = [ref.tensor for ref in description.weights]
         fitted = None if plan.projections is None else plan.projections.stack_rows(weights[0])
         if weights[0].device.type == "cpu":
@@ -40,11 +43,14 @@ class LoadedWeights:
         texts = description.spec.to_json(), plan.to_json()
         try:
             with torch.no_grad():
-                self.handle = torch.ops.pop.load(*texts, weights, fitted, fp8, prepack)
+                self.handle = torch.ops.pop.load(
+                    *texts, weights, fitted, products == "fp8", prepack, products == "int8"
+                )
         except RuntimeError:
-            for option, wanted in {"fp8": fp8, "prepack": prepack}.items():
-                if wanted:
-                    check_option_supported(option, description)
+            if products is not None:
+                check_option_supported(products, description)
+            if prepack:
+                check_option_supported("prepack", description)
             raise
         weakref.finalize(self, _unload, self.handle)
         self.description = description
@@ -120,27 +126,41 @@ def _first_difference(one: Sequence[object], other: Sequence[object]) -> int:
     return next(index for index, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
 
 
-def check_options(fp8: bool, prepack: bool) -> None:
+def check_options(fp8: bool, int8: bool, prepack: bool) -> Products | None:
     """Check the options of ``pop_ext.load`` and ``pop_ext.enable``.
+
+    Returns:
+        "fp8" or "int8" for 8-bit products, or None.
 
     Raises:
         TypeError: One of them is no bool.
-        ValueError: Both are True.
+        ValueError: More than one is True.
     """
-    for name, value in {"fp8": fp8, "prepack": prepack}.items():
+    for name, value in {"fp8": fp8, "int8": int8, "prepack": prepack}.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
-    if fp8 and prepack:
-        raise ValueError("prepack: expected False with fp8=True (fp8 products do not read prepacked weights), got True")
+    if fp8 and int8:
+        raise ValueError("int8: expected False with fp8=True (a product has one type of operands), got True")
+    products: Products | None = "fp8" if fp8 else "int8" if int8 else None
+    if products is not None and prepack:
+        raise ValueError(
+            f"prepack: expected False with {products}=True ({products} products do not read prepacked weights), "
+            "got True"
+        )
+    return products
 
 
 def check_option_supported(option: str, description: Description) -> None:
     """Raise UnsupportedModelError if a model cannot be loaded with an option.
 
     Args:
-        option: "fp8" or "prepack".
+        option: "fp8", "int8" or "prepack".
         description: of the model.
     """
-    missing = getattr(torch.ops.pop, f"{option}_missing")(description.spec.to_json(), description.weights[0].tensor)
+    of_model = description.spec.to_json(), description.weights[0].tensor
+    if option == "prepack":
+        missing = torch.ops.pop.prepack_missing(*of_model)
+    else:
+        missing = torch.ops.pop.products_missing(option, *of_model)
     if missing:
         raise UnsupportedModelError(f"{option}: {missing}; without {option} the model runs natively")

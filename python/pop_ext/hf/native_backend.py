@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from pop_ext.hf.architectures import UnsupportedModelError
-from pop_ext.hf.decision import Decline
+from pop_ext.hf.decision import Decline, Products
 from pop_ext.hf.dispatch import Call
 from pop_ext.hf.kv_cache import check_windows
 from pop_ext.hf.native_model import NativeModel
@@ -35,15 +35,20 @@ class NativeBackend:
     not_native = ""
 
     def __init__(
-        self, plan: Plan, fp8: bool = False, prepack: bool = False, fallback: PortableBackend | None = None
+        self,
+        plan: Plan,
+        products: Products | None = None,
+        prepack: bool = False,
+        fallback: PortableBackend | None = None,
     ) -> None:
-        self.plan, self.fp8, self.prepack, self.fallback = plan, fp8, prepack, fallback
+        self.plan, self.products, self.prepack, self.fallback = plan, products, prepack, fallback
         self.native: NativeModel | None = None
         self._tried = False
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"plan": self.plan, "fp8": self.fp8, "prepack": self.prepack, "fallback": self.fallback}
+        state = ("plan", "products", "prepack", "fallback")
+        return {name: getattr(self, name) for name in state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -89,7 +94,7 @@ class NativeBackend:
             if native is None or native.inner is not inner or native.overwritten_weight() is not None:
                 self.native = native = None  # free the old folded weights before new ones are allocated
                 raise_if_refused(model)
-                native = NativeModel(model, self.plan, self.fp8, self.prepack)  # type: ignore[arg-type]
+                native = NativeModel(model, self.plan, self.products, self.prepack)  # type: ignore[arg-type]
                 native.model = weakref.proxy(model)  # type: ignore[assignment]
                 self._tried = try_native(native)
                 self.native = native

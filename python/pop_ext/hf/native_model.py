@@ -12,11 +12,12 @@ import torch
 from pop_ext import _core, ops
 from pop_ext.hf.architectures import decoder_of
 from pop_ext.hf.choice import plan_for
+from pop_ext.hf.decision import Products
 from pop_ext.hf.family import Family
 from pop_ext.hf.head import apply_head
 from pop_ext.hf.inputs import PrefillRequest, check_device_and_dtype, check_ids, make_request
 from pop_ext.hf.kv_cache import CacheTransaction, keeps_only_windows
-from pop_ext.hf.loaded import LoadedWeights, check_options
+from pop_ext.hf.loaded import LoadedWeights
 from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.hf.operator_call import rope_tables, run_operator
 from pop_ext.hf.packing import PerSequence, offsets
@@ -70,24 +71,27 @@ class NativeModel:
     """A causal language model whose prefill runs natively. Made by ``pop_ext.load``.
 
     It refers to the model's weights and copies only the folded K/V weights of omitted layers and of the last layer and,
-    with ``fp8`` or ``prepack``, the matrices of the other layers. ``extra_bytes`` counts these copies.
+    with ``fp8``, ``int8`` or ``prepack``, the matrices of the other layers. ``extra_bytes`` counts these copies.
     """
 
     backend = "native"  # as dispatch.Runner
     calls_model = False
 
     def __init__(
-        self, model: PreTrainedModel, plan: PlanArgument = None, fp8: bool = False, prepack: bool = False
+        self,
+        model: PreTrainedModel,
+        plan: PlanArgument = None,
+        products: Products | None = None,
+        prepack: bool = False,
     ) -> None:
-        check_options(fp8, prepack)
         ops.require_aten()
         description = describe(model)
         self.model = model
         chosen = plan_for(model, plan)
         self.plan = check_plan(chosen.plan, description.spec.num_layers, model.config)
         check_fit(self.plan, find_decoder_modules(model).layers)
-        self.fp8, self.prepack = fp8, prepack
-        self._loaded = LoadedWeights(model, description, self.plan, fp8, prepack)
+        self.products, self.prepack = products, prepack
+        self._loaded = LoadedWeights(model, description, self.plan, products, prepack)
         self._graphs: PrefillGraphs | None = None
         chosen.warn(model)
 
@@ -124,7 +128,7 @@ class NativeModel:
         self._graphs = PrefillGraphs(shapes, CudaRecorder(self.device)) if shapes > 0 else None
 
     def __repr__(self) -> str:
-        options = ", fp8=True" * self.fp8 + ", prepack=True" * self.prepack
+        options = f", {self.products}=True" * (self.products is not None) + ", prepack=True" * self.prepack
         return f"NativeModel({type(self.model).__name__}, {self.plan!r}{options}, extra_bytes={self.extra_bytes})"
 
     @property
@@ -169,7 +173,7 @@ class NativeModel:
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes of the folded K/V weights and, with ``fp8`` or ``prepack``, of the copied matrices."""
+        """Bytes of the folded K/V weights and, with ``fp8``, ``int8`` or ``prepack``, of the copied matrices."""
         return self._loaded.extra_bytes
 
     def refresh(self) -> None:
@@ -181,7 +185,7 @@ class NativeModel:
         """
         description = describe(self.model)
         check_fit(self.plan, find_decoder_modules(self.model).layers)
-        self._loaded = LoadedWeights(self.model, description, self.plan, self.fp8, self.prepack)
+        self._loaded = LoadedWeights(self.model, description, self.plan, self.products, self.prepack)
         graphs = self._graphs
         if graphs is not None and graphs.device != self.device:
             graphs.clear()

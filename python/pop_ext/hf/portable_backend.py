@@ -12,7 +12,7 @@ from torch import nn
 
 from pop_ext.hf.architectures import dropped_softcap_reason
 from pop_ext.hf.compat import NEW_CACHE_NAME, OLD_CACHE_NAME, cache_argument, cache_of, text_config
-from pop_ext.hf.decision import Decline
+from pop_ext.hf.decision import Decline, Products
 from pop_ext.hf.dispatch import Call
 from pop_ext.hf.inputs import PrefillRequest
 from pop_ext.hf.native_model import PrefillOutput, check_plan
@@ -36,7 +36,7 @@ class PortableBackend:
     """Run requests through the model's own forward, whose omitted layers leave context rows only K and V."""
 
     name = "portable"
-    fp8 = False
+    products: Products | None = None
     runs_stock_forward = True
     fallback: None = None
 

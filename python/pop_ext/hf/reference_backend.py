@@ -9,7 +9,7 @@ from torch import nn
 
 from pop_ext import reference
 from pop_ext.hf.compat import is_causal, text_config
-from pop_ext.hf.decision import Decline
+from pop_ext.hf.decision import Decline, Products
 from pop_ext.hf.dispatch import Call
 from pop_ext.hf.inputs import PrefillRequest
 from pop_ext.hf.modules import check_oracle_runs, find_decoder_modules
@@ -38,7 +38,7 @@ class ReferenceBackend:
     """Run requests through ``pop_ext.reference``, which calls the model's own modules."""
 
     name = "reference"
-    fp8 = False
+    products: Products | None = None
     runs_stock_forward = False
     not_native = ""
     fallback: None = None

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pop_ext.hf.architectures import decoder_of
+from pop_ext.hf.decision import Products
 from pop_ext.hf.dispatch import Call
 from pop_ext.hf.inputs import PrefillRequest
 from pop_ext.hf.native_backend import NativeBackend
@@ -34,9 +35,13 @@ class SpeculativeBackend(NativeBackend):
     """Run prefills natively, and launch them before the model is validated where that is safe."""
 
     def __init__(
-        self, plan: Plan, fp8: bool = False, prepack: bool = False, fallback: PortableBackend | None = None
+        self,
+        plan: Plan,
+        products: Products | None = None,
+        prepack: bool = False,
+        fallback: PortableBackend | None = None,
     ) -> None:
-        super().__init__(plan, fp8, prepack, fallback)
+        super().__init__(plan, products, prepack, fallback)
         self._unchanged = False  # whether the last validation found no change
 
     def validate(self, model: nn.Module, call: Call) -> NativeModel:

@@ -120,14 +120,50 @@ def fp8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@fake("quantize_rows")
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round the rows of ``x [..., width]`` to e4m3, each scaled so that its largest magnitude becomes 448.
+@fake("int8_linear")
+def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """Return ``x . weight^T`` with operands in 8-bit integers, in the dtype of ``x``. On a CPU only.
+
+    Sums are exact int32. They are multiplied by the scales in float32, and rounded once.
+
+    Args:
+        x: ``[..., k]``, rounded to int8 row by row; ``k`` is at most 133144.
+        weight: ``[bytes]`` int8, as `int8_weight` returns it for ``[n, k]`` in the same process.
+        weight_scale: ``[n]`` float32.
 
     Returns:
-        The rounded rows, ``[..., width]`` float8_e4m3fn, and the factor to multiply each with, ``[...]`` float32.
+        ``[..., n]``.
     """
-    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    check_devices("int8_linear", x=x, weight=weight, weight_scale=weight_scale)
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
+
+
+@fake("int8_weight")
+def int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round the rows of ``weight [n, k]`` to int8 as `quantize_rows` does, in the layout of this processor's kernel.
+
+    Returns:
+        The rounded weight, ``[bytes]`` int8, and the factor to multiply each row with, ``[n]`` float32.
+    """
+    # The layout depends on the processor, so its size is not known here.
+    size = torch.library.get_ctx().new_dynamic_size(min=1)
+    return weight.new_empty((size,), dtype=torch.int8), weight.new_empty(weight.shape[:1], dtype=torch.float32)
+
+
+@fake("quantize_rows")
+def quantize_rows(x: Tensor, products: str = "fp8") -> tuple[Tensor, Tensor]:
+    """Round the rows of ``x`` to 8 bits, each scaled so that its largest magnitude becomes the largest value.
+
+    Args:
+        x: ``[..., width]``.
+        products: "fp8" rounds to e4m3, whose largest value is 448; "int8" to integers from -127 to 127, on a CPU.
+
+    Returns:
+        The rounded rows, ``[..., width]`` float8_e4m3fn or int8, and the factor to multiply each with, ``[...]``
+        float32. It is NaN for int8 rows that hold NaN or infinity.
+    """
+    dtype = torch.int8 if products == "int8" else torch.float8_e4m3fn
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 @fake("rms_norm")

@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 
-_NAMES = ("cpu_isa", "device_missing", "foreign_schemas", "fp8_missing", "info", "prepack_missing", "stale_weight")
+_NAMES = (
+    "cpu_isa",
+    "device_missing",
+    "foreign_schemas",
+    "info",
+    "int8_isa",
+    "prepack_missing",
+    "products_missing",
+    "stale_weight",
+)
 
 
 def _decoding(twin: Any) -> Callable[..., str]:

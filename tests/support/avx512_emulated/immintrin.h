@@ -122,3 +122,15 @@ inline __m512i _mm512_permutex2var_epi16(__m512i a, __m512i indices, __m512i b) 
   for (int i = 0; i < 32; ++i) out[i] = which[i] & 32 ? high[which[i] & 31] : low[which[i] & 31];
   return avx512_emulated::bits<__m512i>(out);
 }
+
+// Each lane of `sum`, modulo 2^32, plus the products of its four unsigned bytes of `a` and signed bytes of `w`.
+inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i w) {
+  uint32_t sums[16];
+  uint8_t unsigned_bytes[64];
+  int8_t signed_bytes[64];
+  __builtin_memcpy(sums, &sum, 64);
+  __builtin_memcpy(unsigned_bytes, &a, 64);
+  __builtin_memcpy(signed_bytes, &w, 64);
+  for (int i = 0; i < 64; ++i) sums[i / 4] += static_cast<uint32_t>(unsigned_bytes[i] * signed_bytes[i]);
+  return avx512_emulated::read<__m512i>(sums);
+}

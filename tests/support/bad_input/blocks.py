@@ -76,6 +76,26 @@ BLOCKS = [
         r"pop::fp8_linear: weight_scale: expected shape \[32\], got \[1\]",
     ),
     Case(
+        "`int8_linear` with the weight of another width",
+        lambda f: pop.int8_linear(torch.zeros(3, 16), *pop.int8_weight(torch.ones(32, 48))),
+        RuntimeError,
+        r"pop::int8_linear: weight: expected shape \[\d+\], got \[\d+\]",
+        on_cuda=False,
+    ),
+    Case(
+        "`int8_linear` with a weight that is not quantised",
+        lambda f: pop.int8_linear(torch.zeros(3, 16), torch.ones(32, 16), torch.ones(32)),
+        RuntimeError,
+        "pop::int8_linear: weight: expected dtype int8, got float32",
+        on_cuda=False,
+    ),
+    Case(
+        "`quantize_rows` to another type",
+        lambda f: pop.quantize_rows(torch.zeros(3, 8), "int4"),
+        RuntimeError,
+        "pop::quantize_rows: products: expected fp8 or int8, got 'int4'",
+    ),
+    Case(
         "`quantize_rows` of integers",
         lambda f: pop.quantize_rows(torch.zeros(3, 8).int()),
         RuntimeError,

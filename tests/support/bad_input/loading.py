@@ -98,6 +98,24 @@ LOAD = [
         'fp8: expected False with backend="reference", .* got True',
     ),
     Case(
+        "`int8=1`",
+        lambda f: pop_ext.load(f.model, int8=1),
+        TypeError,
+        "int8: expected a bool, got int",
+    ),
+    Case(
+        "`int8` beside `fp8`",
+        lambda f: pop_ext.enable(f.model, fp8=True, int8=True),
+        ValueError,
+        r"int8: expected False with fp8=True \(a product has one type of operands\), got True",
+    ),
+    Case(
+        "`int8` without a native form",
+        lambda f: pop_ext.enable(f.model, backend="portable", int8=True),
+        ValueError,
+        'int8: expected False with backend="portable", .* got True',
+    ),
+    Case(
         "`prepack=1`",
         lambda f: pop_ext.load(f.model, prepack=1),
         TypeError,
@@ -114,6 +132,12 @@ LOAD = [
         lambda f: pop_ext.enable(f.model, fp8=True, prepack=True),
         ValueError,
         r"prepack: expected False with fp8=True \(fp8 products do not read prepacked weights\), got True",
+    ),
+    Case(
+        "`prepack` beside `int8`",
+        lambda f: pop_ext.load(f.model, int8=True, prepack=True),
+        ValueError,
+        r"prepack: expected False with int8=True \(int8 products do not read prepacked weights\), got True",
     ),
     Case(
         "`prepack` of a model with experts",
@@ -133,6 +157,13 @@ LOAD = [
         lambda f: pop_ext.load(mixtral(layers=3), fp8=True),
         UnsupportedModelError,
         "fp8: expected a model without experts, got one of",
+    ),
+    Case(
+        "`int8` of a model with experts",
+        lambda f: pop_ext.load(mixtral(layers=3), int8=True),
+        UnsupportedModelError,
+        "int8: expected a model without experts, got one of",
+        on_cuda=False,
     ),
     Case(
         "`fp8` of a model with a size that is no multiple of 16",

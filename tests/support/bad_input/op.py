@@ -396,6 +396,14 @@ OP = [
         "pop::load: prepack: expected False with fp8=True, got True",
     ),
     Case(
+        "`load` with `fp8` and `int8`",
+        lambda f: pop.load(
+            f.native.spec.to_json(), f.plan.to_json(), list(f.model.parameters()), None, True, int8=True
+        ),
+        RuntimeError,
+        "pop::load: int8: expected False with fp8=True, got True",
+    ),
+    Case(
         "a freed handle, to `pop::unload`",
         lambda f: pop.unload(freed(f)),
         RuntimeError,

@@ -1,0 +1,120 @@
+"""Time products and prefills in 8-bit integers beside those in the model's dtype: ``python -m bench.int8``.
+
+All arms run in turn, with random weights, and are timed by the processor time of this process, which other processes
+disturb less than wall time. The prefills are native: at full depth, and of a plan that omits the deepest third.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pop_ext
+import torch
+from torch.nn import functional as F
+
+from bench.environment import environment
+from bench.shapes import load_model
+
+SHAPES = {"q_proj, o_proj": (2048, 2048), "gate_proj, up_proj": (2048, 8192), "down_proj": (8192, 2048)}
+"""Of Llama-3.2-1B: (elements along k, columns)."""
+
+
+def in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of processor time of each call in each round; a first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(1 + rounds):
+        for name, call in calls.items():
+            begin = time.process_time()
+            call()
+            if turn > 0:
+                seconds[name].append(time.process_time() - begin)
+    return seconds
+
+
+def summarise(seconds: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
+    """Return the median and the range of each call in ms, and the median over rounds of ``base`` by the call."""
+    return {
+        name: {
+            "ms": 1e3 * statistics.median(samples),
+            "least_ms": 1e3 * min(samples),
+            "most_ms": 1e3 * max(samples),
+            f"{base} by this": statistics.median(a / b for a, b in zip(seconds[base], samples, strict=True)),
+        }
+        for name, samples in seconds.items()
+    }
+
+
+def time_products(rows: list[int], rounds: int) -> list[dict[str, Any]]:
+    """Time the products of a layer in float32 (torch's, and the library's in blocks) and in int8, rounding included."""
+    results = []
+    for name, (k, n) in SHAPES.items():
+        weight = torch.randn(n, k) / k**0.5
+        packed, scale = torch.ops.pop.int8_weight(weight)
+        for m in rows:
+            x = torch.randn(m, k)
+            calls: dict[str, Callable[[], Any]] = {
+                "float32": lambda x=x, w=weight: F.linear(x, w),
+                "float32 in blocks": lambda x=x, w=weight: torch.ops.pop.linear(x, w),
+                "int8": lambda x=x, p=packed, s=scale: torch.ops.pop.int8_linear(x, p, s),
+            }
+            arms = summarise(in_turn(calls, rounds), "float32")
+            for arm in arms.values():
+                arm["gop_per_s"] = 2e-6 * m * n * k / arm["ms"]
+            results.append({"product": name, "rows": m, "k": k, "n": n, "arms": arms})
+            rates = ", ".join(f"{arm} {found['gop_per_s']:.1f}" for arm, found in arms.items())
+            print(f"{name:20} {m:5} rows, Gop/s: {rates}", flush=True)
+    return results
+
+
+def time_prefills(model_name: str, tokens: int, dtypes: list[str], rounds: int) -> dict[str, Any]:
+    """Time native prefills, full and pruned, plain and in int8."""
+    calls: dict[str, Callable[[], Any]] = {}
+    facts: dict[str, Any] = {"model": Path(model_name).name, "tokens": tokens, "extra_bytes": {}}
+    for dtype in dtypes:
+        model = load_model(model_name, getattr(torch, dtype), torch.device("cpu"), random_weights=True).model
+        depth = model.config.num_hidden_layers
+        plans = {"full": pop_ext.Plan(depth, ()), "POP": pop_ext.Plan.last(depth)}
+        facts["omitted"], facts["layers"] = list(plans["POP"].omit), depth
+        ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+        for plan_name, plan in plans.items():
+            for int8 in (False, True):
+                native = pop_ext.load(model, plan, int8=int8)
+                name = f"{plan_name}, {dtype}{', int8' * int8}"
+                facts["extra_bytes"][name] = native.extra_bytes
+                calls[name] = lambda native=native, ids=ids: native.prefill(ids)
+    arms = summarise(in_turn(calls, rounds), next(iter(calls)))
+    for name, found in arms.items():
+        print(f"{name:24} {found['ms']:8.0f} ms ({found['least_ms']:.0f} to {found['most_ms']:.0f})", flush=True)
+    return {**facts, "arms": arms}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(prog="bench/int8.py", description=__doc__.splitlines()[0])
+    p.add_argument("--rows", nargs="*", type=int, default=[8, 512, 2048], help="of the products; none: no products")
+    p.add_argument("--model", default="llama-3.2-1b", help="shape of the prefills")
+    p.add_argument("--tokens", nargs="*", type=int, default=[512], help="of the prefills; none: no prefills")
+    p.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
+    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--json", type=Path)
+    arguments = p.parse_args()
+    products = time_products(arguments.rows, arguments.rounds)
+    prefills = [time_prefills(arguments.model, n, arguments.dtypes, arguments.rounds) for n in arguments.tokens]
+    if arguments.json:
+        facts = {
+            "clock": "processor time",
+            "rounds": arguments.rounds,
+            "threads": torch.get_num_threads(),
+            "int8_isa": torch.ops.pop.int8_isa(),
+            "environment": environment(torch.device("cpu")),
+        }
+        arguments.json.write_text(json.dumps({**facts, "products": products, "prefills": prefills}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
