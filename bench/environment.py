@@ -32,6 +32,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "pop_ext_from": "source tree" if Path(pop_ext.__file__).is_relative_to(ROOT / "python") else "installed",
         "pop_ext_build": _core.build_info(),
         "isa": str(torch.ops.pop.cpu_isa()),
+        "int8_isa": str(torch.ops.pop.int8_isa()),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "device": "cpu",
         **_commit(),

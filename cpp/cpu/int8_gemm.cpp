@@ -157,7 +157,8 @@ void scale_rows(const Int8Gemm& p, int64_t first_row, int64_t rows, int64_t begi
     for (int64_t n = begin; n < end; n += kLanes) {
       const int64_t count = end - n;
       const VecI32 exact = lane_cast<VecI32>(load_u32(sums + row * stride + n - begin));
-      store_upto(out + n, __builtin_convertvector(exact, Vec) * a_scale * load_upto(p.w_scale + n, count), count);
+      // The weight's scale first: a row of large values times a small weight is finite, and so are the steps to it.
+      store_upto(out + n, __builtin_convertvector(exact, Vec) * load_upto(p.w_scale + n, count) * a_scale, count);
     }
   }
 }

@@ -45,6 +45,7 @@ def installation() -> dict[str, Any]:
         "built_with": {"torch_headers": build["torch_headers"], "compiler": build["compiler"], "cuda": build["cuda"]},
         "transformers": _version_of("transformers"),
         "cpu_isa": torch.ops.pop.cpu_isa(),
+        "int8_isa": torch.ops.pop.int8_isa(),
         "threads": torch.get_num_threads(),
         "cuda": _cuda(build["cuda"]),
         "aten_schemas": ops.changed_aten() or "as expected",

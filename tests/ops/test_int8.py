@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pop_ext  # noqa: F401  (registers torch.ops.pop)
 import pytest
 import torch
@@ -144,7 +146,7 @@ def test_sums_are_scaled_in_float32_and_rounded_once(dtype, shape):
     x, weight = random(rows, width, dtype=dtype), random(columns, width, dtype=dtype, seed=1)
     (values, scale), (weights, weight_scale) = quantized(x, "int8"), quantized(weight, "int8")
     sums = exact(values, weights).float()
-    assert torch.equal(product(x, weight), (sums * scale * weight_scale.T).to(dtype))
+    assert torch.equal(product(x, weight), (sums * weight_scale.T * scale).to(dtype))
 
 
 def test_the_product_is_close_to_that_of_the_given_operands():
@@ -196,6 +198,14 @@ def test_bad_operands_are_refused_by_name():
         pop.int8_weight(random(1, MOST + 1))
     with pytest.raises(RuntimeError, match="pop::quantize_rows: products: expected fp8 or int8, got 'int4'"):
         pop.quantize_rows(x, "int4")
+
+
+def test_the_selected_instruction_set_is_the_highest_that_runs_rounded_or_not():
+    order = ["baseline", "avx2", "avx_vnni", "avx512_vnni", "avx512_bf16"]
+    wanted = os.environ.get("POP_CPU_ISA") or order[-1]
+    assert order.index(torch.ops.pop.int8_isa()) <= order.index(wanted)
+    if wanted in ("baseline", "avx2"):  # every processor that can be asked for it has the same for integers
+        assert torch.ops.pop.int8_isa() == wanted
 
 
 def test_the_kernels_of_lesser_processors_give_the_same_results():

@@ -90,6 +90,8 @@ class NativeModel:
         chosen = plan_for(model, plan)
         self.plan = check_plan(chosen.plan, description.spec.num_layers, model.config)
         check_fit(self.plan, find_decoder_modules(model).layers)
+        if products not in (None, "fp8", "int8"):
+            raise ValueError(f"products: expected None, 'fp8' or 'int8', got {products!r}")
         self.products, self.prepack = products, prepack
         self._loaded = LoadedWeights(model, description, self.plan, products, prepack)
         self._graphs: PrefillGraphs | None = None
@@ -170,6 +172,16 @@ class NativeModel:
     def device(self) -> torch.device:
         """Device of the weights."""
         return self._loaded.device
+
+    @property
+    def fp8(self) -> bool:
+        """True if products have operands in 8-bit floats."""
+        return self.products == "fp8"
+
+    @property
+    def int8(self) -> bool:
+        """True if products have operands in 8-bit integers."""
+        return self.products == "int8"
 
     @property
     def extra_bytes(self) -> int:
