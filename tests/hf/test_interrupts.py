@@ -54,13 +54,13 @@ def test_an_interrupted_prefill_ends_early_and_changes_nothing(enabled, monkeypa
         return native.prefill(ids, past_key_values=cache).logits
 
     with torch.no_grad():
-        timers, rope = [], native_model._rope
+        timers, rope = [], native_model.rope_tables
 
         def rope_and_signal(*arguments):
             timers.append(signal_after(0.15, signal.SIGINT))  # the operator comes next
             return rope(*arguments)
 
-        monkeypatch.setattr(native_model, "_rope", rope_and_signal)
+        monkeypatch.setattr(native_model, "rope_tables", rope_and_signal)
         with pytest.raises(KeyboardInterrupt), profile(activities=[ProfilerActivity.CPU]) as profiled:
             call()
         monkeypatch.undo()
