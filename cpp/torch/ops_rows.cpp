@@ -94,6 +94,29 @@ std::tuple<Tensor, Tensor> quantized_rows(const Tensor& x, Products products) {
   return {out, scale};
 }
 
+// The product of x, rounded by rows, and a quantised weight of as many rows as `weight_scale` has elements.
+Tensor quantized_product(Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
+                         Products products) {
+  const auto [rows, scale] = quantized_rows(x, products);
+  const int64_t k = rows.size(-1), n = weight_scale.numel();
+  Tensor out = empty_like_rows(x, n);
+  const GemmParams product{.dtype = dtype_of(x, "x"),
+                           .m = scale.numel(),
+                           .n = n,
+                           .k = k,
+                           .a = rows.const_data_ptr(),
+                           .a_stride = k,
+                           .w = weight.const_data_ptr(),
+                           .w_stride = k,
+                           .out = out.mutable_data_ptr(),
+                           .out_stride = n,
+                           .products = products,
+                           .a_scale = static_cast<const float*>(scale.const_data_ptr()),
+                           .w_scale = static_cast<const float*>(weight_scale.const_data_ptr())};
+  backend.gemm(&product, 1);
+  return out;
+}
+
 std::tuple<Tensor, Tensor> quantize_rows(Tensor x, TextArgument products) try {
   return quantized_rows(x, parse_products(products.text));
 } catch (const std::invalid_argument& error) {
@@ -131,23 +154,7 @@ Tensor int8_linear(Tensor x, Tensor weight, Tensor weight_scale) {
   check_shape(weight, {backend->int8_weight_bytes(n, k)}, op + ": weight");
   check(weight.is_contiguous() && reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % kAlignment == 0, op,
         ": weight: expected a contiguous tensor that is aligned to ", kAlignment, " bytes");
-  const auto [rows, scale] = quantized_rows(x, Products::int8);
-  Tensor out = empty_like_rows(x, n);
-  const GemmParams product{.dtype = dtype,
-                           .m = scale.numel(),
-                           .n = n,
-                           .k = k,
-                           .a = rows.const_data_ptr(),
-                           .a_stride = k,
-                           .w = weight.const_data_ptr(),
-                           .w_stride = k,
-                           .out = out.mutable_data_ptr(),
-                           .out_stride = n,
-                           .products = Products::int8,
-                           .a_scale = static_cast<const float*>(scale.const_data_ptr()),
-                           .w_scale = static_cast<const float*>(weight_scale.const_data_ptr())};
-  backend->gemm(&product, 1);
-  return out;
+  return quantized_product(*backend, x, weight, weight_scale, Products::int8);
 }
 
 Tensor fp8_linear(Tensor x, Tensor weight, Tensor weight_scale) {
@@ -170,23 +177,7 @@ Tensor fp8_linear(Tensor x, Tensor weight, Tensor weight_scale) {
   const BackendOfCall backend(x);
   const std::string missing = backend->products_missing(Products::fp8, dtype);
   check(missing.empty(), op, ": x: ", missing);
-  const auto [rows, scale] = quantized_rows(x, Products::fp8);
-  Tensor out = empty_like_rows(x, n);
-  const GemmParams product{.dtype = dtype,
-                           .m = scale.numel(),
-                           .n = n,
-                           .k = k,
-                           .a = rows.const_data_ptr(),
-                           .a_stride = k,
-                           .w = weight.const_data_ptr(),
-                           .w_stride = k,
-                           .out = out.mutable_data_ptr(),
-                           .out_stride = n,
-                           .products = Products::fp8,
-                           .a_scale = static_cast<const float*>(scale.const_data_ptr()),
-                           .w_scale = static_cast<const float*>(weight_scale.const_data_ptr())};
-  backend->gemm(&product, 1);
-  return out;
+  return quantized_product(*backend, x, weight, weight_scale, Products::fp8);
 }
 
 Tensor rms_norm(Tensor x, Tensor weight, double eps, double weight_offset) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -45,6 +46,12 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_max_length=2048,
     )
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
+    """Return the tokens of each text, uint16, each array beginning with the separator."""
+    encoded = tokenizer.backend_tokenizer.encode_batch(texts)
+    return [np.array([tokenizer.bos_token_id, *e.ids], dtype=np.uint16) for e in encoded]
 
 
 def load_tokenizer(file: Path) -> PreTrainedTokenizerFast:

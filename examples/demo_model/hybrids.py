@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from pop_ext.evaluation import ablations
+from pop_ext.evaluation.arms import logits_after_prefill
 from pop_ext.evaluation.results import mean_of
-from pop_ext.hf.compat import cache_of, with_cache
 from pop_ext.hf.restore import replaced_forward
-from pop_ext.methods.calibration import decoder_layers, output_hidden_states, with_hidden_states
+from pop_ext.methods.calibration import decoder_layers
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,11 +130,11 @@ def load_texts() -> tuple[data.WindowStream, list[np.ndarray]]:
     draw = np.random.default_rng(SEED)
     tokenizer = bpe.train_tokenizer((f.text for f in train if draw.random() < 0.3 * f.weight), VOCAB)
 
-    def encode(files: list[data.SourceFile]) -> list[np.ndarray]:
-        encoded = tokenizer.backend_tokenizer.encode_batch([f.text for f in files])
-        return [np.array([tokenizer.bos_token_id, *e.ids], dtype=np.uint16) for e in encoded]
-
-    return data.WindowStream(encode(train), [f.weight for f in train], SEED, WINDOW), encode(held_out)
+    encoded = bpe.encode_texts(tokenizer, [f.text for f in train])
+    return (
+        data.WindowStream(encoded, [f.weight for f in train], SEED, WINDOW),
+        bpe.encode_texts(tokenizer, [f.text for f in held_out]),
+    )
 
 
 def train(model: nn.Module, stream: data.WindowStream, tokens: int, report: Callable[[str], None]) -> float:
@@ -182,16 +182,7 @@ def nats(logits: Tensor, continuation: Tensor) -> list[float]:
 @torch.no_grad()
 def run_oracle(model: nn.Module, plan: pop_ext.Plan, prompt: Tensor, continuation: Tensor) -> Tensor:
     """Return what a pruned prefill must give: omitted layers run in full, then context rows get their input back."""
-    context = prompt.shape[1] - plan.boundary
-
-    def undone(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-            output = forward(hidden, *args, **kwargs)
-            kept = torch.cat([hidden[:, :context], output_hidden_states(output)[:, context:]], 1)
-            return with_hidden_states(output, kept)
-
-        return run
-
+    undone = ablations.keep_kv_only(prompt.shape[1] - plan.boundary)
     with ExitStack() as stack:
         for index in plan.omit:
             layer = decoder_layers(model)[index]
@@ -203,9 +194,9 @@ def run_oracle(model: nn.Module, plan: pop_ext.Plan, prompt: Tensor, continuatio
 def run_portable(model: nn.Module, plan: pop_ext.Plan, prompt: Tensor, continuation: Tensor) -> Tensor:
     """Prefill the prompt by the portable backend, then read the continuation at full depth. Return its logits."""
     with pop_ext.enabled(model, plan.replace(min_tokens=0), strict=True, backend="portable"):
-        prefilled = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    rest = model(input_ids=continuation[:, :-1], **with_cache(model, cache_of(prefilled))).logits
-    return torch.cat([prefilled.logits, rest], 1)
+        return logits_after_prefill(
+            model, lambda ids: model(input_ids=ids, use_cache=True, logits_to_keep=1), prompt, continuation
+        )
 
 
 def measure(model: nn.Module, held_out: list[np.ndarray], count: int) -> dict[str, Any]:

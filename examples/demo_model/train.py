@@ -57,8 +57,7 @@ def load_corpus(tokenizer_dir: Path) -> Corpus:
         tokenizer.save_pretrained(tokenizer_dir)
 
     def encode(files: list[data.SourceFile]) -> list[np.ndarray]:
-        encoded = tokenizer.backend_tokenizer.encode_batch([f.text for f in files])
-        return [np.array([tokenizer.bos_token_id, *e.ids], dtype=np.uint16) for e in encoded]
+        return bpe.encode_texts(tokenizer, [f.text for f in files])
 
     files = [
         {"path": f.path, "bytes": len(f.text.encode()), "shared_lines": round(overlap[f.path][0], 4)} for f in held_out

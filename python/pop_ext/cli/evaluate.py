@@ -154,9 +154,10 @@ def evaluate(
         how: dict[str, Any] = {"greedy_tokens": greedy, "batch_size": batch_size, "reuse_states": reuse_states}
         result = run(loaded, sets, plans, kinds=wanted, **how, resume=path, progress=bar)
         timed = options.parse_numbers("--time-lengths", time_lengths)
-        if timed and backend_of(loaded) != "native" and not as_json:
+        native = bool(timed) and backend_of(loaded) == "native"
+        if timed and not native and not as_json:
             print("times: none, which need a native form; pop-ext generate compares times of one prompt")
-        elif timed and backend_of(loaded) == "native":
+        if native:
             # Only times of the same rounds compare, so the plans that the folder already holds are timed again.
             times = time_plans(loaded, [*result.plans(), *plans], timed, repeats=repeats, progress=bar)
             result.timings = [old for old in result.timings if old["tokens"] not in timed] + times

@@ -63,7 +63,7 @@ def ablated_logits(model: Any, kind: str, plan: Plan, context: Tensor, continuat
     if kind == NO_KV:
         make = _hide_rows(max(0, prompt - plan.boundary))
     elif kind == NO_BOUNDARY:
-        make = _keep_kv_only(prompt)
+        make = keep_kv_only(prompt)
     elif kind == DROPPED:
         make = _skip_layer
     else:
@@ -102,16 +102,16 @@ def _skip_layer(forward: LayerForward) -> LayerForward:
     return skip_layer
 
 
-def _keep_kv_only(rows: int) -> Callable[[LayerForward], LayerForward]:
+def keep_kv_only(rows: int) -> Callable[[LayerForward], LayerForward]:
     """Undo the residual update of the first ``rows``, which leaves only their K and V for later rows to attend to."""
 
     def make(forward: LayerForward) -> LayerForward:
-        def keep_kv_only(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             output = forward(hidden_states, *args, **kwargs)
             kept = torch.cat([hidden_states[..., :rows, :], output_hidden_states(output)[..., rows:, :]], dim=-2)
             return with_hidden_states(output, kept)
 
-        return keep_kv_only
+        return run
 
     return make
 

@@ -21,7 +21,7 @@ from pop_ext.evaluation.ablations import (
 from pop_ext.evaluation.prompts import Pair
 from pop_ext.evaluation.score import continuation_logits
 from pop_ext.hf.architectures import UnsupportedModelError
-from pop_ext.hf.compat import with_cache
+from pop_ext.hf.compat import cache_of, with_cache
 from pop_ext.hf.decision import Products
 from pop_ext.hf.enable import enabled
 from pop_ext.hf.load import load
@@ -174,7 +174,7 @@ def logits_after_prefill(model: Any, prefill: Callable[[Tensor], Any], context: 
     if continuation.shape[1] == 1:
         return prefilled.logits
     with stock_evaluation(model), torch.no_grad():
-        cache = with_cache(model, prefilled.past_key_values)
+        cache = with_cache(model, cache_of(prefilled))
         rest = model(input_ids=continuation[:, :-1], **cache).logits
     return torch.cat([prefilled.logits, rest], dim=1)
 

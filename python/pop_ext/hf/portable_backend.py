@@ -125,18 +125,13 @@ class PortableBackend:
             ValueError: Something declines every prefill of the model, such as hooks on its layers.
         """
         with evaluation_mode(model):
-            return self._packed_logits(model, input_ids, boundary, num_logits)
-
-    def _packed_logits(
-        self, model: nn.Module, input_ids: torch.Tensor, boundary: list[int], num_logits: list[int]
-    ) -> torch.Tensor:
-        try:
-            decoder = self._runnable(model)
-        except Decline as decline:
-            raise ValueError(f"model: expected one whose prefills run portably, got {decline.reason}") from decline
-        rows = _rows(boundary, [input_ids.shape[1]] * len(boundary), num_logits, input_ids.device)
-        call = {"input_ids": input_ids, "logits_to_keep": rows.num_logits, "use_cache": True, "return_dict": True}
-        logits: torch.Tensor = run_forward(model, decoder, self.plan, rows, call).logits
+            try:
+                decoder = self._runnable(model)
+            except Decline as decline:
+                raise ValueError(f"model: expected one whose prefills run portably, got {decline.reason}") from decline
+            rows = _rows(boundary, [input_ids.shape[1]] * len(boundary), num_logits, input_ids.device)
+            call = {"input_ids": input_ids, "logits_to_keep": rows.num_logits, "use_cache": True, "return_dict": True}
+            logits: torch.Tensor = run_forward(model, decoder, self.plan, rows, call).logits
         return torch.cat([one[-count:] for one, count in zip(logits, num_logits, strict=True)])
 
 

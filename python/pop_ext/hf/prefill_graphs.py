@@ -191,27 +191,20 @@ class PrefillGraphs:
                 self._recorder.mark_use()
 
     def _record(self, loaded: LoadedWeights, request: PrefillRequest, operator: Operator, tables: Tables) -> _Graph:
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # tensors made in inference mode could not be written outside
-            return self._record_in_normal_mode(loaded, request, operator, tables)
-
-    def _record_in_normal_mode(
-        self, loaded: LoadedWeights, request: PrefillRequest, operator: Operator, tables: Tables
-    ) -> _Graph:
         spec, packed = loaded.spec, request.packed
-        rows = request.rows.clone()
-        static = [None if table is None else table.clone() for table in tables]
-        # Zeros: the operator leaves slots of padding, and those outside of windows, as they are.
         shape = (2, spec.num_layers, packed.batch, spec.num_kv_heads, packed.columns, spec.head_dim)
-        keys, values = (list(caches) for caches in loaded.like.new_zeros(shape))
+        # Tensors made in inference mode could not be written outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            rows = request.rows.clone()
+            static = [None if table is None else table.clone() for table in tables]
+            # Zeros: the operator leaves slots of padding, and those outside of windows, as they are.
+            keys, values = (list(caches) for caches in loaded.like.new_zeros(shape))
 
-        def call() -> torch.Tensor:
-            return operator(rows, static, keys, values)
+            def call() -> torch.Tensor:
+                return operator(rows, static, keys, values)
 
-        call()  # libraries allocate and choose their kernels in a first call
-        replay, hidden = self._recorder.record(call)
+            call()  # libraries allocate and choose their kernels in a first call
+            replay, hidden = self._recorder.record(call)
         return _Graph(rows, static, keys, values, replay, hidden)
 
 
