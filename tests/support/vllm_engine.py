@@ -14,7 +14,7 @@ from torch import Tensor
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",  # the tests access the model
     VLLM_NO_USAGE_STATS="1",
-    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
 )
 
 

@@ -165,6 +165,21 @@ def default_plan(
     return ChosenPlan(Plan(_text(config).num_hidden_layers, ()), why_not, unmeasured=True, preset=preset)
 
 
+def plan_beside(config: Any, name: str, revision: str | None = None) -> Plan | None:
+    """Return the plan beside a checkpoint if its card holds measured figures of this model, else None.
+
+    Args:
+        config: As for ``default_plan``.
+        name: Folder or hub id of the checkpoint.
+        revision: As for ``default_plan``.
+    """
+    folder = _folder_beside(name, revision)
+    try:
+        return None if folder is None else _measured_plan(folder, config)
+    except (ValueError, OSError):
+        return None
+
+
 def plan_to_measure(config: Any, check: Callable[[Plan], object] | None = None, adapted: bool = False) -> ChosenPlan:
     """Return a plan worth measuring if the caller names none.
 
