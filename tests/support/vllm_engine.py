@@ -58,8 +58,12 @@ class Engine:
 
     def watch(self) -> None:
         """Record what every layer writes to its cache from now on."""
-        for number, layer in enumerate(self.model().model.layers):
-            self._watch(layer.self_attn.attn.impl, number)
+        from vllm.model_executor.layers.attention import Attention
+
+        for module in self.model().modules():
+            if isinstance(module, Attention) and ".layers." in module.layer_name:
+                number = int(module.layer_name.split(".layers.")[-1].split(".")[0])
+                self._watch(module.impl, number)
 
     def _watch(self, implementation: Any, number: int) -> None:
         write = implementation.do_kv_cache_update

@@ -6,8 +6,10 @@ the boundary covers. A step with context rows runs the same layers as stages, an
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,20 +25,11 @@ from vllm.forward_context import (
 from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
 
 from pop_ext.plans.plan import Plan
+from pop_ext.vllm.adapters import Adapters
 from pop_ext.vllm.attention import boundary_backend
 from pop_ext.vllm.counters import count_step
 from pop_ext.vllm.projection import RunProjection, attention_of
 from pop_ext.vllm.stages import Stage, find_decoder, handed_on, layers_of, local_layers, shallow_copy, tensors_of
-
-
-class PrunedDecoder:
-    """Mix-in of a decoder whose prefills are pruned; it comes before the decoder's class among the bases."""
-
-    pruned_prefill: PrunedPrefill
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call: Callable[..., Any] = super().__call__  # type: ignore[misc]
-        return self.pruned_prefill.run(call, args, kwargs)
 
 
 def prune(model: Any, vllm_config: VllmConfig, plan: Plan, boundary: int) -> PrunedPrefill:
@@ -52,12 +45,24 @@ def prune(model: Any, vllm_config: VllmConfig, plan: Plan, boundary: int) -> Pru
         ValueError: Names what the model has and pruning does not support; the model is as it was.
     """
     decoder = find_decoder(model)
+    deep = model.deepstack_num_level if getattr(model, "use_deepstack", False) else 0
+    first = min((number for run in plan.projected_runs for number in run), default=plan.num_layers)
+    if first < deep:
+        raise ValueError(
+            f"plan: expected to omit no layer before {deep} of {type(model).__name__}, which adds image features "
+            f"there, got {first}"
+        )
     found = PrunedPrefill(decoder, vllm_config, plan)
     for attention in found.attentions:
         attention.attn_backend = boundary_backend(attention.attn_backend, boundary, plan.min_tokens)
-    cls = type(decoder)
-    decoder.pruned_prefill = found
-    decoder.__class__ = type(f"Pruned{cls.__name__}", (PrunedDecoder, cls), {"__module__": cls.__module__})
+    cls: Any = type(decoder)
+    plain = cls.__call__
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return found.run(functools.partial(plain, self), args, kwargs)
+
+    members = {"__call__": __call__, "__module__": cls.__module__, "pruned_prefill": found}
+    decoder.__class__ = type(f"Pruned{cls.__name__}", (cls,), members)
     _watch_weights(model, found)
     return found
 
@@ -93,6 +98,8 @@ class PrunedPrefill:
     def __init__(self, decoder: Any, vllm_config: VllmConfig, plan: Plan) -> None:
         self.stale = False
         self._warm = False
+        self._has_adapters = vllm_config.lora_config is not None
+        self._adapters: Adapters | None = None
         self._signature = inspect.signature(type(decoder).forward)
         self._rows_at_warm_up = max(1, vllm_config.scheduler_config.max_num_seqs)
         decoder = shallow_copy(decoder)  # keeps its class, whatever the decoder's becomes
@@ -131,6 +138,7 @@ class PrunedPrefill:
         if at < here.stop:
             self.parts.append(Part(stage(at, here.stop, "all")))
         self._omitted = {attention.layer_name for attention in self.attentions}
+        self._omitted_layers = [layers[number] for run in runs for number in run]
         costs = {number: _products(layers[number]) for number in here}
         skipped = sum(cost - kv for number, (cost, kv) in costs.items() if any(number in run for run in runs))
         self.skipped = skipped / max(1, sum(cost for cost, _ in costs.values()))
@@ -198,6 +206,7 @@ class PrunedPrefill:
         # Compiled code of a stage is called for row counts that no graph was captured for. Where vLLM hands layer names
         # of experts to compiled code by a counter of the step, a stage would take those of another.
         whole = replace(context, cudagraph_runtime_mode=CUDAGraphMode.NONE, batch_descriptor=None, all_moe_layers=None)
+        adapters = self._find_adapters()
         of_boundary = _context_of(whole, self._omitted, rows)
         positions = given.pop("positions")
         incoming = given.pop("intermediate_tensors", None)
@@ -214,9 +223,10 @@ class PrunedPrefill:
                 continue
             residual = state.get("residual")
             stream = state["hidden_states"] if residual is None else state["hidden_states"] + residual
-            projection.write(stream, state, positions, context.slot_mapping)  # type: ignore[arg-type]
+            slots: Any = context.slot_mapping
+            projection.write(stream, state, positions, slots, adapters is not None and adapters.active)
             del stream
-            with override_forward_context(of_boundary):
+            with override_forward_context(of_boundary), nullcontext() if adapters is None else adapters.of_rows(rows):
                 out = stage(
                     input_ids=None,
                     positions=boundary_positions,
@@ -233,6 +243,12 @@ class PrunedPrefill:
         padded = out.new_full((positions.shape[-1], *out.shape[1:]), torch.nan)
         padded[rows] = out
         return padded
+
+    def _find_adapters(self) -> Adapters | None:
+        """Return the engine's adapter tables, which it makes after it has loaded the model; None: it has none."""
+        if self._has_adapters and self._adapters is None:
+            self._adapters = Adapters(self._omitted_layers)
+        return self._adapters
 
     def _own(self, tensors: dict[str, Any]) -> dict[str, Any]:
         """Return tensors that a prefill may write to.

@@ -120,6 +120,7 @@ HOOKS = (
     Hook(f"{_LAYERS}.layernorm", "GemmaRMSNorm", None, "the same"),
     Hook(f"{_LAYERS}.linear", "QKVParallelLinear", None, "K and V weights"),
     Hook(f"{_LAYERS}.rotary_embedding.base", "RotaryEmbeddingBase", None, "RoPE of the fused projection"),
+    Hook("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.token_lora_indices", None, "adapters of rows"),
     Hook("vllm.v1.sample.logits_processor", "LogitsProcessor", None, "refuse prompt_logprobs"),
     Hook("vllm.v1.worker.gpu.sample.logits_processor.interface", "LogitsProcessor", None, "the same"),
     Hook("vllm.exceptions", "VLLMValidationError", None, "the same"),

@@ -195,6 +195,7 @@ class RunProjection:
         tensors: dict[str, Any],
         positions: torch.Tensor,
         slots: dict[str, torch.Tensor],
+        adapted: bool = False,
     ) -> None:
         """Compute K and V of all rows of a step, and write them to the cache of every layer of the run.
 
@@ -203,8 +204,9 @@ class RunProjection:
             tensors: The same as stages hand it on.
             positions: ``[..., rows]``.
             slots: Layer name -> ``[rows]`` cache slots, -1 for rows without one. Empty while the engine warms up.
+            adapted: True if adapters apply to rows: then layers run their own modules, which add them.
         """
-        if self._stack is None:
+        if self._stack is None or adapted:
             for number, attention in zip(self.numbers, self.attentions, strict=True):
                 self._write(attention, *self._by_own_modules(number, positions, tensors), slots, slice(None))
             return

@@ -130,7 +130,12 @@ def check_engine(vllm_config: Any) -> None:
         ValueError: names the setting, the expected value and the value found.
     """
     _check(vllm_config)
-    engine_plan(vllm_config)
+    plan = engine_plan(vllm_config)
+    if plan.projections is not None and vllm_config.lora_config is not None:
+        raise ValueError(
+            f"additional_config[{SECTION!r}]['plan']: expected no fitted projections with enable_lora, whose adapters "
+            f"they were not fitted with, got {len(plan.projections.matrices)}"
+        )
     _refuse_prompt_logprobs(vllm_config)
 
 
@@ -144,7 +149,6 @@ def _check(vllm_config: Any) -> None:
         "decode_context_parallel_size": (parallel.decode_context_parallel_size, 1),
         "prefill_context_parallel_size": (parallel.prefill_context_parallel_size, 1),
         "enable_dbo, ubatch_size": (parallel.use_ubatching, False),
-        "enable_lora": (vllm_config.lora_config is not None, False),
         "cpu_offload_gb": (offload.uva.cpu_offload_gb, 0),
         "offload_group_size": (offload.prefetch.offload_group_size, 0),
         "weight_transfer_config": (vllm_config.weight_transfer_config, None),
@@ -161,8 +165,8 @@ def _check(vllm_config: Any) -> None:
         )
     if parallel.data_parallel_size > 1 and parallel.enable_expert_parallel:
         raise ValueError(
-            f"data_parallel_size: expected 1 with pruned prefills and expert parallelism, whose ranks run the same rows, "
-            f"got {parallel.data_parallel_size}"
+            f"data_parallel_size: expected 1 with pruned prefills and expert parallelism, whose ranks run the same "
+            f"rows, got {parallel.data_parallel_size}"
         )
     if speculative is not None and speculative.method not in _DRAFTS:
         raise ValueError(

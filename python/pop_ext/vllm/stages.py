@@ -63,8 +63,10 @@ class Stage:
         inner = getattr(decoder, "model", None)
         if hasattr(decoder, "pp_group") and inner is not None:  # vLLM's backend for Transformers models
             self._module = shallow_copy(decoder)
+            self._module._modules = dict(decoder._modules)
             self._module.pp_group = self._place
             part = _with_own_forward(inner, tag)
+            part._modules = dict(inner._modules)
             kept = [layer if number in self.layers else PPMissingLayer() for number, layer in enumerate(inner.layers)]
             part._modules["layers"] = torch.nn.ModuleList(kept)
             if not is_last:
@@ -135,11 +137,12 @@ def handed_on(tensors: dict[str, Any]) -> IntermediateTensors:
 
 
 def shallow_copy(module: torch.nn.Module) -> Any:
-    """Return a module with the same parameters and submodules, whose own attributes can be changed."""
+    """Return a module with the same submodules, whose own attributes can be changed.
+
+    The dictionary of submodules is shared: where the engine later replaces one by a layer with adapters, a copy has it.
+    """
     copied = object.__new__(type(module))
     copied.__dict__.update(module.__dict__)
-    for name in ("_modules", "_parameters", "_buffers"):
-        copied.__dict__[name] = dict(module.__dict__[name])
     for name in _COMPILED:
         copied.__dict__.pop(name, None)
     return copied
