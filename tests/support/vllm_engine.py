@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pop_ext import Plan, reference
 from torch import Tensor
 
 os.environ.update(
@@ -16,6 +17,10 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
     VLLM_LOGGING_LEVEL=os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
 )
+
+
+GAPS = Plan(6, omit=[1, 3, 4])
+VOCAB = 263
 
 
 @dataclass
@@ -32,7 +37,9 @@ class Engine:
     written: dict[int, dict[int, tuple[Tensor, Tensor]]] = field(default_factory=dict)
     slots: list[int] = field(default_factory=list)
 
-    def generate(self, prompts: list[Tensor], count: int = 1, **sampling: Any) -> list[tuple[list[int], Tensor | None]]:
+    def generate(
+        self, prompts: list[Tensor], count: int = 1, lora_request: Any = None, **sampling: Any
+    ) -> list[tuple[list[int], Tensor | None]]:
         """Generate greedily; return for each prompt ``[T]`` the tokens and the log-probabilities ``[count, vocab]``."""
         from vllm import SamplingParams
 
@@ -40,7 +47,8 @@ class Engine:
             **dict(max_tokens=count, temperature=0.0, logprobs=-1, detokenize=False, ignore_eos=True) | sampling
         )
         asked = [{"prompt_token_ids": prompt.tolist()} for prompt in prompts]
-        outputs = [output.outputs[0] for output in self.llm.generate(asked, parameters, use_tqdm=False)]
+        found = self.llm.generate(asked, parameters, use_tqdm=False, lora_request=lora_request)
+        outputs = [output.outputs[0] for output in found]
         return [(list(output.token_ids), _table(output.logprobs)) for output in outputs]
 
     def positions(self) -> list[int]:
@@ -93,6 +101,8 @@ def engine(model: Any, folder: Any, plan: Any, **options: Any) -> Any:
     if plan is not None:
         plan.save(folder / "plan.json")
         more = pop_ext.vllm.engine_arguments(weights, folder / "plan.json")
+    if "skip_tokenizer_init" in options:
+        byte_tokenizer().save_pretrained(weights)
     defaults = dict(
         dtype=str(model.dtype).removeprefix("torch."),
         skip_tokenizer_init=True,
@@ -111,6 +121,42 @@ def engine(model: Any, folder: Any, plan: Any, **options: Any) -> Any:
         del found
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+def prompt(length: int, seed: int = 0) -> Tensor:
+    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def turns(model, plan, prompts: list[Tensor], count: int = 1):
+    """Run the oracle's prefills of some prompts in turn, then stock decoding.
+
+    Returns:
+        The new tokens, their log-probabilities ``[count, vocab]``, and the cache.
+    """
+    cache = None
+    for part in prompts:
+        logits, cache = reference.prefill(model, part[None], plan, past_key_values=cache)
+    tokens, table = [], []
+    for _ in range(count):
+        table.append(logits[0, -1].float().log_softmax(-1))
+        tokens.append(int(table[-1].argmax()))
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens[-1:]]), past_key_values=cache).logits
+    return tokens, torch.stack(table), cache
+
+
+def byte_tokenizer() -> Any:
+    """Return a tokenizer of 256 bytes and, as the models of the tests have 263 tokens, 7 special ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {token: number for number, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    inner = Tokenizer(models.BPE(vocab, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    special = [f"<{number}>" for number in range(7)]
+    inner.add_special_tokens(special)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=special[0], pad_token=special[1])
 
 
 def _table(logprobs: list[dict[int, Any]] | None) -> Tensor | None:

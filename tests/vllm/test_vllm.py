@@ -6,19 +6,12 @@ Needs vLLM (0.32, here its CPU build): `make vllm`.
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
-import sys
-from importlib.metadata import entry_points
-from pathlib import Path
 
 import models
 import pop_ext
 import pytest
 import torch
-from pop_ext import reference
 from tolerance import assert_close_fp32, assert_low_precision
-from torch import Tensor
 
 pytestmark = [
     pytest.mark.cpu,
@@ -26,38 +19,14 @@ pytestmark = [
 ]
 if importlib.util.find_spec("vllm") is not None:
     from vllm.exceptions import VLLMValidationError
-    from vllm_engine import engine
+    from vllm_engine import GAPS, engine, prompt, turns
 
 FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3", "phi3", "olmo2")
-GAPS = pop_ext.Plan(6, omit=[1, 3, 4])
-VOCAB = 263
 
 
 def model_of(family: str, **over):
     """Return a model with sizes that vLLM supports: Qwen2 ignores head_dim, CPU kernels need multiples of 32."""
     return models.shared(family, **({"hidden": 256} if family == "qwen2" else {}), **over)
-
-
-def prompt(length: int, seed: int = 0) -> Tensor:
-    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed))
-
-
-def turns(model, plan, prompts: list[Tensor], count: int = 1):
-    """Run the oracle's prefills of some prompts in turn, then stock decoding.
-
-    Returns:
-        The new tokens, their log-probabilities ``[count, vocab]``, and the cache.
-    """
-    cache = None
-    for part in prompts:
-        logits, cache = reference.prefill(model, part[None], plan, past_key_values=cache)
-    tokens, table = [], []
-    for _ in range(count):
-        table.append(logits[0, -1].float().log_softmax(-1))
-        tokens.append(int(table[-1].argmax()))
-        with torch.no_grad():
-            logits = model(torch.tensor([tokens[-1:]]), past_key_values=cache).logits
-    return tokens, torch.stack(table), cache
 
 
 def assert_cache(found, cache) -> None:
@@ -136,15 +105,6 @@ def test_decoding_is_compiled_if_the_engine_compiles(tmp_path):
     assert_close_fp32(log_probs, table, "log-probabilities")
 
 
-def test_other_weights_are_refused_once_the_engine_runs(tmp_path):
-    model = models.shared("llama")
-    with (
-        engine(model, tmp_path, GAPS) as found,
-        pytest.raises(RuntimeError, match="weights: expected to be loaded once"),
-    ):
-        found.model().load_weights(model.state_dict().items())
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_as_exact_as_the_oracle(dtype, tmp_path):
     ids, plan = prompt(61), GAPS.replace(boundary=3)
@@ -199,21 +159,6 @@ def test_log_probabilities_of_the_prompt_are_refused(tmp_path):
         with pytest.raises(VLLMValidationError, match="prompt_logprobs: expected None"):
             found.generate([prompt(20)], prompt_logprobs=1)
         assert found.generate([prompt(20)])[0][0] == turns(models.shared("llama"), GAPS, [prompt(20)])[0]
-
-
-@pytest.mark.skipif(not entry_points(group="vllm.general_plugins", name="pop_ext"), reason="needs vllm (make vllm)")
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_an_engine_of_several_processes_finds_the_plugin(ranks, tmp_path):
-    """The plugin is found in the processes of engine and ranks, and each rank takes its heads of the fit."""
-    model, ids = models.shared("llama"), torch.arange(61) * 7 % VOCAB
-    plan = pop_ext.fit(model, GAPS, [prompt(60, seed)[None] for seed in range(4)], lambdas=[0.1])
-    model.save_pretrained(tmp_path / "model")
-    plan.save(tmp_path / "plan.json")
-    script = Path(__file__).parents[1] / "support" / "vllm_ranks.py"
-    command = [sys.executable, script, tmp_path / "model", tmp_path / "plan.json", str(ranks)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert_close_fp32(torch.tensor(json.loads(run.stdout.splitlines()[-1])), turns(model, plan, [ids])[1][0], "logits")
 
 
 def test_drafts_from_the_prompt_change_no_token(tmp_path):

@@ -41,19 +41,22 @@ class Adapters:
             yield
             return
         tables = self._tables
-        whole, length, is_prefill = tables.token_lora_indices.clone(), tables.indices_len[0], tables.is_prefill
+        whole, length = tables.token_lora_indices.clone(), tables.indices_len[0]
         tables._token_lora_indices[: len(rows)] = whole[rows]
         tables.indices_len[0] = len(rows)
-        tables.is_prefill = False  # a table of rows, not of sequences
-        self._update_device()
+        self._update()
         try:
             yield
         finally:
             tables._token_lora_indices[: len(whole)] = whole
-            tables.indices_len[0], tables.is_prefill = length, is_prefill
-            self._update_device()
+            tables.indices_len[0] = length
+            self._update()
 
-    def _update_device(self) -> None:
-        on_device = getattr(self._tables, "token_mapping_meta", None)
+    def _update(self) -> None:
+        """Make what kernels read of the table of rows: on a GPU rows by adapter, on a CPU runs of rows."""
+        tables = self._tables
+        on_device = getattr(tables, "token_mapping_meta", None)
         if on_device is not None:
-            on_device.prepare_tensors(self._tables.token_lora_indices)
+            on_device.prepare_tensors(tables.token_lora_indices)
+        else:
+            tables._update_prefill_metadata(tables.token_lora_indices)
