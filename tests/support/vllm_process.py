@@ -1,7 +1,7 @@
 """Start an engine in processes of its own, as a user does: ``python vllm_process.py MODEL OPTIONS COUNT``.
 
 OPTIONS are further arguments of ``vllm.LLM``, a JSON object. Prints tokens and log-probabilities of COUNT tokens after
-the prompt 0, 7, 14, ..., as JSON.
+the prompt 0, 7, 14, ..., as JSON, after the modules of pop_ext that were loaded.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def main(model: str, options: str, count: str) -> None:
     [output] = llm.generate({"prompt_token_ids": [i * 7 % 263 for i in range(61)]}, parameters, use_tqdm=False)
     [found] = output.outputs
     table = [[step[token].logprob for token in range(len(step))] for step in found.logprobs]
+    print([name for name in sys.modules if name.startswith("pop_ext")])
     print("\n" + json.dumps({"tokens": list(found.token_ids), "log_probs": table}))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from pop_ext import vllm
@@ -38,19 +36,17 @@ def test_a_request_keeps_its_last_rows(lengths, boundary, min_tokens):
     assert found.longest == max(map(len, expected))
 
 
-@pytest.mark.parametrize("name", vllm.ARCHITECTURES)
-def test_engine_arguments_name_the_pruned_class_and_the_plan(name, tmp_path):
-    kinds = {"Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3"}
-    kind = kinds[name.removesuffix("ForCausalLM")]
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "architectures": [name]}))
-    assert vllm.engine_arguments(tmp_path, tmp_path / "plan.json") == {
-        "hf_overrides": {"architectures": [f"POP{name}"]},
-        "additional_config": {"pop_ext": {"plan": str(tmp_path / "plan.json")}},
-    }
-    assert vllm.engine_arguments(str(tmp_path))["additional_config"] == {"pop_ext": {}}
+def test_generated_tokens_of_a_preempted_request_keep_full_depth():
+    """The first is computed again with 5 generated tokens, the second is a prompt, the third decodes."""
+    begin = torch.tensor([0, 25, 45, 46], dtype=torch.int32)
+    found = boundary_rows(begin, 2, generated=torch.tensor([5, -10, 30]))
+    assert found.index.tolist() == [*range(18, 25), 43, 44, 45]
+    assert found.query_start_loc.tolist() == [0, 7, 9, 10]
 
 
-def test_an_unsupported_architecture_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
-    with pytest.raises(ValueError, match="expected an architecture of LlamaForCausalLM, .*, got GPT2LMHeadModel"):
-        vllm.engine_arguments(tmp_path)
+def test_engine_arguments_name_the_plan(tmp_path):
+    plan = tmp_path / "plan.json"
+    assert vllm.engine_arguments("a/model", plan) == {"additional_config": {"pop_ext": {"plan": str(plan)}}}
+    assert vllm.engine_arguments("a/model") == {"additional_config": {"pop_ext": {}}}
+    asked = vllm.engine_arguments("a/model", "third", strict=False)
+    assert asked == {"additional_config": {"pop_ext": {"plan": "third", "strict": False}}}

@@ -16,9 +16,8 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm (make vllm)"),
 ]
 if importlib.util.find_spec("vllm") is not None:
-    from pop_ext.vllm import projection, requests
-    from pop_ext.vllm.settings import PrunedConfig, engine_boundary, engine_plan
-    from vllm.config import CUDAGraphMode
+    from pop_ext.vllm import projection, requests, settings
+    from pop_ext.vllm.settings import EngineSettings, check_engine, engine_boundary, engine_plan, engine_settings
     from vllm.exceptions import VLLMValidationError
 
 
@@ -30,27 +29,25 @@ def config(**changes):
         model_config=SimpleNamespace(
             hf_text_config=text,
             model="/nowhere",
+            architecture="LlamaForCausalLM",
             runner_type="generate",
             logits_processors=None,
-            enable_sleep_mode=False,
             return_sampling_mask=False,
         ),
         parallel_config=SimpleNamespace(
-            pipeline_parallel_size=1,
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
             use_ubatching=False,
+            data_parallel_size=1,
+            enable_expert_parallel=False,
         ),
-        cache_config=SimpleNamespace(kv_offloading_size=None),
+        load_config=SimpleNamespace(load_format="auto"),
         offload_config=SimpleNamespace(
             uva=SimpleNamespace(cpu_offload_gb=0), prefetch=SimpleNamespace(offload_group_size=0)
         ),
-        compilation_config=SimpleNamespace(cudagraph_mode=None),
-        optimization_level=2,
         weight_transfer_config=None,
         speculative_config=None,
         lora_config=None,
-        kv_transfer_config=None,
         use_v2_model_runner=False,
     )
     for name, value in changes.items():
@@ -64,24 +61,25 @@ def drafts(method, count=4):
 
 
 REFUSED = {
-    "pipeline_parallel_size: expected 1": dict(parallel_config__pipeline_parallel_size=2),
     "decode_context_parallel_size: expected 1": dict(parallel_config__decode_context_parallel_size=2),
     "prefill_context_parallel_size: expected 1": dict(parallel_config__prefill_context_parallel_size=2),
     "enable_dbo, ubatch_size: expected False": dict(parallel_config__use_ubatching=True),
-    "kv_offloading_size: expected None": dict(cache_config__kv_offloading_size=4.0),
     "cpu_offload_gb: expected 0": dict(offload_config__uva__cpu_offload_gb=2.0),
     "offload_group_size: expected 0": dict(offload_config__prefetch__offload_group_size=8),
     "weight_transfer_config: expected None": dict(weight_transfer_config="a transfer"),
-    "enable_sleep_mode: expected False": dict(model_config__enable_sleep_mode=True),
     "return_sampling_mask: expected False": dict(model_config__return_sampling_mask=True),
-    "enable_lora: expected False": dict(lora_config=object()),
-    "kv_transfer_config: expected None": dict(kv_transfer_config="a connector"),
     "runner: expected 'generate'.*got 'pooling'": dict(model_config__runner_type="pooling"),
     "speculative_config.method: expected one of ngram.*got 'eagle3'": dict(
         speculative_config=SimpleNamespace(method="eagle3", num_speculative_tokens=4)
     ),
-    "additional_config.'pop_ext'.: expected an object with member 'plan'": dict(
+    "additional_config.'pop_ext'.: expected false, or an object with members 'plan' and 'strict'": dict(
         additional_config={"pop_ext": {"plans": "x"}}
+    ),
+    "additional_config: expected the key 'pop_ext', got 'pop-ext'": dict(additional_config={"pop-ext": {}}),
+    "'strict'.: expected true or false, got 'no'": dict(additional_config={"pop_ext": {"strict": "no"}}),
+    "load_format: expected none of tensorizer.*got tensorizer": dict(load_config__load_format="tensorizer"),
+    "data_parallel_size: expected 1 .*got 2": dict(
+        parallel_config__data_parallel_size=2, parallel_config__enable_expert_parallel=True
     ),
     "'plan'.: expected a saved plan's path, 'third' or 'preset', got 3": dict(
         additional_config={"pop_ext": {"plan": 3}}
@@ -92,7 +90,28 @@ REFUSED = {
 @pytest.mark.parametrize("text", REFUSED)
 def test_unsupported_settings_are_refused_by_name(text):
     with pytest.raises((ValueError, TypeError), match=text):
-        PrunedConfig.verify_and_update_config(config(**REFUSED[text]))
+        check_engine(config(**REFUSED[text]))
+
+
+def test_an_engine_prunes_only_if_it_is_told_to(monkeypatch):
+    assert engine_settings(config()) is None
+    assert engine_settings(config(additional_config={"other_plugin": {}})) is None
+    assert engine_settings(config(additional_config={"pop_ext": False})) is None
+    assert engine_settings(config(additional_config={"pop_ext": {}})) == EngineSettings()
+    assert engine_settings(config(model_config__architecture="POPQwen3ForCausalLM")) == EngineSettings()
+    asked = config(additional_config={"pop_ext": {"plan": "third", "strict": False}})
+    assert engine_settings(asked) == EngineSettings("third", strict=False)
+    monkeypatch.setattr(settings, "plan_beside", lambda *_: pop_ext.Plan.last(6))
+    assert engine_settings(config()) == EngineSettings(None, strict=False, asked=False)
+    assert engine_settings(config(additional_config={"pop_ext": False})) is None
+
+
+def test_fitted_projections_are_refused_with_adapters(tmp_path):
+    plan = pop_ext.fit(models.shared("llama"), pop_ext.Plan.last(6), [torch.arange(40)[None]], lambdas=[1.0])
+    plan.save(tmp_path / "plan.json")
+    asked = config(additional_config={"pop_ext": {"plan": str(tmp_path / "plan.json")}}, lora_config=object())
+    with pytest.raises(ValueError, match="expected no fitted projections with enable_lora"):
+        check_engine(asked)
 
 
 def test_without_a_plan_every_layer_runs():
@@ -108,7 +127,7 @@ def test_a_plan_of_another_model_is_refused(tmp_path):
     path = tmp_path / "plan.json"
     origin.replace(origin=pop_ext.plans.origin.Origin("elsewhere", "0" * 16)).save(path)
     with pytest.raises(ValueError, match="made with elsewhere"):
-        PrunedConfig.verify_and_update_config(config(additional_config={"pop_ext": {"plan": str(path)}}))
+        check_engine(config(additional_config={"pop_ext": {"plan": str(path)}}))
 
 
 def test_a_fitted_plan_among_the_models_weights_is_refused(tmp_path):
@@ -116,8 +135,8 @@ def test_a_fitted_plan_among_the_models_weights_is_refused(tmp_path):
     for folder, refused in ((tmp_path, True), (tmp_path / "plans", False)):
         folder.mkdir(exist_ok=True)
         plan.save(folder / "plan.json")
-        settings = {"pop_ext": {"plan": str(folder / "plan.json")}}
-        engine = config(additional_config=settings, model_config__model=str(tmp_path))
+        section = {"pop_ext": {"plan": str(folder / "plan.json")}}
+        engine = config(additional_config=section, model_config__model=str(tmp_path))
         if refused:
             with pytest.raises(ValueError, match="expected a fitted plan outside the model's folder"):
                 engine_plan(engine)
@@ -135,7 +154,7 @@ def test_drafts_are_verified_at_full_depth():
 @pytest.mark.parametrize("runner", [False, True])
 def test_requests_for_prompt_log_probabilities_are_checked_early(runner):
     engine = config(use_v2_model_runner=runner, model_config__logits_processors=["own:Processor"])
-    PrunedConfig.verify_and_update_config(engine)
+    check_engine(engine)
     own, added = engine.model_config.logits_processors
     assert own == "own:Processor"
     assert added == f"pop_ext.vllm.requests:NoPromptLogprobsV{1 + runner}"
@@ -143,10 +162,10 @@ def test_requests_for_prompt_log_probabilities_are_checked_early(runner):
 
 def test_the_v1_runner_gets_no_logits_processors_with_drafts():
     engine = config(speculative_config=drafts("ngram"))
-    PrunedConfig.verify_and_update_config(engine)
+    check_engine(engine)
     assert engine.model_config.logits_processors is None
     engine = config(speculative_config=drafts("ngram"), use_v2_model_runner=True)
-    PrunedConfig.verify_and_update_config(engine)
+    check_engine(engine)
     assert engine.model_config.logits_processors == ["pop_ext.vllm.requests:NoPromptLogprobsV2"]
 
 
@@ -157,16 +176,6 @@ def test_both_runners_refuse_logits_of_prompt_rows(name):
         processor.validate_params(SimpleNamespace(**nothing))
         with pytest.raises(VLLMValidationError, match=f"{name}: expected None"):
             processor.validate_params(SimpleNamespace(**nothing | {name: [1]}))
-
-
-@pytest.mark.parametrize(
-    ("asked", "level", "given"), [(None, 2, "FULL_DECODE_ONLY"), ("NONE", 2, "NONE"), (None, 0, None)]
-)
-def test_graphs_cover_only_decoding(asked, level, given):
-    mode = None if asked is None else CUDAGraphMode[asked]
-    engine = config(compilation_config__cudagraph_mode=mode, optimization_level=level)
-    PrunedConfig.verify_and_update_config(engine)
-    assert engine.compilation_config.cudagraph_mode == (None if given is None else CUDAGraphMode[given])
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])

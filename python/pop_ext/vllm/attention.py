@@ -17,10 +17,15 @@ class StepRequests:
     """The requests of the step that the engine is about to run, read from its model runner.
 
     A runner of another kind leaves this empty; then tokens that a preempted request generated are pruned like a prompt.
+
+    Attributes:
+        batch: The runner's description of its requests; None outside a step.
+        declined: True if the step prefills and runs at full depth, since its chunks are shorter than ``min_tokens``.
     """
 
     def __init__(self) -> None:
         self.batch: Any = None
+        self.declined = False
 
     def generated(self, query_start_loc: torch.Tensor) -> torch.Tensor | None:
         """Return ``[requests]`` int64: how many tokens of the step, or before it, come after a request's prompt.
@@ -65,6 +70,7 @@ def boundary_backend(underlying: type[AttentionBackend], boundary: int, min_toke
             begin = common_attn_metadata.query_start_loc_cpu
             rows = boundary_rows(begin, boundary, min_tokens, REQUESTS.generated(begin))
             if rows is None:
+                REQUESTS.declined = int(begin.diff().max()) > boundary
                 return super().build(common_prefix_len, common_attn_metadata, fast_build)
             index = async_tensor_h2d(rows.index, device=common_attn_metadata.slot_mapping.device)
             metadata = super().build(0, _of_rows(common_attn_metadata, rows, index), fast_build)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.distributed import get_pp_group
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.forward_context import (
     ForwardContext,
     get_forward_context,
@@ -26,8 +26,8 @@ from vllm.model_executor.layers.linear import LinearBase, QKVParallelLinear
 
 from pop_ext.plans.plan import Plan
 from pop_ext.vllm.adapters import Adapters
-from pop_ext.vllm.attention import boundary_backend
-from pop_ext.vllm.counters import count_step
+from pop_ext.vllm.attention import REQUESTS, boundary_backend
+from pop_ext.vllm.counters import count_declined, count_step
 from pop_ext.vllm.projection import RunProjection, attention_of
 from pop_ext.vllm.stages import Stage, find_decoder, handed_on, layers_of, local_layers, shallow_copy, tensors_of
 
@@ -169,6 +169,8 @@ class PrunedPrefill:
         metadata = described.get(self.attentions[0].layer_name)
         rows = getattr(metadata, "boundary", None)
         if rows is None:
+            if REQUESTS.declined:
+                count_declined()
             return plain(*args, **kwargs)
         if self.stale:
             for projection in self.projections:

@@ -119,6 +119,7 @@ HOOKS = (
     Hook(f"{_LAYERS}.layernorm", "RMSNorm", None, "norms that the fused projection computes"),
     Hook(f"{_LAYERS}.layernorm", "GemmaRMSNorm", None, "the same"),
     Hook(f"{_LAYERS}.linear", "QKVParallelLinear", None, "K and V weights"),
+    Hook(f"{_LAYERS}.linear", "LinearBase", None, "count what a plan saves"),
     Hook(f"{_LAYERS}.rotary_embedding.base", "RotaryEmbeddingBase", None, "RoPE of the fused projection"),
     Hook("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.token_lora_indices", None, "adapters of rows"),
     Hook("vllm.v1.sample.logits_processor", "LogitsProcessor", None, "refuse prompt_logprobs"),

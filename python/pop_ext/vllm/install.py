@@ -77,7 +77,7 @@ def _after_load(original: Any) -> Any:
 def _around_step(original: Any) -> Any:
     @functools.wraps(original)
     def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        REQUESTS.batch = self.input_batch
+        REQUESTS.batch, REQUESTS.declined = self.input_batch, False
         try:
             return original(self, *args, **kwargs)
         finally:
