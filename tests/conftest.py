@@ -24,6 +24,7 @@ ON_THE_CPU = {
     "test_arguments",
     "test_bench",
     "test_bench_peers",
+    "test_bench_serve",
     "test_build",
     "test_cli",
     "test_code_metrics",
