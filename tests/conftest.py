@@ -23,6 +23,7 @@ ON_THE_CPU = {
     "test_argument_fuzz",
     "test_arguments",
     "test_bench",
+    "test_bench_capacity",
     "test_bench_peers",
     "test_bench_serve",
     "test_build",
