@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _PROC = Path("/proc")
-# Fields of /proc/PID/stat, counted from the state: ppid; utime, stime, cutime, cstime; starttime
-_PARENT, _TIMES, _START = 1, slice(11, 15), 19
+_PARENT, _TIMES = 1, slice(11, 15)  # of /proc/PID/stat, counted from the state: ppid; utime, stime, cutime, cstime
 
 
 class ServerError(RuntimeError):
@@ -50,11 +49,6 @@ def _stat(pid: int) -> list[str] | None:
         return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-
-
-def _start_of(pid: int) -> str | None:
-    fields = _stat(pid)
-    return fields[_START] if fields else None
 
 
 def process_tree(root: int) -> list[int]:
@@ -115,7 +109,13 @@ class Server:
         self._log, self._paused = log, False
         with log.open("w") as out:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=dict(environment), cwd=log.parent
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=dict(environment),
+                cwd=log.parent,
+                start_new_session=True,  # so that `close` finds the engine of a server that has ended before it
             )
 
     def wait(self, timeout: float) -> float:
@@ -159,16 +159,13 @@ class Server:
 
     def close(self, patience: float = 20.0) -> None:
         """End it: ask first, and kill what is left after ``patience`` seconds."""
-        tree = {pid: _start_of(pid) for pid in process_tree(self._process.pid)}
         self.resume()
         with suppress(ProcessLookupError):
             self._process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(patience)
-        for pid, start in tree.items():
-            if start is not None and _start_of(pid) == start:  # else it has ended, and its number may be another's
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def _signal(self, number: signal.Signals) -> None:

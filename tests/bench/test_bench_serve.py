@@ -196,6 +196,22 @@ def test_a_server_is_stopped_and_ended_with_all_its_processes(tmp_path):
         time.sleep(0.01)
 
 
+def test_an_engine_that_outlives_its_server_is_ended(tmp_path):
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\nsleep 100 &\necho $! > {tmp_path}/pid\n")
+    script.chmod(0o755)
+    found = server.Server("any", script, [], os.environ, tmp_path / "log.txt")
+    with pytest.raises(server.ServerError, match="any: it ended with code 0"):
+        found.wait(10)
+    pid = int((tmp_path / "pid").read_text())
+    assert (server._stat(pid) or "-")[0] == "S"
+    found.close()
+    deadline = time.monotonic() + 10
+    while (server._stat(pid) or "-")[0] not in "-Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_prompts_are_shared_by_the_arms_and_never_repeat():
     load = rounds.Load([64], [1, 16], 1, 2, None, 0)
     requests = [Request(64, 1, 64, concurrency) for concurrency in (1, 16)]

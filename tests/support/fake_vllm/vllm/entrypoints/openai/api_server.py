@@ -26,10 +26,14 @@ def burn(seconds):
         pass
 
 
-def work(pipe):
-    """Burn what is asked for: the engine, a process apart from the server's."""
+def work(pipe, other):
+    """Burn what is asked for: the engine, a process apart from the server's, which ends with it."""
+    other.close()
     while True:
-        burn(pipe.recv())
+        try:
+            burn(pipe.recv())
+        except EOFError:
+            return
         pipe.send(None)
 
 
@@ -54,7 +58,7 @@ def main():
     if not pruned and (os.environ["VLLM_PLUGINS"] or "pop_ext.vllm:register" in plugins):
         sys.exit("ValueError: expected no plugin in a plain server")
     ours, theirs = multiprocessing.Pipe()
-    multiprocessing.Process(target=work, args=(theirs,), daemon=True).start()
+    multiprocessing.Process(target=work, args=(theirs, ours), daemon=True).start()
     lock, seen = threading.Lock(), set()
 
     class Handler(BaseHTTPRequestHandler):
