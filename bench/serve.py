@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,7 @@ if find_spec("pop_ext") is None:
 import torch  # noqa: E402
 from pop_ext import _core  # noqa: E402
 from pop_ext.plans.default import choose_plan  # noqa: E402
+from pop_ext.plans.plan import Plan  # noqa: E402
 from pop_ext.utils.progress import ProgressBar  # noqa: E402
 
 from bench.arms import layers_text, plan_name  # noqa: E402
@@ -40,7 +42,7 @@ from bench.serving.ceilings import Work, flops, roofline  # noqa: E402
 from bench.serving.figures import ARMS, PLAIN, POP, Cell, cell_json  # noqa: E402
 from bench.serving.models import REAL, Served, served_model  # noqa: E402
 from bench.serving.rounds import Load, Machine, Servers, make_cells, run_cell, say  # noqa: E402
-from bench.serving.server import ServerError, flags  # noqa: E402
+from bench.serving.server import flags  # noqa: E402
 from bench.serving.texts import cells_text  # noqa: E402
 from bench.shapes import SHAPES, spec_facts  # noqa: E402
 
@@ -89,6 +91,33 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that is known before the servers start.
+
+    Attributes:
+        model: what is served.
+        plan: the plan of the POP arm.
+        load: what is sent.
+        chunk: most rows of a step.
+        machine: where the servers run.
+        versions: versions in their environment.
+        servers: name of the arm -> arguments of its server.
+        peaks: of the machine; None if they were not measured.
+        cells: results, empty at first.
+    """
+
+    model: Served
+    plan: Plan
+    load: Load
+    chunk: int
+    machine: Machine
+    versions: dict[str, str]
+    servers: dict[str, list[str]]
+    peaks: Peaks | None
+    cells: list[Cell]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison. Return 0; 1 if a server did not start or a cell failed; 2 for bad arguments."""
     argv = sys.argv[1:] if arguments is None else list(arguments)
@@ -98,61 +127,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench/serve.py: error: {problem}", file=sys.stderr)
         return 2
     started = time.monotonic()
-    dtype = _DTYPES[options.dtype]
     cpus = sorted(os.sched_getaffinity(0))[: options.threads]
     torch.set_num_threads(len(cpus))
     facts = environment(CPU)
     print(environment_text(facts), flush=True)
-    work = options.folder.resolve()
     try:
-        model = served_model(options.model, options.shape, dtype, work / "models")
-        plan = choose_plan(options.plan, model.config).plan
-        python = options.python or venv_python(
-            PEERS["vllm"], ROOT / "build" / "peers", torch.__version__, options.install, say
-        )
-        versions = _versions(python)
-    except (InstallError, OSError, RuntimeError, ValueError) as error:
+        found = prepared(options, cpus)
+        start_s = _run(found, options.quiet)
+    except (InstallError, OSError, RuntimeError, ValueError) as error:  # ServerError, too
         print(f"bench/serve.py: error: {error}", file=sys.stderr)
         return 1
-    load = _load(options)
-    chunk = options.max_batched_tokens or max(load.positions, _CHUNK)
-    peaks = _peaks(model.spec, max(options.tokens), dtype) if options.roofline else None
-    work_of: dict[str, Work] = {"flops": flops} | ({"roofline": roofline(peaks)} if peaks else {})
-    cells = make_cells(model.spec, plan, load, chunk, work_of)
-    plain = rounds.engine_arguments(model, load, options.dtype, chunk, shlex.split(options.engine_args))
-    named = str(Path(options.plan).resolve()) if Path(options.plan).exists() else options.plan
-    servers = {PLAIN: plain, POP: [*plain, *flags(rounds.pop_arguments(model, named))]}
-    machine = Machine(python.absolute(), cpus, work, options.timeout)
-    try:
-        start_s = _run(options, machine, servers, model, load, cells)
-    except ServerError as error:
-        print(f"bench/serve.py: error: {error}", file=sys.stderr)
-        return 1
-    versions_text = ", ".join(f"{name} {version}" for name, version in versions.items())
-    print(
-        f"\n{model.name}, {options.dtype}, {model.weights} weights, {len(cpus)} threads; {plan_name(plan)} without "
-        f"{layers_text(plan)}\n{load.rounds} rounds; steps of at most {chunk} rows; {versions_text}\n"
-    )
-    print(cells_text(cells), flush=True)
+    print(f"\n{_title(found, options.dtype)}\n\n{cells_text(found.cells)}", flush=True)
     report = {
         "schema": SCHEMA,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "arguments": argv,
-        "environment": facts | {"threads": len(cpus)},
+        "environment": facts,
         "cases": [],
-        "serving": {
-            "model": model.name,
-            "weights": model.weights,
-            "spec": spec_facts(model.spec),
-            "dtype": options.dtype,
-            "plan": json.loads(plan.to_json()),
-            "chunk": chunk,
-            "versions": versions,
-            "servers": servers,
-            "start_s": start_s,
-            "peaks": None if peaks is None else {"flop_per_s": peaks.flop_per_s, "bytes_per_s": peaks.bytes_per_s},
-            "cells": [cell_json(cell) for cell in cells],
-        },
+        "serving": _serving_json(found, options.dtype, start_s),
         "seconds": round(time.monotonic() - started, 1),
     }
     path = options.json or RESULTS / f"local-serve-{datetime.now().strftime('%Y%m%d-%H%M%S')}.json"
@@ -160,7 +152,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\n{report['seconds']:.0f} s; every request is in {path}")
     if options.plot:
         _plot(options.plot, report)
-    return 1 if any(cell.failed for cell in cells) else 0
+    return 1 if any(cell.failed for cell in found.cells) else 0
+
+
+def prepared(options: argparse.Namespace, cpus: list[int]) -> Comparison:
+    """Find the model and vLLM's environment, and compute the ceilings.
+
+    Raises:
+        InstallError: the venv could not be made.
+        OSError: the model or the plan cannot be read.
+        RuntimeError: the real model cannot be had.
+        ValueError: there is no cost model for the model, no plugin for it, or no vLLM in the environment.
+    """
+    dtype, work = _DTYPES[options.dtype], options.folder.resolve()
+    model = served_model(options.model, options.shape, dtype, work / "models")
+    plan = choose_plan(options.plan, model.config).plan
+    load = Load(
+        options.tokens, options.concurrency, options.output_tokens, options.rounds, options.requests, options.seed
+    )
+    chunk = options.max_batched_tokens or max(load.positions, _CHUNK)
+    plain = rounds.engine_arguments(model, load, options.dtype, chunk, shlex.split(options.engine_args))
+    named = str(Path(options.plan).resolve()) if Path(options.plan).exists() else options.plan
+    servers = {PLAIN: plain, POP: [*plain, *flags(rounds.pop_arguments(model, named))]}
+    python = options.python or venv_python(
+        PEERS["vllm"], ROOT / "build" / "peers", torch.__version__, options.install, say
+    )
+    machine = Machine(python.absolute(), cpus, work, options.timeout)
+    versions = _versions(python)
+    peaks = _peaks(model.spec, max(options.tokens), dtype) if options.roofline else None
+    work_of: dict[str, Work] = {"flops": flops} | ({"roofline": roofline(peaks)} if peaks else {})
+    cells = make_cells(model.spec, plan, load, chunk, work_of)
+    return Comparison(model, plan, load, chunk, machine, versions, servers, peaks, cells)
+
+
+def _title(found: Comparison, dtype: str) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+    return (
+        f"{found.model.name}, {dtype}, {found.model.weights} weights, {len(found.machine.cpus)} threads; "
+        f"{plan_name(found.plan)} without {layers_text(found.plan)}\n"
+        f"{found.load.rounds} rounds; steps of at most {found.chunk} rows; {versions}"
+    )
+
+
+def _serving_json(found: Comparison, dtype: str, start_s: dict[str, float]) -> dict[str, Any]:
+    """Return the results as JSON values. The model's folder is not in it: it says where it lay on one machine."""
+    folder, peaks = str(found.model.folder), found.peaks
+    return {
+        "model": found.model.name,
+        "weights": found.model.weights,
+        "spec": spec_facts(found.model.spec),
+        "dtype": dtype,
+        "plan": json.loads(found.plan.to_json()),
+        "chunk": found.chunk,
+        "versions": found.versions,
+        "servers": {
+            arm: [found.model.name if part == folder else part for part in parts]
+            for arm, parts in found.servers.items()
+        },
+        "start_s": start_s,
+        "peaks": None if peaks is None else {"flop_per_s": peaks.flop_per_s, "bytes_per_s": peaks.bytes_per_s},
+        "cells": [cell_json(cell) for cell in found.cells],
+    }
 
 
 def _problem(options: argparse.Namespace) -> str | None:
@@ -185,12 +237,6 @@ def _problem(options: argparse.Namespace) -> str | None:
     if options.python is not None and not options.python.exists():
         return f"--python: expected an interpreter, got {options.python}"
     return None
-
-
-def _load(options: argparse.Namespace) -> Load:
-    return Load(
-        options.tokens, options.concurrency, options.output_tokens, options.rounds, options.requests, options.seed
-    )
 
 
 def _versions(python: Path) -> dict[str, str]:
@@ -220,21 +266,18 @@ def _peaks(spec: _core.ModelSpec, rows: int, dtype: torch.dtype) -> Peaks | None
     return Peaks(rate, max(bandwidth.values())) if rate and bandwidth else None
 
 
-def _run(
-    options: argparse.Namespace,
-    machine: Machine,
-    arguments: dict[str, list[str]],
-    model: Served,
-    load: Load,
-    cells: list[Cell],
-) -> dict[str, float]:
-    """Start both servers and run all cells. Return the seconds that the servers took to start."""
-    environments = rounds.environments(model, load, machine)
-    quiet = options.quiet
-    with Servers(machine, arguments, environments, (lambda text: None) if quiet else say) as servers:
-        total = len(ARMS) * (1 + load.rounds) * len(cells)
+def _run(found: Comparison, quiet: bool) -> dict[str, float]:
+    """Start both servers and run all cells. Return the seconds that the servers took to start.
+
+    Raises:
+        ServerError: a server does not start.
+    """
+    model, load = found.model, found.load
+    environments = rounds.environments(model, load, found.machine)
+    with Servers(found.machine, found.servers, environments, (lambda text: None) if quiet else say) as servers:
+        total = len(ARMS) * (1 + load.rounds) * len(found.cells)
         with ProgressBar("rounds", total=total, quiet=quiet) as bar:
-            for cell in cells:
+            for cell in found.cells:
                 run_cell(servers, load, cell, model.spec.vocab_size, lambda: bar.advance(1))
         return servers.start_s
 
