@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the figure. Return 1 if the reports hold nothing to draw, else 0."""
     parser = argparse.ArgumentParser(prog="bench/plot.py", description="Draw reports of the bench.")
     parser.add_argument("out", type=Path, help="the figure; its suffix is the format")
-    parser.add_argument("reports", nargs="+", type=Path, help="JSON files of bench/run.py")
+    parser.add_argument("reports", nargs="+", type=Path, help="JSON files of bench/run.py and bench/serve.py")
     options = parser.parse_args(arguments)
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in options.reports]
     figure = draw(reports)
@@ -38,7 +38,7 @@ def draw(reports: Sequence[dict[str, Any]]) -> Any | None:
     """Return a matplotlib figure of all reports; None if they hold nothing to draw."""
     from matplotlib.figure import Figure
 
-    panels = speedup_panels(reports)
+    panels = speedup_panels(reports) | serving_panels(reports)
     bars = profile_groups(reports)
     count = len(panels) + len(bars)
     if count == 0:
@@ -74,6 +74,22 @@ def speedup_panels(reports: Sequence[dict[str, Any]]) -> dict[str, dict[str, lis
             points.append((case["tokens"], item["speedup"], item["ceiling"]))
     for arms in panels.values():
         for points in arms.values():
+            points.sort()
+    return panels
+
+
+def serving_panels(reports: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float, float]]]]:
+    """Return the same of servers (``bench/serve.py``): a panel for each ratio that has a ceiling, a line by load."""
+    figures = {"processor_s": "processor time of a request", "ttft_s": "time to first token"}
+    panels: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
+    for serving in (report["serving"] for report in reports if "serving" in report):
+        for cell, name in ((cell, name) for cell in serving["cells"] for name in figures if name in cell["ratios"]):
+            panel = panels.setdefault(f"{serving['model']} served, {figures[name]}", {})
+            ratio = cell["ratios"][name]
+            points = panel.setdefault(f"{cell['concurrency']} at once", [])
+            points.append((cell["tokens"], ratio["median"], ratio["ceiling"]))
+    for lines in panels.values():
+        for points in lines.values():
             points.sort()
     return panels
 

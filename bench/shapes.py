@@ -76,12 +76,12 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, random_weigh
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if name.lower() in SHAPES:
-        return _random_model(name, _preset_config(SHAPES[name.lower()]), dtype, device)
+        return _random_model(name, shape_config(name), dtype, device)
     path = DEMO if name == "demo" else Path(name)
     if name == "demo" and not (path / "config.json").is_file():
         note = "the demo model is missing; its shape, with random weights"
         return _random_model(name, _config(_DEMO_SIZES), dtype, device, note)
-    if path.is_dir() and (random_weights or not _has_weights(path)):
+    if path.is_dir() and (random_weights or not has_weights(path)):
         note = "" if random_weights else f"{name} holds no weights; its shape, with random weights"
         return _random_model(name, AutoConfig.from_pretrained(path), dtype, device, note)
     if random_weights:
@@ -98,12 +98,18 @@ def _config(sizes: dict[str, Any]) -> Any:
     return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
 
 
+def shape_config(name: str) -> Any:
+    """Return the config of a key of ``SHAPES``."""
+    return _preset_config(SHAPES[name.lower()])
+
+
 def _preset_config(name: str) -> Any:
     tied = any(part in name for part in _TIED)
     return _config({"max_position_embeddings": 131072, **PRESETS[name].config, "tie_word_embeddings": tied})
 
 
-def _has_weights(path: Path) -> bool:
+def has_weights(path: Path) -> bool:
+    """Return whether a folder holds weights of transformers, in whole or in shards."""
     return any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin"))
 
 

@@ -9,6 +9,7 @@ part of the bench that needs them.
 | ``{"op": "load", ...job}`` | ``{"arms": {name: the call in words}, "versions": {...}, "resident": bytes}`` |
 | ``{"op": "time", "arm": name, "ids": [...]}`` | ``{"seconds": time of one prefill}`` |
 | ``{"op": "check", "arm": name, "ids": [...], "keep": k}`` | ``{"log_probs": [[id, value], ...], "peak": bytes}`` |
+| ``{"op": "call", ...}`` | what the engine's ``call`` returns; only `bench.serving.load` has one |
 
 The members of a job are ``weights`` (a folder with config.json and safetensors), ``work`` (a folder for converted
 weights), ``dtype``, ``threads``, ``max_tokens`` and ``options`` (of the engine). If the engine raises, the answer is
@@ -41,6 +42,9 @@ class Engine(Protocol):
     def log_probs(self, arm: str, ids: list[int], keep: int | None) -> dict[int, float]:
         """Return token -> log-probability after the prompt, of the ``keep`` most probable tokens or of all."""
 
+    def call(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answer a request of the engine's own."""
+
 
 def main() -> int:
     """Answer requests until stdin ends."""
@@ -69,6 +73,8 @@ def answer_to(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
         ValueError: the request is unknown.
     """
     operation = request["op"]
+    if operation == "call":
+        return engine.call(request)
     if operation == "load":
         arms, packages = engine.load(request)
         return {"arms": arms, "versions": versions(packages), "resident": status_bytes("VmRSS")}
@@ -84,7 +90,7 @@ def answer_to(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
         reset_peak()
         engine.prefill(arm, ids)
         return {"log_probs": sorted(found.items()), "peak": status_bytes("VmHWM")}
-    raise ValueError(f"op: expected load, time or check, got {operation!r}")
+    raise ValueError(f"op: expected load, time, check or call, got {operation!r}")
 
 
 def versions(packages: list[str]) -> dict[str, str]:
