@@ -124,7 +124,7 @@ def test_an_engine_without_a_plan_is_plain(tmp_path):
     assert "'pop_ext.vllm'" in with_plugin
     assert torch.equal(plain, found)
     lines = [
-        sorted({re.sub(r"[0-9.:/_a-f-]+", "#", line) for line in text.splitlines() if "pop_ext" not in line})
+        sorted({re.sub(r"[0-9.:/_a-f-]+", "#", line) for line in text.splitlines() if not line.startswith(("[", "{"))})
         for text in (log, with_plugin)
     ]
     assert lines[0] == lines[1]
