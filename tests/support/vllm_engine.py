@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,12 +31,12 @@ class Engine:
     Attributes:
         llm: the ``vllm.LLM``.
         written: layer -> slot of the cache -> (K, V), ``[kv_heads, head_dim]`` each, the last ones written there.
-        slots: cache slots of all rows, in the order in which layer 0 computed them; no plan here omits it.
+        slots: layer -> cache slots of all rows, in their order.
     """
 
     llm: Any
     written: dict[int, dict[int, tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    slots: list[int] = field(default_factory=list)
+    slots: dict[int, list[int]] = field(default_factory=dict)
 
     def generate(
         self, prompts: list[Tensor], count: int = 1, lora_request: Any = None, **sampling: Any
@@ -53,12 +54,12 @@ class Engine:
 
     def positions(self) -> list[int]:
         """Return the positions of the only prompt that are still cached. Slots outside a window are reused."""
-        last = {slot: position for position, slot in enumerate(self.slots)}
-        return sorted(last.values())
+        last = ({slot: position for position, slot in enumerate(slots)} for slots in self.slots.values())
+        return sorted(set.intersection(*(set(found.values()) for found in last)))
 
     def cache(self, layer: int, positions: list[int]) -> tuple[Tensor, Tensor]:
         """Return a layer's K and V of these positions, ``[1, kv_heads, len(positions), head_dim]``."""
-        keys, values = zip(*(self.written[layer][self.slots[position]] for position in positions), strict=True)
+        keys, values = zip(*(self.written[layer][self.slots[layer][position]] for position in positions), strict=True)
         return torch.stack(keys, 1)[None], torch.stack(values, 1)[None]
 
     def model(self) -> Any:
@@ -69,19 +70,22 @@ class Engine:
         from vllm.model_executor.layers.attention import Attention
 
         for module in self.model().modules():
-            if isinstance(module, Attention) and ".layers." in module.layer_name:
-                number = int(module.layer_name.split(".layers.")[-1].split(".")[0])
-                self._watch(module.impl, number)
+            if isinstance(module, Attention):
+                self._watch(module.impl, int(re.search(r"\b\d+\b", module.layer_name)[0]))
 
     def _watch(self, implementation: Any, number: int) -> None:
         write = implementation.do_kv_cache_update
-        kept = self.written.setdefault(number, {})
+        kept, order = self.written.setdefault(number, {}), self.slots.setdefault(number, [])
+        step: set[int] = set()
 
         def and_keep(layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
             write(layer, key, value, kv_cache, slot_mapping)
-            for slot, k, v in zip(slot_mapping.tolist(), key.clone(), value.clone(), strict=False):
-                if number == 0:
-                    self.slots.append(slot)
+            slots = slot_mapping.tolist()
+            if not step.issuperset(slots):  # else boundary rows, after all rows of the step
+                order.extend(slots)
+                step.clear()
+                step.update(slots)
+            for slot, k, v in zip(slots, key.clone(), value.clone(), strict=False):
                 kept[slot] = k, v
 
         implementation.do_kv_cache_update = and_keep

@@ -159,13 +159,3 @@ def test_log_probabilities_of_the_prompt_are_refused(tmp_path):
         with pytest.raises(VLLMValidationError, match="prompt_logprobs: expected None"):
             found.generate([prompt(20)], prompt_logprobs=1)
         assert found.generate([prompt(20)])[0][0] == turns(models.shared("llama"), GAPS, [prompt(20)])[0]
-
-
-def test_drafts_from_the_prompt_change_no_token(tmp_path):
-    # The last test: vLLM 0.32 starts no further engine in a process that imported numba, which drafts use.
-    model = models.shared("llama")
-    ids = prompt(12).repeat(5)  # repetitive, so that there are drafts to verify
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 1}
-    with engine(model, tmp_path, GAPS.replace(boundary=4), speculative_config=drafts) as found:
-        [(tokens, _)] = found.generate([ids], 20, logprobs=None)
-    assert tokens == turns(model, GAPS.replace(boundary=4), [ids], 20)[0]

@@ -36,9 +36,16 @@ def section(plan, folder) -> dict:
     return {"pop_ext": {"plan": str(folder / "plan.json")}}
 
 
-def run_engine(folder: Path, count: int = 1, environment: dict[str, str] | None = None, **options):
+def run_engine(folder: Path, count: int = 1, ids=IDS, environment: dict[str, str] | None = None, **options):
     """Run ``vllm_process.py``; return its tokens, its log-probabilities ``[count, vocab]``, and what it logged."""
-    command = [sys.executable, SUPPORT / "vllm_process.py", folder, json.dumps(options), str(count)]
+    command = [
+        sys.executable,
+        SUPPORT / "vllm_process.py",
+        folder,
+        json.dumps(options),
+        str(count),
+        json.dumps(ids.tolist()),
+    ]
     run = subprocess.run(
         command, capture_output=True, text=True, timeout=500, env={**os.environ, **(environment or {})}
     )
@@ -47,9 +54,9 @@ def run_engine(folder: Path, count: int = 1, environment: dict[str, str] | None 
     return found["tokens"], torch.tensor(found["log_probs"]), run.stdout + run.stderr
 
 
-def oracle(model, plan, count: int = 1):
+def oracle(model, plan, count: int = 1, ids=IDS):
     """Return greedy tokens and log-probabilities of the oracle's prefill and stock decoding."""
-    logits, cache = reference.prefill(model, IDS[None], plan)
+    logits, cache = reference.prefill(model, ids[None], plan)
     tokens, table = [], []
     for _ in range(count):
         table.append(logits[0, -1].float().log_softmax(-1))
@@ -83,6 +90,19 @@ def test_each_of_two_ranks_prunes_its_part(ranks, tmp_path):
     want, table = oracle(model, plan, 4)
     assert_close_fp32(found, table, "log-probabilities")
     assert tokens == want
+
+
+def test_drafts_from_the_prompt_change_no_token(tmp_path):
+    model, plan = models.shared("llama"), GAPS.replace(boundary=4)
+    model.save_pretrained(tmp_path / "model")
+    ids = torch.randint(263, (12,), generator=torch.Generator().manual_seed(0)).repeat(
+        5
+    )  # so there are drafts to verify
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 1}
+    tokens, _, _ = run_engine(
+        tmp_path / "model", 20, ids, additional_config=section(plan, tmp_path), speculative_config=drafts
+    )
+    assert tokens == oracle(model, plan, 20, ids)[0]
 
 
 def test_an_engine_that_prefills_hands_its_cache_to_one_that_decodes(tmp_path):
