@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pop_ext
 import pytest
 import torch
-from pop_ext import NativeModel, _core
+from pop_ext import _core
 from pop_ext.hf.weight_map import describe
 from pop_ext.plans.plan import Plan
 
@@ -406,7 +407,14 @@ def test_copies_of_weights_add_arms_loaded_with_them(tiny, via):
 @pytest.mark.parametrize("via", ["enable", "prefill"])
 def test_graphs_add_arms_whose_models_use_them(tiny, via, monkeypatch):
     used = []
-    monkeypatch.setattr(NativeModel, "use_cuda_graphs", lambda native: used.append(native))
+    for name in ("load", "enable"):
+        plain = getattr(pop_ext, name)
+
+        def without_graphs(*arguments, cuda_graphs=0, plain=plain, **options):
+            used.extend([cuda_graphs] * (cuda_graphs > 0))
+            return plain(*arguments, **options)
+
+        monkeypatch.setattr(pop_ext, name, without_graphs)
     spec, ids = describe(tiny.model).spec, torch.zeros(1, 8, dtype=torch.int64)
     arms = make_arms(tiny.model, spec, ids, [Plan.last(LAYERS)], None, via, graphs=True)
     assert [arm.name for arm in arms[1:]] == ["native-full", "native-full graphs", "pop 2/6", "pop 2/6 graphs"]
