@@ -17,6 +17,7 @@ from bench.measure import Timed, tuned
 from bench.memory import MemoryUse
 
 VIA = ("enable", "prefill")
+_GRAPHS = 4  # shapes that an arm keeps; a case has one
 HF_EAGER, HF_COMPILE, NATIVE_FULL = "hf-eager", "hf-compile", "native-full"
 
 
@@ -58,7 +59,8 @@ class Arm(Timed):
     @property
     def load_options(self) -> dict[str, bool]:
         """Keyword arguments for ``pop_ext.load`` and ``enable``."""
-        return {} if self.copies is None else {self.copies: True}
+        options: dict[str, Any] = {} if self.copies is None else {self.copies: True}
+        return {**options, "cuda_graphs": _GRAPHS} if self.graphs else options
 
     @property
     def full_depth(self) -> bool:
@@ -149,7 +151,7 @@ def make_arms(
             text = f"{what}; {copy_}"
             arms.append(Arm(name=f"{name} {copy_}", what=text, cost=cost, make=make, plan=plan, copies=copy_))
         if graphs:
-            text = f"{what}; native.use_cuda_graphs()"
+            text = f"{what}; cuda_graphs={_GRAPHS}"
             arms.append(Arm(name=f"{name} graphs", what=text, cost=cost, make=make, plan=plan, graphs=True))
         for options in tunings if plan is not full else ():
             text = options_text(options)
@@ -198,10 +200,7 @@ def _enabled_maker(model: Any, input_ids: torch.Tensor) -> Callable[[Arm], Calla
     def make(arm: Arm) -> Callable[[], Any]:
         view = copy.copy(model)  # shares modules and weights, but not `forward`
         pop_ext.enable(view, arm.plan, strict=True, **arm.load_options)
-        native = view.forward.backend.native
-        arm.folded_bytes = native.extra_bytes
-        if arm.graphs:
-            native.use_cuda_graphs()
+        arm.folded_bytes = view.forward.backend.native.extra_bytes
         with torch.no_grad():
             decision = pop_ext.explain(view, input_ids=input_ids, use_cache=True, logits_to_keep=1)
         if decision.backend != "native":
@@ -215,8 +214,6 @@ def _loaded_maker(model: Any, input_ids: torch.Tensor) -> Callable[[Arm], Callab
     def make(arm: Arm) -> Callable[[], Any]:
         native = pop_ext.load(model, arm.plan, **arm.load_options)
         arm.folded_bytes = native.extra_bytes
-        if arm.graphs:
-            native.use_cuda_graphs()
         return lambda: native.prefill(input_ids)
 
     return make

@@ -12,12 +12,12 @@ import torch
 from pop_ext import _core
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.progress import ProgressBar
+from pop_ext.utils.roofline import Peaks
 
 from bench.arms import HF_COMPILE, HF_EAGER, NATIVE_FULL, Arm, find, make_arms
 from bench.measure import MIN_REPEATS, Summary, WallClock, error_line, interleave, paired_ratio
 from bench.memory import measure_memory, release_memory
 from bench.rates import Gemm, measure_bandwidth, peak_rate, reference_gemms
-from bench.roofline import Peaks
 from bench.shapes import BenchModel
 
 _LARGEST_ERROR = 0.1  # of ``Arm.error`` at full depth; rounding stays far below it
@@ -124,7 +124,7 @@ class Case:
         paired = paired_ratio(baseline.samples, arm.samples)
         ceiling, roofline = baseline.flops / arm.flops, None
         if self.peaks is not None:
-            roofline = self.peaks.least_seconds(baseline.cost) / self.peaks.least_seconds(arm.cost)
+            roofline = self.peaks.roofline(arm.cost, baseline.cost)
         return Comparison(arm.name, baseline.name, medians[0] / medians[1], paired, ceiling, roofline)
 
     def comparisons(self) -> list[Comparison]:

@@ -166,6 +166,10 @@ def kernel_rows(native: NativeModel, operands: Operands) -> list[Row]:
         for name, value in (("kv_project fused with rstd", 2), ("kv_project fused, sums of squares within", 1)):
             fused = _under(_kv_project(len(run)), fused_kv_project=value)
             rows.append(_row(f"{name}, {layers}", operands, fused, projected, beside=bare.name))
+        halves = _under(_kv_project(len(run)), fused_kv_project=2, kv_project_halves=1)
+        rows.append(
+            _row(f"kv_project fused, last round in halves, {layers}", operands, halves, projected, beside=bare.name)
+        )
         in_cache = _under(_kv_project(len(run)), kv_project_kib=24 << 10)
         rows.append(_row(f"kv_project by 24 MiB, {layers}", operands, in_cache, projected, beside=bare.name))
     rows.append(_boundary_row(native, run, tokens, 1))

@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """Draw reports of the bench: ``python bench/plot.py OUT.png REPORT.json ...``.
 
-The upper panels show the speed-up of every arm over each baseline by prompt length, with the arm's FLOP ceiling. The
-lower panels show the stages of each profile, relative to the slowest profile of its shape.
+The upper panels show the speed-up of every arm over each baseline by prompt length, with the arm's FLOP ceiling, and
+its roofline where the report has one. The lower panels show the stages of each profile, relative to the slowest profile
+of its shape.
 """
 
 from __future__ import annotations
@@ -12,10 +13,19 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 _WIDTH, _HEIGHT = 5.2, 3.6  # of a panel, in inches
 _STAGE_COLOURS = "tab20"
+
+
+class Point(NamedTuple):
+    """A speed-up and its bounds at one length; ``roofline`` is None in reports of runs that did not measure it."""
+
+    tokens: int
+    speedup: float
+    ceiling: float
+    roofline: float | None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,17 +74,17 @@ def _device(report: dict[str, Any]) -> str:
     return f"{device}, torch {facts['torch']}"
 
 
-def speedup_panels(reports: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float, float]]]]:
-    """Return panel title (model, batch, baseline) -> arm -> points (tokens, speedup, ceiling), by length."""
-    panels: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
+def speedup_panels(reports: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[Point]]]:
+    """Return panel title (model, batch, baseline) -> arm -> points, by length."""
+    panels: dict[str, dict[str, list[Point]]] = {}
     for case in (case for report in reports for case in report["cases"]):
         for item in case["comparisons"]:
             title = f"{case['model']}, batch {case['batch']}, against {item['baseline']}"
             points = panels.setdefault(title, {}).setdefault(item["arm"], [])
-            points.append((case["tokens"], item["speedup"], item["ceiling"]))
+            points.append(Point(case["tokens"], item["speedup"], item["ceiling"], item.get("roofline")))
     for arms in panels.values():
         for points in arms.values():
-            points.sort()
+            points.sort(key=lambda point: point.tokens)
     return panels
 
 
@@ -103,18 +113,21 @@ def profile_groups(reports: Sequence[dict[str, Any]]) -> dict[str, list[dict[str
     return groups
 
 
-def _draw_speedups(axis: Any, title: str, arms: dict[str, list[tuple[int, float, float]]]) -> None:
+def _draw_speedups(axis: Any, title: str, arms: dict[str, list[Point]]) -> None:
     for number, (arm, points) in enumerate(arms.items()):
-        tokens, speedups, ceilings = zip(*points, strict=True)
+        tokens, speedups, ceilings, _ = zip(*points, strict=True)
         colour = f"C{number}"
         axis.plot(tokens, speedups, "o-", color=colour, label=arm)
         axis.plot(tokens, ceilings, "_:", color=colour, markersize=12)
+        bounded = [(point.tokens, point.roofline) for point in points if point.roofline is not None]
+        if bounded:
+            axis.plot(*zip(*bounded, strict=True), "_--", color=colour, markersize=12, linewidth=0.8)
     axis.axhline(1.0, color="black", linewidth=0.6)
     axis.set_xscale("log", base=2)
-    lengths = sorted({point[0] for points in arms.values() for point in points})
+    lengths = sorted({point.tokens for points in arms.values() for point in points})
     axis.set_xticks(lengths, [str(length) for length in lengths])
     axis.minorticks_off()
-    axis.set_title(f"{title} (dotted: FLOP ceiling)", fontsize=9)
+    axis.set_title(f"{title} (dotted: FLOP ceiling; dashed: roofline)", fontsize=9)
     axis.set_xlabel("tokens")
     axis.set_ylabel("times as fast")
     axis.grid(alpha=0.3)

@@ -1,7 +1,8 @@
 """Time the portable backend against the stock forward, by form of the weights: ``python -m bench.portable``.
 
 Each form is a Llama of some 300 million parameters with random weights; ``gguf`` is a real checkpoint. The arms run in
-turn. A ceiling is the ratio of FLOPs by the cost model, in which a dequantised product costs what a plain one does.
+turn. A ceiling is the ratio of FLOPs by the cost model, and a roofline that of the least times by FLOPs and bytes at
+the peaks of the run. In both a dequantised product costs what a plain one of the compute dtype does.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from typing import Any
 import pop_ext
 import torch
 from pop_ext.hf.weight_map import describe
+from pop_ext.utils.roofline import Peaks, measure_peaks
 
-from bench.arms import plan_flops, stock_flops
+from bench.arms import plan_cost, stock_cost
 from bench.environment import environment
 from bench.measure import Summary, error_line
 from bench.shapes import fill_random
@@ -46,7 +48,9 @@ class Result:
         stock_s, backend_s: medians in seconds.
         ratio: median over rounds of stock by backend.
         ceiling: FLOPs of stock by those of the plan.
+        roofline: least time of stock by that of the plan.
         share: ratio by ceiling.
+        share_of_roofline: ratio by roofline.
         rounds: number of rounds.
     """
 
@@ -58,7 +62,9 @@ class Result:
     backend_s: float
     ratio: float
     ceiling: float
+    roofline: float
     share: float
+    share_of_roofline: float
     rounds: int
 
 
@@ -117,7 +123,13 @@ FORMS: dict[str, Callable[[torch.dtype], Any]] = {
 
 
 def measure(
-    form: str, dtype: torch.dtype, tokens: int, rounds: int, backends: list[str], clock: Callable[[], float]
+    form: str,
+    dtype: torch.dtype,
+    tokens: int,
+    rounds: int,
+    backends: list[str],
+    clock: Callable[[], float],
+    peaks: Peaks,
 ) -> list[Result]:
     """Time one form at one length, all arms in turn."""
     model = FORMS[form](dtype)
@@ -144,13 +156,15 @@ def measure(
                 taken = seconds_of(name)
                 if turn > 0:  # the first warms up
                     samples.append(taken)
-    ceiling = stock_flops(spec, 1, tokens) / plan_flops(spec, plan, 1, tokens)
+    stock, pruned = stock_cost(spec, 1, tokens), plan_cost(spec, plan, 1, tokens)
+    ceiling, roofline = stock["flops"] / pruned["flops"], peaks.roofline(pruned, stock)
     results = []
     for backend in backends:
         ratio = statistics.median(a / b for a, b in zip(seconds["stock"], seconds[backend], strict=True))
         medians = [Summary.of(seconds[name]).median for name in ("stock", backend)]
         name = str(dtype).removeprefix("torch.")
-        results.append(Result(form, tokens, name, backend, *medians, ratio, ceiling, ratio / ceiling, rounds))
+        shares = ratio / ceiling, ratio / roofline
+        results.append(Result(form, tokens, name, backend, *medians, ratio, ceiling, roofline, *shares, rounds))
     return results
 
 
@@ -167,11 +181,14 @@ def main() -> None:
     clock = time.process_time if arguments.processor_time else time.perf_counter
     results: list[Result] = []
     failed: dict[str, str] = {}
+    known: dict[str, Peaks] = {}
     for form in arguments.forms:
         for dtype in arguments.dtypes:
+            peaks = known.setdefault(dtype, measure_peaks(torch.device("cpu"), getattr(torch, dtype)))
             for tokens in arguments.lengths:
                 try:
-                    found = measure(form, getattr(torch, dtype), tokens, arguments.rounds, arguments.backends, clock)
+                    timing = arguments.rounds, arguments.backends, clock, peaks
+                    found = measure(form, getattr(torch, dtype), tokens, *timing)
                 except Exception as error:  # a form may lack its package; the others go on
                     failed[f"{form} {dtype} {tokens}"] = error_line(error)
                     print(f"{form:13} {dtype:9} {tokens:5}  failed: {error_line(error)}", flush=True)
@@ -180,7 +197,8 @@ def main() -> None:
                 for r in found:
                     print(
                         f"{form:13} {dtype:9} {tokens:5}  {r.backend:9} {r.stock_s * 1e3:8.0f} ms -> "
-                        f"{r.backend_s * 1e3:8.0f} ms  {r.ratio:.3f}x of {r.ceiling:.3f}x: {r.share:.1%}",
+                        f"{r.backend_s * 1e3:8.0f} ms  {r.ratio:.3f}x of {r.ceiling:.3f}x: {r.share:.1%}; "
+                        f"roofline {r.roofline:.3f}x: {r.share_of_roofline:.1%}",
                         flush=True,
                     )
     if arguments.json:
@@ -188,6 +206,7 @@ def main() -> None:
             "clock": "processor time" if arguments.processor_time else "wall time",
             "threads": torch.get_num_threads(),
             "environment": environment(torch.device("cpu")),
+            "peaks": {dtype: asdict(peaks) for dtype, peaks in known.items()},
         }
         rows = [asdict(result) for result in results]
         arguments.json.write_text(json.dumps({**facts, "results": rows, "failed": failed}, indent=1) + "\n")

@@ -70,10 +70,11 @@ bool skinny_mma_fits(const GemmParams&);
 void launch_skinny_mma(const GemmParams* products, int64_t count, Stream);
 
 // kv_project_sm90.cu: the projection of a run in one kernel, on Hopper only, without a workspace. `fits` checks dtype,
-// shapes and alignments, `supports` the current device as well. Launch only supported calls.
+// shapes and alignments, `supports` the current device as well. Launch only supported calls. `halve_last_round`: cut
+// the tiles that do not fill a round in two along hidden_size, where that makes it shorter.
 bool kv_project_sm90_fits(const KvProjectParams&);
 bool kv_project_sm90_supports(const KvProjectParams&);
-void launch_kv_project_sm90(const KvProjectParams&, Stream);
+void launch_kv_project_sm90(const KvProjectParams&, bool halve_last_round, Stream);
 
 // attention.cu: attention over the cache for any dtype, split along the keys so that few rows fill the GPU too.
 // `workspace` has attention_workspace(...) bytes, at most 17 MiB, aligned to 16.

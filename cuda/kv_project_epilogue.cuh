@@ -21,6 +21,7 @@ struct KvProjectLayer {
 // The parameters of a launch, apart from the tensor maps of x and W.
 struct KvProjectRun {
   kv_tile::TileOrder order;
+  int whole;  // units whose tiles are computed whole (kv_tile::whole_units)
   int rows;
   int hidden;
   int kv_heads;

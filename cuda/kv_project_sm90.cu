@@ -17,8 +17,11 @@
 // us after 45 us of products, before its loads were all issued ahead of its stores); 1280 tiles on 132 blocks (9.7
 // rounds in 10, and 2.4 in 3 at 512 tokens). Tiles of 128 x 128 would fill 4.8 rounds of 5 there, but a step of one
 // takes 640 cycles of shared memory (reads 384, TMA writes 256) for 512 of products: 5 rounds of theirs are 3.1 of
-// ours. Only the last round cut into them would gain: 2.6. Measured rates are in docs/results/h200.md.
+// ours. On request the tiles of the last round are cut along hidden_size instead (kv_project_tile.h, "The last round"):
+// the steps stay as they are, and 3 rounds become 2.5. The two blocks of a cluster then exchange 64 KiB of sums through
+// their shared memory, and a step reads 48 KiB per block from the L2. Measured rates are in docs/results/h200.md.
 #include <algorithm>
+#include <cstddef>
 
 #include "cuda/kv_project_epilogue.cuh"
 #if defined(POP_CUDA_SHIM)
@@ -33,6 +36,7 @@ namespace {
 
 using kv_tile::RingStep;
 using kv_tile::Tile;
+using kv_tile::Turn;
 
 constexpr int kThreads = (1 + kv_tile::kConsumers) * kv_tile::kGroupThreads;
 // The 64 K registers of a multiprocessor: 168 per thread at launch, then moved from the producer to the consumers.
@@ -49,22 +53,58 @@ struct alignas(1024) Ring {  // boxes with a 128-byte swizzle begin at multiples
 constexpr size_t kSharedBytes = sizeof(Ring) + sm90::kSharedSlack;
 static_assert(kSharedBytes <= 227 << 10, "the shared memory limit of a block");
 
+// What a warpgroup sends to the other block of its cluster, in the place of the stages: the accumulators of each
+// thread, four by four, and its sums of squares.
+struct SentSums {
+  float sums[kv_tile::kAccumulators / 4][kv_tile::kGroupThreads][4];
+  float squares[kv_tile::kGroupThreads][4];  // of which two are used
+};
+static_assert(sizeof(SentSums) <= offsetof(Ring, full));
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(POP_CUDA_SHIM)
 
 constexpr int kConsumerWarps = kv_tile::kConsumers * kv_tile::kGroupThreads / kWarp;
 
+// ---- Turns ---------------------------------------------------------------------------------
+
+template <bool kHalves>
+__device__ __forceinline__ int turn_count(const KvProjectRun& run) {
+  return kHalves ? kv_tile::turn_count(run.order, run.whole) : unit_count(run.order);
+}
+
+template <bool kHalves>
+__device__ __forceinline__ Turn turn_of(const KvProjectRun& run, int turn, int rank) {
+  const int steps = run.hidden / kv_tile::kDepth;
+  if constexpr (kHalves) return kv_tile::turn_of(run.order, run.whole, steps, turn, rank);
+  return {tile_of(run.order, turn, rank), 0, steps, false};
+}
+
+// True if the last turn of this cluster is half a tile per block. No turn before it is.
+__device__ __forceinline__ bool ends_with_half(const KvProjectRun& run) {
+  const int turns = turn_count<true>(run), first = sm90::cluster_index(), stride = sm90::cluster_count();
+  return first < turns && first + (turns - 1 - first) / stride * stride >= run.whole;
+}
+
+// Both for all threads of a cluster, the producers too.
+__device__ __forceinline__ void wait_for_free_rings() {
+  sm90::cluster_sync();  // both blocks have read their last stage
+}
+__device__ __forceinline__ void wait_for_sent_sums() {
+  sm90::cluster_sync();  // what the other block has sent is there
+}
+
 // ---- Producer ------------------------------------------------------------------------------
 
-// Loads x of this block and its share of W: both boxes, or, in a cluster, one box for both blocks. Either way every
-// block receives kStageBytes. The other block may send its box before this one expects it: the phase cannot complete
-// without this block's own arrival.
+// Loads x of this block and its share of W: both boxes, or, if the blocks of a cluster share W, one box for both.
+// Either way every block receives kStageBytes. The other block may send its box before this one expects it: the phase
+// cannot complete without this block's own arrival.
 __device__ __forceinline__ void load_stage(const sm90::TensorMap& x, const sm90::TensorMap& w, const Tile& tile,
-                                           int column, int cluster, int rank, int stage, Ring& ring) {
+                                           int column, bool shares_w, int rank, int stage, Ring& ring) {
   sm90::Barrier* full = &ring.full[stage];
   sm90::barrier_arrive_expecting(full, kv_tile::kStageBytes);
   sm90::load_box(x, ring.x[stage], full, tile.row * kv_tile::kRows, column);
   const int first = tile.column * kv_tile::kColumns;
-  if (cluster == 1) {
+  if (!shares_w) {
     for (int box = 0; box < kv_tile::kBoxes; ++box) {
       sm90::load_box(w, ring.w[stage] + box * kv_tile::kBoxBytes, full, first + box * kv_tile::kBoxRows, column);
     }
@@ -74,17 +114,21 @@ __device__ __forceinline__ void load_stage(const sm90::TensorMap& x, const sm90:
   }
 }
 
-// Run by one thread: loads every step of every tile of the block, as far ahead as the ring allows.
+// Run by one thread: loads every step of every tile of the block, as far ahead as the ring allows. In a last turn of
+// halves the blocks need different steps of W. They may then differ by one step in number, at the end of the last turn,
+// where no wait for an empty stage depends on it.
+template <bool kHalves>
 __device__ __forceinline__ void produce(const sm90::TensorMap& x, const sm90::TensorMap& w, const KvProjectRun& run,
                                         Ring& ring) {
   const int rank = sm90::cluster_rank();
   uint32_t step = 0;
-  for (int unit = sm90::cluster_index(); unit < unit_count(run.order); unit += sm90::cluster_count()) {
-    const Tile tile = tile_of(run.order, unit, rank);
-    for (int column = 0; column < run.hidden; column += kv_tile::kDepth, ++step) {
+  for (int i = sm90::cluster_index(); i < turn_count<kHalves>(run); i += sm90::cluster_count()) {
+    const Turn turn = turn_of<kHalves>(run, i, rank);
+    const bool shares_w = run.order.cluster > 1 && !turn.is_half;
+    for (int k = turn.begin; k < turn.end; ++k, ++step) {
       const RingStep at = kv_tile::ring_step(step);
       sm90::barrier_wait(&ring.empty[at.stage], at.parity ^ 1);
-      load_stage(x, w, tile, column, run.order.cluster, rank, at.stage, ring);
+      load_stage(x, w, turn.tile, k * kv_tile::kDepth, shares_w, rank, at.stage, ring);
     }
   }
 }
@@ -114,13 +158,14 @@ __device__ __forceinline__ void release(Ring& ring, int stage, int cluster) {
   if (lane < cluster) sm90::barrier_arrive_at(&ring.empty[stage], lane);
 }
 
-// sums = x . W^T for the 64 rows of warpgroup `group`, and, unless rstd is given, this thread's part of the sums of
-// squares of its two rows. `step` counts the steps of the block.
-__device__ __forceinline__ void multiply(const KvProjectRun& run, Ring& ring, int group, const int (&row)[2],
-                                         uint32_t& step, float (&sums)[kv_tile::kAccumulators], float (&squares)[2]) {
+// sums = x . W^T for the 64 rows of warpgroup `group`, over the steps of the turn, and, unless rstd is given, this
+// thread's part of the sums of squares of its two rows. `step` counts the steps of the block.
+__device__ __forceinline__ void multiply(const KvProjectRun& run, const Turn& turn, Ring& ring, int group,
+                                         const int (&row)[2], uint32_t& step, float (&sums)[kv_tile::kAccumulators],
+                                         float (&squares)[2]) {
   const int cluster = run.order.cluster;
   int previous = -1;
-  for (int column = 0; column < run.hidden; column += kv_tile::kDepth, ++step) {
+  for (int i = turn.begin; i < turn.end; ++i, ++step) {
     const RingStep at = kv_tile::ring_step(step);
     sm90::barrier_wait(&ring.full[at.stage], at.parity);
     const unsigned char* x = ring.x[at.stage] + group * kv_tile::kGroupRows * kv_tile::kLineBytes;
@@ -130,7 +175,7 @@ __device__ __forceinline__ void multiply(const KvProjectRun& run, Ring& ring, in
 #pragma unroll
     for (int k = 0; k < kv_tile::kDepth / 16; ++k) {
       constexpr int kNext = 16 * kv_tile::kElement / 16;  // descriptors count units of 16 bytes
-      sm90::multiply_64x256x16(sums, a + k * kNext, b + k * kNext, column != 0 || k != 0);
+      sm90::multiply_64x256x16(sums, a + k * kNext, b + k * kNext, i != turn.begin || k != 0);
     }
     sm90::multiply_commit();
     sm90::multiply_wait<1>();  // the products of the previous stage are done; this stage's may still run
@@ -148,26 +193,59 @@ __device__ __forceinline__ float given_scale(const KvProjectRun& run, const KvRo
   return run.rstd == nullptr ? 0.0f : run.rstd[row.batch_row - run.first_row];
 }
 
-template <int kHeadDim>
+// Adds the sums of the two halves of a tile. Block r of the cluster gets those of the rows of warpgroup r, and the
+// other warpgroup sends. Returns whether this one has got sums. The order of the two does not change a sum.
+__device__ __forceinline__ bool add_halves(Ring& ring, int group, int rank, float (&sums)[kv_tile::kAccumulators],
+                                           float (&squares)[2]) {
+  const int thread = static_cast<int>(threadIdx.x) % kv_tile::kGroupThreads;
+  SentSums& sent = *reinterpret_cast<SentSums*>(&ring);
+  wait_for_free_rings();
+  if (group != rank) {
+#pragma unroll
+    for (int i = 0; i < kv_tile::kAccumulators; i += 4) {
+      sm90::store_at(sent.sums[i / 4][thread], group, sums[i], sums[i + 1], sums[i + 2], sums[i + 3]);
+    }
+    sm90::store_at(sent.squares[thread], group, squares[0], squares[1], 0.0f, 0.0f);
+  }
+  wait_for_sent_sums();
+  if (group != rank) return false;
+#pragma unroll
+  for (int i = 0; i < kv_tile::kAccumulators; i += 4) {
+    float other[4];
+    load(sent.sums[i / 4][thread], other);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sums[i + j] += other[j];
+  }
+  float other[4];
+  load(sent.squares[thread], other);
+  squares[0] += other[0];
+  squares[1] += other[1];
+  return true;
+}
+
+template <int kHeadDim, bool kHalves>
 __device__ __forceinline__ void consume(const KvProjectRun& run, Ring& ring, int group) {
   const int thread = static_cast<int>(threadIdx.x) % kv_tile::kGroupThreads;
   const int row[2] = {kv_tile::accumulator_row(thread, 0), kv_tile::accumulator_row(thread, 1)};
   const int rank = sm90::cluster_rank();
   uint32_t step = 0;
-  for (int unit = sm90::cluster_index(); unit < unit_count(run.order); unit += sm90::cluster_count()) {
-    const Tile tile = tile_of(run.order, unit, rank);
-    const int first = tile.row * kv_tile::kRows + group * kv_tile::kGroupRows;
+  for (int i = sm90::cluster_index(); i < turn_count<kHalves>(run); i += sm90::cluster_count()) {
+    const Turn turn = turn_of<kHalves>(run, i, rank);
+    const int first = turn.tile.row * kv_tile::kRows + group * kv_tile::kGroupRows;
     // These loads overlap with the products.
     const KvRow rows[2] = {kv_row(run, first + row[0]), kv_row(run, first + row[1])};
     float scale[2] = {given_scale(run, rows[0]), given_scale(run, rows[1])};
     float sums[kv_tile::kAccumulators];
     float squares[2] = {};
-    multiply(run, ring, group, row, step, sums, squares);
+    multiply(run, turn, ring, group, row, step, sums, squares);
+    if constexpr (kHalves) {
+      if (turn.is_half && !add_halves(ring, group, rank, sums, squares)) return;  // it was the last turn
+    }
     if (run.rstd == nullptr) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) scale[half] = rms_scale(warp_sum<4>(squares[half]), run.hidden, run.eps);
     }
-    write_tile<kHeadDim>(run, tile.column, sums, rows, scale);
+    write_tile<kHeadDim>(run, turn.tile.column, sums, rows, scale);
   }
 }
 
@@ -178,7 +256,8 @@ static_assert(2 * sizeof(sm90::TensorMap) + sizeof(KvProjectRun) <= 4096,
 
 // ---- Kernel --------------------------------------------------------------------------------
 
-template <int kHeadDim>
+// kHalves: clusters may end with a turn of halves.
+template <int kHeadDim, bool kHalves>
 __global__ void __launch_bounds__(kThreads, 1)
     kv_project_sm90_kernel(const __grid_constant__ sm90::TensorMap x, const __grid_constant__ sm90::TensorMap w,
                            const __grid_constant__ KvProjectRun run) {
@@ -197,10 +276,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int group = static_cast<int>(threadIdx.x) / kv_tile::kGroupThreads;
   if (group == 0) {
     sm90::give_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) produce(x, w, run, ring);
+    if (threadIdx.x == 0) produce<kHalves>(x, w, run, ring);
+    if constexpr (kHalves) {
+      if (ends_with_half(run)) {
+        wait_for_free_rings();
+        wait_for_sent_sums();
+      }
+    }
   } else {
     sm90::take_registers<kConsumerRegisters>();
-    consume<kHeadDim>(run, ring, group - 1);
+    consume<kHeadDim, kHalves>(run, ring, group - 1);
   }
   // The other block still arrives at this block's barriers and sends it boxes of W, so neither block may exit first.
   sm90::cluster_sync();
@@ -212,13 +297,22 @@ __global__ void __launch_bounds__(kThreads, 1)
 // ---- Launch --------------------------------------------------------------------------------
 
 template <int kHeadDim>
-void launch_run(const KvProjectParams& p, KvProjectRun& run, const void* weight, Stream stream) {
+void launch_run(const KvProjectParams& p, KvProjectRun& run, const void* weight, bool halve_last_round, Stream stream) {
+  constexpr auto kName = "kv_project_sm90";
   const int64_t columns = static_cast<int64_t>(run.heads) * kHeadDim;
   run.order.column_tiles = static_cast<int>(ceil_div(columns, kv_tile::kColumns));
   const auto x_map = sm90::tensor_map(p.x, p.rows, p.hidden_size, p.x_stride, kv_tile::kRows);
   const auto w_map = sm90::tensor_map(weight, columns, p.hidden_size, p.hidden_size, kv_tile::kBoxRows);
-  sm90::launch_clusters("kv_project_sm90", kv_project_sm90_kernel<kHeadDim>, unit_count(run.order), run.order.cluster,
-                        kThreads, kSharedBytes, stream, x_map, w_map, run);
+  const sm90::ClusterShape shape = {run.order.cluster, kThreads, kSharedBytes};
+  const auto plain = kv_project_sm90_kernel<kHeadDim, false>, halves = kv_project_sm90_kernel<kHeadDim, true>;
+  const int units = unit_count(run.order);
+  run.whole = units;
+  if (halve_last_round) {
+    run.whole =
+        kv_tile::whole_units(run.order, run.hidden / kv_tile::kDepth, sm90::resident_clusters(kName, halves, shape));
+  }
+  sm90::launch_clusters(kName, run.whole < units ? halves : plain, kv_tile::turn_count(run.order, run.whole), shape,
+                        stream, x_map, w_map, run);
 }
 
 template <class T>
@@ -287,7 +381,7 @@ bool kv_project_sm90_supports(const KvProjectParams& p) {
 #endif
 }
 
-void launch_kv_project_sm90(const KvProjectParams& p, Stream stream) {
+void launch_kv_project_sm90(const KvProjectParams& p, bool halve_last_round, Stream stream) {
   if (p.rows == 0) return;
   for (int64_t first = 0; first < p.layers; first += kRunLayers) {
     const int64_t layers = std::min<int64_t>(kRunLayers, p.layers - first);
@@ -296,13 +390,13 @@ void launch_kv_project_sm90(const KvProjectParams& p, Stream stream) {
     const void* weight = static_cast<const BFloat16*>(p.weight) + offset;
     switch (p.head_dim) {
       case 64:
-        launch_run<64>(p, run, weight, stream);
+        launch_run<64>(p, run, weight, halve_last_round, stream);
         break;
       case 128:
-        launch_run<128>(p, run, weight, stream);
+        launch_run<128>(p, run, weight, halve_last_round, stream);
         break;
       case 256:
-        launch_run<256>(p, run, weight, stream);
+        launch_run<256>(p, run, weight, halve_last_round, stream);
         break;
       default:
         throw std::runtime_error("pop: CUDA: kv_project_sm90: head_dim " + std::to_string(p.head_dim));

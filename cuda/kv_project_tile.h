@@ -65,6 +65,34 @@ inline constexpr int kTilesForOddCluster = 17;
 
 POP_HD int cluster_for(int row_tiles) { return row_tiles % 2 == 0 || row_tiles >= kTilesForOddCluster ? 2 : 1; }
 
+// ---- The last round ------------------------------------------------------------------------
+
+// Clusters take units in turn, so the last round may leave most of them idle. Where half of them suffice for it, each
+// of its tiles can go to a cluster of its own, whose two blocks multiply half of hidden_size each: the round takes half
+// as long. 512 rows of ten Llama-3.1-8B layers are 160 units; of 66 clusters, 28 work in the third round.
+
+// What a cluster does in one turn: steps [begin, end) of kDepth elements of hidden_size, of one tile per block.
+struct Turn {
+  Tile tile;
+  int begin, end;
+  bool is_half;  // both blocks have the same tile, and their sums are to be added
+};
+
+// The number of units whose tiles are computed whole; the tiles of the others are halved.
+POP_HD int whole_units(const TileOrder& order, int steps, int clusters) {
+  const int units = unit_count(order), last_round = units % clusters;
+  return order.cluster == 2 && steps >= 2 && 2 * last_round <= clusters ? units - last_round : units;
+}
+
+POP_HD int turn_count(const TileOrder& order, int whole) { return whole + 2 * (unit_count(order) - whole); }
+
+POP_HD Turn turn_of(const TileOrder& order, int whole, int steps, int turn, int rank) {
+  if (turn < whole) return {tile_of(order, turn, rank), 0, steps, false};
+  const int half = turn - whole, middle = (steps + 1) / 2;
+  const Tile tile = tile_of(order, whole + half / 2, half % 2);
+  return {tile, rank == 0 ? 0 : middle, rank == 0 ? middle : steps, true};
+}
+
 // ---- Columns -------------------------------------------------------------------------------
 
 // A head of the stacked projection [K of layer 0, V of layer 0, K of layer 1, ...].

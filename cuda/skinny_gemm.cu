@@ -19,7 +19,7 @@
 #include <algorithm>
 
 #include "cuda/elements.cuh"
-#include "cuda/launch.cuh"
+#include "cuda/skinny_products.cuh"
 
 namespace pop::cuda {
 
@@ -39,29 +39,11 @@ constexpr int blocks_an_sm(int rows) {
   return rows == 1 ? 8 : rows == 4 ? 5 : 4;
 }
 
-struct Product {
-  const void* a;  // [m, k]
-  const void* w;  // [n, k]
-  void* out;      // [m, n]
-  int64_t a_stride, w_stride, out_stride;
-  int64_t n;
-  int m, k;
-  int row_tiles;
-  int split;                   // warps that share columns: 1, 2 or 4
-  int first_block, end_block;  // block first_block + i: tile of rows i % row_tiles, group of columns i / row_tiles
-};
-
-constexpr int kMaxProducts = 3;
-
-struct ProductList {
-  Product products[kMaxProducts];
-};
-
 // ---- Kernel --------------------------------------------------------------------------------
 
 // Sums of one lane: rows and columns of the tile, over the steps of this lane.
 template <class T, int kRows, int kCount>
-__device__ __forceinline__ void multiply(const Product& p, int row, int64_t column, int k, int step,
+__device__ __forceinline__ void multiply(const SkinnyProduct& p, int row, int64_t column, int k, int step,
                                          float (&sums)[kRows * kColumns]) {
   const T* a = static_cast<const T*>(p.a) + row * p.a_stride + k;
   const int rows = p.m - row, end = p.k;
@@ -138,12 +120,10 @@ __device__ __forceinline__ float sum_over_lanes(float (&values)[kValues]) {
 // kCount elements per access: kPack<T>, or 1 for operands that are not aligned.
 template <class T, int kRows, int kCount>
 __global__ void __launch_bounds__(kThreads, blocks_an_sm(kRows))
-    skinny_gemm_kernel(const __grid_constant__ ProductList list) {
+    skinny_gemm_kernel(const __grid_constant__ SkinnyProductList list) {
   constexpr int kValues = kRows * kColumns;
   const int block = static_cast<int>(blockIdx.x);
-  int which = 0;
-  while (block >= list.products[which].end_block) ++which;
-  const Product& p = list.products[which];
+  const SkinnyProduct& p = product_of(list, block);
 
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int part = warp % p.split, teams = kWarps / p.split;
@@ -171,57 +151,24 @@ __global__ void __launch_bounds__(kThreads, blocks_an_sm(kRows))
 
 // ---- Launcher ------------------------------------------------------------------------------
 
-int split_of(int64_t n, int64_t k) {
-  const int64_t many = kManyWarps * device_facts().sm_count;
-  int split = 1;
-  while (split < kWarps && ceil_div(n, kColumns) * split < many && k >= 2 * split * kShortPart) split *= 2;
-  return split;
-}
-
 template <class T, int kRows>
 void launch_tiles(const GemmParams* products, int64_t count, bool is_wide, Stream stream) {
-  ProductList list{};
-  int64_t blocks = 0;
-  for (int64_t i = 0; i < kMaxProducts; ++i) {
-    const GemmParams& p = products[std::min(i, count - 1)];
-    const int64_t row_tiles = ceil_div(p.m, kRows);
-    const int split = split_of(p.n, p.k);
-    const int64_t first_block = blocks;
-    if (i < count) blocks += row_tiles * ceil_div(p.n, kWarps / split * kColumns);
-    list.products[i] = {.a = p.a,
-                        .w = p.w,
-                        .out = p.out,
-                        .a_stride = p.a_stride,
-                        .w_stride = p.w_stride,
-                        .out_stride = p.out_stride,
-                        .n = p.n,
-                        .m = static_cast<int>(p.m),
-                        .k = static_cast<int>(p.k),
-                        .row_tiles = static_cast<int>(row_tiles),
-                        .split = split,
-                        .first_block = static_cast<int>(first_block),
-                        .end_block = static_cast<int>(blocks)};
-  }
-  if (blocks == 0) return;
+  constexpr SkinnyCut kCut = {
+      .rows = kRows, .columns = kColumns, .warps = kWarps, .warps_per_sm = kManyWarps, .short_part = kShortPart};
   const auto kernel = is_wide ? skinny_gemm_kernel<T, kRows, kPack<T>> : skinny_gemm_kernel<T, kRows, 1>;
-  launch_early("skinny_gemm", kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, list);
+  launch_skinny("skinny_gemm", kernel, kCut, products, count, stream);
 }
 
 }  // namespace
 
 void launch_skinny_gemm(const GemmParams* products, int64_t count, Stream stream) {
   if (count == 0) return;
-  if (count > kMaxProducts) throw std::runtime_error("pop: skinny_gemm: expected at most 3 products");
+  const int64_t rows = most_rows("skinny_gemm", products, count);
   with_element(products[0].dtype, [&](auto element) {
     using T = decltype(element);
-    bool is_wide = true;
-    int64_t rows = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const GemmParams& p = products[i];
-      is_wide = is_wide && p.k % kPack<T> == 0 && is_aligned(p.a, p.a_stride, sizeof(T)) &&
-                is_aligned(p.w, p.w_stride, sizeof(T));
-      rows = std::max(rows, p.m);
-    }
+    const bool is_wide = std::all_of(products, products + count, [](const GemmParams& p) {
+      return p.k % kPack<T> == 0 && is_aligned(p.a, p.a_stride, sizeof(T)) && is_aligned(p.w, p.w_stride, sizeof(T));
+    });
     if (rows <= 1) {
       launch_tiles<T, 1>(products, count, is_wide, stream);
     } else if (rows <= 4) {

@@ -23,7 +23,7 @@
 #include <algorithm>
 
 #include "cuda/elements.cuh"
-#include "cuda/launch.cuh"
+#include "cuda/skinny_products.cuh"
 #if defined(POP_CUDA_SHIM)
 #include "mma_emulated.h"
 #else
@@ -50,23 +50,6 @@ constexpr int kValues = kHeights * 4;  // sums of a lane per width
 // Blocks per SM: 2 leave 128 registers per thread.
 constexpr int blocks_an_sm(int widths) { return widths >= 4 ? 1 : 2; }
 
-struct Product {
-  const void* a;  // [m, k]
-  const void* w;  // [n, k]
-  void* out;      // [m, n]
-  int64_t a_stride, w_stride, out_stride;
-  int64_t n;
-  int m, k;
-  int split;                   // warps that share columns: 1, 2, 4 or 8
-  int first_block, end_block;  // block first_block + i has columns from i * (kWarps / split) * kColumns on
-};
-
-constexpr int kMaxProducts = 3;
-
-struct ProductList {
-  Product products[kMaxProducts];
-};
-
 // ---- Kernel --------------------------------------------------------------------------------
 
 // What a lane has of a step of w: rows g, g + 8, g + 16 and g + 24 of the warp's 32.
@@ -77,7 +60,7 @@ struct Weights {
 
 // Sums of a lane: [height][4] of each width, over the steps of its warp.
 template <class T, int kWidths>
-__device__ __forceinline__ void multiply(const Product& p, int64_t column, int part, int lane,
+__device__ __forceinline__ void multiply(const SkinnyProduct& p, int64_t column, int part, int lane,
                                          float (&sums)[kWidths][kHeights][4]) {
   const int g = lane / 4, q = lane % 4;
   const T* w[2 * kHeights];
@@ -141,11 +124,9 @@ __device__ __forceinline__ void multiply(const Product& p, int64_t column, int p
 // kWidths * kWidth rows.
 template <class T, int kWidths>
 __global__ void __launch_bounds__(kThreads, blocks_an_sm(kWidths))
-    skinny_mma_kernel(const __grid_constant__ ProductList list) {
+    skinny_mma_kernel(const __grid_constant__ SkinnyProductList list) {
   const int block = static_cast<int>(blockIdx.x);
-  int which = 0;
-  while (block >= list.products[which].end_block) ++which;
-  const Product& p = list.products[which];
+  const SkinnyProduct& p = product_of(list, block);
 
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int part = warp % p.split, teams = kWarps / p.split;
@@ -182,38 +163,14 @@ __global__ void __launch_bounds__(kThreads, blocks_an_sm(kWidths))
 
 // ---- Launcher ------------------------------------------------------------------------------
 
-int split_of(int64_t n, int64_t k) {
-  const int64_t wanted = kWarpsPerSm * device_facts().sm_count;
-  int split = 1;
-  while (split < kWarps && ceil_div(n, kColumns) * split < wanted && k >= 2 * split * kShortPart) split *= 2;
-  return split;
-}
-
 template <class T, int kWidths>
 void launch_widths(const GemmParams* products, int64_t count, Stream stream) {
-  ProductList list{};
-  int64_t blocks = 0;
-  for (int64_t i = 0; i < kMaxProducts; ++i) {
-    const GemmParams& p = products[std::min(i, count - 1)];
-    const int split = split_of(p.n, p.k);
-    const int64_t first_block = blocks;
-    if (i < count && p.m > 0) blocks += ceil_div(p.n, kWarps / split * kColumns);
-    list.products[i] = {.a = p.a,
-                        .w = p.w,
-                        .out = p.out,
-                        .a_stride = p.a_stride,
-                        .w_stride = p.w_stride,
-                        .out_stride = p.out_stride,
-                        .n = p.n,
-                        .m = static_cast<int>(p.m),
-                        .k = static_cast<int>(p.k),
-                        .split = split,
-                        .first_block = static_cast<int>(first_block),
-                        .end_block = static_cast<int>(blocks)};
-  }
-  if (blocks == 0) return;
-  launch_early("skinny_mma", skinny_mma_kernel<T, kWidths>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
-               stream, list);
+  constexpr SkinnyCut kCut = {.rows = kWidths * kWidth,
+                              .columns = kColumns,
+                              .warps = kWarps,
+                              .warps_per_sm = kWarpsPerSm,
+                              .short_part = kShortPart};
+  launch_skinny("skinny_mma", skinny_mma_kernel<T, kWidths>, kCut, products, count, stream);
 }
 
 template <class T>
@@ -234,12 +191,10 @@ bool skinny_mma_fits(const GemmParams& p) {
 
 void launch_skinny_mma(const GemmParams* products, int64_t count, Stream stream) {
   if (count == 0) return;
-  if (count > kMaxProducts) throw std::runtime_error("pop: skinny_mma: expected at most 3 products");
+  const int64_t rows = most_rows("skinny_mma", products, count);
   if (!std::all_of(products, products + count, skinny_mma_fits)) {
     throw std::runtime_error("pop: skinny_mma: expected aligned products of up to 64 rows in 16 bits");
   }
-  int64_t rows = 0;
-  for (int64_t i = 0; i < count; ++i) rows = std::max(rows, products[i].m);
   if (products[0].dtype == DType::bf16) return launch_rows<BFloat16>(products, count, rows, stream);
   launch_rows<Float16>(products, count, rows, stream);
 }

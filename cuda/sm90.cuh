@@ -97,6 +97,18 @@ __device__ __forceinline__ void barrier_arrive_at(Barrier* barrier, int rank) {
       : "memory");
 }
 
+// "mapa", "st.shared::cluster": stores 16 bytes at the same place in the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ void store_at(float (&to)[4], int rank, float a, float b, float c, float d) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n"
+      "}" ::"r"(shared_address(to)),
+      "r"(rank), "f"(a), "f"(b), "f"(c), "f"(d)
+      : "memory");
+}
+
 // "mbarrier.try_wait": waits until the phase of this parity is complete. On a new barrier the wait for parity 1 returns
 // at once. Arrivals and waits use the default scope, the block, also between the blocks of a cluster: they hand over no
 // ordinary stores, only boxes that TMA wrote and space that it may write to. Cluster scope would put a fence of the
@@ -234,32 +246,57 @@ inline TensorMap tensor_map(const void* matrix, int64_t rows, int64_t columns, i
   return map;
 }
 
-// Launches as many clusters of `cluster` blocks as can run at the same time, at most `most`. The driver knows that
-// number: a cluster must fit into one part of the GPU, and parts differ in size.
-template <class... P>
-void launch_clusters(const char* name, void (*kernel)(P...), int most, int cluster, int threads, size_t shared_bytes,
-                     Stream stream, const P&... args) {
-  const void* const code = reinterpret_cast<const void*>(kernel);
-  allow_shared_bytes(name, code, shared_bytes);
+// How a kernel of clusters is launched.
+struct ClusterShape {
+  int cluster;  // blocks of a cluster
+  int threads;  // of a block
+  size_t shared_bytes;
+};
+
+// The configuration of a launch of `clusters` clusters.
+struct ClusterLaunch {
   cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(most * cluster));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+
+  ClusterLaunch(const ClusterShape& shape, int clusters, Stream stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(shape.cluster);
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+    config.gridDim = dim3(static_cast<unsigned>(clusters * shape.cluster));
+    config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+    config.dynamicSmemBytes = shape.shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;  // the configuration points to the attribute
+  ClusterLaunch& operator=(const ClusterLaunch&) = delete;
+};
+
+// The number of clusters that can run at the same time. The driver knows it: a cluster must fit into one part of the
+// GPU, and parts differ in size.
+template <class... P>
+int resident_clusters(const char* name, void (*kernel)(P...), const ClusterShape& shape) {
+  const void* const code = reinterpret_cast<const void*>(kernel);
   // The driver takes some microseconds for its answer.
   static thread_local std::map<std::tuple<const void*, int, int>, int> known;
-  int& resident = known[{code, current_device(), cluster}];
-  if (resident == 0) check(cudaOccupancyMaxActiveClusters(&resident, kernel, &config), name);
+  int& resident = known[{code, current_device(), shape.cluster}];
+  if (resident != 0) return resident;
+  allow_shared_bytes(name, code, shape.shared_bytes);
+  const ClusterLaunch one(shape, 1, nullptr);
+  check(cudaOccupancyMaxActiveClusters(&resident, kernel, &one.config), name);
   if (resident == 0) throw std::runtime_error(std::string("pop: CUDA: ") + name + ": not one cluster fits the device");
-  config.gridDim = dim3(static_cast<unsigned>(std::min(most, resident) * cluster));
-  check(cudaLaunchKernelEx(&config, kernel, args...), name);
+  return resident;
+}
+
+// Launches as many clusters as can run at the same time, at most `most`.
+template <class... P>
+void launch_clusters(const char* name, void (*kernel)(P...), int most, const ClusterShape& shape, Stream stream,
+                     const P&... args) {
+  const ClusterLaunch launch(shape, std::min(most, resident_clusters(name, kernel, shape)), stream);
+  allow_shared_bytes(name, reinterpret_cast<const void*>(kernel), shape.shared_bytes);
+  check(cudaLaunchKernelEx(&launch.config, kernel, args...), name);
 }
 
 }  // namespace pop::cuda::sm90

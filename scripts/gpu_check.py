@@ -354,7 +354,7 @@ STAGES: dict[str, Callable[[Run, Stage], int]] = {
         "kernel-table", _EIGHT, "--lengths", "2048", "512", "8192", "--boundary", "1", "--kernels", "--no-cases"
     ),
     "profile": bench("profile", _EIGHT, "--lengths", "2048", "512", "8192", "--profile", "--no-cases"),
-    "bench-8b": bench("bench-8b", _EIGHT, *LENGTHS, "--batch", "1", *ARMS, "fused_kv_project=2"),
+    "bench-8b": bench("bench-8b", _EIGHT, *LENGTHS, "--batch", "1", *ARMS, "fused_kv_project=2,kv_project_halves=1"),
     "bench-8b-batch": bench("bench-8b-batch", _EIGHT, *LENGTHS, "--batch", "8", *ARMS, "skinny_mma_rows=64"),
     "bench-1b": bench("bench-1b", _ONE, *LENGTHS, "--batch", "1", "8", "--no-compile", "--cuda-graphs"),
     "bench-phi": bench("bench-phi", _PHI, *SHORT, "--no-compile", "--tune", "qkv_in_one_product=0"),

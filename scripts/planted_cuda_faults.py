@@ -232,6 +232,20 @@ MUTANTS = (
         *FUSED,
     ),
     Mutant(
+        "kv_project_sm90: cluster barrier before sums are sent removed",
+        "kv_project_sm90.cu",
+        "  sm90::cluster_sync();  // both blocks have read their last stage\n",
+        "",
+        *FUSED,
+    ),
+    Mutant(
+        "kv_project_sm90: cluster barrier behind sent sums removed",
+        "kv_project_sm90.cu",
+        "  sm90::cluster_sync();  // what the other block has sent is there\n",
+        "",
+        *FUSED,
+    ),
+    Mutant(
         "kv_project_sm90: accumulators not tied to the end of the products",
         "kv_project_sm90.cu",
         "  sm90::multiply_done(sums);\n",

@@ -209,7 +209,7 @@ void CudaBackend::fused_kv_project(KvProjectParams p) {
               .rstd = rstd});
     p.rstd = rstd;
   }
-  cuda::launch_kv_project_sm90(p, stream_);
+  cuda::launch_kv_project_sm90(p, options_.kv_project_halves != 0, stream_);
 }
 
 void CudaBackend::kv_project(const KvProjectParams& p) {

@@ -28,6 +28,7 @@ constexpr std::array kOptions{Option{"skinny_rows", &CudaOptions::skinny_rows, c
                               Option{"grouped_experts", &CudaOptions::grouped_experts, kFlag},
                               Option{"early_launch", &CudaOptions::early_launch, kFlag},
                               Option{"fused_kv_project", &CudaOptions::fused_kv_project, 2},
+                              Option{"kv_project_halves", &CudaOptions::kv_project_halves, kFlag},
                               Option{"kv_project_kib", &CudaOptions::kv_project_kib, 1 << 20}};
 
 CudaOptions& options() {

@@ -22,7 +22,8 @@ struct CudaOptions {
   int64_t early_launch = 0;         // kernels start before the previous ones have ended (cuda/launch.cuh)
   // 1, 2: runs are projected by cuda/kv_project_sm90.cu if it supports them. 2: it always gets rstd.
   int64_t fused_kv_project = 0;
-  int64_t kv_project_kib = 0;  // KiB of a run's [k | v] per product, at least one layer; 0: all layers
+  int64_t kv_project_halves = 0;  // 1: its tiles of the last round are cut in two where half of the device would idle
+  int64_t kv_project_kib = 0;     // KiB of a run's [k | v] per product, at least one layer; 0: all layers
 };
 
 // The options of the calling thread. A backend copies them when a call of an operator begins, so a call sees one set of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from pop_ext import _core, ops
 from pop_ext.hf.families import FAMILIES, WRAPPERS
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.presets import PRESETS
+from pop_ext.utils.roofline import Peaks, measure_peaks
 
 CEILING_TOKENS = (512, 2048, 8192)
 """Lengths of the prompts for which `model_summary` gives the ceilings."""
@@ -30,6 +32,12 @@ class LoadedModel(Protocol):
 
     @property
     def spec(self) -> _core.ModelSpec: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     @property
     def extra_bytes(self) -> int: ...
@@ -66,8 +74,12 @@ def installation() -> dict[str, Any]:
 
 
 def model_summary(native: LoadedModel) -> dict[str, Any]:
-    """Return shape, plan, extra memory (bytes) and FLOP ceilings of a loaded model, as JSON values."""
+    """Return shape, plan, extra memory (bytes) and ceilings of a loaded model, as JSON values.
+
+    Measures the peaks of the model's device for the rooflines, which takes about a second.
+    """
     spec, plan = native.spec, native.plan
+    peaks = measure_peaks(native.device, native.dtype)
     return {
         "architecture": spec.architecture,
         "dtype": spec.dtype,
@@ -82,7 +94,8 @@ def model_summary(native: LoadedModel) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in native.model.parameters()),
         "plan": describe_plan(plan),
         "extra_bytes": native.extra_bytes,
-        "ceilings": [ceilings(spec, plan, tokens) for tokens in CEILING_TOKENS],
+        "peaks": asdict(peaks),
+        "ceilings": [ceilings(spec, plan, tokens, peaks) for tokens in CEILING_TOKENS],
     }
 
 
@@ -96,22 +109,26 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     }
 
 
-def ceilings(spec: _core.ModelSpec, plan: Plan, tokens: int) -> dict[str, float]:
-    """Return FLOP ratios at batch 1: upper bounds of the speed-up for a prompt of ``tokens`` tokens.
+def ceilings(spec: _core.ModelSpec, plan: Plan, tokens: int, peaks: Peaks) -> dict[str, Any]:
+    """Return upper bounds of the speed-up at batch 1 for a prompt of ``tokens`` tokens.
 
     Returns:
-        ``tokens`` and the ratios ``pop_over_stock``, ``pop_over_native_full`` and ``native_full_over_stock``.
+        ``tokens``, the ratios of FLOPs ``pop_over_stock``, ``pop_over_native_full`` and ``native_full_over_stock``, and
+        as ``roofline`` the same with bytes, at these peaks.
     """
     rows = [_core.SequenceShape(tokens, boundary=min(plan.boundary, tokens))]
-    full_plan = Plan(plan.num_layers, ())
-    pruned = _core.plan_cost(spec, plan, rows)["flops"]
-    full = _core.plan_cost(spec, full_plan, rows)["flops"]
-    stock = _core.stock_cost(spec, rows)["flops"]
+    pruned = _core.plan_cost(spec, plan, rows)
+    full = _core.plan_cost(spec, Plan(plan.num_layers, ()), rows)
+    stock = _core.stock_cost(spec, rows)
+    pairs = {
+        "pop_over_stock": (pruned, stock),
+        "pop_over_native_full": (pruned, full),
+        "native_full_over_stock": (full, stock),
+    }
     return {
         "tokens": tokens,
-        "pop_over_stock": stock / pruned,
-        "pop_over_native_full": full / pruned,
-        "native_full_over_stock": stock / full,
+        **{name: baseline["flops"] / cost["flops"] for name, (cost, baseline) in pairs.items()},
+        "roofline": {name: peaks.roofline(*pair) for name, pair in pairs.items()},
     }
 
 

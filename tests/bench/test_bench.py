@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pop_ext
 import pytest
 import torch
-from pop_ext import NativeModel, _core
+from pop_ext import _core
 from pop_ext.hf.weight_map import describe
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.roofline import Peaks
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
@@ -24,7 +26,6 @@ from bench.kernel_table import measure_kernels  # noqa: E402
 from bench.measure import Summary, Timed, interleave, paired_ratio  # noqa: E402
 from bench.memory import measure_memory  # noqa: E402
 from bench.profile import stage_sums  # noqa: E402
-from bench.roofline import Peaks  # noqa: E402
 from bench.shapes import SHAPES, load_model  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -101,11 +102,6 @@ def test_a_run_saves_every_sample_and_prints_every_arm(config_dir, tmp_path, cap
     rows = {row["name"]: row for row in kernels["rows"]}
     assert {"rms_norm", "attention", "torch sdpa", "kv_project, 2 layers", "boundary step, 2 layers"} <= set(rows)
     assert all(row["failed"] is None and row["median_s"] > 0 for row in rows.values())
-
-
-def test_a_roofline_takes_the_longer_of_flops_and_bytes_of_each_stage():
-    cost = {"stages": {"mlp": {"flops": 8e9, "bytes": 1e3}, "boundary": {"flops": 1e3, "bytes": 6e9}}}
-    assert Peaks(flop_per_s=4e9, bytes_per_s=2e9).least_seconds(cost) == 2 + 3
 
 
 def test_ceilings_come_from_the_cost_model(tiny, small_reference):
@@ -406,7 +402,14 @@ def test_copies_of_weights_add_arms_loaded_with_them(tiny, via):
 @pytest.mark.parametrize("via", ["enable", "prefill"])
 def test_graphs_add_arms_whose_models_use_them(tiny, via, monkeypatch):
     used = []
-    monkeypatch.setattr(NativeModel, "use_cuda_graphs", lambda native: used.append(native))
+    for name in ("load", "enable"):
+        plain = getattr(pop_ext, name)
+
+        def without_graphs(*arguments, cuda_graphs=0, plain=plain, **options):
+            used.extend([cuda_graphs] * (cuda_graphs > 0))
+            return plain(*arguments, **options)
+
+        monkeypatch.setattr(pop_ext, name, without_graphs)
     spec, ids = describe(tiny.model).spec, torch.zeros(1, 8, dtype=torch.int64)
     arms = make_arms(tiny.model, spec, ids, [Plan.last(LAYERS)], None, via, graphs=True)
     assert [arm.name for arm in arms[1:]] == ["native-full", "native-full graphs", "pop 2/6", "pop 2/6 graphs"]
@@ -443,7 +446,8 @@ def test_a_figure_has_a_panel_per_baseline_and_profile(tmp_path, capsys):
         f"llama-3.2-1b, batch 1, against {baseline}" for baseline in ("hf-eager", "hf-compile", "native-full")
     }
     points = panels["llama-3.2-1b, batch 1, against hf-eager"]["pop 5/16"]
-    assert [tokens for tokens, _, _ in points] == [512, 2048]
+    assert [point.tokens for point in points] == [512, 2048]
+    assert all(point.roofline is None or point.roofline > 1 for point in points)
     assert plot.main([str(tmp_path / "out.png"), *map(str, reports)]) == 0
     assert (tmp_path / "out.png").stat().st_size > 1000
     (tmp_path / "empty.json").write_text(json.dumps({"cases": [], "profiles": []}))

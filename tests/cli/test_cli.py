@@ -23,6 +23,7 @@ from pop_ext.cli.app import app
 from pop_ext.cli.compare import compare, count_steps, split_prompt
 from pop_ext.env_info import ceilings
 from pop_ext.utils.layer_ranges import parse_layers
+from pop_ext.utils.roofline import Peaks
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -67,12 +68,22 @@ def test_generate_reports_three_arms_in_json(folder, prompt_file):
     for row in report["speedups"]:
         assert row["measured"] > 0
         assert row["ceiling"] > 1
+        assert row["roofline"] > 0
+    assert min(report["peaks"].values()) > 0
 
 
 def test_generate_prints_times_ratios_and_texts(folder, prompt_file):
     result = generate(folder, prompt_file)
     assert result.exit_code == 0, result.output
-    for text in ("first token", "speed-up", "ceiling", "POP vs native full", "true continuation", "continuation, POP"):
+    for text in (
+        "first token",
+        "speed-up",
+        "ceiling",
+        "roofline: the same with bytes, at",
+        "POP vs native full",
+        "true continuation",
+        "continuation, POP",
+    ):
         assert text in result.stdout
 
 
@@ -141,9 +152,13 @@ def test_ceilings_of_the_published_shape_match_the_paper():
         intermediate_size=14336,
         vocab_size=128256,
     )
-    row = ceilings(spec, pop_ext.Plan.preset("meta-llama/Llama-3.1-8B-Instruct"), 2048)
+    plan, h200 = pop_ext.Plan.preset("meta-llama/Llama-3.1-8B-Instruct"), Peaks(640e12, 4.26e12)
+    row = ceilings(spec, plan, 2048, h200)
     assert row["pop_over_stock"] == pytest.approx(1.43, abs=0.005)
     assert row["pop_over_native_full"] == pytest.approx(1.39, abs=0.005)
+    short = ceilings(spec, plan, 512, h200)
+    assert short["pop_over_native_full"] == pytest.approx(1.39, abs=0.01)
+    assert 1.15 < short["roofline"]["pop_over_native_full"] < 1.25  # the boundary row reads every weight
 
 
 @pytest.mark.parametrize(
@@ -262,7 +277,11 @@ def test_info_of_a_model_reports_plan_memory_and_ceilings(folder):
     # Keys and values of three layers, 2 KV heads of 64 channels each, float32.
     assert model["extra_bytes"] == 3 * 2 * 2 * 64 * 96 * 4
     assert [row["tokens"] for row in model["ceilings"]] == [512, 2048, 8192]
-    assert "ceiling" in run("info", "--model", folder).stdout
+    assert all(row["roofline"].keys() < row.keys() for row in model["ceilings"])
+    assert min(model["peaks"].values()) > 0
+    printed = run("info", "--model", folder).stdout
+    assert "ceiling, roofline" in printed
+    assert "GB/s" in printed
 
 
 @pytest.mark.parametrize(("text", "layers"), [("", []), ("3", [3]), ("3,5-7", [3, 5, 6, 7]), ("5 - 6, 8", [5, 6, 8])])

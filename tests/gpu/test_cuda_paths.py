@@ -30,6 +30,7 @@ PATHS = {
     "sdpa for some rows": {"sdpa_rows": 64},
     "fused projection": {"fused_kv_project": 1},
     "fused projection, its row scales first": {"fused_kv_project": 2},
+    "fused projection, its last round in halves": {"fused_kv_project": 1, "kv_project_halves": 1},
     "projection layer by layer": {"kv_project_kib": 1},
     "projection of two layers at a time": {"kv_project_kib": 400},
     "early launches": {"early_launch": 1},

@@ -155,9 +155,8 @@ def test_a_call_beside_a_capture_does_not_join_it():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_prefills_as_graphs_give_the_same_bits(dtype):
-    native = native_of(dtype)
-    plain = pop_ext.load(native.model, native.plan)
-    native.use_cuda_graphs()
+    plain = native_of(dtype)
+    native = pop_ext.load(plain.model, plain.plan, cuda_graphs=4)
     for seed in (1, 2, 3):
         ids = tokens(native.model, 2, 150, seed=seed)
         ours, theirs = native.prefill(ids), plain.prefill(ids)
@@ -169,10 +168,10 @@ def test_prefills_as_graphs_give_the_same_bits(dtype):
 
 
 def test_graphs_of_one_model_follow_each_other_across_streams():
-    native = native_of()
-    prompts = [tokens(native.model, 2, 150, seed=seed) for seed in (1, 2)]
-    expected = [native.prefill(ids).logits for ids in prompts]
-    native.use_cuda_graphs()
+    plain = native_of()
+    prompts = [tokens(plain.model, 2, 150, seed=seed) for seed in (1, 2)]
+    expected = [plain.prefill(ids).logits for ids in prompts]
+    native = pop_ext.load(plain.model, plain.plan, cuda_graphs=4)
     streams = [torch.cuda.Stream() for _ in prompts]
     for _ in range(8):
         outputs = []

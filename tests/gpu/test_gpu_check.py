@@ -128,7 +128,7 @@ def test_every_bench_names_known_models_and_options(tmp_path, monkeypatch):
         assert all(f"| `{name}` | CUDA |" in documented for name in names)
         arms |= names | ({"--cuda-graphs"} if options.cuda_graphs else set())
     assert {"early_launch", "residual_in_product", "qkv_in_one_product", "grouped_experts", "--cuda-graphs"} <= arms
-    assert {"skinny_mma_rows", "fused_kv_project"} <= arms
+    assert {"skinny_mma_rows", "fused_kv_project", "kv_project_halves"} <= arms
     assert len(commands) == len(measured) == 7
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 
 import pop_ext
 import pytest
@@ -10,6 +12,7 @@ import torch
 from against_oracle import GAPS, plan_of
 from models import FAMILIES, pad, shared, tokens
 from pop_ext import Plan
+from pop_ext.hf import prefill_graphs
 from pop_ext.hf.inputs import make_request
 from pop_ext.hf.prefill_graphs import PrefillGraphs
 from threads import run_threads
@@ -142,10 +145,7 @@ def test_every_shape_has_a_graph_and_the_latest_are_kept():
         counts.append(recorder.records)
     assert counts == [1, 2, 2, 3, 3, 4, 5]
     assert recorder.finished == [3, 5, 6]  # before a graph is freed
-    native.use_cuda_graphs(0)
-    native.prefill(tokens(model, 1, 20))
-    assert recorder.finished == [3, 5, 6, 7, 7]  # again when their keeper goes
-    assert (recorder.records, recorder.replays) == (5, 7)
+    assert recorder.replays == 7
 
 
 def test_padding_on_the_other_side_has_a_graph_of_its_own():
@@ -242,16 +242,140 @@ def test_threads_share_a_graph():
             assert_same_bits(output, plain.prefill(ids))
 
 
-@pytest.mark.cpu
-def test_bad_arguments_are_refused_by_name():
-    native = pop_ext.load(shared(), "third")
-    with pytest.raises(ValueError, match="use_cuda_graphs: expected a model on a CUDA device, got one on cpu"):
-        native.use_cuda_graphs()
-    with pytest.raises(ValueError, match="shapes: expected at least 0, got -1"):
-        native.use_cuda_graphs(-1)
-    with pytest.raises(ValueError, match="use_cuda_graphs: expected a model without experts, .* got one of 4"):
-        pop_ext.load(shared("mixtral"), "third").use_cuda_graphs()
+# The option
+
+
+@pytest.fixture
+def recorders(monkeypatch) -> list[Repeating]:
+    """Let models on a CPU have graphs. Returns their recorders, which come with each load."""
+    made: list[Repeating] = []
+
+    def make(device: torch.device) -> Repeating:
+        assert device == Repeating.device
+        made.append(Repeating())
+        return made[-1]
+
+    monkeypatch.setattr(prefill_graphs, "RECORDERS", {"cpu": make})
+    return made
+
+
+def call(model, ids):
+    with torch.no_grad():
+        return model(ids, logits_to_keep=1, use_cache=True)
+
+
+def test_a_loaded_model_keeps_the_option_over_a_refresh(recorders):
+    model = FAMILIES["llama"]()
+    native = pop_ext.load(model, plan_of(model, GAPS, 1), cuda_graphs=2)
+    assert repr(native).endswith(f", cuda_graphs=2, extra_bytes={native.extra_bytes})")
+    ids = tokens(model, 1, 20)
+    native.prefill(ids)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight.mul_(-2.0)
+    native.refresh()
+    assert_same_bits(native.prefill(ids), pop_ext.load(model, plan_of(model, GAPS, 1)).prefill(ids))
+    assert [(one.records, one.replays) for one in recorders] == [(2, 2)]
+
+
+def test_a_model_that_moved_gets_graphs_where_it_is(recorders):
+    model = shared()
+    native = pop_ext.load(model, plan_of(model, GAPS, 1), cuda_graphs=2)
+    native.prefill(tokens(model, 1, 20))
+    recorders[0].device = torch.device("cuda:1")  # as if the model had been there
+    native.refresh()
+    native.prefill(tokens(model, 1, 20))
+    assert [one.replays for one in recorders] == [1, 1]
+    assert recorders[0].finished[0] == 1  # before its graphs were freed
+
+
+def test_a_model_runs_without_graphs_where_none_can_be_recorded(recorders, monkeypatch):
+    model = shared()
+    native = pop_ext.load(model, plan_of(model, GAPS, 1), cuda_graphs=2)
+    recorders[0].device = torch.device("cuda:1")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(prefill_graphs, "RECORDERS", {})
+        native.refresh()
+        native.prefill(tokens(model, 1, 20))
+    native.refresh()
+    native.prefill(tokens(model, 1, 20))
+    assert [one.replays for one in recorders] == [0, 1]
+
+
+def test_an_enabled_model_keeps_the_option_when_it_loads_again(recorders):
+    model = FAMILIES["llama"]()
+    plan = plan_of(model, GAPS, 1)
+    pop_ext.enable(model, plan, strict=True, cuda_graphs=2)
+    ids = tokens(model, 1, 20)
+    before = [call(model, ids).logits for _ in range(2)]
+    assert torch.equal(*before)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight.mul_(-2.0)
+    after = [call(model, ids).logits for _ in range(2)]
+    assert [(one.records, one.replays) for one in recorders] == [(1, 2), (1, 2)]
+    pop_ext.enable(model, plan, strict=True)
+    assert torch.equal(after[1], call(model, ids).logits)
+    assert not torch.equal(after[1], before[1])
+    assert sum(one.replays for one in recorders) == 4
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_an_enabled_model_has_graphs_of_its_own(copied, recorders):
+    model = pop_ext.enable(FAMILIES["llama"](), "third", strict=True, cuda_graphs=2)
+    other, ids = copied(model), tokens(model, 1, 20)
+    assert torch.equal(call(model, ids).logits, call(other, ids).logits)
+    assert [one.replays for one in recorders] == [1, 1]
+
+
+def test_graphs_end_with_the_block_that_has_enabled_them(recorders):
+    model = FAMILIES["llama"]()
+    pop_ext.enable(model, "third", strict=True)
+    with pop_ext.enabled(model, "third", strict=True, cuda_graphs=2):
+        call(model, tokens(model, 1, 20))
+    call(model, tokens(model, 1, 20))
+    assert [one.replays for one in recorders] == [1]
+
+
+ENTRIES = (pop_ext.load, pop_ext.enable)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_bad_arguments_are_refused_by_name(entry):
+    model = FAMILIES["llama"]()
+    with pytest.raises(ValueError, match="cuda_graphs: expected at least 0, got -1"):
+        entry(model, "third", cuda_graphs=-1)
     for wrong in (True, 2.0, "4"):
-        with pytest.raises(TypeError, match=f"shapes: expected an int, got {type(wrong).__name__}"):
-            native.use_cuda_graphs(wrong)
-    native.use_cuda_graphs(0)
+        with pytest.raises(TypeError, match=f"cuda_graphs: expected an int, got {type(wrong).__name__}"):
+            entry(model, "third", cuda_graphs=wrong)
+    assert "forward" not in model.__dict__
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_model_on_a_cpu_is_refused(entry):
+    model = FAMILIES["llama"]()
+    text = "^cuda_graphs: expected a model on a CUDA device, got one on cpu; without cuda_graphs the model runs"
+    with pytest.raises(pop_ext.UnsupportedModelError, match=text):
+        entry(model, "third", cuda_graphs=4)
+    assert "forward" not in model.__dict__
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_model_with_experts_is_refused(entry, recorders):
+    model = FAMILIES["mixtral"]()
+    with pytest.raises(pop_ext.UnsupportedModelError, match="cuda_graphs: expected a model without experts, .* of 4;"):
+        entry(model, "third", cuda_graphs=4)
+    assert "forward" not in model.__dict__
+
+
+def test_backends_that_call_the_model_refuse_graphs():
+    for backend in ("portable", "reference"):
+        with pytest.raises(ValueError, match=f'cuda_graphs: expected 0 with backend="{backend}", .* got 4'):
+            pop_ext.enable(shared(), "third", backend=backend, cuda_graphs=4)
+
+
+def test_a_model_without_a_native_form_is_not_enabled_portably_instead():
+    model = FAMILIES["llama"]()
+    model.model.layers[1].self_attn.q_proj = torch.nn.Sequential(model.model.layers[1].self_attn.q_proj)
+    with pytest.raises(pop_ext.UnsupportedModelError, match='backend="portable" works'):
+        pop_ext.enable(model, "third", cuda_graphs=4)
+    assert "forward" not in model.__dict__

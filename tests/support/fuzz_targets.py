@@ -208,7 +208,7 @@ def model_entries(native: pop_ext.NativeModel) -> list[Target]:
             pop_ext.disable(other)
 
     def load_arguments() -> dict[str, Any]:
-        return {"model": other, "plan": plan, "fp8": False, "prepack": False, "int8": False}
+        return {"model": other, "plan": plan, "fp8": False, "prepack": False, "int8": False, "cuda_graphs": 0}
 
     def score() -> dict[str, Any]:
         ids = {"context_ids": [[1, 2, 3], tokens(model, 5)], "continuation_ids": [[4, 5], tokens(model, 2)]}

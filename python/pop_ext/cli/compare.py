@@ -20,6 +20,7 @@ from pop_ext.hf.compat import cache_of, with_cache
 from pop_ext.hf.enable import enable, enabled
 from pop_ext.hf.load import load
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.roofline import Peaks, measure_peaks
 
 Prefill = Callable[[torch.Tensor, int], tuple[torch.Tensor, Any]]
 """Maps ids [1, T] and a number of last rows to their logits [1, rows, vocab] and the filled KV cache."""
@@ -42,7 +43,7 @@ class Arm:
     Attributes:
         name: Label in tables.
         prefill: Prefills a prompt.
-        flops: FLOPs of prefilling the prompt, by the cost model; None for a model without a native form.
+        cost: FLOPs and bytes of prefilling the prompt, by the cost model; None for a model without a native form.
         seconds: Time to first token of each repeat: prefill and argmax of the last row.
         continuation: Greedy tokens after the prompt, decoded by the stock model.
         log_likelihood: Mean log-probability of the true continuation's tokens, in nats; None without a continuation.
@@ -50,10 +51,15 @@ class Arm:
 
     name: str
     prefill: Prefill
-    flops: float | None
+    cost: dict[str, Any] | None
     seconds: list[float] = field(default_factory=list)
     continuation: list[int] = field(default_factory=list)
     log_likelihood: float | None = None
+
+    @property
+    def flops(self) -> float | None:
+        """Return the FLOPs of prefilling the prompt; None if they are not known."""
+        return None if self.cost is None else float(self.cost["flops"])
 
     @property
     def median(self) -> float:
@@ -63,11 +69,16 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The arms of one prompt, in this order: stock, native full if the model has a native form, pruned."""
+    """The arms of one prompt, in this order: stock, native full if the model has a native form, pruned.
+
+    Attributes:
+        peaks: what the device reached in this run; None for a model without a native form.
+    """
 
     prompt: Prompt
     plan: Plan
     arms: list[Arm]
+    peaks: Peaks | None = None
 
     def speedup(self, arm: int, baseline: int) -> float:
         """Return the measured ratio of median times to first token."""
@@ -77,6 +88,11 @@ class Comparison:
         """Return the ratio of FLOPs, which is the speed-up from omitted work alone; None where they are not known."""
         ours, theirs = self.arms[arm].flops, self.arms[baseline].flops
         return None if ours is None or theirs is None else theirs / ours
+
+    def roofline(self, arm: int, baseline: int) -> float | None:
+        """Return the ratio of least times by FLOPs and bytes at this run's peaks; None where they are not known."""
+        ours, theirs = self.arms[arm].cost, self.arms[baseline].cost
+        return None if ours is None or theirs is None or self.peaks is None else self.peaks.roofline(ours, theirs)
 
     def agreement(self, arm: int) -> int:
         """Return how many leading tokens of the greedy continuation equal those of the stock model."""
@@ -143,7 +159,8 @@ def compare(
     """
     ids = torch.tensor([prompt.context], device=model.device)
     arms = _arms(model, plan, ids.shape[1])
-    comparison = Comparison(prompt, plan, arms)
+    peaks = measure_peaks(model.device, model.dtype) if arms[0].cost is not None else None
+    comparison = Comparison(prompt, plan, arms, peaks)
     with torch.no_grad():
         for round_number in range(WARM_UPS + repeats):
             for arm in arms:
@@ -174,9 +191,9 @@ def _arms(model: Any, plan: Plan, tokens: int) -> list[Arm]:
     pruned = load(model, plan)
     rows = [_core.SequenceShape(tokens, boundary=min(plan.boundary, tokens))]
     return [
-        Arm(STOCK, _stock_prefill(model), _core.stock_cost(full.spec, rows)["flops"]),
-        Arm(FULL, _native_prefill(full), _core.plan_cost(full.spec, full.plan, rows)["flops"]),
-        Arm(PRUNED, _native_prefill(pruned), _core.plan_cost(pruned.spec, plan, rows)["flops"]),
+        Arm(STOCK, _stock_prefill(model), _core.stock_cost(full.spec, rows)),
+        Arm(FULL, _native_prefill(full), _core.plan_cost(full.spec, full.plan, rows)),
+        Arm(PRUNED, _native_prefill(pruned), _core.plan_cost(pruned.spec, plan, rows)),
     ]
 
 

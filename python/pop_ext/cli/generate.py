@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,7 @@ from pop_ext.cli.options import (
 )
 from pop_ext.utils.files import read_own_text
 from pop_ext.utils.progress import ProgressBar
+from pop_ext.utils.roofline import Peaks
 
 
 def generate(
@@ -127,12 +129,14 @@ def _generate_report(name: str, prompt_file: str, model: Any, tokenizer: Any, re
         "cpu_isa": installed["cpu_isa"],
         "threads": installed["threads"],
         "arms": arms,
+        "peaks": None if result.peaks is None else asdict(result.peaks),
         "speedups": [
             {
                 "arm": result.arms[arm].name,
                 "baseline": result.arms[baseline].name,
                 "measured": result.speedup(arm, baseline),
                 "ceiling": result.ceiling(arm, baseline),
+                "roofline": result.roofline(arm, baseline),
             }
             for arm, baseline in pairs
         ],
@@ -181,9 +185,10 @@ def _print_arms(console: Console, report: dict[str, Any]) -> None:
             f"{arm['agreement']} of {len(arm['continuation_ids'])}",
         )
     console.print(times)
-    ratios = output.new_table("speed-up", "measured", "ceiling")
+    ratios = output.new_table("speed-up", "measured", "ceiling", "roofline")
     for row in report["speedups"]:
-        ratios.add_row(f"{row['arm']} vs {row['baseline']}", f"{row['measured']:.2f}x", _factor(row["ceiling"]))
+        bounds = (_factor(row[name]) for name in ("ceiling", "roofline"))
+        ratios.add_row(f"{row['arm']} vs {row['baseline']}", f"{row['measured']:.2f}x", *bounds)
     console.print(ratios)
     repeats = len(report["arms"][0]["ttft_ms"]["all"])
     for note in (
@@ -193,6 +198,11 @@ def _print_arms(console: Console, report: dict[str, Any]) -> None:
         "ceiling: ratio of FLOPs, the speed-up from omitted work alone; kernels give the rest."
         if report["speedups"][0]["ceiling"]
         else "ceiling: not known, since this model has no native form; POP is portable.",
+        *(
+            [f"roofline: the same with bytes, at {Peaks(**report['peaks'])} as measured in this run."]
+            if report["peaks"]
+            else []
+        ),
     ):
         console.print(Text(note, style="dim"))
 

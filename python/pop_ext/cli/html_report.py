@@ -237,10 +237,15 @@ def _bench(members: dict[str, Any], name: str) -> Section:
         title = f"{case['model']}, batch {case['batch']}, {case['tokens']} tokens, {case['dtype']}"
         section.parts.append(Table(["arm", "median ms"], rows, title))
         compared = [
-            _cells(f"{c['arm']} against {c['baseline']}", f"{c['speedup']:.2f}x", f"{c['ceiling']:.2f}x")
+            _cells(
+                f"{c['arm']} against {c['baseline']}",
+                f"{c['speedup']:.2f}x",
+                f"{c['ceiling']:.2f}x",
+                f"{c['roofline']:.2f}x" if c.get("roofline") else "-",
+            )
             for c in case["comparisons"]
         ]
-        section.parts.append(Table(["comparison", "measured", "FLOP ceiling"], compared))
+        section.parts.append(Table(["comparison", "measured", "FLOP ceiling", "roofline"], compared))
     profiles = members.get("profiles", [])
     if profiles:
         drawn = io.BytesIO()

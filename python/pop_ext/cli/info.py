@@ -13,6 +13,7 @@ from pop_ext import env_info
 from pop_ext.cli import options, output
 from pop_ext.cli.options import BoundaryOption, CountOption, DtypeOption, JsonOption, OmitOption, PlanOption
 from pop_ext.plans.plan import Plan
+from pop_ext.utils.roofline import Peaks
 
 
 def info(
@@ -28,7 +29,8 @@ def info(
 ) -> None:
     """Show versions, kernels and supported models; with --model also a plan, its memory and its possible speed-up.
 
-    The possible speed-up is the ratio of FLOPs: what omitting work alone can gain.
+    The possible speed-up is the ratio of FLOPs, what omitting work alone can gain, and beside it the roofline, which
+    also counts bytes, at the rates that this machine's processor reaches in a measurement of a second.
 
     --plan, --omit or --count choose the plan, one of them at most. Default: the plan that pop_ext.enable runs, which is
     the one beside the checkpoint if its card holds figures of these weights, else the preset published for this
@@ -134,8 +136,13 @@ def _print_model(console: Console, model: dict[str, Any]) -> None:
         lines.insert(3, f"sliding windows: {windows}")
     for line in lines:
         console.print(Text(line))
-    table = output.new_table("FLOP ceiling, batch 1", "POP vs HF full", "POP vs native full", "native full vs HF full")
+    names = ("pop_over_stock", "pop_over_native_full", "native_full_over_stock")
+    table = output.new_table("ceiling, roofline", "POP vs HF full", "POP vs native full", "native full vs HF full")
     for row in model["ceilings"]:
-        ratios = (row[name] for name in ("pop_over_stock", "pop_over_native_full", "native_full_over_stock"))
-        table.add_row(f"{row['tokens']} tokens", *(f"{ratio:.3f}x" for ratio in ratios))
+        table.add_row(f"{row['tokens']} tokens", *(f"{row[name]:.3f}x, {row['roofline'][name]:.3f}x" for name in names))
     console.print(table)
+    for note in (
+        "ceiling: ratio of FLOPs at batch 1.",
+        f"roofline: the same with bytes, at {Peaks(**model['peaks'])} as measured now on this processor.",
+    ):
+        console.print(Text(note, style="dim"))

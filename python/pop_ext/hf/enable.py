@@ -25,6 +25,7 @@ from pop_ext.hf.forward import PrefillForward, find_prefill_forward
 from pop_ext.hf.loaded import check_options
 from pop_ext.hf.native_backend import NativeBackend
 from pop_ext.hf.portable_backend import PortableBackend
+from pop_ext.hf.prefill_graphs import check_shapes
 from pop_ext.hf.reference_backend import ReferenceBackend
 from pop_ext.hf.restore import forward_attribute
 from pop_ext.hf.speculative_launch import SpeculativeBackend
@@ -72,6 +73,7 @@ def enable(
     fp8: bool = False,
     prepack: bool = False,
     int8: bool = False,
+    cuda_graphs: int = 0,
 ) -> Model:
     """Prune the prefill of ``model``, in place. ``generate`` and ``pipeline`` need no change.
 
@@ -90,13 +92,15 @@ def enable(
         fp8: compute the products of native prefills in 8-bit floats, as in ``pop_ext.load``.
         prepack: copy weights for faster products on a CPU, as in ``pop_ext.load``.
         int8: compute the products of native prefills in 8-bit integers, as in ``pop_ext.load``.
+        cuda_graphs: keep as many CUDA graphs of native prefills, as in ``pop_ext.load``.
 
     Returns:
         The same model. Enabling an enabled model replaces its plan and options, also inside code that was put around
         its forward since.
 
     Raises:
-        UnsupportedModelError: No backend runs the model, or the native one not with ``fp8``, ``int8`` or ``prepack``.
+        UnsupportedModelError: No backend runs the model, or the native one not with ``fp8``, ``int8``, ``prepack``
+            or ``cuda_graphs``.
             The text of a model that is refused natively names ``backend="portable"`` if that runs it. A subclass of
             ValueError.
         ValueError, TypeError: A bad argument. The model is unchanged.
@@ -110,9 +114,12 @@ def enable(
     if not isinstance(strict, bool):
         raise TypeError(f"strict: expected a bool, got {type(strict).__name__}")
     products = check_options(fp8, int8, prepack)
+    check_shapes(cuda_graphs)
     for name, value in {"fp8": fp8, "int8": int8, "prepack": prepack}.items():
         if value and backend not in ("auto", "native"):
             raise ValueError(f'{name}: expected False with backend="{backend}", which calls the model, got True')
+    if cuda_graphs > 0 and backend not in ("auto", "native"):
+        raise ValueError(f'cuda_graphs: expected 0 with backend="{backend}", which calls the model, got {cuda_graphs}')
     inner = unwrapped(model)
     if text_config(inner) is None:
         raise TypeError(f"model: expected a Hugging Face model with a config, got {type(inner).__name__}")
@@ -120,7 +127,7 @@ def enable(
     previous, attribute = find_prefill_forward(inner), forward_attribute(inner)
     wrapped = previous is not None and _is_wrapped(inner, previous)
     chosen = plan_for(inner, plan)
-    runs = _load_backend(backend, inner, chosen.plan, products, prepack)
+    runs = _load_backend(backend, inner, chosen.plan, products, prepack, cuda_graphs)
     chosen.warn(inner)  # before the model changes: a filter may turn the warning into an error
     if previous is not None and wrapped:
         previous.configure(runs, strict)
@@ -140,7 +147,9 @@ def _check_hooks(model: nn.Module) -> None:
         raise RuntimeError("model: expected the model that accelerate has hooked, got a copy of it: copy.deepcopy it")
 
 
-def _load_backend(name: str, model: nn.Module, plan: Plan, products: Products | None, prepack: bool) -> Backend:
+def _load_backend(
+    name: str, model: nn.Module, plan: Plan, products: Products | None, prepack: bool, cuda_graphs: int
+) -> Backend:
     """Make the backend of this name for a model.
 
     Raises:
@@ -151,12 +160,12 @@ def _load_backend(name: str, model: nn.Module, plan: Plan, products: Products | 
         chosen.load(model)
         return chosen
     make = SpeculativeBackend if speculative_launch.ENABLED else NativeBackend
-    native = make(plan, products, prepack)
+    native = make(plan, products, prepack, cuda_graphs)
     portable = PortableBackend(plan)
     try:
-        native.load(model)
+        native.load(model).check_graphs_supported()
     except UnsupportedModelError as error:
-        if name == "native" or products is not None or prepack:
+        if name == "native" or products is not None or prepack or cuda_graphs > 0:
             raise
         portable.not_native = str(error).removesuffix(f". {PORTABLE_ADVICE}")
         try:
@@ -200,6 +209,7 @@ def enabled(
     fp8: bool = False,
     prepack: bool = False,
     int8: bool = False,
+    cuda_graphs: int = 0,
 ) -> Iterator[Model]:
     """Enable ``model`` inside a ``with`` block. Afterwards restore its former state, enabled or not.
 
@@ -210,7 +220,7 @@ def enabled(
     forward = find_prefill_forward(inner) or _hidden(inner)
     before = inner.__dict__.get(forward_attribute(inner))
     state = {} if forward is None or forward is before else dict(vars(forward))
-    enable(model, plan, strict, backend, fp8, prepack, int8)
+    enable(model, plan, strict, backend, fp8, prepack, int8, cuda_graphs)
     try:
         yield model
     finally:

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
 
 
 def load(
-    model: PreTrainedModel, plan: PlanArgument = None, fp8: bool = False, prepack: bool = False, int8: bool = False
+    model: PreTrainedModel,
+    plan: PlanArgument = None,
+    fp8: bool = False,
+    prepack: bool = False,
+    int8: bool = False,
+    cuda_graphs: int = 0,
 ) -> NativeModel:
     """Load a Hugging Face model for native prefill. The model itself is not changed.
 
@@ -31,19 +36,28 @@ def load(
         int8: compute o, gate, up and down of retained layers in 8-bit integers, on a CPU. This copies these matrices at
             one byte an element, and results differ slightly from the stock model's. Decode is unchanged. Excludes
             ``fp8``.
+        cuda_graphs: run prefills of prompts without a past as CUDA graphs, recorded when a shape first comes, and keep
+            as many, those used last. A shape is the number of tokens of each sequence with boundary, rows of logits and
+            padding. A replay leaves no gaps between kernels. It costs a copy of K and V into the cache, and memory:
+            each graph keeps the workspace of a call, and K and V of its prompts. The first call of a shape runs twice,
+            waits for the device and empties torch's cache of free memory, and later ones keep its options of
+            ``torch.ops.pop.tune``. Calls with a past or images run without a graph. The results are the same. A model
+            that is loaded again keeps the option; one that has left CUDA runs without graphs until it is back. This
+            has not run on a GPU.
 
     Returns:
         A ``NativeModel``, which refers to the weights of ``model``.
 
     Raises:
-        UnsupportedModelError: The architecture or its weights have no native form, or none with ``fp8``,
-            ``int8`` or ``prepack``, or a trial of a few tokens, once for a kind of model in a process, differs from
-            the stock modules. A subclass of ValueError.
+        UnsupportedModelError: The architecture or its weights have no native form, or none with ``fp8``, ``int8``,
+            ``prepack`` or ``cuda_graphs`` (of which the last wants a CUDA device and no experts), or a trial of a few
+            tokens, once for a kind of model in a process, differs from the stock modules. A subclass of ValueError.
         ValueError, TypeError: The plan is for another depth or another model, ``plan`` or ``model`` is of the wrong
-            type, or more than one of ``fp8``, ``int8`` and ``prepack`` is set.
+            type, more than one of ``fp8``, ``int8`` and ``prepack`` is set, or ``cuda_graphs`` is no int or negative.
     """
     products = check_options(fp8, int8, prepack)
-    native = NativeModel(uncompiled(model), plan, products, prepack)
+    native = NativeModel(uncompiled(model), plan, products, prepack, cuda_graphs)
+    native.check_graphs_supported()
     if not is_causal(native.config.get_text_config()):
         raise UnsupportedModelError("config.is_causal: expected a causal model, got False")
     try_native(native)

@@ -39,15 +39,17 @@ class NativeBackend:
         plan: Plan,
         products: Products | None = None,
         prepack: bool = False,
+        cuda_graphs: int = 0,
         fallback: PortableBackend | None = None,
     ) -> None:
-        self.plan, self.products, self.prepack, self.fallback = plan, products, prepack, fallback
+        self.plan, self.products, self.prepack, self.cuda_graphs = plan, products, prepack, cuda_graphs
+        self.fallback = fallback
         self.native: NativeModel | None = None
         self._tried = False
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = ("plan", "products", "prepack", "fallback")
+        state = ("plan", "products", "prepack", "cuda_graphs", "fallback")
         return {name: getattr(self, name) for name in state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -94,7 +96,8 @@ class NativeBackend:
             if native is None or native.inner is not inner or native.overwritten_weight() is not None:
                 self.native = native = None  # free the old folded weights before new ones are allocated
                 raise_if_refused(model)
-                native = NativeModel(model, self.plan, self.products, self.prepack)  # type: ignore[arg-type]
+                options = self.products, self.prepack, self.cuda_graphs
+                native = NativeModel(model, self.plan, *options)  # type: ignore[arg-type]
                 native.model = weakref.proxy(model)  # type: ignore[assignment]
                 self._tried = try_native(native)
                 self.native = native

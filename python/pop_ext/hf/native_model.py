@@ -22,7 +22,7 @@ from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.hf.operator_call import rope_tables, run_operator
 from pop_ext.hf.packing import PerSequence, offsets
 from pop_ext.hf.patches import InnerModules
-from pop_ext.hf.prefill_graphs import CudaRecorder, PrefillGraphs
+from pop_ext.hf.prefill_graphs import PrefillGraphs, check_graphs_supported, check_shapes, graphs_on
 from pop_ext.hf.restore import module_restored_on_error
 from pop_ext.hf.vision import run_wrapper
 from pop_ext.hf.weight_map import Description, describe
@@ -83,8 +83,10 @@ class NativeModel:
         plan: PlanArgument = None,
         products: Products | None = None,
         prepack: bool = False,
+        cuda_graphs: int = 0,
     ) -> None:
         ops.require_aten()
+        check_shapes(cuda_graphs)
         description = describe(model)
         self.model = model
         chosen = plan_for(model, plan)
@@ -94,43 +96,13 @@ class NativeModel:
             raise ValueError(f"products: expected None, 'fp8' or 'int8', got {products!r}")
         self.products, self.prepack = products, prepack
         self._loaded = LoadedWeights(model, description, self.plan, products, prepack)
-        self._graphs: PrefillGraphs | None = None
+        self.cuda_graphs = cuda_graphs
+        self._graphs: PrefillGraphs | None = graphs_on(self.device, cuda_graphs)
         chosen.warn(model)
-
-    def use_cuda_graphs(self, shapes: int = 4) -> None:
-        """Run prefills of prompts without a past as CUDA graphs, recorded when a shape first comes.
-
-        A replay leaves no gaps between kernels. It costs a copy of K and V into the cache, and memory: each graph keeps
-        the workspace of a call, and K and V of its prompts. A shape is the number of tokens of each sequence with
-        boundary, rows of logits and padding. Its first call runs twice, waits for the device and empties torch's cache
-        of free memory. Calls with a past or images run as before, and so do those of a model that has left CUDA since.
-        Options of ``torch.ops.pop.tune`` are those of the first call of a shape. The results are the same. This has not
-        run on a GPU. ``pop_ext.enable`` does not use graphs.
-
-        Args:
-            shapes: graphs to keep, the latest used; 0 switches graphs off and frees them.
-
-        Raises:
-            TypeError: ``shapes`` is no int.
-            ValueError: ``shapes`` is negative, or the model is not on a CUDA device, or has experts.
-        """
-        if not isinstance(shapes, int) or isinstance(shapes, bool):
-            raise TypeError(f"shapes: expected an int, got {type(shapes).__name__}")
-        if shapes < 0:
-            raise ValueError(f"shapes: expected at least 0, got {shapes}")
-        if shapes > 0 and self.spec.num_experts > 0:
-            raise ValueError(
-                "use_cuda_graphs: expected a model without experts, whose router the host waits for, got one of "
-                f"{self.spec.num_experts}"
-            )
-        if shapes > 0 and self.device.type != "cuda":
-            raise ValueError(f"use_cuda_graphs: expected a model on a CUDA device, got one on {self.device}")
-        if self._graphs is not None:
-            self._graphs.clear()
-        self._graphs = PrefillGraphs(shapes, CudaRecorder(self.device)) if shapes > 0 else None
 
     def __repr__(self) -> str:
         options = f", {self.products}=True" * (self.products is not None) + ", prepack=True" * self.prepack
+        options += f", cuda_graphs={self.cuda_graphs}" * (self.cuda_graphs > 0)
         return f"NativeModel({type(self.model).__name__}, {self.plan!r}{options}, extra_bytes={self.extra_bytes})"
 
     @property
@@ -198,11 +170,11 @@ class NativeModel:
         description = describe(self.model)
         check_fit(self.plan, find_decoder_modules(self.model).layers)
         self._loaded = LoadedWeights(self.model, description, self.plan, self.products, self.prepack)
-        graphs = self._graphs
-        if graphs is not None and graphs.device != self.device:
-            graphs.clear()
-            cuda = self.device.type == "cuda"
-            self._graphs = PrefillGraphs(graphs.shapes, CudaRecorder(self.device)) if cuda else None
+        self._graphs = graphs_on(self.device, self.cuda_graphs, self._graphs)
+
+    def check_graphs_supported(self) -> None:
+        """Raise UnsupportedModelError if ``cuda_graphs`` is set and the model can have no graphs where it is."""
+        check_graphs_supported(self.cuda_graphs, self._loaded)
 
     def stale_weight(self) -> str | None:
         """Return the name of a weight that was changed, moved or reassigned since it was loaded, or None.

@@ -1,4 +1,4 @@
-"""Replay the operator of a prefill as a CUDA graph, for shapes that come again (``NativeModel.use_cuda_graphs``).
+"""Replay the operator of a prefill as a CUDA graph, for shapes that come again (``cuda_graphs`` of ``pop_ext.load``).
 
 A graph reads and writes memory at fixed addresses. So the inputs of a call are copied into the graph's own tensors, and
 K and V, which it stages in tensors of its own, are copied into the cache of the call. Lengths and boundaries are
@@ -16,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.inputs import PrefillRequest
 from pop_ext.hf.kv_cache import CacheTransaction
 from pop_ext.hf.loaded import LoadedWeights
@@ -84,6 +85,10 @@ class CudaRecorder:
     def finish_last_use(self) -> None:
         if self._used is not None:
             self._used.synchronize()
+
+
+RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
+"""What records on a type of device. Tests put another one here for the CPU."""
 
 
 @dataclass
@@ -206,6 +211,47 @@ class PrefillGraphs:
             call()  # libraries allocate and choose their kernels in a first call
             replay, hidden = self._recorder.record(call)
         return _Graph(rows, static, keys, values, replay, hidden)
+
+
+def graphs_on(device: torch.device, shapes: int, before: PrefillGraphs | None = None) -> PrefillGraphs | None:
+    """Return graphs for a model that was loaded on a device, or loaded again.
+
+    Args:
+        device: of the model.
+        shapes: graphs to keep.
+        before: graphs of the model before it was loaded again. They are kept on the same device, where they notice new
+            weights themselves, and are freed on another one.
+
+    Returns:
+        None if no graphs are wanted, or none can be recorded on this device.
+    """
+    if before is not None and before.device == device:
+        return before
+    if before is not None:
+        before.clear()
+    recorder = RECORDERS.get(device.type)
+    return PrefillGraphs(shapes, recorder(device)) if shapes > 0 and recorder is not None else None
+
+
+def check_shapes(cuda_graphs: int) -> None:
+    """Raise TypeError or ValueError unless ``cuda_graphs`` is a number of graphs to keep."""
+    if not isinstance(cuda_graphs, int) or isinstance(cuda_graphs, bool):
+        raise TypeError(f"cuda_graphs: expected an int, got {type(cuda_graphs).__name__}")
+    if cuda_graphs < 0:
+        raise ValueError(f"cuda_graphs: expected at least 0, got {cuda_graphs}")
+
+
+def check_graphs_supported(cuda_graphs: int, loaded: LoadedWeights) -> None:
+    """Raise UnsupportedModelError if graphs are wanted of a model that can have none where it is."""
+    if cuda_graphs == 0:
+        return
+    problem = ""
+    if loaded.spec.num_experts > 0:
+        problem = f"a model without experts, whose router the host waits for, got one of {loaded.spec.num_experts}"
+    elif loaded.device.type not in RECORDERS:
+        problem = f"a model on a CUDA device, got one on {loaded.device}"
+    if problem:
+        raise UnsupportedModelError(f"cuda_graphs: expected {problem}; without cuda_graphs the model runs natively")
 
 
 def _shape_of(request: PrefillRequest, window_only: bool, tables: Tables) -> tuple[object, ...]:

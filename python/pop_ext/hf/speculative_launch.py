@@ -39,9 +39,10 @@ class SpeculativeBackend(NativeBackend):
         plan: Plan,
         products: Products | None = None,
         prepack: bool = False,
+        cuda_graphs: int = 0,
         fallback: PortableBackend | None = None,
     ) -> None:
-        super().__init__(plan, products, prepack, fallback)
+        super().__init__(plan, products, prepack, cuda_graphs, fallback)
         self._unchanged = False  # whether the last validation found no change
 
     def validate(self, model: nn.Module, call: Call) -> NativeModel:

@@ -2,6 +2,7 @@
 // cache.
 #include "checks.h"
 #include "cuda/kernels.h"
+#include "cuda/kv_project_tile.h"
 
 namespace {
 
@@ -14,6 +15,7 @@ struct Case {
   bool bias = false, norm = false, given_rstd = false, table = false;
   int64_t first_row = 0, x_padding = 0;
   bool in_races = false;  // also run under ThreadSanitizer: it has a wait that other cases do not have
+  bool halves = false;    // tiles of the last round are halved; under the shim that needs an odd number of units
 };
 
 // Operands and outputs of one case.
@@ -157,12 +159,25 @@ struct Run {
 #else
       if (!cuda::kv_project_sm90_supports(p)) throw std::runtime_error("needs a GPU of compute capability 9.0");
 #endif
-      cuda::launch_kv_project_sm90(p, nullptr);
+      cuda::launch_kv_project_sm90(p, c.halves, nullptr);
       checks::finish();
     });
   }
 
+  // The case is one that its name says.
+  void expect_halves() const {
+    using namespace cuda::kv_tile;
+    constexpr int kClusters = 2;  // of the emulation
+    const int rows = static_cast<int>(ceil_div<int64_t>(c.rows, kRows));
+    const TileOrder order = {rows, static_cast<int>(ceil_div<int64_t>(c.layers * 2 * kv_dim, kColumns)),
+                             cluster_for(rows)};
+    if (whole_units(order, static_cast<int>(c.hidden) / kDepth, kClusters) == unit_count(order)) {
+      throw std::runtime_error(std::string(c.name) + ": expected halves");
+    }
+  }
+
   void check() {
+    if (c.halves) expect_halves();
     for (int64_t row = 0; row < c.rows; ++row) rstd[row] = 0.5f + 0.01f * static_cast<float>(row % 100);
     for (int64_t row = 0; row < c.rows; ++row) {
       for (int64_t layer = 0; layer < c.layers; ++layer) {
@@ -228,6 +243,34 @@ const Case kCases[] = {
      .head_dim = 64,
      .layers = 1,
      .in_races = true},
+    {.name = "after a whole unit, halves of three steps and two",
+     .rows = 129,
+     .hidden = 320,
+     .kv_heads = 3,
+     .head_dim = 128,
+     .layers = 1,
+     .in_races = true,
+     .halves = true},
+    {.name = "halves alone, of more steps than the ring has",
+     .rows = 200,
+     .hidden = 704,
+     .kv_heads = 1,
+     .head_dim = 64,
+     .layers = 2,
+     .bias = true,
+     .norm = true,
+     .given_rstd = true,
+     .table = true,
+     .first_row = 3,
+     .halves = true},
+    {.name = "a half of one step, of a block without rows",
+     .rows = 2049,
+     .hidden = 128,
+     .kv_heads = 1,
+     .head_dim = 64,
+     .layers = 1,
+     .in_races = true,
+     .halves = true},
     {.name = "more layers than a launch takes",
      .rows = 5,
      .hidden = 64,

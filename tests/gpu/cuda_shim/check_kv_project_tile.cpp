@@ -43,6 +43,43 @@ void tile_order() {
   }
 }
 
+// Every step of every tile comes once. Halves are the last turn of their cluster, both blocks of a cluster have one
+// tile in it, and the steps of the blocks differ by one at most. The last round gets shorter, and only where it can.
+void turns() {
+  for (int row_tiles : {1, 2, 3, 4, 17, 32, 33}) {
+    for (int column_tiles : {1, 2, 7, 80}) {
+      for (int steps : {1, 2, 5, 64}) {
+        for (int clusters : {1, 2, 3, 66}) {
+          const TileOrder order = {row_tiles, column_tiles, cluster_for(row_tiles)};
+          const int whole = whole_units(order, steps, clusters), count = turn_count(order, whole);
+          std::map<std::pair<int, int>, int> seen;
+          for (int i = 0; i < count; ++i) {
+            Turn turn[2] = {turn_of(order, whole, steps, i, 0), turn_of(order, whole, steps, i, order.cluster - 1)};
+            for (int rank = 0; rank < order.cluster; ++rank)
+              seen[{turn[rank].tile.row, turn[rank].tile.column}] += turn[rank].end - turn[rank].begin;
+            expect(turn[0].is_half == (i >= whole) && turn[0].begin == 0 && turn[1].end == steps, "not all steps");
+            if (!turn[0].is_half) continue;
+            expect(i + clusters >= count, "a cluster goes on after a half");
+            expect(turn[0].tile.row == turn[1].tile.row && turn[0].tile.column == turn[1].tile.column, "two tiles");
+            expect(turn[0].end == turn[1].begin && turn[1].begin < steps, "a step twice, or none");
+            expect(turn[0].end - (turn[1].end - turn[1].begin) <= 1, "halves of unequal length");
+          }
+          for (int row = 0; row < row_units(order) * order.cluster; ++row) {
+            for (int column = 0; column < column_tiles; ++column)
+              expect(seen[{row, column}] == steps, "a tile not once");
+          }
+          const int idle = clusters - unit_count(order) % clusters;
+          const bool helps =
+              order.cluster == 2 && steps > 1 && unit_count(order) % clusters != 0 && 2 * idle >= clusters;
+          expect((count > whole) == helps, "halves where they do not help, or none where they do");
+        }
+      }
+    }
+  }
+  const TileOrder order = {4, 80, 2};  // 512 rows, ten layers of Llama-3.1-8B, 132 multiprocessors
+  expect(whole_units(order, 64, 66) == 132 && turn_count(order, 132) == 132 + 56, "two rounds and a half");
+}
+
 // Every element of 64 x 256 has exactly one thread and register. Both channels of a RoPE pair are in one thread, and 16
 // bytes of a row are in one quad.
 void accumulators() {
@@ -140,6 +177,7 @@ void clusters() {
 }
 
 const checks::Check check_order("kv_project_tile order", tile_order);
+const checks::Check check_turns("kv_project_tile turns", turns);
 const checks::Check check_accumulators("kv_project_tile accumulators", accumulators);
 const checks::Check check_heads("kv_project_tile heads", heads);
 const checks::Check check_shared("kv_project_tile shared memory", shared_memory);

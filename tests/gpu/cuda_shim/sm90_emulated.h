@@ -149,6 +149,11 @@ inline void barrier_arrive_at(Barrier* barrier, int rank) {
   emulated::update(emulated::in_rank(barrier, static_cast<unsigned>(rank)), [](auto& state) { --state.pending; });
 }
 
+inline void store_at(float (&to)[4], int rank, float a, float b, float c, float d) {
+  const float values[4] = {a, b, c, d};
+  std::memcpy(emulated::in_rank(&to[0], static_cast<unsigned>(rank)), values, sizeof(values));
+}
+
 inline void barrier_wait(Barrier* barrier, uint32_t parity) {
   const auto begin = std::chrono::steady_clock::now();
   const std::atomic_ref<uint64_t> word(*barrier);
@@ -283,11 +288,23 @@ inline TensorMap tensor_map(const void* matrix, int64_t rows, int64_t columns, i
   return {static_cast<const unsigned char*>(matrix), rows, columns, stride * 2, box_rows};
 }
 
+struct ClusterShape {
+  int cluster, threads;
+  size_t shared_bytes;
+};
+
+// Few, so that a block has several tiles.
 template <class... P>
-void launch_clusters(const char*, void (*kernel)(P...), int most, int cluster, int threads, size_t shared_bytes, Stream,
+int resident_clusters(const char*, void (*)(P...), const ClusterShape& shape) {
+  return shape.cluster == 1 ? 3 : 2;
+}
+
+template <class... P>
+void launch_clusters(const char* name, void (*kernel)(P...), int most, const ClusterShape& shape, Stream,
                      const P&... args) {
+  const auto [cluster, threads, shared_bytes] = shape;
   if (shared_bytes > 227 << 10) throw std::runtime_error("sm90_emulated: more shared memory than a block may have");
-  const int clusters = std::min(most, cluster == 1 ? 3 : 2);  // few, so that a block has several tiles
+  const int clusters = std::min(most, resident_clusters(name, kernel, shape));
   emulated::cluster = static_cast<unsigned>(cluster);
   emulated::rank_bytes = (shared_bytes + 1023) / 1024 * 1024;
   emulated::products.assign(threads * cluster, {});

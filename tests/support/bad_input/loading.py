@@ -172,6 +172,37 @@ LOAD = [
         "fp8: expected intermediate_size to be a multiple of 16, got 150",
     ),
     Case(
+        "`cuda_graphs=True`",
+        lambda f: pop_ext.load(f.model, cuda_graphs=True),
+        TypeError,
+        "cuda_graphs: expected an int, got bool",
+    ),
+    Case(
+        "`cuda_graphs=-1`",
+        lambda f: pop_ext.enable(f.model, cuda_graphs=-1),
+        ValueError,
+        "cuda_graphs: expected at least 0, got -1",
+    ),
+    Case(
+        "`cuda_graphs` with the oracle",
+        lambda f: pop_ext.enable(f.model, backend="reference", cuda_graphs=4),
+        ValueError,
+        'cuda_graphs: expected 0 with backend="reference", .* got 4',
+    ),
+    Case(
+        "`cuda_graphs` of a model with experts",
+        lambda f: pop_ext.load(mixtral(layers=3), "third", cuda_graphs=4),
+        UnsupportedModelError,
+        "cuda_graphs: expected a model without experts, .* got one of",
+    ),
+    Case(
+        "`cuda_graphs` of a model on a CPU",
+        lambda f: pop_ext.enable(f.model, cuda_graphs=4),
+        UnsupportedModelError,
+        "cuda_graphs: expected a model on a CUDA device, got one on cpu",
+        on_cuda=False,
+    ),
+    Case(
         "an unknown architecture",
         lambda f: pop_ext.load(gpt2()),
         UnsupportedModelError,
