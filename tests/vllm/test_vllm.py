@@ -12,6 +12,7 @@ import pop_ext
 import pytest
 import torch
 from tolerance import assert_close_fp32, assert_low_precision
+from vllm_engine import GAPS, engine, prompt, turns
 
 pytestmark = [
     pytest.mark.cpu,

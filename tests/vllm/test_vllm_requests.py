@@ -12,6 +12,7 @@ import pop_ext
 import pytest
 import torch
 from tolerance import assert_close_fp32
+from vllm_engine import GAPS, engine, prompt, turns
 
 pytestmark = [
     pytest.mark.cpu,
@@ -22,7 +23,6 @@ if importlib.util.find_spec("vllm") is not None:
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import StructuredOutputsParams
-    from vllm_engine import GAPS, engine, prompt, turns
 
 RANK = 4
 
