@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -12,8 +13,9 @@ from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.decision import Decline, Products
 from pop_ext.hf.dispatch import Call
 from pop_ext.hf.kv_cache import check_windows
-from pop_ext.hf.native_model import NativeModel
+from pop_ext.hf.native_model import NativeModel, PrefillOutput
 from pop_ext.hf.native_trial import raise_if_refused, try_native
+from pop_ext.hf.packed_step import RULE, PackedStep
 from pop_ext.hf.patches import InnerModules, unsupported_reason
 from pop_ext.hf.portable_backend import PortableBackend
 from pop_ext.plans.plan import Plan
@@ -74,6 +76,10 @@ class NativeBackend:
     def bind(self, model: nn.Module, call: Call) -> NativeModel:
         """Validate now, and leave nothing to the run."""
         return self.validate(model, call)
+
+    def bind_step(self, model: nn.Module, step: PackedStep) -> Callable[[], PrefillOutput]:
+        """Decline a step of continuous batching."""
+        raise Decline(RULE, "the native prefill fills caches of whole sequences, no pages")
 
     def load(self, model: nn.Module, inner: InnerModules | None = None) -> NativeModel:
         """Load the model, or return the one loaded before if neither modules nor weights have changed.
