@@ -16,9 +16,10 @@ import torch
 from batched_requests import NEW, answers, assert_equals_oracle, generate_batch
 from pop_ext import Plan
 from torch import nn
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 
 pytestmark = pytest.mark.cpu
+pytest.importorskip("transformers", minversion="5.24")  # whose pages the comparison reads
 
 PLAN = Plan(6, (2, 3, 5), 2)
 FAMILIES = {
@@ -178,6 +179,30 @@ def test_the_model_prefills_natively_again_afterwards():
     assert pop_ext.last_call(model).native
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3, windows"])
+def test_steps_padded_for_a_compiler_equal_the_oracle(family, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # the padding is what is tested
+    model = FAMILIES[family]()
+    padded = []
+    stock = batched_requests.ModelRunner.maybe_pad_inputs
+
+    def pad(runner, *args, **kwargs):
+        padded.append(stock(runner, *args, **kwargs) != args[:2])
+        return stock(runner, *args, **kwargs)
+
+    monkeypatch.setattr(batched_requests.ModelRunner, "maybe_pad_inputs", pad)
+    assert_pruned(model, prompts_of(model, 41, 18, 70), PLAN, max_batch_tokens=96, default_compile_level=1)
+    assert any(padded)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.compile")
+def test_a_compiled_step_is_pruned():
+    model = models.llama()
+    compile_config = CompileConfig(backend="eager", fullgraph=False, dynamic=True)
+    assert_pruned(model, prompts_of(model, 41, 18), PLAN, max_batch_tokens=96, varlen_compile_config=compile_config)
+    assert "prefill" in pop_ext.stats(model)
+
+
 # Declined
 
 
@@ -187,24 +212,22 @@ def hooked(model):
 
 
 DECLINED = {
-    "hooks on a layer": (lambda: hooked(models.llama()), {}, {}, "hooks"),
-    "the native backend alone": (models.llama, {"backend": "native"}, {}, "continuous_batching"),
-    "the oracle": (models.llama, {"backend": "reference"}, {}, "continuous_batching"),
-    "steps padded for a compiler": (models.llama, {}, {"default_compile_level": 1}, "continuous_batching"),
-    "a soft cap that paged eager leaves out": (models.gemma2, {}, {}, "attention"),
+    "hooks on a layer": (lambda: hooked(models.llama()), {}, "hooks"),
+    "the native backend alone": (models.llama, {"backend": "native"}, "continuous_batching"),
+    "the oracle": (models.llama, {"backend": "reference"}, "continuous_batching"),
+    "a soft cap that paged eager leaves out": (models.gemma2, {}, "attention"),
 }
 
 
 @pytest.mark.parametrize("case", DECLINED)
-def test_a_declined_step_runs_the_stock_forward_and_says_why(case, monkeypatch):
-    make, how, batching, rule = DECLINED[case]
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # the padding is what counts
+def test_a_declined_step_runs_the_stock_forward_and_says_why(case):
+    make, how, rule = DECLINED[case]
     model = make()
     prompts = prompts_of(model, 20, 12)
-    expected = [output.generated_tokens for output in answers(make(), prompts, **batching).values()]
+    expected = [output.generated_tokens for output in answers(make(), prompts).values()]
     pop_ext.enable(model, PLAN, **how)
     with pytest.warns(match="the stock forward runs"):
-        found = [output.generated_tokens for output in answers(model, prompts, **batching).values()]
+        found = [output.generated_tokens for output in answers(model, prompts).values()]
     assert found == expected
     assert pop_ext.last_call(model).rule == rule
     assert "prefill" not in pop_ext.stats(model)
@@ -212,11 +235,10 @@ def test_a_declined_step_runs_the_stock_forward_and_says_why(case, monkeypatch):
 
 @pytest.mark.parametrize("case", DECLINED)
 @pytest.mark.timeout(120)
-def test_under_strict_every_request_of_a_declined_step_gets_the_reason_as_its_error(case, monkeypatch):
-    make, how, batching, _ = DECLINED[case]
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+def test_under_strict_every_request_of_a_declined_step_gets_the_reason_as_its_error(case):
+    make, how, _ = DECLINED[case]
     model = pop_ext.enable(make(), PLAN, strict=True, **how)
-    outputs = answers(model, prompts_of(model, 20, 12), **batching)
+    outputs = answers(model, prompts_of(model, 20, 12))
     assert len(outputs) == 2
     for output in outputs.values():
         assert output.generated_tokens == []
@@ -232,21 +254,33 @@ def test_decode_steps_alone_are_no_prefills():
     assert pop_ext.stats(model) == {"decode": NEW}
 
 
-def test_a_step_without_its_bounds_is_declined_by_name():
+def without_read_index(call):
+    del call["read_index"]
+
+
+def padded_for_a_graph(call):
+    call["cu_seq_lens_q"] = torch.cat([call["cu_seq_lens_q"], call["cu_seq_lens_q"][-1:]])
+    call["max_length_k"] = dict.fromkeys(call["max_length_k"], 1024)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [(without_read_index, "expected read_index"), (padded_for_a_graph, "CUDA graphs of prefills")]
+)
+def test_steps_of_unknown_arguments_or_for_cuda_graphs_are_declined(change, reason, monkeypatch):
     model = pop_ext.enable(models.llama(), PLAN)
     found = []
     stock = batched_requests.ModelRunner.compute_batch
 
-    def without(runner, model, batch_data):
-        call = {name: value for name, value in batch_data.items() if name != "read_index"}
+    def explained(runner, model, batch_data):
+        call = dict(batch_data)
+        change(call)
         found.append(pop_ext.explain(model, **call))
         stock(runner, model, batch_data)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batched_requests.ModelRunner, "compute_batch", without)
-        answers(model, prompts_of(model, 20))
+    monkeypatch.setattr(batched_requests.ModelRunner, "compute_batch", explained)
+    answers(model, prompts_of(model, 20))
     assert (found[0].rule, found[0].declined) == ("continuous_batching", True)
-    assert "read_index" in found[0].reason
+    assert reason in found[0].reason
 
 
 def test_a_failing_layer_gives_every_request_its_error_and_frees_the_pages():

@@ -20,7 +20,10 @@ from pop_ext.plans.plan import Plan
 
 RULE = "continuous_batching"
 _NEEDED = {"cu_seq_lens_q", "read_index", "write_index", "position_ids"}
-_UNPADDED = "ContinuousBatchingConfig(use_cuda_graph=(False, True)) and no compile config for prefills"
+_NO_GRAPH = (
+    "CUDA graphs of prefills, which replay the rows of another step: pass "
+    "ContinuousBatchingConfig(use_cuda_graph=(False, True)), which records decode steps alone"
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class PackedStep:
 
     Attributes:
         arguments: of the model's ``forward`` by name, as continuous batching gives them.
-        tokens: rows of each request. Those with one row decode, or end their prompt with it.
+        tokens: rows of each request. Those with one row decode, or end their prompt with it. Zero: no request, in a
+            step that is padded for torch.compile or for CUDA graphs of decode steps.
         boundary: of these, the last rows that run at full depth.
     """
 
@@ -39,12 +43,13 @@ class PackedStep:
 
     def decision(self, name: str, plan: Plan, not_native: str) -> Decision:
         """Return the decision that the backend of this name runs the step."""
-        full = self.tokens == self.boundary
+        tokens, boundary = (tuple(filter(None, counts)) for counts in (self.tokens, self.boundary))
+        full = tokens == boundary
         reason = "a step of continuous batching" + (", every row at full depth" if full else "")
         reason = "the plan omits no layer" if not plan.omit else reason
         reason += f" (not native: {not_native})" if not_native else ""
         wanted = 1  # the last row of each request
-        return Decision(name, "prefill", reason, False, plan, self.tokens, self.boundary, wanted)
+        return Decision(name, "prefill", reason, False, plan, tokens, boundary, wanted)
 
 
 def is_packed(arguments: dict[str, Any]) -> bool:
@@ -79,16 +84,26 @@ def read_step(model: nn.Module, plan: Plan, arguments: dict[str, Any], replaced:
     ids = arguments["input_ids"]
     check_inference(model, config, ids.device.type)
     if ids.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise Decline(RULE, f"a CUDA graph is being recorded, which would replay this step's rows: pass {_UNPADDED}")
+        raise Decline(RULE, _NO_GRAPH)
     bounds = arguments["cu_seq_lens_q"].tolist()
     tokens = tuple(end - begin for begin, end in pairwise(bounds))
-    if 0 in tokens or bounds[-1] != ids.shape[1]:
-        raise Decline(
-            RULE, f"the rows of a step are padded for CUDA graphs or torch.compile: to prune prefills, pass {_UNPADDED}"
-        )
+    if (0 in tokens or bounds[-1] != ids.shape[1]) and _warms_up_a_graph(arguments):
+        raise Decline(RULE, _NO_GRAPH)
     # Decided for each request by itself: the others of a step never change a result.
     boundary = tuple(t if t < plan.min_tokens else min(plan.boundary, t) for t in tokens)
     return PackedStep(_with_pages(model, arguments), tokens, boundary)
+
+
+def _warms_up_a_graph(arguments: dict[str, Any]) -> bool:
+    """Return whether a padded step is run once before it is recorded as a CUDA graph.
+
+    transformers then rounds the lengths of the keys up, and otherwise leaves them.
+    """
+    lengths = arguments.get("max_length_k", arguments.get("max_seqlen_k"))
+    bounds = arguments.get("cu_seq_lens_k")
+    if not isinstance(lengths, dict) or not isinstance(bounds, dict):
+        lengths, bounds = {"": lengths}, {"": bounds}
+    return any(lengths[kind] != int(bounds[kind].diff().max()) for kind in lengths)
 
 
 def _pages(arguments: dict[str, Any]) -> Any:

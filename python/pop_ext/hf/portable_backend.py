@@ -167,7 +167,8 @@ def _unpaged_attention(model: nn.Module) -> Iterator[None]:
 
 def _run_step(model: nn.Module, decoder: Decoder, plan: Plan, step: PackedStep) -> PrefillOutput:
     """Run a step of continuous batching. After an error transformers frees the pages of all its requests."""
-    rows = PackedRows(list(step.tokens), list(step.boundary), step.arguments["input_ids"].device)
+    ids = step.arguments["input_ids"]
+    rows = PackedRows(step.tokens, step.boundary, ids.shape[1], ids.device)
     output = run_packed(model, decoder, plan, rows, {**step.arguments, "return_dict": True})
     return PrefillOutput(
         logits=output.logits,

@@ -6,6 +6,8 @@ one token that it decodes. The last rows of each chunk are boundary rows, all ot
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -30,22 +32,21 @@ class Picked:
 
     Args:
         tokens: rows of each request.
-        counts: number of its last rows to pick, from 1 to all.
+        counts: number of its last rows to pick, from 1 to all; 0 of a request without rows.
+        total: rows of the step, those that pad it included.
         device: of the step's tensors.
 
     Attributes:
-        total: rows of the step.
         index: int64 ``[sum(counts)]``, the picked rows.
         every: whether all rows are picked.
     """
 
-    def __init__(self, tokens: list[int], counts: list[int], device: torch.device) -> None:
-        ends = torch.tensor(tokens, device="cpu").cumsum(0).tolist()
+    def __init__(self, tokens: Sequence[int], counts: Sequence[int], total: int, device: torch.device) -> None:
+        ends = accumulate(tokens)
         rows = [row for end, count in zip(ends, counts, strict=True) for row in range(end - count, end)]
-        self.total, self.every, self._longest = ends[-1], len(rows) == ends[-1], max(counts)
+        self._total, self.every, self._longest = total, len(rows) == total, max(counts)
         self.index = torch.tensor(rows, dtype=torch.int64, device=device)
-        starts = torch.nn.functional.pad(torch.tensor(counts, device="cpu").cumsum(0), (1, 0))
-        self._starts = starts.to(torch.int32).to(device)
+        self._starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
 
     def of(self, call: dict[str, Any], hidden_name: str) -> dict[str, Any]:
         """Return the arguments of a layer for the picked rows alone."""
@@ -64,7 +65,7 @@ class Picked:
             return value[..., self.index]
         # Beside these, tensors that some architectures give each layer, such as embeddings of its own.
         rows = hidden or name in _ROWS or value.ndim == 3
-        return value.index_select(-2, self.index) if rows and value.shape[-2] == self.total else value
+        return value.index_select(-2, self.index) if rows and value.shape[-2] == self._total else value
 
 
 class PackedRows:
@@ -72,7 +73,8 @@ class PackedRows:
 
     Args:
         tokens: rows of each request.
-        boundary: boundary rows of each request, from 1 to all.
+        boundary: boundary rows of each request, from 1 to all; 0 of a request without rows.
+        total: rows of the step. Those beyond the requests' pad it: they are context rows whose K and V nobody reads.
         device: of the step's tensors.
 
     Attributes:
@@ -81,8 +83,9 @@ class PackedRows:
         merged: output of the omitted layer that ran last in this step, which the next one may write into.
     """
 
-    def __init__(self, tokens: list[int], boundary: list[int], device: torch.device) -> None:
-        self.boundary, self.last = Picked(tokens, boundary, device), Picked(tokens, [1] * len(tokens), device)
+    def __init__(self, tokens: Sequence[int], boundary: Sequence[int], total: int, device: torch.device) -> None:
+        self.boundary = Picked(tokens, boundary, total, device)
+        self.last = Picked(tokens, [min(1, count) for count in tokens], total, device)
         self.merged: Tensor | None = None
 
 
