@@ -94,7 +94,7 @@ def enabled_when_loaded(plan: str | None, strict: bool, batching: bool) -> Itera
     stock: Any = model_manager.ModelManager
     stock_state: Any = utils.GenerationState
 
-    class EnablingManager(stock):  # type: ignore[misc]
+    class EnablingManager(stock):
         """Enable each model once, before the first request sees it."""
 
         _enabling = threading.Lock()
@@ -108,17 +108,22 @@ def enabled_when_loaded(plan: str | None, strict: bool, batching: bool) -> Itera
                         check_steps(model, model_name)
             return model, processor
 
-    class UngraphedState(stock_state):  # type: ignore[misc]
+    class UngraphedState(stock_state):
         """Record no CUDA graphs of prefills, which would replay stock ones, unless the caller has asked for them."""
 
         def __init__(self, *args: Any, cb_config: Any = None, **kwargs: Any) -> None:
             super().__init__(*args, cb_config=without_prefill_graphs(cb_config), **kwargs)
 
-    model_manager.ModelManager, utils.GenerationState = EnablingManager, UngraphedState
+    for module, name, built in (
+        (model_manager, "ModelManager", EnablingManager),
+        (utils, "GenerationState", UngraphedState),
+    ):
+        setattr(module, name, built)
     try:
         yield
     finally:
-        model_manager.ModelManager, utils.GenerationState = stock, stock_state
+        for module, name, built in ((model_manager, "ModelManager", stock), (utils, "GenerationState", stock_state)):
+            setattr(module, name, built)
 
 
 def without_prefill_graphs(config: Any) -> Any:

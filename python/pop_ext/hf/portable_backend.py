@@ -153,16 +153,19 @@ class PortableBackend:
 @contextmanager
 def _unpaged_attention(model: nn.Module) -> Iterator[None]:
     """Set attention implementations that read pages, as continuous batching does, to those of whole sequences."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    paged = {key: config._attn_implementation for key, config in configs.items()}
-    paged = {key: name for key, name in paged.items() if str(name).startswith("paged|")}
-    for key, name in paged.items():
-        configs[key]._attn_implementation = name.removeprefix("paged|")
+    found: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+    paged = [
+        (config, config._attn_implementation)
+        for config in {id(config): config for config in found}.values()
+        if str(getattr(config, "_attn_implementation", "")).startswith("paged|")
+    ]
+    for config, name in paged:
+        config._attn_implementation = name.removeprefix("paged|")
     try:
         yield
     finally:
-        for key, name in paged.items():
-            configs[key]._attn_implementation = name
+        for config, name in paged:
+            config._attn_implementation = name
 
 
 def _run_step(model: nn.Module, decoder: Decoder, plan: Plan, step: PackedStep) -> PrefillOutput:
