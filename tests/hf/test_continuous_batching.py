@@ -15,6 +15,7 @@ import pytest
 import torch
 from batched_requests import NEW, answers, assert_equals_oracle, generate_batch
 from pop_ext import Plan
+from pop_ext.hf import native_step
 from torch import nn
 from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
 
@@ -44,10 +45,15 @@ def prompts_of(model, *lengths):
     return [torch.randint(0, vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
-def assert_pruned(model, prompts, plan, **batching):
+@pytest.fixture(params=["native", "portable"])
+def backend(request):
+    return request.param
+
+
+def assert_pruned(model, prompts, plan, backend="auto", **batching):
     """Run prompts, and compare each with the oracle. Return what was recorded."""
     stock = copy.deepcopy(model)
-    pop_ext.enable(model, plan, strict=True)
+    pop_ext.enable(model, plan, strict=True, backend=backend)
     texts, requests = generate_batch(model, prompts, **batching)
     for prompt, text, request in zip(prompts, texts, requests, strict=True):
         assert_equals_oracle(stock, plan, prompt, text, request)
@@ -55,29 +61,30 @@ def assert_pruned(model, prompts, plan, **batching):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompts_of_one_chunk_equal_the_oracle(family):
+def test_prompts_of_one_chunk_equal_the_oracle(family, backend):
     model = FAMILIES[family]()
-    requests = assert_pruned(model, prompts_of(model, 41, 18, 5), PLAN)
-    assert [request.chunks[0] for request in requests] == [(0, 41), (0, 18), (0, 5)]
+    requests = assert_pruned(model, prompts_of(model, 41, 18, 14), PLAN, backend)
+    assert [request.chunks[0] for request in requests] == [(0, 41), (0, 18), (0, 14)]
     assert pop_ext.stats(model) == {"decode": NEW - 1, "prefill": 1}
-    assert pop_ext.last_call(model).backend == "portable"
+    assert pop_ext.last_call(model).backend == backend
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral, window", "gemma3, windows", "qwen3"])
-def test_chunks_keep_their_own_boundary_rows_beside_requests_that_decode(family):
+def test_chunks_keep_their_own_boundary_rows_beside_requests_that_decode(family, backend):
     model = FAMILIES[family]()
-    requests = assert_pruned(model, prompts_of(model, 9, 70, 40), PLAN, max_batch_tokens=32)
+    requests = assert_pruned(model, prompts_of(model, 9, 70, 40), PLAN, backend, max_batch_tokens=32)
     assert any(len([1 for _, new in request.chunks if new > 1]) > 2 for request in requests)
     decoding = {past for past, new in requests[0].chunks if new == 1}
     assert decoding
     assert max(partners for request in requests for partners in request.partners) > 1
 
 
-@pytest.mark.parametrize("boundary", [1, 7, 100])
-@pytest.mark.parametrize("omit", [(), (5,), (0, 2, 3), (1, 2, 3, 4, 5)])
-def test_any_layers_and_boundary_equal_the_oracle(omit, boundary):
+@pytest.mark.parametrize(
+    ("omit", "boundary"), [((), 1), ((5,), 7), ((0, 2, 3), 1), ((0, 2, 3), 100), ((1, 2, 3, 4, 5), 7)]
+)
+def test_any_layers_and_boundary_equal_the_oracle(omit, boundary, backend):
     model = models.llama()
-    assert_pruned(model, prompts_of(model, 33, 12), Plan(6, omit, boundary), max_batch_tokens=40)
+    assert_pruned(model, prompts_of(model, 33, 12), Plan(6, omit, boundary), backend, max_batch_tokens=40)
 
 
 def test_pruning_changes_the_text_so_that_the_comparison_can_fail():
@@ -106,11 +113,11 @@ def test_a_chunk_shorter_than_min_tokens_runs_at_full_depth(shortest):
     assert decision.boundary == tuple(n if n < shortest else 2 for n in decision.tokens)
 
 
-def test_a_prefix_hit_takes_the_pages_of_the_first_request():
+def test_a_prefix_hit_takes_the_pages_of_the_first_request(backend):
     model, stock = models.llama(), models.llama()
     (first,) = prompts_of(model, 40)
     second = first[:27] + prompts_of(model, 30)[0]
-    pop_ext.enable(model, PLAN, strict=True)
+    pop_ext.enable(model, PLAN, strict=True, backend=backend)
     requests: dict[str, batched_requests.Request] = {}
     config = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=-1)
     batching = ContinuousBatchingConfig(num_blocks=64, page_size=8, max_batch_tokens=128)
@@ -128,11 +135,11 @@ def test_a_prefix_hit_takes_the_pages_of_the_first_request():
     assert_equals_oracle(stock, PLAN, second, texts[1], requests["second"], cache)
 
 
-def test_a_fitted_plan_projects_context_rows_by_its_fit():
+def test_a_fitted_plan_projects_context_rows_by_its_fit(backend):
     model = models.qwen3()
     batches = [torch.tensor(prompts_of(model, 48, 48)[i : i + 1]) for i in range(2)]
     plan = pop_ext.fit(model, Plan(6, (3, 4, 5), 2), batches)
-    assert_pruned(model, prompts_of(model, 41, 18), plan, max_batch_tokens=32)
+    assert_pruned(model, prompts_of(model, 41, 18), plan, backend, max_batch_tokens=32)
 
 
 def test_several_answers_of_one_prompt_share_its_prefill():
@@ -162,14 +169,21 @@ def test_rows_of_one_request_do_not_depend_on_the_others():
     assert together == alone
 
 
-@pytest.mark.parametrize("backend", ["auto", "portable"])
-def test_the_backends_that_run_steps(backend):
-    model = pop_ext.enable(models.llama(), PLAN, strict=True, backend=backend)
-    generate_batch(model, prompts_of(model, 20))
-    decision = pop_ext.last_call(model)
-    assert decision.backend == "portable"
-    assert "continuous batching" in decision.reason
-    assert (decision.tokens, decision.boundary) == ((20,), (2,))
+def test_a_step_runs_natively_where_it_can_and_else_portably():
+    for model, expected in ((models.llama(), "native"), (models.llama(dtype=torch.float64), "portable")):
+        pop_ext.enable(model, PLAN, strict=True)
+        generate_batch(model, prompts_of(model, 20))
+        decision = pop_ext.last_call(model)
+        assert decision.backend == expected
+        assert "continuous batching" in decision.reason
+        assert (decision.tokens, decision.boundary) == ((20,), (2,))
+
+
+def test_a_long_request_that_decodes_beside_many_short_ones_runs_portably(monkeypatch):
+    monkeypatch.setattr(native_step, "MOST_PADDING", 1.5)
+    model = models.llama()
+    assert_pruned(model, prompts_of(model, 70, 9, 8, 7), PLAN)
+    assert "of 7 to 70 positions in one step" in pop_ext.last_call(model).reason
 
 
 def test_the_model_prefills_natively_again_afterwards():
@@ -180,7 +194,7 @@ def test_the_model_prefills_natively_again_afterwards():
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3, windows"])
-def test_steps_padded_for_a_compiler_equal_the_oracle(family, monkeypatch):
+def test_steps_padded_for_a_compiler_equal_the_oracle(family, backend, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # the padding is what is tested
     model = FAMILIES[family]()
     padded = []
@@ -191,7 +205,7 @@ def test_steps_padded_for_a_compiler_equal_the_oracle(family, monkeypatch):
         return stock(runner, *args, **kwargs)
 
     monkeypatch.setattr(batched_requests.ModelRunner, "maybe_pad_inputs", pad)
-    assert_pruned(model, prompts_of(model, 41, 18, 70), PLAN, max_batch_tokens=96, default_compile_level=1)
+    assert_pruned(model, prompts_of(model, 41, 18, 70), PLAN, backend, max_batch_tokens=96, default_compile_level=1)
     assert any(padded)
 
 
@@ -213,7 +227,6 @@ def hooked(model):
 
 DECLINED = {
     "hooks on a layer": (lambda: hooked(models.llama()), {}, "hooks"),
-    "the native backend alone": (models.llama, {"backend": "native"}, "continuous_batching"),
     "the oracle": (models.llama, {"backend": "reference"}, "continuous_batching"),
     "a soft cap that paged eager leaves out": (models.gemma2, {}, "attention"),
 }

@@ -222,18 +222,19 @@ def _unwrap_kvpress(function: Callable[..., Any] | None) -> Callable[..., Any] |
     return function
 
 
-def unsupported_reason(model: nn.Module, inner: InnerModules) -> tuple[str, str] | None:
+def unsupported_reason(model: nn.Module, inner: InnerModules, paged: bool = False) -> tuple[str, str] | None:
     """Return why the native loop would compute something else than the model's modules, or None.
 
     Args:
         model: of one of the native families.
         inner: its modules.
+        paged: as for ``unsupported_attention``.
 
     Returns:
         (rule, reason), as in ``Decision``.
     """
     config = text_config(model)
-    reason = dropped_softcap_reason(config) or unsupported_attention(inner.decoder)
+    reason = dropped_softcap_reason(config) or unsupported_attention(inner.decoder, paged=paged)
     if reason is not None:
         return "attention", reason
     experts = getattr(config, "_experts_implementation", None) or "eager"
