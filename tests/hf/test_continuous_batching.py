@@ -137,8 +137,9 @@ def test_a_prefix_hit_takes_the_pages_of_the_first_request(backend):
 
 def test_a_fitted_plan_projects_context_rows_by_its_fit(backend):
     model = models.qwen3()
-    batches = [torch.tensor(prompts_of(model, 48, 48)[i : i + 1]) for i in range(2)]
-    plan = pop_ext.fit(model, Plan(6, (3, 4, 5), 2), batches)
+    plan = pop_ext.fit(model, Plan(6, (3, 4, 5), 2), [models.tokens(model, 16, 30)], lambdas=[0.1])
+    own = model.model.layers[3].self_attn.k_proj.weight
+    assert float((plan.projections.matrices[3][: len(own)] - own).norm() / own.norm()) > 0.1
     assert_pruned(model, prompts_of(model, 41, 18), plan, backend, max_batch_tokens=32)
 
 
