@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pop_ext
 import pytest
+import uvicorn
 from pop_ext.cli.app import app
 from typer.testing import CliRunner
 
@@ -70,6 +72,8 @@ def project():
 
 # `pop-ext generate` without options is a name in a sentence, not a command to run.
 CLI_LINES = {" ".join(words): words for _, words in commands("pop-ext") if len(words) > 1 or words == ["info"]}
+SERVE_LINES = {line: words for line, words in CLI_LINES.items() if words[0] == "serve"}  # these do not end
+CLI_LINES = {line: words for line, words in CLI_LINES.items() if line not in SERVE_LINES}
 
 
 def test_the_readme_shows_both_commands_on_a_model():
@@ -108,6 +112,20 @@ def test_every_line_of_pop_ext_runs(line, form, tmp_path, monkeypatch):
     assert result.stdout.strip()
     if form == "json":
         assert json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("line", SERVE_LINES)
+def test_every_line_of_pop_ext_serve_starts_a_server(line, monkeypatch):
+    started = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server: started.append(server.config.port))
+    monkeypatch.setattr(os, "execv", lambda _, command: started.append(command))
+    if "vllm" in line:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    places = {"NAME": str(DEMO / "model"), "PLAN": "third", "DIR": "third"}
+    result = CliRunner().invoke(app, [places.get(word, word) for word in SERVE_LINES[line]])
+    assert result.exit_code == 0, result.output
+    assert len(started) == 1
+    assert "pop-ext: " in result.stderr
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

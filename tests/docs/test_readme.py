@@ -95,7 +95,7 @@ def test_every_op_has_its_schema_in_the_reference():
 
 
 def test_every_rule_of_enable_is_in_the_list_of_declined_calls():
-    modules = ("rules", "dispatch", "patches", "native_backend", "reference_backend")
+    modules = ("rules", "dispatch", "packed_step", "patches", "native_backend", "reference_backend")
     sources = "".join((ROOT / "python" / "pop_ext" / "hf" / f"{name}.py").read_text() for name in modules)
     rules = set(re.findall(r'(?:Decline\(|_Reason\(|else \(|return)\s*"(\w+)"(?:,| if)', sources))
     assert {"labels", "mask", "cache", "hooks", "attention", "model", "verification"} <= rules

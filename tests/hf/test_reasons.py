@@ -13,7 +13,7 @@ import torch
 from enabled_models import PLAN, T, generate
 from models import gemma3, llama, tokens
 from pop_ext import Plan
-from transformers import GenerationConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.utils import TransformersKwargs
 
 
@@ -89,29 +89,6 @@ def test_every_model_agnostic_argument_of_generate_is_known():
     # A new one needs a rule, and a case in HANDED_ON.
     handed_on = {name for arguments, _ in HANDED_ON.values() for name in arguments}
     assert set(TransformersKwargs.__optional_keys__) <= handed_on
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize("strict", [False, True])
-def test_continuous_batching_runs_the_stock_forward_and_is_named(strict):
-    batching = pytest.importorskip("transformers", minversion="5.24").ContinuousBatchingConfig(
-        num_blocks=4, page_size=32, max_batch_tokens=64
-    )
-    config = GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=1)
-    prompts = [tokens(llama(), 1, n)[0].tolist() for n in (18, 11)]
-
-    def answers(model: Any) -> list[list[int]]:
-        how = {"generation_config": config, "continuous_batching_config": batching, "warmup": False}
-        return [output.generated_tokens for output in model.generate_batch(prompts, **how).values()]
-
-    expected = answers(llama())
-    assert [len(answer) for answer in expected] == [4, 4]
-    model = pop_ext.enable(llama(), PLAN, strict=strict)
-    with pytest.warns(match="continuous batching"):
-        assert answers(model) == expected
-    assert list(pop_ext.stats(model)) == ["continuous_batching"]
-    assert "generate_batch" in pop_ext.last_call(model).reason
-    assert "use_cache" not in pop_ext.last_call(model).reason
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pop_ext.cli.fit import fit
 from pop_ext.cli.generate import generate
 from pop_ext.cli.info import info
 from pop_ext.cli.report import report
+from pop_ext.cli.serve import serve
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,3 +27,5 @@ app.command()(calibrate)
 app.command()(fit)
 app.command("eval")(evaluate)
 app.command()(report)
+# Options that it does not know are those of the server.
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)

@@ -6,6 +6,7 @@ docs/declined.md lists the rules. Pruning never changes which outputs a call ret
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from pop_ext.hf.compat import new_cache, rename_cache, text_config
 from pop_ext.hf.decision import Decision, Decline, Products
 from pop_ext.hf.family import VisionSpec
 from pop_ext.hf.inputs import PrefillRequest
+from pop_ext.hf.packed_step import PackedStep, is_packed, read_step
 from pop_ext.hf.packing import PackedBatch, Spans, snap_to_span_start
 from pop_ext.hf.rules import check_prefill
 from pop_ext.plans.plan import Plan
@@ -92,6 +94,10 @@ class Backend(Protocol):
     def bind(self, model: nn.Module, call: Call) -> Runner:
         """Like ``validate``, but the runner may validate the model during its run, and raise ``Decline`` then."""
 
+    def bind_step(self, model: nn.Module, step: PackedStep) -> Callable[[], Any]:
+        """Return what runs a step of continuous batching, and returns an object with the attributes of a
+        ``PrefillOutput``. Raise ``Decline`` if the backend cannot run it on the model as it is now."""
+
 
 def dispatch(
     model: nn.Module, backend: Backend, arguments: dict[str, Any], replaced: Any
@@ -121,9 +127,31 @@ def dispatch(
     return call.decision, runner, request
 
 
+def dispatch_step(
+    model: nn.Module, backend: Backend, arguments: dict[str, Any], replaced: Any
+) -> tuple[Decision, Callable[[], Any]]:
+    """Validate a step of continuous batching; return the decision and what runs it.
+
+    Args, Raises: as for ``dispatch``.
+    """
+    step = read_step(model, backend.plan, arguments, replaced)
+    try:
+        run = backend.bind_step(model, step)
+    except Decline as decline:
+        fallback = backend.fallback
+        if not decline.declined or fallback is None:
+            raise
+        run = fallback.bind_step(model, step)
+        decision = step.decision(fallback.name, fallback.plan, fallback.not_native)
+        return _fallen_back(decision, backend, decline), run
+    return step.decision(backend.name, backend.plan, backend.not_native), run
+
+
 def explain_call(model: nn.Module, backend: Backend, arguments: dict[str, Any], replaced: Any) -> Decision:
     """Return what ``dispatch`` would decide, without checking the values of a call or running it."""
     try:
+        if is_packed(arguments):
+            return dispatch_step(model, backend, arguments, replaced)[0]
         call = classify(model, backend, arguments, replaced)
         backend.validate(model, call)
     except Decline as decline:

@@ -84,8 +84,8 @@ def enable(
             omits no layer: the model runs natively at full depth, and one ``NoPlanWarning`` says so. "third": the
             deepest third. "preset": the preset of a model of this shape, published or not. Any other string or path: a
             plan file, or a folder with a ``plan.json``.
-        strict: raise ``PrefillDeclined`` where the stock forward would otherwise run with a warning (except in
-            ``generate_batch``, whose caller would not get the exception).
+        strict: raise ``PrefillDeclined`` where the stock forward would otherwise run with a warning. In continuous
+            batching (``generate_batch``) each request gets its text as its error.
         backend: "auto" for native where the model has a native form, and portable elsewhere, also for single calls that
             the native prefill cannot run. "native" and "portable" for one of them alone; "portable" runs the model's
             own modules, in whatever form their weights are. "reference" for the plain PyTorch oracle, which is slow.

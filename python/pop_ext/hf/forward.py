@@ -21,7 +21,8 @@ from torch import nn
 
 from pop_ext.hf.compat import NEW_CACHE_NAME, OLD_CACHE_NAME, cache_field, field_names, output_class
 from pop_ext.hf.decision import Decision, Decline
-from pop_ext.hf.dispatch import Backend, bind_arguments, dispatch, explain_call
+from pop_ext.hf.dispatch import Backend, bind_arguments, dispatch, dispatch_step, explain_call
+from pop_ext.hf.packed_step import is_packed
 from pop_ext.hf.restore import forward_attribute, shallow_clone
 from pop_ext.hf.rules import is_traced
 from pop_ext.plans.plan import Plan
@@ -187,9 +188,13 @@ class PrefillForward:
         model, backend = self.model, self.backend
         arguments = bind_arguments(self.__signature__, args, kwargs)
         try:
-            decision, runner, request = dispatch(model, backend, arguments, self.replaced)
-            with self.stock_inside() if runner.calls_model else nullcontext():
-                result = runner.run(request)
+            if is_packed(arguments):
+                decision, run = dispatch_step(model, backend, arguments, self.replaced)
+                result = run()
+            else:
+                decision, runner, request = dispatch(model, backend, arguments, self.replaced)
+                with self.stock_inside() if runner.calls_model else nullcontext():
+                    result = runner.run(request)
         except Decline as decline:
             decision = decline.decision(backend.plan)
             self._count(decision)
@@ -243,8 +248,7 @@ class PrefillForward:
     def _decline(self, decision: Decision) -> None:
         """Report a call that the stock forward runs: raise under ``strict``, else warn once for each rule."""
         self.last_call = decision
-        # transformers catches what its thread of continuous batching raises, and returns empty lists.
-        if self.strict and decision.rule != "continuous_batching":
+        if self.strict:
             raise PrefillDeclined(f"pop_ext: the stock forward would run: {decision.reason} (strict=True)")
         if decision.rule not in self._warned:
             warnings.warn(f"pop_ext: the stock forward runs: {decision.reason}", stacklevel=caller_level())

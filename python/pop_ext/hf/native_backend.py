@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -12,8 +13,10 @@ from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.decision import Decline, Products
 from pop_ext.hf.dispatch import Call
 from pop_ext.hf.kv_cache import check_windows
-from pop_ext.hf.native_model import NativeModel
+from pop_ext.hf.native_model import NativeModel, PrefillOutput
+from pop_ext.hf.native_step import NativeStep
 from pop_ext.hf.native_trial import raise_if_refused, try_native
+from pop_ext.hf.packed_step import PackedStep
 from pop_ext.hf.patches import InnerModules, unsupported_reason
 from pop_ext.hf.portable_backend import PortableBackend
 from pop_ext.plans.plan import Plan
@@ -57,14 +60,7 @@ class NativeBackend:
 
     def validate(self, model: nn.Module, call: Call) -> NativeModel:
         """Return the model as it is now, loaded. Raise ``Decline`` if it cannot run ``call`` natively."""
-        inner = self._inner_modules(model)
-        unsupported = unsupported_reason(model, inner)
-        if unsupported is not None:
-            raise Decline(*unsupported)
-        try:
-            native = self.load(model, inner)
-        except (UnsupportedModelError, FitMismatch) as error:
-            raise Decline("model", str(error)) from error
+        native = self._loaded_for(model)
         cache = call.arguments.get("past_key_values")
         if cache is not None:
             try:
@@ -73,9 +69,29 @@ class NativeBackend:
                 raise Decline("cache", str(error)) from error
         return native
 
+    def _loaded_for(self, model: nn.Module, paged: bool = False) -> NativeModel:
+        """Return the model as it is now, loaded. Raise ``Decline`` if it cannot run natively.
+
+        Args:
+            model: the enabled model.
+            paged: whether the call is a step of continuous batching, which has attentions of its own.
+        """
+        inner = self._inner_modules(model)
+        unsupported = unsupported_reason(model, inner, paged)
+        if unsupported is not None:
+            raise Decline(*unsupported)
+        try:
+            return self.load(model, inner)
+        except (UnsupportedModelError, FitMismatch) as error:
+            raise Decline("model", str(error)) from error
+
     def bind(self, model: nn.Module, call: Call) -> NativeModel:
         """Validate now, and leave nothing to the run."""
         return self.validate(model, call)
+
+    def bind_step(self, model: nn.Module, step: PackedStep) -> Callable[[], PrefillOutput]:
+        """Return what runs a step of continuous batching. Raise ``Decline`` as ``validate`` and ``NativeStep`` do."""
+        return NativeStep(self._loaded_for(model, paged=True), step).run
 
     def load(self, model: nn.Module, inner: InnerModules | None = None) -> NativeModel:
         """Load the model, or return the one loaded before if neither modules nor weights have changed.

@@ -161,12 +161,13 @@ def _is_defined_with_class(cls: Any, forward: Any) -> bool:
 _KVPRESS = "kvpress.attention_patch"
 
 
-def unsupported_attention(decoder: Any, layers: Iterable[Any] | None = None) -> str | None:
+def unsupported_attention(decoder: Any, layers: Iterable[Any] | None = None, paged: bool = False) -> str | None:
     """Describe the first layer's attention that the native attention does not reproduce; None if all are supported.
 
     Args:
         decoder: language model without its head.
         layers: its decoder layers; ``decoder.layers`` if None.
+        paged: whether the attentions of continuous batching are supported, too. They apply no soft cap of scores.
     """
     # The decoder's own config decides which mask is made.
     layers = decoder.layers if layers is None else layers
@@ -178,7 +179,10 @@ def unsupported_attention(decoder: Any, layers: Iterable[Any] | None = None) -> 
         if (id(config), type(module)) not in seen:
             seen.add((id(config), type(module)))
             name = getattr(config, "_attn_implementation", None) or "eager"
-            if name not in ("eager", "sdpa") and not name.startswith("flash"):
+            if paged and name == "paged|eager" and getattr(config, "attn_logit_softcapping", None):
+                return f"attention implementation {name}{where}: it leaves out the soft cap of scores"
+            kind = name.removeprefix("paged|") if paged else name
+            if kind not in ("eager", "sdpa") and not kind.startswith("flash"):
                 return f"attention implementation {name}{where}: expected eager, sdpa or flash attention"
             outside = _module_outside_transformers(name, module)
             if outside is not None:
@@ -218,18 +222,19 @@ def _unwrap_kvpress(function: Callable[..., Any] | None) -> Callable[..., Any] |
     return function
 
 
-def unsupported_reason(model: nn.Module, inner: InnerModules) -> tuple[str, str] | None:
+def unsupported_reason(model: nn.Module, inner: InnerModules, paged: bool = False) -> tuple[str, str] | None:
     """Return why the native loop would compute something else than the model's modules, or None.
 
     Args:
         model: of one of the native families.
         inner: its modules.
+        paged: as for ``unsupported_attention``.
 
     Returns:
         (rule, reason), as in ``Decision``.
     """
     config = text_config(model)
-    reason = dropped_softcap_reason(config) or unsupported_attention(inner.decoder)
+    reason = dropped_softcap_reason(config) or unsupported_attention(inner.decoder, paged=paged)
     if reason is not None:
         return "attention", reason
     experts = getattr(config, "_experts_implementation", None) or "eager"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import nullcontext
-from functools import reduce
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from pop_ext.hf.decision import Decline, Products
 from pop_ext.hf.dispatch import Call
 from pop_ext.hf.inputs import PrefillRequest
 from pop_ext.hf.native_model import PrefillOutput, check_plan
+from pop_ext.hf.packed_step import PackedStep
 from pop_ext.hf.patches import (
     find_module_patch,
     has_global_hooks,
@@ -26,7 +28,7 @@ from pop_ext.hf.patches import (
 from pop_ext.hf.restore import cache_restored_on_error, evaluation_mode
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.projections import FitMismatch, check_fit
-from pop_ext.portable import Decoder, Rows, find_decoder, run_forward, try_portable
+from pop_ext.portable import Decoder, PackedRows, Rows, find_decoder, run_forward, run_packed, try_portable
 from pop_ext.portable.decoder import check_layers, check_weights
 from pop_ext.utils.forks import check_threads
 from pop_ext.utils.tensors import check_memory
@@ -76,8 +78,20 @@ class PortableBackend:
         """Return a runner. Raise ``Decline`` for code around the modules of layers, and for fits of other weights."""
         return PortableRunner(model, self._runnable(model), self.plan, call)
 
-    def _runnable(self, model: nn.Module) -> Decoder:
-        """Return the decoder of a model as it is now. Raise ``Decline`` if it cannot be run."""
+    def bind_step(self, model: nn.Module, step: PackedStep) -> Callable[[], PrefillOutput]:
+        """Return what runs a step of continuous batching. Raise ``Decline`` as ``validate`` does."""
+        decoder = self._runnable(model, paged=True)
+        if any(getattr(module, "is_kv_shared_layer", False) for module in decoder.layers.modules()):
+            raise Decline("model", "layers that attend to the K and V of another layer, in continuous batching")
+        return partial(_run_step, model, decoder, self.plan, step)
+
+    def _runnable(self, model: nn.Module, paged: bool = False) -> Decoder:
+        """Return the decoder of a model as it is now. Raise ``Decline`` if it cannot be run.
+
+        Args:
+            model: the enabled model.
+            paged: whether the call is a step of continuous batching, which has attentions of its own.
+        """
         try:
             decoder = find_decoder(model)
             check_fit(self.plan, decoder.layers)
@@ -85,14 +99,15 @@ class PortableBackend:
         except (FitMismatch, ValueError) as error:
             raise Decline("model", str(error)) from error
         softcap = dropped_softcap_reason(text_config(model))
-        attention = softcap or unsupported_attention(decoder.module, decoder.layers)
+        attention = softcap or unsupported_attention(decoder.module, decoder.layers, paged)
         if attention is not None:
             raise Decline("attention", attention)
         patch = _find_patch(model, decoder)
         if patch is not None:
             raise Decline("hooks", f"{patch}: it would see only some of the rows")
         try:
-            self._try(model, decoder)
+            with _unpaged_attention(model) if paged else nullcontext():
+                self._try(model, decoder)
         except ValueError as error:
             raise Decline("model", str(error)) from error
         return decoder
@@ -133,6 +148,37 @@ class PortableBackend:
             call = {"input_ids": input_ids, "logits_to_keep": rows.num_logits, "use_cache": True, "return_dict": True}
             logits: torch.Tensor = run_forward(model, decoder, self.plan, rows, call).logits
         return torch.cat([one[-count:] for one, count in zip(logits, num_logits, strict=True)])
+
+
+@contextmanager
+def _unpaged_attention(model: nn.Module) -> Iterator[None]:
+    """Set attention implementations that read pages, as continuous batching does, to those of whole sequences."""
+    found: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+    paged = [
+        (config, config._attn_implementation)
+        for config in {id(config): config for config in found}.values()
+        if str(getattr(config, "_attn_implementation", "")).startswith("paged|")
+    ]
+    for config, name in paged:
+        config._attn_implementation = name.removeprefix("paged|")
+    try:
+        yield
+    finally:
+        for config, name in paged:
+            config._attn_implementation = name
+
+
+def _run_step(model: nn.Module, decoder: Decoder, plan: Plan, step: PackedStep) -> PrefillOutput:
+    """Run a step of continuous batching. After an error transformers frees the pages of all its requests."""
+    ids = step.arguments["input_ids"]
+    rows = PackedRows(step.tokens, step.boundary, ids.shape[1], ids.device)
+    output = run_packed(model, decoder, plan, rows, {**step.arguments, "return_dict": True})
+    return PrefillOutput(
+        logits=output.logits,
+        hidden_states=None,  # type: ignore[arg-type]
+        past_key_values=cache_of(output),
+        wrapper_output=output,
+    )
 
 
 class PortableRunner:

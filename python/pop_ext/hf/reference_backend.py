@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from pop_ext.hf.dispatch import Call
 from pop_ext.hf.inputs import PrefillRequest
 from pop_ext.hf.modules import check_oracle_runs, find_decoder_modules
 from pop_ext.hf.native_model import PrefillOutput, check_plan
+from pop_ext.hf.packed_step import RULE, PackedStep
 from pop_ext.hf.restore import cache_restored_on_error, module_restored
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.projections import FitMismatch, check_fit
@@ -72,6 +74,10 @@ class ReferenceBackend:
     def bind(self, model: nn.Module, call: Call) -> ReferenceRunner:
         """Validate now, and leave nothing to the run."""
         return self.validate(model, call)
+
+    def bind_step(self, model: nn.Module, step: PackedStep) -> Callable[[], PrefillOutput]:
+        """Decline a step of continuous batching."""
+        raise Decline(RULE, "the oracle fills caches of whole sequences, no pages")
 
 
 class ReferenceRunner:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from pop_ext.hf.compat import NEW_CACHE_NAME, OLD_CACHE_NAME, parameters_of
+from pop_ext.hf.compat import parameters_of
 from pop_ext.hf.decision import Decline
 from pop_ext.hf.family import VisionSpec
 from pop_ext.hf.kv_cache import check_cache, has_window, past_slots
@@ -83,22 +83,9 @@ def check_prefill(
         raise Decline("decode", "one new token: a decode step, or a prompt of one token", declined=False)
     check_memory(tensors)
     check_layers(arguments.get("past_key_values"))
-    if _is_paged(arguments):
-        raise Decline(
-            "continuous_batching",
-            "continuous batching (generate_batch): the stock forward attends over pages of a cache that several "
-            "requests share; model.generate prunes",
-        )
     if is_traced():
         raise Decline("tracing", "tracing or export: the graph must be that of the stock forward", declined=False)
-    if config.num_hidden_layers != plan.num_layers:
-        # Not reported under strict either: after an exception transformers would not restore the config.
-        raise Decline(
-            "early_exit",
-            f"config.num_hidden_layers={config.num_hidden_layers} instead of {plan.num_layers}: "
-            "the call drafts tokens by early exit (assistant_early_exit)",
-            declined=False,
-        )
+    check_depth(config, plan)
     if arguments.get("labels") is not None:
         raise Decline("labels", "labels: a loss needs every row at full depth")
     too_many_logits = _check_logits_to_keep(
@@ -106,10 +93,10 @@ def check_prefill(
     )
     if too_many_logits is not None and not too_many_logits.declined:
         raise Decline(*too_many_logits)
-    _check_forward(model, replaced)
+    check_forward(model, replaced)
     taken = set(parameters_of(type(model).forward)) if runs_stock_forward else set()
     _check_outputs(model.config, taken if vision is None else taken | vision.arguments, arguments)
-    _check_inference(model, config, tokens.device.type)
+    check_inference(model, config, tokens.device.type)
     if in_transform():
         raise Decline("transform", "a transform of torch.func (vmap, jvp, ...): it does not reach into the native code")
     # Raised late: logits of all rows are also the default of forward, so a rule that a given argument breaks is the
@@ -162,10 +149,16 @@ def is_traced() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def _is_paged(arguments: dict[str, Any]) -> bool:
-    """Return whether a call comes from transformers' continuous batching, by its cache."""
-    caches = (arguments.get(name) for name in (OLD_CACHE_NAME, NEW_CACHE_NAME))
-    return any(type(cache).__module__.startswith("transformers.generation.continuous_batching") for cache in caches)
+def check_depth(config: Any, plan: Plan) -> None:
+    """Decline calls while fewer layers are set than the plan was made for: the drafts of speculative decoding."""
+    if config.num_hidden_layers != plan.num_layers:
+        # Not reported under strict either: after an exception transformers would not restore the config.
+        raise Decline(
+            "early_exit",
+            f"config.num_hidden_layers={config.num_hidden_layers} instead of {plan.num_layers}: "
+            "the call drafts tokens by early exit (assistant_early_exit)",
+            declined=False,
+        )
 
 
 def _new_tokens(arguments: dict[str, Any]) -> torch.Tensor:
@@ -220,7 +213,7 @@ def _check_logits_to_keep(keep: Any, columns: int, cache: Any) -> _Reason | None
     return _Reason("verification" if verification else "logits_to_keep", reason, not verification)
 
 
-def _check_forward(model: nn.Module, replaced: Any) -> None:
+def check_forward(model: nn.Module, replaced: Any) -> None:
     """Decline every call of a model whose own ``forward`` is not that of transformers: it may know other arguments."""
     cls = type(model)
     if is_patched_class(cls):
@@ -245,10 +238,7 @@ def _check_outputs(config: Any, taken: Collection[str], arguments: dict[str, Any
         flag = arguments.get(name)
         if hasattr(flag, "__array__"):  # a tensor or an array has no truth value
             raise Decline("arguments", f"{name}: expected a bool, got a {type(flag).__name__}")
-    for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
-        requested = arguments.get(name)
-        if requested if requested is not None else getattr(config, name, False):
-            raise Decline(name, f"{name}: context rows have no such outputs in omitted layers")
+    check_output_flags(config, arguments)
     use_cache = arguments.get("use_cache")
     if not (use_cache if use_cache is not None else getattr(config, "use_cache", True)):
         raise Decline("use_cache", "use_cache=False: a pruned prefill is useful only if its KV cache is kept")
@@ -264,7 +254,15 @@ def _check_outputs(config: Any, taken: Collection[str], arguments: dict[str, Any
         raise Decline("arguments", f"arguments that a pruned prefill does not know: {', '.join(unknown)}")
 
 
-def _check_inference(model: nn.Module, config: Any, device: str) -> None:
+def check_output_flags(config: Any, arguments: dict[str, Any]) -> None:
+    """Decline a call that asks for outputs which context rows do not have."""
+    for name in ("output_attentions", "output_hidden_states", "output_router_logits"):
+        requested = arguments.get(name)
+        if requested if requested is not None else getattr(config, name, False):
+            raise Decline(name, f"{name}: context rows have no such outputs in omitted layers")
+
+
+def check_inference(model: nn.Module, config: Any, device: str) -> None:
     """Decline a call that needs a backward, autocast, dropout or gradient checkpointing."""
     if torch.is_grad_enabled():
         raise Decline("grad", "grad mode: a pruned prefill has no backward; use torch.no_grad() or model.generate()")

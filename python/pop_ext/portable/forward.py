@@ -37,18 +37,41 @@ def run_forward(model: Module, decoder: Decoder, plan: Plan, rows: Rows, argumen
         compute = rows.num_logits if index == last else rows.columns
         partial = PartialLayer(layer, rows, compute, fitted.get(index) if omitted else None)
         layers[str(index)] = clone_module(layer, partial)
-    clones = Clones()
-    children: dict[str, nn.Module] = {decoder.list_name: clones.of(decoder.layers, **layers)}
     norm = decoder.module._modules.get("norm")
-    if norm is not None:
-        children["norm"] = clone_module(norm, FinalNorm(norm, rows))
-    clone = clones.around(model, decoder.path, clones.of(decoder.module, **children))
+    children = {} if norm is None else {"norm": clone_module(norm, FinalNorm(norm, rows))}
+    try:
+        return run_with_layers(model, decoder, layers, children, arguments)
+    finally:
+        rows.merged = None
+
+
+def run_with_layers(
+    model: Module,
+    decoder: Decoder,
+    layers: dict[str, nn.Module],
+    children: dict[str, nn.Module],
+    arguments: dict[str, Any],
+) -> Any:
+    """Run the stock forward over clones of the modules around the layers.
+
+    Args:
+        model: the model. It is not changed during the call.
+        decoder: its language model.
+        layers: what stands in the place of decoder layers, by their number.
+        children: what stands in the place of other children of the language model.
+        arguments: of the model's ``forward``.
+
+    Returns:
+        What the stock forward returns.
+    """
+    clones = Clones()
+    around = {decoder.list_name: clones.of(decoder.layers, **layers), **children}
+    clone = clones.around(model, decoder.path, clones.of(decoder.module, **around))
     rotary: Any = getattr(decoder.module, "rotary_emb", None)
     try:
         with module_restored_on_error(rotary if isinstance(rotary, nn.Module) else decoder.layers):
             output = type(model).forward(clone, **arguments)
     finally:
-        rows.merged = None
         for made in layers.values():  # a clone inside a hook refers to itself, and would wait for the garbage collector
             made.__dict__.pop("forward", None)
     clones.give_back()
