@@ -28,9 +28,9 @@ import torch  # noqa: E402
 from pop_ext import _core  # noqa: E402
 from pop_ext.plans.plan import Plan  # noqa: E402
 from pop_ext.plans.presets import preset_or_third  # noqa: E402
+from pop_ext.utils.roofline import Peaks  # noqa: E402
 
 from bench.report import SCHEMA, table, write_json  # noqa: E402
-from bench.roofline import Peaks  # noqa: E402
 from bench.serving.models import spec_of  # noqa: E402
 from bench.shapes import SHAPES, shape_config  # noqa: E402
 

@@ -28,6 +28,7 @@ from pop_ext import _core  # noqa: E402
 from pop_ext.plans.default import choose_plan  # noqa: E402
 from pop_ext.plans.plan import Plan  # noqa: E402
 from pop_ext.utils.progress import ProgressBar  # noqa: E402
+from pop_ext.utils.roofline import Peaks  # noqa: E402
 
 from bench.arms import layers_text, plan_name  # noqa: E402
 from bench.engines.catalogue import PEERS  # noqa: E402
@@ -36,7 +37,6 @@ from bench.environment import environment  # noqa: E402
 from bench.measure import KernelClock, interleave  # noqa: E402
 from bench.rates import measure_bandwidth, peak_rate, reference_gemms  # noqa: E402
 from bench.report import SCHEMA, environment_text, write_json  # noqa: E402
-from bench.roofline import Peaks  # noqa: E402
 from bench.serving import rounds  # noqa: E402
 from bench.serving.ceilings import Work, flops, roofline  # noqa: E402
 from bench.serving.figures import ARMS, PLAIN, POP, Cell, cell_json  # noqa: E402

@@ -8,8 +8,7 @@ from typing import Any
 
 from pop_ext import _core
 from pop_ext.plans.plan import Plan
-
-from bench.roofline import Peaks
+from pop_ext.utils.roofline import Peaks
 
 Work = Callable[[dict[str, Any]], float]
 

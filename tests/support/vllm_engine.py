@@ -105,7 +105,7 @@ def engine(model: Any, folder: Any, plan: Any, **options: Any) -> Any:
     if plan is not None:
         plan.save(folder / "plan.json")
         more = pop_ext.vllm.engine_arguments(weights, folder / "plan.json")
-    if "skip_tokenizer_init" in options:
+    if "skip_tokenizer_init" in options and not (weights / "tokenizer.json").exists():
         byte_tokenizer().save_pretrained(weights)
     defaults = dict(
         dtype=str(model.dtype).removeprefix("torch."),
