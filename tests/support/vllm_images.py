@@ -32,39 +32,63 @@ def missing() -> str | None:
     return None
 
 
-def save_processor(model: Any, folder: Any) -> None:
-    """Save the tokenizer and the image processor of a tiny vision model."""
-    from tokenizers import Tokenizer, models
-    from transformers import (
-        Gemma3ImageProcessor,
-        Gemma3Processor,
-        PreTrainedTokenizerFast,
-        Qwen2VLImageProcessor,
-        Qwen3VLProcessor,
-        Qwen3VLVideoProcessor,
-    )
+class Checkpoint:
+    """A tiny vision model that ``vllm_engine.engine`` saves with a tokenizer and an image processor."""
 
-    family, vision = model.config.model_type, model.config.vision_config
-    special = {**_NEWLINES, **_NAMES[family]}
-    taken = {number: name for name, number in special.items()}
-    vocab = {taken.get(number, f"<{number}>"): number for number in range(model.config.text_config.vocab_size)}
-    inner = Tokenizer(models.WordLevel(vocab, unk_token="<0>"))
-    inner.add_special_tokens(list(special))
-    named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
-    more = {"extra_special_tokens": named} if family == "gemma3" else {}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<0>", pad_token="<0>", **more)
-    if family == "gemma3":
-        images = Gemma3ImageProcessor(size={"height": vision.image_size, "width": vision.image_size})
-        processor: Any = Gemma3Processor(images, tokenizer, image_seq_length=model.config.mm_tokens_per_image)
-    else:
+    def __init__(self, model: Any) -> None:
+        self.model, self.dtype, self.config = model, model.dtype, model.config
+
+    def save_pretrained(self, folder: Any) -> None:
+        self.model.save_pretrained(folder)
+        _as_published(folder / "model.safetensors")
+        self._processor().save_pretrained(folder)
+
+    def _tokenizer(self) -> Any:
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+
+        special = {**_NEWLINES, **_NAMES[self.config.model_type]}
+        taken = {number: name for name, number in special.items()}
+        vocab = {taken.get(number, f"<{number}>"): number for number in range(self.config.text_config.vocab_size)}
+        inner = Tokenizer(models.WordLevel(vocab, unk_token="<0>"))
+        inner.add_special_tokens(list(special))
+        named = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+        more = {"extra_special_tokens": named} if self.config.model_type == "gemma3" else {}
+        return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<0>", pad_token="<0>", **more)
+
+    def _processor(self) -> Any:
+        from transformers import (
+            Gemma3ImageProcessor,
+            Gemma3Processor,
+            Qwen2VLImageProcessor,
+            Qwen3VLProcessor,
+            Qwen3VLVideoProcessor,
+        )
+
+        vision, tokenizer = self.config.vision_config, self._tokenizer()
+        if self.config.model_type == "gemma3":
+            images = Gemma3ImageProcessor(size={"height": vision.image_size, "width": vision.image_size})
+            return Gemma3Processor(images, tokenizer, image_seq_length=self.config.mm_tokens_per_image)
         sizes = dict(
             patch_size=vision.patch_size,
             temporal_patch_size=vision.temporal_patch_size,
             merge_size=vision.spatial_merge_size,
             size={"shortest_edge": 64, "longest_edge": 1536},
         )
-        processor = Qwen3VLProcessor(Qwen2VLImageProcessor(**sizes), tokenizer, Qwen3VLVideoProcessor(**sizes))
-    processor.save_pretrained(folder)
+        return Qwen3VLProcessor(Qwen2VLImageProcessor(**sizes), tokenizer, Qwen3VLVideoProcessor(**sizes))
+
+
+def _as_published(weights: Any) -> None:
+    """Rename the tensors of a vision tower as published checkpoints do; later versions of transformers leave out one
+    level, which vLLM expects.
+    """
+    from safetensors.torch import load_file, save_file
+
+    old, new = "vision_tower.", "vision_tower.vision_model."
+    tensors = load_file(weights)
+    if any(old in name and new not in name for name in tensors):
+        tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+        save_file(tensors, weights, metadata={"format": "pt"})
 
 
 def image(width: int, height: int, seed: int) -> Any:

@@ -97,11 +97,22 @@ def test_short_chunks_run_at_full_depth_by_min_tokens(tmp_path):
     assert_close_fp32(long[1], turns(model, GAPS, [prompt(40)])[1], "40 tokens")
 
 
-def test_decoding_is_compiled_if_the_engine_compiles(tmp_path):
-    model, ids = models.shared("llama"), prompt(61)
-    tokens, table, _ = turns(model, GAPS, [ids], 6)
-    with engine(model, tmp_path, GAPS, enforce_eager=False) as found:
+def test_stages_and_decoding_are_compiled_if_the_engine_compiles(tmp_path, monkeypatch):
+    """Compiled when the engine starts, each once; then no step runs a layer's own Python."""
+    from vllm.compilation.counter import compilation_counter
+    from vllm.model_executor.models.llama import LlamaDecoderLayer
+
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    model, plan, ids = models.shared("llama"), pop_ext.Plan(6, omit=[3, 4]), prompt(61)
+    tokens, table, _ = turns(model, plan, [ids], 6)
+    compiled = compilation_counter.num_aot_compiles
+    with engine(model, tmp_path, plan, enforce_eager=False) as found:
+        assert compilation_counter.num_aot_compiles == compiled + 3, "the whole, layers 0 to 3, layers 3 to 6"
+        calls: list[int] = []
+        monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda *_: calls.append(1))
         [(got, log_probs)] = found.generate([ids], 6)
+        assert compilation_counter.num_aot_compiles == compiled + 3
+    assert not calls
     assert got == tokens
     assert_close_fp32(log_probs, table, "log-probabilities")
 
