@@ -1,12 +1,15 @@
-"""Processors of tiny vision models, and a vLLM engine's answers to prompts with images, beside the oracle's."""
+"""Tiny vision models for vLLM: checkpoints with processors, prompts with images, attention in both directions."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from vision_models import END, IMAGE, START, TEXT, VIDEO
@@ -127,7 +130,14 @@ def ask(found: Any, *prompts: dict[str, Any], count: int = 1) -> list[tuple[list
 
 
 def arguments(model: Any, folder: Any, ids: Tensor, prompt: dict[str, Any]) -> dict[str, Any]:
-    """Return what transformers' model takes besides the ids ``[1, T]`` of a prompt: pixels of its images."""
+    """Return what transformers' model takes besides the ids ``[1, T]`` of a prompt: pixels of its images.
+
+    Args:
+        model: The model.
+        folder: The folder that its checkpoint was saved to.
+        ids: The ids as vLLM expanded them.
+        prompt: The prompt (``prompt_with``).
+    """
     from transformers import AutoImageProcessor
 
     gemma = model.config.model_type == "gemma3"
@@ -137,3 +147,37 @@ def arguments(model: Any, folder: Any, ids: Tensor, prompt: dict[str, Any]) -> d
         pixels = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")
         given |= {name: pixels[name] for name in ("pixel_values", "image_grid_thw") if name in pixels}
     return given
+
+
+@contextlib.contextmanager
+def attention_in_both_directions() -> Iterator[None]:
+    """Let engines run vLLM's FlexAttention, which lets the tokens of an image see each other.
+
+    vLLM offers its CPU build one backend, which does not. Two things that FlexAttention calls are missing on a CPU, and
+    are replaced: the kernel that writes the cache, and compiled attention for 32 bits.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends import flex_attention as flex
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    def attend(*args: Any, kernel_options: Any = None, **kwargs: Any) -> Any:
+        return flex.flex_attention(*args, **kwargs)
+
+    def write(self: Any, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+        blocks = kv_cache.transpose(1, 2)
+        taken = slot_mapping >= 0
+        slots = slot_mapping[taken]
+        pairs = torch.cat([key, value], -1)[: len(slot_mapping)][taken]
+        blocks[slots // blocks.shape[1], slots % blocks.shape[1]] = pairs
+
+    def path(*_: Any, **__: Any) -> str:
+        return AttentionBackendEnum.FLEX_ATTENTION.get_path()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuPlatform, "get_attn_backend_cls", path)
+        patch.setattr(flex, "flex_attention_compiled", attend)
+        patch.setattr(flex.FlexAttentionImpl, "do_kv_cache_update", write)
+        selector._cached_get_attn_backend.cache_clear()
+        yield
+    selector._cached_get_attn_backend.cache_clear()

@@ -17,9 +17,7 @@ def _counters() -> tuple[Counter, Counter, Counter, Counter]:
         Counter("pop_ext_pruned_steps", "Steps of the engine that skipped omitted layers for some rows"),
         Counter("pop_ext_context_rows", "Rows that skipped the omitted layers"),
         Counter("pop_ext_boundary_rows", "Rows of pruned steps that ran at full depth: boundary rows and decoding"),
-        Counter(
-            "pop_ext_declined_steps", "Steps that prefilled at full depth: chunks below min_tokens"
-        ),
+        Counter("pop_ext_declined_steps", "Steps that prefilled at full depth: chunks below min_tokens"),
     )
 
 

@@ -266,7 +266,8 @@ class PrunedPrefill:
 def _products(layer: torch.nn.Module) -> tuple[int, int]:
     """Return the multiplications of a decoder layer's weights for one row, and those for its K and V among them."""
     total = kv = 0
-    for module in layer.modules():
+    modules: list[Any] = list(layer.modules())
+    for module in modules:
         if isinstance(module, LinearBase):
             total += module.input_size * module.output_size
             if isinstance(module, QKVParallelLinear):
@@ -312,7 +313,7 @@ def _watch_weights(model: Any, found: PrunedPrefill) -> None:
 def _context_of(context: ForwardContext, names: set[str], rows: torch.Tensor) -> ForwardContext:
     """Restrict the cache slots of the layers ``names`` in an engine's context to the boundary rows."""
     taken: dict[int, torch.Tensor] = {}  # layers of a group share a tensor of slots
-    slots: dict[str, Any] = dict(context.slot_mapping)  # type: ignore[arg-type]
+    slots: dict[str, Any] = dict(context.slot_mapping)
     for name in names & slots.keys():
         slot = slots[name]
         if id(slot) not in taken:

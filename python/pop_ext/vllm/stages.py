@@ -85,7 +85,7 @@ class Stage:
     @contextmanager
     def _in_place(self) -> Iterator[None]:
         group = parallel_state._PP
-        parallel_state._PP = self._place  # type: ignore[assignment]
+        parallel_state._PP = self._place
         try:
             yield
         finally:
