@@ -97,10 +97,10 @@ def serving_panels(reports: Sequence[dict[str, Any]]) -> dict[str, dict[str, lis
             panel = panels.setdefault(f"{serving['model']} served, {figures[name]}", {})
             ratio = cell["ratios"][name]
             points = panel.setdefault(f"{cell['concurrency']} at once", [])
-            points.append((cell["tokens"], ratio["median"], ratio["ceiling"]))
+            points.append(Point(cell["tokens"], ratio["median"], ratio["ceiling"], ratio.get("roofline")))
     for lines in panels.values():
         for points in lines.values():
-            points.sort()
+            points.sort(key=lambda point: point.tokens)
     return panels
 
 
