@@ -64,7 +64,7 @@ def draw(reports: Sequence[dict[str, Any]]) -> Any | None:
     for axis in axes[count:]:
         axis.set_visible(False)
     devices = sorted({_device(report) for report in reports})
-    figure.suptitle(", ".join(devices), fontsize=9)
+    figure.suptitle(f"{', '.join(devices)} (dotted: FLOP ceiling; dashed: roofline)", fontsize=9)
     return figure
 
 
@@ -127,7 +127,7 @@ def _draw_speedups(axis: Any, title: str, arms: dict[str, list[Point]]) -> None:
     lengths = sorted({point.tokens for points in arms.values() for point in points})
     axis.set_xticks(lengths, [str(length) for length in lengths])
     axis.minorticks_off()
-    axis.set_title(f"{title} (dotted: FLOP ceiling; dashed: roofline)", fontsize=9)
+    axis.set_title(title, fontsize=9)
     axis.set_xlabel("tokens")
     axis.set_ylabel("times as fast")
     axis.grid(alpha=0.3)
