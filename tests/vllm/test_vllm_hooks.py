@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pop_ext.vllm
 import pytest
@@ -67,15 +68,27 @@ def test_what_is_missing_is_named(hook, text):
     assert hook.complaint() == text
 
 
+@needs_vllm
 def test_another_vllm_stays_plain_with_a_line_that_says_why(monkeypatch, caplog):
+    from vllm.config import VllmConfig
+
     monkeypatch.setattr(hooks, "HOOKS", (hooks.Hook("json", "gone", None, ""),))
+    monkeypatch.setattr(VllmConfig, "try_verify_and_update_config", lambda self: "verified")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     hooks.missing_hooks.cache_clear()
-    logging.getLogger("vllm.pop_ext").propagate = True
     with caplog.at_level(logging.WARNING):
         pop_ext.vllm.register()
     hooks.missing_hooks.cache_clear()
     assert "no prefill is pruned" in caplog.text
     assert "json.gone is missing" in caplog.text
+
+    def verify(more):
+        return VllmConfig.try_verify_and_update_config(SimpleNamespace(additional_config=more))
+
+    for more in ({}, {"pop_ext": False}, {"pop_ext": {"plan": "third", "strict": False}}):
+        assert verify(more) == "verified"
+    with pytest.raises(ValueError, match="no prefill is pruned.*json.gone is missing.*runs all layers"):
+        verify({"pop_ext": {"plan": "third"}})
 
 
 def test_the_documented_table_is_the_list():

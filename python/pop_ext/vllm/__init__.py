@@ -22,15 +22,16 @@ def register() -> None:
     """Hook pruning into vLLM.
 
     vLLM calls this entry point in every process of an engine, possibly several times. If this vLLM lacks a name that
-    the plugin uses (``pop_ext.vllm.hooks``), a warning says which, and no engine is changed.
+    the plugin uses (``pop_ext.vllm.hooks``), a warning says which, and no engine is changed. One that asks for a plan, and
+    not for ``strict`` to be false, is refused.
     """
     from pop_ext.vllm.hooks import missing_hooks
 
     missing = missing_hooks()
     if missing:
-        logging.getLogger("vllm.pop_ext").warning(
-            "pop_ext: no prefill is pruned: made for vLLM 0.31 to 0.33, and in this one %s", "; ".join(missing)
-        )
+        text = f"pop_ext: no prefill is pruned: made for vLLM 0.31 to 0.33, and in this one {'; '.join(missing)}"
+        logging.getLogger("vllm.pop_ext").warning(text)
+        _refuse_engines(text)
         return
     from vllm import ModelRegistry
 
@@ -40,6 +41,24 @@ def register() -> None:
     for name in ARCHITECTURES.values():
         if name not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(name, f"pop_ext.vllm.models:{name}")
+
+
+def _refuse_engines(why: str) -> None:
+    """Let a vLLM that the plugin does not know refuse engines that ask for pruning."""
+    from vllm.config import VllmConfig
+
+    original = getattr(VllmConfig, "try_verify_and_update_config", None)
+    if original is None:
+        return
+
+    def try_verify_and_update_config(self: Any) -> Any:
+        more = self.additional_config
+        section = more.get(SECTION) if isinstance(more, dict) else None
+        if isinstance(section, dict) and section.get("strict", True):
+            raise ValueError(f'{why}. {{"{SECTION}": {{"strict": false}}}} runs all layers')
+        return original(self)
+
+    VllmConfig.try_verify_and_update_config = try_verify_and_update_config
 
 
 def engine_arguments(
