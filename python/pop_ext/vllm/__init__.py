@@ -22,8 +22,8 @@ def register() -> None:
     """Hook pruning into vLLM.
 
     vLLM calls this entry point in every process of an engine, possibly several times. If this vLLM lacks a name that
-    the plugin uses (``pop_ext.vllm.hooks``), a warning says which, and no engine is changed. One that asks for a plan, and
-    not for ``strict`` to be false, is refused.
+    the plugin uses (``pop_ext.vllm.hooks``), a warning says which, and no engine is changed. An engine that asks for a
+    plan, and not for ``strict`` to be false, is refused.
     """
     from pop_ext.vllm.hooks import missing_hooks
 
