@@ -268,6 +268,15 @@ def test_the_server_of_vllm_is_named_where_it_is_missing(folder, monkeypatch):
     assert "--engine vllm: expected vllm in this environment" in result.stderr
 
 
+@pytest.mark.parametrize("given", [["--additional-config", "{}"], ["--additional-config={}"]])
+def test_a_configuration_that_would_replace_the_plan_is_refused(given, folder, monkeypatch):
+    monkeypatch.setattr(serve_module.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(os, "execv", lambda path, command: pytest.fail("expected no server"))
+    result = run(folder, "--engine", "vllm", *given)
+    assert result.exit_code == 2
+    assert "--additional-config: expected none beside --engine vllm" in result.stderr
+
+
 def test_the_server_of_vllm_starts_with_the_arguments_of_the_plugin(folder, plan_file, monkeypatch):
     started = []
     monkeypatch.setattr(serve_module.importlib.util, "find_spec", lambda name: name)

@@ -30,6 +30,7 @@ def config(**changes):
             hf_text_config=text,
             model="/nowhere",
             architecture="LlamaForCausalLM",
+            get_num_experts=lambda: 0,
             runner_type="generate",
             logits_processors=None,
             return_sampling_mask=False,
@@ -39,7 +40,6 @@ def config(**changes):
             prefill_context_parallel_size=1,
             use_ubatching=False,
             data_parallel_size=1,
-            enable_expert_parallel=False,
         ),
         load_config=SimpleNamespace(load_format="auto"),
         offload_config=SimpleNamespace(
@@ -79,7 +79,7 @@ REFUSED = {
     "'strict'.: expected true or false, got 'no'": dict(additional_config={"pop_ext": {"strict": "no"}}),
     "load_format: expected none of tensorizer.*got tensorizer": dict(load_config__load_format="tensorizer"),
     "data_parallel_size: expected 1 .*got 2": dict(
-        parallel_config__data_parallel_size=2, parallel_config__enable_expert_parallel=True
+        parallel_config__data_parallel_size=2, model_config__get_num_experts=lambda: 8
     ),
     "'plan'.: expected a saved plan's path, 'third' or 'preset', got 3": dict(
         additional_config={"pop_ext": {"plan": 3}}

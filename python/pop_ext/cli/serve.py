@@ -221,10 +221,15 @@ def vllm_command(model: str, plan: str | None, rest: list[str]) -> list[str]:
     """Return the command that starts vLLM's OpenAI server with the arguments of the plugin.
 
     Raises:
-        ValueError: The plugin does not know the model's architecture.
+        ValueError: They hold a configuration that would take the place of the plugin's.
     """
     from pop_ext.vllm import engine_arguments
 
+    if any(argument.partition("=")[0] == "--additional-config" for argument in rest):
+        raise ValueError(
+            "--additional-config: expected none beside --engine vllm, which passes its own; start vLLM itself with "
+            '\'{"pop_ext": {"plan": PLAN}, ...}\''
+        )
     command = [sys.executable, "-m", _VLLM_MODULE, "--model", model]
     for name, value in engine_arguments(model, plan).items():
         command += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value)]
@@ -239,7 +244,7 @@ def _startup_line_of_config(name: str, plan: str | None) -> str:
     from pop_ext.plans.default import choose_plan
 
     if plan is None:  # what vLLM loads decides
-        return f"{name}: the plan beside the checkpoint or its preset, if the log of vLLM names one"
+        return f"{name}: vLLM's log names the plan, if there is one beside the checkpoint or published for it"
     config = AutoConfig.from_pretrained(name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.forward_context import (
     ForwardContext,
@@ -101,10 +102,17 @@ class PrunedPrefill:
         self._has_adapters = vllm_config.lora_config is not None
         self._adapters: Adapters | None = None
         self._signature = inspect.signature(type(decoder).forward)
-        self._rows_at_warm_up = max(1, vllm_config.scheduler_config.max_num_seqs)
+        if "positions" not in self._signature.parameters:
+            raise ValueError(
+                f"model: expected a decoder that takes positions, got {type(decoder).__name__} with "
+                f"{', '.join(self._signature.parameters)}"
+            )
+        # A size of 1 would be compiled as a constant.
+        self._rows_at_warm_up = max(2, vllm_config.scheduler_config.max_num_seqs)
         decoder = shallow_copy(decoder)  # keeps its class, whatever the decoder's becomes
         group, here = get_pp_group(), local_layers(decoder)
         self._is_last_rank = group.is_last_rank
+        self._counts = group.is_last_rank and get_tensor_model_parallel_rank() == 0  # all ranks run the same steps
         layers = layers_of(decoder)
         runs = [range(max(run.start, here.start), min(run.stop, here.stop)) for run in plan.projected_runs]
         runs = [run for run in runs if len(run)]
@@ -120,7 +128,7 @@ class PrunedPrefill:
             single = singles.get(number)
             if single is None:
                 single = singles[number] = stage(number, number + 1, "single", compiled=False)
-            single(None, positions, handed_on(_with_residual(tensors, self._names)), None)
+            single(None, positions, handed_on(tensors), None)
 
         singles: dict[int, Stage] = {}
         self._names = _names_handed_on(decoder, vllm_config)
@@ -132,7 +140,8 @@ class PrunedPrefill:
                 self.parts.append(Part(stage(at, run.start, "all")))
             named = [(number, layers[number], attention_of(layers[number], number)) for number in run]
             self.attentions += [attention for _, _, attention in named]
-            projection = RunProjection(named, hidden_size, plan.projections, own_modules)
+            residual = "residual" in self._names
+            projection = RunProjection(named, hidden_size, residual, plan.projections, own_modules)
             self.parts.append(Part(stage(run.start, run.stop, "boundary"), projection))
             at = run.stop
         if at < here.stop:
@@ -169,14 +178,15 @@ class PrunedPrefill:
         metadata = described.get(self.attentions[0].layer_name)
         rows = getattr(metadata, "boundary", None)
         if rows is None:
-            if REQUESTS.declined:
+            if REQUESTS.declined and self._counts:
                 count_declined()
             return plain(*args, **kwargs)
         if self.stale:
             for projection in self.projections:
                 projection.refold()
             self.stale = False
-        count_step(metadata.step_tokens, len(rows))
+        if self._counts:
+            count_step(metadata.step_tokens, len(rows))
         return self._prefill(rows, context, self._arguments(args, kwargs))
 
     def _arguments(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -221,13 +231,10 @@ class PrunedPrefill:
                 with override_forward_context(whole):
                     out = stage(positions=positions, intermediate_tensors=_or_none(state), **given)
                 given = {name: None if name in ("input_ids", "inputs_embeds") else v for name, v in given.items()}
-                state = {} if torch.is_tensor(out) else self._own(tensors_of(out))
+                state = {} if torch.is_tensor(out) else self._with_residual(tensors_of(out), stage)
                 continue
-            residual = state.get("residual")
-            stream = state["hidden_states"] if residual is None else state["hidden_states"] + residual
             slots: Any = context.slot_mapping
-            projection.write(stream, state, positions, slots, adapters is not None and adapters.active)
-            del stream
+            projection.write(state, positions, slots, adapters is not None and adapters.active)
             with override_forward_context(of_boundary), nullcontext() if adapters is None else adapters.of_rows(rows):
                 out = stage(
                     input_ids=None,
@@ -252,15 +259,17 @@ class PrunedPrefill:
             self._adapters = Adapters(self._omitted_layers)
         return self._adapters
 
-    def _own(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Return tensors that a prefill may write to.
+    def _with_residual(self, tensors: dict[str, Any], stage: Stage) -> dict[str, Any]:
+        """Return what a stage hands on with a residual, which some hand on as None, in tensors that may be written to.
 
-        A stage without layers hands on the embeddings, a buffer of the engine, and no residual.
+        A stage without layers hands on the embeddings, a buffer of the engine: the residual of the next layer.
         """
-        if "residual" in tensors and tensors["residual"] is None:
-            hidden = tensors["hidden_states"]
+        if "residual" not in tensors or tensors["residual"] is not None:
+            return tensors
+        hidden = tensors["hidden_states"]
+        if not stage.layers and self.projections[0].adds_residual:
             return {**tensors, "hidden_states": torch.zeros_like(hidden), "residual": hidden.clone()}
-        return tensors
+        return {**tensors, "hidden_states": hidden.clone(), "residual": torch.zeros_like(hidden)}
 
 
 def _products(layer: torch.nn.Module) -> tuple[int, int]:
@@ -290,13 +299,6 @@ def _names_handed_on(decoder: Any, vllm_config: VllmConfig) -> list[str]:
             f"model: expected one that can be several pipeline stages, got {type(decoder).__name__}, which cannot"
         )
     return list(make(1, vllm_config.model_config.dtype, torch.device("cpu")).tensors)
-
-
-def _with_residual(tensors: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Complete the input of a stage by a residual of zero, if it takes one."""
-    if "residual" in names and tensors.get("residual") is None:
-        return {**tensors, "residual": torch.zeros_like(tensors["hidden_states"])}
-    return tensors
 
 
 def _watch_weights(model: Any, found: PrunedPrefill) -> None:

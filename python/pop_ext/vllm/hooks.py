@@ -115,6 +115,8 @@ HOOKS = (
     Hook("vllm.sequence", "IntermediateTensors", ("tensors",), "what stages hand on"),
     Hook("vllm.utils.torch_utils", "async_tensor_h2d", None, "copy row numbers to the device"),
     # read
+    Hook("vllm.v1.worker.gpu_input_batch", "InputBatch", None, "prompts and progress of a step's requests"),
+    Hook(f"{_ATTENTION}", "AttentionImpl", None, "its do_kv_cache_update writes K and V"),
     Hook(f"{_LAYERS}.attention", "Attention", None, "attention of a layer: heads, cache, backend"),
     Hook(f"{_LAYERS}.layernorm", "RMSNorm", None, "norms that the fused projection computes"),
     Hook(f"{_LAYERS}.layernorm", "GemmaRMSNorm", None, "the same"),
@@ -126,7 +128,7 @@ HOOKS = (
     Hook("vllm.v1.worker.gpu.sample.logits_processor.interface", "LogitsProcessor", None, "the same"),
     Hook("vllm.exceptions", "VLLMValidationError", None, "the same"),
 )
-"""Read in vLLM 0.31 and 0.32, and in the sources of 0.33. tests/vllm/test_hooks.py holds each of them."""
+"""Read in vLLM 0.31 and 0.32, and in the sources of 0.33. tests/vllm/test_vllm_hooks.py holds each of them."""
 
 
 @cache

@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -65,7 +66,7 @@ def _after_load(original: Any) -> Any:
             plan = engine_plan(vllm_config)
             boundary = engine_boundary(vllm_config, plan)
             _announce(vllm_config, plan, boundary, prune(model, vllm_config, plan, boundary))
-        except ValueError as error:
+        except Exception as error:  # the engine was asked to run in any case
             if settings.strict:
                 raise
             _decline(vllm_config, error)
@@ -88,6 +89,8 @@ def _around_step(original: Any) -> Any:
 
 def _announce(vllm_config: Any, plan: Plan, boundary: int, found: PrunedPrefill) -> None:
     """Log what runs, in one line; a second one for each run that no single product projects."""
+    if get_tensor_model_parallel_rank() > 0:
+        return
     omitted = format_layers(plan.omit) if plan.omit else "none"
     fit = "no fit" if plan.projections is None else f"fitted K and V in {len(plan.projections.matrices)} layers"
     logger.info(
@@ -109,5 +112,5 @@ def _announce(vllm_config: Any, plan: Plan, boundary: int, found: PrunedPrefill)
             logger.info("pop_ext: layers run their own K and V modules, which is slower: %s", projection.reason)
 
 
-def _decline(vllm_config: Any, error: ValueError) -> None:
+def _decline(vllm_config: Any, error: Exception) -> None:
     logger.warning_once("pop_ext: %s runs at full depth: %s", vllm_config.model_config.model, error)

@@ -111,17 +111,21 @@ class RunProjection:
     Args:
         layers: Number, decoder layer and attention object of each layer of the run on this rank, in their order.
         hidden_size: Width of the hidden state.
+        residual: True if stages hand on a residual beside the hidden state.
         fitted: Fitted projections that replace those of some layers (``Plan.projections``).
         own_modules: Runs the modules of one layer as far as its attention.
 
     Attributes:
         reason: Why layers run their own modules instead of one product; None if one product computes the run.
+        adds_residual: True if the input of a layer is the sum of hidden state and residual, False if it is the hidden
+            state alone.
     """
 
     def __init__(
         self,
         layers: Sequence[tuple[int, Any, Any]],
         hidden_size: int,
+        residual: bool,
         fitted: Projections | None,
         own_modules: OwnModules,
     ) -> None:
@@ -131,6 +135,10 @@ class RunProjection:
         self._own_modules = own_modules
         self._fitted = fitted
         self._hidden_size = hidden_size
+        self.adds_residual = residual
+        self._has_residual = residual
+        floats = (torch.float32, torch.bfloat16, torch.float16)
+        self._parameter = next(parameter for parameter in layers[0][1].parameters() if parameter.dtype in floats)
         self._parts: list[LayerParts] = []
         for number, layer, attention in layers:
             found = parts_of(layer, number, attention)
@@ -157,6 +165,7 @@ class RunProjection:
             FitMismatch: The fitted projections are for other weights.
             ValueError: There are fitted projections, and one product does not compute the K and V of this model.
         """
+        self._find_convention(self._parameter)
         if self.reason is None:
             for part, block in zip(self._parts, self._allocate(), strict=True):
                 block.copy_(_folded(part, *_kv_weights(part, self._hidden_size)))
@@ -191,7 +200,6 @@ class RunProjection:
 
     def write(
         self,
-        hidden_states: torch.Tensor,
         tensors: dict[str, Any],
         positions: torch.Tensor,
         slots: dict[str, torch.Tensor],
@@ -200,8 +208,7 @@ class RunProjection:
         """Compute K and V of all rows of a step, and write them to the cache of every layer of the run.
 
         Args:
-            hidden_states: ``[rows, hidden_size]``, the input of the run's layers, before any norm.
-            tensors: The same as stages hand it on.
+            tensors: The input of the run's layers, as stages hand it on, ``[rows, hidden_size]`` each.
             positions: ``[..., rows]``.
             slots: Layer name -> ``[rows]`` cache slots, -1 for rows without one. Empty while the engine warms up.
             adapted: True if adapters apply to rows: then layers run their own modules, which add them.
@@ -210,6 +217,7 @@ class RunProjection:
             for number, attention in zip(self.numbers, self.attentions, strict=True):
                 self._write(attention, *self._by_own_modules(number, positions, tensors), slots, slice(None))
             return
+        hidden_states = self.stream(tensors)
         step = max(256, CHUNK_BYTES // (len(self._stack) * self._stack.element_size()))
         for begin in range(0, len(hidden_states), step):
             rows = slice(begin, begin + step)
@@ -277,26 +285,65 @@ class RunProjection:
             del attention.forward
         raise RuntimeError(f"model: expected layer {number} to call its attention, got a forward that does not")
 
+    def _find_convention(self, like: torch.Tensor) -> None:
+        """Find out what the input of a layer is, from K of the first one.
+
+        Raises:
+            ValueError: It is neither the sum of hidden state and residual nor the hidden state.
+        """
+        if not self._has_residual:
+            return
+        hidden, residual, positions = _random_rows(self._hidden_size, like)
+        number = self.numbers[0]
+        key, _ = self._by_own_modules(number, positions, {"hidden_states": hidden, "residual": residual})
+        zero = torch.zeros_like(residual)
+        for adds, stream in ((True, hidden + residual), (False, hidden)):
+            found, _ = self._by_own_modules(number, positions, {"hidden_states": stream, "residual": zero})
+            if _relative_error(found, key) <= _bound(like):
+                self.adds_residual = adds
+                return
+        raise ValueError(
+            f"model: expected layer {number} to take hidden state plus residual, or the hidden state alone, got neither"
+        )
+
+    def stream(self, tensors: dict[str, Any]) -> torch.Tensor:
+        """Return the input of the run's layers, ``[rows, hidden_size]``, from what stages hand on."""
+        hidden: torch.Tensor = tensors["hidden_states"]
+        return hidden + tensors["residual"] if self.adds_residual else hidden
+
     def _difference(self) -> str | None:
         """Compare the product with the layers' own modules on random rows; return a phrase if they differ."""
-        stack = self._stack
-        assert stack is not None
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(_CHECKED_ROWS, self._hidden_size, generator=generator)
-        hidden = hidden.to(stack.device, stack.dtype)
-        positions = torch.arange(_CHECKED_ROWS, device=stack.device) * 7
-        keys, values = self._by_one_product(hidden, positions)
-        bound = 1e-4 if stack.dtype == torch.float32 else 0.03
+        assert self._stack is not None
+        hidden, residual, positions = _random_rows(self._hidden_size, self._stack)
+        tensors = {"hidden_states": hidden} | ({"residual": residual} if self._has_residual else {})
+        keys, values = self._by_one_product(self.stream(tensors), positions)
         for at, number in enumerate(self.numbers):
-            own = self._by_own_modules(number, positions, {"hidden_states": hidden})
+            own = self._by_own_modules(number, positions, tensors)
             for name, found, expected in zip("KV", (keys[at], values[at]), own, strict=True):
-                error = float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))
-                if not error <= bound:
+                error = _relative_error(found, expected)
+                if not error <= _bound(self._stack):
                     return f"layer {number}: {name} by one product differs by {error:.1e} from that of its modules"
         return None
 
 
 _CHECKED_ROWS = 16
+
+
+def _random_rows(hidden_size: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return hidden states and residuals, ``[rows, hidden_size]`` each, and ``[rows]`` positions."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, residual = torch.randn(2, _CHECKED_ROWS, hidden_size, generator=generator).to(like.device, like.dtype)
+    return hidden, residual, torch.arange(_CHECKED_ROWS, device=like.device) * 7
+
+
+def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the norm of the difference relative to that of ``expected``; NaN if either has one."""
+    return float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))
+
+
+def _bound(like: torch.Tensor) -> float:
+    """Return the difference that rounding explains."""
+    return 1e-4 if like.dtype == torch.float32 else 0.03
 
 
 class _AtAttention(Exception):

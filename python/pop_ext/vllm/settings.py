@@ -146,6 +146,8 @@ def _check(vllm_config: Any) -> None:
     refused = {
         "device": (current_platform.is_cpu() or current_platform.is_cuda(), True),
         "VLLM_BATCH_INVARIANT": (envs.VLLM_BATCH_INVARIANT, False),
+        # It replays a whole captured step, so that no step is looked at.
+        "VLLM_USE_BREAKABLE_CUDAGRAPH": (bool(getattr(envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False)), False),
         "decode_context_parallel_size": (parallel.decode_context_parallel_size, 1),
         "prefill_context_parallel_size": (parallel.prefill_context_parallel_size, 1),
         "enable_dbo, ubatch_size": (parallel.use_ubatching, False),
@@ -163,10 +165,10 @@ def _check(vllm_config: Any) -> None:
         raise ValueError(
             f"load_format: expected none of {', '.join(_OTHER_LOADERS)} with pruned prefills, got {load_format}"
         )
-    if parallel.data_parallel_size > 1 and parallel.enable_expert_parallel:
+    if parallel.data_parallel_size > 1 and vllm_config.model_config.get_num_experts() > 0:
         raise ValueError(
-            f"data_parallel_size: expected 1 with pruned prefills and expert parallelism, whose ranks run the same "
-            f"rows, got {parallel.data_parallel_size}"
+            f"data_parallel_size: expected 1 with pruned prefills of a mixture of experts, whose ranks run the "
+            f"same rows, got {parallel.data_parallel_size}"
         )
     if speculative is not None and speculative.method not in _DRAFTS:
         raise ValueError(
