@@ -81,15 +81,20 @@ def test_a_preempted_request_continues_as_if_it_had_not_been(tmp_path):
         assert_close_fp32(log_probs, table, "log-probabilities")
 
 
-def test_requests_of_every_kind_share_an_engine(tmp_path):
-    """Many at once, sampling of several, stop strings, structured output, and an abort in the midst of a prefill."""
-    model = models.shared("llama")
-    with engine(model, tmp_path, GAPS, skip_tokenizer_init=False, max_num_batched_tokens=128, max_num_seqs=32) as found:
-        many = [prompt(20 + length, length) for length in range(32)]
-        for ids, (tokens, _) in zip(many, found.generate(many, 3, logprobs=None), strict=True):
-            [alone] = found.generate([ids], 3, logprobs=None)
-            assert tokens == alone[0]
+def test_32_requests_at_once_equal_the_oracle(tmp_path):
+    model, prompts = models.shared("llama"), [prompt(20 + length, length) for length in range(32)]
+    with engine(model, tmp_path, GAPS, max_num_batched_tokens=2048, max_num_seqs=32) as found:
+        outputs = found.generate(prompts, 3)
+    for ids, (tokens, log_probs) in zip(prompts, outputs, strict=True):
+        want, table, _ = turns(model, GAPS, [ids], 3)
+        assert tokens == want
+        assert_close_fp32(log_probs, table, f"prompt of {len(ids)}")
 
+
+def test_requests_of_every_kind_share_an_engine(tmp_path):
+    """Sampling of several, stop strings, structured output, and an abort in the midst of a prefill."""
+    model = models.shared("llama")
+    with engine(model, tmp_path, GAPS, skip_tokenizer_init=False, max_num_batched_tokens=128, max_num_seqs=4) as found:
         tokenizer = found.llm.get_tokenizer()
         ids = torch.tensor(tokenizer("The quick brown fox jumps over the lazy dog, and the dog sleeps.").input_ids)
         want, _, _ = turns(model, GAPS, [ids], 12)
