@@ -109,6 +109,12 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
     }
 
 
+def flop_ceiling(spec: _core.ModelSpec, plan: Plan, tokens: int) -> float:
+    """Return the FLOPs of the stock forward by those of a pruned prefill, at batch 1, for ``tokens`` tokens."""
+    rows = [_core.SequenceShape(tokens, boundary=min(plan.boundary, tokens))]
+    return _core.stock_cost(spec, rows)["flops"] / _core.plan_cost(spec, plan, rows)["flops"]
+
+
 def ceilings(spec: _core.ModelSpec, plan: Plan, tokens: int, peaks: Peaks) -> dict[str, Any]:
     """Return upper bounds of the speed-up at batch 1 for a prompt of ``tokens`` tokens.
 

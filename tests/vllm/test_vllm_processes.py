@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -24,7 +25,10 @@ from tolerance import assert_close_fp32
 
 pytestmark = [
     pytest.mark.cpu,
-    pytest.mark.skipif(not entry_points(group="vllm.general_plugins", name="pop_ext"), reason="needs vllm (make vllm)"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None or not entry_points(group="vllm.general_plugins", name="pop_ext"),
+        reason="needs vllm (make vllm)",
+    ),
 ]
 SUPPORT = Path(__file__).parents[1] / "support"
 IDS = torch.arange(61) * 7 % 263

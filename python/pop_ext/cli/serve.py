@@ -180,7 +180,7 @@ def enable_and_announce(model: Any, name: str, plan: str | None, strict: bool) -
 
 def startup_line(name: str, model: Any, plan: Any) -> str:
     """Return what a server does: plan, omitted layers, boundary, fit and FLOP ceiling, on one line."""
-    from pop_ext.env_info import ceilings
+    from pop_ext.env_info import flop_ceiling
     from pop_ext.hf.architectures import UnsupportedModelError
     from pop_ext.hf.weight_map import describe
 
@@ -189,7 +189,7 @@ def startup_line(name: str, model: Any, plan: Any) -> str:
     fit = "unfitted" if plan.projections is None else f"fitted K and V ({plan.projections.report.method})"
     least = f", prompts of {plan.min_tokens} tokens or more" if plan.min_tokens else ""
     try:
-        ratio = ceilings(describe(model).spec, plan, CEILING_TOKENS)["pop_over_stock"]
+        ratio = flop_ceiling(describe(model).spec, plan, CEILING_TOKENS)
         ceiling = f"FLOP ceiling of a prefill {ratio:.2f}x at {CEILING_TOKENS:,} tokens"
     except UnsupportedModelError:
         ceiling = "FLOP ceiling unknown (no native form)"
