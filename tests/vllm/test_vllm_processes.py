@@ -22,6 +22,7 @@ import pytest
 import torch
 from pop_ext import reference
 from tolerance import assert_close_fp32
+from vllm_engine import GAPS, byte_tokenizer, turns
 
 pytestmark = [
     pytest.mark.cpu,
@@ -32,7 +33,7 @@ pytestmark = [
 ]
 SUPPORT = Path(__file__).parents[1] / "support"
 IDS = torch.arange(61) * 7 % 263
-GAPS = pop_ext.Plan(6, omit=[1, 3, 4])
+OWN_PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # vllm_engine sets 0 for engines in this process
 
 
 def section(plan, folder) -> dict:
@@ -51,23 +52,11 @@ def run_engine(folder: Path, count: int = 1, ids=IDS, environment: dict[str, str
         json.dumps(ids.tolist()),
     ]
     run = subprocess.run(
-        command, capture_output=True, text=True, timeout=500, env={**os.environ, **(environment or {})}
+        command, capture_output=True, text=True, timeout=500, env={**os.environ, **OWN_PROCESSES, **(environment or {})}
     )
     assert run.returncode == 0, (run.stdout + run.stderr)[-20000:]
     found = json.loads(next(line for line in run.stdout.splitlines() if line.startswith('{"tokens"')))
     return found["tokens"], torch.tensor(found["log_probs"]), run.stdout + run.stderr
-
-
-def oracle(model, plan, count: int = 1, ids=IDS):
-    """Return greedy tokens and log-probabilities of the oracle's prefill and stock decoding."""
-    logits, cache = reference.prefill(model, ids[None], plan)
-    tokens, table = [], []
-    for _ in range(count):
-        table.append(logits[0, -1].float().log_softmax(-1))
-        tokens.append(int(table[-1].argmax()))
-        with torch.no_grad():
-            logits = model(torch.tensor([tokens[-1:]]), past_key_values=cache).logits
-    return tokens, torch.stack(table)
 
 
 RANKS = {
@@ -91,7 +80,7 @@ def test_each_of_two_ranks_prunes_its_part(ranks, tmp_path):
         distributed_executor_backend="mp",
         **RANKS[ranks],
     )
-    want, table = oracle(model, plan, 4)
+    want, table, _ = turns(model, plan, [IDS], 4)
     assert_close_fp32(found, table, "log-probabilities")
     assert tokens == want
 
@@ -106,7 +95,7 @@ def test_drafts_from_the_prompt_change_no_token(tmp_path):
     tokens, _, _ = run_engine(
         tmp_path / "model", 20, ids, additional_config=section(plan, tmp_path), speculative_config=drafts
     )
-    assert tokens == oracle(model, plan, 20, ids)[0]
+    assert tokens == turns(model, plan, [ids], 20)[0]
 
 
 def test_an_engine_that_prefills_hands_its_cache_to_one_that_decodes(tmp_path):
@@ -164,7 +153,13 @@ def server(folder: Path, environment: dict[str, str], *options: str):
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--port", str(port)]
     command += ["--served-model-name", "tiny", "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
     command += ["--block-size", "32", "--no-enable-prefix-caching", *options]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO", **environment}
+    settings = {
+        **OWN_PROCESSES,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        **environment,
+    }
 
     def ask(path: str, body: dict | None = None):
         request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Content-Type": "application/json"})
@@ -187,13 +182,11 @@ def server(folder: Path, environment: dict[str, str], *options: str):
 
 
 def test_a_server_streams_counts_and_refuses(tmp_path):
-    from vllm_engine import byte_tokenizer
-
     model, counters = models.shared("llama"), tmp_path / "counters"
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     counters.mkdir()
-    want, _ = oracle(model, GAPS, 6)
+    want, _, _ = turns(model, GAPS, [IDS], 6)
     body = {"prompt": IDS.tolist(), "max_tokens": 6, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
     plan = json.dumps(section(GAPS, tmp_path))
     with server(tmp_path / "model", {"PROMETHEUS_MULTIPROC_DIR": str(counters)}, "--additional-config", plan) as (

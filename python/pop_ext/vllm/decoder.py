@@ -165,7 +165,7 @@ class PrunedPrefill:
             args: Its arguments.
             kwargs: Its named arguments.
         """
-        if not self.parts or not self.attentions or not is_forward_context_available():
+        if not self.attentions or not is_forward_context_available():
             return plain(*args, **kwargs)
         context = get_forward_context()
         described = context.attn_metadata

@@ -17,7 +17,7 @@ from pop_ext.plans.plan import Plan
 from pop_ext.utils.layer_ranges import format_layers
 from pop_ext.vllm.attention import REQUESTS
 from pop_ext.vllm.decoder import PrunedPrefill, prune
-from pop_ext.vllm.settings import check_engine, engine_boundary, engine_plan, engine_settings, logger
+from pop_ext.vllm.settings import check_engine, engine_boundary, engine_settings, logger
 
 _MARK = "pop_ext"
 
@@ -62,8 +62,7 @@ def _after_load(original: Any) -> Any:
         if settings is None or model_config is not vllm_config.model_config:
             return model
         try:
-            check_engine(vllm_config)
-            plan = engine_plan(vllm_config)
+            plan = check_engine(vllm_config)
             boundary = engine_boundary(vllm_config, plan)
             _announce(vllm_config, plan, boundary, prune(model, vllm_config, plan, boundary))
         except Exception as error:  # the engine was asked to run in any case

@@ -1,8 +1,8 @@
 """K and V of a run of omitted layers for all rows of a step, written to the engine's cache.
 
 Where a run's layers are of the common form, their K and V are one product for all of them (``pop::kv_project``). Other
-layers run their own modules as far as their attention. A check on random rows at start-up decides which it is, so that
-a form of layer that looks common and is not costs time, not correctness.
+layers run their own modules as far as their attention. A check on random rows at start-up decides which it is: a layer
+that looks common and is not runs its own modules.
 """
 
 from __future__ import annotations
@@ -165,25 +165,26 @@ class RunProjection:
             FitMismatch: The fitted projections are for other weights.
             ValueError: There are fitted projections, and one product does not compute the K and V of this model.
         """
+        fitted = self._fitted
         self._find_convention(self._parameter)
         if self.reason is None:
             for part, block in zip(self._parts, self._allocate(), strict=True):
-                block.copy_(_folded(part, *_kv_weights(part, self._hidden_size)))
+                k, v = _kv_weights(part, self._hidden_size)
+                if fitted is not None and part.number in fitted.matrices:
+                    _check_sample(fitted, part, k, v)
+                block.copy_(_folded(part, k, v))
             self.reason = self._difference()
         if self.reason is not None:
             self._stack = self._biases = None
-        if self._fitted is None or not any(number in self._fitted.matrices for number in self.numbers):
+        if fitted is None or not any(number in fitted.matrices for number in self.numbers):
             return
         if self._stack is None:
             raise ValueError(
                 f"plan.projections: expected layers whose K and V one product computes, got a model where {self.reason}"
             )
         for part, block in zip(self._parts, self._stack.chunk(len(self._parts)), strict=True):
-            if part.number in self._fitted.matrices:
-                k, v = _kv_weights(part, self._hidden_size)
-                share = _TensorParallelPart(part.qkv)
-                _check_sample(self._fitted, part.number, share, k, v, part.norm.weight.data)
-                block.copy_(share.of_stack(self._fitted.matrices[part.number]))
+            if part.number in fitted.matrices:
+                block.copy_(_TensorParallelPart(part.qkv).of_stack(fitted.matrices[part.number]))
 
     def _allocate(self) -> Sequence[torch.Tensor]:
         """Return the block of each layer in the stack, after copying the biases."""
@@ -418,10 +419,8 @@ class _TensorParallelPart:
         return torch.cat([part[self.rows()] for part in matrix.chunk(2)])
 
 
-def _check_sample(
-    fitted: Projections, number: int, part: _TensorParallelPart, k: torch.Tensor, v: torch.Tensor, norm: torch.Tensor
-) -> None:
-    """Check that the fitted matrix of layer ``number`` was made for these weights.
+def _check_sample(fitted: Projections, layer: LayerParts, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Check that the fitted matrix of a layer was made for these weights, ``[kv_dim, hidden_size]`` each.
 
     The fit holds a sample of the weights that is spread over the whole of K and V. Compared is the part of it that
     lies in this rank's rows.
@@ -429,6 +428,7 @@ def _check_sample(
     Raises:
         FitMismatch: the matrix has another shape, or the sample other values.
     """
+    number, part = layer.number, _TensorParallelPart(layer.qkv)
     matrix = fitted.matrices[number]
     full = (part.total * part.head_dim, k.shape[1])
     if tuple(matrix.shape) != (2 * full[0], full[1]):
@@ -441,7 +441,7 @@ def _check_sample(
         whole = own.new_full(full, torch.nan)
         whole[part.rows()] = own
         parts.append(spread_values(whole, SAMPLE))
-    sample = torch.cat([*parts, spread_values(norm, SAMPLE)]).float()
+    sample = torch.cat([*parts, spread_values(layer.norm.weight.data, SAMPLE)]).float()
     elsewhere = sample.isnan()
     sample[elsewhere] = fitted.samples[number][elsewhere]
     fitted.check_weights(number, sample, k.dtype)

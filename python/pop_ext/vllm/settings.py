@@ -123,8 +123,8 @@ def engine_boundary(vllm_config: Any, plan: Plan) -> int:
     return max(plan.boundary, 1 if speculative is None else 1 + speculative.num_speculative_tokens)
 
 
-def check_engine(vllm_config: Any) -> None:
-    """Check the configuration of an engine that prunes; vLLM calls it before there are workers.
+def check_engine(vllm_config: Any) -> Plan:
+    """Check the configuration of an engine that prunes, before there are workers and in each of them; return its plan.
 
     Raises:
         ValueError: names the setting, the expected value and the value found.
@@ -137,6 +137,7 @@ def check_engine(vllm_config: Any) -> None:
             f"they were not fitted with, got {len(plan.projections.matrices)}"
         )
     _refuse_prompt_logprobs(vllm_config)
+    return plan
 
 
 def _check(vllm_config: Any) -> None:
