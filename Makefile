@@ -130,11 +130,12 @@ cuda-mutants: $(FOR_LINT)
 	$(PYTHON) scripts/cuda_mutants.py $(MUTANTS)
 
 # The AVX-512 kernels in plain C++, for processors without them (tests/support/avx512_emulated); not what other tables of RoPE,
-# schemas and the kernels of lesser processors do, which the tests themselves have shown.
+# schemas and the kernels of lesser processors do, which the tests themselves have shown. Products of 8-bit integers run
+# with AMX, then with each VNNI.
 AVX512_TESTS ?= tests/ops/test_cpu_kernels.py tests/ops/test_attention_op.py tests/ops/test_op_kernels.py \
   tests/ops/test_op_norms_and_caps.py tests/ops/test_rope_forms.py tests/ops/test_op_prefill.py \
   tests/ops/test_op_experts.py tests/ops/test_clamped_swiglu.py tests/hf/test_native_prefill.py \
-  tests/ops/test_quantize_rows.py tests/ops/test_int8.py
+  tests/ops/test_quantize_rows.py tests/ops/test_int8.py tests/hf/test_quantized_products.py
 
 avx512: export PATH := $(dir $(shell command -v $(PYTHON))):$(PATH)
 avx512: $(FOR_LINT)
@@ -142,6 +143,8 @@ avx512: $(FOR_LINT)
 	  -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
 	cmake --build build/avx512
 	PYTHONPATH=build/avx512/python $(PYTHON) $(PYTEST) -q -k 'not (lesser or rope_scaling or opcheck)' $(AVX512_TESTS)
+	for isa in avx512_vnni avx_vnni; do \
+	  POP_CPU_ISA=$$isa PYTHONPATH=build/avx512/python $(PYTHON) $(PYTEST) -q -k 'not lesser' tests/ops/test_int8.py || exit; done
 
 # The libraries under the compiler's sanitizers, and tests over them; a finding fails. SHORT=1 leaves out most models.
 # Both also show that planted faults are found (tests/sanitizers). The sanitizer is loaded before Python, which lacks it.
@@ -171,6 +174,7 @@ asan: $(FOR_LINT)
 	$(call sanitized,asan) -k '$(NOT_SANITIZED)' $(ASAN_CALLS) $(ASAN_KERNELS)
 	for isa in avx2 baseline; do POP_CPU_ISA=$$isa; export POP_CPU_ISA; \
 	  $(call sanitized,asan) -k '$(NOT_SANITIZED)' $(ASAN_KERNELS) || exit; done
+	POP_CPU_ISA=avx512_vnni; export POP_CPU_ISA; $(call sanitized,asan) -k '$(NOT_SANITIZED)' tests/ops/test_int8.py
 
 tsan: $(FOR_LINT)
 	cmake -G Ninja -S . -B build/tsan -DPOP_CUDA=OFF -DPOP_SANITIZE=thread -DPython_EXECUTABLE="$$(command -v $(PYTHON))"

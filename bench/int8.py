@@ -55,7 +55,7 @@ def time_products(rows: list[int], rounds: int) -> list[dict[str, Any]]:
     results = []
     for name, (k, n) in SHAPES.items():
         weight = torch.randn(n, k) / k**0.5
-        packed, scale = torch.ops.pop.int8_weight(weight)
+        packed, scale = torch.ops.pop.quantize_rows(weight, "int8")
         for m in rows:
             x = torch.randn(m, k)
             calls: dict[str, Callable[[], Any]] = {

@@ -272,7 +272,8 @@ def _fp8_linear(operands: Operands) -> tuple[Callable[[], Any], int]:
 
 def _int8_linear(operands: Operands) -> tuple[Callable[[], Any], int]:
     spec = operands.spec
-    x, quantized = operands.rows(), torch.ops.pop.int8_weight(operands.rand(spec.intermediate_size, spec.hidden_size))
+    weight = operands.rand(spec.intermediate_size, spec.hidden_size)
+    x, quantized = operands.rows(), torch.ops.pop.quantize_rows(weight, "int8")
     return lambda: torch.ops.pop.int8_linear(x, *quantized), 0
 
 

@@ -42,9 +42,12 @@ class Backend {
   virtual void quantize_rows(const QuantizeRowsParams&) = 0;
   // The reason why this backend computes no fp8 or int8 products with results of `dtype`; empty if it does.
   virtual std::string products_missing(Products products, DType dtype) const = 0;
-  // Call these two only if products_missing(Products::int8, ...) is empty.
-  virtual int64_t int8_weight_bytes(int64_t n, int64_t k) const = 0;
-  virtual void quantize_weight(const QuantizeWeightParams&) = 0;
+  // The two products of a gated MLP and its activation.
+  virtual void gated_gemm(const GatedGemmParams& p) {
+    const GemmParams products[] = {p.gate, p.up};
+    gemm(products, 2);
+    gated_act(p.act);
+  }
 
   // The reason why this backend cannot prepack weights of `dtype`; empty if it can.
   virtual std::string prepack_missing(DType dtype) const = 0;
@@ -52,7 +55,7 @@ class Backend {
   virtual std::unique_ptr<PackedWeight> prepack(const PrepackParams&) const = 0;
 
   // Rows of a dense MLP to compute at a time for the best speed; at most kMlpChunkRows are used.
-  virtual int64_t mlp_rows(DType /*dtype*/) const { return kMlpChunkRows; }
+  virtual int64_t mlp_rows(DType /*dtype*/, Products /*products*/) const { return kMlpChunkRows; }
 
   virtual void to_float32(const ToFloat32Params&) = 0;
   virtual void route(const RouteParams&) = 0;

@@ -101,19 +101,32 @@ struct RmsNormParams {
   float* rstd = nullptr;  // [rows] or null
 };
 
-// The operands of a product: elements of the model's dtype, or both rounded to 8 bits with one scale per row: floats
-// (e4m3), or signed integers from -127 to 127.
-enum class Products { plain, fp8, int8 };
+// The operands of a product: elements of the model's dtype, or both in 8 bits with one scale per row: floats (e4m3), or
+// signed integers. With int8_weight only the weight is in integers.
+enum class Products { plain, fp8, int8, int8_weight };
 
 constexpr const char* to_string(Products products) {
-  return products == Products::fp8 ? "fp8" : products == Products::int8 ? "int8" : "plain";
+  switch (products) {
+    case Products::plain:
+      return "plain";
+    case Products::fp8:
+      return "fp8";
+    case Products::int8:
+      return "int8";
+    case Products::int8_weight:
+      return "int8_weight";
+  }
+  return "";
 }
+
+// True if the rows that meet a weight are rounded to 8 bits.
+constexpr bool rounds_rows(Products products) { return products == Products::fp8 || products == Products::int8; }
 
 // Rounds rows to 8 bits with one scale per row: x = out * scale, where the largest |out| of a row is 448 (fp8) or 127
 // (int8). A row with NaN or infinity gets a NaN scale (int8), or NaN elements (fp8).
 struct QuantizeRowsParams {
   DType dtype;
-  Products products = Products::fp8;  // not plain
+  Products products = Products::fp8;  // or int8
   int64_t rows, width;
   const void* x;  // [rows, width]
   int64_t x_stride;
@@ -125,18 +138,12 @@ struct QuantizeRowsParams {
 // n and k of e4m3 products are multiples of this.
 inline constexpr int64_t kFp8Multiple = 16;
 
-// The largest k of int8 products: a sum of k products of 127 and 127 fits an int32.
-inline constexpr int64_t kInt8MostElements = 133144;
+// Elements along k that may share a scale of an int8 weight, other than all: parts of what kernels take at a time.
+constexpr bool is_int8_group(int64_t elements) { return elements >= 32 && elements <= 256 && 256 % elements == 0; }
 
-// Rounds a weight to int8, one scale per row, in the backend's own layout.
-struct QuantizeWeightParams {
-  DType dtype;
-  int64_t n, k;
-  const void* w;  // [n, k]
-  int64_t w_stride;
-  void* out;     // Backend::int8_weight_bytes(n, k) bytes, aligned to kAlignment
-  float* scale;  // [n]
-};
+// The largest k of int8 products: a sum of k products of 127 and -128 fits an int32. Rows are rounded to 127 at most; a
+// weight of a checkpoint may hold -128.
+inline constexpr int64_t kInt8MostElements = 132104;
 
 // Rows of an MLP's intermediate activations held at a time.
 inline constexpr int64_t kMlpChunkRows = 2048;
@@ -158,20 +165,21 @@ struct PrepackParams {
 };
 
 // out = a . w^T, or a . w with w [k, n] if `w_transposed`. With fp8 and int8 products, a and w have 8-bit elements, w
-// is not transposed and out = (a . w^T) * a_scale * w_scale^T. With `accumulate`, out += a . w^T, rounded once: only
-// with plain products, and where Backend::accumulates.
+// is not transposed and out = (a . w^T) * a_scale * w_scale^T; with int8_weight, w alone. With `accumulate`, out += a .
+// w^T, rounded once: only with plain products, and where Backend::accumulates.
 struct GemmParams {
   DType dtype;  // of out, and of plain a and w
   int64_t m, n, k;
   const void* a;  // [m, k]
   int64_t a_stride;
-  const void* w;  // [n, k]; for int8 products as quantize_weight writes it
+  const void* w;  // [n, k]
   int64_t w_stride;
   void* out;  // [m, n]
   int64_t out_stride;
   Products products = Products::plain;
   const float* a_scale = nullptr;        // [m], or null
-  const float* w_scale = nullptr;        // [n], with a_scale
+  const float* w_scale = nullptr;        // [n], or null; [n, k / w_group] with groups
+  int64_t w_group = 0;                   // elements along k that share a scale of w; 0: all of a row
   const PackedWeight* packed = nullptr;  // the prepacked copy of w, or null
   bool w_transposed = false;
   bool accumulate = false;
@@ -284,6 +292,13 @@ struct GatedActParams {
   void* out;         // [rows, width]; may be gate if `step` is 1
   int64_t out_stride;
   float swiglu_alpha = 0, swiglu_limit = 0;  // of clamped_swiglu
+};
+
+// act.out = gated_act of two products of the same rows. act.gate and act.up are the memory of their results, which a
+// backend need not use.
+struct GatedGemmParams {
+  GemmParams gate, up;
+  GatedActParams act;
 };
 
 // out = x in float32, for a router that computes in float32.

@@ -67,9 +67,9 @@ class CpuBackend final : public Backend {
   // Products of e4m3 go through float32: correct, but no faster than without.
   std::string products_missing(Products, DType) const override { return ""; }
 
-  int64_t int8_weight_bytes(int64_t n, int64_t k) const override { return cpu::int8_weight_bytes(n, k); }
-
-  void quantize_weight(const QuantizeWeightParams& p) override { cpu::quantize_weight(p); }
+  void gated_gemm(const GatedGemmParams& p) override {
+    return p.gate.products == Products::int8 ? cpu::int8_gated_gemm(p) : Backend::gated_gemm(p);
+  }
 
   void to_float32(const ToFloat32Params& p) override { parallel_rows(table_.to_float32, p, p.rows, p.width); }
 
@@ -97,7 +97,7 @@ class CpuBackend final : public Backend {
 
   std::unique_ptr<PackedWeight> prepack(const PrepackParams& p) const override { return cpu::prepack(p); }
 
-  int64_t mlp_rows(DType dtype) const override { return cpu::mlp_rows(dtype); }
+  int64_t mlp_rows(DType dtype, Products products) const override { return cpu::mlp_rows(dtype, products); }
 
   void gemm(const GemmParams* products, int64_t count) override {
     for (int64_t i = 0; i < count; ++i) cpu::gemm(products[i]);

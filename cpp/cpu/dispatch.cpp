@@ -7,8 +7,12 @@
 #include "cpu/int8_kernels.h"
 #include "cpu/kernels.h"
 
-#if defined(POP_HAVE_AVX_VNNI)
+#if defined(POP_HAVE_AVX_VNNI) || defined(POP_HAVE_AMX_INT8)
 #include <cpuid.h>
+#endif
+#if defined(POP_HAVE_AMX_INT8) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace pop::cpu {
@@ -20,6 +24,7 @@ struct Choice {
   const Kernels* kernels;
   const Int8Kernels* int8_kernels;
   bool supported;
+  bool (*request)() = nullptr;  // asks the operating system for what the kernels need, before they run
 };
 
 #if defined(POP_HAVE_AVX_VNNI)
@@ -30,18 +35,45 @@ struct Choice {
 }
 #endif
 
+#if defined(POP_HAVE_AMX_INT8)
+// Not every compiler's __builtin_cpu_supports knows these either. Needs a processor with AVX.
+[[maybe_unused]] bool has_amx_int8() {
+  constexpr unsigned int kTile = 1u << 24, kInt8 = 1u << 25, kTileState = 3u << 17;
+  unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & kTile) == 0 || (edx & kInt8) == 0) return false;
+  __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));  // the states that the operating system saves
+  return (eax & kTileState) == kTileState;
+}
+
+// Linux lets a process use tiles only after it has asked, and refuses where the signal stack of a thread is too small
+// to save them.
+[[maybe_unused]] bool request_tiles() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return true;
+#endif
+}
+#endif
+
 // The compiled kernels, best first. __builtin_cpu_supports also checks that the operating system saves the registers.
 std::vector<Choice> choices() {
   std::vector<Choice> all;
 #if defined(POP_EMULATE_AVX512)
+  all.push_back({"amx_int8", nullptr, &amx_int8::int8_kernels, true});
   all.push_back({"avx512_bf16", &avx512_bf16::kernels, nullptr, true});
   all.push_back({"avx512_vnni", nullptr, &avx512_vnni::int8_kernels, true});
   all.push_back({"avx_vnni", nullptr, &avx_vnni::int8_kernels, true});
 #elif defined(POP_HAVE_AVX512_BF16)
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+#if defined(POP_HAVE_AMX_INT8)
+  all.push_back({"amx_int8", nullptr, &amx_int8::int8_kernels, vnni && has_amx_int8(), request_tiles});
+#endif
   all.push_back({"avx512_bf16", &avx512_bf16::kernels, nullptr, avx512 && __builtin_cpu_supports("avx512bf16")});
-  all.push_back({"avx512_vnni", nullptr, &avx512_vnni::int8_kernels, avx512 && __builtin_cpu_supports("avx512vnni")});
+  all.push_back({"avx512_vnni", nullptr, &avx512_vnni::int8_kernels, vnni});
 #endif
 #if defined(POP_HAVE_AVX2)
   // Every processor with AVX2 has F16C, so it is not checked.
@@ -64,7 +96,7 @@ const Table& choose(const Table* Choice::* table) {
   for (const Choice& choice : choices()) {
     if (!choice.supported) continue;
     found = found || std::string(wanted) == choice.name;
-    if (found && choice.*table != nullptr) return *(choice.*table);
+    if (found && choice.*table != nullptr && (choice.request == nullptr || choice.request())) return *(choice.*table);
     supported += (supported.empty() ? "" : ", ") + std::string(choice.name);
   }
   throw std::invalid_argument("POP_CPU_ISA: expected one of " + supported + " on this processor, got '" + wanted + "'");

@@ -7,6 +7,7 @@
 
 #include "core/math.h"
 #include "cpu/int8.h"
+#include "cpu/int8_kernels.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 
@@ -55,38 +56,50 @@ bool& gemm_blocks() {
   return enabled;
 }
 
-// A matrix in memory; elements of `dtype`, or e4m3 with one scale per row.
+// A matrix in memory; elements in 8 bits have one scale per row.
 struct Operand {
+  HostMatrix::Type type;
   DType dtype;
   const void* data;
   int64_t stride;
-  const float* scale;  // [rows] or null
+  const float* scale;  // [rows], or [rows, groups], or null
+  int64_t group = 0;   // elements of a row that share a scale; 0: all of `width`
+  int64_t width = 0;   // of a whole row
 };
 
 // Writes rows [row, row + rows) and columns [column, column + columns) of `from` to `out` [rows, columns] as float32;
-// e4m3 elements are multiplied by the scale of their row.
+// elements in 8 bits are multiplied by the scale of their row.
 void widen(const Operand& from, int64_t row, int64_t column, int64_t rows, int64_t columns, float* out) {
-  const bool e4m3 = from.scale != nullptr;
-  const int64_t element = e4m3 ? 1 : element_size(from.dtype);
+  const int64_t element = from.scale != nullptr ? 1 : element_size(from.dtype);
   const char* data = static_cast<const char*>(from.data) + (row * from.stride + column) * element;
-  convert({.dtype = from.dtype,
-           .data = data,
-           .rows = rows,
-           .columns = columns,
-           .stride = from.stride,
-           .type = e4m3 ? HostMatrix::Type::e4m3 : HostMatrix::Type::model},
-          {.dtype = DType::f32, .data = out, .rows = rows, .columns = columns, .stride = columns});
-  if (!e4m3) return;
+  convert(
+      {.dtype = from.dtype, .data = data, .rows = rows, .columns = columns, .stride = from.stride, .type = from.type},
+      {.dtype = DType::f32, .data = out, .rows = rows, .columns = columns, .stride = columns});
+  if (from.scale == nullptr) return;
+  const int64_t group = from.group == 0 ? column + columns : from.group,
+                groups = from.group == 0 ? 1 : from.width / group;
   parallel_for(0, rows, std::max<int64_t>(1, kGrainElements / columns), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      for (int64_t c = 0; c < columns; ++c) out[r * columns + c] *= from.scale[row + r];
+      const float* scale = from.scale + (row + r) * groups;
+      for (int64_t c = 0; c < columns;) {
+        const int64_t g = (column + c) / group, stop = std::min(columns, (g + 1) * group - column);
+        for (; c < stop; ++c) out[r * columns + c] *= scale[g];
+      }
     }
   });
 }
 
+HostMatrix::Type type_of_a(const GemmParams& p) {
+  return p.products == Products::fp8 ? HostMatrix::Type::e4m3 : HostMatrix::Type::model;
+}
+
+HostMatrix::Type type_of_w(const GemmParams& p) {
+  return p.products == Products::int8_weight ? HostMatrix::Type::int8 : type_of_a(p);
+}
+
 // How a product is cut into blocks. A block is computed by one thread.
 struct Blocks {
-  bool widens;
+  bool widens_a, widens;  // `a`; any operand
   int64_t rows, columns;  // of a block
   int64_t elements;       // along k, widened at a time
 
@@ -101,9 +114,10 @@ Blocks blocks_of(const GemmParams& p) {
   const int64_t threads = num_threads();
   const int64_t count = round_up(ceil_div(p.n, most), threads);
   const int64_t columns = std::max(kFewestColumns, ceil_div(p.n, count));
-  const bool widens = p.dtype != DType::f32 || p.a_scale != nullptr;
+  const bool widens_a = p.dtype != DType::f32 || p.a_scale != nullptr, widens = widens_a || p.w_scale != nullptr;
   const int64_t fitting = kWidenedBytes / (p.k * static_cast<int64_t>(sizeof(float)));
-  return {.widens = widens,
+  return {.widens_a = widens_a,
+          .widens = widens,
           .rows = widens ? std::min(p.m, std::clamp<int64_t>(fitting, 1, kMostRows)) : p.m,
           .columns = round_up(columns, kColumnMultiple),
           .elements = round_up(ceil_div(p.k, ceil_div(p.k, kMostElements)), kElementMultiple)};
@@ -152,7 +166,7 @@ void compute_block(const GemmParams& p, const Blocks& blocks, const float* a, in
   for (int64_t k = 0; k < p.k; k += blocks.elements) {
     product.k = std::min(blocks.elements, p.k - k);
     product.a = a + k;
-    const Operand w{p.dtype, p.w, p.w_stride, p.w_scale};
+    const Operand w{type_of_w(p), p.dtype, p.w, p.w_stride, p.w_scale, p.w_group, p.k};
     if (p.w_transposed) {
       product.w_stride = columns;
       widen(w, k, n, product.k, columns, scratch);
@@ -173,13 +187,13 @@ void gemm_in_blocks(const GemmParams& p) {
   const Blocks blocks = blocks_of(p);
   const int64_t tasks = ceil_div(p.n, blocks.columns), thread_floats = blocks.scratch();
   const Scratch scratch = allocate(workers_for(tasks) * thread_floats * sizeof(float));
-  const Scratch widened = allocate(blocks.widens ? blocks.rows * p.k * sizeof(float) : 0);
+  const Scratch widened = allocate(blocks.widens_a ? blocks.rows * p.k * sizeof(float) : 0);
   auto *of_threads = reinterpret_cast<float*>(scratch.get()), *widened_a = reinterpret_cast<float*>(widened.get());
   for (int64_t m = 0; m < p.m; m += blocks.rows) {
     const int64_t rows = std::min(blocks.rows, p.m - m);
-    if (blocks.widens) widen({p.dtype, p.a, p.a_stride, p.a_scale}, m, 0, rows, p.k, widened_a);
-    const float* a = blocks.widens ? widened_a : static_cast<const float*>(p.a) + m * p.a_stride;
-    const int64_t a_stride = blocks.widens ? p.k : p.a_stride;
+    if (blocks.widens_a) widen({type_of_a(p), p.dtype, p.a, p.a_stride, p.a_scale}, m, 0, rows, p.k, widened_a);
+    const float* a = blocks.widens_a ? widened_a : static_cast<const float*>(p.a) + m * p.a_stride;
+    const int64_t a_stride = blocks.widens_a ? p.k : p.a_stride;
     parallel_tasks(tasks, [&](int64_t i, int64_t worker) {
       const int64_t n = i * blocks.columns, columns = std::min(blocks.columns, p.n - n);
       compute_block(p, blocks, a, a_stride, m, rows, n, columns, of_threads + worker * thread_floats);
@@ -195,7 +209,8 @@ void gemm(const GemmParams& p) {
   if (p.products == Products::fp8) return gemm_in_blocks(p);
   if (p.packed != nullptr && p.m > kSkinnyRowsBeforePacked) return packed_matmul(p);
   const bool float32 = p.dtype == DType::f32;
-  const bool in_blocks = widens_to_float32(p.dtype) || (float32 && gemm_blocks());
+  const bool in_blocks =
+      widens_to_float32(p.dtype) || (float32 && gemm_blocks()) || p.products == Products::int8_weight;
   const int64_t float32_rows = in_blocks ? kSkinnyRowsFloat32BeforeBlocks : kSkinnyRowsFloat32;
   if (!p.w_transposed && p.m <= (float32 ? float32_rows : kSkinnyRows)) {
     const int64_t grain = std::max<int64_t>(4, kGrainElements / std::max<int64_t>(1, p.k));
@@ -208,8 +223,12 @@ void gemm(const GemmParams& p) {
 }
 
 // With 512 rows, whole products of bfloat16 leave an intermediate result of 8192 columns in the last-level cache, and
-// read their weight at a fraction of memory's speed. A weight that is widened should be widened once for all rows.
-int64_t mlp_rows(DType dtype) { return dtype == DType::bf16 && !widens_to_float32(dtype) ? 512 : kMlpChunkRows; }
+// read their weight at a fraction of memory's speed. So do products of int8, which take so many rows at a time. A
+// weight that is widened to float32 should be widened once for all rows.
+int64_t mlp_rows(DType dtype, Products products) {
+  if (products == Products::int8) return kInt8Rows;
+  return dtype == DType::bf16 && !widens_to_float32(dtype) ? 512 : kMlpChunkRows;
+}
 
 int64_t set_gemm_blocks(int64_t value) { return std::exchange(gemm_blocks(), value != 0); }
 

@@ -10,7 +10,7 @@ namespace pop::cpu {
 void gemm(const GemmParams& params);
 
 // See Backend::mlp_rows.
-int64_t mlp_rows(DType dtype);
+int64_t mlp_rows(DType dtype, Products products);
 
 // 1: a float32 product of many rows goes to aten in blocks of columns, one per thread; 0: as a whole. For calls of
 // this thread. Returns the value before.

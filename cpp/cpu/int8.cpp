@@ -1,7 +1,6 @@
 #include "cpu/int8.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "core/math.h"
 #include "cpu/int8_kernels.h"
@@ -11,66 +10,74 @@
 namespace pop::cpu {
 namespace {
 
-// The most columns of out that a thread computes at a time. Rows of a are prepared again for each such block.
-constexpr int64_t kMostColumns = 256;
+// The most columns of out that a thread computes at a time, of both products together where there are two: w and the
+// sums stay in L2.
+constexpr int64_t kMostColumns = 128;
+// The most bytes of packed rows, which every thread reads for each block of columns.
+constexpr int64_t kPackedBytes = 2 << 20;
+
+// Rows that are packed at once: about equal parts of all rows.
+int64_t rows_at_once(const Int8Kernels& table, int64_t m, int64_t k) {
+  const int64_t panel_bytes = static_cast<int64_t>(table.packed_bytes(table.panel, k));
+  const int64_t most = std::min(kInt8Rows, std::max<int64_t>(1, kPackedBytes / panel_bytes) * table.panel);
+  return round_up(ceil_div(m, ceil_div(m, most)), table.panel);
+}
+
+Int8Weight weight_of(const GemmParams& p) {
+  return {.data = static_cast<const int8_t*>(p.w), .stride = p.w_stride, .scale = p.w_scale, .group = p.w_group};
+}
+
+// Rows of p, kInt8Rows at a time: packs them, then computes blocks of columns.
+void multiply(const GemmParams& p, const GemmParams* up, const GatedActParams* act) {
+  const Int8Kernels& table = int8_kernels();
+  const int64_t weights = up == nullptr ? 1 : 2, element = element_size(p.dtype);
+  Int8Gemm product{.dtype = p.dtype,
+                   .m = rows_at_once(table, p.m, p.k),
+                   .k = p.k,
+                   .rows = {},
+                   .a_scale = nullptr,
+                   .w = weight_of(p),
+                   .out = nullptr,
+                   .out_stride = act == nullptr ? p.out_stride : act->out_stride,
+                   .up = up == nullptr ? Int8Weight{} : weight_of(*up),
+                   .act = act,
+                   .gated_act = kernels().gated_act};
+  // Blocks of about equal width, the same number for each thread unless there is little to do.
+  const int64_t threads = weights * p.n * p.k < 2 * kGrainElements ? 1 : num_threads();
+  const int64_t count = round_up(ceil_div(p.n, kMostColumns / weights), threads);
+  const int64_t columns = round_up(ceil_div(p.n, count), table.tile_columns), tasks = ceil_div(p.n, columns);
+  const size_t bytes = aligned(table.scratch(product, columns));
+  const Scratch scratch = allocate(workers_for(tasks) * bytes);
+  const Scratch packed = allocate(table.packed_bytes(product.m, p.k));
+  const int64_t step = product.m;
+  for (int64_t row = 0; row < p.m; row += step) {
+    const Int8Rows rows{.m = std::min(step, p.m - row),
+                        .k = p.k,
+                        .a = static_cast<const int8_t*>(p.a) + row * p.a_stride,
+                        .a_stride = p.a_stride,
+                        .out = packed.get()};
+    if (!table.reads_rows(product, rows.m)) {
+      const int64_t grain = std::max<int64_t>(1, kGrainElements / (table.panel * p.k));
+      parallel_for(0, ceil_div(rows.m, table.panel), grain,
+                   [&](int64_t begin, int64_t end) { table.pack(rows, begin, end); });
+    }
+    product.m = rows.m;
+    product.rows = rows;
+    product.a_scale = p.a_scale + row;
+    product.out = static_cast<char*>(act == nullptr ? p.out : act->out) + row * product.out_stride * element;
+    parallel_tasks(tasks, [&](int64_t i, int64_t worker) {
+      const int64_t begin = i * columns;
+      table.gemm(product, begin, std::min(begin + columns, p.n), scratch.get() + worker * bytes);
+    });
+  }
+}
 
 }  // namespace
 
-int64_t int8_weight_bytes(int64_t n, int64_t k) { return int8_kernels().layout.bytes(n, k); }
+void int8_gemm(const GemmParams& p) { multiply(p, nullptr, nullptr); }
 
-void quantize_weight(const QuantizeWeightParams& p) {
-  const Int8Kernels& table = int8_kernels();
-  const Int8Layout& layout = table.layout;
-  auto* panels = static_cast<int8_t*>(p.out);
-  auto* starts = reinterpret_cast<int32_t*>(panels + layout.starts(p.n, p.k));
-  parallel_for(0, layout.panels(p.n), 1, [&](int64_t begin, int64_t end) {
-    std::vector<int8_t> rounded(layout.panel * p.k);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t first = panel * layout.panel, columns = std::min(layout.panel, p.n - first);
-      const int64_t offset = first * p.w_stride * element_size(p.dtype);
-      kernels().quantize_rows({.dtype = p.dtype,
-                               .products = Products::int8,
-                               .rows = columns,
-                               .width = p.k,
-                               .x = static_cast<const char*>(p.w) + offset,
-                               .x_stride = p.w_stride,
-                               .out = reinterpret_cast<uint8_t*>(rounded.data()),
-                               .out_stride = p.k,
-                               .scale = p.scale + first},
-                              0, columns);
-      table.pack({.columns = columns,
-                  .k = p.k,
-                  .w = rounded.data(),
-                  .panel = panels + panel * layout.panel_bytes(p.k),
-                  .start = starts + first});
-    }
-  });
-}
-
-void int8_gemm(const GemmParams& p) {
-  const Int8Kernels& table = int8_kernels();
-  const Int8Gemm product{.dtype = p.dtype,
-                         .m = p.m,
-                         .n = p.n,
-                         .k = p.k,
-                         .a = static_cast<const int8_t*>(p.a),
-                         .a_stride = p.a_stride,
-                         .w = p.w,
-                         .a_scale = p.a_scale,
-                         .w_scale = p.w_scale,
-                         .out = p.out,
-                         .out_stride = p.out_stride};
-  // Blocks of about equal width, the same number for each thread unless there is little to do.
-  const int64_t threads = p.n * p.k < 2 * kGrainElements ? 1 : num_threads();
-  const int64_t count = round_up(ceil_div(p.n, kMostColumns), threads);
-  const int64_t columns = round_up(ceil_div(p.n, count), table.layout.panel);
-  const int64_t tasks = ceil_div(p.n, columns);
-  const size_t bytes = aligned(table.scratch(p.m, columns));
-  const Scratch scratch = allocate(workers_for(tasks) * bytes);
-  parallel_tasks(tasks, [&](int64_t i, int64_t worker) {
-    const int64_t begin = i * columns;
-    table.gemm(product, begin, std::min(begin + columns, p.n), scratch.get() + worker * bytes);
-  });
+void int8_gated_gemm(const GatedGemmParams& p) {
+  if (p.gate.m > 0 && p.gate.n > 0) multiply(p.gate, &p.up, &p.act);
 }
 
 }  // namespace pop::cpu

@@ -5,11 +5,10 @@
 
 namespace pop::cpu {
 
-// See Backend.
-int64_t int8_weight_bytes(int64_t n, int64_t k);
-void quantize_weight(const QuantizeWeightParams& params);
-
 // A product of Products::int8.
 void int8_gemm(const GemmParams& params);
+
+// See Backend::gated_gemm.
+void int8_gated_gemm(const GatedGemmParams& params);
 
 }  // namespace pop::cpu

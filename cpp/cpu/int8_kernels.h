@@ -1,56 +1,59 @@
 // Products of 8-bit integers: out[m][n] = a_scale[m] * w_scale[n] * sum over k of a[m][k] * w[n][k]. The sums are exact
-// int32. One table of kernels per instruction set that multiplies integers (cpu/int8_gemm.cpp), chosen apart from the
-// other kernels (cpu/kernels.h): VNNI comes with and without AVX-512 BF16.
+// int32; those of groups of elements with a scale of their own are added in float32. One table of kernels per
+// instruction set that multiplies integers (cpu/int8_gemm.cpp), chosen apart from the other kernels (cpu/kernels.h):
+// VNNI comes with and without AVX-512 BF16.
+//
+// Weights are read where they are, [n, k] with contiguous rows: a quantised checkpoint needs no copy. The operand that
+// instructions read along their lanes is a, whose rows are packed in every product.
 #pragma once
 
 #include <cstddef>
 
 #include "backend/params.h"
-#include "core/math.h"
 
 namespace pop::cpu {
 
-// The layout of a quantised weight [n, k], one for each table: panels of columns of out, each [groups][panel][group],
-// zero beyond n and k. After the panels come the values that the sums start from, one int32 per column.
-struct Int8Layout {
-  int64_t panel;  // columns of a panel
-  int64_t group;  // elements along k that one instruction multiplies and adds up for a column
+// The most rows of a that one product of a table takes: their sums wait in scratch.
+inline constexpr int64_t kInt8Rows = 512;  // a multiple of every panel
 
-  int64_t panels(int64_t n) const { return ceil_div(n, panel); }
-  int64_t panel_bytes(int64_t k) const { return round_up(k, group) * panel; }
-  int64_t starts(int64_t n, int64_t k) const {  // offset in bytes
-    return static_cast<int64_t>(aligned(panels(n) * panel_bytes(k)));
-  }
-  int64_t bytes(int64_t n, int64_t k) const { return starts(n, k) + panels(n) * panel * 4; }
+struct Int8Rows {
+  int64_t m, k;     // m <= kInt8Rows
+  const int8_t* a;  // [m, k]
+  int64_t a_stride;
+  void* out;  // Int8Kernels::packed_bytes(m, k) bytes, aligned to kAlignment; not used with few rows
+};
+
+struct Int8Weight {
+  const int8_t* data;  // [n, k]
+  int64_t stride;
+  const float* scale;  // [n], or [n, k / group]
+  int64_t group = 0;   // elements along k that share a scale (is_int8_group); 0: all of a row
 };
 
 struct Int8Gemm {
-  DType dtype;  // of out
-  int64_t m, n, k;
-  const int8_t* a;  // [m, k]
-  int64_t a_stride;
-  const void* w;         // a weight in the layout of the table, aligned to kAlignment
+  DType dtype;           // of out
+  int64_t m, k;          // m <= kInt8Rows
+  Int8Rows rows;         // packed, unless there are few
   const float* a_scale;  // [m]
-  const float* w_scale;  // [n]
-  void* out;             // [m, n]
+  Int8Weight w;
+  void* out;  // [m, n]
   int64_t out_stride;
-};
-
-struct Int8Pack {
-  int64_t columns, k;  // columns <= Int8Layout::panel
-  const int8_t* w;     // [columns, k], contiguous
-  int8_t* panel;       // a whole panel
-  int32_t* start;      // [Int8Layout::panel]
+  // A second weight, or null data: out is then gated_act of both products, each rounded to `dtype` before.
+  Int8Weight up{};
+  const GatedActParams* act = nullptr;  // activation and biases; its operands and results are not read
+  void (*gated_act)(const GatedActParams&, int64_t begin, int64_t end) = nullptr;  // see Kernels
 };
 
 struct Int8Kernels {
-  const char* name;  // "avx512_vnni", "avx_vnni", "avx2", "baseline"
-  Int8Layout layout;
-  void (*pack)(const Int8Pack&);
+  const char* name;      // "amx_int8", "avx512_vnni", "avx_vnni", "avx2", "baseline"
+  int64_t panel;         // rows of a that are packed together
+  int64_t tile_columns;  // blocks of columns are multiples of this but for the last, for the best speed
+  bool (*reads_rows)(const Int8Gemm&, int64_t m);  // a product of so few rows reads a as it is
+  size_t (*packed_bytes)(int64_t m, int64_t k);
+  void (*pack)(const Int8Rows&, int64_t begin, int64_t end);  // panels [begin, end)
   // Bytes of scratch (aligned to kAlignment) for `columns` columns of `m` rows.
-  size_t (*scratch)(int64_t m, int64_t columns);
-  // Columns [begin, end) of out; `begin` is a multiple of Int8Layout::panel.
-  void (*gemm)(const Int8Gemm&, int64_t begin, int64_t end, void* scratch);
+  size_t (*scratch)(const Int8Gemm&, int64_t columns);
+  void (*gemm)(const Int8Gemm&, int64_t begin, int64_t end, void* scratch);  // columns [begin, end) of out
 };
 
 namespace baseline {
@@ -63,6 +66,9 @@ namespace avx_vnni {
 extern const Int8Kernels int8_kernels;
 }
 namespace avx512_vnni {
+extern const Int8Kernels int8_kernels;
+}
+namespace amx_int8 {
 extern const Int8Kernels int8_kernels;
 }
 

@@ -52,7 +52,8 @@ extern const Kernels kernels;
 }
 
 // The best table that this processor can run. The environment variable POP_CPU_ISA=baseline|avx2|avx_vnni|avx512_vnni|
-// avx512_bf16 selects the best one that needs no higher set than that.
+// avx512_bf16|amx_int8 selects the best one that needs no higher set than that. amx_int8 is the highest: every
+// processor with AMX-INT8 has AVX-512 BF16, but not the reverse.
 const Kernels& kernels();
 
 }  // namespace pop::cpu

@@ -60,7 +60,9 @@ bool multiplies_bfloat16() {
 }
 
 Tensor view(const HostMatrix& m) {
-  const ScalarType type = m.type == HostMatrix::Type::e4m3 ? ScalarType::Float8_e4m3fn : aten::scalar_type(m.dtype);
+  const ScalarType type = m.type == HostMatrix::Type::e4m3   ? ScalarType::Float8_e4m3fn
+                          : m.type == HostMatrix::Type::int8 ? ScalarType::Char
+                                                             : aten::scalar_type(m.dtype);
   return torch::stable::from_blob(const_cast<void*>(m.data), {m.rows, m.columns}, {m.stride, 1}, kCpu, type);
 }
 

@@ -32,7 +32,7 @@ void matmul(const GemmParams& params);
 
 // A matrix in host memory with contiguous rows `stride` elements apart.
 struct HostMatrix {
-  enum class Type { model, e4m3 };  // elements of `dtype`, or 8-bit floats
+  enum class Type { model, e4m3, int8 };  // elements of `dtype`, 8-bit floats or integers
   DType dtype;
   const void* data;
   int64_t rows, columns, stride;

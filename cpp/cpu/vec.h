@@ -89,6 +89,22 @@ POP_INLINE Vec load(const Float16* from) {
 #endif
 }
 
+POP_INLINE Vec load(const int8_t* from) {
+#if defined(__AVX512F__)
+  return __builtin_convertvector(
+      lane_cast<VecI32>(_mm512_maskz_cvtepi8_epi32(kAll, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))),
+      Vec);
+#elif defined(__AVX2__)
+  return __builtin_convertvector(
+      lane_cast<VecI32>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))), Vec);
+#else
+  using VecI8 = int8_t __attribute__((vector_size(kLanes)));
+  VecI8 bytes;
+  __builtin_memcpy(&bytes, from, sizeof(bytes));
+  return __builtin_convertvector(bytes, Vec);
+#endif
+}
+
 POP_INLINE void store(float* to, Vec value) { __builtin_memcpy(to, &value, sizeof(value)); }
 
 // Every lane is below 2^16.

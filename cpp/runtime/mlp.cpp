@@ -1,7 +1,6 @@
 #include "runtime/mlp.h"
 
 #include <algorithm>
-#include <array>
 
 #include "core/math.h"
 #include "runtime/experts.h"
@@ -12,7 +11,7 @@ namespace pop {
 namespace {
 
 int64_t most_rows(DType dtype, bool sparse, Products products, const Backend& backend) {
-  return sparse || products != Products::plain ? kMlpChunkRows : std::min(kMlpChunkRows, backend.mlp_rows(dtype));
+  return sparse ? kMlpChunkRows : std::min(kMlpChunkRows, backend.mlp_rows(dtype, products));
 }
 
 // Rows of a chunk. Chunks are about equal: a short last one would read all weights again for a few rows.
@@ -43,22 +42,22 @@ void dense(const MlpCall& call, const DenseWeights& weights, Backend& backend) {
   const auto from_x = [&](const Linear& w, void* out) {
     return product(spec.dtype, call.rows, inner, hidden, x, w, out, inner);
   };
-  const std::array products{from_x(weights.gate_proj, gate), from_x(weights.up_proj, up)};
-  backend.gemm(products.data(), static_cast<int64_t>(products.size()));
-  backend.gated_act({.dtype = spec.dtype,
-                     .activation = spec.activation,
-                     .rows = call.rows,
-                     .width = inner,
-                     .gate = gate,
-                     .gate_stride = inner,
-                     .up = up,
-                     .up_stride = inner,
-                     .gate_bias = weights.gate_bias,
-                     .up_bias = weights.up_bias,
-                     .out = gate,
-                     .out_stride = inner,
-                     .swiglu_alpha = static_cast<float>(spec.swiglu_alpha),
-                     .swiglu_limit = static_cast<float>(spec.swiglu_limit)});
+  backend.gated_gemm({.gate = from_x(weights.gate_proj, gate),
+                      .up = from_x(weights.up_proj, up),
+                      .act = {.dtype = spec.dtype,
+                              .activation = spec.activation,
+                              .rows = call.rows,
+                              .width = inner,
+                              .gate = gate,
+                              .gate_stride = inner,
+                              .up = up,
+                              .up_stride = inner,
+                              .gate_bias = weights.gate_bias,
+                              .up_bias = weights.up_bias,
+                              .out = gate,
+                              .out_stride = inner,
+                              .swiglu_alpha = static_cast<float>(spec.swiglu_alpha),
+                              .swiglu_limit = static_cast<float>(spec.swiglu_limit)}});
   const ProductRows activated =
       rows_for(backend, spec.dtype, weights.down_proj, call.rows, inner, gate, inner, call.quantized);
   GemmParams down =
@@ -125,13 +124,13 @@ size_t quantized_mlp_bytes(const ModelSpec& spec, int64_t rows) {
 
 void run_mlp(const MlpCall& call, Backend& backend) {
   if (call.rows == 0) return;
-  const int64_t chunk =
-      chunk_rows(call.rows, most_rows(call.spec.dtype, call.sparse, call.weights.gate_proj.products, backend));
+  const int64_t chunk = chunk_rows(call.rows, most_rows(call.spec.dtype, call.sparse, call.products, backend));
   const int64_t element = element_size(call.spec.dtype);
   for (int64_t begin = 0; begin < call.rows; begin += chunk) {
     const MlpCall part{.spec = call.spec,
                        .weights = call.weights,
                        .sparse = call.sparse,
+                       .products = call.products,
                        .rows = std::min(chunk, call.rows - begin),
                        .x = static_cast<const char*>(call.x) + begin * call.x_stride * element,
                        .x_stride = call.x_stride,

@@ -14,6 +14,7 @@ struct MlpCall {
   const ModelSpec& spec;
   const LayerWeights& weights;
   bool sparse;
+  Products products;  // Model::products: they decide the rows of a chunk in all layers, since the workspace is shared
   int64_t rows;
   const void* x;  // [rows, hidden_size]
   int64_t x_stride;

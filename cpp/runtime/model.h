@@ -16,8 +16,9 @@ struct Linear {
   int64_t stride = 0;
   // [out_features] if data has 8-bit elements: a row is data * scale. Null if data has the model's dtype.
   const float* scale = nullptr;
+  int64_t group = 0;  // elements of a row that share a scale, [out_features, in_features / group]; 0: all of them
   const PackedWeight* packed = nullptr;  // a prepacked copy, or null
-  Products products = Products::plain;   // with int8, data is in the backend's layout
+  Products products = Products::plain;
 };
 
 // Matrices [count, out_features, in_features], or [count, in_features, out_features] with

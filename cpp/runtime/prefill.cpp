@@ -365,6 +365,7 @@ void Prefill::mlp(int64_t layer, int64_t q_begin) {
   run_mlp({.spec = spec_,
            .weights = weights,
            .sparse = sparse,
+           .products = model_.products,
            .rows = rows,
            .x = at(from.data, q_begin, from.stride),
            .x_stride = from.stride,

@@ -8,7 +8,7 @@
 
 namespace pop {
 
-// Memory for rows in 8 bits; null if no weight of the call has 8-bit elements.
+// Memory for rows in 8 bits; null if no product of the call rounds its rows.
 struct QuantizedRows {
   uint8_t* data = nullptr;
   float* scale = nullptr;  // one per row
@@ -21,10 +21,10 @@ struct ProductRows {
   const float* scale = nullptr;
 };
 
-// Rows x [rows, k] as the operand of products with `w`: x itself, or x rounded in `buffer` if w has 8-bit elements.
+// Rows x [rows, k] as the operand of products with `w`: x itself, or x rounded in `buffer` if its products round rows.
 inline ProductRows rows_for(Backend& backend, DType dtype, const Linear& w, int64_t rows, int64_t k, const void* x,
                             int64_t x_stride, const QuantizedRows& buffer) {
-  if (w.products == Products::plain) return {x, x_stride};
+  if (!rounds_rows(w.products)) return {x, x_stride};
   backend.quantize_rows({.dtype = dtype,
                          .products = w.products,
                          .rows = rows,
@@ -60,6 +60,7 @@ inline GemmParams product(DType dtype, int64_t rows, int64_t n, int64_t k, const
           .products = w.products,
           .a_scale = a.scale,
           .w_scale = w.scale,
+          .w_group = w.group,
           .packed = w.packed};
 }
 

@@ -31,6 +31,11 @@ inline bool is_copied_matrix(const std::string& slot, Products products) {
   });
 }
 
+inline bool is_matrix_of_layer(const std::string& slot) {
+  return std::ranges::any_of(kLinears,
+                             [&](const NamedLinear& linear) { return slot.ends_with(join(".", linear.name)); });
+}
+
 // Only matrices of dense layers are copied. The reason to refuse another model; empty for a dense one.
 inline std::string dense_missing(const ModelSpec& spec) {
   return spec.has_experts() ? join("expected a model without experts, got one of ", spec.num_experts) : "";

@@ -51,19 +51,38 @@ Tensor fold_kv(const std::vector<Tensor>& k_proj, const std::vector<Tensor>& v_p
   return stack;
 }
 
+// An int8 weight as float32, or another one as it is.
+Tensor LoadedModel::in_float32(const std::string& name) const {
+  const Tensor given = aten::detach(*weight(name));
+  const Tensor* scales = scale(name);
+  if (scales == nullptr) return torch::stable::to(given, ScalarType::Float);
+  const int64_t rows = given.size(0), groups = scales->numel() / rows;
+  const Tensor grouped = torch::stable::reshape(torch::stable::to(given, ScalarType::Float), {rows, groups, -1});
+  const Tensor scaled = aten::mul(grouped, torch::stable::reshape(*scales, {rows, groups, 1}));
+  return torch::stable::reshape(scaled, {rows, -1});
+}
+
 void LoadedModel::fold(LayerRange layers) {
   std::vector<Tensor> k, v, gamma;
   RunWeights run{.layers = layers, .stack = nullptr, .k_bias = {}, .v_bias = {}, .k_norm = {}};
+  bool integers = false;
+  for (int64_t layer = layers.begin; layer < layers.end; ++layer) {
+    const LayerWeights& weights = model_.layers[layer];
+    integers = integers || weights.k_proj.scale != nullptr || weights.v_proj.scale != nullptr;
+  }
   for (int64_t layer = layers.begin; layer < layers.end; ++layer) {
     const std::string prefix = join("layers.", layer, ".");
-    k.push_back(*weight(prefix + "k_proj"));
-    v.push_back(*weight(prefix + "v_proj"));
-    if (model_.spec.input_norms) gamma.push_back(*weight(prefix + "input_norm"));
+    // All of a run in float32 if there are integers, so that their fold is rounded once.
+    const auto get = [&](const char* name) { return integers ? in_float32(prefix + name) : *weight(prefix + name); };
+    k.push_back(get("k_proj"));
+    v.push_back(get("v_proj"));
+    if (model_.spec.input_norms) gamma.push_back(get("input_norm"));
     run.k_bias.push_back(model_.layers[layer].k_bias);
     run.v_bias.push_back(model_.layers[layer].v_bias);
     run.k_norm.push_back(model_.layers[layer].k_norm);
   }
-  const Tensor stack = fold_kv(k, v, gamma, model_.spec.norm_weight_offset);
+  const Tensor stack =
+      torch::stable::to(fold_kv(k, v, gamma, model_.spec.norm_weight_offset), aten::scalar_type(model_.spec.dtype));
   run.stack = stack.const_data_ptr();
   extra_bytes_ += stack.numel() * element_size(model_.spec.dtype);
   stacks_.push_back(stack);

@@ -10,10 +10,11 @@ STABLE_TORCH_LIBRARY(pop, m) {
   // Loads a model and returns its handle, which `unload` frees and which is never reused. Weights are shared, not
   // copied; only the K/V weights of omitted layers are folded into new memory. `projections` replace those of the
   // plan's omitted layers, in the plan's order. `fp8` or `int8` makes copies of the other layers' matrices in 8-bit
-  // floats or integers, `prepack` copies in the backend's layout for products of many rows.
+  // floats or integers, `prepack` copies in the backend's layout for products of many rows. `scales` has one tensor for
+  // each weight: float32 [out_features] for an int8 matrix, empty for the others.
   m.def(
       "load(str spec, str plan, Tensor[] weights, Tensor[]? projections=None, bool fp8=False, bool prepack=False, "
-      "bool int8=False) -> int");
+      "bool int8=False, Tensor[]? scales=None) -> int");
   // The reason why a model of that spec, with its weights on the device of `like`, cannot have `products`, which is
   // "fp8" or "int8"; "" if it can.
   m.def("products_missing(str products, str spec, Tensor like) -> str");
@@ -45,9 +46,8 @@ STABLE_TORCH_LIBRARY(pop, m) {
   // The products of a prefill with `fp8`: rows of x and of the weight in 8-bit floats (e4m3).
   m.def("fp8_linear(Tensor x, Tensor weight, Tensor weight_scale) -> Tensor");
   m.def("quantize_rows(Tensor x, str products=\"fp8\") -> (Tensor, Tensor)");
-  // The same with `int8`, and the weight in the layout of this processor's kernel.
-  m.def("int8_linear(Tensor x, Tensor weight, Tensor weight_scale) -> Tensor");
-  m.def("int8_weight(Tensor weight) -> (Tensor, Tensor)");
+  // The same with `int8`; without `round_rows` only the weight is in integers.
+  m.def("int8_linear(Tensor x, Tensor weight, Tensor weight_scale, bool round_rows=True) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0.0) -> Tensor");
   m.def(pop::kAddRmsNormSchema);
   m.def(

@@ -4,6 +4,7 @@
 
 #include "torch/backends.h"
 #include "torch/checks.h"
+#include "torch/copied_matrices.h"
 
 namespace pop {
 
@@ -30,8 +31,9 @@ void check_option(const char* option, const std::string& missing) {
 }  // namespace
 
 LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Tensor> weights,
-                         const std::optional<std::vector<Tensor>>& projections, Products products, bool prepack)
-    : slots_(spec.weight_slots()), weights_(std::move(weights)) {
+                         std::vector<Tensor> scales, const std::optional<std::vector<Tensor>>& projections,
+                         Products products, bool prepack)
+    : slots_(spec.weight_slots()), weights_(std::move(weights)), scales_(std::move(scales)) {
   check(products == Products::plain || !prepack, "pop::load: prepack: expected False with ", to_string(products),
         "=True, got True");
   check(plan.num_layers == spec.num_layers, "pop::load: plan: expected num_layers ", spec.num_layers,
@@ -39,6 +41,8 @@ LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Te
   check_head_dim(spec.head_dim, "pop::load: spec");
   check(weights_.size() == slots_.size(), "pop::load: weights: expected ", slots_.size(), " tensors, got ",
         weights_.size());
+  check(scales_.empty() || scales_.size() == slots_.size(), "pop::load: scales: expected one tensor for each of ",
+        slots_.size(), " weights, got ", scales_.size());
   for (size_t i = 0; i < slots_.size(); ++i) index_[slots_[i].name] = i;
   model_.spec = spec;
   model_.plan = plan;
@@ -54,6 +58,10 @@ LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Te
     check_option(to_string(products), products_missing(products, spec, weights_.front()));
   }
   if (prepack) check_option("prepack", prepack_missing(spec, weights_.front()));
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    check(!is_scaled(i) || (products != Products::fp8 && !prepack), "pop::load: ", prepack ? "prepack" : "fp8",
+          ": expected weights in the model's dtype, got int8 in ", slots_[i].name);
+  }
   for (const LayerRange& layers : plan.projected_runs()) fold(layers);
   if (projections.has_value()) set_projections(*projections);
   if (products != Products::plain) quantize_layers(products);
@@ -64,13 +72,31 @@ LoadedModel::LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Te
 void LoadedModel::check_weights() const {
   for (size_t i = 0; i < slots_.size(); ++i) {
     const std::string name = "pop::load: weight " + slots_[i].name;
-    check_dtype(weights_[i], slots_[i].dtype, name);
+    if (is_scaled(i)) {
+      check_scaled(i);
+    } else {
+      check_dtype(weights_[i], slots_[i].dtype, name);
+    }
     check_shape(weights_[i], slots_[i].shape, name);
     check_same_device(weights_[i], weights_.front(), name);
     check_last_dim_contiguous(weights_[i], name);
     check(weights_[i].is_cpu() || weights_[i].is_cuda(), name,
           ": expected memory on a CPU or a CUDA device, got another device, or a meta or fake tensor");
   }
+}
+
+// An int8 matrix: of a dense layer, on a CPU.
+void LoadedModel::check_scaled(size_t index) const {
+  const std::string name = "pop::load: weight " + slots_[index].name,
+                    of_scale = "pop::load: scale of " + slots_[index].name;
+  check_resolved(weights_[index], name);
+  check(weights_[index].scalar_type() == ScalarType::Char, name, ": expected dtype int8 with a scale, got ",
+        dtype_name(weights_[index]));
+  check(is_matrix_of_layer(slots_[index].name), name, ": expected no scale, got one");
+  check(!model_.spec.has_experts(), name, ": expected no scale in a model with experts, got one");
+  check(weights_[index].is_cpu(), name, ": expected int8 on a CPU, got it on another device");
+  check_same_device(scales_[index], weights_[index], of_scale);
+  check_int8_scale(scales_[index], weights_[index], of_scale);
 }
 
 // Of the given weights alone: what loading adds lies in memory that nobody else has.
@@ -85,6 +111,11 @@ const Tensor* LoadedModel::weight(const std::string& name) const {
   return found == index_.end() ? nullptr : &weights_[found->second];
 }
 
+const Tensor* LoadedModel::scale(const std::string& name) const {
+  const auto found = index_.find(name);
+  return found == index_.end() || !is_scaled(found->second) ? nullptr : &scales_[found->second];
+}
+
 void LoadedModel::set_layer(int64_t layer) {
   const std::string prefix = join("layers.", layer, ".");
   const auto vector = [&](const char* name) -> const void* {
@@ -94,7 +125,13 @@ void LoadedModel::set_layer(int64_t layer) {
   const auto linear = [&](const char* name) -> Linear {
     const Tensor* tensor = weight(prefix + name);
     if (tensor == nullptr) return {};
-    return {tensor->const_data_ptr(), tensor->stride(0)};
+    const Tensor* scales = scale(prefix + name);
+    if (scales == nullptr) return {tensor->const_data_ptr(), tensor->stride(0)};
+    return {.data = tensor->const_data_ptr(),
+            .stride = tensor->stride(0),
+            .scale = static_cast<const float*>(scales->const_data_ptr()),
+            .group = scales->dim() == 1 ? 0 : tensor->size(1) / scales->size(1),
+            .products = Products::int8_weight};
   };
   const auto stack = [&](const char* name) -> LinearStack {
     const Tensor* tensor = weight(prefix + name);

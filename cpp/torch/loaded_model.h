@@ -20,11 +20,12 @@ namespace pop {
 
 class LoadedModel {
  public:
-  // `projections`: fitted matrices [2 * kv_dim, hidden_size], one per omitted layer, which are copied; none: the
-  // layers' own. `products` other than plain, or `prepack`, not both, copies the matrices of the layers outside of the
-  // runs: to 8 bits, or to the backend's layout. Throws std::runtime_error naming the argument, what was expected and
-  // what came.
-  LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Tensor> weights,
+  // `scales`: one tensor for each weight, float32 [out_features] (or a scale for each group) of an int8 matrix, empty
+  // for others; none: no weight is int8. `projections`: fitted matrices [2 * kv_dim, hidden_size], one per omitted
+  // layer, which are copied; none: the layers' own. `products` other than plain, or `prepack`, not both, copies the
+  // matrices of the layers outside of the runs: to 8 bits, or to the backend's layout. Throws std::runtime_error naming
+  // the argument, what was expected and what came.
+  LoadedModel(const ModelSpec& spec, const Plan& plan, std::vector<Tensor> weights, std::vector<Tensor> scales,
               const std::optional<std::vector<Tensor>>& projections, Products products, bool prepack);
 
   const Model& model() const { return model_; }
@@ -50,12 +51,16 @@ class LoadedModel {
 
   // loaded_model.cpp
   void check_weights() const;
+  void check_scaled(size_t index) const;
+  bool is_scaled(size_t index) const { return !scales_.empty() && scales_[index].numel() > 0; }
   ResidentTensors named_weights() const;
   void set_layer(int64_t layer);
   const Tensor* weight(const std::string& name) const;  // null if the model has none of that name
+  const Tensor* scale(const std::string& name) const;   // of an int8 weight; else null
   bool is_projected(int64_t layer) const;               // the layer is in a run
 
   // folding.cpp
+  Tensor in_float32(const std::string& name) const;
   void fold(LayerRange layers);
   void set_projections(const std::vector<Tensor>& projections);
 
@@ -72,6 +77,7 @@ class LoadedModel {
   std::vector<WeightSlot> slots_;
   std::unordered_map<std::string, size_t> index_;  // slot name -> index
   std::vector<Tensor> weights_;                    // in the order of slots_
+  std::vector<Tensor> scales_;                     // the same, or none at all
   ResidentTensors resident_weights_;
   std::vector<Tensor> stacks_;  // in the order of model_.runs
   std::vector<Tensor> quantized_;
@@ -86,11 +92,14 @@ class LoadedModel {
 Tensor fold_kv(const std::vector<Tensor>& k_proj, const std::vector<Tensor>& v_proj,
                const std::vector<Tensor>& input_norm, double norm_offset);
 
-// A weight in 8 bits with one scale per row: e4m3 of its shape, or int8 in the backend's layout, [bytes].
+// A weight in 8 bits with one scale per row.
 struct QuantizedWeight {
   Tensor values, scale;
 };
 QuantizedWeight quantize_weight(Backend& backend, Products products, DType dtype, const Tensor& weight);
+
+// Checks the scales of an int8 matrix [n, k]: float32 [n], or [n, k / g] for groups of g elements (is_int8_group).
+void check_int8_scale(const Tensor& scale, const Tensor& weight, const std::string& name);
 
 // "fp8" or "int8"; throws std::invalid_argument for another text.
 Products parse_products(const std::string& text);

@@ -33,12 +33,14 @@ class CallObserver final : public ProfilerStages {
 };
 
 int64_t load(TextArgument spec, TextArgument plan, std::vector<Tensor> weights,
-             std::optional<std::vector<Tensor>> projections, bool fp8, bool prepack, bool int8) try {
+             std::optional<std::vector<Tensor>> projections, bool fp8, bool prepack, bool int8,
+             std::optional<std::vector<Tensor>> scales) try {
   check(!fp8 || !int8, "pop::load: int8: expected False with fp8=True, got True");
   const Products products = fp8 ? Products::fp8 : int8 ? Products::int8 : Products::plain;
   const ModelSpec parsed = ModelSpec::from_json(spec.text);
   return register_model(std::make_shared<LoadedModel>(parsed, Plan::from_json(plan.text), std::move(weights),
-                                                      projections, products, prepack));
+                                                      std::move(scales).value_or(std::vector<Tensor>{}), projections,
+                                                      products, prepack));
 } catch (const std::invalid_argument& error) {
   throw std::runtime_error(join("pop::load: ", error.what()));
 }

@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
+#include <optional>
+#include <tuple>
 #include <utility>
 
 #include "torch/backends.h"
@@ -40,6 +42,11 @@ Tensor empty_like_rows(const Tensor& tensor, int64_t width) {
   std::vector<int64_t> shape(tensor.sizes().begin(), tensor.sizes().end());
   shape.back() = width;
   return torch::stable::new_empty(tensor, shape);
+}
+
+// Elements of a row of a weight that share a scale; 0: all of them.
+int64_t group_of(const Tensor& weight, const Tensor& scale) {
+  return scale.dim() == 1 ? 0 : weight.size(1) / scale.size(1);
 }
 
 void check_int8(const Backend& backend, DType dtype, const std::string& name) {
@@ -94,25 +101,29 @@ std::tuple<Tensor, Tensor> quantized_rows(const Tensor& x, Products products) {
   return {out, scale};
 }
 
-// The product of x, rounded by rows, and a quantised weight of as many rows as `weight_scale` has elements.
+// The product of x and a quantised weight [n, k]. x is rounded by rows if such products round them.
 Tensor quantized_product(Backend& backend, const Tensor& x, const Tensor& weight, const Tensor& weight_scale,
                          Products products) {
-  const auto [rows, scale] = quantized_rows(x, products);
-  const int64_t k = rows.size(-1), n = weight_scale.numel();
+  std::optional<std::tuple<Tensor, Tensor>> rounded;
+  if (rounds_rows(products)) rounded = quantized_rows(x, products);
+  const Tensor rows = as_rows(rounded ? std::get<0>(*rounded) : x);
+  const int64_t n = weight.size(0);
   Tensor out = empty_like_rows(x, n);
+  const auto floats = [](const Tensor& scale) { return static_cast<const float*>(scale.const_data_ptr()); };
   const GemmParams product{.dtype = dtype_of(x, "x"),
-                           .m = scale.numel(),
+                           .m = rows.size(0),
                            .n = n,
-                           .k = k,
+                           .k = weight.size(1),
                            .a = rows.const_data_ptr(),
-                           .a_stride = k,
+                           .a_stride = rows.stride(0),
                            .w = weight.const_data_ptr(),
-                           .w_stride = k,
+                           .w_stride = weight.stride(0),
                            .out = out.mutable_data_ptr(),
                            .out_stride = n,
                            .products = products,
-                           .a_scale = static_cast<const float*>(scale.const_data_ptr()),
-                           .w_scale = static_cast<const float*>(weight_scale.const_data_ptr())};
+                           .a_scale = rounded ? floats(std::get<1>(*rounded)) : nullptr,
+                           .w_scale = floats(weight_scale),
+                           .w_group = group_of(weight, weight_scale)};
   backend.gemm(&product, 1);
   return out;
 }
@@ -123,38 +134,20 @@ std::tuple<Tensor, Tensor> quantize_rows(Tensor x, TextArgument products) try {
   throw std::runtime_error(join("pop::quantize_rows: ", error.what()));
 }
 
-// Returns the weight in int8, in the layout of this processor's kernel, [bytes], and the float32 scale of each row.
-std::tuple<Tensor, Tensor> int8_weight(Tensor weight) {
-  const std::string name = "pop::int8_weight: weight";
-  const DType dtype = dtype_of(weight, name);
-  check_shape(weight, {-1, -1}, name);
-  check_last_dim_contiguous(weight, name);
-  const int64_t k = width_of(weight, name);
-  check(k <= kInt8MostElements, name, ": expected a last dimension of at most ", kInt8MostElements, ", got ", k);
-  const BackendOfCall backend(weight);
-  check_int8(*backend, dtype, name);
-  const auto [values, scale] = quantize_weight(*backend, Products::int8, dtype, weight);
-  return {values, scale};
-}
-
-Tensor int8_linear(Tensor x, Tensor weight, Tensor weight_scale) {
+Tensor int8_linear(Tensor x, Tensor weight, Tensor weight_scale, bool round_rows) {
   const std::string op = "pop::int8_linear";
   const DType dtype = dtype_of(x, op + ": x");
   const int64_t k = width_of(x, op + ": x");
   check(k <= kInt8MostElements, op, ": x: expected a last dimension of at most ", kInt8MostElements, ", got ", k);
-  check_same_device(weight_scale, x, op + ": weight_scale");
-  check_dtype(weight_scale, DType::f32, op + ": weight_scale");
-  check_shape(weight_scale, {-1}, op + ": weight_scale");
-  check(weight_scale.is_contiguous(), op, ": weight_scale: expected a contiguous tensor");
-  const int64_t n = weight_scale.size(0);
-  const BackendOfCall backend(x);
-  check_int8(*backend, dtype, op + ": x");
   check_same_device(weight, x, op + ": weight");
   check(type_of(weight) == ScalarType::Char, op, ": weight: expected dtype int8, got ", dtype_name(weight));
-  check_shape(weight, {backend->int8_weight_bytes(n, k)}, op + ": weight");
-  check(weight.is_contiguous() && reinterpret_cast<uintptr_t>(weight.const_data_ptr()) % kAlignment == 0, op,
-        ": weight: expected a contiguous tensor that is aligned to ", kAlignment, " bytes");
-  return quantized_product(*backend, x, weight, weight_scale, Products::int8);
+  check_shape(weight, {-1, k}, op + ": weight");
+  check_last_dim_contiguous(weight, op + ": weight");
+  check_same_device(weight_scale, x, op + ": weight_scale");
+  check_int8_scale(weight_scale, weight, op + ": weight_scale");
+  const BackendOfCall backend(x);
+  check_int8(*backend, dtype, op + ": x");
+  return quantized_product(*backend, x, weight, weight_scale, round_rows ? Products::int8 : Products::int8_weight);
 }
 
 Tensor fp8_linear(Tensor x, Tensor weight, Tensor weight_scale) {
@@ -272,7 +265,6 @@ static void implement(torch::stable::detail::StableLibrary& m) {  // no template
   m.impl("linear", TORCH_BOX(&ChecksThreads<&linear>::call));
   m.impl("fp8_linear", TORCH_BOX(&ChecksThreads<&fp8_linear>::call));
   m.impl("int8_linear", TORCH_BOX(&ChecksThreads<&int8_linear>::call));
-  m.impl("int8_weight", TORCH_BOX(&ChecksThreads<&int8_weight>::call));
   m.impl("quantize_rows", TORCH_BOX(&ChecksThreads<&quantize_rows>::call));
   m.impl("rms_norm", TORCH_BOX(&ChecksThreads<&rms_norm>::call));
   m.impl("add_rms_norm", TORCH_BOX(&ChecksThreads<&add_rms_norm>::call));

@@ -30,6 +30,17 @@ std::string sizes_missing(const ModelSpec& spec, Products products) {
 
 }  // namespace
 
+void check_int8_scale(const Tensor& scale, const Tensor& weight, const std::string& name) {
+  const int64_t n = weight.size(0), k = weight.size(1);
+  check_dtype(scale, DType::f32, name);
+  check(scale.is_contiguous(), name, ": expected a contiguous tensor");
+  if (scale.dim() == 1) return check_shape(scale, {n}, name);
+  check_shape(scale, {n, -1}, name);
+  const int64_t groups = scale.size(1);
+  check(groups > 0 && k % groups == 0 && is_int8_group(k / groups), name, ": expected one scale for each row of ", k,
+        ", or for each 32, 64, 128 or 256 elements of it, got ", groups, " a row");
+}
+
 Products parse_products(const std::string& text) {
   if (text == "fp8") return Products::fp8;
   if (text == "int8") return Products::int8;
@@ -44,20 +55,9 @@ std::string products_missing(Products products, const ModelSpec& spec, const Ten
 
 QuantizedWeight quantize_weight(Backend& backend, Products products, DType dtype, const Tensor& weight) {
   const int64_t n = weight.size(0), k = weight.size(1);
+  const ScalarType type = products == Products::int8 ? ScalarType::Char : ScalarType::Float8_e4m3fn;
+  const Tensor values = torch::stable::new_empty(weight, {n, k}, type);
   const Tensor scale = torch::stable::new_empty(weight, {n}, ScalarType::Float);
-  auto* scales = static_cast<float*>(scale.mutable_data_ptr());
-  if (products == Products::int8) {
-    const Tensor values = torch::stable::new_empty(weight, {backend.int8_weight_bytes(n, k)}, ScalarType::Char);
-    backend.quantize_weight({.dtype = dtype,
-                             .n = n,
-                             .k = k,
-                             .w = weight.const_data_ptr(),
-                             .w_stride = weight.stride(0),
-                             .out = values.mutable_data_ptr(),
-                             .scale = scales});
-    return {values, scale};
-  }
-  const Tensor values = torch::stable::new_empty(weight, {n, k}, ScalarType::Float8_e4m3fn);
   backend.quantize_rows({.dtype = dtype,
                          .products = products,
                          .rows = n,
@@ -66,13 +66,17 @@ QuantizedWeight quantize_weight(Backend& backend, Products products, DType dtype
                          .x_stride = weight.stride(0),
                          .out = static_cast<uint8_t*>(values.mutable_data_ptr()),
                          .out_stride = k,
-                         .scale = scales});
+                         .scale = static_cast<float*>(scale.mutable_data_ptr())});
   return {values, scale};
 }
 
 void LoadedModel::quantize_layers(Products products) {
   const BackendOfCall backend(weights_.front());
   for_each_copied_matrix(products, [&](const Tensor& given, Linear& linear) {
+    if (linear.products == Products::int8_weight) {  // the checkpoint's own integers, in place
+      linear.products = products;
+      return;
+    }
     const auto [values, scale] = quantize_weight(*backend, products, model_.spec.dtype, given);
     linear = {.data = values.const_data_ptr(),
               .stride = given.size(1),

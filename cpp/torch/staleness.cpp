@@ -13,7 +13,7 @@ namespace {
 uint64_t sample_of(const Tensor& tensor) {
   if (!tensor.is_cpu() || tensor.numel() == 0) return 0;
   constexpr int64_t kSamples = 64;
-  const int64_t element = element_size(dtype_of(tensor, "weight"));
+  const int64_t element = tensor.element_size();
   const char* data = static_cast<const char*>(tensor.const_data_ptr());
   const int64_t cols = tensor.size(tensor.dim() - 1);
   const int64_t row_stride = tensor.dim() > 1 ? tensor.stride(0) : 0;

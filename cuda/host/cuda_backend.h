@@ -29,8 +29,6 @@ class CudaBackend final : public Backend {
   void rms_norm(const RmsNormParams&) override;
   void quantize_rows(const QuantizeRowsParams&) override;
   std::string products_missing(Products products, DType dtype) const override;
-  int64_t int8_weight_bytes(int64_t, int64_t) const override { return 0; }
-  void quantize_weight(const QuantizeWeightParams&) override {}
   std::string prepack_missing(DType) const override { return "expected a model on a CPU, got one on a CUDA device"; }
   std::unique_ptr<PackedWeight> prepack(const PrepackParams&) const override { return nullptr; }
   void gemm(const GemmParams* products, int64_t count) override;

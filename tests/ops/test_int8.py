@@ -16,13 +16,13 @@ from torch import Tensor
 pop = torch.ops.pop
 pytestmark = pytest.mark.cpu
 
-# Rows on both sides of a tile (6 and 12), of the limit for few rows (12 and 24), of prepared rows (96) and of rows
-# whose sums wait (512). Columns on both sides of a panel (8, 16, 32) and of a task (256). Widths on both sides of a
-# group (2, 4) and of a block of k (512 and 1024).
-ROWS = [1, 2, 5, 6, 7, 12, 13, 24, 25, 95, 97, 193, 513, 1031]
-COLUMNS = [1, 7, 8, 9, 16, 31, 33, 255, 257, 300, 515]
-WIDTHS = [1, 2, 3, 4, 5, 63, 511, 513, 1025, 2051]
-MOST = 133144  # elements along k
+# Rows on both sides of the lanes of a vector (4, 8, 16), of a panel (8, 16, 32) and of what is packed at once (512).
+# Columns on both sides of a tile (2, 6, 12, 32), of a vector and of a task (128). Widths on both sides of a group of 2
+# or 4, of a tile of AMX (64) and of a block of k (512 and 1024).
+ROWS = [1, 2, 4, 5, 8, 9, 15, 17, 31, 33, 97, 193, 511, 513, 1031]
+COLUMNS = [1, 5, 6, 7, 8, 12, 13, 16, 31, 33, 127, 129, 300, 515]
+WIDTHS = [1, 2, 3, 4, 5, 63, 65, 511, 513, 1025, 2051]
+MOST = 132104  # elements along k
 
 
 def integers(*shape: int, seed: int = 0, largest: int = 127) -> Tensor:
@@ -39,7 +39,7 @@ def exact(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    return pop.int8_linear(x, *pop.int8_weight(weight))
+    return pop.int8_linear(x, *pop.quantize_rows(weight, "int8"))
 
 
 def assert_exact(x: Tensor, weight: Tensor) -> None:
@@ -149,6 +149,32 @@ def test_sums_are_scaled_in_float32_and_rounded_once(dtype, shape):
     assert torch.equal(product(x, weight), (sums * weight_scale.T * scale).to(dtype))
 
 
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+@pytest.mark.parametrize("shape", [(1, 7, 256), (3, 70, 512), (17, 5, 768), (40, 33, 1024), (600, 140, 1280)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_are_scaled_by_groups(dtype, shape, group):
+    rows, columns, width = shape
+    generator = torch.Generator().manual_seed(0)
+    x = random(rows, width, dtype=dtype)
+    weight = torch.randint(-128, 128, (columns, width), dtype=torch.int8, generator=generator)
+    scale = torch.rand(columns, width // group, generator=generator) / 100 + 0.001
+    dense = weight.double() * scale.double().repeat_interleave(group, 1)
+    values, of_rows = pop.quantize_rows(x, "int8")
+    for round_rows, operand in ((True, values.double() * of_rows.double()[:, None]), (False, x.double())):
+        expected = operand @ dense.T
+        error = pop.int8_linear(x, weight, scale, round_rows).double() - expected
+        tolerance = max(4 * torch.finfo(dtype).eps, 2e-6)
+        assert error.square().mean().sqrt() <= tolerance * expected.square().mean().sqrt(), f"{round_rows=}"
+
+
+def test_a_group_is_a_power_of_two_that_kernels_take():
+    x, weight = random(3, 96), torch.ones(8, 96, dtype=torch.int8)
+    assert pop.int8_linear(x, weight, torch.ones(8, 3)).shape == (3, 8)
+    for groups in (2, 6, 96):
+        with pytest.raises(RuntimeError, match="expected one scale for each row of 96, or for each 32, 64, 128 or 256"):
+            pop.int8_linear(x, weight, torch.ones(8, groups))
+
+
 def test_the_product_is_close_to_that_of_the_given_operands():
     x, weight = random(64, 512), random(128, 512, seed=1)
     error = product(x, weight).double() - exact(x, weight)
@@ -182,26 +208,38 @@ def test_two_concurrent_threads_get_the_bits_of_one():
         assert all(torch.equal(result, expected) for result in results)
 
 
+def test_a_checkpoints_integers_are_read_in_place():
+    """-128 is a value that rounding never gives. A row of the weight is not adjacent to the next one."""
+    x = integers(30, 517)
+    wide = torch.randint(-128, 128, (70, 530), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+    wide[:, :9] = -128
+    out = pop.int8_linear(x, wide[:, 3:520], torch.ones(70))
+    assert torch.equal(out.double(), exact(x, wide[:, 3:520]))
+
+
+def test_the_largest_sum_of_a_checkpoints_integers_fits():
+    x, weight = torch.full((3, MOST), 127.0), torch.full((9, MOST), -128, dtype=torch.int8)
+    assert torch.equal(pop.int8_linear(x, weight, torch.ones(9)), torch.full((3, 9), 127.0 * -128 * MOST))
+
+
 def test_bad_operands_are_refused_by_name():
-    x, (weight, scale) = random(3, 40), pop.int8_weight(random(20, 40))
-    shifted = torch.empty(weight.numel() + 1, dtype=torch.int8)[1:]
+    x, (weight, scale) = random(3, 40), pop.quantize_rows(random(20, 40), "int8")
     for args, message in (
         ((x, weight.float(), scale), "pop::int8_linear: weight: expected dtype int8, got float32"),
-        ((x, weight[1:], scale), r"pop::int8_linear: weight: expected shape \[\d+\], got \[\d+\]"),
-        ((x, shifted, scale), "pop::int8_linear: weight: expected a contiguous tensor that is aligned to 64 bytes"),
+        ((x, weight[:, 1:], scale), r"pop::int8_linear: weight: expected shape \[\*, 40\], got \[20, 39\]"),
+        ((x, weight.T.contiguous().T, scale), "pop::int8_linear: weight: expected a contiguous last dimension"),
+        ((x, weight, scale[1:]), r"pop::int8_linear: weight_scale: expected shape \[20\], got \[19\]"),
         ((x, weight, scale.double()), "pop::int8_linear: weight_scale: expected .*float64"),
-        ((random(1, MOST + 1), weight, scale), "pop::int8_linear: x: expected a last dimension of at most 133144"),
+        ((random(1, MOST + 1), weight, scale), "pop::int8_linear: x: expected a last dimension of at most 132104"),
     ):
         with pytest.raises(RuntimeError, match=message):
             pop.int8_linear(*args)
-    with pytest.raises(RuntimeError, match="pop::int8_weight: weight: expected a last dimension of at most 133144"):
-        pop.int8_weight(random(1, MOST + 1))
     with pytest.raises(RuntimeError, match="pop::quantize_rows: products: expected fp8 or int8, got 'int4'"):
         pop.quantize_rows(x, "int4")
 
 
 def test_the_selected_instruction_set_is_the_highest_that_runs_rounded_or_not():
-    order = ["baseline", "avx2", "avx_vnni", "avx512_vnni", "avx512_bf16"]
+    order = ["baseline", "avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8"]
     wanted = os.environ.get("POP_CPU_ISA") or order[-1]
     assert order.index(torch.ops.pop.int8_isa()) <= order.index(wanted)
     if wanted in ("baseline", "avx2"):  # every processor that can be asked for it has the same for integers

@@ -36,7 +36,7 @@ def rows_ops() -> list[Target]:
         weights = [torch.ones(16, 32), torch.full((16, 32), 0.5)]
         return {"k_proj": weights, "v_proj": [w * 2 for w in weights], "input_norm": [norm + 0] * 2, "norm_offset": 0.0}
 
-    int8_weight, int8_scale = pop.int8_weight(weight)
+    int8_weight, int8_scale = pop.quantize_rows(weight, "int8")
     return [
         of("linear", x=x, weight=weight),
         of("rms_norm", x=x, weight=norm, eps=1e-6, weight_offset=0.0),
@@ -62,7 +62,6 @@ def rows_ops() -> list[Target]:
         ),
         of("quantize_rows", x=x, products="int8"),
         of("int8_linear", x=x, weight=int8_weight, weight_scale=int8_scale),
-        of("int8_weight", weight=weight),
         of("fp8_linear", x=x, weight=weight.to(torch.float8_e4m3fn), weight_scale=torch.ones(16)),
         Target("fold_kv", pop.fold_kv, fold),
     ]

@@ -12,7 +12,7 @@ import torch
 
 ISAS = ["baseline", "avx2", "avx512_bf16"]
 """From the lowest to the highest."""
-INT8_ISAS = ["baseline", "avx2", "avx_vnni", "avx512_vnni"]
+INT8_ISAS = ["baseline", "avx2", "avx_vnni", "avx512_vnni", "amx_int8"]
 """The same of products of 8-bit integers."""
 
 

@@ -142,9 +142,9 @@ def dispatch_step(
         if not decline.declined or fallback is None:
             raise
         run = fallback.bind_step(model, step)
-        decision = step.decision(fallback.name, fallback.plan, fallback.not_native)
+        decision = step.decision(fallback.name, fallback.plan, fallback.not_native, fallback.products)
         return _fallen_back(decision, backend, decline), run
-    return step.decision(backend.name, backend.plan, backend.not_native), run
+    return step.decision(backend.name, backend.plan, backend.not_native, backend.products), run
 
 
 def explain_call(model: nn.Module, backend: Backend, arguments: dict[str, Any], replaced: Any) -> Decision:

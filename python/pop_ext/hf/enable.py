@@ -22,6 +22,8 @@ from pop_ext.hf.compat import check_module, text_config, unwrapped
 from pop_ext.hf.decision import Decision, Products
 from pop_ext.hf.dispatch import Backend
 from pop_ext.hf.forward import PrefillForward, find_prefill_forward
+from pop_ext.hf.free_weights import check_free_weights, keep_integers_alone
+from pop_ext.hf.int8_weights import unpack_weights
 from pop_ext.hf.loaded import check_options
 from pop_ext.hf.native_backend import NativeBackend
 from pop_ext.hf.portable_backend import PortableBackend
@@ -74,6 +76,7 @@ def enable(
     prepack: bool = False,
     int8: bool = False,
     cuda_graphs: int = 0,
+    free_weights: bool = False,
 ) -> Model:
     """Prune the prefill of ``model``, in place. ``generate`` and ``pipeline`` need no change.
 
@@ -93,6 +96,8 @@ def enable(
         prepack: copy weights for faster products on a CPU, as in ``pop_ext.load``.
         int8: compute the products of native prefills in 8-bit integers, as in ``pop_ext.load``.
         cuda_graphs: keep as many CUDA graphs of native prefills, as in ``pop_ext.load``.
+        free_weights: with ``int8``, keep its matrices in integers alone, as in ``pop_ext.load``. ``disable`` does not
+            bring them back.
 
     Returns:
         The same model. Enabling an enabled model replaces its plan and options, also inside code that was put around
@@ -115,6 +120,7 @@ def enable(
         raise TypeError(f"strict: expected a bool, got {type(strict).__name__}")
     products = check_options(fp8, int8, prepack)
     check_shapes(cuda_graphs)
+    check_free_weights(free_weights, products, cuda_graphs)
     for name, value in {"fp8": fp8, "int8": int8, "prepack": prepack}.items():
         if value and backend not in ("auto", "native"):
             raise ValueError(f'{name}: expected False with backend="{backend}", which calls the model, got True')
@@ -126,9 +132,14 @@ def enable(
     _check_hooks(inner)
     previous, attribute = find_prefill_forward(inner), forward_attribute(inner)
     wrapped = previous is not None and _is_wrapped(inner, previous)
+    unpack_weights(inner)
     chosen = plan_for(inner, plan)
+    if free_weights:
+        chosen.warn(inner)
+        keep_integers_alone(inner, chosen.plan)
     runs = _load_backend(backend, inner, chosen.plan, products, prepack, cuda_graphs)
-    chosen.warn(inner)  # before the model changes: a filter may turn the warning into an error
+    if not free_weights:
+        chosen.warn(inner)  # before the model changes: a filter may turn the warning into an error
     if previous is not None and wrapped:
         previous.configure(runs, strict)
     else:

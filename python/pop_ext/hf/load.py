@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 
 from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.compat import is_causal, uncompiled
+from pop_ext.hf.free_weights import check_free_weights, keep_integers_alone
+from pop_ext.hf.int8_weights import unpack_weights
 from pop_ext.hf.loaded import check_options
 from pop_ext.hf.native_model import NativeModel
 from pop_ext.hf.native_trial import try_native
+from pop_ext.hf.prefill_graphs import check_shapes
 from pop_ext.plans.default import PlanArgument
 
 if TYPE_CHECKING:
@@ -22,8 +25,11 @@ def load(
     prepack: bool = False,
     int8: bool = False,
     cuda_graphs: int = 0,
+    free_weights: bool = False,
 ) -> NativeModel:
-    """Load a Hugging Face model for native prefill. The model itself is not changed.
+    """Load a Hugging Face model for native prefill. The model itself is not changed, but for ``free_weights``.
+
+    Packed weights of compressed-tensors become floats, as in the first call of such a model.
 
     Args:
         model: causal language model of a supported family, on one device. Of a model compiled by ``torch.compile`` the
@@ -44,6 +50,10 @@ def load(
             ``torch.ops.pop.tune``. Calls with a past or images run without a graph. The results are the same. A model
             that is loaded again keeps the option; one that has left CUDA runs without graphs until it is back. This
             has not run on a GPU.
+        free_weights: with ``int8``, keep its matrices in integers alone: the linear layers of the model are replaced by
+            ``Int8Linear``, also for the stock forward, decode among it, which then multiplies by the rounded matrices
+            and rounds nothing else. They take half of the memory of bfloat16, no copy is made, and decode reads half of
+            the bytes. There is no way back.
 
     Returns:
         A ``NativeModel``, which refers to the weights of ``model``.
@@ -53,9 +63,15 @@ def load(
             ``prepack`` or ``cuda_graphs`` (of which the last wants a CUDA device and no experts), or a trial of a few
             tokens, once for a kind of model in a process, differs from the stock modules. A subclass of ValueError.
         ValueError, TypeError: The plan is for another depth or another model, ``plan`` or ``model`` is of the wrong
-            type, more than one of ``fp8``, ``int8`` and ``prepack`` is set, or ``cuda_graphs`` is no int or negative.
+            type, more than one of ``fp8``, ``int8`` and ``prepack`` is set, ``free_weights`` without ``int8``, or
+            ``cuda_graphs`` is no int or negative.
     """
     products = check_options(fp8, int8, prepack)
+    check_shapes(cuda_graphs)
+    check_free_weights(free_weights, products, cuda_graphs)
+    unpack_weights(uncompiled(model))
+    if free_weights:
+        keep_integers_alone(uncompiled(model), plan)
     native = NativeModel(uncompiled(model), plan, products, prepack, cuda_graphs)
     native.check_graphs_supported()
     if not is_causal(native.config.get_text_config()):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from pop_ext.hf.compat import check_module, text_config
 
@@ -112,3 +113,29 @@ def input_device(model: Module) -> torch.device:
     hook = getattr(embeddings, "_hf_hook", None)
     execution = getattr(hook, "execution_device", None)
     return device if device.type != "meta" or execution is None else torch.device(execution)
+
+
+def rounds_inputs(root: nn.Module) -> bool:
+    """Return whether a linear layer inside ``root``, or itself, rounds its inputs to int8, as torchao's can.
+
+    Two ways to compute such a model differ by more than rounding, since a value close to a tie becomes another integer.
+    """
+    return any(_rounds_input(module) for module in root.modules() if type(module) is nn.Linear)
+
+
+def _rounds_input(module: nn.Module) -> bool:
+    weight: Any = module._parameters.get("weight")
+    if is_torchao_int8(weight):
+        return weight.act_quant_kwargs is not None
+    scheme: Any = getattr(module, "quantization_scheme", None)
+    return is_compressed(module) and scheme.input_activations is not None
+
+
+def is_torchao_int8(weight: Any) -> bool:
+    """Return whether a weight is torchao's tensor of 8-bit integers."""
+    return type(weight).__name__ == "Int8Tensor" and type(weight).__module__.partition(".")[0] == "torchao"
+
+
+def is_compressed(module: nn.Module) -> bool:
+    """Return whether compressed-tensors has given a linear module a scheme."""
+    return type(getattr(module, "quantization_scheme", None)).__module__.startswith("compressed_tensors.")

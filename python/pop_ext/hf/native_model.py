@@ -103,6 +103,7 @@ class NativeModel:
     def __repr__(self) -> str:
         options = f", {self.products}=True" * (self.products is not None) + ", prepack=True" * self.prepack
         options += f", cuda_graphs={self.cuda_graphs}" * (self.cuda_graphs > 0)
+        options += f", {self.integer_weights} weights in int8" * (self.integer_weights > 0)
         return f"NativeModel({type(self.model).__name__}, {self.plan!r}{options}, extra_bytes={self.extra_bytes})"
 
     @property
@@ -154,6 +155,11 @@ class NativeModel:
     def int8(self) -> bool:
         """True if products have operands in 8-bit integers."""
         return self.products == "int8"
+
+    @property
+    def integer_weights(self) -> int:
+        """Number of weights that are read from a checkpoint's own integers."""
+        return sum(ref.int8 is not None for ref in self.description.weights)
 
     @property
     def extra_bytes(self) -> int:

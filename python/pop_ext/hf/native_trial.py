@@ -18,9 +18,12 @@ from torch import nn
 from pop_ext.hf.architectures import PORTABLE_ADVICE, UnsupportedModelError, family_of
 from pop_ext.hf.compat import is_causal, text_config
 from pop_ext.hf.family import Family
+from pop_ext.hf.int8_weights import is_integer_linear
+from pop_ext.hf.modules import rounds_inputs
 from pop_ext.hf.native_model import NativeModel, PrefillOutput
 from pop_ext.hf.patches import has_global_hooks, is_patched_class, unsupported_reason
 from pop_ext.hf.restore import module_restored, shallow_clone
+from pop_ext.plans.projections import dense_weight
 from pop_ext.portable.decoder import Clones, Decoder, find_decoder, may_run_portably
 from pop_ext.portable.trial import (
     BOUNDARY,
@@ -110,18 +113,23 @@ def _run_both_forms(native: NativeModel, model: Any, decoder: Decoder) -> tuple[
         UnsupportedModelError: One of them fails.
     """
     count, prompt = _layers_to_try(native, decoder), trial_prompt(model)
+    dense = native.dtype if rounds_inputs(decoder.module) else None
     named = errors_of_models(UnsupportedModelError, f"model: expected a trial of {TOKENS} tokens to run, got {{}}")
     uncast = torch.autocast(native.device.type, enabled=False)
     with torch.no_grad(), uncast, module_restored(decoder.module.rotary_emb), named:
-        first, _ = _first_layers(model, decoder, count)
+        # Layers that round their inputs would differ by that alone, which is not what a trial is about.
+        first, _ = _first_layers(model, decoder, count, dense)
         found = NativeModel(first, trial_plan(count)).prefill(prompt, logits_to_keep=BOUNDARY)
-        return found, run_second_form(*_first_layers(model, decoder, count), prompt)
+        return found, run_second_form(*_first_layers(model, decoder, count, dense), prompt)
 
 
-def _first_layers(model: Any, decoder: Decoder, count: int) -> tuple[Any, Decoder]:
-    """Return a clone of a model that ends after ``count`` layers, and its decoder. Weights are shared."""
+def _first_layers(model: Any, decoder: Decoder, count: int, dense: torch.dtype | None) -> tuple[Any, Decoder]:
+    """Return a clone of a model that ends after ``count`` layers, and its decoder. Weights are shared.
+
+    ``dense``: dtype in which matrices of integers are copied as floats; None: they stay.
+    """
     clones = Clones()
-    layers = nn.ModuleList(_quiet_clone(layer) for layer in decoder.layers[:count])
+    layers = nn.ModuleList(_quiet_clone(layer, dense) for layer in decoder.layers[:count])
     others = {name: _quiet_clone(child) for name, child in decoder.module.named_children() if name != decoder.list_name}
     inner = clones.of(decoder.module, **{**others, decoder.list_name: layers})
     clone = clones.around(model, decoder.path, inner)
@@ -140,13 +148,26 @@ def _first_layers(model: Any, decoder: Decoder, count: int) -> tuple[Any, Decode
     return clone, Decoder(decoder.path, inner, decoder.list_name)
 
 
-def _quiet_clone(module: nn.Module) -> Any:
-    """Return a clone of a module and of those inside it, in evaluation mode and without hooks. Weights are shared."""
-    clone = shallow_clone(module, **{name: _quiet_clone(child) for name, child in module.named_children()})
+def _quiet_clone(module: nn.Module, dense: torch.dtype | None = None) -> Any:
+    """Return a clone of a module and of those inside it, in evaluation mode and without hooks. Weights are shared.
+
+    With ``dense``, matrices of integers are copied as floats, and layers that round their inputs do not.
+    """
+    if dense is not None and is_integer_linear(module):
+        # By other code than the runtime's, so that a misread format is found.
+        return _dense_linear(dense_weight(module, dense).to(dense), module.bias)
+    clone = shallow_clone(module, **{name: _quiet_clone(child, dense) for name, child in module.named_children()})
     clone.__dict__["training"] = False
     for hooks in ("_forward_hooks", "_forward_pre_hooks"):
         clone.__dict__[hooks] = OrderedDict()
     return clone
+
+
+def _dense_linear(weight: torch.Tensor, bias: Any) -> nn.Linear:
+    plain = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    plain.bias = bias
+    return plain.eval()
 
 
 def _layers_to_try(native: NativeModel, decoder: Decoder) -> int:

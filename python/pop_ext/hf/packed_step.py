@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pop_ext.hf.compat import NEW_CACHE_NAME, OLD_CACHE_NAME, parameters_of, text_config
-from pop_ext.hf.decision import Decision, Decline
+from pop_ext.hf.decision import Decision, Decline, Products
 from pop_ext.hf.rules import check_depth, check_forward, check_inference, check_output_flags, is_traced
 from pop_ext.plans.plan import Plan
 
@@ -41,15 +41,15 @@ class PackedStep:
     tokens: tuple[int, ...]
     boundary: tuple[int, ...]
 
-    def decision(self, name: str, plan: Plan, not_native: str) -> Decision:
-        """Return the decision that the backend of this name runs the step."""
+    def decision(self, name: str, plan: Plan, not_native: str, products: Products | None) -> Decision:
+        """Return the decision that the backend of this name runs the step, with these 8-bit products."""
         tokens, boundary = (tuple(filter(None, counts)) for counts in (self.tokens, self.boundary))
         full = tokens == boundary
         reason = "a step of continuous batching" + (", every row at full depth" if full else "")
         reason = "the plan omits no layer" if not plan.omit else reason
         reason += f" (not native: {not_native})" if not_native else ""
         wanted = 1  # the last row of each request
-        return Decision(name, "prefill", reason, False, plan, tokens, boundary, wanted)
+        return Decision(name, "prefill", reason, False, plan, tokens, boundary, wanted, products)
 
 
 def is_packed(arguments: dict[str, Any]) -> bool:

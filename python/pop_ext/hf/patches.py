@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from pop_ext.hf.architectures import decoder_of, decoder_path, dropped_softcap_reason
 from pop_ext.hf.compat import text_config
+from pop_ext.hf.int8_weights import is_quantised_forward
 
 
 class InnerModules:
@@ -101,7 +102,10 @@ def find_module_patch(module: nn.Module) -> str | None:
     hook = own.get("_hf_hook")
     if hook is not None:
         return f"a hook of accelerate ({type(hook).__name__})"
-    return "a replaced forward" if "forward" in own and not is_own_forward(module, own["forward"]) else None
+    if "forward" not in own or is_own_forward(module, own["forward"]):
+        return None
+    # Weights that the runtime cannot read as this forward does are refused when they are loaded.
+    return None if is_quantised_forward(module, own["forward"]) else "a replaced forward"
 
 
 def is_unpatched(module: nn.Module) -> bool:

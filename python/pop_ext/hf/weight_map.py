@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -22,6 +22,8 @@ from pop_ext.hf.architectures import (
 from pop_ext.hf.compat import check_module
 from pop_ext.hf.families import WRAPPERS
 from pop_ext.hf.family import Family
+from pop_ext.hf.int8_weights import Int8Linear, Int8Weight, int8_weight, is_integer_linear
+from pop_ext.hf.modules import is_compressed
 from pop_ext.hf.spec import make_spec
 from pop_ext.portable.decoder import may_run_portably
 from pop_ext.utils.tensors import check_memory
@@ -36,6 +38,9 @@ _CLASSES = {
     **dict.fromkeys(("experts_gate_up", "experts_gate_up_bias", "experts_down", "experts_down_bias"), "Experts"),
 }
 
+# Parameters and buffers of a linear module with integers, other than its weight and bias.
+_OF_INTEGERS = ("scale", "weight_scale", "weight_zero_point", "weight_shape")
+
 _MERGE = "merge adapters into the weights, merge_and_unload of PEFT"
 
 
@@ -48,27 +53,46 @@ class WeightRef:
         model: weak, because an enabled model owns its description: a strong reference would be a cycle.
         path: names from the model down to the parameter.
         rows: (first, end) of this weight in a fused matrix; None: all rows.
+        int8: the whole matrix in integers, if the runtime reads it so.
     """
 
     slot: str
     model: weakref.ref[nn.Module]
     path: tuple[str, ...]
     rows: tuple[int, int] | None = None
+    int8: Int8Weight | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that has the parameter now, or None if there is none any more."""
+        module = self.model()
+        for parent in self.path[:-1]:
+            module = None if module is None else module._modules.get(parent)
+        return module
 
     def find(self) -> torch.Tensor | None:
         """Return the whole parameter or buffer that is at the path now, or None if there is none any more."""
-        *parents, name = self.path
-        module = self.model()
-        for parent in parents:
-            module = None if module is None else module._modules.get(parent)
-        return None if module is None else _find_tensor(module, name)
+        module = self.module
+        return None if module is None else _find_tensor(module, self.path[-1])
+
+    @property
+    def whole(self) -> torch.Tensor:
+        """The parameter, or the integers of a quantised one."""
+        tensor = self.find() if self.int8 is None else self.int8.values
+        assert tensor is not None
+        return tensor
 
     @property
     def tensor(self) -> torch.Tensor:
-        """The parameter or, of a fused matrix, a view of the rows of this weight: what the runtime reads."""
-        tensor = self.find()
-        assert tensor is not None
-        return tensor if self.rows is None else tensor.detach()[slice(*self.rows)]
+        """`whole` or, of a fused matrix, a view of the rows of this weight: what the runtime reads."""
+        return self.whole if self.rows is None else self.whole.detach()[slice(*self.rows)]
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """Scales of `tensor` if it holds integers, one or some for each row (`Int8Weight`); else empty."""
+        if self.int8 is None:
+            return torch.empty(0)
+        return self.int8.scale if self.rows is None else self.int8.scale[slice(*self.rows)]
 
 
 def _find_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
@@ -109,7 +133,7 @@ def describe(model: Any) -> Description:
         _check_tensors(description)
         check_memory({f"weight lm_head.{name}": value for name, value in model.lm_head.named_parameters()})
     except UnsupportedModelError as error:
-        method = _quantization_method(model)
+        method = quantization_method(model)
         if method is not None:
             error.args = (f"model: expected unquantised weights, got a quantised checkpoint ({method}): {error}",)
         if may_run_portably(model):
@@ -152,6 +176,9 @@ def map_weights(model: Any) -> Description:
 def _check_whole(decoder: Any, refs: dict[str, WeightRef], family: Family) -> None:
     """Raise UnsupportedModelError for a parameter or buffer of a layer that the runtime would not read."""
     known = {".".join(ref.path) for ref in refs.values()}
+    for ref in refs.values():
+        if ref.module is not None and is_integer_linear(ref.module):
+            known |= {".".join((*ref.path[:-1], name)) for name in _OF_INTEGERS}
     layers, prefix = decoder.layers, f"{family.decoder}.layers"
     for name, _ in chain(layers.named_parameters(prefix=prefix), layers.named_buffers(prefix=prefix)):
         if name not in known:
@@ -222,7 +249,7 @@ def _check_family(model: Any) -> Family:
     return family
 
 
-def _quantization_method(model: Any) -> str | None:
+def quantization_method(model: Any) -> str | None:
     """Return the method by which the checkpoint of a model was quantised; None if it was not.
 
     Only a name for errors: a checkpoint may have been dequantised when it was loaded, so the classes of the modules and
@@ -272,7 +299,7 @@ def _weight_ref(slot: str, model: nn.Module, path: str, family: Family) -> Weigh
         pass  # in the router or in the block around it, whose classes are checked
     elif not slot.endswith(("_proj", "_bias", ".shared_gate")):
         _check_class(module, family.class_name("RMSNorm"), path.rpartition(".")[0])
-    elif type(module) is not nn.Linear:
+    elif type(module) not in (nn.Linear, Int8Linear):
         found = f"{type(module).__module__}.{type(module).__name__}"
         raise UnsupportedModelError(
             f"{slot}: expected a plain torch.nn.Linear, got {found} ({_MERGE}, and load unquantised weights)"
@@ -281,7 +308,16 @@ def _weight_ref(slot: str, model: nn.Module, path: str, family: Family) -> Weigh
         if kind in _OPTIONAL:
             return None
         raise UnsupportedModelError(f"{slot}: expected a parameter {path}, got none (parametrised or fused weights)")
-    return WeightRef(slot, weakref.ref(model), (*parents, name))
+    integers = int8_weight(module) if name == "weight" else None
+    if integers is None and name == "weight" and is_compressed(module):
+        raise UnsupportedModelError(
+            f"{slot}: expected weights of compressed-tensors in symmetric 8-bit integers by channel, tensor or group, "
+            "unchanged, and inputs as they are or rounded by token, got others: "
+            f"{module.quantization_scheme!s:.200}"
+        )
+    if integers is not None and integers.copied:  # floats hold the same values, and most matrices are read from them
+        integers = None
+    return WeightRef(slot, weakref.ref(model), (*parents, name), int8=integers)
 
 
 def _devices() -> tuple[str, ...]:
@@ -299,6 +335,7 @@ def _check_tensors(description: Description) -> None:
     for ref in weights:
         tensor = ref.tensor
         dtype = torch.float32 if in_float32 and ref.slot.endswith((".router", ".router_bias")) else first.dtype
+        dtype = torch.int8 if ref.int8 is not None else dtype
         if type(tensor) not in (nn.Parameter, torch.Tensor):
             raise UnsupportedModelError(
                 f"weight {ref.slot}: expected a plain tensor, got {type(tensor).__name__} (of a tensor-parallel or "

@@ -121,33 +121,22 @@ def fp8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
 
 
 @fake("int8_linear")
-def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, round_rows: bool = True) -> Tensor:
     """Return ``x . weight^T`` with operands in 8-bit integers, in the dtype of ``x``. On a CPU only.
 
-    Sums are exact int32. They are multiplied by the scales in float32, and rounded once.
+    Sums of each group of elements with a scale are exact int32, or float32 without ``round_rows``. They are multiplied
+    by the scales in float32, and rounded once.
 
     Args:
-        x: ``[..., k]``, rounded to int8 row by row; ``k`` is at most 133144.
-        weight: ``[bytes]`` int8, as `int8_weight` returns it for ``[n, k]`` in the same process.
-        weight_scale: ``[n]`` float32.
+        x: ``[..., k]``, rounded to int8 row by row if ``round_rows``; ``k`` is at most 132104.
+        weight: ``[n, k]`` int8, as `quantize_rows` or a quantised checkpoint holds it: any value, also -128.
+        weight_scale: ``[n]`` float32, or ``[n, k / g]`` for groups of g elements of a row: 32, 64, 128 or 256.
 
     Returns:
         ``[..., n]``.
     """
     check_devices("int8_linear", x=x, weight=weight, weight_scale=weight_scale)
-    return x.new_empty((*x.shape[:-1], weight_scale.shape[0]))
-
-
-@fake("int8_weight")
-def int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round the rows of ``weight [n, k]`` to int8 as `quantize_rows` does, in the layout of this processor's kernel.
-
-    Returns:
-        The rounded weight, ``[bytes]`` int8, and the factor to multiply each row with, ``[n]`` float32.
-    """
-    # The layout depends on the processor, so its size is not known here.
-    size = torch.library.get_ctx().new_dynamic_size(min=1)
-    return weight.new_empty((size,), dtype=torch.int8), weight.new_empty(weight.shape[:1], dtype=torch.float32)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @fake("quantize_rows")

@@ -5,9 +5,13 @@
 
 #include <cstdint>
 
+#include "../emulated_amx.h"
+#include "../emulated_vpdpbusd.h"
+
 using __m512 = float __attribute__((vector_size(64), may_alias));
 using __m512i = long long __attribute__((vector_size(64), may_alias));
 using __m512bh = short __attribute__((vector_size(64), may_alias));
+using __m128i = long long __attribute__((vector_size(16), may_alias));
 using __m256i = long long __attribute__((vector_size(32), may_alias));
 using __mmask16 = unsigned short;
 
@@ -15,6 +19,7 @@ using __mmask16 = unsigned short;
 
 namespace avx512_emulated {
 
+using Bytes = int8_t __attribute__((vector_size(16)));
 using Words = uint16_t __attribute__((vector_size(64)));
 using HalfWords = uint16_t __attribute__((vector_size(32)));
 using Ints = uint32_t __attribute__((vector_size(64)));
@@ -45,9 +50,17 @@ inline uint16_t narrow(float value) {
 
 }  // namespace avx512_emulated
 
+inline __m128i _mm_loadu_si128(const __m128i* from) { return avx512_emulated::read<__m128i>(from); }
 inline __m256i _mm256_loadu_si256(const __m256i* from) { return avx512_emulated::read<__m256i>(from); }
 inline void _mm256_storeu_si256(__m256i* to, __m256i value) { __builtin_memcpy(to, &value, sizeof(value)); }
 inline __m512i _mm512_loadu_si512(const void* from) { return avx512_emulated::read<__m512i>(from); }
+
+inline __m512i _mm512_maskz_cvtepi8_epi32(__mmask16 mask, __m128i from) {
+  const auto bytes = avx512_emulated::bits<avx512_emulated::Bytes>(from);
+  avx512_emulated::Ints out;
+  for (int i = 0; i < 16; ++i) out[i] = mask >> i & 1 ? static_cast<uint32_t>(static_cast<int32_t>(bytes[i])) : 0;
+  return avx512_emulated::bits<__m512i>(out);
+}
 
 inline __m512i _mm512_maskz_cvtepu16_epi32(__mmask16 mask, __m256i from) {
   const auto words = avx512_emulated::bits<avx512_emulated::HalfWords>(from);
@@ -123,14 +136,4 @@ inline __m512i _mm512_permutex2var_epi16(__m512i a, __m512i indices, __m512i b) 
   return avx512_emulated::bits<__m512i>(out);
 }
 
-// Each lane of `sum`, modulo 2^32, plus the products of its four unsigned bytes of `a` and signed bytes of `w`.
-inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i w) {
-  uint32_t sums[16];
-  uint8_t unsigned_bytes[64];
-  int8_t signed_bytes[64];
-  __builtin_memcpy(sums, &sum, 64);
-  __builtin_memcpy(unsigned_bytes, &a, 64);
-  __builtin_memcpy(signed_bytes, &w, 64);
-  for (int i = 0; i < 64; ++i) sums[i / 4] += static_cast<uint32_t>(unsigned_bytes[i] * signed_bytes[i]);
-  return avx512_emulated::read<__m512i>(sums);
-}
+inline __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i w) { return emulated_vpdpbusd(sum, a, w); }

@@ -77,9 +77,9 @@ BLOCKS = [
     ),
     Case(
         "`int8_linear` with the weight of another width",
-        lambda f: pop.int8_linear(torch.zeros(3, 16), *pop.int8_weight(torch.ones(32, 48))),
+        lambda f: pop.int8_linear(torch.zeros(3, 16), *pop.quantize_rows(torch.ones(32, 48), "int8")),
         RuntimeError,
-        r"pop::int8_linear: weight: expected shape \[\d+\], got \[\d+\]",
+        r"pop::int8_linear: weight: expected shape \[\*, 16\], got \[32, 48\]",
         on_cuda=False,
     ),
     Case(

@@ -110,6 +110,18 @@ LOAD = [
         r"int8: expected False with fp8=True \(a product has one type of operands\), got True",
     ),
     Case(
+        "`free_weights` without `int8`",
+        lambda f: pop_ext.enable(f.model, free_weights=True),
+        ValueError,
+        r"free_weights: expected False without int8=True \(there are no integers to keep\), got True",
+    ),
+    Case(
+        "`free_weights=1`",
+        lambda f: pop_ext.load(f.model, int8=True, free_weights=1),
+        TypeError,
+        "free_weights: expected a bool, got int",
+    ),
+    Case(
         "`int8` without a native form",
         lambda f: pop_ext.enable(f.model, backend="portable", int8=True),
         ValueError,
