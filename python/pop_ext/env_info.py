@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pop_ext import _core, ops
+from pop_ext.hf.decision import Products
 from pop_ext.hf.families import FAMILIES, WRAPPERS
 from pop_ext.plans.plan import Plan
 from pop_ext.plans.presets import PRESETS
@@ -42,6 +43,9 @@ class LoadedModel(Protocol):
     @property
     def extra_bytes(self) -> int: ...
 
+    @property
+    def products(self) -> Products | None: ...
+
 
 def installation() -> dict[str, Any]:
     """Return versions, instruction set, state of CUDA, checks at import, families and presets, as JSON values."""
@@ -53,7 +57,7 @@ def installation() -> dict[str, Any]:
         "built_with": {"torch_headers": build["torch_headers"], "compiler": build["compiler"], "cuda": build["cuda"]},
         "transformers": _version_of("transformers"),
         "cpu_isa": torch.ops.pop.cpu_isa(),
-        "int8_isa": torch.ops.pop.int8_isa(),
+        "int8_isa": int8_isa(),
         "threads": torch.get_num_threads(),
         "cuda": _cuda(build["cuda"]),
         "aten_schemas": ops.changed_aten() or "as expected",
@@ -74,7 +78,7 @@ def installation() -> dict[str, Any]:
 
 
 def model_summary(native: LoadedModel) -> dict[str, Any]:
-    """Return shape, plan, extra memory (bytes) and ceilings of a loaded model, as JSON values.
+    """Return shape, plan, 8-bit products, extra memory (bytes) and ceilings of a loaded model, as JSON values.
 
     Measures the peaks of the model's device for the rooflines, which takes about a second.
     """
@@ -93,6 +97,7 @@ def model_summary(native: LoadedModel) -> dict[str, Any]:
         "sliding_windows": sorted({window for window in spec.window if window}),
         "parameters": sum(parameter.numel() for parameter in native.model.parameters()),
         "plan": describe_plan(plan),
+        "products": native.products,
         "extra_bytes": native.extra_bytes,
         "peaks": asdict(peaks),
         "ceilings": [ceilings(spec, plan, tokens, peaks) for tokens in CEILING_TOKENS],
@@ -136,6 +141,11 @@ def ceilings(spec: _core.ModelSpec, plan: Plan, tokens: int, peaks: Peaks) -> di
         **{name: baseline["flops"] / cost["flops"] for name, (cost, baseline) in pairs.items()},
         "roofline": {name: peaks.roofline(*pair) for name, pair in pairs.items()},
     }
+
+
+def int8_isa() -> str:
+    """Return the instruction set whose kernels compute products of 8-bit integers."""
+    return str(torch.ops.pop.int8_isa())
 
 
 def processor() -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
+import models
 import pop_ext
 import pytest
 import torch
+from model_folder import save_tiny_llama
 from pop_ext.cli.app import app
 from pop_ext.methods.defaults import LEARNING_RATE, STEPS
 from pop_ext.methods.importance import Importance
@@ -31,6 +33,7 @@ def run(*arguments):
         ("--prompts 48", f"--prompts: expected it only with {LIMITS}"),
         ("--time-lengths 1024", f"--time-lengths: expected it only with {LIMITS}"),
         ("--highest 3", f"--highest: expected it only with {LIMITS}"),
+        ("--int8 --count 2", f"--int8: expected it only with {LIMITS}"),
         ("--by-importance", f"--by-importance: expected it only with {LIMITS}"),
         ("--by-importance --count 2", f"--by-importance: expected it only with {LIMITS}"),
         ("--budget-tokens 2048", "--budget-tokens: expected it only with --budget-ms or --speedup"),
@@ -66,6 +69,7 @@ TINY = "--tokens 40 --samples 4 --prompts 4 --pays-from= --time-lengths= --dtype
         ("--max-loss 1 --method best", "--method: expected one of unfitted, ridge, distill, got 'best'"),
         ("--max-loss 1 --boundary 40", "--boundary: expected fewer rows than the 40 of --tokens, got [40]"),
         ("--max-loss 1 --tokens 1984", "--text: expected enough for two held-out prompts of 2048 tokens"),
+        ("--max-loss 1 --int8", "--time-lengths: expected a length to time with int8=True, got []"),
         ("--max-loss 1 --highest 12", "--highest: expected an integer in 1...11, got 12"),
     ],
 )
@@ -127,6 +131,35 @@ def test_scores_of_other_texts_in_the_folder_are_named(tmp_path):
     assert (
         f"--out: expected no importance.json of other texts or settings in the folder, got {tmp_path}" in result.stderr
     )
+
+
+@pytest.mark.cpu
+def test_calibrate_with_int8_says_whether_it_pays_and_writes_it_on_the_card(tmp_path):
+    text, options = DEMO / "heldout" / "modulefinder.py.txt", TINY.replace("--samples 4", "--method unfitted").split()
+    options[options.index("--time-lengths=")] = "--time-lengths=32,48"
+    more = ("--highest", 1, "--max-kl", 9, "--int8")
+    found = run("calibrate", DEMO / "model", "--text", text, "-o", tmp_path, *options, *more)
+    assert found.exit_code == 0, found.stderr
+    card = Plan.from_pretrained(tmp_path).card
+    assert [(row.of, row.tokens) for row in card.int8] == [
+        (of, tokens) for of in ("full depth", "the plan") for tokens in (32, 48)
+    ]
+    assert {row.prompts for row in card.int8} == {4}
+    assert [line for line in found.stdout.splitlines() if line.startswith("int8, ")] == [
+        f"int8, {row}" for row in card.int8
+    ]
+    assert "## 8-bit integers" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.cpu
+def test_calibrate_with_int8_of_a_model_that_cannot_have_it_is_one_line(tmp_path):
+    save_tiny_llama(tmp_path / "model")
+    models.mixtral().save_pretrained(tmp_path / "model")
+    text, options = DEMO / "heldout" / "modulefinder.py.txt", ("--max-loss", 1, "--int8", "-o", tmp_path / "o")
+    result = run("calibrate", tmp_path / "model", "--text", text, *options)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("pop-ext: --int8: expected a model without experts")
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_path_in_an_error_stays_as_it_is(tmp_path):

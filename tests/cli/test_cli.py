@@ -87,6 +87,27 @@ def test_generate_prints_times_ratios_and_texts(folder, prompt_file):
         assert text in result.stdout
 
 
+@pytest.mark.parametrize("products", ["fp8", pytest.param("int8", marks=pytest.mark.cpu)])
+def test_generate_compares_8_bit_products_beside_plain_ones(folder, prompt_file, products):
+    result = generate(folder, prompt_file, "--json", "--count", 2, f"--{products}")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    plain, rounded = report["arms"][1:3], report["arms"][3:]
+    assert [arm["name"] for arm in rounded] == [f"native full, {products}", f"POP, {products}"]
+    assert [arm["products"] for arm in report["arms"]] == [None, None, None, products, products]
+    model = options.load_model(str(folder), "auto", "cpu")
+    tokens = options.load_tokenizer(str(folder))(prompt_file.read_text())["input_ids"]
+    for one, other, count in zip(plain, rounded, (0, 2), strict=True):
+        assert one["gflops"] == other["gflops"]
+        with pop_ext.enabled(model, pop_ext.Plan.last(6, count=count), **{products: True}):
+            [expected] = pop_ext.score(model, [tokens[:-8]], [tokens[-8:]])
+        assert other["log_likelihood_per_token"] == pytest.approx(expected.log_likelihood / 8, abs=1e-6)
+        assert abs(one["log_likelihood_per_token"] - other["log_likelihood_per_token"]) > 1e-4
+    for row in report["speedups"]:
+        assert (row["roofline"] is None) == (products in row["arm"] or products in row["baseline"])
+    assert f"POP, {products} vs POP" in generate(folder, prompt_file, f"--{products}").stdout
+
+
 def test_generate_without_continuation_has_no_likelihood(folder, prompt_file):
     report = json.loads(generate(folder, prompt_file, "--json", "--continuation", 0).stdout)
     assert report["prompt_tokens"] == 96
@@ -177,6 +198,7 @@ def test_ceilings_of_the_published_shape_match_the_paper():
         (["--continuation", 200, "--prompt-tokens", 5], "expected more than the 200 tokens of --continuation, got 96"),
         (["--device", "cuda"], "got 'cuda'"),
         (["--plan", "absent.json"], "absent.json"),
+        (["--int8", "--fp8"], "--int8 and --fp8: expected one of them"),
     ],
 )
 def test_bad_options_are_one_line_and_status_2(folder, prompt_file, arguments, message):
@@ -213,6 +235,24 @@ def test_generate_prefills_portably_where_there_is_no_native_form(tmp_path, prom
     assert pruned == pytest.approx(expected.log_likelihood / 8, abs=1e-5)
     assert pruned != pytest.approx(stock, abs=1e-5)
     assert "ceiling: not known" in generate(folder, prompt_file).stdout
+
+
+def test_8_bit_products_of_a_model_that_cannot_have_them_are_one_line(tmp_path, prompt_file):
+    models.mixtral().save_pretrained(save_tiny_llama(tmp_path / "experts"))
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    other = transformers.HyperCLOVAXForCausalLM(transformers.HyperCLOVAXConfig(**sizes))
+    other.save_pretrained(save_tiny_llama(tmp_path / "portable"))
+    for name, text in (
+        ("experts", "--int8: expected a model without experts, got one of 4"),
+        ("portable", "--int8: expected a model with a native form; model: expected an architecture"),
+    ):
+        result = generate(tmp_path / name, prompt_file, "--int8")
+        assert result.exit_code == 2
+        assert text in result.stderr
+        assert result.stderr.count("\n") == 1
+        result = run("info", "--model", tmp_path / name, "--int8")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert text in result.stderr
 
 
 def test_an_architecture_that_no_backend_runs_is_named(tmp_path, prompt_file):
@@ -282,6 +322,23 @@ def test_info_of_a_model_reports_plan_memory_and_ceilings(folder):
     printed = run("info", "--model", folder).stdout
     assert "ceiling, roofline" in printed
     assert "GB/s" in printed
+
+
+@pytest.mark.cpu
+def test_info_counts_the_copies_of_8_bit_products(folder):
+    printed = run("info", "--model", folder, "--count", 2, "--int8")
+    assert "extra memory for K/V weights of omitted layers and copies for int8 products: " in printed.stdout
+    plain, rounded = (
+        json.loads(run("info", "--model", folder, "--count", 2, "--json", *more).stdout) for more in ((), ("--int8",))
+    )
+    model = options.load_model(str(folder), "auto", "cpu")
+    native = pop_ext.load(model, pop_ext.Plan.last(6, count=2), int8=True)
+    assert (plain["model"]["products"], rounded["model"]["products"]) == (None, "int8")
+    assert rounded["model"]["extra_bytes"] == native.extra_bytes > plain["model"]["extra_bytes"]
+    assert f"8-bit integers: {plain['int8_isa']}" in run("info").stdout
+    refused = run("info", "--int8")
+    assert refused.exit_code == 2
+    assert "--int8: expected it only with --model" in refused.stderr
 
 
 @pytest.mark.parametrize(("text", "layers"), [("", []), ("3", [3]), ("3,5-7", [3, 5, 6, 7]), ("5 - 6, 8", [5, 6, 8])])

@@ -165,6 +165,24 @@ def test_sequential_requests_prefill_by_generate(folder, plan_file):
         assert complete(running, folder).choices[0].text == oracle_text(folder, PLAN)
 
 
+@pytest.mark.parametrize("mode", [(), ("--sequential",)])
+def test_8_bit_products_are_announced_and_run(folder, plan_file, mode, monkeypatch):
+    models_served, announce = [], serve_module.enable_and_announce
+    monkeypatch.setattr(uvicorn.Server, "run", lambda _: None)
+    monkeypatch.setattr(
+        serve_module, "enable_and_announce", lambda model, *rest: (models_served.append(model), announce(model, *rest))
+    )
+    result = run(folder, "--plan", plan_file, "--int8", *mode, *(SMALL if not mode else ("--device", "cpu")))
+    assert result.exit_code == 0, result.output
+    assert "boundary 2, unfitted, int8 products; FLOP ceiling" in result.stderr
+    [model] = models_served
+    if mode:
+        model.generate(
+            AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")["input_ids"], max_new_tokens=1
+        )
+    assert pop_ext.last_call(model).int8
+
+
 def run(*arguments):
     return CliRunner().invoke(app, ["serve", *map(str, arguments)])
 
@@ -227,6 +245,9 @@ def test_a_request_that_is_declined_later_under_strict_gets_an_error(folder, pla
         (("--engine", "sglang"), "--engine: expected transformers or vllm, got 'sglang'"),
         (("--engine", "vllm", "--strict"), "--strict: expected it only with --engine transformers"),
         (("--engine", "vllm", "--sequential"), "--sequential: expected it only with --engine transformers"),
+        (("--engine", "vllm", "--int8"), "--int8: expected it only with --engine transformers"),
+        (("--int8", "--fp8"), "--int8 and --fp8: expected one of them"),
+        (("--fp8",), "--fp8: expected it only with --sequential"),
         (("--plan", "none.json"), "none.json"),
     ],
 )
@@ -234,6 +255,14 @@ def test_bad_options_are_named(folder, arguments, text):
     result = run(folder, *arguments)
     assert result.exit_code == 2
     assert text in result.stderr
+
+
+def test_8_bit_products_that_the_model_cannot_have_end_the_server(tmp_path):
+    models.mixtral().save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    result = run(tmp_path, "--plan", "third", "--int8", *SMALL)
+    assert result.exit_code == 2
+    assert "--int8: expected a model without experts" in result.stderr
 
 
 def test_an_option_that_the_server_does_not_know_is_refused(folder):

@@ -202,11 +202,13 @@ def test_a_second_turn_is_prefilled_over_the_cache_of_the_first(backend, monkeyp
 def test_arms_of_8_bits_prefill_in_8_bits_and_decode_as_stock(products):
     model = shared("llama")
     sets = prompt_sets(model)
-    full, pop = f"full-{products}", f"pop-{products}"
-    result = evaluate(model, sets, [PLAN, PLAN.replace(boundary=3)], kinds=[full, pop], greedy_tokens=0)
+    full, pop, ridge = f"full-{products}", f"pop-{products}", f"pop-ridge-{products}"
+    fitted = pop_ext.fit(model, PLAN, models.batches(model, 6, 1, 24), lambdas=[0.01])
+    kinds = [full, pop, f"pop-fitted-{products}"]
+    result = evaluate(model, sets, [PLAN, PLAN.replace(boundary=3), fitted], kinds=kinds, greedy_tokens=0)
     names = [cell["arm"] for cell in result.cells if cell["set"] == 0]
-    assert names == ["full", full, f"{pop} 1,4-5 b2", f"{pop} 1,4-5 b3"]
-    for name, plan in ((full, Plan(6, ())), (f"{pop} 1,4-5 b2", PLAN)):
+    assert names == ["full", full, f"{pop} 1,4-5 b2", f"{pop} 1,4-5 b3", f"{ridge} 1,4-5 b2"]
+    for name, plan in ((full, Plan(6, ())), (f"{pop} 1,4-5 b2", PLAN), (f"{ridge} 1,4-5 b2", fitted)):
         native = pop_ext.load(model, plan, **{products: True})
         losses = result.find(0, name)["samples"]["loss"]
         # Prompts of one batch, as in the arm: a value near the middle of two 8-bit ones may be rounded to the other one

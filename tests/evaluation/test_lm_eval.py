@@ -103,6 +103,24 @@ def test_loglikelihood_equals_score_despite_min_tokens(folder, tmp_path):
         assert greedy == score.is_greedy
 
 
+@pytest.mark.cpu
+def test_8_bit_products_are_those_of_an_enabled_model(folder):
+    model = PopLM(str(folder), count=2, int8=True)
+    pair = ("def square(x):\n    return", " x * x")
+    [(found, _)] = model.loglikelihood(requests("loglikelihood", pair), disable_tqdm=True)
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    context, continuation = (model.tok_encode(text) for text in pair)
+    expected = {}
+    for int8 in (False, True):
+        with pop_ext.enabled(stock, Plan.last(6, 2), int8=int8):
+            [score] = pop_ext.score(stock, [context], [continuation])
+        expected[int8] = score.log_likelihood
+    assert found == pytest.approx(expected[True], abs=1e-6)
+    assert abs(expected[True] - expected[False]) > 1e-5
+    with pytest.raises(ValueError, match='int8: expected False with backend="portable"'):
+        PopLM(str(folder), count=2, int8=True, backend="portable")
+
+
 def test_rolling_loglikelihood_equals_the_stock_model_in_windows(folder):
     model = PopLM(str(folder), count=3, max_length=16, batch_size=2)
     text = "def square(x):\n    return x * x\nprint(square(4))"
@@ -193,7 +211,7 @@ def test_the_harness_runs_tasks_of_local_files(model, tasks):
 
 def test_the_command_line_of_the_harness_knows_pop(folder, tasks, tmp_path):
     command = [sys.executable, "-m", "pop_ext.lm_eval", "run", "--model", "pop"]
-    command += ["--model_args", f"pretrained={folder},omit=2+4-5,boundary=3", "--tasks", "pop_test_choice"]
+    command += ["--model_args", f"pretrained={folder},omit=2+4-5,boundary=3,fp8=True", "--tasks", "pop_test_choice"]
     command += ["--include_path", str(tasks), "--output_path", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(Path(pop_ext.__file__).parents[1]), "HF_DATASETS_OFFLINE": "1"}
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -27,7 +27,7 @@ def clock(monkeypatch):
         overhead = 0.05 if native.plan.omit else 0.0
         return (6 - len(native.plan.omit)) * ids.shape[1] / 1000 + overhead
 
-    monkeypatch.setattr(latency, "_seconds", seconds)
+    monkeypatch.setattr(latency, "seconds_of", seconds)
     return loaded
 
 

@@ -44,6 +44,7 @@ class Budget:
         highest: Value of --highest.
         pays_from: Lengths of --pays-from.
         time_lengths: Lengths of --time-lengths.
+        int8: Value of --int8.
     """
 
     max_loss: float | None
@@ -57,6 +58,7 @@ class Budget:
     highest: int | None
     pays_from: Sequence[int]
     time_lengths: Sequence[int]
+    int8: bool = False
 
     @property
     def limits(self) -> dict[str, Any]:
@@ -80,7 +82,7 @@ def check_options(given: set[str], method: str) -> None:
         ValueError: An option belongs to a plan within limits and none is given, or to one without; or it needs another.
     """
     limit = next((name for name in LIMITS if name in given), None)
-    for option in ("--prompts", "--method", "--by-importance", "--time-lengths", "--highest"):
+    for option in ("--prompts", "--method", "--by-importance", "--time-lengths", "--highest", "--int8"):
         options.refuse_ignored(given, option, LIMITS)
     if limit is None:
         options.refuse_ignored(given, "--budget-tokens", ("--budget-ms", "--speedup"))
@@ -133,9 +135,13 @@ def calibrate_within(
     from pop_ext.methods.autoplan import BOUNDARIES, autoplan, check_search
     from pop_ext.methods.candidates import Trial, held_out_pairs
     from pop_ext.methods.held_out import split_texts
+    from pop_ext.methods.int8_trial import check_int8_possible
 
     sizes = {"samples": budget.samples, "prompts": budget.prompts, "tokens": budget.tokens}
     trial = Trial(**{name: size for name, size in sizes.items() if size is not None})
+    if budget.int8:
+        with _options_named(), output.products_named("int8"):
+            check_int8_possible(model, budget.time_lengths)
     with _options_named():
         check_folder(out)
         boundary = budget.boundaries or BOUNDARIES
@@ -159,6 +165,7 @@ def calibrate_within(
             save=out,
             pays_from=budget.pays_from,
             time_lengths=budget.time_lengths,
+            int8=budget.int8,
             progress=not as_json,
         )
     if as_json:
@@ -174,7 +181,7 @@ def calibrate_within(
 def _options_named() -> Iterator[None]:
     """Let errors of ``autoplan`` name the options that set its arguments."""
     names = {"folder": "--out", "length": "--tokens", "lengths": "--tokens", "texts": "--text", "tokenizer": "MODEL"}
-    names |= {name: f"--{name.replace('_', '-')}" for name in ("max_loss", "max_kl", "max_recall_drop")}
+    names |= {name: f"--{name.replace('_', '-')}" for name in ("max_loss", "max_kl", "max_recall_drop", "time_lengths")}
     names |= {name: f"--{name}" for name in ("method", "boundary", "highest")}
     try:
         yield
@@ -269,6 +276,8 @@ def _print(found: AutoPlan, out: Path) -> None:
         console.print(Text(f"not measured: {name}: {named}"))
     for speed in card.speed:
         console.print(Text(f"gains: {speed.speedup:.2f}x at {speed.tokens} tokens against the {speed.against} prefill"))
+    for found_int8 in card.int8:
+        print(f"int8, {found_int8}")
     if found.plan.min_tokens > 0:
         console.print(Text(f"prompts of fewer than {found.plan.min_tokens} tokens run all layers"))
     print(f'run it: pop_ext.enable(model, "{out}")')

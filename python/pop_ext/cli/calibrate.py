@@ -137,6 +137,15 @@ def calibrate(
             rich_help_panel=QUALITY,
         ),
     ] = False,
+    int8: Annotated[
+        bool,
+        typer.Option(
+            "--int8",
+            help="Also say whether products in 8-bit integers (int8=True of pop_ext.enable) pay: what they gain at "
+            "each of --time-lengths and what loss they add, at full depth and with the plan. On a CPU.",
+            rich_help_panel=QUALITY,
+        ),
+    ] = False,
     count: Annotated[
         int | None, typer.Option(help="Omit this many layers. Default: a third.", rich_help_panel=LAYERS)
     ] = None,
@@ -197,7 +206,7 @@ def calibrate(
         timed, shown = (options.parse_numbers(option, text) for option, text in lengths.items())
         rows = options.parse_numbers("--boundary", boundary or "")
         budget = Budget(
-            max_loss, max_kl, max_recall_drop, method, rows, samples, prompts, tokens, highest, timed, shown
+            max_loss, max_kl, max_recall_drop, method, rows, samples, prompts, tokens, highest, timed, shown, int8
         )
         if not budget.given and len(rows) > 1:
             raise ValueError(f"--boundary: expected one number without a budget of quality, got {boundary}")

@@ -17,8 +17,10 @@ import torch
 from pop_ext import _core
 from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.compat import cache_of, with_cache
+from pop_ext.hf.decision import Products
 from pop_ext.hf.enable import enable, enabled
 from pop_ext.hf.load import load
+from pop_ext.hf.loaded import check_runs_without_int8
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.roofline import Peaks, measure_peaks
 
@@ -44,6 +46,7 @@ class Arm:
         name: Label in tables.
         prefill: Prefills a prompt.
         cost: FLOPs and bytes of prefilling the prompt, by the cost model; None for a model without a native form.
+        products: "int8" or "fp8" if its products are in 8 bits; else None.
         seconds: Time to first token of each repeat: prefill and argmax of the last row.
         continuation: Greedy tokens after the prompt, decoded by the stock model.
         log_likelihood: Mean log-probability of the true continuation's tokens, in nats; None without a continuation.
@@ -52,6 +55,7 @@ class Arm:
     name: str
     prefill: Prefill
     cost: dict[str, Any] | None
+    products: Products | None = None
     seconds: list[float] = field(default_factory=list)
     continuation: list[int] = field(default_factory=list)
     log_likelihood: float | None = None
@@ -70,6 +74,8 @@ class Arm:
 @dataclass(frozen=True)
 class Comparison:
     """The arms of one prompt, in this order: stock, native full if the model has a native form, pruned.
+
+    With 8-bit products, native full and pruned follow once more with these.
 
     Attributes:
         peaks: what the device reached in this run; None for a model without a native form.
@@ -90,9 +96,14 @@ class Comparison:
         return None if ours is None or theirs is None else theirs / ours
 
     def roofline(self, arm: int, baseline: int) -> float | None:
-        """Return the ratio of least times by FLOPs and bytes at this run's peaks; None where they are not known."""
-        ours, theirs = self.arms[arm].cost, self.arms[baseline].cost
-        return None if ours is None or theirs is None or self.peaks is None else self.peaks.roofline(ours, theirs)
+        """Return the ratio of least times by FLOPs and bytes at this run's peaks; None where they are not known.
+
+        The peaks are those of the model's dtype, so nothing is known of 8-bit products.
+        """
+        costs = [self.arms[i].cost for i in (arm, baseline) if self.arms[i].products is None]
+        if len(costs) < 2 or costs[0] is None or costs[1] is None or self.peaks is None:
+            return None
+        return self.peaks.roofline(costs[0], costs[1])
 
     def agreement(self, arm: int) -> int:
         """Return how many leading tokens of the greedy continuation equal those of the stock model."""
@@ -139,6 +150,7 @@ def compare(
     repeats: int,
     max_new_tokens: int,
     progress: Callable[[str], None] = lambda stage: None,
+    products: Products | None = None,
 ) -> Comparison:
     """Run the arms on one prompt.
 
@@ -152,13 +164,15 @@ def compare(
         repeats: Number of timed rounds.
         max_new_tokens: Number of tokens to generate greedily after the prompt.
         progress: Called with a description before each of ``count_steps`` steps, or fewer.
+        products: 8-bit products of two more arms; None for no such arms.
 
     Raises:
-        UnsupportedModelError: Neither the native nor the portable backend runs the model.
+        UnsupportedModelError: Neither the native nor the portable backend runs the model, or the native one not with
+            these products.
         ValueError: The plan does not fit the model.
     """
     ids = torch.tensor([prompt.context], device=model.device)
-    arms = _arms(model, plan, ids.shape[1])
+    arms = _arms(model, plan, ids.shape[1], products)
     peaks = measure_peaks(model.device, model.dtype) if arms[0].cost is not None else None
     comparison = Comparison(prompt, plan, arms, peaks)
     with torch.no_grad():
@@ -177,24 +191,33 @@ def compare(
     return comparison
 
 
-def count_steps(prompt: Prompt, repeats: int) -> int:
-    """Return how often ``compare`` calls ``progress`` if there are three arms."""
-    return 3 * (WARM_UPS + repeats + (2 if prompt.truth else 1))
+def count_steps(prompt: Prompt, repeats: int, products: Products | None = None) -> int:
+    """Return how often ``compare`` calls ``progress`` for a model with a native form."""
+    return (3 if products is None else 5) * (WARM_UPS + repeats + (2 if prompt.truth else 1))
 
 
-def _arms(model: Any, plan: Plan, tokens: int) -> list[Arm]:
+def _arms(model: Any, plan: Plan, tokens: int, products: Products | None) -> list[Arm]:
+    nothing = Plan.last(plan.num_layers, count=0)
+    if products == "int8":
+        check_runs_without_int8(model)
     try:
-        full = load(model, Plan.last(plan.num_layers, count=0))
+        full = load(model, nothing)
     except UnsupportedModelError:
+        if products is not None:
+            raise
         with enabled(model, plan):  # raises if neither backend runs the model
             return [Arm(STOCK, _stock_prefill(model), None), Arm(PRUNED, _portable_prefill(model, plan), None)]
-    pruned = load(model, plan)
     rows = [_core.SequenceShape(tokens, boundary=min(plan.boundary, tokens))]
-    return [
+    costs = {name: _core.plan_cost(full.spec, one, rows) for name, one in {FULL: nothing, PRUNED: plan}.items()}
+    arms = [
         Arm(STOCK, _stock_prefill(model), _core.stock_cost(full.spec, rows)),
-        Arm(FULL, _native_prefill(full), _core.plan_cost(full.spec, full.plan, rows)),
-        Arm(PRUNED, _native_prefill(pruned), _core.plan_cost(pruned.spec, plan, rows)),
+        Arm(FULL, _native_prefill(full), costs[FULL]),
+        Arm(PRUNED, _native_prefill(load(model, plan)), costs[PRUNED]),
     ]
+    for name, one in {FULL: nothing, PRUNED: plan}.items() if products else ():
+        native = load(model, one, fp8=products == "fp8", int8=products == "int8")
+        arms.append(Arm(f"{name}, {products}", _native_prefill(native), costs[name], products))
+    return arms
 
 
 def _stock_prefill(model: Any) -> Prefill:

@@ -40,8 +40,8 @@ def evaluate(
             help="Ways to run each plan, separated by commas; the full model always runs. pop: the plan. pop-fitted: "
             "the plan with its fitted projections, named pop-ridge or pop-distill. Ablations: no-kv (context "
             "rows leave no keys and values in omitted layers), no-boundary (no token of the prompt runs through all "
-            "layers), dropped (decoding omits the layers, too). full-fp8, pop-fp8, full-int8, pop-int8: the "
-            "full model and the plan with matrix products in 8-bit floats or integers.",
+            "layers), dropped (decoding omits the layers, too). full-int8, pop-int8, pop-fitted-int8, and -fp8: "
+            "these with matrix products in 8-bit integers or floats.",
             metavar="KINDS",
         ),
     ] = _KINDS,

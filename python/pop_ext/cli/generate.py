@@ -18,6 +18,8 @@ from pop_ext.cli.options import (
     CountOption,
     DeviceOption,
     DtypeOption,
+    Fp8Option,
+    Int8Option,
     JsonOption,
     ModelOption,
     OmitOption,
@@ -53,6 +55,8 @@ def generate(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
+    int8: Int8Option = False,
+    fp8: Fp8Option = False,
     as_json: JsonOption = False,
 ) -> None:
     """Prefill one prompt three ways and compare time, text and likelihood.
@@ -61,12 +65,15 @@ def generate(
     prefill (POP). The stock model decodes after each. A model without a native form has no native full prefill, and
     its POP is portable.
 
+    With --int8 or --fp8, native full and POP are compared with 8-bit products as well.
+
     --plan, --omit or --count choose the plan, one of them at most. Default: the plan that pop_ext.enable runs (pop-ext
     info --model shows it); if that omits no layer, the preset of a model of this shape (pop-ext info lists presets),
     else the deepest third. The plan runs even if the prompt is shorter than its min_tokens, below which pop_ext.enable
     runs all layers.
     """
     with output.errors_on_one_line():
+        products = options.chosen_products(int8, fp8)
         options.set_threads(threads)
         text = read_own_text(prompt_file)
         with output.loading_spinner(as_json):
@@ -79,12 +86,13 @@ def generate(
 
         limit = longest_input(loaded)
         prompt = split_prompt(tokenizer(text)["input_ids"], continuation, prompt_tokens, limit, max_new_tokens)
-        with ProgressBar("comparing", count_steps(prompt, repeats), quiet=as_json) as bar:
+        steps = count_steps(prompt, repeats, products)
+        with ProgressBar("comparing", steps, quiet=as_json) as bar, output.products_named(products):
 
             def advance(stage: str) -> None:
                 bar.advance(label=stage)
 
-            result = compare(loaded, prompt, chosen.plan, repeats, max_new_tokens, advance)
+            result = compare(loaded, prompt, chosen.plan, repeats, max_new_tokens, advance, products)
         report = _generate_report(model, str(prompt_file), loaded, tokenizer, result)
         report["plan_choice"] = {"reason": chosen.reason, "unmeasured": chosen.unmeasured}
     if as_json:
@@ -99,6 +107,7 @@ def _generate_report(name: str, prompt_file: str, model: Any, tokenizer: Any, re
         arms.append(
             {
                 "name": arm.name,
+                "products": arm.products,
                 "ttft_ms": {
                     "median": 1e3 * arm.median,
                     "min": 1e3 * min(arm.seconds),
@@ -127,6 +136,7 @@ def _generate_report(name: str, prompt_file: str, model: Any, tokenizer: Any, re
         "attention": model.config._attn_implementation,
         "versions": {name: installed[name] for name in ("pop_ext", "torch", "transformers")},
         "cpu_isa": installed["cpu_isa"],
+        "int8_isa": installed["int8_isa"],
         "threads": installed["threads"],
         "arms": arms,
         "peaks": None if result.peaks is None else asdict(result.peaks),
@@ -147,6 +157,8 @@ def _print_generate(report: dict[str, Any]) -> None:
     console = Console()
     plan = report["plan"]
     kernels = f"{report['cpu_isa']}, {report['threads']} threads"
+    if report["arms"][-1]["products"] == "int8":
+        kernels += f", 8-bit integers: {report['int8_isa']}"
     lines = [
         f"{report['model']}: {report['dtype']} on {report['device']} ({kernels})",
         f"prompt: the first {report['prompt_tokens']} tokens of {report['prompt_file']}",

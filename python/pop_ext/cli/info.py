@@ -11,7 +11,17 @@ from rich.text import Text
 
 from pop_ext import env_info
 from pop_ext.cli import options, output
-from pop_ext.cli.options import BoundaryOption, CountOption, DtypeOption, JsonOption, OmitOption, PlanOption
+from pop_ext.cli.options import (
+    BoundaryOption,
+    CountOption,
+    DtypeOption,
+    Fp8Option,
+    Int8Option,
+    JsonOption,
+    OmitOption,
+    PlanOption,
+)
+from pop_ext.hf.decision import Products
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.roofline import Peaks
 
@@ -25,6 +35,8 @@ def info(
     count: CountOption = None,
     boundary: BoundaryOption = None,
     dtype: DtypeOption = "auto",
+    int8: Int8Option = False,
+    fp8: Fp8Option = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show versions, kernels and supported models; with --model also a plan, its memory and its possible speed-up.
@@ -32,18 +44,24 @@ def info(
     The possible speed-up is the ratio of FLOPs, what omitting work alone can gain, and beside it the roofline, which
     also counts bytes, at the rates that this machine's processor reaches in a measurement of a second.
 
+    With --int8 or --fp8, the memory is that with the copies for 8-bit products, and a model that cannot have these is
+    an error.
+
     --plan, --omit or --count choose the plan, one of them at most. Default: the plan that pop_ext.enable runs, which is
     the one beside the checkpoint if its card holds figures of these weights, else the preset published for this
     checkpoint, else one that omits no layer.
     """
     with output.errors_on_one_line():
+        products = options.chosen_products(int8, fp8)
+        if products is not None and model is None:
+            raise ValueError(f"--{products}: expected it only with --model, got it without")
         report = env_info.installation()
         if model is not None:
-            with output.loading_spinner(as_json):
+            with output.loading_spinner(as_json), output.products_named(products):
                 loaded = options.load_model(model, dtype, "cpu")
 
                 chosen = options.chosen_plan(loaded, plan, omit, count, boundary)
-                summary = _summary(loaded, chosen.plan)
+                summary = _summary(loaded, chosen.plan, products)
             report["model"] = {"name": model, **summary}
             report["model"]["plan_choice"] = {"reason": chosen.reason, "unmeasured": chosen.unmeasured}
     if as_json:
@@ -52,19 +70,22 @@ def info(
         _print_info(report)
 
 
-def _summary(model: Any, plan: Plan) -> dict[str, Any]:
+def _summary(model: Any, plan: Plan, products: Products | None) -> dict[str, Any]:
     """Describe a model under the backend that would run it.
 
     Raises:
-        UnsupportedModelError: None does.
+        UnsupportedModelError: None does, or the native one not with these 8-bit products.
     """
     from pop_ext.hf.architectures import PORTABLE_ADVICE, UnsupportedModelError
     from pop_ext.hf.load import load
     from pop_ext.hf.portable_backend import PortableBackend
 
     try:
-        return {"backend": "native", **env_info.model_summary(load(model, plan))}
+        native = load(model, plan, fp8=products == "fp8", int8=products == "int8")
+        return {"backend": "native", **env_info.model_summary(native)}
     except UnsupportedModelError as error:
+        if products is not None:
+            raise
         try:
             PortableBackend(plan).load(model)
         except ValueError:
@@ -89,7 +110,7 @@ def _print_info(report: dict[str, Any]) -> None:
         "torch": f"{report['torch']} (built with the headers of {report['built_with']['torch_headers']})",
         "transformers": report["transformers"] or "not installed (extra hf)",
         "compiler": report["built_with"]["compiler"],
-        "CPU kernels": f"{report['cpu_isa']}, {report['threads']} threads",
+        "CPU kernels": f"{report['cpu_isa']}, 8-bit integers: {report['int8_isa']}; {report['threads']} threads",
         "CUDA kernels": report["cuda"],
         "aten schemas": schemas if isinstance(schemas, str) else f"changed, native prefill disabled: {schemas}",
         "attention": ", ".join(f"{device}: {provider}" for device, provider in report["attention"].items()),
@@ -125,7 +146,8 @@ def _print_model(console: Console, model: dict[str, Any]) -> None:
         f"KV heads of {model['head_dim']}, MLP {model['intermediate_size']}; vocabulary {model['vocab_size']}",
         f"plan: omits {plan['omit']}, boundary {plan['boundary']}, min_tokens {plan['min_tokens']}",
         why,
-        f"extra memory for K/V weights of omitted layers: {model['extra_bytes'] / 2**20:.1f} MiB",
+        f"extra memory for K/V weights of omitted layers{_copies(model['products'])}: "
+        f"{model['extra_bytes'] / 2**20:.1f} MiB",
     ]
     if model["plan_choice"]["unmeasured"]:
         lines.append(
@@ -146,3 +168,8 @@ def _print_model(console: Console, model: dict[str, Any]) -> None:
         f"roofline: the same with bytes, at {Peaks(**model['peaks'])} as measured now on this processor.",
     ):
         console.print(Text(note, style="dim"))
+
+
+def _copies(products: str | None) -> str:
+    """Name the copies of other matrices, after the K/V weights of omitted layers."""
+    return "" if products is None else f" and copies for {products} products"

@@ -12,6 +12,7 @@ import torch
 import typer
 
 from pop_ext import env_info
+from pop_ext.hf.decision import Products
 from pop_ext.plans.default import ChosenPlan
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.layer_ranges import parse_layers, parse_ranges
@@ -60,6 +61,22 @@ DtypeOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.", metavar="DEVICE", rich_help_panel=MACHINE)]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.", rich_help_panel=MACHINE)
+]
+Int8Option = Annotated[
+    bool,
+    typer.Option(
+        "--int8",
+        help="Compute o, gate, up and down of native prefills in 8-bit integers, on a CPU.",
+        rich_help_panel=MACHINE,
+    ),
+]
+Fp8Option = Annotated[
+    bool,
+    typer.Option(
+        "--fp8",
+        help="Compute the matrix products of native prefills in 8-bit floats, on a GPU (on a CPU for checks only).",
+        rich_help_panel=MACHINE,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print a JSON object on standard output and nothing else.")]
 
@@ -148,6 +165,16 @@ def require_one(given: dict[str, Any]) -> None:
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:
         raise ValueError(f"{' and '.join(names)}: expected one of them")
+
+
+def chosen_products(int8: bool, fp8: bool) -> Products | None:
+    """Return the 8-bit products that --int8 or --fp8 choose; None without them.
+
+    Raises:
+        ValueError: Both are given.
+    """
+    require_one({"--int8": int8 or None, "--fp8": fp8 or None})
+    return "int8" if int8 else "fp8" if fp8 else None
 
 
 def given_options(context: typer.Context) -> set[str]:

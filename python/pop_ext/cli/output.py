@@ -65,6 +65,22 @@ def option_named(option: str, argument: str) -> Iterator[None]:
         raise ValueError(option + text.removeprefix(argument)) from None
 
 
+@contextmanager
+def products_named(products: str | None) -> Iterator[None]:
+    """Let errors of the argument ``int8`` or ``fp8``, and of a model without a native form, name the option."""
+    if products is None:
+        yield
+        return
+    from pop_ext.hf.architectures import UnsupportedModelError
+
+    option = f"--{products}"
+    try:
+        with option_named(option, products):
+            yield
+    except UnsupportedModelError as error:
+        raise ValueError(f"{option}: expected a model with a native form; {error}") from None
+
+
 def loading_spinner(quiet: bool) -> AbstractContextManager[Any]:
     """Show a spinner while a model loads, if standard error is a terminal.
 

@@ -13,8 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from pop_ext.cli import output
-from pop_ext.cli.options import PLAN_HELP, ModelArgument
+from pop_ext.cli import options, output
+from pop_ext.cli.options import PLAN_HELP, Fp8Option, Int8Option, ModelArgument
+from pop_ext.hf.decision import Products
 
 CEILING_TOKENS = 2048
 _VLLM_MODULE = "vllm.entrypoints.openai.api_server"
@@ -38,21 +39,34 @@ def serve(
         bool,
         typer.Option("--strict", help="Fail requests whose prefill cannot be pruned, with the reason (transformers)."),
     ] = False,
+    int8: Int8Option = False,
+    fp8: Fp8Option = False,
 ) -> None:
     """Serve a model with pruned prefills through an OpenAI-compatible API, with streaming.
 
     The server is that of transformers, or of vLLM with --engine vllm. All other options are handed on to it, such as
     --host and --port; name MODEL before them. `transformers serve --help` and `vllm serve --help` list them.
 
-    One line on standard error says at the start which plan runs: layers that prefills omit, boundary, fit, and the
-    highest possible speed-up of a prefill.
+    One line on standard error says at the start which plan runs: layers that prefills omit, boundary, fit, 8-bit
+    products, and the highest possible speed-up of a prefill.
+
+    --int8 and --fp8 are for the server of transformers, and need a model with a native form. vLLM has quantised
+    checkpoints of its own.
     """
     rest = list(context.args)
     with output.errors_on_one_line():
+        products = options.chosen_products(int8, fp8)
         if engine == "transformers":
-            _serve_by_transformers(model, plan, sequential, strict, rest)
+            if fp8 and not sequential:
+                raise ValueError(
+                    "--fp8: expected it only with --sequential, since steps of continuous batching run natively on a "
+                    "CPU alone; got it without"
+                )
+            with output.products_named(products):
+                _serve_by_transformers(model, plan, sequential, strict, products, rest)
         elif engine == "vllm":
-            for option, given in {"--sequential": sequential, "--strict": strict}.items():
+            only = {"--sequential": sequential, "--strict": strict, "--int8": int8, "--fp8": fp8}
+            for option, given in only.items():
                 if given:
                     raise ValueError(f"{option}: expected it only with --engine transformers, got --engine vllm")
             _serve_by_vllm(model, plan, rest)
@@ -60,7 +74,9 @@ def serve(
             raise ValueError(f"--engine: expected transformers or vllm, got {engine!r}")
 
 
-def _serve_by_transformers(model: str, plan: str | None, sequential: bool, strict: bool, rest: list[str]) -> None:
+def _serve_by_transformers(
+    model: str, plan: str | None, sequential: bool, strict: bool, products: Products | None, rest: list[str]
+) -> None:
     """Run ``transformers serve`` in this process, with a model that is enabled as soon as it is loaded.
 
     Raises:
@@ -73,12 +89,14 @@ def _serve_by_transformers(model: str, plan: str | None, sequential: bool, stric
     from transformers.cli.transformers import app
 
     flags = [] if sequential else ["--continuous-batching"]
-    with enabled_when_loaded(plan, strict, not sequential):
+    with enabled_when_loaded(plan, strict, not sequential, products):
         app(args=["serve", model, *flags, *rest], prog_name="transformers")
 
 
 @contextmanager
-def enabled_when_loaded(plan: str | None, strict: bool, batching: bool) -> Iterator[None]:
+def enabled_when_loaded(
+    plan: str | None, strict: bool, batching: bool, products: Products | None = None
+) -> Iterator[None]:
     """Make servers of transformers that are built inside the block enable the models that they load.
 
     A server takes ``ModelManager`` and ``GenerationState`` by their names. Handlers ask the former for the model of
@@ -88,6 +106,7 @@ def enabled_when_loaded(plan: str | None, strict: bool, batching: bool) -> Itera
         plan: as for ``pop_ext.enable``.
         strict: as for ``pop_ext.enable``.
         batching: whether the server uses continuous batching, which is tried on a short prompt then.
+        products: 8-bit products of native prefills; None for products in the model's dtype.
     """
     from transformers.cli.serving import model_manager, utils
 
@@ -103,7 +122,7 @@ def enabled_when_loaded(plan: str | None, strict: bool, batching: bool) -> Itera
             model, processor = super().load_model_and_processor(model_name, *args, **kwargs)
             with self._enabling:
                 if not _is_enabled(model):
-                    enable_and_announce(model, model_name, plan, strict)
+                    enable_and_announce(model, model_name, plan, strict, products)
                     if batching and model.config.get_text_config() is model.config:  # others run one by one
                         check_steps(model, model_name)
             return model, processor
@@ -165,7 +184,9 @@ def _is_enabled(model: Any) -> bool:
     return find_prefill_forward(model) is not None
 
 
-def enable_and_announce(model: Any, name: str, plan: str | None, strict: bool) -> None:
+def enable_and_announce(
+    model: Any, name: str, plan: str | None, strict: bool, products: Products | None = None
+) -> None:
     """Enable a model, and print the start-up line on standard error.
 
     Raises:
@@ -173,19 +194,20 @@ def enable_and_announce(model: Any, name: str, plan: str | None, strict: bool) -
     """
     from pop_ext.hf.enable import enable, require_enabled
 
-    enable(model, plan, strict)
+    enable(model, plan, strict, fp8=products == "fp8", int8=products == "int8")
     backend = require_enabled(model).backend
-    print(f"pop-ext: {startup_line(name, model, backend.plan)}", file=sys.stderr, flush=True)
+    print(f"pop-ext: {startup_line(name, model, backend.plan, products)}", file=sys.stderr, flush=True)
 
 
-def startup_line(name: str, model: Any, plan: Any) -> str:
-    """Return what a server does: plan, omitted layers, boundary, fit and FLOP ceiling, on one line."""
+def startup_line(name: str, model: Any, plan: Any, products: Products | None = None) -> str:
+    """Return what a server does: plan, omitted layers, boundary, fit, products and FLOP ceiling, on one line."""
     from pop_ext.env_info import flop_ceiling
     from pop_ext.hf.architectures import UnsupportedModelError
     from pop_ext.hf.weight_map import describe
 
+    in_8_bits = f", {products} products" if products else ""
     if not plan.omit:
-        return f"{name}: the plan omits no layer, prefills run at full depth"
+        return f"{name}: the plan omits no layer, prefills run at full depth{in_8_bits}"
     fit = "unfitted" if plan.projections is None else f"fitted K and V ({plan.projections.report.method})"
     least = f", prompts of {plan.min_tokens} tokens or more" if plan.min_tokens else ""
     try:
@@ -195,7 +217,7 @@ def startup_line(name: str, model: Any, plan: Any) -> str:
         ceiling = "FLOP ceiling unknown (no native form)"
     return (
         f"{name}: prefills omit {len(plan.omit)} of {plan.num_layers} layers ({_ranges(plan)}), boundary "
-        f"{plan.boundary}{least}, {fit}; {ceiling}"
+        f"{plan.boundary}{least}, {fit}{in_8_bits}; {ceiling}"
     )
 
 

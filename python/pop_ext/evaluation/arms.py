@@ -34,13 +34,15 @@ from pop_ext.utils.layer_ranges import format_layers
 FULL, POP, FITTED = "full", "pop", "pop-fitted"
 RIDGE, DISTILL = "ridge", "distill"
 """Methods of fits. A report that names none is of a ridge."""
-FULL_FP8, POP_FP8 = "full-fp8", "pop-fp8"
-FULL_INT8, POP_INT8 = "full-int8", "pop-int8"
-FULL_8_BITS, POP_8_BITS = (FULL_FP8, FULL_INT8), (POP_FP8, POP_INT8)
+FULL_FP8, POP_FP8, FITTED_FP8 = "full-fp8", "pop-fp8", "pop-fitted-fp8"
+FULL_INT8, POP_INT8, FITTED_INT8 = "full-int8", "pop-int8", "pop-fitted-int8"
+FULL_8_BITS = (FULL_FP8, FULL_INT8)
+WITH_FIT = (FITTED, FITTED_FP8, FITTED_INT8)
+"""Kinds that run the fitted projections of a plan. The others run the plan without them."""
 DEFAULT_KINDS = (FULL, POP, FITTED, NO_KV, NO_BOUNDARY, DROPPED)
 """The default kinds: ``full`` is the stock model, ``pop`` the plan without fitted projections, ``pop-fitted`` the plan
 with them, named ``pop-ridge`` or ``pop-distill`` by the method of the fit. The others are ablations."""
-KINDS = (*DEFAULT_KINDS, FULL_FP8, POP_FP8, FULL_INT8, POP_INT8)
+KINDS = (*DEFAULT_KINDS, FULL_FP8, POP_FP8, FITTED_FP8, FULL_INT8, POP_INT8, FITTED_INT8)
 """All kinds: also those that prefill prompts with products in 8-bit floats or integers (docs/fp8.md)."""
 
 
@@ -61,14 +63,14 @@ class Arm:
     @property
     def products(self) -> Products | None:
         """Products in 8 bits that prompts are prefilled with, "fp8" or "int8"; None for the other kinds."""
-        if self.kind in (FULL_FP8, POP_FP8):
+        if self.kind in (FULL_FP8, POP_FP8, FITTED_FP8):
             return "fp8"
-        return "int8" if self.kind in (FULL_INT8, POP_INT8) else None
+        return "int8" if self.kind in (FULL_INT8, POP_INT8, FITTED_INT8) else None
 
     @property
     def boundary(self) -> int | None:
         """Number of boundary rows; None for kinds without boundary rows."""
-        return self.plan.boundary if self.kind in (POP, FITTED, NO_KV, *POP_8_BITS) else None
+        return self.plan.boundary if self.kind in (POP, NO_KV, POP_FP8, POP_INT8, *WITH_FIT) else None
 
     @property
     def name(self) -> str:
@@ -76,14 +78,13 @@ class Arm:
         if self.kind in (FULL, *FULL_8_BITS):
             return self.kind
         boundary = "" if self.boundary is None else f" b{self.boundary}"
-        return (
-            f"{self.kind if self.method is None else f'pop-{self.method}'} {layers_text(self.plan)}{boundary}{self.tag}"
-        )
+        kind = self.kind if self.method is None else self.kind.replace(FITTED, f"pop-{self.method}")
+        return f"{kind} {layers_text(self.plan)}{boundary}{self.tag}"
 
     @property
     def method(self) -> str | None:
         """Method of the fit, "ridge" or "distill"; None for kinds without one."""
-        if self.kind != FITTED or self.plan.projections is None:
+        if self.kind not in WITH_FIT or self.plan.projections is None:
             return None
         return self.plan.projections.report.method
 
@@ -106,9 +107,9 @@ def layers_text(plan: Plan) -> str:
 def make_arms(plans: Sequence[Plan], kinds: Sequence[str] = DEFAULT_KINDS) -> list[Arm]:
     """Make the arms of an evaluation: the full model, then every kind of every plan, without duplicates.
 
-    A plan without fitted projections has no ``pop-fitted`` arm. Of several fits with the same method, layers and
-    boundary, all but the first have the beginning of their digest in their names. Plans that differ only in their
-    boundary share one ``no-boundary`` and one ``dropped`` arm. ``min_tokens`` of the plans is set to 0.
+    A plan without fitted projections has no arms of the ``pop-fitted`` kinds. Of several fits with the same method,
+    layers and boundary, all but the first have the beginning of their digest in their names. Plans that differ only in
+    their boundary share one ``no-boundary`` and one ``dropped`` arm. ``min_tokens`` of the plans is set to 0.
 
     Args:
         plans: Plans of one depth, at least one.
@@ -129,10 +130,10 @@ def make_arms(plans: Sequence[Plan], kinds: Sequence[str] = DEFAULT_KINDS) -> li
     arms = {FULL: Arm(FULL, Plan(depths[0], ()))}
     for kind in (kind for kind in KINDS if kind in kinds and kind != FULL):
         for plan in plans:
-            if kind == FITTED and plan.projections is None:
+            if kind in WITH_FIT and plan.projections is None:
                 continue
             plan = plan.replace(min_tokens=0)  # min_tokens only decides when pruning pays
-            plan = plan if kind == FITTED else plan.replace(projections=None)
+            plan = plan if kind in WITH_FIT else plan.replace(projections=None)
             arm = Arm(kind, Plan(plan.num_layers, ()) if kind in FULL_8_BITS else plan)
             if arm.name in arms and arms[arm.name].fit != arm.fit:
                 arm = replace(arm, tag=f" {str(arm.fit)[:6]}")

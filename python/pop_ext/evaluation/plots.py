@@ -12,7 +12,19 @@ from os import PathLike
 from typing import Any
 
 from pop_ext.evaluation.ablations import DROPPED, NO_BOUNDARY, NO_KV
-from pop_ext.evaluation.arms import DISTILL, FITTED, FULL, FULL_FP8, FULL_INT8, POP, POP_FP8, POP_INT8, omitted_text
+from pop_ext.evaluation.arms import (
+    DISTILL,
+    FITTED,
+    FITTED_FP8,
+    FITTED_INT8,
+    FULL,
+    FULL_FP8,
+    FULL_INT8,
+    POP,
+    POP_FP8,
+    POP_INT8,
+    omitted_text,
+)
 from pop_ext.evaluation.results import Evaluation, Mean
 from pop_ext.evaluation.timing import NATIVE_FULL, STOCK, SpeedRange, plan_arm, speed_range
 from pop_ext.methods.plots import new_figure
@@ -35,6 +47,8 @@ _SHADES = {
     POP_FP8: ("#e58fa0", "#c2405a", "#852338", "#4f1220"),
     FULL_INT8: ("#3a8f8f",),
     POP_INT8: ("#8fd0d0", "#3a8f8f", "#1d5c5c", "#0d3535"),
+    FITTED_FP8: ("#d9a0a0", "#b06a6a", "#7a3f3f", "#4a2020"),
+    FITTED_INT8: ("#b7c48a", "#8a9a4e", "#5d6a2b", "#363f14"),
 }
 _MARKERS = {
     POP: "o",
@@ -47,6 +61,8 @@ _MARKERS = {
     POP_FP8: "v",
     FULL_INT8: "p",
     POP_INT8: "<",
+    FITTED_FP8: ">",
+    FITTED_INT8: "h",
 }
 _LINEAR_BELOW = 0.01  # nats per token; below it the loss axis is linear, so that zero and noise can be shown
 
@@ -228,7 +244,7 @@ def _widest_set(result: Evaluation, kind: str) -> list[Row]:
 
 def _look(row: Row) -> str:
     """Return the key of a row's shades, marker and label: its kind, except for distilled fits."""
-    return DISTILLED if row["method"] == DISTILL else str(row["kind"])
+    return DISTILLED if (row["kind"], row["method"]) == (FITTED, DISTILL) else str(row["kind"])
 
 
 def _count(row: Row) -> int:
@@ -300,6 +316,8 @@ def _kind_text(kind: str) -> str:
         POP_FP8: "POP, fp8",
         FULL_INT8: "full depth, int8",
         POP_INT8: "POP, int8",
+        FITTED_FP8: "POP, fitted, fp8",
+        FITTED_INT8: "POP, fitted, int8",
     }
     return names[kind]
 

@@ -39,6 +39,15 @@ class SpeedRange(NamedTuple):
     median: float
     high: float
 
+    @classmethod
+    def of(cls, ratios: Sequence[float]) -> SpeedRange:
+        """Return the range of one ratio for each round."""
+        median = statistics.median(ratios)
+        if len(ratios) < 2:
+            return cls(median, median, median)
+        low, _, high = statistics.quantiles(ratios, method="inclusive")
+        return cls(low, median, high)
+
 
 class Prefiller(Protocol):
     """A model whose prefill is timed."""
@@ -173,12 +182,9 @@ def speed_range(
     both = [next((t for t in timings if t["arm"] == name and t["tokens"] == tokens), None) for name in (baseline, arm)]
     if both[0] is None or both[1] is None:
         return None
-    ratios = [reference / own for reference, own in zip(both[0]["seconds"], both[1]["seconds"], strict=True)]
-    median = statistics.median(ratios)
-    if len(ratios) < 2:
-        return SpeedRange(median, median, median)
-    low, _, high = statistics.quantiles(ratios, method="inclusive")
-    return SpeedRange(low, median, high)
+    return SpeedRange.of(
+        [reference / own for reference, own in zip(both[0]["seconds"], both[1]["seconds"], strict=True)]
+    )
 
 
 def median_ms(timings: Sequence[dict[str, Any]], arm: str, tokens: int) -> float | None:

@@ -52,6 +52,8 @@ class PopLM(TemplateLM):
         count: Number of the deepest layers to omit; 0 runs all layers.
         boundary: Last rows of a context that run through all layers. None: the plan's.
         backend: As in ``pop_ext.enable``.
+        int8: As in ``pop_ext.enable``: products of native prefills in 8-bit integers, those of continuations too.
+        fp8: Likewise in 8-bit floats.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         device: Device to load a model to. None: the CPU. The harness's command line passes ``cuda:0`` if it is given
             none; without a GPU that becomes the CPU, with a warning.
@@ -61,6 +63,7 @@ class PopLM(TemplateLM):
         max_gen_toks: Tokens that ``generate_until`` writes if a request does not say.
 
     Raises:
+        UnsupportedModelError: As in ``pop_ext.enable``. A subclass of ValueError.
         ValueError: An unknown dtype, a CUDA device that torch does not find, or more than one choice of a plan.
     """
 
@@ -79,6 +82,8 @@ class PopLM(TemplateLM):
         max_length: int | None = None,
         max_batch_size: int | None = None,
         max_gen_toks: int = 256,
+        int8: bool = False,
+        fp8: bool = False,
     ) -> None:
         super().__init__()
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -99,7 +104,7 @@ class PopLM(TemplateLM):
         chosen = _choose_plan(self.model, plan, omit, count, boundary)
         self.plan = chosen.plan.replace(min_tokens=0)
         self.max_length: int = max_length or longest_input(self.model) or _DEFAULT_MAX_LENGTH
-        enable(self.model, self.plan, backend=backend)
+        enable(self.model, self.plan, backend=backend, fp8=fp8, int8=int8)
         chosen.warn(self.model)
 
     @property

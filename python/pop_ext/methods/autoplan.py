@@ -22,6 +22,7 @@ from pop_ext.hf.modules import find_decoder_modules
 from pop_ext.methods.calibration import check_vocabulary, longest_input, stock_evaluation, stock_model
 from pop_ext.methods.candidates import Candidates, Trial, check_recall_limit
 from pop_ext.methods.held_out import SplitTexts, split_texts
+from pop_ext.methods.int8_trial import check_int8_possible, try_int8
 from pop_ext.methods.latency import PAYS_FROM, with_min_tokens
 from pop_ext.methods.plan_search import RIDGE, STAGES, UNFITTED, Candidate, search
 from pop_ext.methods.quality_judge import KL, LOSS, RECALL_DROP, UNITS, Figure
@@ -79,6 +80,7 @@ def autoplan(
     save: str | PathLike[str] | None = None,
     pays_from: Sequence[int] = PAYS_FROM,
     time_lengths: Sequence[int] = (1024,),
+    int8: bool = False,
     progress: Progress = False,
 ) -> AutoPlan:
     """Find the plan that omits the most layers within a budget of quality.
@@ -121,6 +123,8 @@ def autoplan(
             prefill becomes its ``min_tokens``. Empty leaves it at 0. Of a model without a native form, here and in the
             next, the portable backend is timed against the stock forward.
         time_lengths: Prompt lengths at which the speed-up is measured. Empty measures none.
+        int8: Also say on the card whether ``int8=True`` of ``enable`` pays, at each of ``time_lengths``: its time and
+            its loss beside the same native prefill without it, at full depth and under the plan.
         progress: True for a bar and a line per candidate on standard error, or a callback that takes (candidates
             judged, None).
 
@@ -131,7 +135,7 @@ def autoplan(
         ValueError: No limit is given, an argument has a bad value, the oracle does not run the model, ``method``
             cannot fit it, it takes fewer positions than ``trial`` asks for, the tokenizer gives ids that it does not
             have, the texts are too short, ``max_recall_drop`` is less than ``trial.prompts`` tasks can show,
-            or the model answers fewer tasks at full depth than it allows to lose.
+            or the model answers fewer tasks at full depth than it allows to lose, or it cannot have ``int8``.
         TypeError: An argument has the wrong type.
         OSError: A file cannot be read or written.
     """
@@ -143,6 +147,8 @@ def autoplan(
     limits, highest, boundaries = check_search(model, trial, asked_limits, method, highest, boundary)
     if save is not None:
         check_folder(save)  # fail now rather than after the search
+    if int8:
+        check_int8_possible(model, time_lengths)
     tokenizer = tokenizer or _tokenizer_of(model)
     split = texts
     if not isinstance(split, SplitTexts):
@@ -169,6 +175,12 @@ def autoplan(
     plan = _timed(model, plan, pays_from, time_lengths, progress is True)
     if save is not None:
         plan.save_pretrained(save)
+    if int8:
+        assert plan.card is not None
+        rows = try_int8(model, plan, run.held, time_lengths, trial.batch_size, progress is True)
+        plan = plan.replace(card=dataclasses.replace(plan.card, int8=rows))
+        if save is not None:
+            plan.save_pretrained(save)
     return AutoPlan(plan, plan.card, tuple(run.tried), best, run.recall, highest)
 
 

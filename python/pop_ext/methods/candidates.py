@@ -83,6 +83,7 @@ class Candidates:
         tried: All candidates, in the order of trial.
         recall: Share of the retrieval tasks that the model answers at full depth; None if there are none.
         notes: What a card has to say of the figures.
+        held: The held-out prompts with their continuations.
     """
 
     def __init__(
@@ -115,15 +116,15 @@ class Candidates:
             held = held_out_of(len(self._batches))
             rest = texts_outside(split.calibration, tokenizer, trial.window, trial.samples, held)
             self._training = make_tasks(rest, tokenizer, trial, TRAINING, limit)
-        self._held = held_out_pairs(split, tokenizer, trial)
-        self.notes = self._few_prompts(len(self._held))
+        self.held = held_out_pairs(split, tokenizer, trial)
+        self.notes = self._few_prompts(len(self.held))
         self._make_tasks = lambda: make_tasks(split.held_out, tokenizer, trial, EVALUATION, limit)
         tasks = self._make_tasks() if RECALL_DROP in limits else []
         check_recall_limit(limits, len(tasks), trial)
         # Of the default choice every count starts at another layer; a caller's choices are not known before.
         layers = range(depth - highest, depth) if choose is None else []
         self.judge = QualityJudge(
-            model, self._held, tasks, layers, trial.batch_size, self._bar, lambda recall: self._check_recall(recall)
+            model, self.held, tasks, layers, trial.batch_size, self._bar, lambda recall: self._check_recall(recall)
         )
         self.recall = self.judge.recall
 
@@ -226,7 +227,7 @@ class Candidates:
             return f"the texts make no retrieval tasks ({error})"
         self._say(f"{len(plan.omit)} layers: measuring {len(tasks)} retrieval tasks")
         # A judge of its own, so that the search does not wait for tasks; it needs a text.
-        judge = QualityJudge(self.model, self._held[:1], tasks, plan.omit[:1], self.trial.batch_size, self._bar)
+        judge = QualityJudge(self.model, self.held[:1], tasks, plan.omit[:1], self.trial.batch_size, self._bar)
         self.recall = judge.recall
         if not judge.recall:
             return f"the model answers none of {len(tasks)} retrieval tasks at full depth"

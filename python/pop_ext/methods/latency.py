@@ -82,26 +82,26 @@ def plan_within(
     for name, value in (("tokens", tokens), ("batch", batch), ("repeats", repeats)):
         _check_positive(name, value)
     full = load(model, choose(0))
-    depth, ids = full.spec.num_layers, _random_ids(full.spec.vocab_size, batch, tokens, full.device)
+    depth, ids = full.spec.num_layers, random_ids(full.spec.vocab_size, batch, tokens, full.device)
     measured: dict[int, float] = {}
     with reporting(progress, "timing plans", None) as advance:
 
-        def seconds_of(count: int) -> float:
+        def measured_at(count: int) -> float:
             if count not in measured:
                 measured[count] = _median_seconds(full if count == 0 else load(model, choose(count)), ids, repeats)
                 advance(1)
             return measured[count]
 
-        unpruned = seconds_of(0)
+        unpruned = measured_at(0)
         limit = unpruned / budget if seconds is None else budget
         low, high = 0, depth - 1  # bounds of the answer; high is known to be within the budget
-        if seconds_of(high) > limit:
+        if measured_at(high) > limit:
             name, least = ("seconds", "at least") if speedup is None else ("speedup", "at most")
-            found = seconds_of(high) if speedup is None else unpruned / seconds_of(high)
+            found = measured_at(high) if speedup is None else unpruned / measured_at(high)
             raise ValueError(f"{name}: expected {least} {found:.4g} ({high} of {depth} layers omitted), got {budget}")
         while low < high:
             middle = (low + high) // 2
-            low, high = (low, middle) if seconds_of(middle) <= limit else (middle + 1, high)
+            low, high = (low, middle) if measured_at(middle) <= limit else (middle + 1, high)
     chosen = choose(high)
     origin = chosen.origin or origin_of(model, "deepest")
     method = f"{origin.method}; the fewest within {limit:.4g} s for {batch} x {tokens} tokens"
@@ -165,8 +165,8 @@ def shortest_paying(
     ordered = sorted(set(lengths), reverse=True)
     with reporting(progress, "timing lengths", len(ordered)) as advance:
         for length in ordered:
-            ids = _random_ids(full.spec.vocab_size, batch, length, full.device)
-            rounds = [(_seconds(full, ids), _seconds(pruned, ids)) for _ in range(repeats + 1)]
+            ids = random_ids(full.spec.vocab_size, batch, length, full.device)
+            rounds = [(seconds_of(full, ids), seconds_of(pruned, ids)) for _ in range(repeats + 1)]
             advance(1)
             full_times, pruned_times = zip(*rounds[1:], strict=True)  # the first round warms up
             if statistics.median(pruned_times) >= statistics.median(full_times):
@@ -194,17 +194,19 @@ def _check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
-def _random_ids(vocab_size: int, batch: int, tokens: int, device: torch.device) -> Tensor:
+def random_ids(vocab_size: int, batch: int, tokens: int, device: torch.device) -> Tensor:
+    """Return random ids int64 [batch, tokens], the same in every run."""
     generator = torch.Generator("cpu").manual_seed(0)
     return torch.randint(0, vocab_size, (batch, tokens), generator=generator, device="cpu").to(device)
 
 
 def _median_seconds(native: Prefiller, ids: Tensor, repeats: int) -> float:
-    _seconds(native, ids)  # warm-up
-    return statistics.median(_seconds(native, ids) for _ in range(repeats))
+    seconds_of(native, ids)  # warm-up
+    return statistics.median(seconds_of(native, ids) for _ in range(repeats))
 
 
-def _seconds(native: Prefiller, ids: Tensor) -> float:
+def seconds_of(native: Prefiller, ids: Tensor) -> float:
+    """Return the time of a prefill and of the choice of the first token."""
     start = time.perf_counter()
     native.prefill(ids).logits[0, -1].argmax().item()  # synchronises a GPU
     return time.perf_counter() - start

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
@@ -78,6 +79,47 @@ class CardSpeed:
     hardware: str
 
 
+@dataclass(frozen=True)
+class CardInt8:
+    """Whether native prefills with products in 8-bit integers pay, at one length of the prompt.
+
+    Attributes:
+        tokens: Length of the prompt that was timed, in tokens.
+        of: What was run with and without int8: "full depth" or "the plan".
+        verdict: "int8" if it pays: it was faster in three of four rounds at least, and the mean loss plus one standard
+            error is at most ``most_loss``. Else "no int8: " and the reasons.
+        speedup: Median over rounds of the time without int8 by the time with it.
+        speedup_low: Lower quartile of these ratios.
+        speedup_high: Upper quartile.
+        loss: Mean loss that int8 adds to the held-out continuations, in nats a token.
+        error: Its standard error; None if it has none.
+        most_loss: The bound of the loss.
+        prompts: Number of held-out prompts. All lengths share them.
+        isa: Instruction set of the 8-bit kernels.
+        hardware: The processor and its threads; and the data type.
+    """
+
+    tokens: int
+    of: str
+    verdict: str
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    loss: float
+    error: float | None
+    most_loss: float
+    prompts: int
+    isa: str
+    hardware: str
+
+    def __str__(self) -> str:
+        error = math.nan if self.error is None else self.error
+        return (
+            f"{self.of}, {self.tokens} tokens: {self.speedup:.2f}x as fast ({self.speedup_low:.2f} to "
+            f"{self.speedup_high:.2f}), loss {self.loss:+.4f} ({error:.4f}) nats a token: {self.verdict}"
+        )
+
+
 class _PlanLike(Protocol):
     """The members of a ``Plan`` that a card reads."""
 
@@ -115,6 +157,8 @@ class PlanCard:
         not_measured: Name of a figure -> why there is none of it.
         notes: What to know before the figures are trusted, a sentence each; such as that few prompts made them.
         speed: Speed figures.
+        int8: Whether products in 8-bit integers pay, by length; empty if that was not tried. ``enable`` does not read
+            it: ``int8=True`` stays the caller's choice.
         asked: The budget that was asked for, by option: ``{"max_loss": 0.02}``.
         versions: Versions of the packages, by name.
         created: Date, as ``YYYY-MM-DD``.
@@ -133,6 +177,7 @@ class PlanCard:
     not_measured: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     speed: tuple[CardSpeed, ...] = ()
+    int8: tuple[CardInt8, ...] = ()
     asked: Mapping[str, float] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str | None = None
@@ -218,7 +263,12 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-_TUPLES: dict[str, type[Any]] = {"texts": CardText, "quality": CardQuality, "speed": CardSpeed}
+_TUPLES: dict[str, type[Any]] = {
+    "texts": CardText,
+    "quality": CardQuality,
+    "speed": CardSpeed,
+    "int8": CardInt8,
+}
 _KINDS: dict[str, tuple[type, ...]] = {
     "str": (str,),
     "str | None": (str, type(None)),

@@ -31,6 +31,8 @@ def render(card: PlanCard) -> str:
     if card.speed:
         rows = [(str(row.tokens), f"{row.speedup:.2f}x", row.against, row.hardware) for row in card.speed]
         parts += ["## Speed", _table(("prompt tokens", "speed-up of the prefill", "against", "hardware"), rows)]
+    if card.int8:
+        parts += ["## 8-bit integers", _int8(card)]
     if card.texts:
         parts += ["## Texts", _texts(card)]
     parts += ["## Facts", _facts(card), _HOW_TO]
@@ -73,6 +75,27 @@ def _quality(card: PlanCard) -> str:
     table = _table(("figure", "value (standard error)", "unit", "held-out prompts", "difference to"), rows)
     missing = [f"The {name} was **not measured**: {why}." for name, why in card.not_measured.items()]
     return "\n\n".join([heading, table, *(f"**{note}**" for note in card.notes), *missing])
+
+
+def _int8(card: PlanCard) -> str:
+    """Return what ``int8=True`` gains and costs beside the same prefill without it."""
+    rows = [
+        (
+            row.of,
+            str(row.tokens),
+            f"{row.speedup:.2f}x ({row.speedup_low:.2f} to {row.speedup_high:.2f})",
+            f"{row.loss:+.4f}" if row.error is None else f"{row.loss:+.4f} ({row.error:.4f})",
+            row.verdict,
+        )
+        for row in card.int8
+    ]
+    head = ("prefill", "prompt tokens", "speed-up (quartiles)", "added loss, nats a token (standard error)", "verdict")
+    first = card.int8[0]
+    return (
+        f"{_table(head, rows)}\n\n`int8=True` of `enable` or `load` against the same native prefill without it. "
+        f"{first.prompts} held-out prompts; {first.hardware}, 8-bit kernels for {first.isa}. "
+        f"Asked for: faster in three of four rounds, and at most {first.most_loss:g} nats a token."
+    )
 
 
 def _facts(card: PlanCard) -> str:

@@ -124,6 +124,7 @@ def weights_hash(model: Any) -> str:
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)  # quantised weights are some
     for name, tensor in (*model.named_parameters(), *buffers):
         values = tensor.detach() if tensor.device.type != "meta" else _offloaded(model, name)
+        values = getattr(values, "qdata", values)  # the integers of torchao, whose tensors read no single elements
         some = spread_values(values, min(8, values.numel())).to(torch.bfloat16).float()
         some[some.abs() < 2**-16] = 0.0  # not -0.0, whose bytes differ
         found.update(f"{name} {tuple(tensor.shape)}".encode() + some.numpy().tobytes())
