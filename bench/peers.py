@@ -27,7 +27,7 @@ from pop_ext.hf.weight_map import describe  # noqa: E402
 from pop_ext.plans.plan import Plan  # noqa: E402
 from pop_ext.plans.presets import preset_or_third  # noqa: E402
 
-from bench.engines.catalogue import PEERS  # noqa: E402
+from bench.engines.catalogue import PEERS, PLAIN, QUANTISED  # noqa: E402
 from bench.engines.comparison import Engines, PeerCase, run_peers  # noqa: E402
 from bench.environment import environment  # noqa: E402
 from bench.memory import release_memory  # noqa: E402
@@ -53,9 +53,9 @@ def parser() -> argparse.ArgumentParser:
         "--peers",
         nargs="*",
         choices=PEERS,
-        default=list(PEERS),
-        help="engines beside Hugging Face and pop_ext (default: all)",
+        help="engines beside Hugging Face and pop_ext (default: all without quantised weights; with --int8, all with)",
     )
+    p.add_argument("--int8", action="store_true", help="add arms of pop_ext with products in 8-bit integers")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="run the hf-compile arm")
     p.add_argument("--compile-mode", default="default", help="mode of torch.compile (default: default)")
     p.add_argument("--plan", nargs="+", type=Path, default=[], help="plan files (Plan.save)")
@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison. Return 0; 1 if an arm or an engine has no samples; 2 for bad arguments."""
     argv = sys.argv[1:] if arguments is None else list(arguments)
-    options = parser().parse_args(argv)
+    options = parsed(argv)
     problem = _problem(options)
     if problem:
         print(f"bench/peers.py: error: {problem}", file=sys.stderr)
@@ -107,6 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_json(path, report)
     print(f"\n{report['seconds']:.0f} s; every sample is in {path}")
     return 1 if any(_has_gap(case) for case in cases) else 0
+
+
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the options, and choose the engines if ``--peers`` does not."""
+    options = parser().parse_args(argv)
+    if options.peers is None:
+        options.peers = QUANTISED if options.int8 else PLAIN
+    return options
 
 
 def _problem(options: argparse.Namespace) -> str | None:

@@ -32,7 +32,7 @@ def venv_python(peer: Peer, folder: Path, torch: str, install: bool, say: Callab
     """
     if sys.version_info[:2] < peer.python:
         raise InstallError(f"expected Python {'.'.join(map(str, peer.python))} or newer, got {sys.version.split()[0]}")
-    home = folder / (peer.venv or peer.name)
+    home = folder / peer.home
     python = home / "bin" / "python"
     calls = [[part.format(torch=torch) for part in call] for call in peer.requirements]
     wanted = "\n".join(" ".join(call) for call in [*calls, ["without", *peer.uninstall]])

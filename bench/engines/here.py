@@ -18,7 +18,8 @@ _ALL_LENGTHS = [[0, 0]]  # the names of arms do not depend on the prompt
 class Engine:
     """Run Hugging Face and pop_ext.
 
-    Job options: ``plans`` (JSON texts of the pruned arms), ``compile_mode`` (None: no hf-compile).
+    Job options: ``plans`` (JSON texts of the pruned arms), ``compile_mode`` (None: no hf-compile), ``copies`` (of
+    weights, each with arms of its own: see `bench.arms.make_arms`).
     """
 
     def load(self, job: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
@@ -33,6 +34,7 @@ class Engine:
         self._spec = describe(model).spec
         self._plans = [Plan.from_json(text) for text in job["options"]["plans"]]
         self._compile_mode = job["options"]["compile_mode"]
+        self._copies = job["options"]["copies"]
         self._arms: dict[str, Arm] = {}
         self._prompt: list[int] = []
         named = self._make(torch.tensor(_ALL_LENGTHS))
@@ -62,4 +64,4 @@ class Engine:
         return arm
 
     def _make(self, input_ids: torch.Tensor) -> list[Arm]:
-        return make_arms(self._model, self._spec, input_ids, self._plans, self._compile_mode)
+        return make_arms(self._model, self._spec, input_ids, self._plans, self._compile_mode, copies=self._copies)

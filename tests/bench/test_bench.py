@@ -14,6 +14,7 @@ from pop_ext import _core
 from pop_ext.hf.weight_map import describe
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.roofline import Peaks
+from tiny_llama import SIZES as TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
@@ -30,18 +31,7 @@ from bench.shapes import SHAPES, load_model  # noqa: E402
 
 CPU = torch.device("cpu")
 LAYERS = 6
-SIZES = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 96,
-    "intermediate_size": 160,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 263,
-    "max_position_embeddings": 128,
-}
+SIZES = TINY | {"num_hidden_layers": LAYERS}
 SETTINGS = Settings(repeats=2, warmup=1, quiet=True)
 
 

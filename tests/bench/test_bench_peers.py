@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_llama import SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
@@ -27,27 +28,8 @@ from bench.engines.process import Child, ChildError  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="holds engines to cores, on Linux")
 
-SIZES = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 96,
-    "intermediate_size": 160,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 263,
-    "max_position_embeddings": 128,
-}
 FAKES = {name: Peer(name, "tests.support.peer_engine", ()) for name in ("fake", "dying", "absent")}
 CPUS = sorted(os.sched_getaffinity(0))[:1] if hasattr(os, "sched_getaffinity") else [0]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "config.json").write_text(json.dumps(SIZES))
-    return tmp_path
 
 
 @pytest.fixture

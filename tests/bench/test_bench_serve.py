@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from pop_ext import Plan, _core
+from tiny_llama import SIZES as TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
@@ -28,25 +29,7 @@ from bench.serving.texts import cells_text  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc, on Linux")
 
-SIZES = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 96,
-    "intermediate_size": 160,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 263,
-    "max_position_embeddings": 512,
-}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "config.json").write_text(json.dumps(SIZES))
-    return tmp_path
+SIZES = TINY | {"num_hidden_layers": 6, "max_position_embeddings": 512}
 
 
 @pytest.fixture
