@@ -17,6 +17,8 @@
 // if a maximum grew by more than kSlack. A lane with a sink starts as if it had seen a key of that score, whose value
 // is zero.
 //
+// With AMX, both products are those of tiles (attention_amx.h).
+//
 // Stream path (attention_stream.h): at most 8 lanes, bfloat16 with AVX512_BF16. Dot products along d and sums along
 // channels read K and V from the cache, without packing.
 //
@@ -57,6 +59,9 @@ void attention(const AttentionParams& params, const AttentionTask& task, void* s
     case DType::f32:
       return TileTask<float, FloatUnits>(params, task, scratch).run();
     case DType::bf16:
+#if defined(POP_AMX)
+      if (AmxUnits::suits(params.head_dim)) return TileTask<BFloat16, AmxUnits>(params, task, scratch).run();
+#endif
       return TileTask<BFloat16, Bf16Units>(params, task, scratch).run();
     case DType::f16:
       return TileTask<Float16, FloatUnits>(params, task, scratch).run();

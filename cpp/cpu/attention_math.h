@@ -74,7 +74,8 @@ POP_INLINE void transpose(Vec (&rows)[kLanes]) {
 // The tile path multiplies in units of 32 bits. A unit of one operand is broadcast; the other operand is a vector with
 // one unit for each of kLanes query rows.
 struct FloatUnits {
-  static constexpr int kDepth = 1;  // elements of the summed dimension in a unit
+  static constexpr int kDepth = 1;       // elements of the summed dimension in a unit
+  static constexpr bool kTiles = false;  // products run in tiles of AMX (attention_amx.h)
   static constexpr int kExpDegree = 5;
 
   static POP_INLINE Vec broadcast(const float* unit) { return splat(*unit); }
@@ -88,6 +89,7 @@ struct FloatUnits {
 // A unit is two bfloat16 that are adjacent along the summed dimension.
 struct PairUnits {
   static constexpr int kDepth = 2;
+  static constexpr bool kTiles = false;
   static constexpr int kExpDegree = 3;
 
   static POP_INLINE Vec broadcast(const float* unit) { return splat(*unit); }

@@ -22,8 +22,13 @@ struct TileConfig {
 #endif
   // A block is kWidth (query row, head) pairs, one per lane.
   static constexpr int kWidth = kVecs * kLanes;
-  // Keys per tile: its scores (12 KiB) stay in the L1 cache through product, softmax and product.
+  // Keys per tile: its scores (12 KiB; 24 KiB with AMX, whose processors have larger caches, and whose products take
+  // less time than moving O between tiles of keys) stay in the L1 cache through product, softmax and product.
+#if defined(POP_AMX)
+  static constexpr int kKeys = 128;
+#else
   static constexpr int kKeys = 64;
+#endif
   // Lanes per task, a multiple of every kWidth. Packing K and V once per task then costs about 5 %, and Q and O of a
   // task, 144 KiB with head_dim 64 and 576 KiB with 256, fit in the L2 cache.
   static constexpr int kTaskLanes = 384;

@@ -1,6 +1,7 @@
 // The tile path of attention.cpp: scratch, products and packing of one task.
 #pragma once
 
+#include "attention_amx.h"
 #include "attention_task.h"
 
 namespace pop::cpu::POP_ISA {
@@ -15,7 +16,7 @@ struct TileScratch {
   float* sum;         // [blocks, kWidth] of probabilities
   int32_t* position;  // [blocks, kWidth]
   float* k;           // [kKeys, D units]
-  float* v;           // [kKeys / kDepth, head_dim]
+  float* v;           // [kKeys / kDepth, head_dim]; with AMX [head_dim, kKeys / kDepth]
   float* scores;      // [kKeys, kWidth], overwritten by units of probabilities [kKeys / kDepth, kWidth]
   size_t bytes;
 
@@ -76,6 +77,46 @@ __attribute__((noinline)) void multiply_rows(int64_t units, const float* a, int6
   }
 }
 
+// Scores of the keys that the tile's lanes see.
+template <class Units, int kVecs>
+void multiply_keys(const TileView& tile, int64_t units, const float* k, const float* q, float* scores) {
+  using C = TileConfig;
+#if defined(POP_AMX)
+  if constexpr (Units::kTiles) {
+    const int64_t begin = tile.begin / Units::kRows * Units::kRows, end = round_up(tile.end, Units::kRows);
+    return multiply_tiles<kVecs, false>(end - begin, units, k + begin * units, units, q, scores + begin * C::kWidth);
+  }
+#endif
+  for (int key = tile.begin; key < tile.end; key += C::kRows) {
+    multiply_rows<Units, kVecs, true, false>(units, k + key * units, units, q, scores + key * C::kWidth);
+  }
+}
+
+// Adds to o [head_dim, kWidth] the values of keys, times their probabilities.
+template <class Units, int kVecs>
+void add_values(const TileView& tile, int64_t head_dim, const float* v, float* probabilities, float* o) {
+  using C = TileConfig;
+  int64_t first = tile.begin / Units::kDepth, end = tile.end / Units::kDepth;
+#if defined(POP_AMX)
+  if constexpr (Units::kTiles) {
+    // Probabilities of other keys of a tile's units are zero.
+    const auto clear = [&](int64_t begin, int64_t count) {
+      __builtin_memset(probabilities + begin * C::kWidth, 0, static_cast<size_t>(count * C::kWidth) * sizeof(float));
+    };
+    clear(first / Units::kUnits * Units::kUnits, first % Units::kUnits);
+    clear(end, round_up(end, Units::kUnits) - end);
+    first = first / Units::kUnits * Units::kUnits;
+    end = round_up(end, Units::kUnits);
+    return multiply_tiles<kVecs, true>(head_dim, end - first, v + first, C::kKeys / Units::kDepth,
+                                       probabilities + first * C::kWidth, o);
+  }
+#endif
+  for (int64_t d = 0; d < head_dim; d += C::kRows) {
+    multiply_rows<Units, kVecs, false, true>(end - first, v + first * head_dim + d, head_dim,
+                                             probabilities + first * C::kWidth, o + d * C::kWidth);
+  }
+}
+
 // Attention of one block of kVecs vectors of lanes over one tile of keys.
 template <class Units, int kVecs>
 void attend(const TileView& tile, ScoreScale scale, int64_t head_dim, const TileScratch& s, int64_t block) {
@@ -83,9 +124,7 @@ void attend(const TileView& tile, ScoreScale scale, int64_t head_dim, const Tile
   const int64_t units = head_dim / Units::kDepth;
   const float* q = s.q + block * units * C::kWidth;
   float* o = s.o + block * head_dim * C::kWidth;
-  for (int k = tile.begin; k < tile.end; k += C::kRows) {
-    multiply_rows<Units, kVecs, true, false>(units, s.k + k * units, units, q, s.scores + k * C::kWidth);
-  }
+  multiply_keys<Units, kVecs>(tile, units, s.k, q, s.scores);
   float factor[C::kWidth];
   if (softmax<Units, kVecs>(tile, scale, s.position + block * C::kWidth, s.scores, s.max + block * C::kWidth,
                             s.sum + block * C::kWidth, factor)) {
@@ -97,12 +136,7 @@ void attend(const TileView& tile, ScoreScale scale, int64_t head_dim, const Tile
       }
     }
   }
-  const int64_t first = tile.begin / Units::kDepth;
-  const int64_t count = (tile.end - tile.begin) / Units::kDepth;
-  for (int64_t d = 0; d < head_dim; d += C::kRows) {
-    multiply_rows<Units, kVecs, false, true>(count, s.v + first * head_dim + d, head_dim, s.scores + first * C::kWidth,
-                                             o + d * C::kWidth);
-  }
+  add_values<Units, kVecs>(tile, head_dim, s.v, s.scores, o);
 }
 
 // ---- Task ----------------------------------------------------------------------------------
@@ -119,6 +153,9 @@ class TileTask {
         s_(scratch, width_, params.head_dim, Units::kDepth) {}
 
   void run() {
+#if defined(POP_AMX)
+    const AmxTiles tiles;
+#endif
     load_queries();
     // Tiles start at multiples of kKeys, whatever the task: a row has the same tiles in any task.
     for (int64_t key = rows_.lowest_key() / C::kKeys * C::kKeys; key < rows_.keys(); key += C::kKeys) {
@@ -177,18 +214,39 @@ class TileTask {
 
   void load_keys(int64_t first_key) {
     for (int64_t i = 0; i < C::kKeys; ++i) load_row(s_.k + i * units_, rows_.key_row(first_key + i));
-    for (int64_t i = 0; i < C::kKeys; i += Units::kDepth) {
-      float* to = s_.v + i / Units::kDepth * head_dim_;
-      const T* first = rows_.value_row(first_key + i);
-      if constexpr (Units::kDepth == 1) {
-        load_row(to, first);
-      } else {
-        const T* second = rows_.value_row(first_key + i + 1);
+    if constexpr (Units::kTiles) {
+      load_channels(first_key);
+    } else {
+      for (int64_t i = 0; i < C::kKeys; i += Units::kDepth) {
+        float* to = s_.v + i / Units::kDepth * head_dim_;
+        const T* first = rows_.value_row(first_key + i);
+        const T* second = rows_.value_row(first_key + i + Units::kDepth - 1);
         for (int64_t d = 0; d < head_dim_; d += kLanes) {
-          const int64_t left = head_dim_ - d;
-          const VecU32 low = (VecU32)load_upto(first + d, left) >> 16;
-          store_upto(to + d, (Vec)(low | (VecU32)load_upto(second + d, left)), left);
+          store_upto(to + d, value_units(first + d, second + d, head_dim_ - d), head_dim_ - d);
         }
+      }
+    }
+  }
+
+  // Units of kLanes channels of two adjacent keys, or of one.
+  Vec value_units(const T* first, const T* second, int64_t left) const {
+    const Vec values = load_upto(first, left);
+    if constexpr (Units::kDepth == 1) return values;
+    return (Vec)((VecU32)values >> 16 | (VecU32)load_upto(second, left));
+  }
+
+  // The same with channels as rows.
+  void load_channels(int64_t first_key) {
+    constexpr int64_t kUnits = C::kKeys / Units::kDepth;
+    for (int64_t unit = 0; unit < kUnits; unit += kLanes) {
+      for (int64_t d = 0; d < head_dim_; d += kLanes) {
+        Vec tile[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          const int64_t key = first_key + (unit + i) * Units::kDepth;
+          tile[i] = value_units(rows_.value_row(key) + d, rows_.value_row(key + 1) + d, head_dim_ - d);
+        }
+        transpose(tile);
+        for (int i = 0; i < kLanes; ++i) store(s_.v + (d + i) * kUnits + unit, tile[i]);
       }
     }
   }

@@ -7,10 +7,10 @@
 #include "cpu/int8_kernels.h"
 #include "cpu/kernels.h"
 
-#if defined(POP_HAVE_AVX_VNNI) || defined(POP_HAVE_AMX_INT8)
+#if defined(POP_HAVE_AVX_VNNI) || defined(POP_HAVE_AMX)
 #include <cpuid.h>
 #endif
-#if defined(POP_HAVE_AMX_INT8) && defined(__linux__)
+#if defined(POP_HAVE_AMX) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -35,12 +35,13 @@ struct Choice {
 }
 #endif
 
-#if defined(POP_HAVE_AMX_INT8)
+#if defined(POP_HAVE_AMX)
 // Not every compiler's __builtin_cpu_supports knows these either. Needs a processor with AVX.
-[[maybe_unused]] bool has_amx_int8() {
-  constexpr unsigned int kTile = 1u << 24, kInt8 = 1u << 25, kTileState = 3u << 17;
+[[maybe_unused]] bool has_amx() {
+  constexpr unsigned int kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
+  constexpr unsigned int kTileState = 3u << 17;
   unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & kTile) == 0 || (edx & kInt8) == 0) return false;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0 || (edx & kNeeded) != kNeeded) return false;
   __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));  // the states that the operating system saves
   return (eax & kTileState) == kTileState;
 }
@@ -61,7 +62,7 @@ struct Choice {
 std::vector<Choice> choices() {
   std::vector<Choice> all;
 #if defined(POP_EMULATE_AVX512)
-  all.push_back({"amx_int8", nullptr, &amx_int8::int8_kernels, true});
+  all.push_back({"amx", &amx::kernels, &amx::int8_kernels, true});
   all.push_back({"avx512_bf16", &avx512_bf16::kernels, nullptr, true});
   all.push_back({"avx512_vnni", nullptr, &avx512_vnni::int8_kernels, true});
   all.push_back({"avx_vnni", nullptr, &avx_vnni::int8_kernels, true});
@@ -69,8 +70,9 @@ std::vector<Choice> choices() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-#if defined(POP_HAVE_AMX_INT8)
-  all.push_back({"amx_int8", nullptr, &amx_int8::int8_kernels, vnni && has_amx_int8(), request_tiles});
+#if defined(POP_HAVE_AMX)
+  all.push_back({"amx", &amx::kernels, &amx::int8_kernels, vnni && __builtin_cpu_supports("avx512bf16") && has_amx(),
+                 request_tiles});
 #endif
   all.push_back({"avx512_bf16", &avx512_bf16::kernels, nullptr, avx512 && __builtin_cpu_supports("avx512bf16")});
   all.push_back({"avx512_vnni", nullptr, &avx512_vnni::int8_kernels, vnni});

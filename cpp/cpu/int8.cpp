@@ -10,11 +10,8 @@
 namespace pop::cpu {
 namespace {
 
-// The most columns of out that a thread computes at a time, of both products together where there are two: w and the
-// sums stay in L2.
-constexpr int64_t kMostColumns = 128;
 // The most bytes of packed rows, which every thread reads for each block of columns.
-constexpr int64_t kPackedBytes = 2 << 20;
+constexpr int64_t kPackedBytes = 4 << 20;
 
 // Rows that are packed at once: about equal parts of all rows.
 int64_t rows_at_once(const Int8Kernels& table, int64_t m, int64_t k) {
@@ -44,7 +41,7 @@ void multiply(const GemmParams& p, const GemmParams* up, const GatedActParams* a
                    .gated_act = kernels().gated_act};
   // Blocks of about equal width, the same number for each thread unless there is little to do.
   const int64_t threads = weights * p.n * p.k < 2 * kGrainElements ? 1 : num_threads();
-  const int64_t count = round_up(ceil_div(p.n, kMostColumns / weights), threads);
+  const int64_t count = round_up(ceil_div(p.n, table.most_columns / weights), threads);
   const int64_t columns = round_up(ceil_div(p.n, count), table.tile_columns), tasks = ceil_div(p.n, columns);
   const size_t bytes = aligned(table.scratch(product, columns));
   const Scratch scratch = allocate(workers_for(tasks) * bytes);

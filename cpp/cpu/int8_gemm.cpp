@@ -17,11 +17,8 @@ namespace pop::cpu::POP_ISA {
 namespace {
 
 constexpr int64_t kFewRows = 4;  // the most rows that are read as they are: packed ones would leave lanes empty
-constexpr int64_t kAhead = 4;    // columns of w that are fetched before they are prepared
-// Rows whose results wait for the activation, of both products.
-constexpr int64_t kGatedRows = kLanes;
 
-int64_t groups_of(int64_t k) { return round_up(ceil_div(k, kGroup), kMultiple); }
+int64_t groups_of(int64_t k) { return round_up(ceil_div(k, kGroup), kGroupMultiple); }
 
 size_t packed_bytes(int64_t m, int64_t k) { return round_up(m, kPanel) * groups_of(k) * 4; }
 
@@ -44,37 +41,70 @@ void pack(const Int8Rows& p, int64_t begin, int64_t end) {
   }
 }
 
-// Elements [first, first + count) of `columns` columns of w as tiles read them, zero in the last groups beyond `count`,
-// and what their sums start from.
-void prepare_w(const Int8Weight& w, int64_t column, int64_t columns, int64_t first, int64_t count, uint32_t* out,
-               int32_t* start) {
-  // With scales for groups, sums start for each of them.
-  const int64_t group = w.group == 0 ? count : w.group, starts = w.group == 0 ? 1 : kMostScales;
-  const bool offset = kOffset || (kVnni && w.group != 0);
-  const int8_t* from = w.data + column * w.stride + first;
-  for (int64_t c = 0; c < columns; ++c, from += w.stride, out += kColumnGroups) {
-    // Hardware prefetchers do not go from a column to the next one.
-    for (int64_t i = 0; c + kAhead < columns && i < count; i += 64) __builtin_prefetch(from + kAhead * w.stride + i);
-    for (int64_t g = count / kGroup; g < groups_of(count); ++g) out[g] = 0;
-    if constexpr (kVnni) {
-      __builtin_memcpy(out, from, count);
-    } else {
-      auto* words = reinterpret_cast<int16_t __attribute__((may_alias))*>(out);
-      for (int64_t i = 0; i < count; ++i) words[i] = from[i];
+// What sums of a column start from, by the sums of its elements in each lane.
+int32_t start_of(VecU32 totals) {
+  uint32_t sum = 0;
+  for (int lane = 0; lane < kLanes; ++lane) sum += totals[lane];
+  return -128 * static_cast<int32_t>(sum);
+}
+
+// Copies elements [0, count) of Columns columns of w as tiles read them, zero beyond `count`. `by_rows`: with scales by
+// rows, for the tiles of panel_of_columns.
+template <int Columns>
+void copy_columns(const int8_t* w, int64_t stride, int64_t count, bool by_rows, uint32_t* out, int32_t* start) {
+  const int64_t step = by_rows ? kVectorStep : kLanes, out_stride = by_rows ? kColumnStep : kColumnGroups;
+  VecU32 totals[Columns] = {};
+  // All columns at once: each is a stream of its own, which keeps more reads of memory under way.
+  const auto copy = [&](int64_t k, int64_t elements) __attribute__((always_inline)) {
+    for (int c = 0; c < Columns; ++c) {
+      const VecU32 vector = load_w(w + c * stride + k, elements);
+      store_u32(out + c * out_stride + k / kStep * step, vector);
+      if constexpr (kVnni) {
+        if (kOffset && by_rows) totals[c] = dot(totals[c], splat_u32(0x01010101u), vector);
+      }
     }
-    for (int64_t begin = 0, s = 0; begin < count; begin += group, ++s) {
-      int32_t sum = 0;
-      for (int64_t i = begin; offset && i < count && i < begin + group; ++i) sum += from[i];
-      start[c * starts + s] = -128 * sum;
+  };
+  int64_t k = 0;
+  for (; k + kStep <= count; k += kStep) copy(k, kStep);
+  if (k < count) copy(k, count - k);
+  for (int c = 0; by_rows && c < Columns; ++c) start[c] = start_of(totals[c]);
+}
+
+// The same for each scale of a packed column. VNNI offsets rows, also those of AMX.
+void start_groups(const uint32_t* packed, int64_t groups, int64_t scale_groups, int32_t* start) {
+  for (int64_t g = 0; g < groups; g += scale_groups, ++start) {
+    VecU32 total = {};
+    for (int64_t i = 0; kVnni && i < scale_groups; i += kLanes) {
+      VecU32 vector = load_u32(packed + g + i);
+      // Lanes beyond a group of kLanes / 2 are those of the next one.
+      for (int64_t lane = scale_groups - i; lane < kLanes; ++lane) vector[lane] = 0;
+      total = dot(total, splat_u32(0x01010101u), vector);
+    }
+    *start = start_of(total);
+  }
+}
+
+// Packs elements [first, first + count) of `columns` columns of w, and says what their sums start from.
+void pack_columns(const Int8Weight& w, int64_t column, int64_t columns, int64_t first, int64_t count, uint32_t* out,
+                  int32_t* start) {
+  constexpr int kAtOnce = 16;
+  const int64_t groups = groups_of(count);
+  const int8_t* from = w.data + column * w.stride + first;
+  for (int64_t c = 0; c < columns;) {
+    uint32_t* to = out + (w.group == 0 ? column_place(c, groups) : c * kColumnGroups);
+    const bool many = columns - c >= kAtOnce;
+    const auto copy = many ? copy_columns<kAtOnce> : copy_columns<1>;
+    copy(from + c * w.stride, w.stride, count, w.group == 0, to, start + c);
+    const int64_t end = c + (many ? kAtOnce : 1);
+    for (; c < end; ++c, to += kColumnGroups) {
+      if (w.group != 0) start_groups(to, groups, w.group / kGroup, start + c * kMostScales);
     }
   }
 }
 
-int64_t sums_stride(int64_t m) { return round_up(m, kPanel) + kMoreSums; }
-
 // The scratch of a call, cut into its parts.
 struct Parts {
-  Parts(const Int8Gemm& p, int64_t columns, void* memory) {
+  Parts(const Int8Gemm& p, int64_t columns, void* memory) : blocks(ceil_div(p.k, kElements)) {
     auto* at = static_cast<char*>(memory);
     const auto take = [&](int64_t bytes) {
       char* part = at + used;
@@ -82,16 +112,22 @@ struct Parts {
       return part;
     };
     const bool gated = p.up.data != nullptr;
-    columns = round_up(columns, kMultiple);
-    w = reinterpret_cast<uint32_t*>(take(columns * kColumnGroups * 4));
-    start = reinterpret_cast<int32_t*>(take(columns * kMostScales * 4));
+    columns = round_up(columns, kColumnMultiple);
+    panel_sums = columns * kPanel;
     for (int i = 0; i < 1 + gated; ++i) {
-      sums[i] = reinterpret_cast<int32_t*>(take(columns * sums_stride(p.m) * 4));
-      results[i] = take(gated ? kGatedRows * columns * element_size(p.dtype) : 0);
+      w[i] = reinterpret_cast<uint32_t*>(take(columns * kColumnGroups * 4));
+      start[i] = reinterpret_cast<int32_t*>(take(columns * kMostScales * 4));
+      sums[i] = reinterpret_cast<int32_t*>(take((blocks > 1 ? ceil_div(p.m, kPanel) : 1) * panel_sums * 4));
+      results[i] = take(gated ? kPanel * columns * element_size(p.dtype) : 0);
     }
   }
-  uint32_t* w;
-  int32_t* start;
+
+  // Sums of a panel of rows: [columns][kPanel]. If k is one block, those of the panel before are no longer needed.
+  int32_t* sums_of(int i, int64_t row) const { return sums[i] + (blocks > 1 ? row / kPanel * panel_sums : 0); }
+
+  int64_t blocks, panel_sums;
+  uint32_t* w[2];
+  int32_t* start[2];
   int32_t* sums[2];
   void* results[2];
   size_t used = 0;
@@ -109,7 +145,7 @@ void sum_few_rows(const Int8Gemm& p, const Int8Weight& weight, int64_t begin, in
     for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
     return sum;
   };
-  for (int64_t column = begin; column < end; ++column, sums += sums_stride(p.m)) {
+  for (int64_t column = begin; column < end; ++column, sums += kPanel) {
     const int8_t* w = weight.data + column * weight.stride;
     VecU32 totals[Rows] = {}, of_w = {};
     const auto step = [&](int64_t k, int64_t count) __attribute__((always_inline)) {
@@ -135,70 +171,85 @@ void sum_few_rows_of(const Int8Gemm& p, const Int8Weight& w, int64_t begin, int6
   sum_few_rows<Rows>(p, w, begin, end, sums);
 }
 
-// The exact sums of columns [begin, end).
-void sum_products(const Int8Gemm& p, const Int8Weight& w, int64_t begin, int64_t end, const Parts& parts,
-                  int32_t* sums) {
-  if (reads_rows(p, p.m)) return sum_few_rows_of(p, w, begin, end, sums);
-  const int64_t stride = sums_stride(p.m), columns = end - begin;
-#if defined(POP_AMX)
-  const AmxTiles tiles;
-#endif
-  for (int64_t first = 0; first < p.k; first += kElements) {
-    const int64_t count = p.k - first < kElements ? p.k - first : kElements, groups = groups_of(count);
-    prepare_w(w, begin, columns, first, count, parts.w, parts.start);
-    const int64_t scales = w.group == 0 ? 1 : p.k / w.group;
-    for (int64_t row = 0; row < p.m; row += kPanel) {
-      const auto* a = static_cast<const uint32_t*>(p.rows.out) + row * groups_of(p.k) + first / kGroup * kPanel;
-      const bool half = p.m - row <= kLanes;
-      if (w.group != 0) {
-        const auto panel = half ? grouped_panel<1> : grouped_panel<kVectors>;
-        panel({.a = a,
-               .w = parts.w,
-               .groups = count / kGroup,
-               .scale_groups = w.group / kGroup,
-               .start = parts.start,
-               .scale = w.scale + begin * scales + first / w.group,
-               .scale_stride = scales,
-               .fresh = first == 0},
-              columns, reinterpret_cast<float*>(sums) + row, stride);
-        continue;
-      }
-      const auto panel = half ? panel_of_columns<1> : panel_of_columns<kVectors>;
-      panel(columns, a, parts.w, groups, parts.start, first == 0, sums + row, stride);
-    }
+// Adds the products of a block of k to the sums of a panel, from row `row` on. Weights are packed.
+void add_block(const Int8Gemm& p, const Int8Weight& w, int64_t begin, int64_t columns, int64_t first, int64_t count,
+               int64_t row, const uint32_t* packed, const int32_t* start, int32_t* sums) {
+  const auto* a = static_cast<const uint32_t*>(p.rows.out) + row * groups_of(p.k) + first / kGroup * kPanel;
+  const bool half = p.m - row <= kLanes;
+  if (w.group == 0) {
+    const auto panel = half ? panel_of_columns<1> : panel_of_columns<kVectors>;
+    return panel(columns, a, packed, groups_of(count), start, first == 0, sums);
   }
+  const int64_t scales = p.k / w.group;
+  const auto panel = half ? grouped_panel<1> : grouped_panel<kVectors>;
+  panel({.a = a,
+         .w = packed,
+         .groups = count / kGroup,
+         .scale_groups = w.group / kGroup,
+         .start = start,
+         .scale = w.scale + begin * scales + first / w.group,
+         .scale_stride = scales,
+         .fresh = first == 0},
+        columns, reinterpret_cast<float*>(sums));
 }
 
-// out [rows, columns] = the sums [columns][stride], scaled. Sums in float32 have their weight's scales: w_scale is
-// null.
-template <class T>
-void scale_rows(const int32_t* sums, int64_t stride, int64_t rows, int64_t columns, const float* a_scale,
-                const float* w_scale, T* out, int64_t out_stride) {
+// A sum times both scales. The weight's comes first: a row of large values times a small weight is finite, and so are
+// the steps to it. Sums of groups are float32 and have their weight's scales already: Grouped.
+template <bool Grouped>
+POP_INLINE Vec scaled(VecU32 sums, Vec w_scale, Vec a_scale) {
+  if constexpr (Grouped) return lane_cast<Vec>(sums) * a_scale;
+  return __builtin_convertvector(lane_cast<VecI32>(sums), Vec) * w_scale * a_scale;
+}
+
+// out [rows, columns] = the sums [columns][kPanel], scaled.
+template <bool Grouped, class T>
+void scale_rows(const int32_t* sums, int64_t rows, int64_t columns, const float* a_scale, const float* w_scale, T* out,
+                int64_t out_stride) {
   for (int64_t row = 0; row < rows; row += kLanes) {
     const int64_t block_rows = rows - row < kLanes ? rows - row : kLanes;
-    for (int64_t n = 0; n < columns; n += kLanes) {
+    int64_t n = 0;
+    VecU32 block[kLanes];
+    if constexpr (sizeof(T) == 2) {
+      // Two columns to a lane, which halves the work of transposing.
+      const Vec a_scales = load_upto(a_scale + row, block_rows);
+      for (; n + 2 * kLanes <= columns; n += 2 * kLanes) {
+        for (int c = 0; c < kLanes; ++c) {
+          VecU32 bits[2];
+          for (int i = 0; i < 2; ++i) {
+            const int64_t column = n + 2 * c + i;
+            const Vec w_scales = Grouped ? Vec{} : splat(w_scale[column]);
+            bits[i] = bits_of(T{}, scaled<Grouped>(load_u32(sums + column * kPanel + row), w_scales, a_scales));
+          }
+          block[c] = bits[0] | bits[1] << 16;
+        }
+        transpose(block);
+        for (int64_t r = 0; r < block_rows; ++r) store_u32(out + (row + r) * out_stride + n, block[r]);
+      }
+    }
+    for (; n < columns; n += kLanes) {
       const int64_t count = columns - n;
-      VecU32 block[kLanes] = {};
-      for (int64_t c = 0; c < kLanes && c < count; ++c) block[c] = load_u32(sums + (n + c) * stride + row);
+      for (int64_t c = 0; c < kLanes; ++c) block[c] = c < count ? load_u32(sums + (n + c) * kPanel + row) : VecU32{};
       transpose(block);
-      const Vec scales = w_scale == nullptr ? Vec{} : load_upto(w_scale + n, count);
+      const Vec w_scales = Grouped ? Vec{} : load_upto(w_scale + n, count);
       for (int64_t r = 0; r < block_rows; ++r) {
-        // The weight's scale first: a row of large values times a small weight is finite, and so are the steps to it.
-        const Vec scaled = w_scale == nullptr ? lane_cast<Vec>(block[r])
-                                              : __builtin_convertvector(lane_cast<VecI32>(block[r]), Vec) * scales;
-        store_upto(out + (row + r) * out_stride + n, scaled * splat(a_scale[row + r]), count);
+        store_upto(out + (row + r) * out_stride + n, scaled<Grouped>(block[r], w_scales, splat(a_scale[row + r])),
+                   count);
       }
     }
   }
 }
 
-// Scales that a column's sums are multiplied with at the end; null if they have them already.
-const float* row_scales(const Int8Weight& w, int64_t column) { return w.group == 0 ? w.scale + column : nullptr; }
-
-// The activation of both products, some rows at a time, which stay in the cache.
 template <class T>
-void activate(const Int8Gemm& p, int64_t begin, int64_t columns, const Parts& parts) {
-  const int64_t stride = sums_stride(p.m);
+void scale_rows(const Int8Gemm& p, const Int8Weight& w, int64_t begin, int64_t columns, int64_t row,
+                const int32_t* sums, T* out, int64_t out_stride) {
+  const int64_t rows = p.m - row < kPanel ? p.m - row : kPanel;
+  if (w.group != 0) return scale_rows<true>(sums, rows, columns, p.a_scale + row, nullptr, out, out_stride);
+  scale_rows<false>(sums, rows, columns, p.a_scale + row, w.scale + begin, out, out_stride);
+}
+
+// The activation of both products of a panel.
+template <class T>
+void activate(const Int8Gemm& p, int64_t begin, int64_t columns, int64_t row, const Parts& parts) {
   GatedActParams act = *p.act;
   const auto at = [&](const void* bias) { return bias == nullptr ? nullptr : static_cast<const T*>(bias) + begin; };
   act.gate_bias = at(act.gate_bias);
@@ -207,31 +258,51 @@ void activate(const Int8Gemm& p, int64_t begin, int64_t columns, const Parts& pa
   act.gate_stride = act.up_stride = columns;
   act.gate = parts.results[0];
   act.up = parts.results[1];
+  act.rows = p.m - row < kPanel ? p.m - row : kPanel;
+  act.out = static_cast<T*>(p.out) + row * p.out_stride + begin;
   act.out_stride = p.out_stride;
-  for (int64_t row = 0; row < p.m; row += kGatedRows) {
-    act.rows = p.m - row < kGatedRows ? p.m - row : kGatedRows;
-    const Int8Weight* weights[] = {&p.w, &p.up};
-    for (int i = 0; i < 2; ++i) {
-      scale_rows(parts.sums[i] + row, stride, act.rows, columns, p.a_scale + row, row_scales(*weights[i], begin),
-                 static_cast<T*>(parts.results[i]), columns);
-    }
-    act.out = static_cast<T*>(p.out) + row * p.out_stride + begin;
-    p.gated_act(act, 0, act.rows);
+  const Int8Weight* weights[] = {&p.w, &p.up};
+  for (int i = 0; i < 2; ++i) {
+    scale_rows(p, *weights[i], begin, columns, row, parts.sums_of(i, row), static_cast<T*>(parts.results[i]), columns);
   }
+  p.gated_act(act, 0, act.rows);
 }
 
+// Rounds a panel of rows, whose sums are complete.
 template <class T>
-void finish(const Int8Gemm& p, int64_t begin, int64_t columns, const Parts& parts) {
-  if (p.up.data != nullptr) return activate<T>(p, begin, columns, parts);
-  scale_rows(parts.sums[0], sums_stride(p.m), p.m, columns, p.a_scale, row_scales(p.w, begin),
-             static_cast<T*>(p.out) + begin, p.out_stride);
+void finish(const Int8Gemm& p, int64_t begin, int64_t columns, int64_t row, const Parts& parts) {
+  if (p.up.data != nullptr) return activate<T>(p, begin, columns, row, parts);
+  scale_rows(p, p.w, begin, columns, row, parts.sums_of(0, row), static_cast<T*>(p.out) + row * p.out_stride + begin,
+             p.out_stride);
 }
 
 void gemm(const Int8Gemm& p, int64_t begin, int64_t end, void* memory) {
-  const Parts parts(p, end - begin, memory);
-  sum_products(p, p.w, begin, end, parts, parts.sums[0]);
-  if (p.up.data != nullptr) sum_products(p, p.up, begin, end, parts, parts.sums[1]);
-  with_element(p.dtype, [&](auto element) { finish<decltype(element)>(p, begin, end - begin, parts); });
+  const int64_t columns = end - begin;
+  const Parts parts(p, columns, memory);
+  const Int8Weight* weights[] = {&p.w, &p.up};
+  const int count_weights = p.up.data == nullptr ? 1 : 2;
+  const auto finish_panel = [&](int64_t row) {
+    with_element(p.dtype, [&](auto element) { finish<decltype(element)>(p, begin, columns, row, parts); });
+  };
+  if (reads_rows(p, p.m)) {
+    for (int i = 0; i < count_weights; ++i) sum_few_rows_of(p, *weights[i], begin, end, parts.sums[i]);
+    return finish_panel(0);
+  }
+#if defined(POP_AMX)
+  const AmxTiles tiles;
+#endif
+  for (int64_t first = 0; first < p.k; first += kElements) {
+    const int64_t count = p.k - first < kElements ? p.k - first : kElements;
+    for (int i = 0; i < count_weights; ++i) {
+      pack_columns(*weights[i], begin, columns, first, count, parts.w[i], parts.start[i]);
+    }
+    for (int64_t row = 0; row < p.m; row += kPanel) {
+      for (int i = 0; i < count_weights; ++i) {
+        add_block(p, *weights[i], begin, columns, first, count, row, parts.w[i], parts.start[i], parts.sums_of(i, row));
+      }
+      if (first + count == p.k) finish_panel(row);
+    }
+  }
 }
 
 }  // namespace
@@ -240,6 +311,7 @@ extern const Int8Kernels int8_kernels = {
     .name = POP_STRINGIFY(POP_ISA),
     .panel = kPanel,
     .tile_columns = kTileColumns,
+    .most_columns = kLanes == 16 ? 256 : 128,
     .reads_rows = reads_rows,
     .packed_bytes = packed_bytes,
     .pack = pack,

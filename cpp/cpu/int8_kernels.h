@@ -45,9 +45,12 @@ struct Int8Gemm {
 };
 
 struct Int8Kernels {
-  const char* name;      // "amx_int8", "avx512_vnni", "avx_vnni", "avx2", "baseline"
+  const char* name;      // "amx", "avx512_vnni", "avx_vnni", "avx2", "baseline"
   int64_t panel;         // rows of a that are packed together
   int64_t tile_columns;  // blocks of columns are multiples of this but for the last, for the best speed
+  // The most columns that a thread computes at a time, of both products together where there are two: w and the sums
+  // stay in L2, which has 1 or 2 MB with AVX-512 and less in older processors.
+  int64_t most_columns;
   bool (*reads_rows)(const Int8Gemm&, int64_t m);  // a product of so few rows reads a as it is
   size_t (*packed_bytes)(int64_t m, int64_t k);
   void (*pack)(const Int8Rows&, int64_t begin, int64_t end);  // panels [begin, end)
@@ -68,7 +71,7 @@ extern const Int8Kernels int8_kernels;
 namespace avx512_vnni {
 extern const Int8Kernels int8_kernels;
 }
-namespace amx_int8 {
+namespace amx {
 extern const Int8Kernels int8_kernels;
 }
 

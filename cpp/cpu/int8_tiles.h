@@ -28,14 +28,16 @@ constexpr int kTileColumns = 2;  // the plain form needs registers for halves
 #endif
 
 constexpr bool kOffset = kVnni && !kAmx;  // packed rows are offset by 128
-constexpr int kMultiple = kAmx ? 16 : 1;  // tiles read a multiple of so many columns and groups
+// Tiles of AMX read a multiple of so many groups and columns.
+constexpr int kGroupMultiple = kAmx ? 16 : 1, kColumnMultiple = kAmx ? kTileColumns : 1;
 
-constexpr int64_t kPanelBytes = 16 << 10;  // of a block of k of one panel: half of L1
+// Of a block of k of one panel: half of L1. AMX reads panels from L2 as fast as L1 lets it read w beside them, and
+// moving sums between blocks would cost it more.
+constexpr int64_t kPanelBytes = kAmx ? 64 << 10 : 16 << 10;
 constexpr int64_t kGroups = kPanelBytes / (kPanel * 4);
 constexpr int64_t kElements = kGroups * kGroup;
 // Columns of w in scratch lie apart by a little more than a block, so that they do not compete for sets of the cache.
-// So do the sums of columns.
-constexpr int64_t kColumnGroups = kGroups + 16, kMoreSums = 16;
+constexpr int64_t kColumnGroups = kGroups + 16;
 constexpr int64_t kMostScales = kElements / 32;  // of a block of k
 
 // A block of k of a product with a scale for each group of elements along k, whose sums are float32.
@@ -51,10 +53,10 @@ struct GroupedBlock {
 };
 
 template <int Columns, int Vectors>
-void grouped_tile(const GroupedBlock& b, int64_t column, float* sums, int64_t stride) {
+void grouped_tile(const GroupedBlock& b, int64_t column, float* sums) {
   Vec totals[Columns][Vectors];
   for (int c = 0; c < Columns; ++c) {
-    for (int v = 0; v < Vectors; ++v) totals[c][v] = b.fresh ? Vec{} : load(sums + c * stride + v * kLanes);
+    for (int v = 0; v < Vectors; ++v) totals[c][v] = b.fresh ? Vec{} : load(sums + c * kPanel + v * kLanes);
   }
   const uint32_t* w = b.w + column * kColumnGroups;
   for (int64_t g = 0, scale = 0; g < b.groups; ++scale) {
@@ -83,12 +85,12 @@ void grouped_tile(const GroupedBlock& b, int64_t column, float* sums, int64_t st
     }
   }
   for (int c = 0; c < Columns; ++c) {
-    for (int v = 0; v < Vectors; ++v) store(sums + c * stride + v * kLanes, totals[c][v]);
+    for (int v = 0; v < Vectors; ++v) store(sums + c * kPanel + v * kLanes, totals[c][v]);
   }
 }
 
 template <int Vectors>
-void grouped_panel(const GroupedBlock& b, int64_t columns, float* sums, int64_t stride) {
+void grouped_panel(const GroupedBlock& b, int64_t columns, float* sums) {
 #if defined(__AVX512F__)
   constexpr int kTile = 6;  // 12 sums, 12 of a group, 2 operands of a and 1 of w in 32 registers
 #else
@@ -96,38 +98,43 @@ void grouped_panel(const GroupedBlock& b, int64_t columns, float* sums, int64_t 
 #endif
   int64_t column = 0;
   for (; column + kTile <= columns; column += kTile) {
-    grouped_tile<kTile, Vectors>(b, column, sums + column * stride, stride);
+    grouped_tile<kTile, Vectors>(b, column, sums + column * kPanel);
   }
-  for (; column < columns; ++column) grouped_tile<1, Vectors>(b, column, sums + column * stride, stride);
+  for (; column < columns; ++column) grouped_tile<1, Vectors>(b, column, sums + column * kPanel);
 }
 
 #if defined(POP_AMX)
 
-static_assert(kMultiple == kAmxRows && kMultiple == kAmxGroups && kPanel == 2 * kAmxRows);
+// Where packed columns lie, and how far their vectors of kLanes groups, and neighbouring columns of a tile, are apart.
+int64_t column_place(int64_t column, int64_t groups) { return amx_column(column, groups); }
+constexpr int64_t kVectorStep = kAmxStep, kColumnStep = kAmxGroups;
+
+static_assert(kGroupMultiple == kAmxGroups && kColumnMultiple == 2 * kAmxRows && kPanel == kAmxSums);
 
 // The tiles of one panel. Sums start from zero.
 template <int Vectors>
 void panel_of_columns(int64_t columns, const uint32_t* a, const uint32_t* w, int64_t groups, const int32_t* /*start*/,
-                      bool fresh, int32_t* sums, int64_t stride) {
+                      bool fresh, int32_t* sums) {
   for (int64_t column = 0; column < columns; column += kTileColumns) {
     const auto tile = columns - column > kAmxRows ? amx_tile<2, Vectors> : amx_tile<1, Vectors>;
-    tile(a, kPanel * 4, w + column * kColumnGroups, kColumnGroups * 4, groups, fresh, sums + column * stride,
-         stride * 4);
+    tile(a, w + amx_column(column, groups), groups, fresh, sums + column * kPanel);
   }
 }
 
 #else
 
-// sums [Columns][stride] of Vectors * kLanes rows: themselves, or zero if `fresh`, + start + the products of `groups`
+int64_t column_place(int64_t column, int64_t /*groups*/) { return column * kColumnGroups; }
+constexpr int64_t kVectorStep = kLanes, kColumnStep = kColumnGroups;
+
+// sums [Columns][kPanel] of Vectors * kLanes rows: themselves, or zero if `fresh`, + start + the products of `groups`
 // groups.
 template <int Columns, int Vectors>
-void tile(const uint32_t* a, const uint32_t* w, int64_t groups, const int32_t* start, bool fresh, int32_t* sums,
-          int64_t stride) {
+void tile(const uint32_t* a, const uint32_t* w, int64_t groups, const int32_t* start, bool fresh, int32_t* sums) {
   VecU32 totals[Columns][Vectors];
   for (int c = 0; c < Columns; ++c) {
     for (int v = 0; v < Vectors; ++v) {
       totals[c][v] = splat_u32(static_cast<uint32_t>(start[c]));
-      if (!fresh) totals[c][v] += load_u32(sums + c * stride + v * kLanes);
+      if (!fresh) totals[c][v] += load_u32(sums + c * kPanel + v * kLanes);
     }
   }
   for (int64_t g = 0; g < groups; ++g) {
@@ -139,28 +146,28 @@ void tile(const uint32_t* a, const uint32_t* w, int64_t groups, const int32_t* s
     }
   }
   for (int c = 0; c < Columns; ++c) {
-    for (int v = 0; v < Vectors; ++v) store_u32(sums + c * stride + v * kLanes, totals[c][v]);
+    for (int v = 0; v < Vectors; ++v) store_u32(sums + c * kPanel + v * kLanes, totals[c][v]);
   }
 }
 
 template <int Vectors, int Columns = kTileColumns>
 POP_INLINE void tile_of(int64_t columns, const uint32_t* a, const uint32_t* w, int64_t groups, const int32_t* start,
-                        bool fresh, int32_t* sums, int64_t stride) {
+                        bool fresh, int32_t* sums) {
   if constexpr (Columns > 1) {
-    if (columns < Columns) return tile_of<Vectors, Columns - 1>(columns, a, w, groups, start, fresh, sums, stride);
+    if (columns < Columns) return tile_of<Vectors, Columns - 1>(columns, a, w, groups, start, fresh, sums);
   }
-  tile<Columns, Vectors>(a, w, groups, start, fresh, sums, stride);
+  tile<Columns, Vectors>(a, w, groups, start, fresh, sums);
 }
 
 // The tiles of one panel, of nearly equal width.
 template <int Vectors>
 void panel_of_columns(int64_t columns, const uint32_t* a, const uint32_t* w, int64_t groups, const int32_t* start,
-                      bool fresh, int32_t* sums, int64_t stride) {
+                      bool fresh, int32_t* sums) {
   const int64_t tiles = ceil_div(columns, kTileColumns);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t column = columns * t / tiles, end = columns * (t + 1) / tiles;
-    tile_of<Vectors>(end - column, a, w + column * kColumnGroups, groups, start + column, fresh, sums + column * stride,
-                     stride);
+    tile_of<Vectors>(end - column, a, w + column * kColumnGroups, groups, start + column, fresh,
+                     sums + column * kPanel);
   }
 }
 

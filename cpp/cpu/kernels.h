@@ -19,7 +19,7 @@ struct AttentionTask {
 };
 
 struct Kernels {
-  const char* name;  // "avx512_bf16", "avx2", "baseline"
+  const char* name;  // "amx", "avx512_bf16", "avx2", "baseline"
 
   // Rows [begin, end) of the params' rows.
   void (*embed)(const EmbedParams&, int64_t begin, int64_t end);
@@ -50,10 +50,12 @@ extern const Kernels kernels;
 namespace avx512_bf16 {
 extern const Kernels kernels;
 }
+namespace amx {
+extern const Kernels kernels;
+}
 
 // The best table that this processor can run. The environment variable POP_CPU_ISA=baseline|avx2|avx_vnni|avx512_vnni|
-// avx512_bf16|amx_int8 selects the best one that needs no higher set than that. amx_int8 is the highest: every
-// processor with AMX-INT8 has AVX-512 BF16, but not the reverse.
+// avx512_bf16|amx selects the best one that needs no higher set than that.
 const Kernels& kernels();
 
 }  // namespace pop::cpu

@@ -133,6 +133,19 @@ POP_INLINE void store(Float16* to, Vec value) {
 #endif
 }
 
+// The bits of each lane in the element type.
+POP_INLINE VecU32 bits_of(BFloat16, Vec value) { return bf16_bits(value); }
+
+POP_INLINE VecU32 bits_of(Float16, Vec value) {
+#if defined(__F16C__) || defined(__AVX512F__)
+  Float16 lanes[kLanes];
+  store(lanes, value);
+  return load_u16(lanes);
+#else
+  return f16_bits(value);
+#endif
+}
+
 // Loads the first 1 <= `count` < kLanes elements; the other lanes are zero.
 template <class T>
 POP_INLINE Vec load_tail(const T* from, int64_t count) {

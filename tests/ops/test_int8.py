@@ -17,10 +17,10 @@ pop = torch.ops.pop
 pytestmark = pytest.mark.cpu
 
 # Rows on both sides of the lanes of a vector (4, 8, 16), of a panel (8, 16, 32) and of what is packed at once (512).
-# Columns on both sides of a tile (2, 6, 12, 32), of a vector and of a task (128). Widths on both sides of a group of 2
-# or 4, of a tile of AMX (64) and of a block of k (512 and 1024).
+# Columns on both sides of a tile (2, 6, 12, 32), of a vector and of a task (128 or 256). Widths on both sides of a group of 2
+# or 4, of a tile of AMX (64) and of a block of k (512 or 2048).
 ROWS = [1, 2, 4, 5, 8, 9, 15, 17, 31, 33, 97, 193, 511, 513, 1031]
-COLUMNS = [1, 5, 6, 7, 8, 12, 13, 16, 31, 33, 127, 129, 300, 515]
+COLUMNS = [1, 5, 6, 7, 8, 12, 13, 16, 31, 33, 127, 129, 257, 515]
 WIDTHS = [1, 2, 3, 4, 5, 63, 65, 511, 513, 1025, 2051]
 MOST = 132104  # elements along k
 
@@ -239,7 +239,7 @@ def test_bad_operands_are_refused_by_name():
 
 
 def test_the_selected_instruction_set_is_the_highest_that_runs_rounded_or_not():
-    order = ["baseline", "avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8"]
+    order = ["baseline", "avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx"]
     wanted = os.environ.get("POP_CPU_ISA") or order[-1]
     assert order.index(torch.ops.pop.int8_isa()) <= order.index(wanted)
     if wanted in ("baseline", "avx2"):  # every processor that can be asked for it has the same for integers

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 BUILD = Path(pop_ext.__file__).parents[2].name
-ISAS = ["avx512_bf16", "avx2", "baseline"]
+ISAS = ["amx", "avx512_bf16", "avx2", "baseline"]
 RACE = """
 from threads import run_threads
 run_threads(*[lambda: torch.ops.pop.planted_race(5_000_000)] * 2)

@@ -1,4 +1,4 @@
-// For tests only: the intrinsics of AMX-TILE and AMX-INT8 that cpp/cpu/int8_amx.h uses, in plain C++. Like the
+// For tests only: the intrinsics of AMX-TILE, AMX-INT8 and AMX-BF16 that cpp/cpu uses, in plain C++. Like the
 // processor, they end the process on a tile that is not configured and on operands whose shapes do not match. A tile's
 // number is a constant here, too.
 #pragma once
@@ -94,6 +94,39 @@ void add_products() {
   }
 }
 
+// sum[row][lane] += a[row][2 pair + i] * b[pair][2 lane + i], all bfloat16, in float32: the first elements of all pairs,
+// the second ones, and then both together.
+template <int Sum, int A, int B>
+void add_bf16_products() {
+  static_assert(Sum != A && Sum != B && A != B);
+  Tile& sum = configured<Sum>();
+  const Tile &a = configured<A>(), &b = configured<B>();
+  check(sum.row_bytes % 4 == 0 && a.row_bytes % 4 == 0);
+  check(sum.rows == a.rows && sum.row_bytes == b.row_bytes && a.row_bytes / 4 == b.rows);
+  const auto element = [](const uint8_t* row, int index) {
+    uint16_t bits;
+    __builtin_memcpy(&bits, row + 2 * index, sizeof(bits));
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    __builtin_memcpy(&value, &wide, sizeof(value));
+    return value;
+  };
+  for (int row = 0; row < sum.rows; ++row) {
+    float sums[16];
+    __builtin_memcpy(sums, sum.bytes[row], sizeof(sums));
+    for (int lane = 0; lane < sum.row_bytes / 4; ++lane) {
+      float parts[2] = {};
+      for (int pair = 0; pair < b.rows; ++pair) {
+        for (int i = 0; i < 2; ++i) {
+          parts[i] += element(a.bytes[row], 2 * pair + i) * element(b.bytes[pair], 2 * lane + i);
+        }
+      }
+      sums[lane] += parts[0] + parts[1];
+    }
+    __builtin_memcpy(sum.bytes[row], sums, sizeof(sums));
+  }
+}
+
 }  // namespace
 }  // namespace emulated_amx
 
@@ -103,3 +136,4 @@ void add_products() {
 #define _tile_loadd(tile, from, stride) emulated_amx::load<tile>(from, stride)
 #define _tile_stored(tile, to, stride) emulated_amx::store<tile>(to, stride)
 #define _tile_dpbssd(sum, a, b) emulated_amx::add_products<sum, a, b>()
+#define _tile_dpbf16ps(sum, a, b) emulated_amx::add_bf16_products<sum, a, b>()

@@ -10,9 +10,9 @@ from pathlib import Path
 import pop_ext  # noqa: F401  (registers torch.ops.pop)
 import torch
 
-ISAS = ["baseline", "avx2", "avx512_bf16"]
+ISAS = ["baseline", "avx2", "avx512_bf16", "amx"]
 """From the lowest to the highest."""
-INT8_ISAS = ["baseline", "avx2", "avx_vnni", "avx512_vnni", "amx_int8"]
+INT8_ISAS = ["baseline", "avx2", "avx_vnni", "avx512_vnni", "amx"]
 """The same of products of 8-bit integers."""
 
 
