@@ -10,19 +10,6 @@
 namespace pop::cpu::POP_ISA {
 namespace {
 
-// a > b ? a : b, and b where one of them is a NaN.
-POP_INLINE Vec max(Vec a, Vec b) {
-#if defined(__AVX512F__)
-  return _mm512_maskz_max_ps(0xffff, a, b);  // the plain form draws a false warning from g++ 12
-#elif defined(__AVX__)
-  return _mm256_max_ps(a, b);
-#elif defined(__SSE2__)
-  return _mm_max_ps(a, b);
-#else
-  return a > b ? a : b;
-#endif
-}
-
 // 2^x for x < 128: 0 below -126.5, NaN for NaN. Relative error 7.5e-5 with kDegree 3, a fiftieth of a
 // bfloat16's last place, and 2e-7 with kDegree 5. Polynomials: least maximum relative error on [-1/2, 1/2].
 template <int kDegree>

@@ -5,28 +5,31 @@
 namespace pop::cpu::POP_ISA {
 namespace {
 
+// NaN counts as nothing.
 template <class T>
 POP_INLINE float largest_magnitude(const T* x, int64_t width) {
-  Vec largest = {};
-  for (int64_t i = 0; i < width; i += kLanes) {
-    const Vec value = load_upto(x + i, width - i);
-    const Vec magnitude = value < 0.0f ? -value : value;
-    largest = magnitude > largest ? magnitude : largest;
+  // Some vectors at once: a maximum waits for the one before it.
+  constexpr int kAtOnce = 4;
+  Vec largest[kAtOnce] = {};
+  const auto step = [&](int64_t i, int slot) __attribute__((always_inline)) {
+    const VecU32 bits = lane_cast<VecU32>(load_upto(x + i, width - i));
+    largest[slot] = max(lane_cast<Vec>(bits & 0x7fffffffu), largest[slot]);
+  };
+  int64_t i = 0;
+  for (; i + kAtOnce * kLanes <= width; i += kAtOnce * kLanes) {
+    for (int slot = 0; slot < kAtOnce; ++slot) step(i + slot * kLanes, slot);
   }
+  for (; i < width; i += kLanes) step(i, 0);
+  for (int slot = 1; slot < kAtOnce; ++slot) largest[0] = max(largest[slot], largest[0]);
   float most = 0.0f;
-  for (int lane = 0; lane < kLanes; ++lane) most = largest[lane] > most ? largest[lane] : most;
+  for (int lane = 0; lane < kLanes; ++lane) most = largest[0][lane] > most ? largest[0][lane] : most;
   return most;
 }
 
 // Stores the low 8 bits of the first min(count, kLanes) lanes.
 POP_INLINE void store_bytes(uint8_t* to, VecU32 lanes, int64_t count) {
-  using VecU8 = uint8_t __attribute__((vector_size(kLanes)));
-  if (count >= kLanes) {
-    const VecU8 bytes = __builtin_convertvector(lanes, VecU8);
-    __builtin_memcpy(to, &bytes, sizeof(bytes));
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<uint8_t>(lanes[i]);
-  }
+  if (count >= kLanes) return store_u8(to, lanes);
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<uint8_t>(lanes[i]);
 }
 
 template <class T>

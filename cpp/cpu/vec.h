@@ -7,7 +7,7 @@
 #include "core/model_spec.h"
 #include "row_math.h"
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__SSE2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -57,6 +57,19 @@ POP_INLINE float float_of(BFloat16 value) { return bf16_value<float>(value.bits)
 POP_INLINE float float_of(Float16 value) { return f16_value<float>(value.bits); }
 
 POP_INLINE Vec splat(float value) { return value - Vec{}; }
+
+// a > b ? a : b, and b where one of them is a NaN.
+POP_INLINE Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(0xffff, a, b);  // the plain form draws a false warning from g++ 12
+#elif defined(__AVX__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 POP_INLINE Vec load(const float* from) {
   Vec value;
@@ -118,6 +131,17 @@ POP_INLINE void store_u16(void* to, VecU32 value) {
 #else
   const VecU16 bits = __builtin_convertvector(value, VecU16);
   __builtin_memcpy(to, &bits, sizeof(bits));
+#endif
+}
+
+// Stores the low 8 bits of each lane.
+POP_INLINE void store_u8(void* to, VecU32 value) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(kAll, lane_cast<__m512i>(value)));
+#else
+  using VecU8 = uint8_t __attribute__((vector_size(kLanes)));
+  const VecU8 bytes = __builtin_convertvector(value, VecU8);
+  __builtin_memcpy(to, &bytes, sizeof(bytes));
 #endif
 }
 

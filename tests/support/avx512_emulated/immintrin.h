@@ -52,6 +52,7 @@ inline uint16_t narrow(float value) {
 
 inline __m128i _mm_loadu_si128(const __m128i* from) { return avx512_emulated::read<__m128i>(from); }
 inline __m256i _mm256_loadu_si256(const __m256i* from) { return avx512_emulated::read<__m256i>(from); }
+inline void _mm_storeu_si128(__m128i* to, __m128i value) { __builtin_memcpy(to, &value, sizeof(value)); }
 inline void _mm256_storeu_si256(__m256i* to, __m256i value) { __builtin_memcpy(to, &value, sizeof(value)); }
 inline __m512i _mm512_loadu_si512(const void* from) { return avx512_emulated::read<__m512i>(from); }
 
@@ -74,6 +75,13 @@ inline __m256i _mm512_maskz_cvtepi32_epi16(__mmask16 mask, __m512i from) {
   avx512_emulated::HalfWords out;
   for (int i = 0; i < 16; ++i) out[i] = mask >> i & 1 ? static_cast<uint16_t>(ints[i]) : 0;
   return avx512_emulated::bits<__m256i>(out);
+}
+
+inline __m128i _mm512_maskz_cvtepi32_epi8(__mmask16 mask, __m512i from) {
+  const auto ints = avx512_emulated::bits<avx512_emulated::Ints>(from);
+  avx512_emulated::Bytes out;
+  for (int i = 0; i < 16; ++i) out[i] = mask >> i & 1 ? static_cast<int8_t>(ints[i]) : 0;
+  return avx512_emulated::bits<__m128i>(out);
 }
 
 inline __m512 _mm512_maskz_cvtph_ps(__mmask16 mask, __m256i from) {
