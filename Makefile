@@ -129,9 +129,9 @@ cuda-mutants: $(FOR_LINT)
 	cmake --build build/shim --target cuda_checks cuda_races
 	$(PYTHON) scripts/cuda_mutants.py $(MUTANTS)
 
-# The AVX-512 kernels in plain C++, for processors without them (tests/support/avx512_emulated); not what other tables of RoPE,
-# schemas and the kernels of lesser processors do, which the tests themselves have shown. Products of 8-bit integers run
-# with AMX, then with each VNNI.
+# The kernels of AVX-512 and AMX in plain C++, for processors without them (tests/support/avx512_emulated); not what
+# other tables of RoPE, schemas and the kernels of lesser processors do, which the tests themselves have shown. All run
+# with AMX, then attention without it, and products of 8-bit integers with each VNNI.
 AVX512_TESTS ?= tests/ops/test_cpu_kernels.py tests/ops/test_attention_op.py tests/ops/test_op_kernels.py \
   tests/ops/test_op_norms_and_caps.py tests/ops/test_rope_forms.py tests/ops/test_op_prefill.py \
   tests/ops/test_op_experts.py tests/ops/test_clamped_swiglu.py tests/hf/test_native_prefill.py \
@@ -143,6 +143,8 @@ avx512: $(FOR_LINT)
 	  -DPython_EXECUTABLE="$$(command -v $(PYTHON))"
 	cmake --build build/avx512
 	PYTHONPATH=build/avx512/python $(PYTHON) $(PYTEST) -q -k 'not (lesser or rope_scaling or opcheck)' $(AVX512_TESTS)
+	POP_CPU_ISA=avx512_bf16 PYTHONPATH=build/avx512/python $(PYTHON) $(PYTEST) -q -k 'not lesser' \
+	  tests/ops/test_attention_op.py
 	for isa in avx512_vnni avx_vnni; do \
 	  POP_CPU_ISA=$$isa PYTHONPATH=build/avx512/python $(PYTHON) $(PYTEST) -q -k 'not lesser' tests/ops/test_int8.py || exit; done
 
@@ -172,7 +174,7 @@ asan: $(FOR_LINT)
 	cmake --build build/asan
 	$(call sanitized,asan) tests/sanitizers/planted_faults.py
 	$(call sanitized,asan) -k '$(NOT_SANITIZED)' $(ASAN_CALLS) $(ASAN_KERNELS)
-	for isa in avx2 baseline; do POP_CPU_ISA=$$isa; export POP_CPU_ISA; \
+	for isa in avx512_bf16 avx2 baseline; do POP_CPU_ISA=$$isa; export POP_CPU_ISA; \
 	  $(call sanitized,asan) -k '$(NOT_SANITIZED)' $(ASAN_KERNELS) || exit; done
 	POP_CPU_ISA=avx512_vnni; export POP_CPU_ISA; $(call sanitized,asan) -k '$(NOT_SANITIZED)' tests/ops/test_int8.py
 

@@ -1,7 +1,8 @@
-// Tiles of Intel AMX: matrices of 16 rows of 64 bytes, eight to a processor.
+// Tiles of Intel AMX: eight registers of a core, of 16 rows of 64 bytes each.
 //
 // Intrinsics take the number of a tile as a literal. g++ hides from the optimiser that they read memory, so stores that
-// they are to see come before amx_fence().
+// they are to see come before amx_fence(). Pointers that are sums are in parentheses: some headers cast the argument
+// without any.
 #pragma once
 
 #include <immintrin.h>
@@ -25,7 +26,7 @@ struct AmxConfiguration {
 static_assert(sizeof(AmxConfiguration) == 64);
 alignas(64) constexpr AmxConfiguration kAmxConfiguration;
 
-// Tiles for as long as it lives. Released ones cost a switch of threads nothing.
+// Tiles for as long as it lives. A released tile is not saved when the system switches threads.
 struct AmxTiles {
   AmxTiles() { _tile_loadconfig(&kAmxConfiguration); }
   ~AmxTiles() { _tile_release(); }

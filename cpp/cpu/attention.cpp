@@ -10,20 +10,21 @@
 // form c[r, lane] += a(r, u) * b[u, lane] with a broadcast:
 //   scores[key, lane]  = sum over d    of K[key, d] * Q[d, lane]        K in the layout of the cache
 //   O[channel, lane]  += sum over keys of V[key, channel] * P[key, lane]
-// Q is transposed once per task; K and V are copied a tile of 64 keys at a time, for all lanes of the task. With
-// vdpbf16ps a step of u is a pair of bfloat16: adjacent elements along d in Q and K, two keys in V and P, which are
-// interleaved when V is packed and P is rounded. Otherwise operands are float32. Tiles that no lane sees are skipped,
-// within a task also groups of 8 keys, and only tiles at an edge of the mask compare positions. Sums are rescaled only
-// if a maximum grew by more than kSlack. A lane with a sink starts as if it had seen a key of that score, whose value
-// is zero.
+// Q is transposed once per task; K and V are copied a tile of keys at a time (TileConfig::kKeys), for all lanes of the
+// task. With vdpbf16ps a step of u is a pair of bfloat16: adjacent elements along d in Q and K, two keys in V and P,
+// which are interleaved when V is packed and P is rounded. Otherwise operands are float32. Tiles that no lane sees are
+// skipped, within a task also groups of 8 keys (with AMX 16 for scores and 32 for values), and only tiles at an edge of
+// the mask compare positions. Sums are rescaled only if a maximum grew by more than kSlack. A lane with a sink starts
+// as if it had seen a key of that score, whose value is zero.
 //
-// With AMX, both products are those of tiles (attention_amx.h).
+// With AMX both products are those of its tiles (attention_amx.h), for bfloat16 and a head_dim that is a multiple of
+// 32: 16 x 16 scores of head_dim 64 take 64 cycles of products and about 120 of softmax, which is then the longer part.
 //
 // Stream path (attention_stream.h): at most 8 lanes, bfloat16 with AVX512_BF16. Dot products along d and sums along
 // channels read K and V from the cache, without packing.
 //
 // The bits of a row depend on its own q, its keys and the number of rows of its segment (which selects the path), never
-// on other rows, sequences or the cut into tasks: hidden keys add exact zeros.
+// on other rows, sequences or the cut into tasks: hidden keys add exact zeros, if their values are finite.
 #include "attention.h"
 
 #include "attention_stream.h"

@@ -22,8 +22,8 @@ struct AmxUnits : PairUnits {
   static bool suits(int64_t head_dim) { return head_dim % (kDepth * kUnits) == 0; }
 };
 
-// c[r, lane] (+)= sum over u of a[r, u] * b[u, lane], for multiples of 16 rows and units. Sums are in tiles 0 to 2, an
-// operand of b in 4 to 6: the products of three sums take as long as the longest wait for one.
+// c[r, lane] (+)= sum over u of a[r, u] * b[u, lane], for multiples of 16 rows and units. Sums are in tiles 0 to 2, a
+// in 7 and b in 4 to 6. Three sums in turn hide the latency of a product.
 template <int kVecs, bool kAdd>
 void multiply_tiles(int64_t rows, int64_t units, const float* a, int64_t a_stride, const float* b, float* c) {
   static_assert(kVecs >= 1 && kVecs <= 3);
@@ -33,8 +33,8 @@ void multiply_tiles(int64_t rows, int64_t units, const float* a, int64_t a_strid
     float* sums = c + r * TileConfig::kWidth;
     if constexpr (kAdd) {
       _tile_loadd(0, sums, kStride);
-      if constexpr (kVecs > 1) _tile_loadd(1, sums + kLanes, kStride);
-      if constexpr (kVecs > 2) _tile_loadd(2, sums + 2 * kLanes, kStride);
+      if constexpr (kVecs > 1) _tile_loadd(1, (sums + kLanes), kStride);
+      if constexpr (kVecs > 2) _tile_loadd(2, (sums + 2 * kLanes), kStride);
     } else {
       _tile_zero(0);
       _tile_zero(1);
@@ -42,26 +42,33 @@ void multiply_tiles(int64_t rows, int64_t units, const float* a, int64_t a_strid
     }
     for (int64_t u = 0; u < units; u += AmxUnits::kUnits) {
       const float* lanes = b + u * TileConfig::kWidth;
-      _tile_loadd(7, a + r * a_stride + u, a_stride * 4);
+      _tile_loadd(7, (a + r * a_stride + u), a_stride * 4);
       _tile_loadd(4, lanes, kStride);
       _tile_dpbf16ps(0, 7, 4);
       if constexpr (kVecs > 1) {
-        _tile_loadd(5, lanes + kLanes, kStride);
+        _tile_loadd(5, (lanes + kLanes), kStride);
         _tile_dpbf16ps(1, 7, 5);
       }
       if constexpr (kVecs > 2) {
-        _tile_loadd(6, lanes + 2 * kLanes, kStride);
+        _tile_loadd(6, (lanes + 2 * kLanes), kStride);
         _tile_dpbf16ps(2, 7, 6);
       }
     }
     _tile_stored(0, sums, kStride);
-    if constexpr (kVecs > 1) _tile_stored(1, sums + kLanes, kStride);
-    if constexpr (kVecs > 2) _tile_stored(2, sums + 2 * kLanes, kStride);
+    if constexpr (kVecs > 1) _tile_stored(1, (sums + kLanes), kStride);
+    if constexpr (kVecs > 2) _tile_stored(2, (sums + 2 * kLanes), kStride);
   }
   amx_fence();
 }
 
+#else
+
+struct AmxTiles {};
+
 #endif
+
+// Nothing, where products need no tiles.
+struct NoTiles {};
 
 }  // namespace
 }  // namespace pop::cpu::POP_ISA

@@ -1,6 +1,8 @@
 // The tile path of attention.cpp: scratch, products and packing of one task.
 #pragma once
 
+#include <type_traits>
+
 #include "attention_amx.h"
 #include "attention_task.h"
 
@@ -153,9 +155,7 @@ class TileTask {
         s_(scratch, width_, params.head_dim, Units::kDepth) {}
 
   void run() {
-#if defined(POP_AMX)
-    const AmxTiles tiles;
-#endif
+    [[maybe_unused]] const std::conditional_t<Units::kTiles, AmxTiles, NoTiles> tiles{};
     load_queries();
     // Tiles start at multiples of kKeys, whatever the task: a row has the same tiles in any task.
     for (int64_t key = rows_.lowest_key() / C::kKeys * C::kKeys; key < rows_.keys(); key += C::kKeys) {

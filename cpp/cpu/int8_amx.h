@@ -20,8 +20,8 @@ inline int64_t amx_column(int64_t column, int64_t groups) {
 // sums [Columns * 16][kAmxSums]: themselves, or zero if `fresh`, + the products of `groups` groups, a multiple of
 // kAmxGroups, of a [groups][kAmxSums] and of packed columns.
 //
-// A product starts every 16 cycles and takes longer to arrive, so four sums are added to in turn. Their four loads from
-// L1 take 8 cycles each, at two rows a cycle: half of the time of the products.
+// A product starts every 16 cycles and takes longer to arrive, so four sums are added to in turn. Their four operands,
+// 4 KiB, come from L2, which is the limit.
 constexpr int64_t kAmxSums = 2 * kAmxRows;
 template <int Columns, int Rows>
 void amx_tile(const uint32_t* a, const uint32_t* w, int64_t groups, bool fresh, int32_t* sums) {
@@ -37,28 +37,28 @@ void amx_tile(const uint32_t* a, const uint32_t* w, int64_t groups, bool fresh, 
     _tile_zero(3);
   } else {
     _tile_loadd(0, sums, kStride);
-    if constexpr (Rows == 2) _tile_loadd(1, sums + kAmxRows, kStride);
+    if constexpr (Rows == 2) _tile_loadd(1, (sums + kAmxRows), kStride);
     if constexpr (Columns == 2) _tile_loadd(2, more_sums, kStride);
-    if constexpr (Columns == 2 && Rows == 2) _tile_loadd(3, more_sums + kAmxRows, kStride);
+    if constexpr (Columns == 2 && Rows == 2) _tile_loadd(3, (more_sums + kAmxRows), kStride);
   }
   for (int64_t g = 0; g < groups; g += kAmxGroups, a += kAmxGroups * kAmxSums, w += kAmxStep) {
     _tile_loadd(4, w, kAmxBytes);
     _tile_loadd(6, a, kStride);
     _tile_dpbssd(0, 4, 6);
     if constexpr (Rows == 2) {
-      _tile_loadd(7, a + kAmxRows, kStride);
+      _tile_loadd(7, (a + kAmxRows), kStride);
       _tile_dpbssd(1, 4, 7);
     }
     if constexpr (Columns == 2) {
-      _tile_loadd(5, w + kAmxRows * kAmxGroups, kAmxBytes);
+      _tile_loadd(5, (w + kAmxRows * kAmxGroups), kAmxBytes);
       _tile_dpbssd(2, 5, 6);
     }
     if constexpr (Columns == 2 && Rows == 2) _tile_dpbssd(3, 5, 7);
   }
   _tile_stored(0, sums, kStride);
-  if constexpr (Rows == 2) _tile_stored(1, sums + kAmxRows, kStride);
+  if constexpr (Rows == 2) _tile_stored(1, (sums + kAmxRows), kStride);
   if constexpr (Columns == 2) _tile_stored(2, more_sums, kStride);
-  if constexpr (Columns == 2 && Rows == 2) _tile_stored(3, more_sums + kAmxRows, kStride);
+  if constexpr (Columns == 2 && Rows == 2) _tile_stored(3, (more_sums + kAmxRows), kStride);
   amx_fence();
 }
 

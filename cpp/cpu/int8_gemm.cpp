@@ -76,7 +76,7 @@ void start_groups(const uint32_t* packed, int64_t groups, int64_t scale_groups, 
     VecU32 total = {};
     for (int64_t i = 0; kVnni && i < scale_groups; i += kLanes) {
       VecU32 vector = load_u32(packed + g + i);
-      // Lanes beyond a group of kLanes / 2 are those of the next one.
+      // A scale of 32 elements fills half a vector of AVX-512; the other half is the next one's.
       for (int64_t lane = scale_groups - i; lane < kLanes; ++lane) vector[lane] = 0;
       total = dot(total, splat_u32(0x01010101u), vector);
     }
@@ -107,9 +107,9 @@ struct Parts {
   Parts(const Int8Gemm& p, int64_t columns, void* memory) : blocks(ceil_div(p.k, kElements)) {
     auto* at = static_cast<char*>(memory);
     const auto take = [&](int64_t bytes) {
-      char* part = at + used;
+      const size_t begin = used;
       used += aligned(bytes);
-      return part;
+      return at == nullptr ? nullptr : at + begin;
     };
     const bool gated = p.up.data != nullptr;
     columns = round_up(columns, kColumnMultiple);

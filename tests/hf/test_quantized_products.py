@@ -76,6 +76,24 @@ def tokens_without_ties(model, plan, products):
     raise AssertionError("expected ids without rounding ties within 20 seeds")
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_int8_mlp_of_several_blocks_of_k_with_biases_equals_the_oracle(dtype):
+    """Sums of gate and up wait for the last block, whose columns and biases are those of a part of the MLP."""
+    model = llama(hidden_size=2112, intermediate_size=2080, layers=2, mlp_bias=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    plan = plan_of(model, (), 1)
+    ids = tokens(model, 1, 70)
+    exact, expected = (
+        stored_layers(run_oracle(m, plan, ids).cache)[1] for m in (model, rounded_twin(model, plan, "int8"))
+    )
+    actual = stored_layers(load(model.to(dtype), plan, "int8").prefill(ids).past_key_values)[1]
+    allowed = 0.3 * rms(exact.values - expected.values) + 0.02 * (dtype != torch.float32) * rms(exact.values)
+    assert rms(actual.values.float() - expected.values) < allowed
+
+
 @pytest.mark.parametrize("omit", [(), LAST, GAPS], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("products", PRODUCTS)

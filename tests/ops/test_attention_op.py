@@ -14,7 +14,7 @@ from attention_calls import Call, assert_equals_reference, make_call
 from instruction_sets import ISAS, assert_lesser_sets_pass
 from op_operands import DTYPES
 
-LENGTHS = [1, 2, 19, 111, 129, 500]
+LENGTHS = [1, 2, 19, 33, 49, 111, 127, 128, 129, 500]
 PASTS = [0, 1, 77]
 # (heads, kv_heads, head_dim)
 SHAPES = [
@@ -27,8 +27,13 @@ SHAPES = [
     (7, 1, 40),
     (3, 3, 8),
     (16, 1, 24),
+    (1, 1, 64),
+    (4, 2, 32),
+    (4, 1, 160),
+    (2, 2, 224),
 ]
-TILE = 64  # keys in a tile of the CPU kernel
+TILES = [64, 128]  # keys in a tile of the CPU kernel, without and with AMX, which rounds them to 16 and 32
+WINDOWS = [1, 2, 15, 17, 31, 33, 50, *(tile + i for tile in TILES for i in (-1, 0, 1)), 205, 206, 207]
 
 
 # Against the reference
@@ -43,7 +48,7 @@ def test_attention_equals_the_reference(length, past, dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("window", [1, 2, 50, TILE - 1, TILE, TILE + 1, 205, 206, 207])
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize(("length", "past"), [(206, 0), (129, 77), (2, 204)])
 def test_a_window_hides_older_positions(length, past, window, dtype):
     assert_equals_reference(make_call((8, 2, 64), [length], [past], dtype, window))
@@ -112,7 +117,7 @@ def test_a_sink_takes_its_share_of_the_softmax(length, past, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("window", [1, 2, 50, TILE, TILE + 1])
+@pytest.mark.parametrize("window", [1, 2, 50, 64, 65, 128, 129])
 def test_a_sink_is_seen_through_every_window(window, dtype):
     call = make_call((8, 2, 64), [206, 2, 1], [0, 300, 77], dtype, window, permuted=True)
     assert_equals_reference(with_sinks(call))
@@ -146,8 +151,9 @@ def test_a_sink_that_is_no_number_reaches_its_head_alone(length, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_batch_mates_do_not_change_a_sequences_bits(dtype):
-    call = make_call((8, 2, 64), [129, 1, 19, 500], [0, 77, 300, 1], dtype, window=90)
+@pytest.mark.parametrize("shape", [(8, 2, 64), (6, 2, 96), (3, 1, 40)], ids=str)
+def test_batch_mates_do_not_change_a_sequences_bits(shape, dtype):
+    call = make_call(shape, [129, 1, 19, 500], [0, 77, 300, 1], dtype, window=90)
     alone = torch.cat([call.sequence(i).run() for i in range(4)])
     assert torch.equal(call.run(), alone)
 

@@ -17,8 +17,8 @@ pop = torch.ops.pop
 pytestmark = pytest.mark.cpu
 
 # Rows on both sides of the lanes of a vector (4, 8, 16), of a panel (8, 16, 32) and of what is packed at once (512).
-# Columns on both sides of a tile (2, 6, 12, 32), of a vector and of a task (128 or 256). Widths on both sides of a group of 2
-# or 4, of a tile of AMX (64) and of a block of k (512 or 2048).
+# Columns on both sides of a tile (2, 6, 12, 32), of a vector and of a task (128, 256). Widths on both sides of a group
+# of 2 or 4, of a tile of AMX (64) and of a block of k (512 or 2048).
 ROWS = [1, 2, 4, 5, 8, 9, 15, 17, 31, 33, 97, 193, 511, 513, 1031]
 COLUMNS = [1, 5, 6, 7, 8, 12, 13, 16, 31, 33, 127, 129, 257, 515]
 WIDTHS = [1, 2, 3, 4, 5, 63, 65, 511, 513, 1025, 2051]
@@ -112,6 +112,13 @@ def test_sums_of_any_column_count_and_width_are_exact(rows, columns, width):
     assert_exact(integers(rows, width), integers(columns, width, seed=1))
 
 
+# Several panels and steps of rows whose sums wait for the last block of k.
+@pytest.mark.parametrize("shape", [(193, 70, 2051), (513, 257, 4100)], ids=str)
+def test_sums_of_many_rows_and_blocks_are_exact(shape):
+    rows, columns, width = shape
+    assert_exact(integers(rows, width), integers(columns, width, seed=1))
+
+
 @pytest.mark.parametrize("rows", [4, 30])
 @pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, 1), (-1, -1)], ids=str)
 def test_sums_of_the_largest_values_do_not_saturate(rows, signs):
@@ -150,9 +157,22 @@ def test_sums_are_scaled_in_float32_and_rounded_once(dtype, shape):
 
 
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
-@pytest.mark.parametrize("shape", [(1, 7, 256), (3, 70, 512), (17, 5, 768), (40, 33, 1024), (600, 140, 1280)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 7, 256), (3, 70, 512), (17, 5, 768), (40, 33, 1024), (40, 33, 2304), (600, 140, 1280)], ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_are_scaled_by_groups(dtype, shape, group):
+    assert_scaled_by_groups(dtype, shape, group)
+
+
+# Groups that end within a vector, within a tile of AMX, and one after a block of k.
+@pytest.mark.parametrize("shape", [(3, 8, 96), (17, 35, 96), (17, 35, 2080), (33, 257, 4128)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_are_scaled_by_groups_of_any_number(dtype, shape):
+    assert_scaled_by_groups(dtype, shape, 32)
+
+
+def assert_scaled_by_groups(dtype, shape, group):
     rows, columns, width = shape
     generator = torch.Generator().manual_seed(0)
     x = random(rows, width, dtype=dtype)

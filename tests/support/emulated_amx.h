@@ -94,8 +94,8 @@ void add_products() {
   }
 }
 
-// sum[row][lane] += a[row][2 pair + i] * b[pair][2 lane + i], all bfloat16, in float32: the first elements of all pairs,
-// the second ones, and then both together.
+// sum[row][lane] += a[row][2 pair + i] * b[pair][2 lane + i], all bfloat16, in float32: the first elements of all
+// pairs, the second ones, and then both together. Unlike the processor this rounds each product, and keeps denormals.
 template <int Sum, int A, int B>
 void add_bf16_products() {
   static_assert(Sum != A && Sum != B && A != B);
