@@ -27,7 +27,7 @@ from pop_ext.hf.weight_map import describe  # noqa: E402
 from pop_ext.plans.plan import Plan  # noqa: E402
 from pop_ext.plans.presets import preset_or_third  # noqa: E402
 
-from bench.engines.catalogue import PEERS, PLAIN, QUANTISED  # noqa: E402
+from bench.engines.catalogue import PEERS, PLAIN, QUANTISED, suited  # noqa: E402
 from bench.engines.comparison import Engines, PeerCase, run_peers  # noqa: E402
 from bench.environment import environment  # noqa: E402
 from bench.memory import release_memory  # noqa: E402
@@ -37,6 +37,7 @@ from bench.shapes import SHAPES, load_model  # noqa: E402
 
 CPU = torch.device("cpu")
 FOLDER = ROOT / "build" / "peers"
+_CPUINFO = Path("/proc/cpuinfo")
 RESULTS = ROOT / "bench" / "results"
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -53,7 +54,8 @@ def parser() -> argparse.ArgumentParser:
         "--peers",
         nargs="*",
         choices=PEERS,
-        help="engines beside Hugging Face and pop_ext (default: all without quantised weights; with --int8, all with)",
+        help="engines beside Hugging Face and pop_ext (default: all without quantised weights; with --int8, all with "
+        "them that suit the processor)",
     )
     p.add_argument("--int8", action="store_true", help="add arms of pop_ext with products in 8-bit integers")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="run the hf-compile arm")
@@ -113,7 +115,8 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the options, and choose the engines if ``--peers`` does not."""
     options = parser().parse_args(argv)
     if options.peers is None:
-        options.peers = QUANTISED if options.int8 else PLAIN
+        cpuinfo = _CPUINFO.read_text() if _CPUINFO.is_file() else ""
+        options.peers = suited(QUANTISED, cpuinfo) if options.int8 else PLAIN
     return options
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,9 @@ class Peer:
         venv: the folder of its venv, and of its converted weights, if it shares another engine's; None: its own.
         pop_ext: whether pop_ext is on its path.
         bits: bits of an element of its quantised weights; None: the weights keep the dtype of the checkpoint.
+        flags: features of a processor, as /proc/cpuinfo names them; unless it has one of them, the engine is not
+            chosen by ``--int8``, only by name. Empty: any processor will do.
+        by_default: whether ``--int8`` chooses it; else only ``--peers`` does.
         options: further options of its job.
     """
 
@@ -38,6 +41,8 @@ class Peer:
     venv: str | None = None
     pop_ext: bool = False
     bits: int | None = None
+    flags: tuple[str, ...] = ()
+    by_default: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -67,7 +72,27 @@ _OPENVINO = Peer(
     memory=3.5,
 )
 
-_LLAMA_CPP = Peer("llama.cpp", "bench.engines.llama_cpp", (("llama-cpp-python==0.3.36", "gguf", "numpy"),))
+# Built on this machine for this processor: not from a wheel, and not from pip's cache, which knows no processor.
+# With -O3, g++ 12 drops most of the tile configuration of llama.cpp's AMX kernels as dead stores: its
+# `_tile_loadconfig` says that it reads eight bytes of the 64. The first product of several rows then ends in SIGILL.
+_LLAMA_CPP_BUILD = (
+    "--no-cache-dir",
+    "--no-binary=llama-cpp-python",
+    "--config-settings=cmake.args=-DGGML_NATIVE=ON;-DCMAKE_CXX_FLAGS=-fno-dse -fno-tree-dse",
+)
+
+_LLAMA_CPP = Peer(
+    "llama.cpp",
+    "bench.engines.llama_cpp",
+    ((*_LLAMA_CPP_BUILD, "llama-cpp-python==0.3.36"), ("gguf", "numpy")),
+)
+
+_BF16 = ("amx_bf16", "avx512_bf16")
+
+
+def _openvino(name: str, memory: float = 3.0, flags: tuple[str, ...] = (), **options: Any) -> Peer:
+    """Return OpenVINO with int8 weights and these options (see `bench.engines.openvino_cpu`)."""
+    return replace(_OPENVINO, name=name, memory=memory, venv=_OPENVINO.name, bits=8, flags=flags, options=options)
 
 
 def _llama_cpp(form: str, bits: int) -> Peer:
@@ -88,10 +113,17 @@ PEERS = {
             "torchao-int8",
             "bench.engines.torchao_int8",
             (("torch=={torch}", "torchao==0.18.0", "transformers==5.24.0", "numpy"),),
-            memory=2.6,
+            memory=3.2,  # compilation with autotuning takes most
             bits=8,
+            # Also times Inductor's own AMX kernels, and takes them where they are faster than oneDNN.
+            options={"compile_mode": "max-autotune-no-cudagraphs"},
         ),
-        replace(_OPENVINO, name="openvino-int8", memory=3.0, venv="openvino", bits=8, options={"int8": True}),
+        # Fails on random weights: constant scales put its log-probabilities too far off.
+        replace(_openvino("openvino-w8a8", memory=5.0, form="w8a8"), by_default=False),
+        # 32 is OpenVINO's default. Larger groups are faster and less exact; beyond 128 or 256 they are slower again.
+        _openvino("openvino-int8", form="int8", precision="f32", group=32),
+        _openvino("openvino-int8-g128", form="int8", precision="f32", group=128),
+        _openvino("openvino-int8-bf16", flags=_BF16, form="int8", precision="bf16"),
         replace(_VLLM, name="vllm-int8", module="bench.engines.vllm_int8", memory=1.8, venv="vllm", bits=8),
         _llama_cpp("q8_0", 8),
         _llama_cpp("q4_0", 4),
@@ -99,4 +131,10 @@ PEERS = {
     )
 }
 PLAIN = [name for name, peer in PEERS.items() if peer.bits is None]
-QUANTISED = [name for name, peer in PEERS.items() if peer.bits is not None]
+QUANTISED = [name for name, peer in PEERS.items() if peer.bits is not None and peer.by_default]
+
+
+def suited(names: Sequence[str], cpuinfo: str) -> list[str]:
+    """Return those engines whose ``flags`` a processor has, by the text of its /proc/cpuinfo."""
+    found = set(cpuinfo.split())
+    return [name for name in names if not PEERS[name].flags or found & set(PEERS[name].flags)]

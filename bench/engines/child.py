@@ -11,9 +11,10 @@ part of the bench that needs them.
 | ``{"op": "check", "arm": name, "ids": [...], "keep": k}`` | ``{"log_probs": [[id, value], ...], "peak": bytes}`` |
 | ``{"op": "call", ...}`` | what the engine's ``call`` returns; only `bench.serving.load` has one |
 
-The members of a job are ``weights`` (a folder with config.json and safetensors), ``work`` (a folder of its own),
-``shared`` (a folder for converted weights, one for all engines of a venv), ``dtype``, ``threads``, ``max_tokens`` and
-``options`` (of the engine). If the engine raises, the answer is ``{"error": text}``.
+The members of a job are ``name`` (of the engine in the catalogue), ``weights`` (a folder with config.json and
+safetensors), ``work`` (a folder of its own), ``shared`` (a folder for converted weights, one for all engines of a
+venv), ``dtype``, ``threads``, ``max_tokens`` and ``options`` (of the engine). If the engine raises, the answer is
+``{"error": text}``.
 """
 
 from __future__ import annotations

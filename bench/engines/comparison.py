@@ -188,6 +188,7 @@ def _start(engines: Engines, peer: Peer, stack: ExitStack) -> Started:
     answer = child.ask(
         options.timeout,
         op="load",
+        name=peer.name,
         weights=str(engines.home.resolve() / "weights"),
         work=str(work),
         shared=str(shared),

@@ -11,58 +11,78 @@ from bench.engines.conversion import in_new_process
 from bench.engines.log_probs import log_probs_of
 
 _ARM = "openvino"
-_GROUP = 32  # inputs of a product that share a scale under dynamic quantisation: OpenVINO's default
+_MODEL = "openvino_model.xml"
+_ROWS = 32  # of the inference for which kernels are read; AMX is chosen for as many
+_CALIBRATION = (4, 512)  # prompts, and tokens of each
 _LAST_ROW = ([-1], [np.iinfo(np.int64).max], [1], [1])  # start, stop, step, axis of Slice
+_FORMS = {
+    "int8": "int8 weights, a scale for each channel",
+    "w8a8": "int8 weights, a scale for each channel; inputs rounded to int8 by constant scales (nncf, SmoothQuant)",
+}
 
 
 class Engine:
-    """Run OpenVINO. It computes in the precision that OpenVINO chooses for this processor.
+    """Run OpenVINO.
 
-    Job option: ``int8``, whether weights are int8 and dynamic quantisation of inputs is on.
+    Job options: ``form`` of quantised weights, "int8" or "w8a8", without which they keep their dtype; ``precision``
+    ("f32" or "bf16") in which it computes, without which OpenVINO chooses one for this processor; ``group``, the number
+    of inputs of a product that share a scale under dynamic quantisation. Only with ``precision`` "f32" are inputs
+    quantised dynamically: in bf16 OpenVINO widens int8 weights instead, whatever the group.
     """
 
     def load(self, job: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
         import openvino as ov
 
-        int8 = bool(job["options"].get("int8"))
-        path = Path(job["shared"]) / ("ir-int8" if int8 else "ir") / "openvino_model.xml"
-        if not path.exists():
-            in_new_process(__name__, "export", job["weights"], str(path.parent), job["dtype"], "int8" if int8 else "")
+        options = job["options"]
+        form, precision, group = options.get("form"), options.get("precision"), options.get("group")
         core = ov.Core()
-        model = core.read_model(path)
+        model = core.read_model(model_file(job, form))
         keep_last_row(model)
         settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": job["threads"], "NUM_STREAMS": 1}
-        if int8:  # products with inputs in float32 alone are quantised dynamically
-            settings |= {"DYNAMIC_QUANTIZATION_GROUP_SIZE": _GROUP, "INFERENCE_PRECISION_HINT": "f32"}
+        if precision:
+            settings["INFERENCE_PRECISION_HINT"] = precision
+        if group:
+            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = group
         compiled = core.compile_model(model, "CPU", settings)
         self._inputs = {name for port in compiled.inputs for name in port.get_names()}
         self._request = compiled.create_infer_request()
-        precision = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-        how = f"one inference from an empty state, one row of logits; it computes in {precision}"
-        if not int8:
-            return {_ARM: how}, ["openvino", "optimum-intel"]
-        group = compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")
-        how = f"{how}; int8 weights, a scale for each channel; DYNAMIC_QUANTIZATION_GROUP_SIZE is {group}"
-        self.prefill("", [0] * _GROUP)  # kernels are chosen for a shape, by the first inference
-        kernels = ", ".join(product_kinds(compiled.get_runtime_model()))
-        vnni = "with" if has_vnni(Path("/proc/cpuinfo").read_text()) else "without"
-        how = f"{how}, on a processor {vnni} the VNNI that dynamic quantisation needs; products run by {kernels}"
-        return {f"{_ARM}-int8": how}, ["openvino", "optimum-intel", "nncf"]
+        computes = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+        how = [f"one inference from an empty state, one row of logits; it computes in {computes}"]
+        if not form:
+            return {_ARM: how[0]}, ["openvino", "optimum-intel"]
+        how.append(_FORMS[form])
+        if group:
+            vnni = "with" if has_vnni(Path("/proc/cpuinfo").read_text()) else "without"
+            found = compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")
+            how.append(
+                f"DYNAMIC_QUANTIZATION_GROUP_SIZE is {found}, on a processor {vnni} the VNNI that dynamic quantisation "
+                "needs"
+            )
+        self.prefill("", [0] * _ROWS)  # kernels are chosen for a shape, by the first inference
+        how.append(f"products run by {', '.join(product_kinds(compiled.get_runtime_model()))}")
+        return {job["name"]: "; ".join(how)}, ["openvino", "optimum-intel", "nncf"]
 
     def prefill(self, arm: str, ids: list[int]) -> Any:
-        rows = np.array([ids], dtype=np.int64)
-        given = {
-            "input_ids": rows,
-            "attention_mask": np.ones_like(rows),
-            "position_ids": np.arange(len(ids), dtype=np.int64)[None],
-            "beam_idx": np.zeros(1, dtype=np.int32),
-        }
         self._request.reset_state()
-        self._request.infer({name: value for name, value in given.items() if name in self._inputs})
+        self._request.infer(inputs_of(ids, self._inputs))
         return self._request.get_tensor("logits").data
 
     def log_probs(self, arm: str, ids: list[int], keep: int | None) -> dict[int, float]:
         return log_probs_of(self.prefill(arm, ids)[0, -1], keep)
+
+
+def model_file(job: dict[str, Any], form: str | None) -> Path:
+    """Return the converted weights of a job in a form; convert them if they are missing."""
+    shared = Path(job["shared"])
+    path = shared / (f"ir-{form}" if form else "ir") / _MODEL
+    if path.exists():
+        return path
+    if form == "w8a8":
+        plain = model_file(job, None)
+        in_new_process(__name__, "quantise_inputs", str(plain), str(path.parent))
+    else:
+        in_new_process(__name__, "export", job["weights"], str(path.parent), job["dtype"], form or "")
+    return path
 
 
 def export(weights: str, folder: str, dtype: str, form: str) -> None:
@@ -73,6 +93,43 @@ def export(weights: str, folder: str, dtype: str, form: str) -> None:
     how = {"quantization_config": OVWeightQuantizationConfig(bits=8, sym=True)} if form else {"load_in_8bit": False}
     model = OVModelForCausalLM.from_pretrained(weights, export=True, compile=False, dtype=getattr(torch, dtype), **how)
     model.save_pretrained(folder)
+
+
+def quantise_inputs(plain: str, folder: str) -> None:
+    """Quantise weights and inputs of all products to int8 by nncf, with SmoothQuant and constant scales.
+
+    The scales of inputs come from a few prompts of random tokens. For the time of a prefill the prompts do not matter;
+    a real model would need real ones. "MIXED" gives inputs zero points, which costs neither accuracy nor time.
+    """
+    import nncf
+    import openvino as ov
+
+    model = ov.Core().read_model(plain)
+    names = {name for port in model.inputs for name in port.get_names()}
+    prompts, tokens = _CALIBRATION
+    vocabulary = model.output("logits").get_partial_shape()[-1].get_length()
+    random = np.random.default_rng(0)
+    samples = [inputs_of(random.integers(0, vocabulary, tokens).tolist(), names) for _ in range(prompts)]
+    quantised = nncf.quantize(
+        model,
+        nncf.Dataset(samples),
+        subset_size=prompts,
+        model_type=nncf.ModelType.TRANSFORMER,
+        preset=nncf.QuantizationPreset.MIXED,
+    )
+    ov.save_model(quantised, Path(folder) / _MODEL, compress_to_fp16=False)
+
+
+def inputs_of(ids: list[int], names: set[str]) -> dict[str, np.ndarray]:
+    """Return the inputs of one inference from an empty state, of those that the model has."""
+    rows = np.array([ids], dtype=np.int64)
+    given = {
+        "input_ids": rows,
+        "attention_mask": np.ones_like(rows),
+        "position_ids": np.arange(len(ids), dtype=np.int64)[None],
+        "beam_idx": np.zeros(1, dtype=np.int32),
+    }
+    return {name: value for name, value in given.items() if name in names}
 
 
 def product_kinds(model: Any) -> list[str]:

@@ -19,7 +19,7 @@ if str(ROOT) not in sys.path:
 
 from bench import peers  # noqa: E402
 from bench.engines import comparison, llama_cpp, openvino_cpu, torchao_int8, vllm_int8  # noqa: E402
-from bench.engines.catalogue import PEERS, PLAIN, QUANTISED, Peer  # noqa: E402
+from bench.engines.catalogue import PEERS, PLAIN, QUANTISED, Peer, suited  # noqa: E402
 from bench.engines.process import ChildError  # noqa: E402
 from bench.engines.w8a8_file import QUANTIZATION, write_w8a8  # noqa: E402
 from bench.shapes import load_model  # noqa: E402
@@ -46,11 +46,15 @@ def module(monkeypatch, name, **members):
     return found
 
 
-def test_quantised_engines_are_chosen_by_int8_and_otherwise_by_name():
+def test_quantised_engines_are_chosen_by_int8_and_otherwise_by_name(folder, monkeypatch):
+    monkeypatch.setattr(peers, "_CPUINFO", folder / "cpuinfo")
+    (folder / "cpuinfo").write_text("flags : avx2 avx512_vnni avx512_bf16")
     assert {"vllm", "openvino", "llama.cpp"} <= set(PLAIN)
     assert set(QUANTISED) == {
         "torchao-int8",
         "openvino-int8",
+        "openvino-int8-g128",
+        "openvino-int8-bf16",
         "vllm-int8",
         "llama.cpp-q8_0",
         "llama.cpp-q4_0",
@@ -59,6 +63,9 @@ def test_quantised_engines_are_chosen_by_int8_and_otherwise_by_name():
     assert peers.parsed([]).peers == PLAIN
     assert peers.parsed(["--int8"]).peers == QUANTISED
     assert peers.parsed(["--int8", "--peers", "vllm", "llama.cpp-q8_0"]).peers == ["vllm", "llama.cpp-q8_0"]
+    (folder / "cpuinfo").write_text("flags : avx2 avx512_vnni")
+    assert peers.parsed(["--int8"]).peers == [name for name in QUANTISED if name != "openvino-int8-bf16"]
+    assert suited(["openvino-int8-bf16"], "flags : amx_tile amx_bf16") == ["openvino-int8-bf16"]
 
 
 def test_engines_of_one_venv_install_the_same():
@@ -245,25 +252,77 @@ def openvino(monkeypatch):
     module(monkeypatch, "openvino", Core=Core)
     monkeypatch.setattr(openvino_cpu, "keep_last_row", lambda model: None)
     monkeypatch.setattr(openvino_cpu.Engine, "prefill", lambda self, arm, ids: None)
-    monkeypatch.setattr(openvino_cpu, "in_new_process", lambda *call: settings.update(export=call[-1]))
+    monkeypatch.setattr(
+        openvino_cpu,
+        "in_new_process",
+        lambda module, function, *given: settings.setdefault("calls", []).append((function, given[-1])),
+    )
     return settings
 
 
-def test_openvino_quantises_inputs_with_int8_weights_alone(folder, openvino):
+def test_openvino_quantises_inputs_dynamically_in_float32_alone(folder, openvino):
+    def load(name):
+        openvino.clear()
+        arms, _ = openvino_cpu.Engine().load(job | {"name": name, "options": PEERS[name].options})
+        [(arm, what)] = arms.items()
+        assert arm == name
+        return what
+
     job = JOB | {"shared": str(folder), "weights": "weights"}
-    arms, _ = openvino_cpu.Engine().load(job | {"options": {"int8": True}})
-    assert openvino["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == 32
-    assert openvino["INFERENCE_PRECISION_HINT"] == "f32"
-    assert (openvino["export"], openvino["path"].parent.name) == ("int8", "ir-int8")
-    [(name, what)] = arms.items()
-    assert name == "openvino-int8"
-    assert "DYNAMIC_QUANTIZATION_GROUP_SIZE is 32" in what
-    assert what.endswith("products run by int8_kernel")
-    openvino.clear()
-    arms, _ = openvino_cpu.Engine().load(job | {"options": {}})
-    assert list(arms) == ["openvino"]
+    for name, group in (("openvino-int8", 32), ("openvino-int8-g128", 128)):
+        what = load(name)
+        assert openvino["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == group
+        assert openvino["INFERENCE_PRECISION_HINT"] == "f32"
+        assert openvino["calls"] == [("export", "int8")]
+        assert openvino["path"].parent.name == "ir-int8", "the same weights for every setting"
+        assert f"DYNAMIC_QUANTIZATION_GROUP_SIZE is {group}" in what
+        assert what.endswith("products run by int8_kernel")
+    what = load("openvino-int8-bf16")
+    assert openvino["INFERENCE_PRECISION_HINT"] == "bf16"
+    assert openvino["path"].parent.name == "ir-int8"
     assert "DYNAMIC_QUANTIZATION_GROUP_SIZE" not in openvino
-    assert (openvino["export"], openvino["path"].parent.name) == ("", "ir")
+    assert "it computes in bf16; int8 weights" in what
+    what = load("openvino-w8a8")
+    assert openvino["calls"] == [("export", ""), ("quantise_inputs", str(folder / "ir-w8a8"))]
+    assert openvino["path"].parent.name == "ir-w8a8"
+    assert not {"INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE"} & openvino.keys(), "OpenVINO chooses"
+    assert "inputs rounded to int8" in what
+    what = load("openvino")
+    assert openvino["path"].parent.name == "ir"
+    assert "DYNAMIC_QUANTIZATION_GROUP_SIZE" not in openvino
+
+
+def test_openvino_calibrates_with_random_prompts(folder, monkeypatch):
+    made = {}
+    dimension = types.SimpleNamespace(get_length=lambda: 50)
+    inputs = [types.SimpleNamespace(get_names=lambda name=name: {name}) for name in ("input_ids", "position_ids")]
+    model = types.SimpleNamespace(
+        inputs=inputs, output=lambda name: types.SimpleNamespace(get_partial_shape=lambda: [1, 1, dimension])
+    )
+
+    def quantize(source, samples, **how):
+        assert source is model
+        made.update(samples=samples, **how)
+        return "quantised"
+
+    core = types.SimpleNamespace(read_model=lambda path: model)
+    module(
+        monkeypatch,
+        "openvino",
+        Core=lambda: core,
+        save_model=lambda saved, path, compress_to_fp16: made.update(saved=(saved, path, compress_to_fp16)),
+    )
+    kinds = types.SimpleNamespace(TRANSFORMER="transformer")
+    presets = types.SimpleNamespace(MIXED="mixed")
+    module(monkeypatch, "nncf", quantize=quantize, Dataset=list, ModelType=kinds, QuantizationPreset=presets)
+    openvino_cpu.quantise_inputs("plain.xml", str(folder))
+    assert made["saved"] == ("quantised", folder / "openvino_model.xml", False)
+    assert len(made["samples"]) == made["subset_size"] > 1
+    for sample in made["samples"]:
+        assert set(sample) == {"input_ids", "position_ids"}
+        assert sample["input_ids"].shape == sample["position_ids"].shape
+        assert 0 <= sample["input_ids"].min() <= sample["input_ids"].max() < 50
+    assert (made["samples"][0]["input_ids"] != made["samples"][1]["input_ids"]).any()
 
 
 def test_vnni_is_read_from_the_processor():
@@ -272,34 +331,54 @@ def test_vnni_is_read_from_the_processor():
     assert not openvino_cpu.has_vnni("flags : avx2 avx_vnni_int16 fma")
 
 
-def test_torchao_quantises_the_layers_and_compiles_each_length_once(weights, monkeypatch):
-    quantised, compiled = [], []
+@pytest.fixture
+def torchao(monkeypatch):
+    """Replace torchao and torch.compile by recorders: of the parameters of each quantised layer, and of the calls."""
+    seen = types.SimpleNamespace(quantised=[], compiled=[])
 
     class Config:
         pass
 
     def quantize_(layer, config):
         assert isinstance(config, Config)
-        quantised.append({(name, parameter.dtype) for name, parameter in layer.named_parameters()})
+        seen.quantised.append({(name, parameter.dtype) for name, parameter in layer.named_parameters()})
 
     module(monkeypatch, "torchao")
     module(monkeypatch, "torchao.quantization", Int8DynamicActivationInt8WeightConfig=Config, quantize_=quantize_)
-    monkeypatch.setattr(torch, "compile", lambda model, **how: compiled.append(how) or model)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch, "compile", lambda model, **how: seen.compiled.append(how) or model)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     monkeypatch.setattr("torch._inductor.config.freezing", False)
+    return seen
+
+
+def test_torchao_quantises_the_layers_and_compiles_each_length_once(weights, torchao, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     engine = torchao_int8.Engine()
     arms, _ = engine.load(JOB | {"weights": str(weights), "options": {"compile_mode": None}})
     assert list(arms) == ["torchao-int8"]
-    assert len(quantised) == SIZES["num_hidden_layers"]
-    assert all(("mlp.up_proj.weight", torch.float32) in found for found in quantised), "oneDNN takes float32 alone"
+    assert len(torchao.quantised) == SIZES["num_hidden_layers"]
+    assert all(("mlp.up_proj.weight", torch.float32) in found for found in torchao.quantised)
+    assert {parameter.dtype for parameter in engine._model.parameters()} == {torch.float32}
     assert torch._inductor.config.freezing, "without it torch multiplies integers by plain loops"
     found = engine.log_probs("torchao-int8", [1, 2, 3], None)
     assert len(found) == SIZES["vocab_size"]
     engine.prefill("torchao-int8", [4, 5, 6])
-    assert compiled == [{"mode": "default", "dynamic": False}]
+    assert torchao.compiled == [{"mode": "default", "dynamic": False}]
     engine.prefill("torchao-int8", [4, 5])
-    assert len(compiled) == 2
+    assert len(torchao.compiled) == 2
+
+
+def test_torchao_widens_the_inputs_of_products_alone_on_a_processor_with_bfloat16(weights, torchao, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    engine = torchao_int8.Engine()
+    engine.load(JOB | {"weights": str(weights), "options": PEERS["torchao-int8"].options})
+    for found in torchao.quantised:
+        assert ("mlp.up_proj.inner.weight", torch.float32) in found
+        assert ("self_attn.o_proj.inner.weight", torch.float32) in found
+        assert ("input_layernorm.weight", torch.bfloat16) in found
+    logits = engine.prefill("torchao-int8", [1, 2, 3]).logits
+    assert logits.dtype == torch.bfloat16
+    assert torchao.compiled == [{"mode": "max-autotune-no-cudagraphs", "dynamic": False}]
 
 
 def test_vllm_runs_the_w8a8_checkpoint_and_names_its_kernels(folder, monkeypatch):
