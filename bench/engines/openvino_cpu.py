@@ -117,6 +117,7 @@ def quantise_inputs(plain: str, folder: str) -> None:
         model_type=nncf.ModelType.TRANSFORMER,
         preset=nncf.QuantizationPreset.MIXED,
     )
+    Path(folder).mkdir(parents=True, exist_ok=True)
     ov.save_model(quantised, Path(folder) / _MODEL, compress_to_fp16=False)
 
 
