@@ -37,7 +37,7 @@ struct Choice {
 
 #if defined(POP_HAVE_AMX)
 // Not every compiler's __builtin_cpu_supports knows these either. Needs a processor with AVX.
-[[maybe_unused]] bool has_amx() {
+[[maybe_unused]] bool finds_amx() {
   constexpr unsigned int kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
   constexpr unsigned int kTileState = 3u << 17;
   unsigned int eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -71,7 +71,7 @@ std::vector<Choice> choices() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
 #if defined(POP_HAVE_AMX)
-  all.push_back({"amx", &amx::kernels, &amx::int8_kernels, vnni && __builtin_cpu_supports("avx512bf16") && has_amx(),
+  all.push_back({"amx", &amx::kernels, &amx::int8_kernels, vnni && __builtin_cpu_supports("avx512bf16") && finds_amx(),
                  request_tiles});
 #endif
   all.push_back({"avx512_bf16", &avx512_bf16::kernels, nullptr, avx512 && __builtin_cpu_supports("avx512bf16")});
@@ -109,6 +109,15 @@ const Table& choose(const Table* Choice::* table) {
 const Kernels& kernels() {
   static const Kernels& chosen = choose(&Choice::kernels);
   return chosen;
+}
+
+bool has_amx() {
+#if defined(POP_HAVE_AMX)
+  static const bool found = __builtin_cpu_supports("avx512f") && finds_amx();
+  return found;
+#else
+  return false;
+#endif
 }
 
 const Int8Kernels& int8_kernels() {

@@ -3,7 +3,6 @@
 #include "cpu/gemm.h"
 
 #include <algorithm>
-#include <string_view>
 #include <utility>
 
 #include "core/math.h"
@@ -21,10 +20,7 @@ namespace {
 // of oneDNN up to 24 rows, equal at 32 and 1.2x behind at 48, and equal to products of prepacked weights from 8 to 16.
 // On two cores of a Zen 3 it is ahead of blocks up to 24 rows of float32 and 32 of bfloat16; at 64 rows it is 1.4x
 // and 1.2x behind.
-// On a core of an Emerald Rapids with AMX, which oneDNN uses and skinny_gemm does not, it is 1.3x to 1.5x ahead at 4
-// rows, 1.15x behind at 8 and 3x behind at 32.
 constexpr int64_t kSkinnyRows = 32;  // of 16 bits
-constexpr int64_t kSkinnyRowsBeforeAmx = 6;
 constexpr int64_t kSkinnyRowsBeforePacked = 12;
 constexpr int64_t kSkinnyRowsFloat32 = 64, kSkinnyRowsFloat32BeforeBlocks = 24;
 
@@ -49,6 +45,13 @@ bool widens_to_float32(DType dtype) {
 #endif
 }
 
+// With AMX oneDNN reads rows of `a` beyond k, up to a whole row of a tile, and multiplies what is there by zero: NaN
+// there, or memory that is not ours, must not reach it.
+bool reads_beyond(const GemmParams& p) {
+  constexpr int64_t kTileElements = 32;
+  return p.dtype == DType::bf16 && p.k % kTileElements != 0 && has_amx();
+}
+
 // On AMD's processors MKL loses up to half of its speed if w has many rows, and none in blocks of them. An option of
 // the calling thread.
 bool& gemm_blocks() {
@@ -58,13 +61,6 @@ bool& gemm_blocks() {
   static thread_local bool enabled = false;
 #endif
   return enabled;
-}
-
-// The most rows that skinny_gemm computes of a product in 16 bits.
-int64_t skinny_rows(const GemmParams& p) {
-  static const bool amx = std::string_view(kernels().name) == "amx";
-  if (amx && p.dtype == DType::bf16 && p.products == Products::plain) return kSkinnyRowsBeforeAmx;
-  return p.packed != nullptr ? kSkinnyRowsBeforePacked : kSkinnyRows;
 }
 
 // A matrix in memory; elements in 8 bits have one scale per row.
@@ -218,12 +214,12 @@ void gemm(const GemmParams& p) {
   if (p.m == 0 || p.n == 0) return;
   if (p.products == Products::int8) return int8_gemm(p);
   if (p.products == Products::fp8) return gemm_in_blocks(p);
-  if (p.packed != nullptr && p.m > skinny_rows(p)) return packed_matmul(p);
+  if (p.packed != nullptr && p.m > kSkinnyRowsBeforePacked && !reads_beyond(p)) return packed_matmul(p);
   const bool float32 = p.dtype == DType::f32;
-  const bool in_blocks =
-      widens_to_float32(p.dtype) || (float32 && gemm_blocks()) || p.products == Products::int8_weight;
+  const bool in_blocks = widens_to_float32(p.dtype) || (float32 && gemm_blocks()) ||
+                         p.products == Products::int8_weight || reads_beyond(p);
   const int64_t float32_rows = in_blocks ? kSkinnyRowsFloat32BeforeBlocks : kSkinnyRowsFloat32;
-  if (!p.w_transposed && p.m <= (float32 ? float32_rows : skinny_rows(p))) {
+  if (!p.w_transposed && p.m <= (float32 ? float32_rows : kSkinnyRows)) {
     const int64_t grain = std::max<int64_t>(4, kGrainElements / std::max<int64_t>(1, p.k));
     parallel_for(0, p.n, grain, [&](int64_t begin, int64_t end) { kernels().skinny_gemm(p, begin, end); });
   } else if (in_blocks) {
