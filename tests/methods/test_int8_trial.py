@@ -55,9 +55,11 @@ def test_losses_are_those_of_the_arms_of_an_evaluation(clock):
     losses = {cell["kind"]: torch.tensor(cell["samples"]["loss"]).double() for cell in result.cells}
     for name, plain, rounded in (("full depth", "full", "full-int8"), ("the plan", "pop-fitted", "pop-fitted-int8")):
         added = losses[rounded] - losses[plain]
-        assert rows[name].loss == pytest.approx(float(added.mean()), abs=2e-5)
-        assert rows[name].error == pytest.approx(float(added.std() / math.sqrt(len(pairs))), abs=2e-5)
-        assert abs(rows[name].loss) > 1e-4  # more than the comparison allows
+        # Prompts are in other batches here. On Intel the last bits of MKL's products depend on that, and a rounding to
+        # int8 can tip over.
+        assert rows[name].loss == pytest.approx(float(added.mean()), abs=1.5e-3)
+        assert rows[name].error == pytest.approx(float(added.std() / math.sqrt(len(pairs))), abs=1.5e-3)
+        assert abs(rows[name].loss) > 2e-3  # more than the comparison allows
         assert rows[name].prompts == len(pairs)
 
 
