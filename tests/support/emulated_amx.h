@@ -73,14 +73,18 @@ void store(void* to, long stride) {
   }
 }
 
+inline void check_shapes(const Tile& sum, const Tile& a, const Tile& b) {
+  check(sum.row_bytes % 4 == 0 && a.row_bytes % 4 == 0);
+  check(sum.rows == a.rows && sum.row_bytes == b.row_bytes && a.row_bytes / 4 == b.rows);
+}
+
 // sum[row][lane] += a[row][4 group + i] * b[group][4 lane + i], all bytes signed, modulo 2^32.
 template <int Sum, int A, int B>
 void add_products() {
   static_assert(Sum != A && Sum != B && A != B);
   Tile& sum = configured<Sum>();
   const Tile &a = configured<A>(), &b = configured<B>();
-  check(sum.row_bytes % 4 == 0 && a.row_bytes % 4 == 0);
-  check(sum.rows == a.rows && sum.row_bytes == b.row_bytes && a.row_bytes / 4 == b.rows);
+  check_shapes(sum, a, b);
   for (int row = 0; row < sum.rows; ++row) {
     uint32_t sums[16];
     __builtin_memcpy(sums, sum.bytes[row], sizeof(sums));
@@ -101,8 +105,7 @@ void add_bf16_products() {
   static_assert(Sum != A && Sum != B && A != B);
   Tile& sum = configured<Sum>();
   const Tile &a = configured<A>(), &b = configured<B>();
-  check(sum.row_bytes % 4 == 0 && a.row_bytes % 4 == 0);
-  check(sum.rows == a.rows && sum.row_bytes == b.row_bytes && a.row_bytes / 4 == b.rows);
+  check_shapes(sum, a, b);
   const auto element = [](const uint8_t* row, int index) {
     uint16_t bits;
     __builtin_memcpy(&bits, row + 2 * index, sizeof(bits));
