@@ -26,6 +26,7 @@ from bytes_per_call import bytes_in_use
 from growth import Sample, bytes_per_request, fault_of, growth_of
 from models import hyperclovax, llama, qwen3, tokens
 from pop_ext import Plan
+from seconds import seconds_of
 from transformers import DynamicCache, StaticCache
 
 INNER = Plan(4, [1, 2])
@@ -53,7 +54,8 @@ class Requests:
         self.model, self.other = llama(num_hidden_layers=4), qwen3(num_hidden_layers=4)
         self.slow = llama(num_hidden_layers=8, hidden_size=256, intermediate_size=2048)
         self.native, self.slow_native = pop_ext.load(self.other, INNER), pop_ext.load(self.slow, Plan(8, [3, 4]))
-        self.long_ids = tokens(self.slow, 1, 1000)  # more than half a second
+        self.long_ids = tokens(self.slow, 1, 1000)
+        self.long_seconds = min(seconds_of(lambda: self.slow_native.prefill(self.long_ids)) for _ in range(3))
         self.settled_ids = tokens(self.model, 1, 9)
         self.signals = self.interrupts = 0
         # The same two threads, as in a server: torch.mm alone leaves some 128 bytes behind in each thread that ends.
@@ -121,7 +123,8 @@ class Requests:
             return error
 
     def interrupted(self) -> object:
-        timer = threading.Timer(0.15, signal.raise_signal, (signal.SIGUSR1,))  # the operator runs by then
+        # Early: prefills get faster where the first ones shared the processor, and the operator begins at once.
+        timer = threading.Timer(self.long_seconds / 4, signal.raise_signal, (signal.SIGUSR1,))
         self.signals += 1
         try:
             timer.start()
