@@ -35,29 +35,6 @@ POP_INLINE Vec exp2(Vec x) {
   return p * (Vec)((VecU32)shifted << 23);
 }
 
-// Swaps the lanes of `a` whose index has the bit `step` with the lanes of `b` whose index has not.
-POP_INLINE void exchange(Vec& a, Vec& b, int step) {
-  VecI32 lane;
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  const VecI32 lower = (lane & step) == 0 ? lane : lane + (kLanes - step);
-  const VecI32 upper = (lane & step) == 0 ? lane + step : lane + kLanes;
-  const Vec before = a;
-  a = __builtin_shuffle(before, b, lower);
-  b = __builtin_shuffle(before, b, upper);
-}
-
-// Transposes kLanes rows of kLanes lanes.
-POP_INLINE void transpose(Vec (&rows)[kLanes]) {
-#pragma GCC unroll 4
-  for (int step = 1; step < kLanes; step *= 2) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if ((i & step) == 0) exchange(rows[i], rows[i + step], step);
-    }
-  }
-}
-
 // The tile path multiplies in units of 32 bits. A unit of one operand is broadcast; the other operand is a vector with
 // one unit for each of kLanes query rows.
 struct FloatUnits {

@@ -217,22 +217,24 @@ class TileTask {
     if constexpr (Units::kTiles) {
       load_channels(first_key);
     } else {
-      for (int64_t i = 0; i < C::kKeys; i += Units::kDepth) {
-        float* to = s_.v + i / Units::kDepth * head_dim_;
-        const T* first = rows_.value_row(first_key + i);
-        const T* second = rows_.value_row(first_key + i + Units::kDepth - 1);
-        for (int64_t d = 0; d < head_dim_; d += kLanes) {
-          store_upto(to + d, value_units(first + d, second + d, head_dim_ - d), head_dim_ - d);
-        }
-      }
+      load_values(first_key);
     }
   }
 
-  // Units of kLanes channels of two adjacent keys, or of one.
-  Vec value_units(const T* first, const T* second, int64_t left) const {
-    const Vec values = load_upto(first, left);
+  // Channels [d, d + kLanes), up to head_dim, of the keys of a unit.
+  Vec value_units(int64_t key, int64_t d) const {
+    const Vec values = load_upto(rows_.value_row(key) + d, head_dim_ - d);
     if constexpr (Units::kDepth == 1) return values;
-    return (Vec)((VecU32)values >> 16 | (VecU32)load_upto(second, left));
+    return (Vec)((VecU32)values >> 16 | (VecU32)load_upto(rows_.value_row(key + 1) + d, head_dim_ - d));
+  }
+
+  void load_values(int64_t first_key) {
+    for (int64_t i = 0; i < C::kKeys; i += Units::kDepth) {
+      float* to = s_.v + i / Units::kDepth * head_dim_;
+      for (int64_t d = 0; d < head_dim_; d += kLanes) {
+        store_upto(to + d, value_units(first_key + i, d), head_dim_ - d);
+      }
+    }
   }
 
   // The same with channels as rows.
@@ -241,10 +243,7 @@ class TileTask {
     for (int64_t unit = 0; unit < kUnits; unit += kLanes) {
       for (int64_t d = 0; d < head_dim_; d += kLanes) {
         Vec tile[kLanes];
-        for (int i = 0; i < kLanes; ++i) {
-          const int64_t key = first_key + (unit + i) * Units::kDepth;
-          tile[i] = value_units(rows_.value_row(key) + d, rows_.value_row(key + 1) + d, head_dim_ - d);
-        }
+        for (int i = 0; i < kLanes; ++i) tile[i] = value_units(first_key + (unit + i) * Units::kDepth, d);
         transpose(tile);
         for (int i = 0; i < kLanes; ++i) store(s_.v + (d + i) * kUnits + unit, tile[i]);
       }

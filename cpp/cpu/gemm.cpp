@@ -19,9 +19,9 @@ namespace {
 // 48) and by MKL (float32, 2x at one row, 1.1x at 64), which pack their operands. On two cores of a Zen 5 it is ahead
 // of oneDNN up to 24 rows, equal at 32 and 1.2x behind at 48, and equal to products of prepacked weights from 8 to 16.
 // On two cores of a Zen 3 it is ahead of blocks up to 24 rows of float32 and 32 of bfloat16; at 64 rows it is 1.4x
-// and 1.2x behind.
+// and 1.2x behind. On AMX, oneDNN's tiles are ahead from 8 rows of bfloat16.
 constexpr int64_t kSkinnyRows = 32;  // of 16 bits
-constexpr int64_t kSkinnyRowsBeforePacked = 12;
+constexpr int64_t kSkinnyRowsBeforePacked = 12, kSkinnyRowsBeforeTiles = 6;
 constexpr int64_t kSkinnyRowsFloat32 = 64, kSkinnyRowsFloat32BeforeBlocks = 24;
 
 // The size of a block: the columns of out (rows of w), the rows of a that are widened at once, and the elements along k
@@ -61,6 +61,13 @@ bool& gemm_blocks() {
   static thread_local bool enabled = false;
 #endif
   return enabled;
+}
+
+// The most rows that skinny_gemm computes, where what is next is a product in blocks, or the library's.
+int64_t skinny_rows(const GemmParams& p, bool in_blocks) {
+  if (p.dtype == DType::f32) return in_blocks ? kSkinnyRowsFloat32BeforeBlocks : kSkinnyRowsFloat32;
+  const bool tiles = p.dtype == DType::bf16 && !in_blocks && has_amx();
+  return tiles ? kSkinnyRowsBeforeTiles : kSkinnyRows;
 }
 
 // A matrix in memory; elements in 8 bits have one scale per row.
@@ -214,12 +221,11 @@ void gemm(const GemmParams& p) {
   if (p.m == 0 || p.n == 0) return;
   if (p.products == Products::int8) return int8_gemm(p);
   if (p.products == Products::fp8) return gemm_in_blocks(p);
-  if (p.packed != nullptr && p.m > kSkinnyRowsBeforePacked && !reads_beyond(p)) return packed_matmul(p);
-  const bool float32 = p.dtype == DType::f32;
-  const bool in_blocks = widens_to_float32(p.dtype) || (float32 && gemm_blocks()) ||
+  const bool in_blocks = widens_to_float32(p.dtype) || (p.dtype == DType::f32 && gemm_blocks()) ||
                          p.products == Products::int8_weight || reads_beyond(p);
-  const int64_t float32_rows = in_blocks ? kSkinnyRowsFloat32BeforeBlocks : kSkinnyRowsFloat32;
-  if (!p.w_transposed && p.m <= (float32 ? float32_rows : kSkinnyRows)) {
+  const int64_t few = skinny_rows(p, in_blocks);
+  if (p.packed != nullptr && !reads_beyond(p) && p.m > std::min(few, kSkinnyRowsBeforePacked)) return packed_matmul(p);
+  if (!p.w_transposed && p.m <= few) {
     const int64_t grain = std::max<int64_t>(4, kGrainElements / std::max<int64_t>(1, p.k));
     parallel_for(0, p.n, grain, [&](int64_t begin, int64_t end) { kernels().skinny_gemm(p, begin, end); });
   } else if (in_blocks) {

@@ -48,26 +48,32 @@ int32_t start_of(VecU32 totals) {
   return -128 * static_cast<int32_t>(sum);
 }
 
-// Copies elements [0, count) of Columns columns of w as tiles read them, zero beyond `count`. `by_rows`: with scales by
-// rows, for the tiles of panel_of_columns.
+// Where packed columns of a task lie: a column from the next, and in it a vector of kLanes groups from the next.
+struct ColumnSteps {
+  int64_t column, vector;
+};
+constexpr ColumnSteps kTileSteps = {kColumnStep, kVectorStep};  // as panel_of_columns reads them
+constexpr ColumnSteps kGroupedSteps = {kColumnGroups, kLanes};  // as grouped_panel does
+
+// Copies elements [0, count) of Columns columns of w, zero beyond `count`. `start`, unless it is null, is set to what
+// their sums start from.
 template <int Columns>
-void copy_columns(const int8_t* w, int64_t stride, int64_t count, bool by_rows, uint32_t* out, int32_t* start) {
-  const int64_t step = by_rows ? kVectorStep : kLanes, out_stride = by_rows ? kColumnStep : kColumnGroups;
+void copy_columns(const int8_t* w, int64_t stride, int64_t count, ColumnSteps steps, uint32_t* out, int32_t* start) {
   VecU32 totals[Columns] = {};
   // All columns at once: each is a stream of its own, which keeps more reads of memory under way.
   const auto copy = [&](int64_t k, int64_t elements) __attribute__((always_inline)) {
     for (int c = 0; c < Columns; ++c) {
       const VecU32 vector = load_w(w + c * stride + k, elements);
-      store_u32(out + c * out_stride + k / kStep * step, vector);
-      if constexpr (kVnni) {
-        if (kOffset && by_rows) totals[c] = dot(totals[c], splat_u32(0x01010101u), vector);
+      store_u32(out + c * steps.column + k / kStep * steps.vector, vector);
+      if constexpr (kOffset) {
+        if (start != nullptr) totals[c] = dot(totals[c], splat_u32(0x01010101u), vector);
       }
     }
   };
   int64_t k = 0;
   for (; k + kStep <= count; k += kStep) copy(k, kStep);
   if (k < count) copy(k, count - k);
-  for (int c = 0; by_rows && c < Columns; ++c) start[c] = start_of(totals[c]);
+  for (int c = 0; start != nullptr && c < Columns; ++c) start[c] = start_of(totals[c]);
 }
 
 // The same for each scale of a packed column. VNNI offsets rows, also those of AMX.
@@ -90,14 +96,15 @@ void pack_columns(const Int8Weight& w, int64_t column, int64_t columns, int64_t 
   constexpr int kAtOnce = 16;
   const int64_t groups = groups_of(count);
   const int8_t* from = w.data + column * w.stride + first;
+  const bool grouped = w.group != 0;
   for (int64_t c = 0; c < columns;) {
-    uint32_t* to = out + (w.group == 0 ? column_place(c, groups) : c * kColumnGroups);
+    uint32_t* to = out + (grouped ? c * kColumnGroups : column_place(c, groups));
     const bool many = columns - c >= kAtOnce;
     const auto copy = many ? copy_columns<kAtOnce> : copy_columns<1>;
-    copy(from + c * w.stride, w.stride, count, w.group == 0, to, start + c);
+    copy(from + c * w.stride, w.stride, count, grouped ? kGroupedSteps : kTileSteps, to, grouped ? nullptr : start + c);
     const int64_t end = c + (many ? kAtOnce : 1);
     for (; c < end; ++c, to += kColumnGroups) {
-      if (w.group != 0) start_groups(to, groups, w.group / kGroup, start + c * kMostScales);
+      if (grouped) start_groups(to, groups, w.group / kGroup, start + c * kMostScales);
     }
   }
 }

@@ -1,4 +1,4 @@
-// Lanes of the int8 kernel (cpu/int8_gemm.cpp): loads of bytes, the product of an instruction set, and transposition.
+// Lanes of the int8 kernel (cpu/int8_gemm.cpp): loads of bytes, and the product of an instruction set.
 #pragma once
 
 #include "core/math.h"
@@ -44,33 +44,6 @@ POP_INLINE VecU32 dot(VecU32 sum, VecU32 a, VecU32 w) {
   const auto high = [](VecU32 pair) { return lane_cast<VecI32>(pair) >> 16; };
   return sum + lane_cast<VecU32>(low(a) * low(w) + high(a) * high(w));
 #endif
-}
-
-template <int... Lane>
-struct Lanes {};
-#if defined(__AVX512F__)
-using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
-#elif defined(__AVX__)
-using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7>;
-#else
-using AllLanes = Lanes<0, 1, 2, 3>;
-#endif
-
-// Exchanges the two off-diagonal blocks of Step x Step elements in each block twice as wide.
-template <int Step, int... Lane>
-POP_INLINE void exchange(VecU32 (&rows)[kLanes], Lanes<Lane...>) {
-  for (int i = 0; i < kLanes; ++i) {
-    if ((i & Step) != 0) continue;
-    const VecU32 a = rows[i], b = rows[i + Step];
-    rows[i] = __builtin_shuffle(a, b, VecI32{((Lane & Step) != 0 ? kLanes + Lane - Step : Lane)...});
-    rows[i + Step] = __builtin_shuffle(a, b, VecI32{((Lane & Step) != 0 ? kLanes + Lane : Lane + Step)...});
-  }
-}
-
-template <int Step = kLanes / 2>
-POP_INLINE void transpose(VecU32 (&rows)[kLanes]) {
-  exchange<Step>(rows, AllLanes{});
-  if constexpr (Step > 1) transpose<Step / 2>(rows);
 }
 
 // kLanes groups of a row of w as dot() reads them, zero beyond `count` elements.

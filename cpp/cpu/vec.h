@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "core/model_spec.h"
 #include "row_math.h"
@@ -256,6 +257,31 @@ POP_INLINE Quad sum_lanes(const Vec (&values)[4]) {
   }
   return __builtin_shuffle(pairs[0], pairs[1], QuadI32{0, 1, 4, 5}) +
          __builtin_shuffle(pairs[0], pairs[1], QuadI32{2, 3, 6, 7});
+}
+
+template <class V, int... Lane>
+POP_INLINE void exchange(V& a, V& b, int step, std::integer_sequence<int, Lane...>) {
+  const V before = a;
+  a = __builtin_shuffle(before, b, VecI32{((Lane & step) == 0 ? Lane : Lane + kLanes - step)...});
+  b = __builtin_shuffle(before, b, VecI32{((Lane & step) == 0 ? Lane + step : Lane + kLanes)...});
+}
+
+// Swaps the lanes of `a` whose index has the bit `step` with the lanes of `b` whose index has not.
+template <class V>
+POP_INLINE void exchange(V& a, V& b, int step) {
+  exchange(a, b, step, std::make_integer_sequence<int, kLanes>{});
+}
+
+// Transposes kLanes rows of kLanes lanes.
+template <class V>
+POP_INLINE void transpose(V (&rows)[kLanes]) {
+#pragma GCC unroll 4
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if ((i & step) == 0) exchange(rows[i], rows[i + step], step);
+    }
+  }
 }
 
 POP_INLINE void store_one(float* to, float value) { *to = value; }
