@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--warmup", type=int, default=2, help="untimed calls of each arm before the rounds (default: 2)")
     p.add_argument("--budget", type=float, help="seconds for the whole run; fewer rounds run if it is spent")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="run the hf-compile arm")
-    p.add_argument("--compile-mode", default="default", help="mode of torch.compile (default: default)")
+    p.add_argument("--compile-mode", default="default", help="mode of torch.compile for hf-compile (default: default)")
     p.add_argument("--compile-lengths", nargs="+", type=int, help="lengths that hf-compile runs at (default: all)")
     p.add_argument(
         "--tune",

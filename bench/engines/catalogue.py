@@ -116,7 +116,7 @@ PEERS = {
             memory=3.2,  # compilation with autotuning takes most
             bits=8,
             # Also times Inductor's own AMX kernels, and takes them where they are faster than oneDNN.
-            options={"compile_mode": "max-autotune-no-cudagraphs"},
+            options={"mode": "max-autotune-no-cudagraphs"},
         ),
         # Fails on random weights: constant scales put its log-probabilities too far off.
         replace(_openvino("openvino-w8a8", memory=5.0, form="w8a8"), by_default=False),

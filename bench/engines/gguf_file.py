@@ -29,19 +29,17 @@ def write_gguf(weights: str, out: str) -> None:
 
     Args:
         weights: folder of a Llama model, as written by ``save_pretrained``; plain RoPE, no biases.
-        out: the file; it is renamed to this path when it is complete.
+        out: the file to write.
 
     Raises:
         ValueError: the architecture or the RoPE is not supported.
     """
     import gguf
 
-    folder, path = Path(weights), Path(out)
+    folder = Path(weights)
     config = json.loads((folder / "config.json").read_text())
     check_config(config)
-    partial = path.with_suffix(".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(str(partial), "llama")
+    writer = gguf.GGUFWriter(out, "llama")
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -70,7 +68,6 @@ def write_gguf(weights: str, out: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    partial.rename(path)
 
 
 def check_config(config: dict[str, Any]) -> None:

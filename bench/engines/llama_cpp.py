@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bench.engines.conversion import in_new_process
+from bench.engines.conversion import converted
 from bench.engines.log_probs import log_probs_of
 
 _ARM = "llama.cpp"
@@ -68,21 +68,18 @@ def weights_file(job: dict[str, Any], form: str | None) -> Path:
     path = plain.with_name(f"model-{form}.gguf") if form else plain
     if path.exists():
         return path
-    if not plain.exists():
-        in_new_process("bench.engines.gguf_file", "write_gguf", job["weights"], str(plain))
-    if form:
-        in_new_process(__name__, "quantise", str(plain), str(path), form, str(job["threads"]))
-    return path
+    converted(plain, "bench.engines.gguf_file", "write_gguf", job["weights"])
+    return converted(path, __name__, "quantise", str(plain), form, str(job["threads"])) if form else plain
 
 
-def quantise(plain: str, out: str, form: str, threads: str) -> None:
+def quantise(plain: str, form: str, threads: str, out: str) -> None:
     """Quantise a GGUF file by llama.cpp's own quantiser, with its defaults for a format.
 
     Args:
         plain: the file in the model's dtype.
-        out: the file; it is renamed to this path when it is complete.
         form: name of the format: "q8_0" is ``LLAMA_FTYPE_MOSTLY_Q8_0``.
         threads: number of threads.
+        out: the file to write.
 
     Raises:
         ValueError: llama.cpp has no such format.
@@ -95,11 +92,9 @@ def quantise(plain: str, out: str, form: str, threads: str) -> None:
         raise ValueError(f"form: expected a format of llama.cpp, got {form}")
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype, settings.nthread = kind, int(threads)
-    partial = Path(out).with_suffix(".partial")
-    code = llama_cpp.llama_model_quantize(plain.encode(), str(partial).encode(), ctypes.byref(settings))
+    code = llama_cpp.llama_model_quantize(plain.encode(), out.encode(), ctypes.byref(settings))
     if code:
         raise RuntimeError(f"llama_model_quantize ended with code {code}")
-    partial.rename(out)
 
 
 def buffers_text(lines: list[str]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.engines.conversion import in_new_process
+from bench.engines.conversion import converted
 from bench.engines.log_probs import log_probs_of
 
 _ARM = "openvino"
@@ -73,19 +73,15 @@ class Engine:
 
 def model_file(job: dict[str, Any], form: str | None) -> Path:
     """Return the converted weights of a job in a form; convert them if they are missing."""
-    shared = Path(job["shared"])
-    path = shared / (f"ir-{form}" if form else "ir") / _MODEL
-    if path.exists():
-        return path
-    if form == "w8a8":
-        plain = model_file(job, None)
-        in_new_process(__name__, "quantise_inputs", str(plain), str(path.parent))
-    else:
-        in_new_process(__name__, "export", job["weights"], str(path.parent), job["dtype"], form or "")
-    return path
+    folder = Path(job["shared"]) / (f"ir-{form}" if form else "ir")
+    if form != "w8a8":
+        return converted(folder, __name__, "export", job["weights"], job["dtype"], form or "") / _MODEL
+    if not folder.exists():
+        converted(folder, __name__, "quantise_inputs", str(model_file(job, None)))
+    return folder / _MODEL
 
 
-def export(weights: str, folder: str, dtype: str, form: str) -> None:
+def export(weights: str, dtype: str, form: str, folder: str) -> None:
     """Convert a checkpoint; the weights keep their dtype, or with ``form`` "int8" nncf rounds them to int8."""
     import torch
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig

