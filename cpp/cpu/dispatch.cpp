@@ -113,7 +113,7 @@ const Kernels& kernels() {
 
 bool has_amx() {
 #if defined(POP_HAVE_AMX)
-  static const bool found = __builtin_cpu_supports("avx512f") && finds_amx();
+  static const bool found = __builtin_cpu_supports("avx512f") && finds_amx() && request_tiles();
   return found;
 #else
   return false;

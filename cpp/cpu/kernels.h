@@ -58,7 +58,7 @@ extern const Kernels kernels;
 // avx512_bf16|amx selects the best one that needs no higher set than that.
 const Kernels& kernels();
 
-// True if the processor has AMX, whatever POP_CPU_ISA says: libraries use it too.
+// True if this process may use AMX, whatever POP_CPU_ISA says: libraries use it too.
 bool has_amx();
 
 }  // namespace pop::cpu

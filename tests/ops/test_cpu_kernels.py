@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tolerance import assert_close_fp32, assert_low_precision, worst_element
 from torch import Tensor
 from torch.nn import functional as F
 
+ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = [1, 7, 15, 16, 17, 33, 63, 64, 65, 96, 129, 500, 4099, 16384]
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu}
 SENTINEL = 777.0
@@ -388,6 +390,23 @@ def test_an_unknown_instruction_set_is_refused_by_name():
     assert done.returncode != 0
     assert "POP_CPU_ISA: expected one of" in done.stderr
     assert "'avx9'" in done.stderr
+
+
+def test_a_lesser_set_serves_a_process_that_is_refused_tiles():
+    """Linux may refuse tiles on a processor that has AMX; elsewhere this changes nothing."""
+    script = """
+        import pop_ext, torch
+        x, w = torch.randn(9, 64).bfloat16(), torch.randn(40, 64).bfloat16()
+        assert torch.allclose(torch.ops.pop.linear(x, w).float(), x.float() @ w.float().T, rtol=0.02, atol=0.05)
+        print(torch.ops.pop.cpu_isa(), torch.ops.pop.int8_isa())
+    """
+    command = [sys.executable, ROOT / "scripts" / "without_amx.py", sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    isa, int8 = torch.ops.pop.cpu_isa(), torch.ops.pop.int8_isa()
+    if isa == "amx":
+        isa, int8 = "avx512_bf16", "avx512_vnni"
+    assert done.stdout.split() == [isa, int8]
 
 
 def test_lesser_instruction_sets_pass_these_tests():
