@@ -267,8 +267,15 @@ void Prefill::qkv(const LayerWeights& weights, int64_t kv_begin, int64_t q_begin
   const int64_t hidden = spec_.hidden_size, q_dim = spec_.q_dim(), kv_dim = spec_.kv_dim();
   const int64_t q_stride = work_.out_stride, kv_stride = work_.kv_stride;
   const DType dtype = spec_.dtype;
-  const ProductRows from = rows_for(backend_, dtype, weights.k_proj, kv_rows, hidden,
-                                    at(input.data, kv_begin, input.stride), input.stride, work_.quantized);
+  const auto rows_of = [&](const Linear& w, int64_t begin, int64_t rows) {
+    return rows_for(backend_, dtype, w, rows, hidden, at(input.data, begin, input.stride), input.stride,
+                    work_.quantized);
+  };
+  const ProductRows from = rows_of(weights.k_proj, kv_begin, kv_rows);
+  // With int8, q alone rounds its rows.
+  const ProductRows q_from = weights.q_proj.products == weights.k_proj.products
+                                 ? from_row(from, q_begin - kv_begin, dtype)
+                                 : rows_of(weights.q_proj, q_begin, q_rows);
   void *q = at(work_.gemm_out, q_begin, q_stride), *k = at(work_.k, kv_begin, kv_stride),
        *v = at(work_.v, kv_begin, kv_stride);
   if (weights.qkv_adjacent && work_.joins_qkv && q_begin == kv_begin) {
@@ -276,8 +283,7 @@ void Prefill::qkv(const LayerWeights& weights, int64_t kv_begin, int64_t q_begin
   } else {
     gemm({product(dtype, kv_rows, kv_dim, hidden, from, weights.k_proj, k, kv_stride),
           product(dtype, kv_rows, kv_dim, hidden, from, weights.v_proj, v, kv_stride),
-          product(dtype, q_rows, q_dim, hidden, from_row(from, q_begin - kv_begin, dtype), weights.q_proj, q,
-                  q_stride)});
+          product(dtype, q_rows, q_dim, hidden, q_from, weights.q_proj, q, q_stride)});
   }
   if (!spec_.qk_norm_over_heads) return;
   const float offset = static_cast<float>(spec_.norm_weight_offset), eps = static_cast<float>(spec_.rms_norm_eps);

@@ -18,11 +18,11 @@ inline constexpr NamedLinear kLinears[] = {{"q_proj", &LayerWeights::q_proj},   
                                            {"gate_proj", &LayerWeights::gate_proj}, {"up_proj", &LayerWeights::up_proj},
                                            {"down_proj", &LayerWeights::down_proj}};
 
-// q, k and v stay in the model's dtype with int8: docs/fp8.md shows what their rounding costs.
+// k and v, which the cache keeps for decode, stay in the model's dtype with int8: docs/fp8.md shows what it costs to
+// round them.
 inline bool is_copied(const NamedLinear& linear, Products products) {
   return products != Products::int8 ||
-         (linear.linear != &LayerWeights::q_proj && linear.linear != &LayerWeights::k_proj &&
-          linear.linear != &LayerWeights::v_proj);
+         (linear.linear != &LayerWeights::k_proj && linear.linear != &LayerWeights::v_proj);
 }
 
 inline bool is_copied_matrix(const std::string& slot, Products products) {

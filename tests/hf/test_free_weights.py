@@ -37,7 +37,9 @@ def test_a_prefill_has_the_bits_of_int8_with_copies(family, dtype):
     freed = copy.deepcopy(model)
     native = pop_ext.load(freed, PLAN, int8=True, free_weights=True)
     assert torch.equal(native.prefill(ids).logits, copies.prefill(ids).logits)
-    assert native.extra_bytes == pop_ext.load(model, PLAN).extra_bytes
+    # A matrix of q, k and v keeps its dtype, and q is copied: 3 layers, a scale for each row.
+    q_bytes = 3 * 256 * (96 + 4) if family == "phi3" else 0
+    assert native.extra_bytes == pop_ext.load(model, PLAN).extra_bytes + q_bytes
     kept = sum(linear.weight.nbytes + linear.scale.nbytes for linear in integers_of(freed).values())
     removed = sum(linear.weight.numel() * dtype.itemsize for linear in integers_of(freed).values())
     assert nbytes(freed) == nbytes(model) - removed + kept
@@ -46,7 +48,7 @@ def test_a_prefill_has_the_bits_of_int8_with_copies(family, dtype):
 def test_only_what_int8_rounds_in_layers_that_context_rows_pass_is_replaced():
     model = llama()
     pop_ext.load(model, PLAN, int8=True, free_weights=True)
-    names = ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     assert set(integers_of(model)) == {f"model.layers.{layer}.{name}" for layer in range(3) for name in names}
 
 
@@ -122,7 +124,7 @@ def test_the_integers_of_a_checkpoint_are_taken_over(tmp_path):
     expected = pop_ext.load(model, PLAN, int8=True).prefill(ids).logits
     size = nbytes(model)
     assert torch.equal(pop_ext.load(model, PLAN, int8=True, free_weights=True).prefill(ids).logits, expected)
-    assert len(integers_of(model)) == 12
+    assert len(integers_of(model)) == 15
     assert nbytes(model) < size
 
 
@@ -132,7 +134,7 @@ def test_enabling_again_keeps_the_integers_and_adds_those_of_another_plan():
     kept = integers_of(model)
     pop_ext.enable(model, Plan(6, (5,)), strict=True, int8=True, free_weights=True)
     assert kept.items() <= integers_of(model).items()
-    assert len(integers_of(model)) == 20
+    assert len(integers_of(model)) == 25
     with torch.no_grad():
         model(ids, logits_to_keep=1)
     pop_ext.enable(model, PLAN, strict=True)  # without int8: the same matrices, and rows that are not rounded

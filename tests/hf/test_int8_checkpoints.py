@@ -346,11 +346,11 @@ def test_int8_computes_with_the_blocks_of_a_q8_0_file(free):
     floats = copy.deepcopy(model)
     native = pop_ext.load(model, plan, int8=True, free_weights=free)
     read = {ref.slot: ref.int8 for ref in native.description.weights if ref.int8 is not None}
-    assert set(read) == {f"layers.{i}.{name}_proj" for i in (0, 2) for name in ("o", "gate", "up", "down")}
+    assert set(read) == {f"layers.{i}.{name}_proj" for i in (0, 2) for name in ("q", "o", "gate", "up", "down")}
     for slot, integers in read.items():
         kind = slot.rpartition(".")[2]
         module = floats.get_submodule(
-            f"model.{slot.rpartition('.')[0]}.{'self_attn' if kind == 'o_proj' else 'mlp'}.{kind}"
+            f"model.{slot.rpartition('.')[0]}.{'self_attn' if kind in ('q_proj', 'o_proj') else 'mlp'}.{kind}"
         )
         assert integers.scale.shape == (module.out_features, module.in_features // 32)
         assert torch.equal(integers.dense(torch.float32), module.weight)
@@ -408,9 +408,9 @@ def test_a_real_q8_0_file_is_read_as_its_integers(tmp_path):
     write_q8_0(LlamaForCausalLM(config), tmp_path / "model.gguf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32).eval()
     native = pop_ext.load(model, plan_of(model, GAPS, 2), int8=True)
-    assert native.integer_weights == 8  # o, gate, up and down of layers 0 and 2
+    assert native.integer_weights == 10  # q, o, gate, up and down of layers 0 and 2
     for ref in native.description.weights:
         if ref.int8 is not None:
             assert torch.equal(ref.int8.dense(torch.float32), ref.find())
     floats = pop_ext.load(AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf"), "third", int8=True)
-    assert floats.integer_weights in (0, 16)  # of another dtype than float32 they are rounded by rows
+    assert floats.integer_weights in (0, 20)  # of another dtype than float32 they are rounded by rows

@@ -184,12 +184,18 @@ def test_omitted_layers_get_no_fp8_weights():
 
 @pytest.mark.cpu
 def test_omitted_layers_get_no_int8_weights():
-    """As above, without q, k and v."""
+    """As above, without k and v."""
     model = shared(dtype=torch.bfloat16)
     plan = plan_of(model, (1, 2, 3, 4, 5))
     native = load(model, plan, "int8")
     layer = model.model.layers[0]
-    linears = [layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj]
+    linears = [
+        layer.self_attn.q_proj,
+        layer.self_attn.o_proj,
+        layer.mlp.gate_proj,
+        layer.mlp.up_proj,
+        layer.mlp.down_proj,
+    ]
     expected = sum(tensor.nbytes for linear in linears for tensor in pop.quantize_rows(linear.weight, "int8"))
     assert native.extra_bytes == pop_ext.load(model, plan).extra_bytes + expected
 

@@ -114,11 +114,14 @@ class RoundsInput(nn.Module):
 
 
 def rounding_twin(model: Any, plan: Any) -> Any:
-    """Return what ``int8=True`` computes on an int8 model: o, gate, up and down of the retained layers round rows."""
+    """Return what ``int8=True`` computes on an int8 model: all but k and v of the retained layers round rows."""
     twin = dense_twin(model)
     projected = {layer for run in plan.projected_runs for layer in run}
     for index, layer in enumerate(twin.model.layers):
-        for module, names in ((layer.self_attn, ("o_proj",)), (layer.mlp, ("gate_proj", "up_proj", "down_proj"))):
+        for module, names in (
+            (layer.self_attn, ("q_proj", "o_proj")),
+            (layer.mlp, ("gate_proj", "up_proj", "down_proj")),
+        ):
             for name in names if index not in projected else ():
                 setattr(module, name, RoundsInput(getattr(module, name)))
     return twin

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 LARGEST = {"fp8": 448.0, "int8": 127.0}
-INT8_LEAVES = ("q_proj", "k_proj", "v_proj", "qkv_proj")
-"""What int8 leaves in the model's dtype."""
+INT8_LEAVES = (".k_proj", ".v_proj")
+"""What int8 leaves in the model's dtype, as it does the rows of k and v in a qkv_proj."""
 
 
 def quantized(x: Tensor, products: str = "fp8") -> tuple[Tensor, Tensor]:
@@ -58,6 +58,25 @@ def rounded_twin(model: Any, plan: Plan, products: str = "fp8", noise: float = 0
             continue
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear) and not (products == "int8" and name.endswith(INT8_LEAVES)):
+                made: nn.Module = RoundedLinear(module, products, noise)
+                if products == "int8" and name.endswith("qkv_proj"):
+                    made = FirstRows(made, module, q_rows(twin.config))
                 parent = layer.get_submodule(name.rpartition(".")[0])
-                setattr(parent, name.rpartition(".")[2], RoundedLinear(module, products, noise))
+                setattr(parent, name.rpartition(".")[2], made)
     return twin
+
+
+def q_rows(config: Any) -> int:
+    """Return the number of rows of q in a qkv_proj."""
+    return config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+
+
+class FirstRows(nn.Module):
+    """Two forms of a Linear: the first rows of its result come from one, the others from the other."""
+
+    def __init__(self, one: nn.Module, other: nn.Module, rows: int) -> None:
+        super().__init__()
+        self.one, self.other, self.rows = one, other, rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.one(x)[..., : self.rows], self.other(x)[..., self.rows :]], dim=-1)

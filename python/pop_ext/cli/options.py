@@ -66,7 +66,7 @@ Int8Option = Annotated[
     bool,
     typer.Option(
         "--int8",
-        help="Compute o, gate, up and down of native prefills in 8-bit integers, on a CPU.",
+        help="Compute q, o, gate, up and down of native prefills in 8-bit integers, on a CPU.",
         rich_help_panel=MACHINE,
     ),
 ]

@@ -36,8 +36,9 @@ def check_free_weights(value: Any, products: Products | None, cuda_graphs: int) 
 def keep_integers_alone(model: Any, plan: PlanArgument) -> None:
     """Replace the linear layers that ``int8`` rounds by `Int8Linear`, one at a time, so that their matrices are freed.
 
-    These are o, gate, up and down of the layers that context rows pass through under ``plan``. The integers of a
-    quantised checkpoint are taken over; its layers then round no inputs. There is no way back.
+    These are q, o, gate, up and down of the layers that context rows pass through under ``plan``, but for a matrix that
+    holds q, k and v. The integers of a quantised checkpoint are taken over; its layers then round no inputs. There is
+    no way back.
 
     Raises:
         UnsupportedModelError: The model has no native form, or none with ``int8``, or one of the layers has a hook or
@@ -48,12 +49,14 @@ def keep_integers_alone(model: Any, plan: PlanArgument) -> None:
     check_option_supported("int8", native.description)
     try_native(native)
     projected = {layer for run in native.plan.projected_runs for layer in run}
-    paths: dict[tuple[str, ...], None] = {}
+    paths: dict[tuple[str, ...], bool] = {}  # of each linear layer: whether all of its slots are rounded
     weights = [ref.path for ref in native.description.weights]
     for (slot, layer, _), path in zip(native.spec.weight_slots(), weights, strict=True):
-        if slot.endswith(ROUNDED) and layer not in projected:
-            paths[path[:-1]] = None  # a fused matrix has two slots
+        if path[-1] == "weight":
+            rounded = slot.endswith(ROUNDED) and layer not in projected
+            paths[path[:-1]] = paths.get(path[:-1], True) and rounded
     del native
+    paths = {path: rounded for path, rounded in paths.items() if rounded}
     linears = {path: model.get_submodule(".".join(path)) for path in paths}
     for path, linear in linears.items():
         patch = find_module_patch(linear)

@@ -39,8 +39,8 @@ def load(
             size, and results differ slightly from the stock model's. Decode is unchanged.
         prepack: copy the matrices of retained layers into the layout of the CPU's product library, at their full size,
             for faster products in bfloat16 on a processor with AVX-512 BF16. Excludes ``fp8`` and ``int8``.
-        int8: compute o, gate, up and down of retained layers in 8-bit integers, on a CPU. This copies these matrices at
-            one byte an element, and results differ slightly from the stock model's. Decode is unchanged. Excludes
+        int8: compute q, o, gate, up and down of retained layers in 8-bit integers, on a CPU. This copies these matrices
+            at one byte an element, and results differ slightly from the stock model's. Decode is unchanged. Excludes
             ``fp8``.
         cuda_graphs: run prefills of prompts without a past as CUDA graphs, recorded when a shape first comes, and keep
             as many, those used last. A shape is the number of tokens of each sequence with boundary, rows of logits and

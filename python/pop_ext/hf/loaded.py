@@ -20,7 +20,7 @@ from pop_ext.hf.weight_map import Description, WeightRef, quantization_method
 from pop_ext.plans.plan import Plan
 from pop_ext.utils.forks import check_threads
 
-ROUNDED = (".o_proj", ".gate_proj", ".up_proj", ".down_proj")
+ROUNDED = (".q_proj", ".o_proj", ".gate_proj", ".up_proj", ".down_proj")
 """Ends of the slots that ``int8`` rounds (``is_copied`` in cpp/torch/copied_matrices.h)."""
 
 
