@@ -321,12 +321,13 @@ class Run:
         self.failed |= any(row.failed is not None for row in found.rows)
 
     def profile(self, model: BenchModel, batch: int, tokens: int) -> None:
-        """Profile native-full and every plan by stages, print the profiles and add them to the report."""
+        """Profile native-full and every plan, also in 8 bits if asked for, print the profiles and add them."""
         try:
             spec = describe(model.model).spec
             ids = torch.randint(0, spec.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
             plans = [Plan(spec.num_layers, ()), *self.plans(model)]
-            found = profile_plans(model.model, ids.to(self.device), plans)
+            products = [name for name in ("fp8", "int8") if getattr(self.options, name)]
+            found = profile_plans(model.model, ids.to(self.device), plans, products=products)
         except (ValueError, OSError, RuntimeError) as error:
             self.fail(model, f"profile, {tokens} tokens, batch {batch}", error)
             return

@@ -32,7 +32,9 @@ class HostTimes:
     after: float
 
 
-def host_times(model: Any, plan: Plan, input_ids: torch.Tensor, calls: int = 5) -> HostTimes:
+def host_times(
+    model: Any, plan: Plan, input_ids: torch.Tensor, calls: int = 5, products: str | None = None
+) -> HostTimes:
     """Time calls that start on an idle device.
 
     Args:
@@ -40,9 +42,11 @@ def host_times(model: Any, plan: Plan, input_ids: torch.Tensor, calls: int = 5) 
         plan: executed as given; its ``min_tokens`` is ignored.
         input_ids: ``[batch, tokens]``, on the model's device.
         calls: number of timed calls; an untimed one comes first.
+        products: "fp8" or "int8" if its products are in 8 bits.
     """
     samples = []
-    with enabled(model, plan.replace(min_tokens=0), strict=True), torch.no_grad():
+    options: dict[str, Any] = {} if products is None else {products: True}
+    with enabled(model, plan.replace(min_tokens=0), strict=True, **options), torch.no_grad():
         for _ in range(1 + calls):
             synchronize(input_ids.device)
             with _operator_seen() as seen:

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from bench.arms import NATIVE_FULL, plan_name, sequence_shapes
 from bench.host_times import HostTimes, host_times
 from bench.measure import WallClock, interleave, synchronize
-from bench.rates import measure_bandwidth, peak_rate, reference_gemms
+from bench.rates import measure_bandwidth, peak_rate, reference_gemms, rounded_gemm
 from bench.report import table
 
 LAYER_STAGES = ("qkv", "rope_cache_write", "attention", "o_proj", "mlp")
@@ -44,13 +44,16 @@ class Stage:
     Attributes:
         seconds: median over the profiled calls.
         flops: by the cost model; None if it does not model the stage.
-        bytes: by the cost model, else by `moved_bytes`; None if neither models the stage.
+        bytes: by the cost model, else by `moved_bytes`; None if neither models the stage, as none models products in 8
+            bits.
+        rounded_flops: those of ``flops`` that are products in 8 bits.
     """
 
     name: str
     seconds: float
     flops: float | None = None
     bytes: float | None = None
+    rounded_flops: float = 0.0
 
 
 @dataclass
@@ -64,6 +67,8 @@ class StageProfile:
         peak: FLOP/s of matrix products in this run; None: unknown.
         bandwidth: bytes per second of memory in this run; None: unknown.
         host: host times of a call of the enabled model.
+        products: "fp8" or "int8" if its products are in 8 bits; else None.
+        rounded_peak: operations per second of such products in this run; None: unknown.
     """
 
     name: str
@@ -75,12 +80,19 @@ class StageProfile:
     peak: float | None = None
     bandwidth: float | None = None
     host: HostTimes | None = None
+    products: str | None = None
+    rounded_peak: float | None = None
 
     def share_of_peak(self, stage: Stage) -> float | None:
         """Return a stage's speed as a share of its bound: of both limits, the one that takes longer."""
         if stage.seconds <= 0 or not self.peak or not self.bandwidth or not (stage.flops or stage.bytes):
             return None
-        return max((stage.flops or 0.0) / self.peak, (stage.bytes or 0.0) / self.bandwidth) / stage.seconds
+        if stage.rounded_flops and not self.rounded_peak:
+            return None
+        computing = ((stage.flops or 0.0) - stage.rounded_flops) / self.peak
+        if self.rounded_peak:
+            computing += stage.rounded_flops / self.rounded_peak
+        return max(computing, (stage.bytes or 0.0) / self.bandwidth) / stage.seconds
 
 
 class _Probe:
@@ -127,7 +139,9 @@ class _Probe:
         self.calls.append(dict(times)[CALL] if whole is None else whole)
 
 
-def profile_plans(model: Any, input_ids: torch.Tensor, plans: Sequence[Plan], rounds: int = 5) -> list[StageProfile]:
+def profile_plans(
+    model: Any, input_ids: torch.Tensor, plans: Sequence[Plan], rounds: int = 5, products: Sequence[str] = ()
+) -> list[StageProfile]:
     """Profile one prompt under several plans, relative to the peaks of this device in the same run.
 
     Args:
@@ -135,45 +149,75 @@ def profile_plans(model: Any, input_ids: torch.Tensor, plans: Sequence[Plan], ro
         input_ids: ``[batch, tokens]``.
         plans: executed as given.
         rounds: number of rounds; each profiles one call of every plan, and times matrix products and memory.
+        products: "fp8", "int8": each profiles all plans again with such products.
 
     Raises:
         RuntimeError: the profiler did not see the stages.
     """
-    probes = [_Probe(load(model, plan), input_ids) for plan in plans]
+    kinds: tuple[dict[str, bool], ...] = ({}, *({name: True} for name in products))
+    probes = [_Probe(load(model, plan, **kind), input_ids) for kind in kinds for plan in plans]
     native = probes[0].native
-    products = reference_gemms(native.spec, input_ids.numel(), native.dtype, native.device)
-    for item in (*products, *probes):
+    shape = native.spec, input_ids.numel(), native.dtype, native.device
+    plain = reference_gemms(*shape)
+    rounded = {name: rounded_gemm(*shape, name) for name in products}
+    gemms = [*plain, *rounded.values()]
+    for item in (*gemms, *probes):
         item.warm_up()
     bandwidths = []
     for turn in range(rounds):
-        interleave(products[:: -1 if turn % 2 else 1], WallClock(native.device), repeats=1)
+        interleave(gemms[:: -1 if turn % 2 else 1], WallClock(native.device), repeats=1)
         rates = measure_bandwidth(native.device)
         if rates:
             bandwidths.append(max(rates.values()))
         for probe in probes if turn % 2 == 0 else reversed(probes):
             probe.sample()
-    peak, bandwidth = peak_rate(products), statistics.median(bandwidths) if bandwidths else None
-    found = [_profile_of(probe, input_ids, peak, bandwidth) for probe in probes]
-    for item in found:
-        item.host = host_times(model, item.plan, input_ids)
+    peak, bandwidth = peak_rate(plain), statistics.median(bandwidths) if bandwidths else None
+    found = []
+    for probe in probes:
+        name = probe.native.products
+        result = _profile_of(probe, input_ids, peak, bandwidth, rounded[name].rate if name else None)
+        result.host = host_times(model, result.plan, input_ids, products=name)
+        found.append(result)
     return found
 
 
-def _profile_of(probe: _Probe, input_ids: torch.Tensor, peak: float | None, bandwidth: float | None) -> StageProfile:
+def _profile_of(
+    probe: _Probe, input_ids: torch.Tensor, peak: float | None, bandwidth: float | None, rounded_peak: float | None
+) -> StageProfile:
     native, plan = probe.native, probe.native.plan
     batch, tokens = input_ids.shape
     cost = _core.plan_cost(native.spec, plan, sequence_shapes(batch, tokens, plan))["stages"]
     moved = moved_bytes(native.spec, plan, batch * tokens, native.dtype.itemsize)
     name = plan_name(plan) if plan.omit else NATIVE_FULL
-    result = StageProfile(name, batch, tokens, plan, statistics.median(probe.calls), peak=peak, bandwidth=bandwidth)
+    result = StageProfile(
+        name if native.products is None else f"{name} {native.products}",
+        batch,
+        tokens,
+        plan,
+        statistics.median(probe.calls),
+        peak=peak,
+        bandwidth=bandwidth,
+        products=native.products,
+        rounded_peak=rounded_peak,
+    )
     for stage in STAGES:
         taken = statistics.median(sample.get(stage, 0.0) for sample in probe.stages)
         if taken > 0:
-            counted = cost.get(stage, {})
-            result.stages.append(Stage(stage, taken, counted.get("flops"), counted.get("bytes", moved.get(stage))))
+            flops, read = cost.get(stage, {}).get("flops"), cost.get(stage, {}).get("bytes", moved.get(stage))
+            rounded = rounded_share(native.spec, stage, native.products) * (flops or 0.0)
+            result.stages.append(Stage(stage, taken, flops, None if rounded else read, rounded))
     rest = result.seconds - sum(stage.seconds for stage in result.stages)
     result.stages.append(Stage(REST, max(0.0, rest)))
     return result
+
+
+def rounded_share(spec: _core.ModelSpec, stage: str, products: str | None) -> float:
+    """Return the share of a stage's FLOPs in retained layers that are products in 8 bits."""
+    if stage in ("o_proj", "mlp"):
+        return float(products is not None)
+    if stage == "qkv" and products == "int8":  # q alone
+        return spec.q_dim / (spec.q_dim + 2 * spec.kv_dim)
+    return float(stage == "qkv" and products == "fp8")
 
 
 def moved_bytes(spec: _core.ModelSpec, plan: Plan, rows: int, element: int) -> dict[str, float]:
@@ -248,6 +292,8 @@ def profile_text(found: StageProfile) -> str:
         "",
         table(header, [_cells(found, stage) for stage in found.stages]),
     ]
+    if found.rounded_peak is not None:
+        lines.append(f"peak of {found.products} products: {found.rounded_peak / 1e9:,.0f} Gop/s, rounding included")
     if found.host is not None:
         before, inside, after = (f"{1e6 * seconds:,.0f}" for seconds in astuple(found.host))
         lines.append(f"host, enabled model: {before} us before the operator, {inside} us in it, {after} us after it")
@@ -290,6 +336,8 @@ def profile_json(model: str, dtype: str, found: Sequence[StageProfile]) -> list[
             "boundary": item.plan.boundary,
             "seconds": item.seconds,
             "gemm_peak_flop_per_s": item.peak,
+            "products": item.products,
+            "rounded_peak_op_per_s": item.rounded_peak,
             "bandwidth_bytes_per_s": item.bandwidth,
             "host_seconds": None if item.host is None else asdict(item.host),
             "stages": [
@@ -298,6 +346,7 @@ def profile_json(model: str, dtype: str, found: Sequence[StageProfile]) -> list[
                     "seconds": stage.seconds,
                     "share": stage.seconds / item.seconds,
                     "flops": stage.flops,
+                    "rounded_flops": stage.rounded_flops,
                     "bytes": stage.bytes,
                     "share_of_peak": item.share_of_peak(stage),
                 }

@@ -99,6 +99,29 @@ def reference_gemms(spec: _core.ModelSpec, rows: int, dtype: torch.dtype, device
     return products
 
 
+def rounded_gemm(spec: _core.ModelSpec, rows: int, dtype: torch.dtype, device: torch.device, products: str) -> Gemm:
+    """Return the MLP's product in 8 bits, its rows' rounding included: the peak of such products for ``rows`` rows.
+
+    Args:
+        spec: shape of the model.
+        rows: rows of the input.
+        dtype: of the input.
+        device: of both operands.
+        products: "fp8" or "int8".
+    """
+    inner, hidden = spec.intermediate_size, spec.hidden_size
+    gemm = Gemm(name=f"[{rows}, {hidden}] x [{hidden}, {inner}] {products}", m=rows, n=inner, k=hidden)
+    linear = {"fp8": torch.ops.pop.fp8_linear, "int8": torch.ops.pop.int8_linear}[products]
+
+    def make() -> object:
+        x, weight = (torch.empty(n, hidden, dtype=dtype, device=device).normal_() for n in (rows, inner))
+        quantised = torch.ops.pop.quantize_rows(weight, products)
+        return lambda: linear(x, *quantised)
+
+    gemm.call = gemm.attempt(make)
+    return gemm
+
+
 def peak_rate(gemms: list[Gemm]) -> float | None:
     """Return the highest median FLOP/s of these products."""
     return max((gemm.rate for gemm in gemms if gemm.rate is not None), default=None)

@@ -99,9 +99,7 @@ class CpuBackend final : public Backend {
 
   int64_t mlp_rows(DType dtype, Products products) const override { return cpu::mlp_rows(dtype, products); }
 
-  void gemm(const GemmParams* products, int64_t count) override {
-    for (int64_t i = 0; i < count; ++i) cpu::gemm(products[i]);
-  }
+  void gemm(const GemmParams* products, int64_t count) override { cpu::gemm(products, count); }
 
   void copy_rows(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t row_bytes,
                  int64_t rows) noexcept override {

@@ -3,7 +3,9 @@
 #include "cpu/gemm.h"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
+#include <vector>
 
 #include "core/math.h"
 #include "cpu/int8.h"
@@ -68,6 +70,14 @@ int64_t skinny_rows(const GemmParams& p, bool in_blocks) {
   if (p.dtype == DType::f32) return in_blocks ? kSkinnyRowsFloat32BeforeBlocks : kSkinnyRowsFloat32;
   const bool tiles = p.dtype == DType::bf16 && !in_blocks && has_amx();
   return tiles ? kSkinnyRowsBeforeTiles : kSkinnyRows;
+}
+
+// With AMX oneDNN cuts a product of few columns so coarsely that one thread computes all of it, or nearly: with K of
+// 2048 and 512 columns from 300 to 1100 rows, with 4096 and 1024 columns from 300 to 700.
+constexpr int64_t kIdleBeyondRows = 256, kIdleUpToElements = 1 << 20, kFewestColumnsOfSlice = 64;
+bool leaves_threads_idle(const GemmParams& p) {
+  return p.dtype == DType::bf16 && has_amx() && p.products == Products::plain && p.packed == nullptr &&
+         !p.w_transposed && !reads_beyond(p) && p.m > kIdleBeyondRows && p.m * p.n <= kIdleUpToElements;
 }
 
 // A matrix in memory; elements in 8 bits have one scale per row.
@@ -233,6 +243,29 @@ void gemm(const GemmParams& p) {
   } else {
     matmul(p);
   }
+}
+
+void gemm(const GemmParams* products, int64_t count) {
+  const auto end = products + count;
+  const int64_t idle = std::count_if(products, end, leaves_threads_idle);
+  std::vector<GemmParams> slices;  // of columns, one thread each
+  for (const GemmParams* p = products; p != end; ++p) {
+    if (!leaves_threads_idle(*p)) {
+      gemm(*p);
+      continue;
+    }
+    const int64_t columns =
+        std::max(kFewestColumnsOfSlice, round_up(ceil_div(p->n, ceil_div(num_threads(), idle)), kColumnMultiple));
+    for (int64_t n = 0; n < p->n; n += columns) {
+      GemmParams slice = *p;
+      slice.n = std::min(columns, p->n - n);
+      slice.w = static_cast<const char*>(p->w) + n * p->w_stride * element_size(p->dtype);
+      slice.out = static_cast<char*>(p->out) + n * element_size(p->dtype);
+      slices.push_back(slice);
+    }
+  }
+  if (slices.empty()) return;
+  parallel_tasks(std::ssize(slices), [&](int64_t i, int64_t) { matmul(slices[i]); });
 }
 
 // With 512 rows, whole products of bfloat16 leave an intermediate result of 8192 columns in the last-level cache, and

@@ -9,6 +9,9 @@ namespace pop::cpu {
 
 void gemm(const GemmParams& params);
 
+// Products whose results do not overlap.
+void gemm(const GemmParams* products, int64_t count);
+
 // See Backend::mlp_rows.
 int64_t mlp_rows(DType dtype, Products products);
 

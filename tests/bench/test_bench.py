@@ -341,13 +341,14 @@ def test_stage_sums_tell_boundary_rows_from_retained_layers():
 def test_a_profile_accounts_for_the_whole_call(config_dir, tmp_path, capsys, small_reference, monkeypatch):
     monkeypatch.setattr("bench.profile.measure_bandwidth", lambda device: {"copy": 1e9, "read": 2e9})
     path = tmp_path / "report.json"
-    options = ["--model", str(config_dir), "--lengths", "40", "--count", "2", "--profile", "--no-cases"]
+    options = ["--model", str(config_dir), "--lengths", "40", "--count", "2", "--profile", "--no-cases", "--int8"]
     code = cli.main([*options, "--quiet", "--json", str(path)])
     printed = capsys.readouterr().out
     assert code == 0, printed
-    assert printed.count("us before the operator") == 2
+    assert printed.count("us before the operator") == 4
     profiles = json.loads(path.read_text())["profiles"]
-    assert [item["arm"] for item in profiles] == ["native-full", "pop 2/6"]
+    assert [item["arm"] for item in profiles] == ["native-full", "pop 2/6", "native-full int8", "pop 2/6 int8"]
+    assert printed.count("peak of int8 products") == 2
     for item in profiles:
         stages = {stage["name"]: stage for stage in item["stages"]}
         assert sum(stage["seconds"] for stage in stages.values()) >= 0.99 * item["seconds"]
@@ -361,6 +362,16 @@ def test_a_profile_accounts_for_the_whole_call(config_dir, tmp_path, capsys, sma
         assert {name: stages[name]["flops"] for name in ("qkv", "mlp", "kv_project")} == {
             name: cost[name]["flops"] for name in ("qkv", "mlp", "kv_project")
         }
+        # q is rounded, k and v are not.
+        rounded = {"qkv": spec.q_dim / (spec.q_dim + 2 * spec.kv_dim), "o_proj": 1, "mlp": 1}
+        for name, stage in stages.items():
+            share = rounded.get(name, 0) if item["products"] == "int8" else 0
+            assert stage["rounded_flops"] == pytest.approx(share * (stage["flops"] or 0)), name
+        mlp, peaks = stages["mlp"], (item["gemm_peak_flop_per_s"], item["rounded_peak_op_per_s"])
+        if item["products"] == "int8":
+            assert mlp["share_of_peak"] == pytest.approx(mlp["flops"] / peaks[1] / mlp["seconds"])
+        else:
+            assert peaks[1] is None
 
 
 def test_a_case_beyond_the_budget_is_left_out_and_reported(config_dir, tmp_path, capsys, small_reference):

@@ -99,9 +99,10 @@ def test_up_to_24_rows_of_float32_use_the_streaming_kernel(rows, alike):
     assert torch.equal(*whole_and_in_blocks(*operands(rows, 700, 500, torch.float32))) == alike
 
 
+@pytest.mark.parametrize("width", [500, 512])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_number_of_threads_does_not_change_a_products_bits(dtype, blocks):
-    x, weight = operands(300, 700, 500, dtype)
+def test_the_number_of_threads_does_not_change_a_products_bits(dtype, width, blocks):
+    x, weight = operands(300, 700, width, dtype)
     exact = F.linear(x.double(), weight.double())
     for threads in (1, 2, 3, 16):
         torch.set_num_threads(threads)
