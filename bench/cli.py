@@ -193,7 +193,8 @@ class Run:
             if options.profile:
                 for batch, tokens in shapes:
                     if self.fits(model, batch, tokens, self.left(options.budget, 1 / to_do)):
-                        self.profile(model, batch, tokens)
+                        for products in (None, *(name for name in ("fp8", "int8") if getattr(options, name))):
+                            self.profile(model, batch, tokens, products)
                 to_do -= 1
             for batch, tokens in cases:
                 mode = compiled if tokens in (options.compile_lengths or [tokens]) else None
@@ -320,16 +321,16 @@ class Run:
         self.report["kernels"].append(report.kernel_json(found))
         self.failed |= any(row.failed is not None for row in found.rows)
 
-    def profile(self, model: BenchModel, batch: int, tokens: int) -> None:
-        """Profile native-full and every plan, also in 8 bits if asked for, print the profiles and add them."""
+    def profile(self, model: BenchModel, batch: int, tokens: int, products: str | None) -> None:
+        """Profile native-full and every plan by stages, print the profiles and add them to the report."""
         try:
             spec = describe(model.model).spec
             ids = torch.randint(0, spec.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
             plans = [Plan(spec.num_layers, ()), *self.plans(model)]
-            products = [name for name in ("fp8", "int8") if getattr(self.options, name)]
             found = profile_plans(model.model, ids.to(self.device), plans, products=products)
         except (ValueError, OSError, RuntimeError) as error:
-            self.fail(model, f"profile, {tokens} tokens, batch {batch}", error)
+            kind = f" {products}" if products else ""
+            self.fail(model, f"profile{kind}, {tokens} tokens, batch {batch}", error)
             return
         print("\n" + "\n\n".join(profile_text(item) for item in found), flush=True)
         dtype = str(self.dtype).removeprefix("torch.")

@@ -19,10 +19,16 @@ import torch
 from torch.nn import functional as F
 
 from bench.environment import environment
+from bench.memory import resident_bytes
 from bench.shapes import load_model
 
 SHAPES = {"q_proj, o_proj": (2048, 2048), "gate_proj, up_proj": (2048, 8192), "down_proj": (8192, 2048)}
 """Of Llama-3.2-1B: (elements along k, columns)."""
+PLANS: dict[str, Callable[[int], pop_ext.Plan]] = {
+    "full": lambda depth: pop_ext.Plan(depth, ()),
+    "POP": pop_ext.Plan.last,
+}
+"""Plans of the prefills, by the number of layers."""
 
 
 def in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -72,25 +78,38 @@ def time_products(rows: list[int], rounds: int) -> list[dict[str, Any]]:
     return results
 
 
-def time_prefills(model_name: str, tokens: int, dtypes: list[str], rounds: int) -> dict[str, Any]:
-    """Time native prefills, full and pruned, plain and in int8."""
+def time_prefills(
+    model_name: str, tokens: int, dtypes: list[str], rounds: int, plan_names: list[str], free_weights: bool
+) -> dict[str, Any]:
+    """Time native prefills, plain and in int8.
+
+    Args:
+        model_name: a shape, or a folder with a config; weights are random.
+        tokens: of the prompt.
+        dtypes: of the weights.
+        rounds: number of calls of each.
+        plan_names: of `PLANS`.
+        free_weights: only those in int8, whose matrices are kept in integers alone, under one plan.
+    """
     calls: dict[str, Callable[[], Any]] = {}
     facts: dict[str, Any] = {"model": Path(model_name).name, "tokens": tokens, "extra_bytes": {}}
     for dtype in dtypes:
         model = load_model(model_name, getattr(torch, dtype), torch.device("cpu"), random_weights=True).model
         depth = model.config.num_hidden_layers
-        plans = {"full": pop_ext.Plan(depth, ()), "POP": pop_ext.Plan.last(depth)}
-        facts["omitted"], facts["layers"] = list(plans["POP"].omit), depth
+        plans = {name: PLANS[name](depth) for name in plan_names}
+        facts["omitted"], facts["layers"] = {name: list(plan.omit) for name, plan in plans.items()}, depth
         ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
         for plan_name, plan in plans.items():
-            for int8 in (False, True):
-                native = pop_ext.load(model, plan, int8=int8)
+            for int8 in (True,) if free_weights else (False, True):
+                native = pop_ext.load(model, plan, int8=int8, free_weights=free_weights)
                 name = f"{plan_name}, {dtype}{', int8' * int8}"
                 facts["extra_bytes"][name] = native.extra_bytes
                 calls[name] = lambda native=native, ids=ids: native.prefill(ids)
     arms = summarise(in_turn(calls, rounds), next(iter(calls)))
     for name, found in arms.items():
         print(f"{name:24} {found['ms']:8.0f} ms ({found['least_ms']:.0f} to {found['most_ms']:.0f})", flush=True)
+    facts["resident_bytes"] = resident_bytes()
+    print(f"resident: {facts['resident_bytes'] / 2**30:.1f} GiB", flush=True)
     return {**facts, "arms": arms}
 
 
@@ -100,11 +119,20 @@ def main() -> None:
     p.add_argument("--model", default="llama-3.2-1b", help="shape of the prefills")
     p.add_argument("--tokens", nargs="*", type=int, default=[512], help="of the prefills; none: no prefills")
     p.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
+    p.add_argument(
+        "--plans", nargs="+", default=list(PLANS), choices=list(PLANS), help="of the prefills (default: all)"
+    )
+    p.add_argument(
+        "--free-weights", action="store_true", help="prefills in int8 with free_weights=True, under one plan"
+    )
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--json", type=Path)
     arguments = p.parse_args()
+    if arguments.free_weights and len(arguments.plans) * len(arguments.dtypes) > 1:
+        p.error("--free-weights: expected one of --plans and one of --dtypes, since it changes the model")
     products = time_products(arguments.rows, arguments.rounds)
-    prefills = [time_prefills(arguments.model, n, arguments.dtypes, arguments.rounds) for n in arguments.tokens]
+    how = arguments.dtypes, arguments.rounds, arguments.plans, arguments.free_weights
+    prefills = [time_prefills(arguments.model, n, *how) for n in arguments.tokens]
     if arguments.json:
         facts = {
             "clock": "processor time",

@@ -54,10 +54,10 @@ def measure_memory(call: Callable[[], Any], device: torch.device) -> MemoryUse |
     if not _STATUS.exists():
         call()
         return None
-    before = _resident("VmRSS")
+    before = resident_bytes()
     if _reset_peak(before):
         output = call()
-        return MemoryUse(_resident("VmHWM") - before, kv_cache_bytes(output), "kernel peak")
+        return MemoryUse(resident_bytes("VmHWM") - before, kv_cache_bytes(output), "kernel peak")
     with _sampled() as samples:
         output = call()
     return MemoryUse(max(samples) - before, kv_cache_bytes(output), "sampled")
@@ -89,7 +89,7 @@ def available_bytes(device: torch.device) -> int | None:
         return None
 
 
-def _resident(field: str) -> int:
+def resident_bytes(field: str = "VmRSS") -> int:
     """Return VmRSS or VmHWM of this process in bytes; 0 if the system does not report it."""
     for line in _STATUS.read_text().splitlines():
         if line.startswith(f"{field}:"):
@@ -103,18 +103,18 @@ def _reset_peak(resident: int) -> bool:
         _CLEAR_REFS.write_text(_RESET_PEAK)
     except OSError:
         return False
-    return 0 < _resident("VmHWM") <= resident + 2**22
+    return 0 < resident_bytes("VmHWM") <= resident + 2**22
 
 
 @contextmanager
 def _sampled() -> Iterator[list[int]]:
     """Sample VmRSS every millisecond within the block."""
-    samples = [_resident("VmRSS")]
+    samples = [resident_bytes()]
     done = threading.Event()
 
     def sample() -> None:
         while not done.wait(0.001):
-            samples.append(_resident("VmRSS"))
+            samples.append(resident_bytes())
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
@@ -123,4 +123,4 @@ def _sampled() -> Iterator[list[int]]:
     finally:
         done.set()
         thread.join()
-        samples.append(_resident("VmRSS"))
+        samples.append(resident_bytes())

@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--int8", action="store_true", help="add arms of pop_ext with products in 8-bit integers")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="run the hf-compile arm")
-    p.add_argument("--compile-mode", default="default", help="mode of torch.compile (default: default)")
+    p.add_argument("--compile-mode", default="default", help="mode of torch.compile for hf-compile (default: default)")
     p.add_argument("--plan", nargs="+", type=Path, default=[], help="plan files (Plan.save)")
     p.add_argument("--count", nargs="+", type=int, default=[], help="omit the COUNT deepest layers; each a plan")
     p.add_argument("--repeats", type=int, default=7, help="timed rounds (default: 7)")

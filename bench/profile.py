@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from bench.arms import NATIVE_FULL, plan_name, sequence_shapes
 from bench.host_times import HostTimes, host_times
 from bench.measure import WallClock, interleave, synchronize
-from bench.rates import measure_bandwidth, peak_rate, reference_gemms, rounded_gemm
+from bench.rates import measure_bandwidth, peak_rate, reference_gemms, rounded_gemms
 from bench.report import table
 
 LAYER_STAGES = ("qkv", "rope_cache_write", "attention", "o_proj", "mlp")
@@ -44,8 +44,8 @@ class Stage:
     Attributes:
         seconds: median over the profiled calls.
         flops: by the cost model; None if it does not model the stage.
-        bytes: by the cost model, else by `moved_bytes`; None if neither models the stage, as none models products in 8
-            bits.
+        bytes: by the cost model, else by `moved_bytes`; None if neither models the stage, and where its weights are
+            in 8 bits.
         rounded_flops: those of ``flops`` that are products in 8 bits.
     """
 
@@ -140,7 +140,7 @@ class _Probe:
 
 
 def profile_plans(
-    model: Any, input_ids: torch.Tensor, plans: Sequence[Plan], rounds: int = 5, products: Sequence[str] = ()
+    model: Any, input_ids: torch.Tensor, plans: Sequence[Plan], rounds: int = 5, products: str | None = None
 ) -> list[StageProfile]:
     """Profile one prompt under several plans, relative to the peaks of this device in the same run.
 
@@ -149,18 +149,18 @@ def profile_plans(
         input_ids: ``[batch, tokens]``.
         plans: executed as given.
         rounds: number of rounds; each profiles one call of every plan, and times matrix products and memory.
-        products: "fp8", "int8": each profiles all plans again with such products.
+        products: "fp8" or "int8" for products in 8 bits.
 
     Raises:
         RuntimeError: the profiler did not see the stages.
     """
-    kinds: tuple[dict[str, bool], ...] = ({}, *({name: True} for name in products))
-    probes = [_Probe(load(model, plan, **kind), input_ids) for kind in kinds for plan in plans]
+    options: dict[str, Any] = {} if products is None else {products: True}
+    probes = [_Probe(load(model, plan, **options), input_ids) for plan in plans]
     native = probes[0].native
     shape = native.spec, input_ids.numel(), native.dtype, native.device
     plain = reference_gemms(*shape)
-    rounded = {name: rounded_gemm(*shape, name) for name in products}
-    gemms = [*plain, *rounded.values()]
+    rounded = [] if products is None else rounded_gemms(*shape, products)
+    gemms = [*plain, *rounded]
     for item in (*gemms, *probes):
         item.warm_up()
     bandwidths = []
@@ -174,9 +174,8 @@ def profile_plans(
     peak, bandwidth = peak_rate(plain), statistics.median(bandwidths) if bandwidths else None
     found = []
     for probe in probes:
-        name = probe.native.products
-        result = _profile_of(probe, input_ids, peak, bandwidth, rounded[name].rate if name else None)
-        result.host = host_times(model, result.plan, input_ids, products=name)
+        result = _profile_of(probe, input_ids, peak, bandwidth, peak_rate(rounded))
+        result.host = host_times(model, result.plan, input_ids, products=products)
         found.append(result)
     return found
 
@@ -203,9 +202,10 @@ def _profile_of(
     for stage in STAGES:
         taken = statistics.median(sample.get(stage, 0.0) for sample in probe.stages)
         if taken > 0:
-            flops, read = cost.get(stage, {}).get("flops"), cost.get(stage, {}).get("bytes", moved.get(stage))
+            counted = cost.get(stage, {})
+            flops, size = counted.get("flops"), counted.get("bytes", moved.get(stage))
             rounded = rounded_share(native.spec, stage, native.products) * (flops or 0.0)
-            result.stages.append(Stage(stage, taken, flops, None if rounded else read, rounded))
+            result.stages.append(Stage(stage, taken, flops, None if rounded else size, rounded))
     rest = result.seconds - sum(stage.seconds for stage in result.stages)
     result.stages.append(Stage(REST, max(0.0, rest)))
     return result
@@ -293,7 +293,7 @@ def profile_text(found: StageProfile) -> str:
         table(header, [_cells(found, stage) for stage in found.stages]),
     ]
     if found.rounded_peak is not None:
-        lines.append(f"peak of {found.products} products: {found.rounded_peak / 1e9:,.0f} Gop/s, rounding included")
+        lines.append(f"peak of {found.products} products: {found.rounded_peak / 1e9:,.0f} Gop/s")
     if found.host is not None:
         before, inside, after = (f"{1e6 * seconds:,.0f}" for seconds in astuple(found.host))
         lines.append(f"host, enabled model: {before} us before the operator, {inside} us in it, {after} us after it")

@@ -12,6 +12,7 @@ from pop_ext import _core
 from bench.measure import KernelClock, Summary, Timed, interleave
 
 _SQUARE = {"cpu": 2048, "cuda": 8192}
+_LIBRARY_INT8 = ("avx512_vnni", "amx")  # sets with which torch's product of integers is more than a plain loop
 
 
 @dataclass(kw_only=True)
@@ -99,8 +100,12 @@ def reference_gemms(spec: _core.ModelSpec, rows: int, dtype: torch.dtype, device
     return products
 
 
-def rounded_gemm(spec: _core.ModelSpec, rows: int, dtype: torch.dtype, device: torch.device, products: str) -> Gemm:
-    """Return the MLP's product in 8 bits, its rows' rounding included: the peak of such products for ``rows`` rows.
+def rounded_gemms(
+    spec: _core.ModelSpec, rows: int, dtype: torch.dtype, device: torch.device, products: str
+) -> list[Gemm]:
+    """Return the MLP's product in 8 bits, which defines the peak of such products for ``rows`` rows.
+
+    It is the library's own, which also rounds its rows, and for "int8" that of torch, where that is no plain loop.
 
     Args:
         spec: shape of the model.
@@ -110,16 +115,30 @@ def rounded_gemm(spec: _core.ModelSpec, rows: int, dtype: torch.dtype, device: t
         products: "fp8" or "int8".
     """
     inner, hidden = spec.intermediate_size, spec.hidden_size
-    gemm = Gemm(name=f"[{rows}, {hidden}] x [{hidden}, {inner}] {products}", m=rows, n=inner, k=hidden)
     linear = {"fp8": torch.ops.pop.fp8_linear, "int8": torch.ops.pop.int8_linear}[products]
 
-    def make() -> object:
+    def operands() -> tuple[torch.Tensor, torch.Tensor]:
         x, weight = (torch.empty(n, hidden, dtype=dtype, device=device).normal_() for n in (rows, inner))
+        return x, weight
+
+    def own() -> object:
+        x, weight = operands()
         quantised = torch.ops.pop.quantize_rows(weight, products)
         return lambda: linear(x, *quantised)
 
-    gemm.call = gemm.attempt(make)
-    return gemm
+    def of_torch() -> object:
+        x, weight = (torch.ops.pop.quantize_rows(operand, products)[0] for operand in operands())
+        return lambda: torch._int_mm(x, weight.t())
+
+    makers = {f"{products} (own)": own}
+    if products == "int8" and torch.ops.pop.int8_isa() in _LIBRARY_INT8:
+        makers[products] = of_torch
+    gemms = []
+    for name, make in makers.items():
+        gemm = Gemm(name=f"[{rows}, {hidden}] x [{hidden}, {inner}] {name}", m=rows, n=inner, k=hidden)
+        gemm.call = gemm.attempt(make)
+        gemms.append(gemm)
+    return gemms
 
 
 def peak_rate(gemms: list[Gemm]) -> float | None:

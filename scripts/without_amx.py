@@ -51,5 +51,7 @@ def refuse_tiles() -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        raise SystemExit(__doc__)
     refuse_tiles()
     os.execvp(sys.argv[1], sys.argv[1:])

@@ -19,7 +19,7 @@ def converted(out: Path, module: str, function: str, *arguments: str) -> Path:
     """Return ``out``, a file or a folder; if it is missing, make it by a new process of this interpreter.
 
     That calls ``module.function(*arguments, path)``, whose last argument is where to write. What it wrote is renamed to
-    ``out`` when it is complete, so that one that was killed leaves nothing that a later run would take.
+    ``out`` when it is complete: a process that is killed leaves nothing that a later run would take for the whole.
 
     Raises:
         RuntimeError: the call failed; the log has its traceback.

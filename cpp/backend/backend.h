@@ -25,7 +25,8 @@ class Backend {
   virtual void attention(const AttentionParams&) = 0;
   virtual void gated_act(const GatedActParams&) = 0;
 
-  // `count` products that do not depend on each other: those of few rows may share a launch.
+  // `count` products that do not depend on each other: those of few rows may share a launch, of few columns
+  // the threads.
   virtual void gemm(const GemmParams* products, int64_t count) = 0;
   // True if products of so many rows should add to the residual stream themselves (GemmParams::accumulate), so that the
   // next norm has nothing to add.

@@ -72,12 +72,15 @@ int64_t skinny_rows(const GemmParams& p, bool in_blocks) {
   return tiles ? kSkinnyRowsBeforeTiles : kSkinnyRows;
 }
 
-// With AMX oneDNN cuts a product of few columns so coarsely that one thread computes all of it, or nearly: with K of
-// 2048 and 512 columns from 300 to 1100 rows, with 4096 and 1024 columns from 300 to 700.
-constexpr int64_t kIdleBeyondRows = 256, kIdleUpToElements = 1 << 20, kFewestColumnsOfSlice = 64;
-bool leaves_threads_idle(const GemmParams& p) {
+// With AMX oneDNN leaves a product of about 512 columns to one of two threads. Such products are cut here, each slice
+// for one thread. With other columns or smaller K slices were no faster, or slower. None is a product that another
+// kernel computes (gemm()).
+constexpr int64_t kSlicesBeyondRows = 256, kSlicesBeyondColumns = 256, kSlicesUpToColumns = 512, kSlicesFromK = 2048;
+constexpr int64_t kSlicesUpToElements = 1 << 20, kFewestSliceColumns = 64;
+bool in_slices(const GemmParams& p) {
   return p.dtype == DType::bf16 && has_amx() && p.products == Products::plain && p.packed == nullptr &&
-         !p.w_transposed && !reads_beyond(p) && p.m > kIdleBeyondRows && p.m * p.n <= kIdleUpToElements;
+         !p.w_transposed && !reads_beyond(p) && p.m > kSlicesBeyondRows && p.n > kSlicesBeyondColumns &&
+         p.n <= kSlicesUpToColumns && p.m * p.n <= kSlicesUpToElements && p.k >= kSlicesFromK;
 }
 
 // A matrix in memory; elements in 8 bits have one scale per row.
@@ -246,25 +249,26 @@ void gemm(const GemmParams& p) {
 }
 
 void gemm(const GemmParams* products, int64_t count) {
-  const auto end = products + count;
-  const int64_t idle = std::count_if(products, end, leaves_threads_idle);
-  std::vector<GemmParams> slices;  // of columns, one thread each
-  for (const GemmParams* p = products; p != end; ++p) {
-    if (!leaves_threads_idle(*p)) {
-      gemm(*p);
-      continue;
+  int64_t columns = 0;  // of all products in slices
+  for (int64_t i = 0; i < count; ++i) {
+    if (in_slices(products[i])) {
+      columns += products[i].n;
+    } else {
+      gemm(products[i]);
     }
-    const int64_t columns =
-        std::max(kFewestColumnsOfSlice, round_up(ceil_div(p->n, ceil_div(num_threads(), idle)), kColumnMultiple));
-    for (int64_t n = 0; n < p->n; n += columns) {
+  }
+  if (columns == 0) return;
+  const int64_t width = std::max(kFewestSliceColumns, round_up(ceil_div(columns, num_threads()), kColumnMultiple));
+  std::vector<GemmParams> slices;
+  for (const GemmParams* p = products; p != products + count; ++p) {
+    for (int64_t n = 0; in_slices(*p) && n < p->n; n += width) {
       GemmParams slice = *p;
-      slice.n = std::min(columns, p->n - n);
+      slice.n = std::min(width, p->n - n);
       slice.w = static_cast<const char*>(p->w) + n * p->w_stride * element_size(p->dtype);
       slice.out = static_cast<char*>(p->out) + n * element_size(p->dtype);
       slices.push_back(slice);
     }
   }
-  if (slices.empty()) return;
   parallel_tasks(std::ssize(slices), [&](int64_t i, int64_t) { matmul(slices[i]); });
 }
 

@@ -30,7 +30,11 @@ def test_prefills_are_timed_full_and_pruned_and_in_int8(monkeypatch):
         model = llama(dtype=torch.float32)
 
     monkeypatch.setattr(int8, "load_model", lambda *args, **kwargs: Loaded)
-    found = int8.time_prefills("any", 16, ["float32"], 2)
+    found = int8.time_prefills("any", 16, ["float32"], 2, ["full", "POP"], False)
     assert list(found["arms"]) == ["full, float32", "full, float32, int8", "POP, float32", "POP, float32, int8"]
-    assert found["omitted"] == list(pop_ext.Plan.last(found["layers"]).omit)
+    assert found["omitted"] == {"full": [], "POP": list(pop_ext.Plan.last(found["layers"]).omit)}
     assert found["extra_bytes"]["POP, float32, int8"] > found["extra_bytes"]["POP, float32"]
+    alone = int8.time_prefills("any", 16, ["float32"], 2, ["POP"], True)
+    assert list(alone["arms"]) == ["POP, float32, int8"]
+    assert alone["extra_bytes"]["POP, float32, int8"] == found["extra_bytes"]["POP, float32"]
+    assert alone["resident_bytes"] > 0

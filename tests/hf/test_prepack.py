@@ -18,7 +18,7 @@ from tolerance import assert_low_precision, compare_caches, rms
 pytestmark = [pytest.mark.avx512_bf16, pytest.mark.cpu]
 
 DENSE = tuple(family for family in NATIVE if family not in ("mixtral", "qwen3_moe"))
-FEW = 6 if torch.cpu._is_amx_tile_supported() else 12  # up to this many rows, weights are streamed unpacked
+FEW = 6 if torch.cpu._init_amx() else 12  # up to this many rows, weights are streamed unpacked
 LINEAR = "mkldnn::_linear_pointwise"
 
 

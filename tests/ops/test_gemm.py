@@ -99,16 +99,25 @@ def test_up_to_24_rows_of_float32_use_the_streaming_kernel(rows, alike):
     assert torch.equal(*whole_and_in_blocks(*operands(rows, 700, 500, torch.float32))) == alike
 
 
-@pytest.mark.parametrize("width", [500, 512])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_number_of_threads_does_not_change_a_products_bits(dtype, width, blocks):
-    x, weight = operands(300, 700, width, dtype)
+def test_a_product_has_the_same_bits_again_with_any_number_of_threads(dtype, blocks):
+    x, weight = operands(300, 700, 500, dtype)
     exact = F.linear(x.double(), weight.double())
     for threads in (1, 2, 3, 16):
         torch.set_num_threads(threads)
         first = linear(x, weight)
         assert all(torch.equal(linear(x, weight), first) for _ in range(5)), f"{threads} threads"
         assert_close_fp32(first.float(), exact, f"{threads} threads", 2e-5 + 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+@pytest.mark.parametrize("columns", [257, 384, 510, 512])
+def test_a_product_in_slices_of_columns_is_as_exact_as_torchs(columns, threads):
+    """With AMX such products of bfloat16 are cut (`in_slices` in gemm.cpp)."""
+    torch.set_num_threads(threads)
+    x, weight = operands(300, columns, 2048, torch.bfloat16)
+    check(x, weight)
+    check(strided(x), strided(weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -52,8 +52,8 @@ def load(
             has not run on a GPU.
         free_weights: with ``int8``, keep its matrices in integers alone: the linear layers of the model are replaced by
             ``Int8Linear``, also for the stock forward, decode among it, which then multiplies by the rounded matrices
-            and rounds nothing else. They take half of the memory of bfloat16, no copy is made, and decode reads half of
-            the bytes. There is no way back.
+            and rounds nothing else. They take half of the memory of bfloat16, no copy is made but of q where one
+            matrix holds q, k and v, and decode reads half of the bytes. There is no way back.
 
     Returns:
         A ``NativeModel``, which refers to the weights of ``model``.
