@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from pop_ext import _core
 from pop_ext.hf.load import load
+from pop_ext.hf.loaded import ROUNDED
 from pop_ext.hf.native_model import NativeModel
 from pop_ext.plans.plan import Plan
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -215,9 +216,11 @@ def rounded_share(spec: _core.ModelSpec, stage: str, products: str | None) -> fl
     """Return the share of a stage's FLOPs in retained layers that are products in 8 bits."""
     if stage in ("o_proj", "mlp"):
         return float(products is not None)
-    if stage == "qkv" and products == "int8":  # q alone
-        return spec.q_dim / (spec.q_dim + 2 * spec.kv_dim)
-    return float(stage == "qkv" and products == "fp8")
+    if stage != "qkv" or products is None:
+        return 0.0
+    rows = {".q_proj": spec.q_dim, ".k_proj": spec.kv_dim, ".v_proj": spec.kv_dim}
+    rounded = sum(count for slot, count in rows.items() if products == "fp8" or slot in ROUNDED)
+    return rounded / sum(rows.values())
 
 
 def moved_bytes(spec: _core.ModelSpec, plan: Plan, rows: int, element: int) -> dict[str, float]:

@@ -34,6 +34,7 @@ class Gemm(Timed):
 
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Prepare = Callable[[torch.Tensor, torch.Tensor], Callable[[], object]]  # what is done once with the operands
 
 
 def own_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -45,12 +46,18 @@ def make_gemm(
     name: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, product: Product = F.linear
 ) -> Gemm:
     """Return a product of random operands; it is marked as failed if they cannot be allocated."""
+    return _prepared_gemm(name, m, n, k, dtype, device, lambda x, w: lambda: product(x, w))
+
+
+def _prepared_gemm(
+    name: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, prepare: Prepare
+) -> Gemm:
     gemm = Gemm(name=name, m=m, n=n, k=k)
 
     def make() -> object:
         x = torch.empty(m, k, dtype=dtype, device=device).normal_()
         w = torch.empty(n, k, dtype=dtype, device=device).normal_()
-        return lambda: product(x, w)
+        return prepare(x, w)
 
     gemm.call = gemm.attempt(make)
     return gemm
@@ -116,29 +123,24 @@ def rounded_gemms(
     """
     inner, hidden = spec.intermediate_size, spec.hidden_size
     linear = {"fp8": torch.ops.pop.fp8_linear, "int8": torch.ops.pop.int8_linear}[products]
+    quantise = torch.ops.pop.quantize_rows
 
-    def operands() -> tuple[torch.Tensor, torch.Tensor]:
-        x, weight = (torch.empty(n, hidden, dtype=dtype, device=device).normal_() for n in (rows, inner))
-        return x, weight
-
-    def own() -> object:
-        x, weight = operands()
-        quantised = torch.ops.pop.quantize_rows(weight, products)
+    def own(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], object]:
+        quantised = quantise(weight, products)
         return lambda: linear(x, *quantised)
 
-    def of_torch() -> object:
-        x, weight = (torch.ops.pop.quantize_rows(operand, products)[0] for operand in operands())
-        return lambda: torch._int_mm(x, weight.t())
+    def of_torch(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], object]:
+        integers, columns = quantise(x, products)[0], quantise(weight, products)[0].t()
+        return lambda: torch._int_mm(integers, columns)
 
-    makers = {f"{products} (own)": own}
+    makers: dict[str, Prepare] = {f"{products} (own)": own}
     if products == "int8" and torch.ops.pop.int8_isa() in _LIBRARY_INT8:
         makers[products] = of_torch
-    gemms = []
-    for name, make in makers.items():
-        gemm = Gemm(name=f"[{rows}, {hidden}] x [{hidden}, {inner}] {name}", m=rows, n=inner, k=hidden)
-        gemm.call = gemm.attempt(make)
-        gemms.append(gemm)
-    return gemms
+    shape = f"[{rows}, {hidden}] x [{hidden}, {inner}]"
+    return [
+        _prepared_gemm(f"{shape} {name}", rows, inner, hidden, dtype, device, prepare)
+        for name, prepare in makers.items()
+    ]
 
 
 def peak_rate(gemms: list[Gemm]) -> float | None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import tokens
 from pop_ext.hf.int8_weights import Int8Linear, int8_weight
-from quantized_oracle import FirstRows, q_rows, quantized, rounded
+from quantized_oracle import quantized, replace_rounded, rounded
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -118,11 +118,6 @@ def rounding_twin(model: Any, plan: Any) -> Any:
     twin = dense_twin(model)
     projected = {layer for run in plan.projected_runs for layer in run}
     for index, layer in enumerate(twin.model.layers):
-        for name, module in list(layer.named_modules()) if index not in projected else ():
-            if not isinstance(module, nn.Linear) or name.endswith((".k_proj", ".v_proj")):
-                continue
-            made: nn.Module = RoundsInput(module)
-            if name.endswith("qkv_proj"):
-                made = FirstRows(made, module, q_rows(twin.config))
-            setattr(layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], made)
+        if index not in projected:
+            replace_rounded(layer, RoundsInput, twin.config, "int8")
     return twin

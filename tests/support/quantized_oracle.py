@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,14 +57,20 @@ def rounded_twin(model: Any, plan: Plan, products: str = "fp8", noise: float = 0
     for index, layer in enumerate(twin.model.layers):
         if index in plan.omit or index == plan.num_layers - 1:
             continue
-        for name, module in list(layer.named_modules()):
-            if isinstance(module, nn.Linear) and not (products == "int8" and name.endswith(INT8_LEAVES)):
-                made: nn.Module = RoundedLinear(module, products, noise)
-                if products == "int8" and name.endswith("qkv_proj"):
-                    made = FirstRows(made, module, q_rows(twin.config))
-                parent = layer.get_submodule(name.rpartition(".")[0])
-                setattr(parent, name.rpartition(".")[2], made)
+        replace_rounded(layer, lambda linear: RoundedLinear(linear, products, noise), twin.config, products)
     return twin
+
+
+def replace_rounded(layer: nn.Module, make: Callable[[nn.Linear], nn.Module], config: Any, products: str) -> None:
+    """Replace each Linear of a layer whose products are in 8 bits by ``make(linear)``; of a qkv_proj its rows of q."""
+    for name, module in list(layer.named_modules()):
+        if not isinstance(module, nn.Linear) or (products == "int8" and name.endswith(INT8_LEAVES)):
+            continue
+        made = make(module)
+        if products == "int8" and name.endswith("qkv_proj"):
+            made = FirstRows(made, module, q_rows(config))
+        parent, _, leaf = name.rpartition(".")
+        setattr(layer.get_submodule(parent), leaf, made)
 
 
 def q_rows(config: Any) -> int:
