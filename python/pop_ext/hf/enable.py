@@ -224,7 +224,7 @@ def enabled(
 ) -> Iterator[Model]:
     """Enable ``model`` inside a ``with`` block. Afterwards restore its former state, enabled or not.
 
-    Arguments and errors are those of ``enable``.
+    Arguments and errors are those of ``enable``, without ``free_weights``, which nothing could restore.
     """
     check_module(model)
     inner = unwrapped(model)
