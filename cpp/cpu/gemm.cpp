@@ -222,6 +222,7 @@ void gemm_in_blocks(const GemmParams& p) {
     const float* a = blocks.widens_a ? widened_a : static_cast<const float*>(p.a) + m * p.a_stride;
     const int64_t a_stride = blocks.widens_a ? p.k : p.a_stride;
     parallel_tasks(tasks, [&](int64_t i, int64_t worker) {
+      const OneMklThread one;
       const int64_t n = i * blocks.columns, columns = std::min(blocks.columns, p.n - n);
       compute_block(p, blocks, a, a_stride, m, rows, n, columns, of_threads + worker * thread_floats);
     });

@@ -42,6 +42,14 @@ LinearPointwise linear_pointwise() {
   return function;
 }
 
+// mkl.h; null where torch has no MKL. Returns the number before.
+using SetThreads = int (*)(int threads);
+
+SetThreads set_mkl_threads() {
+  static const auto function = reinterpret_cast<SetThreads>(dlsym(RTLD_DEFAULT, "MKL_Set_Num_Threads_Local"));
+  return function;
+}
+
 class Packed final : public PackedWeight {
  public:
   explicit Packed(Tensor tensor) : tensor_(std::move(tensor)) {}
@@ -73,6 +81,15 @@ int64_t num_threads() { return torch::stable::get_num_threads(); }
 void parallel_for(int64_t first, int64_t last, int64_t grain, void (*body)(const void*, int64_t, int64_t),
                   const void* context) {
   torch::stable::parallel_for(first, last, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+OneMklThread::OneMklThread() {
+  num_threads();  // torch sets the number in a thread's first call, which must not be one after this
+  if (set_mkl_threads() != nullptr) before_ = set_mkl_threads()(1);
+}
+
+OneMklThread::~OneMklThread() {
+  if (set_mkl_threads() != nullptr) set_mkl_threads()(before_);
 }
 
 void matmul(const GemmParams& p) { aten::matmul(p, kCpu); }

@@ -30,6 +30,21 @@ void parallel_for(int64_t first, int64_t last, int64_t grain, const Body& body) 
 // out = a . w^T by aten's matmul: oneDNN or MKL. Operands of one dtype; no scales.
 void matmul(const GemmParams& params);
 
+// While one lives, MKL computes the products of this thread with one thread. MKL cuts a product, and so orders its
+// sums, by a number of threads of the calling thread's own, also where it may start none. torch sets that number when a
+// thread first works, so threads that are older than a call of torch.set_num_threads would give other bits than new
+// ones.
+class OneMklThread {
+ public:
+  OneMklThread();
+  ~OneMklThread();
+  OneMklThread(const OneMklThread&) = delete;
+  OneMklThread& operator=(const OneMklThread&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
 // A matrix in host memory with contiguous rows `stride` elements apart.
 struct HostMatrix {
   enum class Type { model, e4m3, int8 };  // elements of `dtype`, 8-bit floats or integers

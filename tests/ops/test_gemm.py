@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tuning import tuned
 
+from scripts import run_support
+
 linear = torch.ops.pop.linear
 
 # Numbers of rows on both sides of each limit (24, 32, 64: the kernel for few rows; 2048: a second block of rows).
@@ -135,6 +137,12 @@ def test_a_nan_in_a_weight_reaches_only_its_column(blocks):
     out = linear(x, weight)
     assert out[:, 131].isnan().all()
     assert out.isfinite().sum() == 70 * 299
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_threads_older_than_the_number_of_threads_give_the_same_bits(dtype):
+    # In a process of its own, since a thread keeps the number that torch told MKL when the thread first worked.
+    assert run_support("changing_threads.py", dtype, "2", "4", "8").split() == ["2", "0", "4", "0", "8", "0"]
 
 
 def test_shapes_are_those_of_torchs_linear(blocks):
