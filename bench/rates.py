@@ -12,6 +12,7 @@ from pop_ext import _core
 from bench.measure import KernelClock, Summary, Timed, interleave
 
 _SQUARE = {"cpu": 2048, "cuda": 8192}
+_ROWS_AT_ONCE = {"fp8": 2048, "int8": 512}  # of the MLP's products in 8 bits, as a prefill computes them
 _LIBRARY_INT8 = ("avx512_vnni", "amx")  # sets with which torch's product of integers is more than a plain loop
 
 
@@ -110,18 +111,21 @@ def reference_gemms(spec: _core.ModelSpec, rows: int, dtype: torch.dtype, device
 def rounded_gemms(
     spec: _core.ModelSpec, rows: int, dtype: torch.dtype, device: torch.device, products: str
 ) -> list[Gemm]:
-    """Return the MLP's product in 8 bits, which defines the peak of such products for ``rows`` rows.
+    """Return the products in 8 bits that define their peak for ``rows`` rows: the MLP's and a square one.
 
-    It is the library's own, which also rounds its rows, and for "int8" that of torch, where that is no plain loop.
+    They have as many rows as a prefill multiplies at once. They are the library's own, which also round their rows, and
+    for "int8" those of torch, where these are no plain loops.
 
     Args:
         spec: shape of the model.
-        rows: rows of the input.
+        rows: rows of the prompt.
         dtype: of the input.
         device: of both operands.
         products: "fp8" or "int8".
     """
+    side = _SQUARE.get(device.type, _SQUARE["cpu"])
     inner, hidden = spec.intermediate_size, spec.hidden_size
+    at_once = _ROWS_AT_ONCE[products]
     linear = {"fp8": torch.ops.pop.fp8_linear, "int8": torch.ops.pop.int8_linear}[products]
     quantise = torch.ops.pop.quantize_rows
 
@@ -136,9 +140,9 @@ def rounded_gemms(
     makers: dict[str, Prepare] = {f"{products} (own)": own}
     if products == "int8" and torch.ops.pop.int8_isa() in _LIBRARY_INT8:
         makers[products] = of_torch
-    shape = f"[{rows}, {hidden}] x [{hidden}, {inner}]"
     return [
-        _prepared_gemm(f"{shape} {name}", rows, inner, hidden, dtype, device, prepare)
+        _prepared_gemm(f"[{m}, {k}] x [{k}, {n}] {name}", m, n, k, dtype, device, prepare)
+        for m, n, k in ((min(rows, at_once), inner, hidden), (at_once, side, side))
         for name, prepare in makers.items()
     ]
 
