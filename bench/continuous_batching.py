@@ -25,6 +25,7 @@ from pop_ext.hf.weight_map import describe
 from bench.arms import plan_flops, stock_flops
 from bench.environment import environment
 from bench.measure import Summary
+from bench.options import at_least
 from bench.portable import gguf
 
 
@@ -106,12 +107,12 @@ def measure(
 
 def main() -> None:
     p = argparse.ArgumentParser(prog="bench/continuous_batching.py", description=__doc__.splitlines()[0])
-    p.add_argument("--lengths", nargs="+", type=int, default=[256, 1024, 2048])
-    p.add_argument("--prompts", type=int, default=1, help="of a call")
+    p.add_argument("--lengths", nargs="+", type=at_least(2), default=[256, 1024, 2048])
+    p.add_argument("--prompts", type=at_least(1), default=1, help="of a call")
     p.add_argument("--backends", nargs="+", default=["native", "portable"], choices=["native", "portable"])
     p.add_argument("--full-depth", action="store_true", help="omit no layer, in place of the deepest third")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--rounds", type=at_least(1), default=5)
     p.add_argument("--processor-time", action="store_true", help="of this process, which other processes disturb less")
     p.add_argument("--json", type=Path)
     arguments = p.parse_args()

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from bench.environment import environment
 from bench.memory import resident_bytes
+from bench.options import at_least
 from bench.shapes import load_model
 
 SHAPES = {"q_proj, o_proj": (2048, 2048), "gate_proj, up_proj": (2048, 8192), "down_proj": (8192, 2048)}
@@ -115,9 +116,11 @@ def time_prefills(
 
 def main() -> None:
     p = argparse.ArgumentParser(prog="bench/int8.py", description=__doc__.splitlines()[0])
-    p.add_argument("--rows", nargs="*", type=int, default=[8, 512, 2048], help="of the products; none: no products")
+    p.add_argument(
+        "--rows", nargs="*", type=at_least(1), default=[8, 512, 2048], help="of the products; none: no products"
+    )
     p.add_argument("--model", default="llama-3.2-1b", help="shape of the prefills")
-    p.add_argument("--tokens", nargs="*", type=int, default=[512], help="of the prefills; none: no prefills")
+    p.add_argument("--tokens", nargs="*", type=at_least(2), default=[512], help="of the prefills; may be none")
     p.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
     p.add_argument(
         "--plans", nargs="+", default=list(PLANS), choices=list(PLANS), help="of the prefills (default: all)"
@@ -125,7 +128,7 @@ def main() -> None:
     p.add_argument(
         "--free-weights", action="store_true", help="prefills in int8 with free_weights=True, under one plan"
     )
-    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--rounds", type=at_least(1), default=7)
     p.add_argument("--json", type=Path)
     arguments = p.parse_args()
     if arguments.free_weights and len(arguments.plans) * len(arguments.dtypes) > 1:

@@ -18,6 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.environment import environment
+from bench.options import at_least
 
 LAYERS = 30
 
@@ -25,8 +26,8 @@ LAYERS = 30
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--signals", type=int, default=5)
+    parser.add_argument("--tokens", type=at_least(2), default=8192)
+    parser.add_argument("--signals", type=at_least(1), default=5)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     config = LlamaConfig(

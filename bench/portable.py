@@ -26,6 +26,7 @@ from pop_ext.utils.roofline import Peaks, measure_peaks
 from bench.arms import plan_cost, stock_cost
 from bench.environment import environment
 from bench.measure import Summary, error_line
+from bench.options import at_least
 from bench.shapes import fill_random
 
 SIZES = {
@@ -172,9 +173,9 @@ def main() -> None:
     p = argparse.ArgumentParser(prog="bench/portable.py", description=__doc__.splitlines()[0])
     p.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     p.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    p.add_argument("--lengths", nargs="+", type=int, default=[512, 2048])
+    p.add_argument("--lengths", nargs="+", type=at_least(2), default=[512, 2048])
     p.add_argument("--backends", nargs="+", default=["portable"], choices=["native", "portable", "reference"])
-    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("--rounds", type=at_least(1), default=7)
     p.add_argument("--processor-time", action="store_true", help="of this process, which other processes disturb less")
     p.add_argument("--json", type=Path)
     arguments = p.parse_args()

@@ -14,7 +14,9 @@ from enabled_models import generate
 from int8_checkpoints import int8_checkpoint
 from models import llama, shared, tokens
 from pop_ext import Plan, UnsupportedModelError
-from pop_ext.hf.int8_weights import Int8Linear
+from pop_ext.hf.free_weights import int8_linear_of
+from pop_ext.hf.int8_linear import Int8Linear
+from pop_ext.plans.origin import weights_hash
 from tolerance import rms
 
 pytestmark = pytest.mark.cpu
@@ -73,7 +75,7 @@ def test_decode_and_the_disabled_model_multiply_by_the_rounded_matrices():
 def test_an_int8_linear_equals_the_product_with_its_matrix(dtype, rows):
     torch.manual_seed(0)
     plain = torch.nn.Linear(517, 70).to(dtype)
-    linear = Int8Linear.from_linear(plain)
+    linear = int8_linear_of(plain)
     x = torch.randn(2, rows, 517, dtype=dtype)
     expected = x.double() @ (linear.weight.double() * linear.scale.double()[:, None]).T + plain.bias.double()
     with torch.no_grad():
@@ -85,7 +87,7 @@ def test_an_int8_linear_equals_the_product_with_its_matrix(dtype, rows):
 def test_gradients_pass_through_the_rounded_matrix():
     torch.manual_seed(0)
     plain = torch.nn.Linear(64, 32)
-    linear = Int8Linear.from_linear(plain)
+    linear = int8_linear_of(plain)
     x = torch.randn(5, 64, requires_grad=True)
     linear(x).sum().backward()
     expected = (linear.weight.float() * linear.scale[:, None]).sum(0).expand(5, 64)
@@ -116,6 +118,100 @@ def test_copies_pickles_and_conversions():
     for name, linear in integers_of(model).items():
         assert torch.equal(linear.weight, before[name][0])
         assert torch.equal(linear.scale, before[name][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2"])
+def test_a_saved_model_loads_as_a_stock_one_of_the_rounded_matrices(tmp_path, family, dtype):
+    model = copy.deepcopy(shared(family, dtype=dtype))
+    names = set(model.state_dict())
+    pop_ext.enable(model, PLAN, strict=True, int8=True, free_weights=True)
+    assert set(model.state_dict()) == names
+    model.save_pretrained(tmp_path)
+    stock = type(model).from_pretrained(tmp_path)
+    for name, linear in integers_of(model).items():
+        saved = stock.get_submodule(name).weight
+        assert saved.dtype == dtype
+        assert torch.equal(saved, (linear.weight.float() * linear.scale[:, None]).to(dtype))
+    # What is loaded is rounded to the same integers: a row's largest magnitude is a multiple of 127 in any dtype.
+    expected = pop_ext.load(model, PLAN, int8=True)
+    found = pop_ext.load(stock, PLAN, int8=True)
+    ids = tokens(model, 2, 40)
+    assert torch.equal(found.prefill(ids).logits, expected.prefill(ids).logits)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_load_state_dict_rounds_the_weights_and_the_change_is_noticed(assign):
+    other = llama(seed=1)
+    expected = pop_ext.load(copy.deepcopy(other), PLAN, int8=True)
+    model = llama()
+    pop_ext.enable(model, PLAN, strict=True, int8=True, free_weights=True)
+    ids = tokens(model, 1, 40)
+    with torch.no_grad():
+        model(ids, logits_to_keep=1)
+        assert not model.load_state_dict(other.state_dict(), assign=assign).missing_keys
+        assert len(integers_of(model)) == 15
+        found = model(ids, logits_to_keep=1).logits
+    assert pop_ext.last_call(model).int8
+    assert torch.equal(found, expected.prefill(ids).logits)
+
+
+def test_a_state_dict_follows_conversions_and_keeps_scales_of_groups():
+    torch.manual_seed(0)
+    scale = torch.rand(3, 2) + 0.5
+    values = torch.randint(-127, 128, (3, 64), dtype=torch.int8)
+    values[:, ::32] = 127
+    linear = Int8Linear(values, scale, dtype=torch.float32).bfloat16()
+    assert linear.state_dict()["weight"].dtype == torch.bfloat16
+    linear.load_state_dict(linear.float().state_dict())
+    assert torch.equal(linear.weight, values)
+    torch.testing.assert_close(linear.scale, scale, rtol=1e-6, atol=0)
+    assert linear.double().state_dict()["weight"].dtype == torch.float64
+
+
+def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing():
+    linear = int8_linear_of(torch.nn.Linear(64, 32))
+    before = linear.weight.clone(), linear.scale.clone()
+    fitting = linear.state_dict()
+    for changed, message in (
+        ({"weight": torch.zeros(32, 63)}, "size mismatch for weight"),
+        ({"weight": torch.zeros(32, 64, dtype=torch.int8)}, "weight: expected floats .*, got torch.int8"),
+        ({"scale": torch.ones(32)}, r'Unexpected key\(s\) in state_dict: "scale"'),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            linear.load_state_dict({**fitting, **changed})
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "weight"\.'):
+        linear.load_state_dict({"bias": fitting["bias"]})
+    assert torch.equal(linear.weight, before[0])
+    assert torch.equal(linear.scale, before[1])
+
+
+def test_integers_of_a_checkpoint_are_neither_saved_nor_replaced(tmp_path):
+    model = int8_checkpoint("compressed-tensors", shared(), tmp_path)
+    pop_ext.load(model, PLAN, int8=True, free_weights=True)
+    folder = tmp_path / "saved"
+    with pytest.raises(RuntimeError, match="weight: expected a matrix that was rounded by free_weights, got the int"):
+        model.save_pretrained(folder)
+    linear = next(iter(integers_of(model).values()))
+    hashed, before = weights_hash(model), linear.weight.clone()
+    with pytest.raises(RuntimeError, match="weight: expected floats .*, got the integers of a quantised checkpoint"):
+        linear.load_state_dict({"weight": torch.zeros(linear.weight.shape)})
+    assert torch.equal(linear.weight, before)
+    linear.weight.neg_()
+    assert weights_hash(model) != hashed
+
+
+def test_dtypes_without_kernels_multiply_by_the_floats():
+    model, ids = llama(), tokens(llama(), 1, 40)
+    pop_ext.enable(model, PLAN, strict=True, int8=True, free_weights=True)
+    pop_ext.disable(model)
+    with torch.no_grad():
+        expected = model(ids).logits
+        torch.testing.assert_close(model.double()(ids).logits.float(), expected, rtol=1e-4, atol=1e-4)
+        pop_ext.enable(model, PLAN, strict=True)
+        model(ids, logits_to_keep=1)
+    assert "portable prefill" in str(pop_ext.last_call(model))
+    assert "got torch.float64" in str(pop_ext.last_call(model))
 
 
 def test_the_integers_of_a_checkpoint_are_taken_over(tmp_path):

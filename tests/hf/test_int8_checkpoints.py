@@ -15,7 +15,9 @@ from enabled_models import generate
 from int8_checkpoints import ROUNDING, WEIGHT_ONLY, dense_twin, int8_checkpoint, replace_linear, rounding_twin
 from models import llama, shared, tokens
 from pop_ext import UnsupportedModelError
-from pop_ext.hf.int8_weights import Int8Linear, int8_weight
+from pop_ext.hf.free_weights import int8_linear_of
+from pop_ext.hf.int8_linear import Int8Linear
+from pop_ext.hf.int8_weights import int8_weight
 from pop_ext.plans.origin import weights_hash
 from tolerance import assert_close_fp32, assert_low_precision, compare_caches, rms, stored_layers
 from torch import nn
@@ -60,6 +62,16 @@ def test_fused_matrices_biases_and_other_norms(family, tmp_path):
     actual = pop_ext.load(model, plan).prefill(ids)
     assert_close_fp32(actual.logits, expected.logits, "logits")
     compare_caches(actual.past_key_values, expected.cache)
+
+
+def test_only_the_rounded_rows_of_a_fused_matrix_are_copied(tmp_path):
+    model = int8_checkpoint("compressed-tensors", shared("phi3"), tmp_path)
+    native = pop_ext.load(model, plan_of(model, GAPS), int8=True)
+    spec = native.spec
+    q, hidden, inner = spec.num_heads * spec.head_dim, spec.hidden_size, spec.intermediate_size
+    shapes = ((q, hidden), (hidden, q), (inner, hidden), (inner, hidden), (hidden, inner))  # q, o, gate, up, down
+    # The last layer is retained, but not rounded. Each row has a scale.
+    assert copied_bytes(native) == 2 * sum(rows * (width + 4) for rows, width in shapes)
 
 
 @pytest.mark.parametrize("form", WEIGHT_ONLY)
@@ -196,7 +208,7 @@ def test_integers_and_scales_that_change_in_place_are_noticed(form, part, layer,
 
 def test_replaced_integers_and_scales_are_noticed():
     model = llama()
-    replace_linear(model.model.layers, Int8Linear.from_linear)
+    replace_linear(model.model.layers, int8_linear_of)
     ids = tokens(model, 1, 40)
     pop_ext.enable(model, plan_of(model), strict=True)
     with torch.no_grad():
@@ -214,7 +226,7 @@ def test_replaced_integers_and_scales_are_noticed():
 @pytest.mark.parametrize("option", ["fp8", "prepack"])
 def test_other_options_want_plain_weights(option):
     model = llama(dtype=torch.bfloat16)
-    replace_linear(model.model.layers, Int8Linear.from_linear)
+    replace_linear(model.model.layers, int8_linear_of)
     with pytest.raises(UnsupportedModelError, match=f"{option}: expected weights in the model's dtype, got int8"):
         pop_ext.load(model, plan_of(model), **{option: True})
 

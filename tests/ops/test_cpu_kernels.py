@@ -407,6 +407,8 @@ def test_a_lesser_set_serves_a_process_that_is_refused_tiles():
     if isa == "amx":
         isa, int8 = "avx512_bf16", "avx512_vnni"
     assert done.stdout.split() == [isa, int8]
+    done = subprocess.run([*command[:2], "no-such-command"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (127, "no-such-command: No such file or directory\n")
 
 
 def test_lesser_instruction_sets_pass_these_tests():

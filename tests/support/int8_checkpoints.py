@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from models import tokens
-from pop_ext.hf.int8_weights import Int8Linear, int8_weight
+from pop_ext.hf.free_weights import int8_linear_of
+from pop_ext.hf.int8_linear import Int8Linear
+from pop_ext.hf.int8_weights import int8_weight
 from quantized_oracle import quantized, replace_rounded, rounded
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,7 +32,7 @@ def int8_checkpoint(form: str, model: Any, folder: Path) -> Any:
         return model
     if form == "Int8Linear":
         for layer in model.model.layers:
-            replace_linear(layer, Int8Linear.from_linear)
+            replace_linear(layer, int8_linear_of)
         return model
     pytest.importorskip("compressed_tensors")
     loaded = _compressed(model, folder, rounds_rows="weights" not in form)

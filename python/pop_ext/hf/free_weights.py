@@ -8,7 +8,8 @@ from torch import nn
 
 from pop_ext.hf.architectures import UnsupportedModelError
 from pop_ext.hf.decision import Products
-from pop_ext.hf.int8_weights import Int8Linear
+from pop_ext.hf.int8_linear import Int8Linear, Int8Weight
+from pop_ext.hf.int8_weights import int8_weight, q8_0_blocks
 from pop_ext.hf.loaded import ROUNDED, check_option_supported
 from pop_ext.hf.modules import rounds_inputs
 from pop_ext.hf.native_model import NativeModel
@@ -68,6 +69,19 @@ def keep_integers_alone(model: Any, plan: PlanArgument) -> None:
         linear = linears.pop(path)
         if isinstance(linear, nn.Linear):
             if id(linear) not in made:
-                made[id(linear)] = Int8Linear.from_linear(linear, gguf)
+                made[id(linear)] = int8_linear_of(linear, gguf)
             model.get_submodule(".".join(path[:-1]))._modules[path[-1]] = made[id(linear)]
         del linear
+
+
+def int8_linear_of(linear: nn.Linear, gguf: bool = False) -> Int8Linear:
+    """Take over the integers of a layer, or round the matrix of a plain one as ``int8=True`` does.
+
+    With ``gguf``, blocks of Q8_0 that were turned into floats are integers, too.
+    """
+    weight = int8_weight(linear)
+    dtype = linear.weight.dtype if weight is None else None
+    if weight is None:
+        floats = linear.weight.detach()
+        weight = (q8_0_blocks(floats) if gguf else None) or Int8Weight.rounded(floats)
+    return Int8Linear(weight.values, weight.scale, linear.bias, dtype).train(linear.training)

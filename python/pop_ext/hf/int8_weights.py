@@ -1,4 +1,4 @@
-"""Find the integers of quantised checkpoints, and keep a model's own matrices in integers alone.
+"""Find the integers of quantised checkpoints.
 
 The native runtime reads matrices in int8 with one scale for each row (output channel), or for each 32, 64, 128 or 256
 elements of a row:
@@ -13,107 +13,18 @@ elements of a row:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from pop_ext.hf.int8_linear import FLOATS, Int8Linear, Int8Weight, spread_scale
 from pop_ext.hf.modules import is_compressed, is_torchao_int8
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPS = (32, 64, 128, 256)
 _Q8_0 = 32
 """Elements of a block."""
-
-
-@dataclass(frozen=True)
-class Int8Weight:
-    """A matrix in integers with their scales.
-
-    Attributes:
-        values: ``[out_features, in_features]`` int8.
-        scale: float32 ``[out_features]``, or ``[out_features, in_features / n]`` for groups of n elements of a row.
-        copied: whether the integers are a copy, and not those of the module.
-    """
-
-    values: Tensor
-    scale: Tensor
-    copied: bool = False
-
-    @property
-    def copied_bytes(self) -> int:
-        """Bytes that the runtime holds beside the module."""
-        return self.values.nbytes + self.scale.nbytes if self.copied else 0
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """Return the matrix as floats ``[out_features, in_features]``."""
-        return (self.values.float() * spread_scale(self.scale, self.values.shape[1])).to(dtype)
-
-
-def spread_scale(scale: Tensor, width: int) -> Tensor:
-    """Return the scale of each element of the rows, ``[out_features, width]``, or ``[out_features, 1]`` if all are one.
-
-    Args:
-        scale: ``[out_features]`` or ``[out_features, groups]``.
-        width: elements of a row.
-    """
-    return scale[:, None] if scale.ndim == 1 else scale.repeat_interleave(width // scale.shape[1], 1)
-
-
-class Int8Linear(nn.Module):
-    """A linear layer on a CPU whose matrix is int8. It computes with its input as it is.
-
-    ``state_dict`` and ``save_pretrained`` hold the integers, which only a model with such layers loads.
-
-    Buffers:
-        weight: ``[out_features, in_features]`` int8.
-        scale: float32 ``[out_features]``, or a scale for each group of elements (`Int8Weight`).
-    """
-
-    weight: Tensor
-    scale: Tensor
-
-    def __init__(self, weight: Tensor, scale: Tensor, bias: nn.Parameter | None = None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.bias = bias
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, gguf: bool = False) -> Int8Linear:
-        """Take over the integers of a layer, or round the matrix of a plain one as ``int8=True`` does.
-
-        With ``gguf``, blocks of Q8_0 that were turned into floats are integers, too.
-        """
-        integers = int8_weight(linear) or (q8_0_blocks(linear.weight.detach()) if gguf else None)
-        if integers is None:
-            values, scale = torch.ops.pop.quantize_rows(linear.weight.detach(), "int8")
-            made = cls(values, scale, linear.bias)
-        else:
-            made = cls(integers.values, integers.scale, linear.bias)
-        return made.train(linear.training)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
-        """Move and convert like any module, but keep scales in float32."""
-        scale = self.scale
-        super()._apply(fn, recurse)
-        if self.scale.dtype != torch.float32:
-            self.scale = scale.to(self.scale.device)
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad and torch.is_grad_enabled():  # the operator has no derivative
-            dense = Int8Weight(self.weight, self.scale).dense(x.dtype)
-            return F.linear(x, dense, self.bias)
-        out: Tensor = torch.ops.pop.int8_linear(x, self.weight, self.scale, False)
-        return out if self.bias is None else out + self.bias
 
 
 def int8_weight(module: nn.Module) -> Int8Weight | None:
@@ -192,7 +103,7 @@ def _is_int8(scheme: Any, strategies: tuple[str, ...]) -> bool:
 
 def _integers_of(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Return the int8 values whose products with ``scale``, computed in ``dtype``, are ``weight``; None without."""
-    if weight.dtype not in _FLOATS or weight.is_meta:
+    if weight.dtype not in FLOATS or weight.is_meta:
         return None
     spread = spread_scale(scale, weight.shape[1])
     values = (weight.float() / spread).round()

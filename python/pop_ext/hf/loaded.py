@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from pop_ext.hf.architectures import UnsupportedModelError, decoder_of
 from pop_ext.hf.decision import Products
-from pop_ext.hf.int8_weights import Int8Weight, int8_weight, is_integer_linear, q8_0_blocks, tensors_of
+from pop_ext.hf.int8_linear import Int8Weight
+from pop_ext.hf.int8_weights import int8_weight, is_integer_linear, q8_0_blocks, tensors_of
 from pop_ext.hf.modules import rounds_inputs
 from pop_ext.hf.patches import InnerModules
 from pop_ext.hf.weight_map import Description, WeightRef, quantization_method
@@ -68,7 +69,7 @@ class LoadedWeights:
         self.config: Any = model.config
         self.inner = InnerModules(model)
         self.like = weights[0].detach()
-        integers = {ref.path: ref.int8.copied_bytes for ref in description.weights if ref.int8 is not None}
+        integers = {(ref.path, ref.rows): ref.int8.copied_bytes for ref in description.weights if ref.int8 is not None}
         self.extra_bytes: int = torch.ops.pop.extra_bytes(self.handle) + sum(integers.values())
         self._stamps = WeightStamps(description.weights)
 
@@ -191,16 +192,20 @@ def choose_integers(model: Any, description: Description, plan: Plan, products: 
     """
     gguf = quantization_method(model) == "gguf"
     projected = {layer for run in plan.projected_runs for layer in run}
-    found: dict[tuple[str, ...], Int8Weight | None] = {}
+    path: tuple[str, ...] = ()
+    found: Int8Weight | None = None  # at the path; the weights of a fused matrix follow each other
     weights = []
     for (slot, layer, _), ref in zip(description.spec.weight_slots(), description.weights, strict=True):
         rounded = products == "int8" and slot.endswith(ROUNDED) and layer not in projected
         if ref.int8 is None and rounded:
-            if ref.path not in found:
-                found[ref.path] = int8_weight(ref.module) if ref.module is not None else None
-                if found[ref.path] is None and gguf:
-                    found[ref.path] = q8_0_blocks(ref.whole.detach())
-            ref = replace(ref, int8=found[ref.path])
+            if ref.path != path:
+                path, found = ref.path, int8_weight(ref.module) if ref.module is not None else None
+                if found is None and gguf:
+                    found = q8_0_blocks(ref.whole.detach())
+            if found is None or not found.copied or ref.rows is None:
+                ref = replace(ref, int8=found)
+            else:
+                ref = replace(ref, int8=found.copy_of_rows(*ref.rows))
         weights.append(ref)
     return replace(description, weights=weights)
 

@@ -22,7 +22,8 @@ from pop_ext.hf.architectures import (
 from pop_ext.hf.compat import check_module
 from pop_ext.hf.families import WRAPPERS
 from pop_ext.hf.family import Family
-from pop_ext.hf.int8_weights import Int8Linear, Int8Weight, int8_weight, is_integer_linear
+from pop_ext.hf.int8_linear import Int8Linear, Int8Weight
+from pop_ext.hf.int8_weights import int8_weight, is_integer_linear
 from pop_ext.hf.modules import is_compressed
 from pop_ext.hf.spec import make_spec
 from pop_ext.portable.decoder import may_run_portably
@@ -53,7 +54,7 @@ class WeightRef:
         model: weak, because an enabled model owns its description: a strong reference would be a cycle.
         path: names from the model down to the parameter.
         rows: (first, end) of this weight in a fused matrix; None: all rows.
-        int8: the whole matrix in integers, if the runtime reads it so.
+        int8: the whole matrix in integers, or a copy of its ``rows`` in integers, if the runtime reads it so.
     """
 
     slot: str
@@ -77,22 +78,28 @@ class WeightRef:
 
     @property
     def whole(self) -> torch.Tensor:
-        """The parameter, or the integers of a quantised one."""
+        """The parameter, or the integers in its place."""
         tensor = self.find() if self.int8 is None else self.int8.values
         assert tensor is not None
         return tensor
 
     @property
     def tensor(self) -> torch.Tensor:
-        """`whole` or, of a fused matrix, a view of the rows of this weight: what the runtime reads."""
-        return self.whole if self.rows is None else self.whole.detach()[slice(*self.rows)]
+        """`whole` or, of a fused matrix, the rows of this weight: what the runtime reads."""
+        if self.rows is None or self._copies_rows:
+            return self.whole
+        return self.whole.detach()[slice(*self.rows)]
 
     @property
     def scale(self) -> torch.Tensor:
         """Scales of `tensor` if it holds integers, one or some for each row (`Int8Weight`); else empty."""
         if self.int8 is None:
             return torch.empty(0)
-        return self.int8.scale if self.rows is None else self.int8.scale[slice(*self.rows)]
+        return self.int8.scale if self.rows is None or self._copies_rows else self.int8.scale[slice(*self.rows)]
+
+    @property
+    def _copies_rows(self) -> bool:
+        return self.int8 is not None and self.int8.copied
 
 
 def _find_tensor(module: nn.Module, name: str) -> torch.Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,15 +121,23 @@ def weights_hash(model: Any) -> str:
         The first 16 hexadecimal digits of a SHA-256.
     """
     found = hashlib.sha256()
-    saved = model.state_dict().keys()
-    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)  # quantised weights are some
-    for name, tensor in (*model.named_parameters(), *buffers):
+    for name, tensor in (*model.named_parameters(), *_saved_buffers(model)):  # quantised weights are buffers
         values = tensor.detach() if tensor.device.type != "meta" else _offloaded(model, name)
         values = getattr(values, "qdata", values)  # the integers of torchao, whose tensors read no single elements
         some = spread_values(values, min(8, values.numel())).to(torch.bfloat16).float()
         some[some.abs() < 2**-16] = 0.0  # not -0.0, whose bytes differ
         found.update(f"{name} {tuple(tensor.shape)}".encode() + some.numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def _saved_buffers(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Return the buffers that are no derived values, with their names; a state dict may hold them in another form."""
+    derived = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in module._non_persistent_buffers_set
+    }
+    return ((name, buffer) for name, buffer in model.named_buffers() if name not in derived)
 
 
 def _offloaded(model: Any, name: str) -> torch.Tensor:
