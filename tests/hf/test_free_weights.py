@@ -176,6 +176,7 @@ def test_a_state_dict_that_does_not_fit_is_refused_and_changes_nothing():
     for changed, message in (
         ({"weight": torch.zeros(32, 63)}, "size mismatch for weight"),
         ({"weight": torch.zeros(32, 64, dtype=torch.int8)}, "weight: expected floats .*, got torch.int8"),
+        ({"weight": torch.zeros(32, 64, device="meta")}, "weight: expected floats .*, got a tensor without values"),
         ({"scale": torch.ones(32)}, r'Unexpected key\(s\) in state_dict: "scale"'),
     ):
         with pytest.raises(RuntimeError, match=message):

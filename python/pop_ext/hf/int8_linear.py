@@ -127,7 +127,7 @@ class Int8Linear(nn.Module):
         if strict and scale_name in state_dict:
             unexpected_keys.append(scale_name)
         if weight is not None and weight.shape == self.weight.shape:  # else the call below says what is wrong
-            wrong = _FOREIGN if self.dtype is None else None if weight.dtype.is_floating_point else str(weight.dtype)
+            wrong = _FOREIGN if self.dtype is None else _not_floats(weight)
             if wrong is not None:
                 error_msgs.append(f"{name}: expected floats for a matrix that was rounded by free_weights, got {wrong}")
                 given[name] = self.weight
@@ -145,6 +145,13 @@ class Int8Linear(nn.Module):
             return F.linear(x, Int8Weight(self.weight, self.scale).dense(x.dtype), self.bias)
         out: Tensor = torch.ops.pop.int8_linear(x, self.weight, self.scale, False)
         return out if self.bias is None else out + self.bias
+
+
+def _not_floats(weight: Tensor) -> str | None:
+    """Return what a tensor is that cannot be rounded to integers, or None."""
+    if weight.is_meta:
+        return "a tensor without values, on the meta device"
+    return None if weight.dtype.is_floating_point else str(weight.dtype)
 
 
 _FOREIGN = "the integers of a quantised checkpoint, which free_weights neither writes nor replaces"
