@@ -116,9 +116,7 @@ def time_prefills(
 
 def main() -> None:
     p = argparse.ArgumentParser(prog="bench/int8.py", description=__doc__.splitlines()[0])
-    p.add_argument(
-        "--rows", nargs="*", type=at_least(1), default=[8, 512, 2048], help="of the products; none: no products"
-    )
+    p.add_argument("--rows", nargs="*", type=at_least(1), default=[8, 512, 2048], help="of the products; may be none")
     p.add_argument("--model", default="llama-3.2-1b", help="shape of the prefills")
     p.add_argument("--tokens", nargs="*", type=at_least(2), default=[512], help="of the prefills; may be none")
     p.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
